@@ -1,0 +1,1 @@
+"""Reading checkpoints: headers first, bytes by range, nothing trusted before it is checked."""

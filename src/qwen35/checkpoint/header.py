@@ -1,0 +1,218 @@
+"""The safetensors header: parsed and checked before anything trusts it.
+
+Format: 8 bytes little-endian header length N, N bytes of JSON
+``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}``, then the
+data, which the offsets must cover without overlap or gap.
+Source: https://github.com/huggingface/safetensors/blob/v0.8.0/README.md#format
+The safetensors library accepts a few things that are wrong (a key given twice, spaces before the
+JSON, unknown fields); they are refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from qwen35.checkpoint.place import Place
+from qwen35.errors import HeaderError
+from qwen35.tensors import DTYPE_BITS, TensorSpec
+
+__all__ = [
+    "MAX_HEADER_BYTES",
+    "Header",
+    "file_layout",
+    "header_length",
+    "parse_header",
+    "read_header",
+    "strict_json",
+]
+
+MAX_HEADER_BYTES = 100_000_000
+"""The safetensors library's own limit on a header (``MAX_HEADER_SIZE``)."""
+
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_MAX_SIZE = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A checked header.
+
+    Args:
+        tensors: description and byte range of each tensor; ranges are absolute file offsets, in
+            file order, and cover the file from the header's end to its last byte.
+        metadata: the ``__metadata__`` strings.
+    """
+
+    tensors: dict[str, tuple[TensorSpec, int, int]]
+    metadata: dict[str, str]
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r} appears twice")
+    return result
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def strict_json(raw: bytes, subject: str) -> Any:
+    """Parse JSON, refusing repeated keys, NaN and bottomless nesting.
+
+    Raises:
+        HeaderError: `raw` is not such JSON; `subject` names the file in the sentence.
+    """
+    try:
+        return json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise HeaderError(subject, f"not valid JSON ({reason})") from error
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_SIZE
+
+
+def _entry(subject: str, name: str, entry: object) -> tuple[TensorSpec, int, int]:
+    """Check one header entry; offsets are relative to the data section."""
+    where = f"{subject}, tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != _FIELDS:
+        raise HeaderError(where, "malformed entry", expected="dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise HeaderError(where, f"unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise HeaderError(where, f"malformed shape {str(shape)[:80]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise HeaderError(where, f"malformed data_offsets {str(offsets)[:80]}")
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if offsets[1] - offsets[0] != spec.nbytes:
+        raise HeaderError(
+            where,
+            f"{offsets[1] - offsets[0]} bytes",
+            expected=f"{spec.nbytes} for {dtype} {list(shape)}",
+        )
+    return spec, offsets[0], offsets[1]
+
+
+def _metadata(subject: str, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise HeaderError(subject, "malformed __metadata__", expected="an object of strings")
+    return value
+
+
+def _check_coverage(
+    subject: str, entries: list[tuple[TensorSpec, int, int]], data_bytes: int
+) -> None:
+    position = 0
+    for spec, begin, end in entries:
+        if begin != position:
+            kind = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
+            raise HeaderError(f"{subject}, tensor {spec.name!r}", kind)
+        position = end
+    if position != data_bytes:
+        raise HeaderError(
+            subject,
+            f"{data_bytes} bytes of data",
+            expected=f"{position} by its header",
+            hint="the file is truncated or not what was uploaded: download it again",
+        )
+
+
+def header_length(prefix: bytes, file_size: int, subject: str) -> int:
+    """Return the header's length from the first 8 bytes of a file of `file_size` bytes.
+
+    Raises:
+        HeaderError: the file cannot hold such a header.
+    """
+    if len(prefix) < 8:
+        raise HeaderError(subject, f"{len(prefix)} bytes long", expected="a safetensors file")
+    (length,) = struct.unpack("<Q", prefix[:8])
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(
+            subject,
+            f"a header of {length} bytes",
+            expected=f"at most {MAX_HEADER_BYTES}",
+            hint="is this a safetensors file?",
+        )
+    if 8 + length > file_size:
+        raise HeaderError(
+            subject, f"{file_size} bytes long", expected=f"a header of {length} bytes in it"
+        )
+    return int(length)
+
+
+def parse_header(raw: bytes, file_size: int, subject: str) -> Header:
+    """Parse and check the JSON of a header.
+
+    Args:
+        raw: the JSON bytes, without the 8 bytes of length.
+        file_size: size of the whole file in bytes.
+        subject: the file's name for error sentences.
+
+    Raises:
+        HeaderError: any rule of the format is broken.
+    """
+    if not raw.startswith(b"{"):
+        raise HeaderError(subject, "a header that is not a JSON object")
+    parsed = strict_json(raw, subject)
+    metadata = _metadata(subject, parsed.pop("__metadata__", {}))
+    entries = [_entry(subject, name, entry) for name, entry in parsed.items()]
+    entries.sort(key=lambda item: (item[1], item[2]))
+    start = 8 + len(raw)
+    _check_coverage(subject, entries, file_size - start)
+    return Header(
+        {spec.name: (spec, start + begin, start + end) for spec, begin, end in entries}, metadata
+    )
+
+
+def read_header(place: Place, name: str) -> Header:
+    """Read and check the header of the safetensors file called `name`.
+
+    Raises:
+        HeaderError: the file is not a well-formed safetensors file.
+    """
+    size = place.sizes()[name]
+    length = header_length(place.read(name, 0, min(8, size)), size, name)
+    return parse_header(place.read(name, 8, length), size, name)
+
+
+_FILE_ORDER = {dtype: rank for rank, dtype in enumerate(reversed(DTYPE_BITS))}
+
+
+def file_layout(specs: Iterable[TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """Lay tensors out in one file as the safetensors library does: by width of dtype, then name.
+
+    Returns:
+        The bytes before the data (length and header, padded with spaces to a multiple of 8), and
+        the absolute offset of each tensor.
+    """
+    ordered = sorted(specs, key=lambda spec: (_FILE_ORDER[spec.dtype], spec.name))
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, position = {}, 0
+    for spec in ordered:
+        end = position + spec.nbytes
+        table[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, end],
+        }
+        offsets[spec.name] = position
+        position = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    start = 8 + len(text)
+    head = struct.pack("<Q", len(text)) + text
+    return head, {name: start + offset for name, offset in offsets.items()}

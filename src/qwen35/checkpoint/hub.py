@@ -1,0 +1,169 @@
+"""Checkpoints on the Hub: resolved to a commit, read by ranges, downloaded into the Hub's cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qwen35.checkpoint.sidecars import SIDECARS
+from qwen35.errors import HubError, InputError
+
+__all__ = ["HubId", "HubPlace", "download"]
+
+_T = TypeVar("_T")
+
+_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?\Z", re.ASCII)
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository and, if given, a branch, tag or commit."""
+
+    repo: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubId | None:
+        """Parse ``owner/name[@revision]``; None if `text` is not of that form."""
+        match = _ID.match(text)
+        return cls(match["repo"], match["revision"]) if match else None
+
+
+def _explain(subject: str, error: Exception) -> HubError:
+    """Turn an exception of the Hub's client into a sentence; the URL and token stay out of it."""
+    from huggingface_hub import errors
+
+    rows: tuple[tuple[type[Exception], str, str], ...] = (
+        (
+            errors.GatedRepoError,
+            "access is gated",
+            "accept its terms on the Hub, then give a token",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            "no such repository, or it is private",
+            "check the name; for a private one set HF_TOKEN or give --hf-token",
+        ),
+        (errors.RevisionNotFoundError, "no such revision", "check the part after @"),
+        (errors.RemoteEntryNotFoundError, "a file is missing there", "is it a model repository?"),
+    )
+    for kind, found, hint in rows:
+        if isinstance(error, kind):
+            return HubError(subject, found, hint=hint)
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    found = f"the Hub answered {status}" if status else f"the Hub was not reached ({_kind(error)})"
+    return HubError(subject, found, hint="check the network and HF_ENDPOINT, then run again")
+
+
+def _kind(error: Exception) -> str:
+    return type(error).__name__
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    import httpx2
+    from huggingface_hub import errors
+
+    return (
+        errors.HfHubHTTPError,
+        httpx2.HTTPError,
+        errors.LocalEntryNotFoundError,
+        ConnectionError,
+    )
+
+
+def _ask(subject: str, call: Callable[[], _T]) -> _T:
+    """Call the Hub; what its client raises becomes a `HubError`."""
+    try:
+        return call()
+    except _client_errors() as error:
+        raise _explain(subject, error) from error
+
+
+class HubPlace:
+    """The files of a repository at one commit, read by range requests; nothing is stored.
+
+    Args:
+        hub_id: repository and revision; the revision is resolved to a commit at once.
+        token: access token, or None for the one the Hub's client finds.
+
+    Raises:
+        HubError: the repository or revision is not there, or the Hub is out of reach.
+    """
+
+    def __init__(self, hub_id: HubId, token: str | None = None) -> None:
+        from huggingface_hub import HfApi
+
+        self._id = hub_id
+        self._api = HfApi(token=token)
+        info = _ask(
+            hub_id.repo,
+            lambda: self._api.model_info(
+                hub_id.repo, revision=hub_id.revision, files_metadata=False
+            ),
+        )
+        if not info.sha:
+            raise HubError(hub_id.repo, "the Hub named no commit")
+        self.repo = hub_id.repo
+        self.revision = info.sha
+        self._sizes = _ask(hub_id.repo, self._list)
+
+    def _list(self) -> dict[str, int]:
+        from huggingface_hub.hf_api import RepoFile
+
+        entries = self._api.list_repo_tree(self.repo, revision=self.revision)
+        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision[:12]}"
+
+    def sizes(self) -> Mapping[str, int]:
+        """Return the size in bytes of each file at the top of the repository."""
+        return self._sizes
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """Return `count` bytes of a file from `start` on.
+
+        Raises:
+            HubError: the Hub refuses or sends something else.
+        """
+        if count == 0:
+            return b""
+        return _ask(f"{self}, {name}", lambda: self._read(name, start, count))
+
+    def _read(self, name: str, start: int, count: int) -> bytes:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        url = hf_hub_url(self.repo, name, revision=self.revision, endpoint=self._api.endpoint)
+        headers = build_hf_headers(token=self._api.token)
+        headers["Range"] = f"bytes={start}-{start + count - 1}"
+        headers["Accept-Encoding"] = "identity"
+        response = get_session().get(url, headers=headers, timeout=60)
+        hf_raise_for_status(response)
+        content: bytes = response.content
+        if response.status_code == 200:  # the server ignored the range
+            content = content[start : start + count]
+        if len(content) != count:
+            raise HubError(f"{self}, {name}", f"{len(content)} bytes came", expected=str(count))
+        return content
+
+
+def download(place: HubPlace, shards: list[str], token: str | None = None) -> Path:
+    """Download the checkpoint's files into the Hub's cache; return the snapshot's folder.
+
+    Raises:
+        HubError: the download failed.
+        InputError: the snapshot is not complete.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = [row.name for row in SIDECARS] + ["config.json", "*.safetensors.index.json", *shards]
+    options: dict[str, Any] = {"revision": place.revision, "token": token, "allow_patterns": wanted}
+    folder = Path(_ask(place.repo, lambda: snapshot_download(place.repo, **options)))
+    missing = [shard for shard in shards if not (folder / shard).exists()]
+    if missing:
+        raise InputError(str(place), f"{missing[0]} did not arrive", hint="run again")
+    return folder

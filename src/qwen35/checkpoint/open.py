@@ -1,0 +1,77 @@
+"""From what a user typed to a checkpoint: a folder, a Hub id or a published size."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from qwen35.checkpoint.hub import HubId, HubPlace, download
+from qwen35.checkpoint.source import (
+    Checkpoint,
+    is_published,
+    open_folder,
+    open_place,
+    open_published,
+)
+from qwen35.errors import InputError, UsageError
+
+__all__ = ["describe", "fetch", "hub_token"]
+
+_LOCAL_STARTS = ("./", "../", "/", "~", ".")
+
+
+def hub_token(given: str | None) -> str | None:
+    """Return the token given, else HF_TOKEN's, else None (the Hub's client then looks itself)."""
+    return given or os.environ.get("HF_TOKEN") or None
+
+
+def describe(model: str, *, token: str | None = None) -> Checkpoint:
+    """Open MODEL for its headers only; on the Hub nothing is downloaded but headers.
+
+    Raises:
+        InputError: it is not a readable Qwen3.5 checkpoint.
+        HubError: the Hub refused, or was not reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return open_folder(path, name=model)
+    if is_published(model):
+        return open_published(model)
+    hub_id = _hub_id(model)
+    place = HubPlace(hub_id, hub_token(token))
+    return open_place(place, name=model, repo=place.repo, revision=place.revision)
+
+
+def fetch(model: str, *, token: str | None = None) -> Checkpoint:
+    """Open MODEL with its weights at hand; a Hub id is downloaded into the Hub's cache first.
+
+    Raises:
+        InputError: it is not a readable Qwen3.5 checkpoint.
+        HubError: the Hub refused, or was not reached.
+        UsageError: it is a published size: a description without weights.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return open_folder(path, name=model)
+    if is_published(model):
+        raise UsageError(
+            model,
+            "the name of a published size, without weights",
+            hint=f"give a folder or a Hub id such as Qwen/{model}",
+        )
+    hub_id = _hub_id(model)
+    place = HubPlace(hub_id, hub_token(token))
+    remote = open_place(place, name=model, repo=place.repo, revision=place.revision)
+    root = download(place, sorted(remote.file_sizes), hub_token(token))
+    return open_folder(root, name=model, repo=place.repo, revision=place.revision)
+
+
+def _hub_id(model: str) -> HubId:
+    hub_id = None if model.startswith(_LOCAL_STARTS) else HubId.parse(model)
+    if hub_id is None:
+        raise InputError(
+            model,
+            "no such folder",
+            expected="a folder, a Hub id (owner/name) or, to plan, a published size",
+        )
+    return hub_id

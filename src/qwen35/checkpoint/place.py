@@ -1,0 +1,65 @@
+"""Where a checkpoint's files are: a folder, or (see `qwen35.checkpoint.hub`) a Hub repository."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from qwen35.errors import InputError
+
+__all__ = ["Folder", "Place"]
+
+
+class Place(Protocol):
+    """Named files of known size; `str()` says where, for error sentences."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Return the size in bytes of each file."""
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """Return `count` bytes of a file from `start` on."""
+
+
+class Folder:
+    """The files directly in a folder.
+
+    Raises:
+        InputError: there is no such folder, or a file cannot be read.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise InputError(
+                str(root),
+                "not a folder" if root.exists() else "no such folder",
+                expected="a checkpoint: config.json and safetensors files",
+            )
+        self._root = root
+
+    def __str__(self) -> str:
+        return str(self._root)
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        try:
+            return {p.name: p.stat().st_size for p in self._root.iterdir() if p.is_file()}
+        except OSError as error:
+            raise InputError(str(self._root), f"cannot be read ({error.strerror})") from error
+
+    def sizes(self) -> Mapping[str, int]:
+        """Return the size in bytes of each file."""
+        return self._sizes
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """Return `count` bytes of a file from `start` on."""
+        try:
+            with (self._root / name).open("rb") as file:
+                file.seek(start)
+                data = file.read(count)
+        except OSError as error:
+            raise InputError(name, f"cannot be read ({error.strerror})") from error
+        if len(data) != count:
+            raise InputError(name, f"ends after {start + len(data)} bytes", expected="more")
+        return data

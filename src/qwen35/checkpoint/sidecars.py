@@ -1,0 +1,46 @@
+"""The files beside the weights: which travel to an output, and to which kind of output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["SIDECARS", "Sidecar", "travelling"]
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """One row: a file and the side of the model that needs it.
+
+    Args:
+        name: file name in the checkpoint's folder.
+        side: ``text`` files travel always, ``vision`` files only with the vision tower.
+        use: who reads it.
+    """
+
+    name: str
+    side: Literal["text", "vision"]
+    use: str
+
+
+SIDECARS: tuple[Sidecar, ...] = (
+    Sidecar("LICENSE", "text", "the terms the weights come under"),
+    Sidecar("added_tokens.json", "text", "older tokenizers: tokens beyond the vocabulary"),
+    Sidecar("chat_template.jinja", "text", "chat template"),
+    Sidecar("chat_template.json", "text", "chat template of older processors"),
+    Sidecar("generation_config.json", "text", "sampling defaults and end tokens"),
+    Sidecar("merges.txt", "text", "byte-pair merges of slow tokenizers"),
+    Sidecar("preprocessor_config.json", "vision", "image preprocessing"),
+    Sidecar("processor_config.json", "vision", "image and video preprocessing, newer form"),
+    Sidecar("special_tokens_map.json", "text", "older tokenizers: names of special tokens"),
+    Sidecar("tokenizer.json", "text", "tokenizer"),
+    Sidecar("tokenizer_config.json", "text", "tokenizer settings"),
+    Sidecar("video_preprocessor_config.json", "vision", "video preprocessing"),
+    Sidecar("vocab.json", "text", "vocabulary of slow tokenizers"),
+)
+"""What travels. config.json, the index and qwen35.json are written anew; nothing else is copied."""
+
+
+def travelling(*, vision: bool) -> tuple[str, ...]:
+    """Return the names that travel to an output with or without the vision tower."""
+    return tuple(row.name for row in SIDECARS if vision or row.side == "text")

@@ -1,0 +1,286 @@
+"""A checkpoint to read: its config, its weights and their bytes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
+
+from qwen35.checkpoint.header import Header, read_header, strict_json
+from qwen35.checkpoint.place import Folder, Place
+from qwen35.checkpoint.sidecars import SIDECARS
+from qwen35.checkpoint.storage import StoredTensor, Weight, group
+from qwen35.errors import ConfigError, HeaderError, InputError, TensorError
+from qwen35.model.config import ModelConfig, parse_config
+from qwen35.model.roles import Layout, expected_tensors
+from qwen35.model.sizes import FUSED_MTP_EXPERTS, PUBLISHED, published_config
+
+__all__ = [
+    "INDEX_NAME",
+    "Checkpoint",
+    "Reader",
+    "check_index",
+    "is_published",
+    "open_folder",
+    "open_place",
+    "open_published",
+]
+
+INDEX_NAME = "model.safetensors.index.json"
+_MAX_JSON_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is known of a checkpoint from its headers.
+
+    Args:
+        name: what the user called it.
+        config: the checked config.json.
+        weights: all weights, in the order of the files.
+        layout: how its tensors are named and grouped.
+        sidecars: name and size in bytes of every other file of use.
+        place: where small files can be read from, None for a published size.
+        root: the folder, or None when only headers are at hand (a published size, the Hub).
+        revision: commit of the Hub repository it came from, if it did.
+        repo: that repository.
+        file_sizes: size in bytes of each safetensors file.
+    """
+
+    name: str
+    config: ModelConfig
+    weights: tuple[Weight, ...]
+    layout: Layout
+    sidecars: Mapping[str, int]
+    place: Place | None = None
+    root: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+    file_sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensor data."""
+        return sum(weight.nbytes for weight in self.weights)
+
+    def folder(self) -> Path:
+        """Return the folder with the tensors' bytes.
+
+        Raises:
+            InputError: only headers are at hand.
+        """
+        if self.root is None:
+            raise InputError(
+                self.name, "no weights here, only its description", hint="give a folder or a Hub id"
+            )
+        return self.root
+
+
+def open_published(name: str) -> Checkpoint:
+    """Describe a published size (`qwen35.model.sizes.PUBLISHED`) without any file."""
+    config = parse_config(published_config(name))
+    layout = Layout.published(config)
+    if name in FUSED_MTP_EXPERTS:
+        layout = replace(layout, per_expert=frozenset())
+    tensors = {}
+    position = 0
+    for spec in expected_tensors(config, layout):
+        tensors[spec.name] = StoredTensor(spec, "model.safetensors", position)
+        position += spec.nbytes
+    return Checkpoint(name, config, group(tensors), layout, MappingProxyType({}))
+
+
+def is_published(name: str) -> bool:
+    """Whether `name` is a published size rather than a place."""
+    return name in PUBLISHED
+
+
+def open_folder(root: Path, *, name: str = "", repo: str = "", revision: str = "") -> Checkpoint:
+    """Read the headers of the checkpoint in the folder `root`.
+
+    Args:
+        root: the folder.
+        name: what the user called it.
+        repo: the Hub repository that `root` is a snapshot of.
+        revision: the snapshot's commit.
+
+    Raises:
+        InputError: it is not a readable Qwen3.5 checkpoint.
+    """
+    return open_place(Folder(root), name=name or str(root), root=root, repo=repo, revision=revision)
+
+
+def open_place(
+    place: Place, *, name: str, root: Path | None = None, repo: str = "", revision: str = ""
+) -> Checkpoint:
+    """Read the headers of the checkpoint at `place`; arguments as for `open_folder`.
+
+    Raises:
+        InputError: it is not a readable Qwen3.5 checkpoint.
+    """
+    sizes = place.sizes()
+    config = parse_config(read_json(place, "config.json"))
+    shards, weight_map = _shards(place)
+    headers = {shard: read_header(place, shard) for shard in shards}
+    tensors = _merge(headers, weight_map)
+    known = {row.name for row in SIDECARS}
+    return Checkpoint(
+        name=name,
+        config=config,
+        weights=group(tensors),
+        layout=Layout.of(tensors),
+        sidecars=MappingProxyType({n: size for n, size in sorted(sizes.items()) if n in known}),
+        place=place,
+        root=root,
+        repo=repo or None,
+        revision=revision or None,
+        file_sizes=MappingProxyType({shard: sizes[shard] for shard in shards}),
+    )
+
+
+def read_json(place: Place, name: str) -> Any:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        InputError: it is missing, far too large or not JSON.
+    """
+    size = place.sizes().get(name)
+    if size is None:
+        raise ConfigError(str(place), f"no {name} in it", hint="is this a checkpoint?")
+    if size > _MAX_JSON_BYTES:
+        raise ConfigError(name, f"{size} bytes", expected=f"at most {_MAX_JSON_BYTES}")
+    return strict_json(place.read(name, 0, size), name)
+
+
+def _shards(place: Place) -> tuple[list[str], dict[str, str] | None]:
+    """Return the shard files, and the index's map if there is an index."""
+    sizes = place.sizes()
+    if INDEX_NAME in sizes:
+        weight_map = check_index(read_json(place, INDEX_NAME))
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            if shard not in sizes:
+                raise InputError(
+                    shard, f"listed in {INDEX_NAME} but not there", hint="download it again"
+                )
+        return shards, weight_map
+    found = sorted(name for name in sizes if name.endswith(".safetensors"))
+    if not found:
+        raise InputError(str(place), "no safetensors file in it")
+    if len(found) > 1:
+        raise InputError(
+            str(place),
+            f"{len(found)} safetensors files but no {INDEX_NAME}",
+            hint="the index says which belong to the model: download it too",
+        )
+    return found, None
+
+
+def check_index(parsed: object) -> dict[str, str]:
+    """Return the weight map of a parsed index file.
+
+    Raises:
+        HeaderError: it is malformed, or a file name leads out of the folder.
+    """
+    weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HeaderError(INDEX_NAME, "no weight_map in it")
+    for shard in {str(value) for value in weight_map.values()}:
+        path = PurePosixPath(shard)
+        if path.name != shard or "\\" in shard or "\0" in shard or path.suffix != ".safetensors":
+            raise HeaderError(
+                INDEX_NAME,
+                f"shard name {shard[:80]!r}",
+                expected="a .safetensors file in the same folder",
+            )
+    return weight_map
+
+
+def _merge(
+    headers: Mapping[str, Header], weight_map: dict[str, str] | None
+) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for shard, header in headers.items():
+        for name, (spec, begin, _) in header.tensors.items():
+            if name in tensors:
+                raise HeaderError(name, f"in two files, {tensors[name].file} and {shard}")
+            tensors[name] = StoredTensor(spec, shard, begin)
+    if weight_map is not None:
+        _check_map(tensors, weight_map)
+    return tensors
+
+
+def _check_map(tensors: Mapping[str, StoredTensor], weight_map: Mapping[str, str]) -> None:
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise TensorError(name, f"listed in {INDEX_NAME} but not in {shard}")
+        if tensors[name].file != shard:
+            raise TensorError(name, f"in {tensors[name].file}", expected=f"{shard} by {INDEX_NAME}")
+    for name, stored in tensors.items():
+        if name not in weight_map:
+            raise TensorError(name, f"in {stored.file} but not in {INDEX_NAME}")
+
+
+class Reader:
+    """Reads byte ranges of a checkpoint's files; safe to share between threads.
+
+    Files are read with ``pread``, not mapped: memory stays bounded, and a file that shrinks while
+    it is read is an error sentence and not a signal.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._root = checkpoint.folder()
+        self._files: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._files:
+                self._files[file] = os.open(self._root / file, os.O_RDONLY)
+            return self._files[file]
+
+    def read_into(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `tensor` from `offset` on.
+
+        Raises:
+            TensorError: the file ends before, or cannot be read.
+        """
+        descriptor = self._descriptor(tensor.file)
+        position, done = tensor.begin + offset, 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], position + done)
+            except OSError as error:
+                raise TensorError(
+                    tensor.spec.name, f"cannot read {tensor.file} ({error.strerror})"
+                ) from error
+            if count == 0:
+                raise TensorError(
+                    tensor.spec.name,
+                    f"{tensor.file} ends within it",
+                    hint="the file changed while it was read: run again on a file at rest",
+                )
+            done += count
+
+    def read(self, tensor: StoredTensor) -> bytearray:
+        """Return all bytes of a (small) tensor."""
+        data = bytearray(tensor.spec.nbytes)
+        self.read_into(tensor, 0, memoryview(data))
+        return data

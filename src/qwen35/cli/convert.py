@@ -1,0 +1,58 @@
+"""Write the checkpoint that `qwen35 plan` describes.
+
+Tensors stream one at a time: memory does not grow with the model, and no GPU is needed. The output
+folder appears whole, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qwen35.checkpoint.open import describe, fetch
+from qwen35.cli.output import Output
+from qwen35.cli.shared import add_model, add_recipe, plan_for
+from qwen35.plan.show import plan_json, plan_text, size
+from qwen35.threads import default_threads
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    add_model(parser)
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add_recipe(parser)
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (auto is the CPU)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+
+
+def run(args: argparse.Namespace, output: Output) -> int:
+    """Run the verb."""
+    from qwen35.convert import check_before, convert
+
+    threads = args.threads or default_threads()
+    if args.dry_run:
+        plan = plan_for(describe(args.model, token=args.hf_token), args)
+        output.data(plan_text(plan, threads), plan_json(plan, threads))
+        return 0
+    check_before(args.out, overwrite=args.overwrite, device=args.device)
+    plan = plan_for(fetch(args.model, token=args.hf_token), args)
+    result = convert(
+        plan,
+        args.out,
+        overwrite=args.overwrite,
+        threads=threads,
+        device=args.device,
+        progress=output.progress(),
+    )
+    for note in plan.notes:
+        output.info(f"note: {note}")
+    replaced = sum(step.op == "nf4" for step in plan.steps)
+    output.data(
+        f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}, "
+        f"{replaced} layers in NF4",
+        {"out": str(result.out), "bytes": result.nbytes, "sha256": result.hashes, "nf4": replaced},
+    )
+    return 0

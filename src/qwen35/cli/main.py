@@ -1,0 +1,97 @@
+"""The command `qwen35`: a table of verbs, each in a module that is imported when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from qwen35.cli.output import Output
+from qwen35.errors import Qwen35Error, UsageError
+from qwen35.version import __version__
+
+__all__ = ["VERBS", "main", "run_verb"]
+
+VERBS: dict[str, str] = {
+    "plan": "every output file and tensor, exact to the byte, before anything is read",
+    "convert": "write a quantized or text-only checkpoint",
+}
+"""Verb to what it does; the module is `qwen35.cli.<verb>`."""
+
+_EPILOG = """\
+start here:
+  qwen35 plan Qwen3.5-9B --recipe nf4        what would come out, no download
+  qwen35 convert MODEL OUT --recipe nf4      write it
+
+MODEL is a folder, a Hub id (owner/name[@revision]) or, to plan, a published size.
+Exit codes: 0 fine, 1 findings, 2 wrong input or usage, 130 interrupted.
+"""
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {verb:<{width}}{text}" for verb, text in VERBS.items())
+    return argparse.ArgumentParser(
+        prog="qwen35",
+        usage="qwen35 [--version] VERB ...",
+        description=f"Ship Qwen3.5 checkpoints: quantized, verified, measured.\n\nverbs:\n{verbs}",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in VERBS:
+        return run_verb(arguments[0], arguments[1:])
+    parser = _parser()
+    parser.add_argument("--version", action="version", version=f"qwen35 {__version__}")
+    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
+    if not arguments:
+        parser.print_help()
+        return 0
+    known, _ = parser.parse_known_args(arguments)
+    output = Output()
+    output.error(UsageError(f"verb {known.verb!r}", "unknown", expected=", ".join(VERBS)))
+    return EXIT_USAGE
+
+
+def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = "") -> int:
+    """Run one verb and return the exit code.
+
+    Args:
+        verb: a key of `VERBS`.
+        argv: what follows it.
+        module: the module to use instead of the verb's own.
+        prog: what the usage line calls it.
+    """
+    implementation = importlib.import_module(f"qwen35.cli.{module or verb}")
+    parser = argparse.ArgumentParser(
+        prog=prog or f"qwen35 {verb}",
+        description=implementation.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    implementation.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print data as JSON")
+    parser.add_argument("--quiet", action="store_true", help="print only data and errors")
+    args = parser.parse_args(argv)
+    output = Output(quiet=args.quiet, as_json=args.json)
+    try:
+        code: int = implementation.run(args, output)
+    except Qwen35Error as error:
+        output.error(error)
+        return EXIT_USAGE
+    except KeyboardInterrupt:
+        output.info("interrupted")
+        return EXIT_INTERRUPTED
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The only module that prints: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+from qwen35.errors import Qwen35Error
+from qwen35.progress import Progress, Silent
+
+__all__ = ["Output"]
+
+_HEARTBEAT_SECONDS = 10.0
+
+
+class Output:
+    """What a command says.
+
+    Args:
+        quiet: only data and errors.
+        as_json: data as JSON, for a program.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.quiet = quiet
+        self.as_json = as_json
+
+    def data(self, text: str, value: Any) -> None:
+        """Print the result: `text` for people, or `value` as JSON."""
+        print(json.dumps(value, indent=2, ensure_ascii=False) if self.as_json else text)
+
+    def info(self, text: str) -> None:
+        """Tell what is going on."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def error(self, error: Qwen35Error) -> None:
+        """Print an expected failure as one sentence."""
+        if self.as_json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+    def progress(self) -> Progress:
+        """Return progress fit for where stderr goes: a bar, plain lines, or nothing."""
+        if self.quiet:
+            return Silent()
+        return _Bar() if sys.stderr.isatty() else _Lines()
+
+
+class _Lines:
+    """A line at the start and every ten seconds, for logs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._title = ""
+        self._total = self._done = 0
+        self._started = self._last = 0.0
+
+    def begin(self, title: str, nbytes: int) -> None:
+        self._title, self._total, self._done = title, nbytes, 0
+        self._started = self._last = time.monotonic()
+        print(f"{title}: {nbytes / 1e9:.2f} GB to read", file=sys.stderr, flush=True)
+
+    def advance(self, nbytes: int, item: str) -> None:
+        with self._lock:
+            self._done += nbytes
+            now = time.monotonic()
+            if now - self._last < _HEARTBEAT_SECONDS:
+                return
+            self._last = now
+            share = self._done / max(1, self._total)
+            left = (now - self._started) * (1 - share) / max(share, 1e-9)
+        line = f"{self._title}: {share:.0%}, about {left:.0f} s left, {item}"
+        print(line, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Nothing: the command says how it ended."""
+
+
+class _Bar:
+    """A bar on a terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def begin(self, title: str, nbytes: int) -> None:
+        self._bar.update(self._task, description=title, total=nbytes, completed=0)
+        self._bar.start()
+
+    def advance(self, nbytes: int, item: str) -> None:
+        del item
+        self._bar.advance(self._task, nbytes)
+
+    def end(self) -> None:
+        self._bar.stop()

@@ -1,0 +1,61 @@
+"""Conversions between the float formats of checkpoints, on flat arrays.
+
+NumPy has no bfloat16; such data travels as its uint16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["all_finite", "bf16_from_f32", "empty", "f32_from", "from_f32"]
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+U16 = npt.NDArray[np.uint16]
+
+_CARRIER: dict[str, type[np.generic]] = {
+    "BF16": np.uint16,
+    "F16": np.float16,
+    "F32": np.float32,
+    "U8": np.uint8,
+    "F8_E4M3": np.uint8,
+}
+_EXPONENT = {
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+    "F32": (np.uint32, 0x7F800000),
+}
+
+
+def empty(dtype: str, size: int) -> Array:
+    """Return an uninitialised flat array that carries `size` elements of `dtype`."""
+    return np.empty(size, _CARRIER[dtype])
+
+
+def f32_from(values: Array, dtype: str) -> F32:
+    """Return `values` of the format `dtype` as float32; exact for BF16, F16 and F32."""
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def bf16_from_f32(values: F32) -> U16:
+    """Round finite float32 values to bfloat16, to nearest with ties to even."""
+    bits = values.view(np.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
+
+
+def from_f32(values: F32, dtype: str) -> Array:
+    """Round finite float32 values to the format `dtype`."""
+    return bf16_from_f32(values) if dtype == "BF16" else values.astype(_CARRIER[dtype])
+
+
+def all_finite(values: Array, dtype: str) -> bool:
+    """Whether no element of the format `dtype` is NaN or infinite."""
+    kind, exponent = _EXPONENT[dtype]
+    masked = values.view(kind) & np.array(exponent, kind)
+    return not masked.size or int(masked.max()) != exponent

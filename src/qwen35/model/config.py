@@ -1,0 +1,253 @@
+"""config.json of a Qwen3.5 checkpoint, checked, as the numbers the rest of the package needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qwen35.errors import ConfigError
+from qwen35.tensors import HUB_DTYPES
+
+__all__ = ["ARCHITECTURES", "ModelConfig", "parse_config"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One member of the family: what `model_type` stands for."""
+
+    class_name: str
+    moe: bool
+    vision: bool
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "qwen3_5": Architecture("Qwen3_5ForConditionalGeneration", moe=False, vision=True),
+    "qwen3_5_moe": Architecture("Qwen3_5MoeForConditionalGeneration", moe=True, vision=True),
+    "qwen3_5_text": Architecture("Qwen3_5ForCausalLM", moe=False, vision=False),
+    "qwen3_5_moe_text": Architecture("Qwen3_5MoeForCausalLM", moe=True, vision=False),
+}
+"""`model_type` of config.json to what it is (transformers 5.23, `models/qwen3_5*`)."""
+
+_TEXT_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "vocab_size",
+)
+_MOE_SIZES = ("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size")
+_VISION_SIZES = (
+    "depth",
+    "hidden_size",
+    "intermediate_size",
+    "num_heads",
+    "in_channels",
+    "patch_size",
+    "temporal_patch_size",
+    "spatial_merge_size",
+    "num_position_embeddings",
+    "out_hidden_size",
+)
+_DEFAULTS = {"linear_conv_kernel_dim": 4, "head_dim": 256}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The geometry of a checkpoint.
+
+    Args:
+        raw: config.json as parsed, never changed.
+        model_type: a key of `ARCHITECTURES`.
+        dims: every symbolic size that `qwen35.model.roles` uses in shapes.
+        layer_types: ``linear_attention`` or ``full_attention`` for each decoder layer.
+        vision_depth: blocks of the vision tower, 0 without one.
+        mtp_layers: what ``mtp_num_hidden_layers`` says.
+        tied: whether ``lm_head`` is the embedding.
+        dtype: the checkpoint's dtype as safetensors names it.
+    """
+
+    raw: dict[str, Any]
+    model_type: str
+    dims: dict[str, int]
+    layer_types: tuple[str, ...]
+    vision_depth: int
+    mtp_layers: int
+    tied: bool
+    dtype: str
+
+    @property
+    def architecture(self) -> Architecture:
+        """The member of the family."""
+        return ARCHITECTURES[self.model_type]
+
+    @property
+    def moe(self) -> bool:
+        """Whether the feed-forward layers are mixtures of experts."""
+        return self.architecture.moe
+
+    @property
+    def text_raw(self) -> dict[str, Any]:
+        """The part of `raw` that describes the text model."""
+        text: dict[str, Any] = self.raw.get("text_config", self.raw)
+        return text
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """``quantization_config`` of the checkpoint, if it has one."""
+        for holder in (self.raw, self.text_raw):
+            value = holder.get("quantization_config")
+            if isinstance(value, dict):
+                return value
+        return None
+
+
+def _sizes(section: dict[str, Any], names: tuple[str, ...], where: str) -> dict[str, int]:
+    result = {}
+    for name in names:
+        value = section.get(name, _DEFAULTS.get(name))
+        if type(value) is not int or not 0 < value < 2**31:
+            raise ConfigError(
+                "config.json", f"{where}{name} is {value!r}", expected="a positive integer"
+            )
+        result[name] = value
+    return result
+
+
+def _model_type(raw: dict[str, Any]) -> str:
+    model_type = raw.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ConfigError(
+            "config.json",
+            f"model_type {model_type!r} is not a Qwen3.5 architecture",
+            expected=" or ".join(ARCHITECTURES),
+            hint="this tool converts Qwen3.5 checkpoints and later releases of the same classes",
+        )
+    return str(model_type)
+
+
+def _layer_types(text: dict[str, Any], layers: int) -> tuple[str, ...]:
+    given = text.get("layer_types")
+    if given is None:
+        interval = text.get("full_attention_interval", 4)
+        if type(interval) is not int or interval < 1:
+            raise ConfigError("config.json", f"full_attention_interval is {interval!r}")
+        return tuple(
+            "full_attention" if (i + 1) % interval == 0 else "linear_attention"
+            for i in range(layers)
+        )
+    known = {"linear_attention", "full_attention"}
+    if not isinstance(given, list) or len(given) != layers or not set(map(str, given)) <= known:
+        raise ConfigError(
+            "config.json",
+            "layer_types does not fit num_hidden_layers",
+            expected=f"{layers} times linear_attention or full_attention",
+        )
+    return tuple(given)
+
+
+def _vision(section: dict[str, Any]) -> dict[str, int]:
+    v = _sizes(section, _VISION_SIZES, "vision_config.")
+    merged = v["hidden_size"] * v["spatial_merge_size"] ** 2
+    return {
+        "vision_depth": v["depth"],
+        "vision_hidden": v["hidden_size"],
+        "vision_qkv": 3 * v["hidden_size"],
+        "vision_ffn": v["intermediate_size"],
+        "vision_channels": v["in_channels"],
+        "vision_frames": v["temporal_patch_size"],
+        "vision_patch": v["patch_size"],
+        "vision_positions": v["num_position_embeddings"],
+        "vision_merged": merged,
+        "vision_out": v["out_hidden_size"],
+    }
+
+
+def _text(text: dict[str, Any], moe: bool) -> dict[str, int]:
+    t = _sizes(text, _TEXT_SIZES, "")
+    key_dim = t["linear_num_key_heads"] * t["linear_key_head_dim"]
+    value_dim = t["linear_num_value_heads"] * t["linear_value_head_dim"]
+    gated = 2 if text.get("attn_output_gate", True) else 1
+    dims = {
+        "one": 1,
+        "vocab": t["vocab_size"],
+        "hidden": t["hidden_size"],
+        "two_hidden": 2 * t["hidden_size"],
+        "head": t["head_dim"],
+        "query": gated * t["num_attention_heads"] * t["head_dim"],
+        "key_value": t["num_key_value_heads"] * t["head_dim"],
+        "attention": t["num_attention_heads"] * t["head_dim"],
+        "linear_qkv": 2 * key_dim + value_dim,
+        "linear_value": value_dim,
+        "linear_heads": t["linear_num_value_heads"],
+        "linear_head": t["linear_value_head_dim"],
+        "conv": t["linear_conv_kernel_dim"],
+    }
+    if moe:
+        m = _sizes(text, _MOE_SIZES, "")
+        dims |= {
+            "experts": m["num_experts"],
+            "expert_ffn": m["moe_intermediate_size"],
+            "expert_gate_up": 2 * m["moe_intermediate_size"],
+            "shared_ffn": m["shared_expert_intermediate_size"],
+        }
+    else:
+        dims["ffn"] = _sizes(text, ("intermediate_size",), "")["intermediate_size"]
+    return dims
+
+
+def _dtype(raw: dict[str, Any], text: dict[str, Any]) -> str:
+    for section in (raw, text):
+        for key in ("dtype", "torch_dtype"):
+            if section.get(key) is not None:
+                name = HUB_DTYPES.get(str(section[key]))
+                if name is None:
+                    raise ConfigError(
+                        "config.json", f"{key} is {section[key]!r}", expected=", ".join(HUB_DTYPES)
+                    )
+                return name
+    return "BF16"
+
+
+def parse_config(raw: object) -> ModelConfig:
+    """Check a parsed config.json.
+
+    Raises:
+        ConfigError: another architecture, or a size that is missing or nonsense.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError("config.json", "not a JSON object")
+    model_type = _model_type(raw)
+    arch = ARCHITECTURES[model_type]
+    text = raw.get("text_config") if arch.vision else raw
+    if not isinstance(text, dict):
+        raise ConfigError("config.json", "text_config is missing")
+    dims = _text(text, arch.moe)
+    vision_depth = 0
+    if arch.vision:
+        section = raw.get("vision_config")
+        if not isinstance(section, dict):
+            raise ConfigError("config.json", "vision_config is missing")
+        vision = _vision(section)
+        vision_depth = vision.pop("vision_depth")
+        dims |= vision
+    layers = int(text["num_hidden_layers"])
+    mtp = text.get("mtp_num_hidden_layers", raw.get("mtp_num_hidden_layers", 0)) or 0
+    if type(mtp) is not int or mtp < 0:
+        raise ConfigError("config.json", f"mtp_num_hidden_layers is {mtp!r}")
+    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    return ModelConfig(
+        raw=raw,
+        model_type=model_type,
+        dims=dims,
+        layer_types=_layer_types(text, layers),
+        vision_depth=vision_depth,
+        mtp_layers=mtp,
+        tied=bool(tied),
+        dtype=_dtype(raw, text),
+    )

@@ -1,0 +1,452 @@
+"""What every tensor of the family is: the only place that knows names and shapes.
+
+A role is a tensor's name without its prefix, its layer and expert numbers and ``.weight``:
+``model.language_model.layers.7.linear_attn.in_proj_a.weight`` has the role
+``linear_attn.in_proj_a``. Tensors of the vision tower begin with ``visual.``, those of the
+multi-token-prediction layer with ``mtp.``. Recipes and ``--keep`` name roles, or a group of them by
+their first segments (``linear_attn``, ``mtp``, ``visual``).
+
+Source of names and shapes: transformers 5.23 ``models/qwen3_5*/modeling_*.py`` and the headers of
+the published checkpoints.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen35.errors import TensorError
+from qwen35.model.config import ModelConfig
+from qwen35.tensors import TensorSpec
+
+__all__ = ["ROLES", "Layout", "Role", "RoleInfo", "expected_tensors", "in_group", "role_of"]
+
+Kind = Literal["linear", "embedding", "head", "router", "experts", "conv", "vector"]
+Place = Literal["root", "layer", "linear", "full", "dense", "moe", "fused", "expert"]
+
+
+@dataclass(frozen=True)
+class RoleInfo:
+    """One row of the table.
+
+    Args:
+        path: the tensor's name below its layer, with suffix.
+        kind: ``linear`` is a matrix that transformers holds in an ``nn.Linear``.
+        place: where it occurs: once at the root, in every layer, in layers of linear or full
+            attention, in dense or mixture layers, with fused or with per-expert weights.
+        shape: names of `ModelConfig.dims`.
+        meaning: what it does, for ``plan --roles``.
+        dtype: how the published checkpoints store it.
+    """
+
+    path: str
+    kind: Kind
+    place: Place
+    shape: tuple[str, ...]
+    meaning: str
+    dtype: str = "BF16"
+
+    @property
+    def name(self) -> str:
+        """The role: `path` without ``.weight``."""
+        return self.path.removesuffix(".weight")
+
+
+def _row(path: str, kind: Kind, place: Place, shape: str, meaning: str) -> RoleInfo:
+    return RoleInfo(path, kind, place, tuple(shape.split()), meaning)
+
+
+_DECODER = (
+    _row("input_layernorm.weight", "vector", "layer", "hidden", "norm before attention (1 + w)"),
+    RoleInfo(
+        "linear_attn.A_log",
+        "vector",
+        "linear",
+        ("linear_heads",),
+        "log of the state's decay rate, one a value head",
+        "F32",
+    ),
+    _row(
+        "linear_attn.conv1d.weight",
+        "conv",
+        "linear",
+        "linear_qkv one conv",
+        "short causal convolution over q, k and v",
+    ),
+    _row("linear_attn.dt_bias", "vector", "linear", "linear_heads", "bias of the decay gate"),
+    _row(
+        "linear_attn.in_proj_a.weight",
+        "linear",
+        "linear",
+        "linear_heads hidden",
+        "decay gate of each value head",
+    ),
+    _row(
+        "linear_attn.in_proj_b.weight",
+        "linear",
+        "linear",
+        "linear_heads hidden",
+        "write gate of each value head",
+    ),
+    _row(
+        "linear_attn.in_proj_qkv.weight",
+        "linear",
+        "linear",
+        "linear_qkv hidden",
+        "query, key and value of linear attention",
+    ),
+    _row(
+        "linear_attn.in_proj_z.weight",
+        "linear",
+        "linear",
+        "linear_value hidden",
+        "output gate of linear attention",
+    ),
+    RoleInfo(
+        "linear_attn.norm.weight",
+        "vector",
+        "linear",
+        ("linear_head",),
+        "norm of the gated output (w, not 1 + w)",
+        "F32",
+    ),
+    _row(
+        "linear_attn.out_proj.weight",
+        "linear",
+        "linear",
+        "hidden linear_value",
+        "output projection of linear attention",
+    ),
+    _row("self_attn.k_norm.weight", "vector", "full", "head", "norm of each key head (1 + w)"),
+    _row("self_attn.k_proj.weight", "linear", "full", "key_value hidden", "keys"),
+    _row("self_attn.o_proj.weight", "linear", "full", "hidden attention", "output projection"),
+    _row("self_attn.q_norm.weight", "vector", "full", "head", "norm of each query head (1 + w)"),
+    _row("self_attn.q_proj.weight", "linear", "full", "query hidden", "queries and output gate"),
+    _row("self_attn.v_proj.weight", "linear", "full", "key_value hidden", "values"),
+    _row("mlp.down_proj.weight", "linear", "dense", "hidden ffn", "feed-forward, down"),
+    _row("mlp.gate_proj.weight", "linear", "dense", "ffn hidden", "feed-forward, gate"),
+    _row("mlp.up_proj.weight", "linear", "dense", "ffn hidden", "feed-forward, up"),
+    _row("mlp.gate.weight", "router", "moe", "experts hidden", "expert router"),
+    _row(
+        "mlp.shared_expert.down_proj.weight",
+        "linear",
+        "moe",
+        "hidden shared_ffn",
+        "shared expert, down",
+    ),
+    _row(
+        "mlp.shared_expert.gate_proj.weight",
+        "linear",
+        "moe",
+        "shared_ffn hidden",
+        "shared expert, gate",
+    ),
+    _row(
+        "mlp.shared_expert.up_proj.weight",
+        "linear",
+        "moe",
+        "shared_ffn hidden",
+        "shared expert, up",
+    ),
+    _row(
+        "mlp.shared_expert_gate.weight", "linear", "moe", "one hidden", "gate of the shared expert"
+    ),
+    _row(
+        "mlp.experts.down_proj",
+        "experts",
+        "fused",
+        "experts hidden expert_ffn",
+        "all experts in one stack, down",
+    ),
+    _row(
+        "mlp.experts.gate_up_proj",
+        "experts",
+        "fused",
+        "experts expert_gate_up hidden",
+        "all experts in one stack, gate then up",
+    ),
+    _row(
+        "mlp.experts.down_proj.weight", "experts", "expert", "hidden expert_ffn", "an expert, down"
+    ),
+    _row(
+        "mlp.experts.gate_proj.weight", "experts", "expert", "expert_ffn hidden", "an expert, gate"
+    ),
+    _row("mlp.experts.up_proj.weight", "experts", "expert", "expert_ffn hidden", "an expert, up"),
+    _row(
+        "post_attention_layernorm.weight",
+        "vector",
+        "layer",
+        "hidden",
+        "norm before feed-forward (1 + w)",
+    ),
+)
+
+_TEXT_ROOT = (
+    _row("embed_tokens.weight", "embedding", "root", "vocab hidden", "token embedding"),
+    _row("norm.weight", "vector", "root", "hidden", "norm before the head (1 + w)"),
+)
+
+_HEAD = _row("lm_head.weight", "head", "root", "vocab hidden", "output head, absent when tied")
+
+_MTP_ROOT = (
+    _row("fc.weight", "linear", "root", "hidden two_hidden", "joins embedding and hidden state"),
+    _row("norm.weight", "vector", "root", "hidden", "norm before the head (1 + w)"),
+    _row(
+        "pre_fc_norm_embedding.weight", "vector", "root", "hidden", "norm of the embedding (1 + w)"
+    ),
+    _row(
+        "pre_fc_norm_hidden.weight", "vector", "root", "hidden", "norm of the hidden state (1 + w)"
+    ),
+)
+
+
+def _with_bias(path: str, shape: str, meaning: str) -> tuple[RoleInfo, RoleInfo]:
+    kind: Kind = "linear" if len(shape.split()) == 2 else "vector"
+    bias = shape.split()[0]
+    return (
+        _row(f"{path}.weight", kind, "layer", shape, meaning),
+        _row(f"{path}.bias", "vector", "layer", bias, f"bias of {path}"),
+    )
+
+
+_VISION_BLOCK = (
+    *_with_bias("attn.proj", "vision_hidden vision_hidden", "attention output"),
+    *_with_bias("attn.qkv", "vision_qkv vision_hidden", "query, key and value"),
+    *_with_bias("mlp.linear_fc1", "vision_ffn vision_hidden", "feed-forward, in"),
+    *_with_bias("mlp.linear_fc2", "vision_hidden vision_ffn", "feed-forward, out"),
+    *_with_bias("norm1", "vision_hidden", "layer norm before attention"),
+    *_with_bias("norm2", "vision_hidden", "layer norm before feed-forward"),
+)
+
+_VISION_ROOT = (
+    *_with_bias("merger.linear_fc1", "vision_merged vision_merged", "patch merger, in"),
+    *_with_bias("merger.linear_fc2", "vision_out vision_merged", "patch merger, out"),
+    *_with_bias("merger.norm", "vision_hidden", "layer norm before merging"),
+    _row("patch_embed.proj.bias", "vector", "root", "vision_hidden", "bias of the patch embedding"),
+    _row(
+        "patch_embed.proj.weight",
+        "conv",
+        "root",
+        "vision_hidden vision_channels vision_frames vision_patch vision_patch",
+        "patch embedding",
+    ),
+    _row(
+        "pos_embed.weight",
+        "embedding",
+        "root",
+        "vision_positions vision_hidden",
+        "learned positions, interpolated",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """A part of the model: how its tensors are named and what it holds."""
+
+    group: str
+    stack: str
+    root: tuple[RoleInfo, ...]
+    block: tuple[RoleInfo, ...]
+
+
+_SCOPES = (
+    _Scope("", "layers", (*_TEXT_ROOT, _HEAD), _DECODER),
+    _Scope("visual.", "blocks", _VISION_ROOT, _VISION_BLOCK),
+    _Scope("mtp.", "layers", _MTP_ROOT, _DECODER),
+)
+
+
+def _table() -> dict[str, RoleInfo]:
+    table = {}
+    for scope in _SCOPES:
+        for info in scope.root:
+            table[f"{scope.group}{info.path}"] = info
+        stack = f"{scope.group}{scope.stack}." if scope.group else ""
+        for info in scope.block:
+            table[f"{stack}{info.path}"] = info
+    return table
+
+
+ROLES: dict[str, RoleInfo] = _table()
+"""Path without numbers (``mtp.layers.mlp.up_proj.weight``) to what it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What one tensor is.
+
+    Args:
+        name: as recipes name it (``linear_attn.in_proj_qkv``, ``mtp.layers.mlp.up_proj``).
+        info: its row in the table.
+        layer: number of its layer or block, if it is in one.
+        expert: number of its expert, if it has one to itself.
+    """
+
+    name: str
+    info: RoleInfo
+    layer: int | None = None
+    expert: int | None = None
+
+    @property
+    def scope(self) -> str:
+        """``visual``, ``mtp`` or ``text``."""
+        first = self.name.split(".", 1)[0]
+        return first if first in ("visual", "mtp") else "text"
+
+
+_NAME = re.compile(
+    r"(?P<prefix>model\.language_model\.|model\.|(?=mtp\.|lm_head\.))"
+    r"(?P<head>(?:visual\.|mtp\.)?)"
+    r"(?:(?P<stack>layers|blocks)\.(?P<layer>0|[1-9]\d{0,5})\.)?"
+    r"(?P<path>[A-Za-z_][\w.]*)\Z",
+    re.ASCII,
+)
+_EXPERT = re.compile(r"mlp\.experts\.(0|[1-9]\d{0,5})\.", re.ASCII)
+
+
+def role_of(name: str) -> Role:
+    """Return what the tensor called `name` is.
+
+    Raises:
+        TensorError: no tensor of the family has that name.
+
+    >>> role_of("model.language_model.layers.7.linear_attn.in_proj_a.weight").name
+    'linear_attn.in_proj_a'
+    """
+    match = _NAME.match(name)
+    if match is None:
+        raise _unknown(name)
+    path, expert = match["path"], None
+    found = _EXPERT.match(path)
+    if found:
+        expert = int(found[1])
+        path = "mlp.experts." + path[found.end() :]
+    stack = match["stack"] or ""
+    head = match["head"]
+    key = f"{head}{stack}.{path}" if stack and head else f"{head}{path}"
+    info = ROLES.get(key)
+    if info is None or not _placed(info, head, bool(stack), expert):
+        raise _unknown(name)
+    layer = int(match["layer"]) if stack else None
+    return Role(key.removesuffix(".weight"), info, layer, expert)
+
+
+def _placed(info: RoleInfo, head: str, in_stack: bool, expert: int | None) -> bool:
+    """Whether the numbers in a name are those its row has."""
+    stacked = info in (_VISION_BLOCK if head == "visual." else _DECODER)
+    return stacked == in_stack and (info.place == "expert") == (expert is not None)
+
+
+def _unknown(name: str) -> TensorError:
+    return TensorError(
+        name,
+        "not a tensor of Qwen3.5",
+        hint="if another tool renamed or packed it, start from the original checkpoint",
+    )
+
+
+def in_group(role: str, group: str) -> bool:
+    """Whether `role` is `group` or begins with its whole segments.
+
+    >>> in_group("mlp.gate_proj", "mlp"), in_group("mlp.gate_proj", "mlp.gate")
+    (True, False)
+    """
+    return role == group or role.startswith(f"{group}.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint names and groups its tensors; read off its keys, never off its repository.
+
+    Args:
+        prefix: what text tensors begin with (``model.language_model.`` or ``model.``).
+        per_expert: the blocks (``layers.3``, ``mtp.layers.0``) whose experts are 2-D, one by one.
+        mtp: whether the multi-token-prediction layer is there.
+        head: whether ``lm_head.weight`` is stored.
+    """
+
+    prefix: str = "model.language_model."
+    per_expert: frozenset[str] = frozenset()
+    mtp: bool = True
+    head: bool = False
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Layout:
+        """Read the layout off the names of a checkpoint."""
+        prefix, head, mtp = "", False, False
+        per_expert = set()
+        for name in names:
+            head = head or name == "lm_head.weight"
+            mtp = mtp or name.startswith("mtp.")
+            if not prefix and name.endswith("embed_tokens.weight"):
+                prefix = name.removesuffix("embed_tokens.weight")
+            block, separator, rest = name.partition(".mlp.experts.")
+            if separator and rest[0].isdigit():
+                per_expert.add(block[block.find("layers.") :] if "mtp." not in block else block)
+        return cls(prefix or "model.language_model.", frozenset(per_expert), mtp, head)
+
+    @classmethod
+    def published(cls, config: ModelConfig) -> Layout:
+        """The layout that official releases of this configuration have."""
+        vision = config.architecture.vision
+        mtp_blocks = frozenset(f"mtp.layers.{i}" for i in range(config.mtp_layers))
+        return cls(
+            prefix="model.language_model." if vision else "model.",
+            per_expert=mtp_blocks if config.moe else frozenset(),
+            mtp=config.mtp_layers > 0,
+            head=not config.tied,
+        )
+
+
+def expected_tensors(config: ModelConfig, layout: Layout) -> Iterator[TensorSpec]:
+    """Yield every tensor that a checkpoint of `config` in `layout` has, in model order.
+
+    What only the config can promise (the vision tower, an untied head) does not depend on `layout`.
+    """
+    prefix = "model.language_model." if config.architecture.vision else layout.prefix
+    if layout.head or not config.tied:
+        yield _spec(config, "", _HEAD)
+    yield from (_spec(config, prefix, info) for info in _TEXT_ROOT)
+    for i, kind in enumerate(config.layer_types):
+        yield from _block(config, layout, f"{prefix}layers.{i}", f"layers.{i}", kind)
+    if config.architecture.vision:
+        yield from _vision_tensors(config)
+    if layout.mtp:
+        yield from (_spec(config, "mtp.", info) for info in _MTP_ROOT)
+        for i in range(config.mtp_layers):
+            block = f"mtp.layers.{i}"
+            yield from _block(config, layout, block, block, "full_attention")
+
+
+def _vision_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
+    yield from (_spec(config, "model.visual.", info) for info in _VISION_ROOT)
+    for i in range(config.vision_depth):
+        for info in _VISION_BLOCK:
+            yield _spec(config, f"model.visual.blocks.{i}.", info)
+
+
+def _spec(config: ModelConfig, prefix: str, info: RoleInfo) -> TensorSpec:
+    shape = tuple(config.dims[size] for size in info.shape)
+    dtype = config.dtype if info.dtype == "BF16" else info.dtype
+    return TensorSpec(f"{prefix}{info.path}", dtype, shape)
+
+
+def _block(
+    config: ModelConfig, layout: Layout, prefix: str, key: str, kind: str
+) -> Iterator[TensorSpec]:
+    experts: Place = "expert" if key in layout.per_expert else "fused"
+    places: set[Place] = {"layer", "linear" if kind == "linear_attention" else "full"}
+    places |= {"moe", experts} if config.moe else {"dense"}
+    for info in _DECODER:
+        if info.place not in places:
+            continue
+        if info.place != "expert":
+            yield _spec(config, f"{prefix}.", info)
+            continue
+        leaf = info.path.removeprefix("mlp.experts.")
+        for expert in range(config.dims["experts"]):
+            spec = _spec(config, "", info)
+            yield TensorSpec(f"{prefix}.mlp.experts.{expert}.{leaf}", spec.dtype, spec.shape)

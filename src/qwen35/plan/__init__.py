@@ -1,0 +1,1 @@
+"""Plans: complete descriptions of outputs, made from headers alone."""

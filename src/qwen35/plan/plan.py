@@ -1,0 +1,303 @@
+"""The plan: every tensor and file of an output, known from headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from qwen35.checkpoint.header import file_layout
+from qwen35.checkpoint.inventory import Item, inventory
+from qwen35.checkpoint.sidecars import travelling
+from qwen35.checkpoint.source import INDEX_NAME, Checkpoint
+from qwen35.checkpoint.storage import Weight
+from qwen35.codecs import nf4
+from qwen35.errors import TensorError, UsageError
+from qwen35.model.config import ModelConfig
+from qwen35.model.roles import Role
+from qwen35.plan.config_out import output_config
+from qwen35.plan.documents import Documents, side_documents
+from qwen35.plan.recipe import Action, Recipe
+from qwen35.tensors import TensorSpec
+
+__all__ = ["MAX_SHARD_BYTES", "Op", "Plan", "PlannedFile", "Step", "make_plan"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""A shard is closed before it would hold more tensor bytes than this."""
+
+Op = Literal["drop", "copy", "decode", "nf4"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one weight.
+
+    Args:
+        weight: its stored tensors.
+        spec: the weight itself, decoded.
+        role: what it is.
+        op: ``drop``; ``copy`` the stored bytes; ``decode`` to `spec`; encode as ``nf4``.
+        reason: the recipe's words.
+        outputs: what is written, in the order the codec gives.
+    """
+
+    weight: Weight
+    spec: TensorSpec
+    role: Role
+    op: Op
+    reason: str
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return sum(out.nbytes for out in self.outputs)
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One safetensors file of the output.
+
+    Args:
+        name: file name.
+        head: the bytes before the data.
+        offsets: absolute offset of each tensor.
+        nbytes: size of the file.
+        steps: the steps that fill it.
+    """
+
+    name: str
+    head: bytes
+    offsets: Mapping[str, int]
+    nbytes: int
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete description of an output.
+
+    Args:
+        checkpoint: the source.
+        recipe: what was asked for.
+        steps: one for each weight of the source, in model order.
+        files: the safetensors files.
+        documents: the files whose content the plan makes (config.json, the index, a template).
+        copied: side-car files that travel unchanged, with their sizes.
+        notes: what the user should know and could not see in the table.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    steps: tuple[Step, ...]
+    files: tuple[PlannedFile, ...]
+    documents: Mapping[str, bytes]
+    copied: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def file_sizes(self) -> Iterator[tuple[str, int]]:
+        """Yield name and exact size of every file but the manifest, which describes the others."""
+        for file in self.files:
+            yield file.name, file.nbytes
+        for name, content in self.documents.items():
+            yield name, len(content)
+        yield from self.copied.items()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(size for _, size in self.file_sizes())
+
+    @property
+    def outputs(self) -> Iterator[TensorSpec]:
+        """Every tensor written, in model order."""
+        return (out for step in self.steps for out in step.outputs)
+
+    @property
+    def read_bytes(self) -> int:
+        """Tensor bytes that executing the plan reads."""
+        return sum(step.weight.nbytes for step in self.steps if step.op != "drop")
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides the output's bytes, sizes of side-cars included.
+
+        Where the source lies is not in it: the same checkpoint elsewhere gives the same digest.
+        """
+        described = {
+            "recipe": [self.recipe.name, self.recipe.format],
+            "steps": [
+                [step.weight.name, step.weight.storage, step.op, [o.name for o in step.outputs]]
+                for step in self.steps
+            ],
+            "heads": {file.name: _sha256(file.head) for file in self.files},
+            "documents": {name: _sha256(data) for name, data in sorted(self.documents.items())},
+            "copied": dict(sorted(self.copied.items())),
+        }
+        return _sha256(json.dumps(described, sort_keys=True).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def json_bytes(value: Any) -> bytes:
+    """Render a JSON document as the files of a checkpoint are: indented, in UTF-8, newline last."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, keep_prefix: bool = False) -> Plan:
+    """Plan the output of `recipe` on `checkpoint`, reading nothing but its headers.
+
+    Args:
+        checkpoint: the source.
+        recipe: rules for its weights.
+        keep_prefix: leave text tensors of a text-only output under ``model.language_model.``.
+
+    Raises:
+        TensorError: the checkpoint does not have the weights that its config promises.
+        UsageError: the recipe does not fit the checkpoint.
+    """
+    items = inventory(checkpoint)
+    text_only = checkpoint.config.architecture.vision and _drops_vision(recipe, items)
+    prefix = checkpoint.layout.prefix
+    if text_only and not keep_prefix:
+        prefix = "model."
+    steps = tuple(_step(recipe, item, checkpoint.layout.prefix, prefix) for item in items)
+    _check_rules_used(recipe, steps)
+    files = _pack(steps)
+    config = output_config(
+        checkpoint.config,
+        steps,
+        packs_nf4=recipe.format == "nf4",
+        text_only=text_only,
+        prefix=prefix,
+    )
+    vision = not text_only and checkpoint.config.architecture.vision
+    side = side_documents(checkpoint, text_only=text_only)
+    documents = {"config.json": json_bytes(config), **side.documents}
+    if len(files) > 1:
+        documents[INDEX_NAME] = _index(files)
+    names = [name for name in travelling(vision=vision) if name not in documents]
+    copied = {name: checkpoint.sidecars[name] for name in names if name in checkpoint.sidecars}
+    return Plan(
+        checkpoint, recipe, steps, files, documents, copied, _notes(checkpoint.config, steps, side)
+    )
+
+
+def _drops_vision(recipe: Recipe, items: Sequence[Item]) -> bool:
+    """Whether the vision tower is dropped; dropping a part of it is refused."""
+    actions = {recipe.rule_for(i.role).action for i in items if i.role.scope == "visual"}
+    if "drop" in actions and len(actions) > 1:
+        raise UsageError(f"recipe {recipe.name}", "drops a part of the vision tower")
+    return actions <= {"drop"}
+
+
+def _step(recipe: Recipe, item: Item, source_prefix: str, prefix: str) -> Step:
+    rule = recipe.rule_for(item.role)
+    op, reason = _operation(rule.action, rule.reason, item)
+    name = item.spec.name
+    if prefix != source_prefix and name.startswith(source_prefix):
+        name = prefix + name.removeprefix(source_prefix)
+    renamed = TensorSpec(name, item.spec.dtype, item.spec.shape)
+    outputs: tuple[TensorSpec, ...] = ()
+    if op == "copy":
+        outputs = tuple(
+            TensorSpec(
+                name + part.spec.name.removeprefix(item.spec.name), part.spec.dtype, part.spec.shape
+            )
+            for part in item.weight.parts
+        )
+    elif op == "decode":
+        outputs = (renamed,)
+    elif op == "nf4":
+        outputs = nf4.layout(renamed)
+    return Step(item.weight, item.spec, item.role, op, reason, outputs)
+
+
+def _operation(action: Action, reason: str, item: Item) -> tuple[Op, str]:
+    storage = item.weight.storage
+    if action == "drop":
+        if item.role.scope == "text":
+            raise UsageError(f"rule {reason!r}", f"drops {item.spec.name}, which every model needs")
+        return "drop", reason
+    if action == "keep" or (action == "plain" and storage == "plain"):
+        return "copy", reason
+    if action == "plain":
+        return "decode", f"{reason}; packed in the source ({storage}), restored"
+    if item.role.info.kind != "linear" or item.role.scope == "mtp":
+        raise UsageError(
+            f"rule {reason!r}",
+            f"packs {item.spec.name}",
+            expected="linear layers of the text model or the vision tower",
+        )
+    if storage == "nf4":
+        return "copy", f"{reason}; NF4 already"
+    if item.spec.numel % nf4.BLOCK:
+        return "copy" if storage == "plain" else "decode", f"not a multiple of {nf4.BLOCK} weights"
+    return "nf4", reason
+
+
+def _check_rules_used(recipe: Recipe, steps: Sequence[Step]) -> None:
+    for rule in recipe.rules:
+        if rule.required and not any(recipe.rule_for(step.role) is rule for step in steps):
+            raise UsageError(
+                f"rule for {rule.match!r} ({rule.reason})",
+                "no tensor of this checkpoint is left for it",
+                hint="remove it, or move it before the rule that takes its tensors",
+            )
+
+
+def _pack(steps: Sequence[Step]) -> tuple[PlannedFile, ...]:
+    """Fill files in model order; a weight and its companions share one."""
+    groups: list[list[Step]] = [[]]
+    size = 0
+    for step in steps:
+        if step.outputs and groups[-1] and size + step.nbytes > MAX_SHARD_BYTES:
+            groups.append([])
+            size = 0
+        if step.outputs:
+            groups[-1].append(step)
+            size += step.nbytes
+    return tuple(_file(i, len(groups), group) for i, group in enumerate(groups, 1))
+
+
+def _file(number: int, count: int, steps: list[Step]) -> PlannedFile:
+    name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    outputs = [out for step in steps for out in step.outputs]
+    if len({out.name for out in outputs}) != len(outputs):
+        raise TensorError(name, "two weights would be written under one name")
+    head, offsets = file_layout(outputs)
+    nbytes = len(head) + sum(out.nbytes for out in outputs)
+    return PlannedFile(name, head, offsets, nbytes, tuple(steps))
+
+
+def _index(files: Sequence[PlannedFile]) -> bytes:
+    total = sum(file.nbytes - len(file.head) for file in files)
+    weight_map = {name: file.name for file in files for name in file.offsets}
+    return json_bytes(
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def _notes(config: ModelConfig, steps: Sequence[Step], side: Documents) -> tuple[str, ...]:
+    notes = list(side.notes)
+    if config.mtp_layers and not any(step.role.scope == "mtp" for step in steps):
+        notes.append(
+            f"config.json promises {config.mtp_layers} multi-token-prediction layer(s), but the "
+            "checkpoint has none: the output's config.json says 0"
+        )
+    experts = sum(s.spec.numel for s in steps if s.role.info.kind == "experts")
+    unpacked = sum(
+        s.spec.numel for s in steps if s.role.info.kind == "experts" and s.outputs and s.op != "nf4"
+    )
+    if experts and any(step.op == "nf4" for step in steps):
+        total = sum(step.spec.numel for step in steps)
+        notes.append(
+            f"experts stay in {config.dtype}: {unpacked / total:.1%} of all parameters, because "
+            "transformers cannot load them packed"
+        )
+    return tuple(notes)

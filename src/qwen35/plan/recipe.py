@@ -1,0 +1,176 @@
+"""Recipes: tables from role to action, with a reason for each row. Built-in ones are TOML too."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from qwen35.errors import UsageError
+from qwen35.model.roles import ROLES, Role, in_group
+
+__all__ = ["ACTIONS", "BUILT_IN", "Action", "Recipe", "Rule", "load_recipe"]
+
+Action = Literal["drop", "keep", "plain", "nf4"]
+Format = Literal["stored", "nf4"]
+
+ACTIONS: dict[str, str] = {
+    "drop": "not written",
+    "keep": "copied as stored, packed or not",
+    "plain": "copied; if packed (NF4, FP8), decoded to the checkpoint's dtype",
+    "nf4": "bitsandbytes NF4; copied if already NF4",
+}
+"""What a rule may ask for."""
+
+BUILT_IN = ("nf4", "text", "text-nf4")
+"""Names of the recipes that come with the package."""
+
+_KINDS = sorted({info.kind for info in ROLES.values()})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a recipe.
+
+    Args:
+        match: a role or the group its first segments name, ``kind:linear``, or ``*``.
+        action: a key of `ACTIONS`.
+        reason: why, in a few words; shown by ``plan``.
+        required: whether it is an error if no tensor matches.
+    """
+
+    match: str
+    action: Action
+    reason: str
+    required: bool = False
+
+    def matches(self, role: Role) -> bool:
+        """Whether the rule speaks of tensors with `role`."""
+        if self.match == "*":
+            return True
+        if self.match.startswith("kind:"):
+            return role.info.kind == self.match.removeprefix("kind:")
+        return in_group(role.name, self.match)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of rules; the first that matches a tensor decides.
+
+    Args:
+        name: built-in name or file name.
+        format: ``nf4`` writes bitsandbytes' config; ``stored`` keeps the source's own format.
+        description: one line.
+        rules: in order; together they match every role.
+    """
+
+    name: str
+    format: Format
+    description: str
+    rules: tuple[Rule, ...]
+
+    def rule_for(self, role: Role) -> Rule:
+        """Return the first rule that matches `role`.
+
+        Raises:
+            UsageError: none does.
+        """
+        for rule in self.rules:
+            if rule.matches(role):
+                return rule
+        raise UsageError(
+            f"recipe {self.name}", f"no rule for {role.name}", hint='end it with match = "*"'
+        )
+
+    def keeping(self, roles: tuple[str, ...]) -> Recipe:
+        """Return this recipe with `roles` left unquantized.
+
+        Raises:
+            UsageError: a name is neither a role nor a group of roles.
+        """
+        rules = []
+        for role in roles:
+            _check_match(f"--keep {role}", role)
+            rules.append(Rule(role, "plain", "asked for by --keep", required=True))
+        return replace(self, rules=(*rules, *self.rules))
+
+    def dropping_mtp(self) -> Recipe:
+        """Return this recipe with the multi-token-prediction layer dropped."""
+        rule = Rule("mtp", "drop", "asked for by --drop-mtp")
+        return replace(self, rules=(rule, *self.rules))
+
+
+def load_recipe(name: str) -> Recipe:
+    """Load a built-in recipe by name, or one from a TOML file.
+
+    Raises:
+        UsageError: there is no such recipe, or the file is not one.
+    """
+    if name in BUILT_IN:
+        text = resources.files("qwen35.plan").joinpath(f"recipes/{name}.toml").read_text("utf-8")
+        return _parse(name, text, required=False)
+    if not name.endswith(".toml"):
+        raise UsageError(
+            f"recipe {name!r}",
+            "not a built-in recipe",
+            expected=f"{', '.join(BUILT_IN)} or a .toml file",
+        )
+    try:
+        text = Path(name).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {name}", f"cannot be read ({error})") from error
+    return _parse(Path(name).name, text, required=True)
+
+
+def _parse(name: str, text: str, *, required: bool) -> Recipe:
+    try:
+        parsed = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"recipe {name}", f"not valid TOML ({error})") from error
+    unknown = set(parsed) - {"format", "description", "rules"}
+    if unknown:
+        raise UsageError(f"recipe {name}", f"unknown key {min(unknown)!r}")
+    kind: Any = parsed.get("format")
+    if kind not in get_args(Format):
+        raise UsageError(
+            f"recipe {name}", f"format {kind!r}", expected=" or ".join(get_args(Format))
+        )
+    rules = parsed.get("rules")
+    if not isinstance(rules, list) or not rules:
+        raise UsageError(f"recipe {name}", "no [[rules]] in it")
+    return Recipe(
+        name,
+        kind,
+        str(parsed.get("description", "")),
+        tuple(_rule(f"recipe {name}, rule {i}", r, required) for i, r in enumerate(rules, 1)),
+    )
+
+
+def _rule(subject: str, row: Any, required: bool) -> Rule:
+    if not isinstance(row, dict) or not {"match", "action"} <= set(row) <= {
+        "match",
+        "action",
+        "reason",
+    }:
+        raise UsageError(subject, "malformed", expected="match, action and, if you like, reason")
+    match, action = str(row["match"]), str(row["action"])
+    if action not in ACTIONS:
+        raise UsageError(subject, f"action {action!r}", expected=" or ".join(ACTIONS))
+    _check_match(subject, match)
+    reason = str(row.get("reason", f"match = {match!r}"))
+    return Rule(match, action, reason, required and match != "*")  # type: ignore[arg-type]
+
+
+def _check_match(subject: str, match: str) -> None:
+    if match == "*":
+        return
+    if match.startswith("kind:"):
+        if match.removeprefix("kind:") not in _KINDS:
+            raise UsageError(subject, f"{match!r}", expected=f"kind: and {', '.join(_KINDS)}")
+        return
+    if not any(in_group(path.removesuffix(".weight"), match) for path in ROLES):
+        raise UsageError(
+            subject, f"{match!r} is not a role", hint="`qwen35 plan --roles` prints the roles"
+        )

@@ -1,0 +1,151 @@
+"""A plan for people (text of 80 columns) and for programs (JSON)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from qwen35.model.roles import ROLES
+from qwen35.plan.manifest import manifest_size
+from qwen35.plan.plan import Plan, Step
+
+__all__ = ["peak_memory", "plan_json", "plan_text", "roles_json", "roles_text", "size"]
+
+_BASE_MEMORY = 130_000_000
+"""The interpreter with NumPy and Numba, measured by benchmarks/nf4.py; torch is not loaded."""
+
+_THREAD_MEMORY = 30_000_000
+"""Buffers of one thread: a piece of 2**22 weights, its codes and temporaries."""
+
+
+def peak_memory(plan: Plan, threads: int) -> int:
+    """Return an upper estimate in bytes of the memory that executing `plan` needs."""
+    largest = max((s.spec.numel for s in plan.steps if s.op == "nf4"), default=0)
+    decodes = any(s.op != "copy" and s.weight.storage != "plain" for s in plan.steps)
+    piece = _THREAD_MEMORY * (3 if decodes else 1)
+    statistics = largest // 64 * 4 * 8
+    headers = sum(len(file.head) for file in plan.files) * 8
+    return _BASE_MEMORY + threads * (piece + statistics) + headers
+
+
+def size(nbytes: int) -> str:
+    """Return a size in decimal units, for people.
+
+    >>> size(1_234_000_000)
+    '1.23 GB'
+    """
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= factor:
+            return f"{nbytes / factor:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def _groups(steps: Iterable[Step]) -> dict[tuple[str, str], dict[str, list[Step]]]:
+    groups: dict[tuple[str, str], dict[str, list[Step]]] = defaultdict(lambda: defaultdict(list))
+    for step in steps:
+        groups[step.op, step.reason][step.role.name].append(step)
+    return groups
+
+
+def _group_lines(plan: Plan) -> Iterator[str]:
+    for (op, reason), roles in _groups(plan.steps).items():
+        yield ""
+        yield f"{op}: {reason}"
+        for role, steps in roles.items():
+            before = sum(step.weight.nbytes for step in steps)
+            after = sum(step.nbytes for step in steps)
+            yield f"  {role:<36} {len(steps):>5} {before:>16,} {after:>16,}"
+
+
+def plan_text(plan: Plan, threads: int) -> str:
+    """Render the plan as text."""
+    replaced = sum(step.op == "nf4" for step in plan.steps)
+    written = sum(1 for _ in plan.outputs)
+    lines = [
+        f"{plan.checkpoint.name} -> {plan.recipe.name}: {plan.recipe.description}",
+        "",
+        f"{'  role':<38} {'count':>5} {'bytes in':>16} {'bytes out':>16}",
+        *_group_lines(plan),
+        "",
+        f"{'file':<48} {'bytes':>29}",
+    ]
+    lines += [f"{name:<48} {nbytes:>29,}" for name, nbytes in _files(plan)]
+    total = sum(nbytes for _, nbytes in _files(plan))
+    lines += [
+        f"{'total':<48} {total:>29,}",
+        "",
+        f"{len(plan.steps)} weights in, {written} tensors out, {replaced} layers to NF4",
+        f"reads {size(plan.read_bytes)}, writes {size(total)}, "
+        f"peak memory about {size(peak_memory(plan, threads))} with {threads} threads",
+        f"plan {plan.digest}",
+    ]
+    if plan.checkpoint.place is None:
+        lines.append(
+            "note: side-car files (tokenizer, template) are not known here and not counted"
+        )
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _files(plan: Plan) -> Iterator[tuple[str, int]]:
+    yield from plan.file_sizes()
+    yield "qwen35.json", manifest_size(plan)
+
+
+def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
+    """Return all of the plan as plain values."""
+    return {
+        "model": plan.checkpoint.name,
+        "repo": plan.checkpoint.repo,
+        "revision": plan.checkpoint.revision,
+        "recipe": plan.recipe.name,
+        "format": plan.recipe.format,
+        "digest": plan.digest,
+        "read_bytes": plan.read_bytes,
+        "peak_memory": peak_memory(plan, threads),
+        "files": dict(_files(plan)),
+        "steps": [
+            {
+                "weight": step.weight.name,
+                "storage": step.weight.storage,
+                "dtype": step.spec.dtype,
+                "shape": list(step.spec.shape),
+                "role": step.role.name,
+                "layer": step.role.layer,
+                "expert": step.role.expert,
+                "op": step.op,
+                "reason": step.reason,
+                "outputs": [
+                    {"name": o.name, "dtype": o.dtype, "shape": list(o.shape), "bytes": o.nbytes}
+                    for o in step.outputs
+                ],
+            }
+            for step in plan.steps
+        ],
+        "notes": list(plan.notes),
+    }
+
+
+def roles_json() -> list[dict[str, Any]]:
+    """Return the table of roles as plain values."""
+    return [
+        {
+            "role": path.removesuffix(".weight"),
+            "kind": info.kind,
+            "shape": list(info.shape),
+            "dtype": info.dtype,
+            "meaning": info.meaning,
+        }
+        for path, info in ROLES.items()
+    ]
+
+
+def roles_text() -> str:
+    """Render the table of roles as text."""
+    lines = [f"{'role':<44} {'kind':<10} meaning"]
+    lines += [
+        f"{path.removesuffix('.weight'):<44} {info.kind:<10} {info.meaning}"
+        for path, info in ROLES.items()
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""Files in a staging folder: written, flushed to the disk, and hashed as they lie there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["TensorFile", "copy_file", "hash_file", "write_file"]
+
+_PIECE = 2**20
+
+
+class TensorFile:
+    """A safetensors file whose header is known before its data; tensors may come in any order.
+
+    Args:
+        path: where to create it.
+        head: the bytes before the data.
+        offsets: absolute offset of each tensor.
+        nbytes: size of the whole file, reserved on the disk at once.
+    """
+
+    def __init__(self, path: Path, head: bytes, offsets: Mapping[str, int], nbytes: int) -> None:
+        self._path = path
+        self._offsets = offsets
+        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            _reserve(self._descriptor, nbytes)
+            self._write_at(0, memoryview(head))
+        except OSError:
+            self.close()
+            raise
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Write `data` at byte `offset` of the tensor called `name`; safe from several threads."""
+        self._write_at(self._offsets[name] + offset, data.cast("B"))
+
+    def _write_at(self, position: int, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptor, data[done:], position + done)
+
+    def finish(self) -> str:
+        """Flush the file to the disk and return its SHA-256, read back from it."""
+        os.fsync(self._descriptor)
+        self.close()
+        return hash_file(self._path)
+
+    def close(self) -> None:
+        """Close the file; harmless when closed."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Allocate the file's blocks, so that a full disk shows at once."""
+    if nbytes == 0:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(descriptor, nbytes)
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_PIECE))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def write_file(path: Path, content: bytes) -> str:
+    """Write a new file, flush it to the disk and return its SHA-256."""
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(content).hexdigest()
+
+
+def copy_file(source: Path, path: Path) -> str:
+    """Copy a file's content, flush it to the disk and return the copy's SHA-256."""
+    with source.open("rb") as reader, path.open("xb") as writer:
+        shutil.copyfileobj(reader, writer)
+        writer.flush()
+        os.fsync(writer.fileno())
+    return hash_file(path)

@@ -1,0 +1,194 @@
+"""An output folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from qwen35.errors import OutputError
+
+__all__ = ["MANIFEST_NAME", "check_output", "check_space", "staging"]
+
+MANIFEST_NAME = "qwen35.json"
+"""The file by which a folder of ours is known."""
+
+_LOCK_NAME = ".lock"
+_SPARE_BYTES = 16 * 2**20
+
+
+def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
+    """Refuse an output that would harm something, before any work.
+
+    Raises:
+        OutputError: it exists (and is not ours to overwrite), or overlaps the source.
+    """
+    resolved = out.resolve()
+    if source is not None:
+        origin = source.resolve()
+        if resolved == origin:
+            raise OutputError(str(out), "output and input are the same folder")
+        if resolved.is_relative_to(origin) or origin.is_relative_to(resolved):
+            raise OutputError(
+                str(out), f"overlaps the input {source}", hint="choose another folder"
+            )
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir():
+        raise OutputError(str(out), "exists and is not a folder")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(str(out), "exists already", hint="give --overwrite to replace it")
+    if not (out / MANIFEST_NAME).is_file():
+        raise OutputError(
+            str(out),
+            f"holds no {MANIFEST_NAME}, so it was not written by qwen35",
+            hint="remove it yourself or choose another folder",
+        )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse to start when the disk of `folder` has less than `needed` bytes free.
+
+    Raises:
+        OutputError: it has not.
+    """
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < needed + _SPARE_BYTES:
+        raise OutputError(
+            str(folder),
+            f"{free / 1e9:.2f} GB free on its disk",
+            expected=f"at least {(needed + _SPARE_BYTES) / 1e9:.2f} GB",
+        )
+
+
+def _existing(folder: Path) -> Path:
+    """Return `folder` or the nearest folder above it that exists."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def staging_path(out: Path) -> Path:
+    """Return the folder beside `out` in which it is prepared."""
+    absolute = out.absolute()
+    return absolute.with_name(f".{absolute.name}.partial")
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """Prepare `out` in a folder beside it; rename it on success, remove it on any failure.
+
+    What an earlier, killed run left is removed first. A lock keeps a second run off.
+
+    Raises:
+        OutputError: another run is at it, or the disk refuses.
+    """
+    made = _make_parents(out.absolute().parent)
+    folder = staging_path(out)
+    done = False
+    try:
+        with os_errors(out):
+            folder.mkdir(exist_ok=True)
+            lock = _lock(folder, out)
+        try:
+            with os_errors(out):
+                _clear(folder)
+                yield folder
+                (folder / _LOCK_NAME).unlink()
+                _fsync_folder(folder)
+                _replace(folder, out)
+                done = True
+        finally:
+            if not done:
+                shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+    finally:
+        if not done:
+            for parent in made:
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+@contextmanager
+def os_errors(out: Path) -> Iterator[None]:
+    """Turn what the operating system says about the output into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        subject = str(error.filename or out)
+        raise OutputError(subject, f"cannot be written ({error.strerror})") from error
+
+
+_DISK_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create `parent`; return what was created, deepest first."""
+    missing = []
+    folder = parent
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    with os_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _lock(folder: Path, out: Path) -> int:
+    descriptor = os.open(folder / _LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise OutputError(
+            str(out), "another run is writing it", hint="wait for it to end"
+        ) from error
+    return descriptor
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.name == _LOCK_NAME:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _replace(folder: Path, out: Path) -> None:
+    """Rename `folder` to `out`; an `out` of ours that is in the way is moved aside first."""
+    old = out.absolute().with_name(f".{out.absolute().name}.old")
+    if out.exists() and any(out.iterdir()):
+        os.rename(out, old)
+    os.rename(folder, out)
+    _fsync_folder(out.absolute().parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""Dtypes and tensor descriptions: names, shapes and bytes, never values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qwen35.errors import HeaderError
+
+__all__ = ["DTYPE_BITS", "FLOAT_DTYPES", "HUB_DTYPES", "TensorSpec"]
+
+DTYPE_BITS: dict[str, int] = {
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+"""Bits of one element, by the dtype's name in a safetensors header (safetensors 0.8 `Dtype`)."""
+
+FLOAT_DTYPES = ("BF16", "F16", "F32")
+"""What a weight that is not quantized may be stored as."""
+
+HUB_DTYPES: dict[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""The dtype's name in config.json to its name in a safetensors header."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What is known of a tensor before its data is read.
+
+    Args:
+        name: full name in the checkpoint.
+        dtype: a key of `DTYPE_BITS`.
+        shape: dimensions, outermost first; ``()`` is a scalar.
+
+    >>> TensorSpec("w", "BF16", (3, 4)).nbytes
+    24
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BITS:
+            raise HeaderError(
+                self.name, f"dtype {self.dtype!r}", expected=f"one of {', '.join(DTYPE_BITS)}"
+            )
+        if any(size < 0 for size in self.shape):
+            raise HeaderError(self.name, f"negative size in shape {list(self.shape)}")
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return self.numel * self.itemsize
