@@ -163,7 +163,9 @@ def write_checkpoint(
     return folder
 
 
-def make_checkpoint(folder: Path, *, seed: int = 0, per_expert: bool = False, **options: Any) -> Path:
+def make_checkpoint(
+    folder: Path, *, seed: int = 0, per_expert: bool = False, **options: Any
+) -> Path:
     """Write a random checkpoint; `options` are those of `tiny_config`."""
     config = tiny_config(**options)
     tensors = random_tensors(config, layout_of(config, per_expert=per_expert), seed)
