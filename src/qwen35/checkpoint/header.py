@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_SIZE = 2**63 - 1
+_MAX_RANK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +56,8 @@ class Header:
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} appears twice")
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"key {twice[:200]!r} appears twice")
     return result
 
 
@@ -87,13 +88,13 @@ def _is_size(value: object) -> bool:
 
 def _entry(subject: str, name: str, entry: object) -> tuple[TensorSpec, int, int]:
     """Check one header entry; offsets are relative to the data section."""
-    where = f"{subject}, tensor {name!r}"
+    where = f"{subject}, tensor {name[:200]!r}"
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         raise HeaderError(where, "malformed entry", expected="dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        raise HeaderError(where, f"unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
+        raise HeaderError(where, f"unknown dtype {str(dtype)[:80]!r}")
+    if not isinstance(shape, list) or len(shape) > _MAX_RANK or not all(map(_is_size, shape)):
         raise HeaderError(where, f"malformed shape {str(shape)[:80]}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise HeaderError(where, f"malformed data_offsets {str(offsets)[:80]}")
@@ -102,7 +103,7 @@ def _entry(subject: str, name: str, entry: object) -> tuple[TensorSpec, int, int
         raise HeaderError(
             where,
             f"{offsets[1] - offsets[0]} bytes",
-            expected=f"{spec.nbytes} for {dtype} {list(shape)}",
+            expected=f"{spec.nbytes} for {dtype} {str(shape)[:80]}",
         )
     return spec, offsets[0], offsets[1]
 
@@ -120,7 +121,7 @@ def _check_coverage(
     for spec, begin, end in entries:
         if begin != position:
             kind = "overlaps the tensor before it" if begin < position else "leaves a gap before it"
-            raise HeaderError(f"{subject}, tensor {spec.name!r}", kind)
+            raise HeaderError(f"{subject}, tensor {spec.name[:200]!r}", kind)
         position = end
     if position != data_bytes:
         raise HeaderError(

@@ -10,7 +10,7 @@ from qwen35.errors import TensorError
 from qwen35.model.roles import Role, expected_tensors, role_of
 from qwen35.tensors import FLOAT_DTYPES, TensorSpec
 
-__all__ = ["Item", "inventory"]
+__all__ = ["Item", "inventory", "match"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,19 @@ def inventory(checkpoint: Checkpoint) -> tuple[Item, ...]:
         TensorError: a weight is unknown, missing, of another shape or of a dtype that no weight
             has. The sentence names the first and counts the others.
     """
+    items, problems = match(checkpoint)
+    if problems:
+        raise _first(problems)
+    return items
+
+
+def match(checkpoint: Checkpoint) -> tuple[tuple[Item, ...], list[TensorError]]:
+    """Match the weights of `checkpoint` with its config.
+
+    Returns:
+        The weights that fit, and a problem for each that is unknown, missing, of another shape or
+        of a dtype that no weight has.
+    """
     weights = {weight.name: weight for weight in checkpoint.weights}
     items, problems = [], []
     for expected in expected_tensors(checkpoint.config, checkpoint.layout):
@@ -45,12 +58,11 @@ def inventory(checkpoint: Checkpoint) -> tuple[Item, ...]:
         problem = _mismatch(weight, expected)
         if problem is not None:
             problems.append(problem)
+            continue
         spec = TensorSpec(expected.name, _decoded_dtype(checkpoint, weight), expected.shape)
         items.append(Item(weight, role_of(expected.name), spec))
     problems += [_extra(checkpoint, name) for name in weights]
-    if problems:
-        raise _first(problems)
-    return tuple(items)
+    return tuple(items), problems
 
 
 def _first(problems: list[TensorError]) -> TensorError:

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from qwen35.checkpoint.hub import HubId, HubPlace, download
+from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import (
     Checkpoint,
     is_published,
-    open_folder,
     open_place,
     open_published,
 )
@@ -25,8 +25,10 @@ def hub_token(given: str | None) -> str | None:
     return given or os.environ.get("HF_TOKEN") or None
 
 
-def describe(model: str, *, token: str | None = None) -> Checkpoint:
+def describe(model: str, *, token: str | None = None, lenient: bool = False) -> Checkpoint:
     """Open MODEL for its headers only; on the Hub nothing is downloaded but headers.
+
+    With `lenient`, what is wrong with the index or the packing is put into the result.
 
     Raises:
         InputError: it is not a readable Qwen3.5 checkpoint.
@@ -34,16 +36,18 @@ def describe(model: str, *, token: str | None = None) -> Checkpoint:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return open_folder(path, name=model)
+        return open_place(Folder(path), name=model, root=path, lenient=lenient)
     if is_published(model):
         return open_published(model)
     hub_id = _hub_id(model)
     place = HubPlace(hub_id, hub_token(token))
-    return open_place(place, name=model, repo=place.repo, revision=place.revision)
+    return open_place(place, name=model, repo=place.repo, revision=place.revision, lenient=lenient)
 
 
-def fetch(model: str, *, token: str | None = None) -> Checkpoint:
+def fetch(model: str, *, token: str | None = None, lenient: bool = False) -> Checkpoint:
     """Open MODEL with its weights at hand; a Hub id is downloaded into the Hub's cache first.
+
+    With `lenient`, what is wrong with the index or the packing is put into the result.
 
     Raises:
         InputError: it is not a readable Qwen3.5 checkpoint.
@@ -52,7 +56,7 @@ def fetch(model: str, *, token: str | None = None) -> Checkpoint:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return open_folder(path, name=model)
+        return open_place(Folder(path), name=model, root=path, lenient=lenient)
     if is_published(model):
         raise UsageError(
             model,
@@ -61,9 +65,10 @@ def fetch(model: str, *, token: str | None = None) -> Checkpoint:
         )
     hub_id = _hub_id(model)
     place = HubPlace(hub_id, hub_token(token))
-    remote = open_place(place, name=model, repo=place.repo, revision=place.revision)
+    origin = {"name": model, "repo": place.repo, "revision": place.revision}
+    remote = open_place(place, lenient=lenient, **origin)
     root = download(place, sorted(remote.file_sizes), hub_token(token))
-    return open_folder(root, name=model, repo=place.repo, revision=place.revision)
+    return open_place(Folder(root), root=root, lenient=lenient, **origin)
 
 
 def _hub_id(model: str) -> HubId:

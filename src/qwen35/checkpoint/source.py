@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, TracebackType
@@ -49,6 +49,7 @@ class Checkpoint:
         revision: commit of the Hub repository it came from, if it did.
         repo: that repository.
         file_sizes: size in bytes of each safetensors file.
+        problems: what is wrong with the index or the packing; empty unless opened to be checked.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Checkpoint:
     repo: str | None = None
     revision: str | None = None
     file_sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    problems: tuple[InputError, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +93,7 @@ def open_published(name: str) -> Checkpoint:
     for spec in expected_tensors(config, layout):
         tensors[spec.name] = StoredTensor(spec, "model.safetensors", position)
         position += spec.nbytes
-    return Checkpoint(name, config, group(tensors), layout, MappingProxyType({}))
+    return Checkpoint(name, config, group(tensors)[0], layout, MappingProxyType({}))
 
 
 def is_published(name: str) -> bool:
@@ -115,9 +117,17 @@ def open_folder(root: Path, *, name: str = "", repo: str = "", revision: str = "
 
 
 def open_place(
-    place: Place, *, name: str, root: Path | None = None, repo: str = "", revision: str = ""
+    place: Place,
+    *,
+    name: str,
+    root: Path | None = None,
+    repo: str = "",
+    revision: str = "",
+    lenient: bool = False,
 ) -> Checkpoint:
     """Read the headers of the checkpoint at `place`; arguments as for `open_folder`.
+
+    With `lenient`, what is wrong with the index or the packing is put into the result.
 
     Raises:
         InputError: it is not a readable Qwen3.5 checkpoint.
@@ -126,12 +136,16 @@ def open_place(
     config = parse_config(read_json(place, "config.json"))
     shards, weight_map = _shards(place)
     headers = {shard: read_header(place, shard) for shard in shards}
-    tensors = _merge(headers, weight_map)
+    tensors, problems = _merge(headers, weight_map)
+    weights, packing = group(tensors)
+    problems += packing
+    if problems and not lenient:
+        raise problems[0]
     known = {row.name for row in SIDECARS}
     return Checkpoint(
         name=name,
         config=config,
-        weights=group(tensors),
+        weights=weights,
         layout=Layout.of(tensors),
         sidecars=MappingProxyType({n: size for n, size in sorted(sizes.items()) if n in known}),
         place=place,
@@ -139,6 +153,7 @@ def open_place(
         repo=repo or None,
         revision=revision or None,
         file_sizes=MappingProxyType({shard: sizes[shard] for shard in shards}),
+        problems=tuple(problems),
     )
 
 
@@ -202,27 +217,31 @@ def check_index(parsed: object) -> dict[str, str]:
 
 def _merge(
     headers: Mapping[str, Header], weight_map: dict[str, str] | None
-) -> dict[str, StoredTensor]:
+) -> tuple[dict[str, StoredTensor], list[InputError]]:
     tensors: dict[str, StoredTensor] = {}
+    problems: list[InputError] = []
     for shard, header in headers.items():
         for name, (spec, begin, _) in header.tensors.items():
             if name in tensors:
-                raise HeaderError(name, f"in two files, {tensors[name].file} and {shard}")
+                found = f"in two files, {tensors[name].file} and {shard}"
+                problems.append(HeaderError(name, found))
             tensors[name] = StoredTensor(spec, shard, begin)
     if weight_map is not None:
-        _check_map(tensors, weight_map)
-    return tensors
+        problems += _map_problems(tensors, weight_map)
+    return tensors, problems
 
 
-def _check_map(tensors: Mapping[str, StoredTensor], weight_map: Mapping[str, str]) -> None:
+def _map_problems(
+    tensors: Mapping[str, StoredTensor], weight_map: Mapping[str, str]
+) -> Iterator[TensorError]:
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise TensorError(name, f"listed in {INDEX_NAME} but not in {shard}")
-        if tensors[name].file != shard:
-            raise TensorError(name, f"in {tensors[name].file}", expected=f"{shard} by {INDEX_NAME}")
+            yield TensorError(name, f"listed in {INDEX_NAME} but not in {shard}")
+        elif tensors[name].file != shard:
+            yield TensorError(name, f"in {tensors[name].file}", expected=f"{shard} by {INDEX_NAME}")
     for name, stored in tensors.items():
         if name not in weight_map:
-            raise TensorError(name, f"in {stored.file} but not in {INDEX_NAME}")
+            yield TensorError(name, f"in {stored.file} but not in {INDEX_NAME}")
 
 
 class Reader:
@@ -262,10 +281,10 @@ class Reader:
         Raises:
             TensorError: the file ends before, or cannot be read.
         """
-        descriptor = self._descriptor(tensor.file)
         position, done = tensor.begin + offset, 0
         while done < len(buffer):
             try:
+                descriptor = self._descriptor(tensor.file)
                 count = os.preadv(descriptor, [buffer[done:]], position + done)
             except OSError as error:
                 raise TensorError(

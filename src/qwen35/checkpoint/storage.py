@@ -78,54 +78,66 @@ def _companions(tensors: Mapping[str, StoredTensor], name: str) -> tuple[Storage
     return "plain", []
 
 
-def group(tensors: Mapping[str, StoredTensor]) -> tuple[Weight, ...]:
+def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list[TensorError]]:
     """Group the stored tensors of a checkpoint, in their order.
 
-    Raises:
-        TensorError: a companion without its weight, or a packed weight without its companions.
+    Returns:
+        The weights, and what is wrong: a companion without its weight, packed data without its
+        companions. Such tensors are in the weights all the same, as plain ones.
     """
     weights: list[Weight] = []
+    problems: list[TensorError] = []
     claimed: set[str] = set()
     for name in tensors:
         storage, companions = _companions(tensors, name)
-        if storage != "plain":
-            claimed.update(companions, (name,))
-            _check_packed(tensors, name, storage)
-            parts = tuple(tensors[part] for part in (name, *companions))
-            weights.append(Weight(name, storage, parts))
+        if storage == "plain":
+            continue
+        claimed.update(companions, (name,))
+        problem = _packing_problem(tensors, name, storage)
+        if problem is not None:
+            problems.append(problem)
+            storage, companions = "plain", []
+        parts = tuple(tensors[part] for part in (name, *companions))
+        weights.append(Weight(name, storage, parts))
     for name, stored in tensors.items():
         if name in claimed:
             continue
-        if stored.spec.dtype in ("U8", "F8_E4M3") or _is_companion(name):
-            raise TensorError(
-                name,
-                f"{stored.spec.dtype} data without the tensors that give it meaning",
-                hint="the checkpoint was saved incompletely: start from the original",
-            )
+        if _is_companion(name):
+            problems.append(_orphan(name, "the weight it belongs to is missing"))
+            continue
+        if stored.spec.dtype in ("U8", "F8_E4M3"):
+            found = f"{stored.spec.dtype} data without the tensors that give it meaning"
+            problems.append(_orphan(name, found))
         weights.append(Weight(name, "plain", (stored,)))
-    return tuple(weights)
+    return tuple(weights), problems
+
+
+def _orphan(name: str, found: str) -> TensorError:
+    hint = "the checkpoint was saved incompletely: start from the original"
+    return TensorError(name, found, hint=hint)
 
 
 def _is_companion(name: str) -> bool:
     return name.endswith((*(f".{part}" for part in NF4_PARTS), FP8_SCALE))
 
 
-def _check_packed(tensors: Mapping[str, StoredTensor], name: str, storage: Storage) -> None:
+def _packing_problem(
+    tensors: Mapping[str, StoredTensor], name: str, storage: Storage
+) -> TensorError | None:
     dtype = tensors[name].spec.dtype
     expected = {"nf4": "U8", "fp8": "F8_E4M3"}[storage]
     if dtype != expected:
-        raise TensorError(name, f"{dtype} beside {storage} companions", expected=expected)
+        return TensorError(name, f"{dtype} beside {storage} companions", expected=expected)
     if storage != "nf4":
-        return
-    missing = [
-        part for part in ("absmax", "quant_map", NF4_STATE) if f"{name}.{part}" not in tensors
-    ]
-    nested = [part for part in ("nested_absmax", "nested_quant_map") if f"{name}.{part}" in tensors]
-    if len(nested) == 1:
-        missing += [{"nested_absmax", "nested_quant_map"}.difference(nested).pop()]
-    if missing:
-        raise TensorError(
-            name,
-            f"packed, but {name}.{missing[0]} is missing",
-            hint="it cannot be decoded: start from the original checkpoint",
-        )
+        return None
+    required = ["absmax", "quant_map", NF4_STATE]
+    if any(f"{name}.{part}" in tensors for part in ("nested_absmax", "nested_quant_map")):
+        required += ["nested_absmax", "nested_quant_map"]
+    missing = [part for part in required if f"{name}.{part}" not in tensors]
+    if not missing:
+        return None
+    return TensorError(
+        name,
+        f"packed, but {name}.{missing[0]} is missing",
+        hint="it cannot be decoded: start from the original checkpoint",
+    )

@@ -14,8 +14,10 @@ from qwen35.version import __version__
 __all__ = ["VERBS", "main", "run_verb"]
 
 VERBS: dict[str, str] = {
+    "inspect": "what a checkpoint is, from its headers",
     "plan": "every output file and tensor, exact to the byte, before anything is read",
     "convert": "write a quantized or text-only checkpoint",
+    "verify": "check an artifact, alone or against its source",
 }
 """Verb to what it does; the module is `qwen35.cli.<verb>`."""
 
@@ -23,6 +25,7 @@ _EPILOG = """\
 start here:
   qwen35 plan Qwen3.5-9B --recipe nf4        what would come out, no download
   qwen35 convert MODEL OUT --recipe nf4      write it
+  qwen35 verify OUT --source MODEL           check every byte of it
 
 MODEL is a folder, a Hub id (owner/name[@revision]) or, to plan, a published size.
 Exit codes: 0 fine, 1 findings, 2 wrong input or usage, 130 interrupted.

@@ -121,14 +121,14 @@ def _sizes(section: dict[str, Any], names: tuple[str, ...], where: str) -> dict[
 
 def _model_type(raw: dict[str, Any]) -> str:
     model_type = raw.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ConfigError(
             "config.json",
             f"model_type {model_type!r} is not a Qwen3.5 architecture",
             expected=" or ".join(ARCHITECTURES),
             hint="this tool converts Qwen3.5 checkpoints and later releases of the same classes",
         )
-    return str(model_type)
+    return model_type
 
 
 def _layer_types(text: dict[str, Any], layers: int) -> tuple[str, ...]:

@@ -384,7 +384,7 @@ class Layout:
             if not prefix and name.endswith("embed_tokens.weight"):
                 prefix = name.removesuffix("embed_tokens.weight")
             block, separator, rest = name.partition(".mlp.experts.")
-            if separator and rest[0].isdigit():
+            if separator and rest[:1].isdigit():
                 per_expert.add(block[block.find("layers.") :] if "mtp." not in block else block)
         return cls(prefix or "model.language_model.", frozenset(per_expert), mtp, head)
 

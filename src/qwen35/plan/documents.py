@@ -1,24 +1,95 @@
-"""Side-car files whose content changes on the way."""
+"""Side-car files whose content changes on the way to a text-only output."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import copy
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from qwen35.checkpoint.header import strict_json
+from qwen35.checkpoint.place import Place
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import InputError
 
-__all__ = ["Documents", "side_documents"]
+__all__ = ["json_bytes", "text_documents"]
 
-
-@dataclass(frozen=True)
-class Documents:
-    """New content of side-car files, by name, and notes about it."""
-
-    documents: Mapping[str, bytes] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+_MAX_BYTES = 64 * 2**20
 
 
-def side_documents(checkpoint: Checkpoint, *, text_only: bool) -> Documents:
-    """Return the side-car files that are rewritten for this output."""
-    del checkpoint, text_only
-    return Documents()
+def json_bytes(value: Any) -> bytes:
+    """Render a JSON document as the files of a checkpoint are: indented, in UTF-8, newline last."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def text_documents(checkpoint: Checkpoint) -> Mapping[str, bytes]:
+    """Return the side-car files that a text-only output has in another form.
+
+    The chat template is made text-only wherever it is stored, and the tokenizer stops naming a
+    processor for images.
+
+    Raises:
+        InputError: a template or a JSON file is not valid.
+    """
+    if checkpoint.place is None:
+        return {}
+    documents = {}
+    for name, transform in _TRANSFORMS.items():
+        if name in checkpoint.sidecars:
+            before = _read(checkpoint.place, name)
+            after = transform(before, name)
+            if after != before:
+                documents[name] = after
+    return documents
+
+
+def _read(place: Place, name: str) -> bytes:
+    size = place.sizes()[name]
+    if size > _MAX_BYTES:
+        raise InputError(name, f"{size} bytes", expected=f"at most {_MAX_BYTES}")
+    return place.read(name, 0, size)
+
+
+def _template(content: bytes, name: str) -> bytes:
+    from qwen35.plan.template import text_only_template
+
+    try:
+        source = content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(name, "not UTF-8 text") from error
+    return text_only_template(source, name).encode()
+
+
+def _settings(content: bytes, name: str) -> bytes:
+    before = strict_json(content, name)
+    if not isinstance(before, dict):
+        raise InputError(name, "not a JSON object")
+    settings = copy.deepcopy(before)
+    settings.pop("processor_class", None)
+    if "chat_template" in settings:
+        settings["chat_template"] = _stored_template(settings["chat_template"], name)
+    return content if settings == before else json_bytes(settings)
+
+
+def _stored_template(value: Any, name: str) -> Any:
+    """Transform a template, or a list of named ones, as tokenizer_config.json holds them."""
+    from qwen35.plan.template import text_only_template
+
+    if isinstance(value, str):
+        return text_only_template(value, name)
+    if isinstance(value, list):
+        return [
+            {**entry, "template": _stored_template(entry["template"], name)}
+            if isinstance(entry, dict) and "template" in entry
+            else entry
+            for entry in value
+        ]
+    return value
+
+
+_TRANSFORMS: dict[str, Callable[[bytes, str], bytes]] = {
+    "chat_template.jinja": _template,
+    "chat_template.json": _settings,
+    "tokenizer_config.json": _settings,
+}
+"""Side-car to what a text-only output does to it."""

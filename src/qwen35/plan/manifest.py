@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from qwen35.plan.plan import Plan, json_bytes
+from qwen35.plan.documents import json_bytes
+from qwen35.plan.plan import Plan
 from qwen35.version import __version__
 
 __all__ = ["MANIFEST_VERSION", "manifest_bytes", "manifest_size"]

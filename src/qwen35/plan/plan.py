@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 from qwen35.checkpoint.header import file_layout
 from qwen35.checkpoint.inventory import Item, inventory
@@ -19,7 +19,7 @@ from qwen35.errors import TensorError, UsageError
 from qwen35.model.config import ModelConfig
 from qwen35.model.roles import Role
 from qwen35.plan.config_out import output_config
-from qwen35.plan.documents import Documents, side_documents
+from qwen35.plan.documents import json_bytes, text_documents
 from qwen35.plan.recipe import Action, Recipe
 from qwen35.tensors import TensorSpec
 
@@ -144,11 +144,6 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def json_bytes(value: Any) -> bytes:
-    """Render a JSON document as the files of a checkpoint are: indented, in UTF-8, newline last."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, keep_prefix: bool = False) -> Plan:
     """Plan the output of `recipe` on `checkpoint`, reading nothing but its headers.
 
@@ -177,14 +172,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, keep_prefix: bool = Fal
         prefix=prefix,
     )
     vision = not text_only and checkpoint.config.architecture.vision
-    side = side_documents(checkpoint, text_only=text_only)
-    documents = {"config.json": json_bytes(config), **side.documents}
+    documents = {"config.json": json_bytes(config)}
+    if text_only:
+        documents |= text_documents(checkpoint)
     if len(files) > 1:
         documents[INDEX_NAME] = _index(files)
     names = [name for name in travelling(vision=vision) if name not in documents]
     copied = {name: checkpoint.sidecars[name] for name in names if name in checkpoint.sidecars}
     return Plan(
-        checkpoint, recipe, steps, files, documents, copied, _notes(checkpoint.config, steps, side)
+        checkpoint, recipe, steps, files, documents, copied, _notes(checkpoint.config, steps)
     )
 
 
@@ -283,8 +279,8 @@ def _index(files: Sequence[PlannedFile]) -> bytes:
     )
 
 
-def _notes(config: ModelConfig, steps: Sequence[Step], side: Documents) -> tuple[str, ...]:
-    notes = list(side.notes)
+def _notes(config: ModelConfig, steps: Sequence[Step]) -> tuple[str, ...]:
+    notes = []
     if config.mtp_layers and not any(step.role.scope == "mtp" for step in steps):
         notes.append(
             f"config.json promises {config.mtp_layers} multi-token-prediction layer(s), but the "

@@ -1,0 +1,58 @@
+"""Check an artifact: its structure from headers, or with --source every number in it.
+
+Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from qwen35.checkpoint.open import describe, fetch
+from qwen35.cli.output import Output
+from qwen35.cli.shared import add_model, positive
+from qwen35.errors import Finding, HeaderError
+from qwen35.verify.artifact import Depth, Verdict, verify
+from qwen35.verify.show import verdict_text
+
+EXIT_FINDINGS = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    add_model(parser)
+    parser.add_argument("--source", metavar="MODEL", help="what it was made from")
+    parser.add_argument(
+        "--depth",
+        choices=("structure", "numbers"),
+        help="structure: headers only; numbers: every byte (default with --source)",
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads (default: all processors)"
+    )
+
+
+def run(args: argparse.Namespace, output: Output) -> int:
+    """Run the verb."""
+    verdict = _verdict(args, output)
+    output.data(verdict_text(verdict), verdict.to_json())
+    return 0 if verdict.passed else EXIT_FINDINGS
+
+
+def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
+    depth: Depth = args.depth or ("numbers" if args.source else "structure")
+    opened = fetch if depth == "numbers" else describe
+    try:
+        artifact = opened(args.model, token=args.hf_token, lenient=True)
+    except HeaderError as error:
+        message = str(error).removeprefix(f"{error.subject}: ")
+        finding = Finding("readable", error.subject, message)
+        counts = {"weights": 0, "packed": 0, "files": 0}
+        return Verdict(args.model, "unreadable", depth, counts, (), (finding,))
+    source = fetch(args.source, token=args.hf_token) if args.source else None
+    return verify(
+        artifact,
+        source=source,
+        depth=depth,
+        threads=args.threads,
+        progress=output.progress() if depth == "numbers" else None,
+    )

@@ -1,0 +1,232 @@
+"""Chat templates made text-only, by their syntax.
+
+A branch that is taken for an image or a video (``{% if 'image' in item ... %}``) gets one statement
+for a body: an error that says what the model cannot do. Every other branch stays where it is, so
+text renders as before. A ``set`` that only those bodies used is removed where that cannot change
+white space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+
+from qwen35.errors import InputError
+
+__all__ = ["compiles", "text_only_template"]
+
+_VISION_WORDS = {"image", "image_url", "video", "video_url"}
+_ERROR = "{{- raise_exception('This is a text-only model: it takes no images and no videos.') }}"
+_PAIRS = {"{%": "%}", "{{": "}}", "{#": "#}"}
+
+
+class _Generation(Extension):
+    """``{% generation %}``, which transformers adds to mark the assistant's words."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Parse the block as if the tags were not there."""
+        next(parser.stream)
+        body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return body
+
+
+_ENVIRONMENT = Environment(  # noqa: S701 - it parses and never renders
+    extensions=[_Generation, "jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True
+)
+
+
+@dataclass(frozen=True)
+class _Tag:
+    """One ``{% ... %}``, ``{{ ... }}`` or ``{# ... #}`` and where it stands in the source."""
+
+    start: int
+    end: int
+    kind: str
+    content: str
+
+    @property
+    def word(self) -> str:
+        """The keyword of a statement, else nothing."""
+        return self.content.split(None, 1)[0] if self.kind == "{%" and self.content else ""
+
+    @property
+    def rest(self) -> str:
+        """A statement's expression."""
+        return self.content.removeprefix(self.word).strip()
+
+
+def _tags(source: str) -> Iterator[_Tag]:
+    """Yield the tags of a template that is known to parse."""
+    position = 0
+    while (start := source.find("{", position)) >= 0:
+        kind = source[start : start + 2]
+        if kind not in _PAIRS:
+            position = start + 1
+            continue
+        end = _closing(source, start + 2, kind)
+        content = source[start + 2 : end - 2]
+        content = content[1:] if content[:1] in ("-", "+") else content
+        content = content[:-1] if content[-1:] in ("-", "+") and kind == "{%" else content
+        tag = _Tag(start, end, kind, content.strip())
+        yield tag
+        position = end
+        if tag.word == "raw":
+            position = source.index("endraw", end)
+            position = source.rindex("{%", end, position)
+
+
+def _closing(source: str, position: int, kind: str) -> int:
+    """Return the end of the tag whose content begins at `position`; strings may hold anything."""
+    closing = _PAIRS[kind]
+    depth = 0
+    while not (depth <= 0 and source.startswith(closing, position)):
+        character = source[position]
+        if kind != "{#":
+            if character in "'\"":
+                position = _string_end(source, position)
+                continue
+            depth += (character in "([{") - (character in ")]}")
+        position += 1
+    return position + 2
+
+
+def _string_end(source: str, position: int) -> int:
+    quote = source[position]
+    position += 1
+    while source[position] != quote:
+        position += 2 if source[position] == "\\" else 1
+    return position + 1
+
+
+def _parse(source: str, name: str) -> nodes.Template:
+    try:
+        return _ENVIRONMENT.parse(source)
+    except TemplateSyntaxError as error:
+        raise InputError(
+            name,
+            f"not a valid Jinja template, line {error.lineno}: {error.message}",
+            hint="repair the chat template of the source",
+        ) from error
+
+
+def compiles(source: str, name: str) -> None:
+    """Check that a template parses.
+
+    Raises:
+        InputError: it does not; the sentence has the line.
+    """
+    _parse(source, name)
+
+
+def _is_vision_test(node: nodes.Node) -> bool:
+    """Whether an expression is true for images or videos only."""
+    if isinstance(node, nodes.Or):
+        return _is_vision_test(node.left) and _is_vision_test(node.right)
+    if isinstance(node, nodes.And):
+        return _is_vision_test(node.left) or _is_vision_test(node.right)
+    if not isinstance(node, nodes.Compare) or len(node.ops) != 1:
+        return False
+    operator = node.ops[0]
+    if operator.op not in ("in", "eq"):
+        return False
+    sides = (node.expr, operator.expr) if operator.op == "eq" else (node.expr,)
+    return any(isinstance(side, nodes.Const) and side.value in _VISION_WORDS for side in sides)
+
+
+def _condition(expression: str, name: str) -> nodes.Node:
+    parsed = _parse("{% if " + expression + " %}{% endif %}", name)
+    found = parsed.find(nodes.If)
+    assert found is not None  # it was just written
+    return found.test
+
+
+@dataclass(frozen=True)
+class _Edit:
+    start: int
+    end: int
+    text: str
+
+
+def _branch_edits(source: str, name: str) -> Iterator[_Edit]:
+    """Yield a replacement for the body of each outermost vision branch."""
+    open_ifs: list[_Tag | None] = []
+    for tag in _tags(source):
+        if tag.word in ("elif", "else", "endif") and open_ifs:
+            begun = open_ifs.pop()
+            if begun is not None:
+                yield _Edit(begun.end, tag.start, _error_body(source[begun.end : tag.start]))
+        if tag.word in ("if", "elif"):
+            vision = _is_vision_test(_condition(tag.rest, name))
+            inside = any(begun is not None for begun in open_ifs)
+            open_ifs.append(tag if vision and not inside else None)
+        elif tag.word == "else" and _closes_if(tag, source):
+            open_ifs.append(None)
+
+
+def _error_body(body: str) -> str:
+    """Return the error in the white space of the body it replaces."""
+    before = body[: len(body) - len(body.lstrip())]
+    after = body[len(body.rstrip()) :]
+    return f"{before}{_ERROR}{after}"
+
+
+def _closes_if(tag: _Tag, source: str) -> bool:
+    """Whether an ``else`` belongs to an ``if`` and not to a ``for``."""
+    stack = []
+    for other in _tags(source[: tag.start]):
+        if other.word in ("if", "for"):
+            stack.append(other.word)
+        elif other.word in ("endif", "endfor"):
+            stack.pop()
+    return bool(stack) and stack[-1] == "if"
+
+
+def _apply(source: str, edits: list[_Edit]) -> str:
+    for edit in sorted(edits, key=lambda e: -e.start):
+        source = source[: edit.start] + edit.text + source[edit.end :]
+    return source
+
+
+def _read_names(parsed: nodes.Template) -> set[str]:
+    names = {node.name for node in parsed.find_all(nodes.Name) if node.ctx == "load"}
+    return names | {node.name for node in parsed.find_all(nodes.NSRef)}
+
+
+def _dead_sets(source: str, dead: set[str]) -> Iterator[_Edit]:
+    """Yield removals of ``{%- set x = ... %}`` for dead names, where white space cannot change."""
+    tags = list(_tags(source))
+    for tag, following in pairwise(tags):
+        target, assigned, _ = tag.rest.partition("=")
+        if tag.word != "set" or not assigned or target.strip() not in dead:
+            continue
+        stripped = all(source[t.start + 2] == "-" for t in (tag, following))
+        if stripped and not source[tag.end : following.start].strip():
+            yield _Edit(tag.start, following.start, "")
+
+
+def text_only_template(source: str, name: str) -> str:
+    """Return the template with its image and video branches turned into errors.
+
+    Args:
+        source: a Jinja chat template.
+        name: its file, for error sentences.
+
+    Raises:
+        InputError: it is not valid Jinja.
+    """
+    before = _read_names(_parse(source, name))
+    edits = list(_branch_edits(source, name))
+    if not edits:
+        return source
+    result = _apply(source, edits)
+    dead = before - _read_names(_parse(result, name))
+    result = _apply(result, list(_dead_sets(result, dead)))
+    _parse(result, name)
+    return result

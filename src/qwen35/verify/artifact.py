@@ -1,0 +1,102 @@
+"""One call that checks an artifact at the depth asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import Finding, UsageError
+from qwen35.progress import Progress
+from qwen35.verify.numbers import RoleError, check_hashes, check_numbers
+from qwen35.verify.structure import check_structure
+
+__all__ = ["Depth", "Verdict", "verify"]
+
+Depth = Literal["structure", "numbers"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of a verification.
+
+    Args:
+        name: what was checked.
+        kind: ``plain``, ``nf4`` or ``fp8``.
+        depth: how deep.
+        counts: what was looked at (weights, packed weights, files).
+        errors: relative error per role; empty without a source.
+        findings: what is wrong.
+    """
+
+    name: str
+    kind: str
+    depth: Depth
+    counts: dict[str, int]
+    errors: tuple[RoleError, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no finding is an error."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return {
+            "artifact": self.name,
+            "kind": self.kind,
+            "depth": self.depth,
+            "passed": self.passed,
+            "counts": self.counts,
+            "relative_error": [
+                {
+                    "role": row.role,
+                    "storage": row.storage,
+                    "weights": row.count,
+                    "relative": row.relative,
+                    "worst": row.worst,
+                }
+                for row in self.errors
+            ],
+            "findings": [finding.to_json() for finding in self.findings],
+        }
+
+
+def verify(
+    artifact: Checkpoint,
+    *,
+    source: Checkpoint | None = None,
+    depth: Depth = "structure",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Check an artifact.
+
+    Args:
+        artifact: opened leniently (`qwen35.checkpoint.open`).
+        source: the checkpoint it was made from; needs depth ``numbers``.
+        depth: ``structure`` reads headers, ``numbers`` every byte.
+        threads: weights decoded at a time.
+        progress: told of the bytes read.
+    """
+    place = artifact.place
+    if place is None:
+        raise UsageError(artifact.name, "only a description, nothing to verify")
+    structure = check_structure(place, artifact)
+    findings = list(structure.findings)
+    errors: list[RoleError] = []
+    if depth == "numbers":
+        if structure.manifest is not None:
+            findings += check_hashes(artifact, structure.manifest)
+        errors, more = check_numbers(
+            artifact, structure.items, source, threads=threads, progress=progress
+        )
+        findings += more
+    items = structure.items
+    counts = {
+        "weights": len(items),
+        "packed": sum(item.weight.storage != "plain" for item in items),
+        "files": len(artifact.file_sizes),
+    }
+    return Verdict(artifact.name, structure.kind, depth, counts, tuple(errors), tuple(findings))

@@ -1,0 +1,311 @@
+"""Numbers: every tensor decoded, hashed against the manifest and compared with the source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.checkpoint.inventory import Item, inventory
+from qwen35.checkpoint.source import Checkpoint, Reader
+from qwen35.codecs.floats import f32_from
+from qwen35.codecs.nf4 import BLOCK, NESTED_BLOCK
+from qwen35.codecs.nf4_arrays import decode_blocks, encode_blocks
+from qwen35.codecs.nf4_tables import BOUNDS, LEVELS, dynamic_map
+from qwen35.errors import Finding, InputError
+from qwen35.progress import Progress, Silent
+from qwen35.sinks.files import hash_file
+from qwen35.strips import decoded, nf4_absmax, nf4_state, stored
+from qwen35.threads import default_threads
+
+__all__ = ["RoleError", "check_hashes", "check_numbers"]
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+
+ABSMAX_STEP = 0.9 / 64 / 2 + 1 / 65535
+"""How far an 8-bit absmax may be off, as a share of its nested absmax.
+
+Half the widest gap of the dynamic map (0.9 / 64, its topmost decade), and half a step of the table
+through which bitsandbytes looks codes up.
+"""
+
+CODE_SLACK = 1e-5
+"""How far beyond a bound between two levels a quotient may lie: rounding of the division."""
+
+
+@dataclass
+class RoleError:
+    """Errors of all weights of one role.
+
+    Args:
+        role: as recipes name it.
+        storage: how the artifact holds these weights.
+        count: number of weights.
+        squared: sum of squared differences.
+        norm: sum of squared weights of the source.
+        worst: largest relative error of one weight.
+    """
+
+    role: str
+    storage: str
+    count: int = 0
+    squared: float = 0.0
+    norm: float = 0.0
+    worst: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Root of the summed squares over that of the source."""
+        return _ratio(self.squared, self.norm)
+
+    def add(self, squared: float, norm: float) -> None:
+        """Count one weight."""
+        self.count += 1
+        self.squared += squared
+        self.norm += norm
+        self.worst = max(self.worst, _ratio(squared, norm))
+
+
+def _ratio(squared: float, norm: float) -> float:
+    if norm == 0:
+        return 0.0 if squared == 0 else math.inf
+    return math.sqrt(squared / norm)
+
+
+@dataclass
+class _Compared:
+    """One weight of the artifact beside that of the source."""
+
+    item: Item
+    squared: float = 0.0
+    norm: float = 0.0
+    findings: list[Finding] = field(default_factory=list)
+
+    def error(self, check: str, message: str) -> None:
+        self.findings.append(Finding(check, self.item.weight.name, message))
+
+
+def check_hashes(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+    """Hash the safetensors files and compare with the manifest."""
+    for name in checkpoint.file_sizes:
+        entry = manifest["files"].get(name)
+        if entry is None:
+            yield Finding("hash", name, "not listed in qwen35.json")
+            continue
+        digest = hash_file(checkpoint.folder() / name)
+        if digest != entry["sha256"]:
+            message = f"sha256 {digest[:12]}..., written as {entry['sha256'][:12]}..."
+            yield Finding("hash", name, message)
+
+
+def _key(item: Item) -> tuple[str, int | None, int | None]:
+    return item.role.name, item.role.layer, item.role.expert
+
+
+def check_numbers(
+    artifact: Checkpoint,
+    items: tuple[Item, ...],
+    source: Checkpoint | None,
+    *,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[RoleError], list[Finding]]:
+    """Decode every weight; with a source, compare each with its original.
+
+    Args:
+        artifact: what is checked, with its files at hand.
+        items: its weights, as the structural check matched them.
+        source: the checkpoint it was made from.
+        threads: weights decoded at a time.
+        progress: told of the bytes read.
+
+    Returns:
+        Errors per role (none without a source) and findings.
+    """
+    progress = progress or Silent()
+    originals = {_key(item): item for item in inventory(source)} if source is not None else {}
+    findings = _unmatched(items, originals) if source is not None else []
+    progress.begin(f"checking {artifact.name}", sum(item.weight.nbytes for item in items))
+    try:
+        with Reader(artifact) as reader, Reader(source or artifact) as source_reader:
+            run = _Comparison(reader, source_reader, originals, progress)
+            with ThreadPoolExecutor(threads or default_threads()) as pool:
+                compared = list(pool.map(run.compare, items))
+    finally:
+        progress.end()
+    for one in compared:
+        findings += one.findings
+    return (_by_role(compared) if source is not None else []), findings
+
+
+def _unmatched(items: tuple[Item, ...], originals: Mapping[Any, Item]) -> list[Finding]:
+    found = {_key(item) for item in items}
+    findings = [
+        Finding("source", item.weight.name, "the source has no such weight")
+        for item in items
+        if _key(item) not in originals
+    ]
+    whole = {scope for scope in ("visual", "mtp") if not any(i.role.scope == scope for i in items)}
+    findings += [
+        Finding("source", item.weight.name, "in the source, but not here")
+        for key, item in originals.items()
+        if key not in found and item.role.scope not in whole
+    ]
+    return findings
+
+
+def _by_role(compared: list[_Compared]) -> list[RoleError]:
+    rows: dict[tuple[str, str], RoleError] = {}
+    for one in compared:
+        key = (one.item.role.name, one.item.weight.storage)
+        rows.setdefault(key, RoleError(*key)).add(one.squared, one.norm)
+    return list(rows.values())
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    reader: Reader
+    source_reader: Reader
+    originals: Mapping[tuple[str, int | None, int | None], Item]
+    progress: Progress
+
+    def compare(self, item: Item) -> _Compared:
+        """Check one weight; what cannot be read or decoded becomes a finding."""
+        result = _Compared(item)
+        original = self.originals.get(_key(item))
+        try:
+            if original is None:
+                self._decode(item)
+            elif _same_storage(item, original):
+                self._same(result, original)
+            elif item.weight.storage == "nf4":
+                self._nf4(result, original)
+            else:
+                self._values(result, original)
+        except InputError as error:
+            message = str(error).removeprefix(f"{error.subject}: ")
+            result.findings.append(Finding("decode", error.subject, message))
+        self.progress.advance(item.weight.nbytes, item.weight.name)
+        return result
+
+    def _decode(self, item: Item) -> None:
+        if item.weight.storage == "plain":
+            for _ in stored(self.reader, item.weight.main):
+                pass
+        else:
+            for _ in decoded(self.reader, item.weight, item.spec):
+                pass
+
+    def _same(self, result: _Compared, original: Item) -> None:
+        """Both are stored alike: the bytes must be the same."""
+        pairs = zip(result.item.weight.parts, original.weight.parts, strict=True)
+        for here, there in pairs:
+            pieces = stored(self.reader, here), stored(self.source_reader, there, check=False)
+            wrong = sum(
+                int(np.count_nonzero(a.view(np.uint8) != b.view(np.uint8)))
+                for a, b in zip(*pieces, strict=True)
+            )
+            if wrong:
+                message = f"{wrong} bytes differ from the source"
+                result.findings.append(Finding("bytes", here.spec.name, message))
+        if result.findings:
+            self._values(result, original, report=False)
+
+    def _values(self, result: _Compared, original: Item, *, report: bool = True) -> None:
+        """Compare decoded values; they must be equal."""
+        here = decoded(self.reader, result.item.weight, result.item.spec)
+        there = decoded(self.source_reader, original.weight, original.spec)
+        wrong = 0
+        for a, b in zip(here, there, strict=True):
+            got, expected = f32_from(a, result.item.spec.dtype), f32_from(b, original.spec.dtype)
+            wrong += int(np.count_nonzero(got != expected))
+            _accumulate(result, got, expected)
+        if wrong and report:
+            result.error("values", f"{wrong} of {original.spec.numel} values differ")
+
+    def _nf4(self, result: _Compared, original: Item) -> None:
+        """Compare packed codes and decoded absmax with what the source's blocks must give."""
+        weight, spec = result.item.weight, result.item.spec
+        state = nf4_state(self.reader, weight, spec)
+        absmax = nf4_absmax(self.reader, weight, state)
+        self._constants(result)
+        true_absmax = np.empty_like(absmax)
+        done = wrong = 0
+        for piece in decoded(self.source_reader, original.weight, original.spec):
+            packed = np.empty(piece.size // 2, np.uint8)
+            self.reader.read_into(weight.main, done // 2, packed.data)
+            blocks = slice(done // BLOCK, (done + piece.size) // BLOCK)
+            expected = np.empty_like(packed)
+            encode_blocks(piece, original.spec.dtype, true_absmax[blocks], expected)
+            values = f32_from(piece, original.spec.dtype)
+            if not np.array_equal(packed, expected):
+                wrong += _wrong_codes(packed, expected, values, true_absmax[blocks])
+            _accumulate(result, decode_blocks(packed, absmax[blocks], LEVELS), values)
+            done += piece.size
+        if wrong:
+            result.error("codes", f"{wrong} of {spec.numel} codes are not the nearest level")
+        off = _wrong_absmax(absmax, true_absmax, nested=state.nested)
+        if off:
+            result.error("absmax", f"{off} of {len(absmax)} scales are not those of the source")
+
+    def _constants(self, result: _Compared) -> None:
+        for suffix, expected in ((".quant_map", LEVELS), (".nested_quant_map", dynamic_map())):
+            part = result.item.weight.part(suffix)
+            if part is not None and bytes(self.reader.read(part)) != expected.tobytes():
+                result.error("constants", f"{part.spec.name} is not bitsandbytes' table")
+
+
+def _same_storage(item: Item, original: Item) -> bool:
+    here, there = item.weight, original.weight
+    return (
+        here.storage == there.storage
+        and len(here.parts) == len(there.parts)
+        and all(
+            (a.spec.dtype, a.spec.shape) == (b.spec.dtype, b.spec.shape)
+            for a, b in zip(here.parts, there.parts, strict=True)
+        )
+    )
+
+
+def _accumulate(result: _Compared, got: F32, expected: F32) -> None:
+    difference = (got - expected).astype(np.float64)
+    result.squared += float(difference @ difference)
+    wide = expected.astype(np.float64)
+    result.norm += float(wide @ wide)
+
+
+def _wrong_codes(packed: Array, expected: Array, values: F32, absmax: F32) -> int:
+    """Count codes whose level is not the nearest, but for quotients on a bound.
+
+    A block of zeros may hold any code: its scale decides, and bitsandbytes on CUDA writes code 0.
+    """
+    bad = np.flatnonzero(packed != expected)
+    index = (2 * bad[:, None] + np.arange(2)).reshape(-1)
+    pairs = packed[bad]
+    codes = np.stack([pairs >> 4, pairs & 15], axis=1).reshape(-1).astype(np.int64)
+    scale = absmax[index // BLOCK]
+    quotient = np.divide(
+        values[index], scale, out=np.zeros(len(index), np.float32), where=scale > 0
+    )
+    lower = np.concatenate([[-np.inf], BOUNDS])[codes]
+    upper = np.concatenate([BOUNDS, [np.inf]])[codes]
+    near = (quotient >= lower - CODE_SLACK) & (quotient <= upper + CODE_SLACK)
+    return int(np.count_nonzero(~near & (scale > 0)))
+
+
+def _wrong_absmax(absmax: F32, true: F32, *, nested: bool) -> int:
+    if not nested:
+        return int(np.count_nonzero(absmax != true))
+    centred = np.abs(true - true.mean(dtype=np.float64))
+    blocks = -(-len(true) // NESTED_BLOCK)
+    padded = np.zeros(blocks * NESTED_BLOCK, np.float64)
+    padded[: len(true)] = centred
+    largest = np.repeat(padded.reshape(blocks, -1).max(axis=1), NESTED_BLOCK)[: len(true)]
+    allowed = largest * ABSMAX_STEP + 1e-6 * np.abs(true) + 1e-30
+    return int(np.count_nonzero(np.abs(absmax - true) > allowed))
