@@ -32,6 +32,11 @@ class Output:
         """Print the result: `text` for people, or `value` as JSON."""
         print(json.dumps(value, indent=2, ensure_ascii=False) if self.as_json else text)
 
+    def line(self, text: str) -> None:
+        """Print a line of a report that is meant to be read as it grows."""
+        if not self.quiet and not self.as_json:
+            print(text, flush=True)
+
     def info(self, text: str) -> None:
         """Tell what is going on."""
         if not self.quiet:

@@ -55,6 +55,13 @@ _VISION_SIZES = (
     "out_hidden_size",
 )
 _DEFAULTS = {"linear_conv_kernel_dim": 4, "head_dim": 256}
+_LIMITS = {
+    "num_hidden_layers": 10_000,
+    "depth": 10_000,
+    "num_experts": 100_000,
+    "mtp_num_hidden_layers": 100,
+}
+"""Counts that a plan runs through; a config beyond them is damaged or hostile."""
 
 
 @dataclass(frozen=True)
@@ -111,9 +118,12 @@ def _sizes(section: dict[str, Any], names: tuple[str, ...], where: str) -> dict[
     result = {}
     for name in names:
         value = section.get(name, _DEFAULTS.get(name))
-        if type(value) is not int or not 0 < value < 2**31:
+        limit = _LIMITS.get(name, 2**31 - 1)
+        if type(value) is not int or not 0 < value <= limit:
             raise ConfigError(
-                "config.json", f"{where}{name} is {value!r}", expected="a positive integer"
+                "config.json",
+                f"{where}{name} is {repr(value)[:80]}",
+                expected=f"a positive integer, {limit} at most",
             )
         result[name] = value
     return result
@@ -238,7 +248,7 @@ def parse_config(raw: object) -> ModelConfig:
         dims |= vision
     layers = int(text["num_hidden_layers"])
     mtp = text.get("mtp_num_hidden_layers", raw.get("mtp_num_hidden_layers", 0)) or 0
-    if type(mtp) is not int or mtp < 0:
+    if type(mtp) is not int or not 0 <= mtp <= _LIMITS["mtp_num_hidden_layers"]:
         raise ConfigError("config.json", f"mtp_num_hidden_layers is {mtp!r}")
     tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     return ModelConfig(

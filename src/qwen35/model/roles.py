@@ -255,7 +255,7 @@ class _Scope:
 _SCOPES = (
     _Scope("", "layers", (*_TEXT_ROOT, _HEAD), _DECODER),
     _Scope("visual.", "blocks", _VISION_ROOT, _VISION_BLOCK),
-    _Scope("mtp.", "layers", _MTP_ROOT, _DECODER),
+    _Scope("mtp.", "layers", _MTP_ROOT, tuple(row for row in _DECODER if row.place != "linear")),
 )
 
 
@@ -304,6 +304,12 @@ _NAME = re.compile(
     r"(?P<path>[A-Za-z_][\w.]*)\Z",
     re.ASCII,
 )
+_PREFIXES = {
+    "": ("model.language_model.", "model."),
+    "visual.": ("model.",),
+    "mtp.": ("",),
+    "lm_head.": ("",),
+}
 _EXPERT = re.compile(r"mlp\.experts\.(0|[1-9]\d{0,5})\.", re.ASCII)
 
 
@@ -328,16 +334,19 @@ def role_of(name: str) -> Role:
     head = match["head"]
     key = f"{head}{stack}.{path}" if stack and head else f"{head}{path}"
     info = ROLES.get(key)
-    if info is None or not _placed(info, head, bool(stack), expert):
+    if info is None or not _placed(info, head, stack, expert):
+        raise _unknown(name)
+    if match["prefix"] not in _PREFIXES[head if path != _HEAD.path else "lm_head."]:
         raise _unknown(name)
     layer = int(match["layer"]) if stack else None
     return Role(key.removesuffix(".weight"), info, layer, expert)
 
 
-def _placed(info: RoleInfo, head: str, in_stack: bool, expert: int | None) -> bool:
+def _placed(info: RoleInfo, head: str, stack: str, expert: int | None) -> bool:
     """Whether the numbers in a name are those its row has."""
-    stacked = info in (_VISION_BLOCK if head == "visual." else _DECODER)
-    return stacked == in_stack and (info.place == "expert") == (expert is not None)
+    rows, name = (_VISION_BLOCK, "blocks") if head == "visual." else (_DECODER, "layers")
+    expected = name if info in rows else ""
+    return stack == expected and (info.place == "expert") == (expert is not None)
 
 
 def _unknown(name: str) -> TensorError:

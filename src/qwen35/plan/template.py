@@ -156,18 +156,20 @@ class _Edit:
 
 def _branch_edits(source: str, name: str) -> Iterator[_Edit]:
     """Yield a replacement for the body of each outermost vision branch."""
-    open_ifs: list[_Tag | None] = []
+    open_blocks: list[tuple[str, _Tag | None]] = []
     for tag in _tags(source):
-        if tag.word in ("elif", "else", "endif") and open_ifs:
-            begun = open_ifs.pop()
+        top = open_blocks[-1][0] if open_blocks else ""
+        closes = tag.word in ("endif", "endfor") or (tag.word in ("elif", "else") and top == "if")
+        if closes:
+            _, begun = open_blocks.pop()
             if begun is not None:
                 yield _Edit(begun.end, tag.start, _error_body(source[begun.end : tag.start]))
         if tag.word in ("if", "elif"):
-            vision = _is_vision_test(_condition(tag.rest, name))
-            inside = any(begun is not None for begun in open_ifs)
-            open_ifs.append(tag if vision and not inside else None)
-        elif tag.word == "else" and _closes_if(tag, source):
-            open_ifs.append(None)
+            inside = any(begun is not None for _, begun in open_blocks)
+            vision = not inside and _is_vision_test(_condition(tag.rest, name))
+            open_blocks.append(("if", tag if vision else None))
+        elif tag.word == "for" or (tag.word == "else" and closes):
+            open_blocks.append(("for" if tag.word == "for" else "if", None))
 
 
 def _error_body(body: str) -> str:
@@ -175,17 +177,6 @@ def _error_body(body: str) -> str:
     before = body[: len(body) - len(body.lstrip())]
     after = body[len(body.rstrip()) :]
     return f"{before}{_ERROR}{after}"
-
-
-def _closes_if(tag: _Tag, source: str) -> bool:
-    """Whether an ``else`` belongs to an ``if`` and not to a ``for``."""
-    stack = []
-    for other in _tags(source[: tag.start]):
-        if other.word in ("if", "for"):
-            stack.append(other.word)
-        elif other.word in ("endif", "endfor"):
-            stack.pop()
-    return bool(stack) and stack[-1] == "if"
 
 
 def _apply(source: str, edits: list[_Edit]) -> str:

@@ -1,0 +1,29 @@
+"""The commands of the toolkit that came before, under their own names: front doors, no more."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from qwen35.cli.main import run_verb
+
+__all__ = ["convert", "inspect", "strip"]
+
+
+def _run(name: str, module: str, argv: Sequence[str] | None) -> int:
+    return run_verb(name, sys.argv[1:] if argv is None else argv, module=module, prog=name)
+
+
+def convert(argv: Sequence[str] | None = None) -> int:
+    """`qwen35-convert`: a vision-language checkpoint to NF4."""
+    return _run("qwen35-convert", "old_convert", argv)
+
+
+def strip(argv: Sequence[str] | None = None) -> int:
+    """`qwen35-strip`: a checkpoint without its vision tower."""
+    return _run("qwen35-strip", "old_strip", argv)
+
+
+def inspect(argv: Sequence[str] | None = None) -> int:
+    """`qwen35-inspect`: prefixes and sizes of a checkpoint."""
+    return _run("qwen35-inspect", "inspect", argv)

@@ -1,0 +1,191 @@
+"""Behaviour: load an artifact in transformers, ask it something, and judge the answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from qwen35.errors import UsageError
+
+__all__ = ["Asker", "Question", "is_right"]
+
+MAX_NEW_TOKENS = 96
+_COLORS: dict[str, tuple[int, int, int]] = {
+    "red": (255, 0, 0),
+    "blue": (0, 0, 255),
+    "green": (0, 128, 0),
+    "yellow": (255, 255, 0),
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+    "orange": (255, 140, 0),
+    "purple": (128, 0, 128),
+}
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A picture: its left half of one colour, its right half of another."""
+
+    left: str
+    right: str
+    width: int = 448
+    height: int = 224
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and what a right answer is.
+
+    Args:
+        prompt: the user's words.
+        expect: what the answer must be or hold.
+        match: ``word``: the answer is this word; ``words``: one sentence with all of these;
+            ``contains``: it holds this text; ``code``: a Python function that holds this text.
+        thinking: whether the model may reason first; if so it must, and must finish.
+        image: a picture shown with the question.
+    """
+
+    prompt: str
+    expect: str
+    match: str = "word"
+    thinking: bool = False
+    image: Halves | None = None
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """Read a row of a questions.json."""
+        shown = row.get("image")
+        image = Halves(shown["left"], shown["right"], *shown["size"]) if shown else None
+        return cls(row["prompt"], row["expect"], row["match"], bool(row["thinking"]), image)
+
+
+def is_right(question: Question, said: str) -> bool:
+    """Judge the model's turn.
+
+    >>> is_right(Question("2 + 2?", "4"), "4."), is_right(Question("2 + 2?", "4"), "It is 5")
+    (True, False)
+    """
+    if question.thinking:
+        thought, closed, said = said.partition("</think>")
+        if not closed or not thought.strip():
+            return False
+    elif "<think>" in said:
+        return False
+    said = said.strip()
+    expect = question.expect.casefold()
+    words = re.findall(r"\w+", said.casefold())
+    if question.match == "word":
+        return words == [expect]
+    if question.match == "words":
+        return set(expect.split()) <= set(words) and said.count(".") == 1
+    if question.match == "contains":
+        return expect in said.casefold()
+    if question.match == "code":
+        block = re.fullmatch(r"```python\n(.*)\n```", said, flags=re.DOTALL)
+        return block is not None and "def " in said and expect in said.casefold()
+    raise UsageError(question.prompt, f"match {question.match!r}", expected="word, words, ...")
+
+
+class Asker:
+    """A loaded model that answers questions on the CPU, greedily.
+
+    Args:
+        folder: the artifact.
+
+    Raises:
+        UsageError: transformers or torch is not installed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise UsageError(
+                "asking the model",
+                f"{error.name} is not installed",
+                hint="pip install 'qwen35[nf4]'",
+            ) from error
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self._torch = torch
+        config = transformers.AutoConfig.from_pretrained(folder)
+        self.vision = hasattr(config, "vision_config")
+        kind = "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
+        self.model: Any = getattr(transformers, kind).from_pretrained(folder, device_map="cpu")
+        self.model.eval()
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        self._images: Any = (
+            transformers.AutoImageProcessor.from_pretrained(folder) if self.vision else None
+        )
+        self.settled = _settle(self.model)
+
+    def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
+        """Return the model's turn; with thinking it holds the reasoning too."""
+        torch = self._torch
+        inputs = self._inputs(question)
+        with torch.no_grad():
+            out = self.model.generate(
+                **inputs,
+                max_new_tokens=MAX_NEW_TOKENS,
+                do_sample=False,
+                repetition_penalty=repetition_penalty,
+            )
+        turn = out[0, inputs["input_ids"].shape[1] :]
+        text: str = self.tokenizer.decode(turn, skip_special_tokens=True)
+        return text
+
+    def _inputs(self, question: Question) -> dict[str, Any]:
+        torch = self._torch
+        content: list[dict[str, str]] = [{"type": "text", "text": question.prompt}]
+        if question.image is not None:
+            content.insert(0, {"type": "image"})
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=question.thinking,
+        )
+        ids = self.tokenizer(text)["input_ids"]
+        if question.image is None:
+            row = torch.tensor([ids])
+            return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        seen = self._images(images=_draw(question.image), return_tensors="pt")
+        pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        tokens = int(seen["image_grid_thw"].prod()) // self._images.merge_size**2
+        at = ids.index(pad)
+        row = torch.tensor([[*ids[:at], *[pad] * tokens, *ids[at + 1 :]]])
+        return {
+            "input_ids": row,
+            "attention_mask": torch.ones_like(row),
+            "mm_token_type_ids": (row == pad).int(),
+            "pixel_values": seen["pixel_values"],
+            "image_grid_thw": seen["image_grid_thw"],
+        }
+
+
+def _draw(halves: Halves) -> Any:
+    from PIL import Image
+
+    image = Image.new("RGB", (halves.width, halves.height), _COLORS[halves.left])
+    middle = halves.width // 2
+    right = Image.new("RGB", (halves.width - middle, halves.height), _COLORS[halves.right])
+    image.paste(right, (middle, 0))
+    return image
+
+
+def _settle(model: Any) -> int:
+    """Switch off bitsandbytes' packed path on CPUs with AVX512-BF16; return how many layers.
+
+    It asserts that a layer has a multiple of 32 outputs, which the gates of most sizes have not,
+    and rewrites the weights on first use (bitsandbytes 0.50 ``nn/modules.py``, `Linear4bit`).
+    """
+    count = 0
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            count += 1
+    return count

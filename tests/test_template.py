@@ -1,0 +1,178 @@
+"""Chat templates made text-only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jinja2.exceptions import TemplateError
+
+from checkpoints import write_checkpoint
+from qwen35.errors import InputError
+from qwen35.plan.template import _tags, compiles, text_only_template
+from running import load_all, read_config, run
+from templates import IMAGE_CONVERSATIONS, ITEM_LOOP, TEXT_CONVERSATIONS, VARIANTS, render
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("conversation", range(len(TEXT_CONVERSATIONS)))
+@pytest.mark.parametrize("thinking", [True, False])
+def test_text_renders_as_before(name: str, conversation: int, thinking: bool) -> None:
+    messages = TEXT_CONVERSATIONS[conversation]
+    before = VARIANTS[name]
+    after = text_only_template(before, name)
+    assert after != before
+    expected = render(before, messages, enable_thinking=thinking)
+    assert render(after, messages, enable_thinking=thinking) == expected
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("conversation", range(len(IMAGE_CONVERSATIONS)))
+def test_images_and_videos_get_a_clear_error(name: str, conversation: int) -> None:
+    messages = IMAGE_CONVERSATIONS[conversation]
+    if name == "generation blocks" and conversation == 1:
+        pytest.skip("the original has no branch for videos")
+    if name == "generation blocks":
+        messages = [{"role": "user", "content": [{"image": "x"}]}]
+    render(VARIANTS[name], messages)
+    with pytest.raises(TemplateError, match="text-only model"):
+        render(text_only_template(VARIANTS[name], name), messages)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_of_vision_is_left(name: str) -> None:
+    after = text_only_template(VARIANTS[name], name)
+    for word in ("image_pad", "video_pad", "vision_start", "image_count", "video_count", "IMG"):
+        if word == "image_count" and name == "trimmed on the right":
+            continue  # removing its `set` could change white space there
+        if word == "video_count" and name == "trimmed on the right":
+            continue
+        assert word not in after
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_second_pass_changes_nothing(name: str) -> None:
+    once = text_only_template(VARIANTS[name], name)
+    assert text_only_template(once, name) == once
+
+
+def test_a_template_without_vision_is_left_alone() -> None:
+    source = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert text_only_template(source, "t") is source
+
+
+def test_a_condition_that_text_can_meet_is_left_alone() -> None:
+    for condition in ("'image' in c or 'text' in c", "c.type != 'image'", "'image' not in c"):
+        source = "{% for c in messages %}{% if " + condition + " %}x{% endif %}{% endfor %}"
+        assert text_only_template(source, "t") == source
+
+
+def test_an_else_of_a_for_is_not_taken_for_one_of_an_if() -> None:
+    source = (
+        "{% for c in messages %}{% if 'image' in c %}{% for d in c %}a{% else %}b{% endfor %}"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}"
+    )
+    after = text_only_template(source, "t")
+    assert after.endswith("{% else %}{{ c.text }}{% endif %}{% endfor %}")
+    assert "endfor %}{% else" not in after
+
+
+@pytest.mark.parametrize(
+    "source", ["{% if x %}", "{{ x", "{% endif %}", "{% for %}", "{{ 'a }}", "{% macro %}{%"]
+)
+def test_a_broken_template_is_refused_with_its_line(source: str) -> None:
+    with pytest.raises(InputError, match=r"not a valid Jinja template, line 2"):
+        text_only_template("line one\n" + source, "chat_template.jinja")
+    with pytest.raises(InputError):
+        compiles("\n" + source, "chat_template.jinja")
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "{% if 'image' in c %}",
+                "{% endif %}",
+                "{{ '%}' }}",
+                "a{b",
+                "\n",
+                "{# {% #}",
+                "{% else %}",
+                "{{ {'a': {}} }}",
+                "{% raw %}{% if %}{% endraw %}",
+            ]
+        ),
+        max_size=8,
+    )
+)
+@settings(deadline=None)
+def test_any_template_is_transformed_or_refused(parts: list[str]) -> None:
+    source = "".join(parts)
+    try:
+        after = text_only_template(source, "t")
+    except InputError:
+        return
+    compiles(after, "t")
+
+
+def test_tags_are_found_where_jinja_finds_them() -> None:
+    from jinja2 import Environment
+
+    for source in VARIANTS.values():
+        ours = [tag.kind for tag in _tags(source)]
+        begins = ("block_begin", "variable_begin", "comment_begin")
+        theirs = [kind for _, kind, _ in Environment().lex(source) if kind in begins]
+        assert len(ours) == len(theirs)
+
+
+def _settings(folder: Path, name: str) -> Any:
+    return json.loads((folder / name).read_text())
+
+
+def test_every_place_that_stores_a_template_is_transformed(dense: Path, tmp_path: Path) -> None:
+    config = {
+        "chat_template": ITEM_LOOP,
+        "processor_class": "Qwen3VLProcessor",
+        "eos_token": "<|im_end|>",
+    }
+    named = {"chat_template": [{"name": "default", "template": ITEM_LOOP}, "odd"]}
+    source = write_checkpoint(
+        tmp_path / "in",
+        read_config(dense),
+        load_all(dense),
+        sidecars={
+            "chat_template.jinja": ITEM_LOOP,
+            "tokenizer_config.json": json.dumps(config),
+            "chat_template.json": json.dumps(named),
+            "preprocessor_config.json": "{}",
+        },
+    )
+    run(source, tmp_path / "out", "text")
+    expected = text_only_template(ITEM_LOOP, "t")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == expected
+    assert _settings(tmp_path / "out", "tokenizer_config.json") == {
+        "chat_template": expected,
+        "eos_token": "<|im_end|>",
+    }
+    stored = _settings(tmp_path / "out", "chat_template.json")["chat_template"]
+    assert stored == [{"name": "default", "template": expected}, "odd"]
+    assert not (tmp_path / "out" / "preprocessor_config.json").exists()
+    run(source, tmp_path / "vision", "nf4")
+    assert (tmp_path / "vision" / "chat_template.jinja").read_text() == ITEM_LOOP
+    assert (tmp_path / "vision" / "preprocessor_config.json").exists()
+
+
+def test_a_broken_template_stops_a_text_only_conversion(dense: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(
+        tmp_path / "in",
+        read_config(dense),
+        load_all(dense),
+        sidecars={"chat_template.jinja": "{% if %}"},
+    )
+    with pytest.raises(InputError, match=r"chat_template.jinja: not a valid Jinja template"):
+        run(source, tmp_path / "out", "text")
+    assert not (tmp_path / "out").exists()
