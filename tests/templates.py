@@ -38,7 +38,8 @@ ITEM_LOOP = """\
     {%- endif %}
 {%- endmacro %}
 {%- for message in messages %}
-    {{- '<|im_start|>' + message.role + '\\n' + render_content(message.content, true) + '<|im_end|>\\n' }}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {{- render_content(message.content, true) + '<|im_end|>\\n' }}
 {%- else %}
     {{- 'nothing %} here {{ at }} all' }}
 {%- endfor %}
@@ -61,7 +62,8 @@ VARIANTS: dict[str, str] = {
     ),
     "generation blocks": (
         "{% for m in messages %}{% generation %}{% if m.content is string %}{{ m.content }}"
-        "{% elif 'image' in m.content[0] %}IMG{% else %}{{ m.content[0].text }}{% endif %}"
+        "{% elif m.content[0].type == 'image' or 'video' == m.content[0].type %}IMG"
+        "{% else %}{{ m.content[0].text }}{% endif %}"
         "{% endgeneration %}{% endfor %}"
     ),
 }

@@ -34,10 +34,6 @@ def test_text_renders_as_before(name: str, conversation: int, thinking: bool) ->
 @pytest.mark.parametrize("conversation", range(len(IMAGE_CONVERSATIONS)))
 def test_images_and_videos_get_a_clear_error(name: str, conversation: int) -> None:
     messages = IMAGE_CONVERSATIONS[conversation]
-    if name == "generation blocks" and conversation == 1:
-        pytest.skip("the original has no branch for videos")
-    if name == "generation blocks":
-        messages = [{"role": "user", "content": [{"image": "x"}]}]
     render(VARIANTS[name], messages)
     with pytest.raises(TemplateError, match="text-only model"):
         render(text_only_template(VARIANTS[name], name), messages)

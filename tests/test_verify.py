@@ -1,0 +1,578 @@
+"""The verifier: silent on good artifacts, and every planted fault is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from checkpoints import Tensors, make_checkpoint, write_checkpoint
+from loading import quantize_with_transformers
+from qwen35.checkpoint.open import describe, fetch
+from qwen35.cli.main import main
+from qwen35.verify.artifact import Verdict, verify
+from qwen35.verify.structure import is_skipped
+from running import load_all, read_config, run
+
+LAYER = "model.language_model.layers"
+QKV = f"{LAYER}.0.linear_attn.in_proj_qkv.weight"
+UP = f"{LAYER}.1.mlp.up_proj.weight"
+STATE = "quant_state.bitsandbytes__nf4"
+
+
+def check(artifact: Path, source: Path | None = None) -> Verdict:
+    opened = fetch(str(artifact), lenient=True)
+    if source is None:
+        return verify(opened)
+    return verify(opened, source=fetch(str(source)), depth="numbers", threads=1)
+
+
+@pytest.fixture(scope="module")
+def packed(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(dense, tmp_path_factory.mktemp("packed") / "nf4").out
+
+
+@pytest.fixture
+def broken(packed: Path, tmp_path: Path) -> Path:
+    """A copy of a good artifact, to be broken."""
+    return Path(shutil.copytree(packed, tmp_path / "broken"))
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], object], *, forget: bool = True) -> None:
+    """Change the tensors of an artifact; without its manifest unless told."""
+    tensors = load_all(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if forget:
+        (folder / "qwen35.json").unlink()
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = read_config(folder)
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "qwen35.json").unlink()
+
+
+@pytest.mark.parametrize("recipe", ["nf4", "text", "text-nf4"])
+@pytest.mark.parametrize("source", ["dense", "moe", "moe_per_expert"])
+def test_good_artifacts_pass_at_every_depth(
+    recipe: str, source: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(source)
+    out = run(folder, tmp_path / "out", recipe).out
+    for verdict in (check(out), check(out, folder)):
+        assert verdict.findings == ()
+        assert verdict.passed
+    (out / "qwen35.json").unlink()
+    assert check(out).findings == ()
+
+
+def test_sources_pass_as_they_are(dense: Path, moe_per_expert: Path) -> None:
+    for folder in (dense, moe_per_expert):
+        assert check(folder).findings == ()
+        assert check(folder, folder).findings == ()
+
+
+def test_what_transformers_quantized_passes_but_for_what_it_lost(
+    dense: Path, tmp_path: Path
+) -> None:
+    quantize_with_transformers(dense, tmp_path / "theirs")
+    verdict = check(tmp_path / "theirs", dense)
+    assert {finding.check for finding in verdict.findings} <= {"mtp", "values"}
+    assert [f.check for f in verdict.findings].count("mtp") == 1
+    lost = {f.subject.rpartition(".")[0] for f in verdict.findings if f.check == "values"}
+    assert all(name.endswith(("linear_attn.norm", "linear_attn")) for name in lost)
+
+
+def test_relative_errors_are_those_of_the_decoded_weights(packed: Path, dense: Path) -> None:
+    rows = {row.role: row for row in check(packed, dense).errors}
+    assert rows["embed_tokens"].relative == 0
+    assert rows["linear_attn.in_proj_qkv"].count == 3
+    assert 0.08 < rows["linear_attn.in_proj_qkv"].relative < 0.1
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    tensors, total, norm = load_all(packed), 0.0, 0.0
+    for i in range(3):
+        name = f"{LAYER}.{i}.linear_attn.in_proj_qkv.weight"
+        parts = {k: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        state = QuantState.from_dict(parts, device=torch.device("cpu"))
+        state.dtype = torch.float32
+        original = load_all(dense)[name].double()
+        total += float((dequantize_4bit(tensors[name], state).double() - original).square().sum())
+        norm += float(original.square().sum())
+    assert rows["linear_attn.in_proj_qkv"].relative == pytest.approx(
+        (total / norm) ** 0.5, rel=1e-5
+    )
+
+
+def flip(tensors: Tensors, name: str, at: int = 100) -> None:
+    tensors[name].view(-1).view(torch.uint8)[at] ^= 0x20
+
+
+def swap(tensors: Tensors, one: str, other: str) -> None:
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def transpose_blocks(tensors: Tensors, name: str) -> None:
+    tensors[name] = tensors[name].reshape(256, -1).T.contiguous().reshape(-1, 1)
+
+
+def cut(tensors: Tensors, name: str) -> None:
+    tensors[name] = tensors[name][:-1].clone()
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A change of the tensors and the finding that must name it."""
+
+    change: Callable[[Tensors], object]
+    check: str
+    subject: str
+    words: str = ""
+    needs_source: bool = False
+
+
+TENSOR_FAULTS: dict[str, Fault] = {
+    "weight dropped": Fault(
+        lambda t: t.pop(f"{LAYER}.0.mlp.up_proj.weight") is None,
+        "packing",
+        f"{LAYER}.0.mlp.up_proj.weight.absmax",
+        "weight it belongs to",
+    ),
+    "kept weight dropped": Fault(
+        lambda t: t.pop("model.language_model.norm.weight"),
+        "tensors",
+        "model.language_model.norm.weight",
+        "missing",
+    ),
+    "vision weight dropped": Fault(
+        lambda t: t.pop("model.visual.merger.norm.bias"),
+        "tensors",
+        "model.visual.merger.norm.bias",
+        "missing",
+    ),
+    "state dropped": Fault(lambda t: t.pop(f"{QKV}.{STATE}"), "packing", QKV, "missing"),
+    "absmax dropped": Fault(lambda t: t.pop(f"{QKV}.absmax"), "packing", QKV, "absmax is missing"),
+    "quant_map dropped": Fault(lambda t: t.pop(f"{UP}.quant_map"), "packing", UP, "quant_map"),
+    "nested map dropped": Fault(lambda t: t.pop(f"{UP}.nested_quant_map"), "packing", UP, "nested"),
+    "all companions dropped": Fault(
+        lambda t: [t.pop(k) for k in list(t) if k.startswith(f"{UP}.")], "packing", UP, "U8 data"
+    ),
+    "stranger": Fault(
+        lambda t: t.update({f"{LAYER}.0.extra.weight": torch.zeros(1)}),
+        "tensors",
+        f"{LAYER}.0.extra.weight",
+        "not a tensor of Qwen3.5",
+    ),
+    "layer too many": Fault(
+        lambda t: t.update({f"{LAYER}.4.input_layernorm.weight": torch.zeros(256).bfloat16()}),
+        "tensors",
+        f"{LAYER}.4.input_layernorm.weight",
+        "no place for",
+    ),
+    "packed codes cut": Fault(lambda t: cut(t, QKV), "tensors", QKV, "packed bytes"),
+    "packed codes of another shape": Fault(
+        lambda t: t.update({QKV: t[QKV].reshape(-1)}), "companions", QKV, "expected U8"
+    ),
+    "absmax cut": Fault(lambda t: cut(t, f"{QKV}.absmax"), "companions", f"{QKV}.absmax"),
+    "nested absmax cut": Fault(
+        lambda t: cut(t, f"{QKV}.nested_absmax"), "companions", f"{QKV}.nested_absmax"
+    ),
+    "absmax of another dtype": Fault(
+        lambda t: t.update({f"{QKV}.absmax": t[f"{QKV}.absmax"].float()}),
+        "companions",
+        f"{QKV}.absmax",
+        "F32",
+    ),
+    "kept weight of another shape": Fault(
+        lambda t: t.update({f"{LAYER}.0.linear_attn.conv1d.weight": torch.zeros(4).bfloat16()}),
+        "tensors",
+        f"{LAYER}.0.linear_attn.conv1d.weight",
+        "shape [4]",
+    ),
+    "kept weight as integers": Fault(
+        lambda t: t.update({"model.language_model.norm.weight": torch.zeros(256).int()}),
+        "tensors",
+        "model.language_model.norm.weight",
+        "dtype I32",
+    ),
+    "vision packed nowhere listed": Fault(
+        lambda t: t.update({"mtp.fc.weight.absmax": torch.zeros(4)}), "packing", "mtp.fc.weight"
+    ),
+    "absmax zeroed": Fault(lambda t: t[f"{QKV}.absmax"].zero_(), "absmax", QKV, "scales", True),
+    "nested absmax zeroed": Fault(
+        lambda t: t[f"{QKV}.nested_absmax"].zero_(), "absmax", QKV, "scales", True
+    ),
+    "nested absmax of another weight": Fault(
+        lambda t: swap(
+            t, f"{QKV}.nested_absmax", f"{LAYER}.1.linear_attn.in_proj_qkv.weight.nested_absmax"
+        ),
+        "absmax",
+        QKV,
+        "",
+        True,
+    ),
+    "one code flipped": Fault(lambda t: flip(t, QKV), "codes", QKV, "1 of", True),
+    "codes transposed": Fault(lambda t: transpose_blocks(t, QKV), "codes", QKV, "", True),
+    "codes of another layer": Fault(
+        lambda t: swap(t, QKV, f"{LAYER}.1.linear_attn.in_proj_qkv.weight"), "codes", QKV, "", True
+    ),
+    "nibbles swapped": Fault(
+        lambda t: t.update({QKV: (t[QKV] << 4) | (t[QKV] >> 4)}), "codes", QKV, "", True
+    ),
+    "level changed": Fault(
+        lambda t: t[f"{QKV}.quant_map"].mul_(1.01), "constants", QKV, "quant_map", True
+    ),
+    "dynamic map changed": Fault(
+        lambda t: t[f"{QKV}.nested_quant_map"].mul_(0.5), "constants", QKV, "nested_quant_map", True
+    ),
+    "blob is not JSON": Fault(
+        lambda t: t[f"{QKV}.{STATE}"].fill_(120), "decode", QKV, "quant_state", True
+    ),
+    "embedding flipped": Fault(
+        lambda t: flip(t, "model.language_model.embed_tokens.weight"),
+        "bytes",
+        "model.language_model.embed_tokens.weight",
+        "1 bytes differ",
+        True,
+    ),
+    "norms swapped": Fault(
+        lambda t: swap(t, f"{LAYER}.0.input_layernorm.weight", f"{LAYER}.1.input_layernorm.weight"),
+        "bytes",
+        f"{LAYER}.0.input_layernorm.weight",
+        "",
+        True,
+    ),
+    "a NaN": Fault(
+        lambda t: t["model.language_model.norm.weight"][0].fill_(float("nan")),
+        "decode",
+        "model.language_model.norm.weight",
+        "NaN",
+        True,
+    ),
+    "MTP weight flipped": Fault(
+        lambda t: flip(t, "mtp.fc.weight"), "bytes", "mtp.fc.weight", "", True
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", TENSOR_FAULTS)
+def test_planted_fault_in_the_tensors_is_named(fault: str, broken: Path, dense: Path) -> None:
+    planted = TENSOR_FAULTS[fault]
+    rewrite(broken, planted.change)
+    verdict = check(broken, dense if planted.needs_source else None)
+    assert not verdict.passed
+    found = [
+        f for f in verdict.findings if (f.check, f.subject) == (planted.check, planted.subject)
+    ]
+    assert found, verdict.findings
+    assert any(planted.words in finding.message for finding in found), found
+
+
+CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str, str, str]] = {
+    "no quantization_config": (
+        lambda c: c.pop("quantization_config"),
+        "quantization-config",
+        "config.json",
+        "packed",
+    ),
+    "head not listed": (
+        lambda c: c["quantization_config"]["llm_int8_skip_modules"].remove("lm_head"),
+        "skip-list",
+        "lm_head",
+        "pack the head",
+    ),
+    "vision not listed": (
+        lambda c: c["quantization_config"]["llm_int8_skip_modules"].remove("model.visual"),
+        "skip-list",
+        "model.visual.blocks.0.attn.qkv",
+        "missing from",
+    ),
+    "old short names": (
+        lambda c: c["quantization_config"].update(llm_int8_skip_modules=["visual"]),
+        "skip-list",
+        "model.visual.blocks.0.attn.qkv",
+        "missing from",
+    ),
+    "no list": (
+        lambda c: c["quantization_config"].pop("llm_int8_skip_modules"),
+        "skip-list",
+        "lm_head",
+        "lm_head",
+    ),
+    "packed layer listed": (
+        lambda c: c["quantization_config"]["llm_int8_skip_modules"].append("up_proj"),
+        "skip-list",
+        f"{LAYER}.0.mlp.up_proj",
+        "packed, but",
+    ),
+    "double quantization denied": (
+        lambda c: c["quantization_config"].update(bnb_4bit_use_double_quant=False),
+        "quantization-config",
+        QKV,
+        "doubly quantized",
+    ),
+    "another type": (
+        lambda c: c["quantization_config"].update(bnb_4bit_quant_type="fp4"),
+        "quantization-config",
+        "config.json",
+        "bnb_4bit_quant_type",
+    ),
+    "eight bits": (
+        lambda c: c["quantization_config"].update(load_in_4bit=False),
+        "quantization-config",
+        "config.json",
+        "load_in_4bit",
+    ),
+    "another layer count": (
+        lambda c: c["text_config"].update(
+            num_hidden_layers=3, layer_types=["linear_attention"] * 3
+        ),
+        "tensors",
+        f"{LAYER}.3.input_layernorm.weight",
+        "no place",
+    ),
+    "another width": (
+        lambda c: c["text_config"].update(hidden_size=128),
+        "tensors",
+        "model.language_model.embed_tokens.weight",
+        "by config.json",
+    ),
+    "MTP denied": (
+        lambda c: c["text_config"].update(mtp_num_hidden_layers=0),
+        "tensors",
+        "mtp.layers.0.input_layernorm.weight",
+        "no place",
+    ),
+    "head untied": (
+        lambda c: c.update(tie_word_embeddings=False),
+        "tensors",
+        "lm_head.weight",
+        "missing",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+def test_planted_fault_in_the_config_is_named(fault: str, broken: Path) -> None:
+    change, name, subject, words = CONFIG_FAULTS[fault]
+    edit_config(broken, change)
+    verdict = check(broken)
+    assert not verdict.passed
+    found = [f for f in verdict.findings if (f.check, f.subject) == (name, subject)]
+    assert found, verdict.findings
+    assert any(words in finding.message for finding in found), found
+
+
+def test_mtp_promised_and_absent_is_named(broken: Path) -> None:
+    rewrite(broken, lambda t: [t.pop(k) for k in list(t) if k.startswith("mtp.")])
+    assert [f.check for f in check(broken).findings] == ["mtp"]
+
+
+def test_packed_promise_without_packing_is_named(dense: Path, packed: Path, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "in", read_config(packed), load_all(dense))
+    messages = [finding.message for finding in check(folder).findings]
+    assert "promises NF4, but nothing is packed" in messages
+
+
+@pytest.mark.parametrize(
+    ("name", "check_name"),
+    [("model.safetensors", "hash"), ("config.json", "hash")],
+)
+def test_a_flipped_byte_is_found_by_its_hash(
+    name: str, check_name: str, broken: Path, packed: Path
+) -> None:
+    data = bytearray((broken / name).read_bytes())
+    at = data.index(b"hidden") if name == "config.json" else len(data) - 10
+    data[at] ^= 1
+    (broken / name).write_bytes(data)
+    opened = fetch(str(broken), lenient=True)
+    verdict = verify(opened, depth="numbers", threads=1)
+    assert (check_name, name) in [(f.check, f.subject) for f in verdict.findings]
+
+
+def test_files_missing_added_or_resized_are_named(broken: Path) -> None:
+    (broken / "config.json").write_text((broken / "config.json").read_text() + "\n")
+    shutil.copy(broken / "model.safetensors", broken / "extra.safetensors")
+    (broken / "model.safetensors.index.json").write_text(
+        json.dumps(
+            {
+                "metadata": {"total_size": 1},
+                "weight_map": dict.fromkeys(load_all(broken), "model.safetensors"),
+            }
+        )
+    )
+    findings = {(f.check, f.subject) for f in check(broken).findings}
+    assert findings == {
+        ("files", "config.json"),
+        ("files", "extra.safetensors"),
+        ("index", "model.safetensors.index.json"),
+    }
+
+
+def test_a_listed_file_that_is_gone_is_named(dense: Path, tmp_path: Path) -> None:
+    source = write_checkpoint(
+        tmp_path / "in", read_config(dense), load_all(dense), sidecars={"merges.txt": "a b"}
+    )
+    out = run(source, tmp_path / "out").out
+    (out / "merges.txt").unlink()
+    assert [(f.check, f.subject) for f in check(out).findings] == [("files", "merges.txt")]
+
+
+def test_a_stale_index_and_swapped_shards_are_named(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 1_500_000)
+    out = run(dense, tmp_path / "out").out
+    first, second = sorted(out.glob("*.safetensors"))[:2]
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    (out / "qwen35.json").unlink()
+    findings = check(out).findings
+    assert findings
+    assert {finding.check for finding in findings} == {"packing"}
+    assert all("by model.safetensors.index.json" in f.message for f in findings)
+
+
+def test_tensors_other_than_planned_are_named(broken: Path) -> None:
+    rewrite(broken, lambda t: t.pop("mtp.norm.weight"), forget=False)
+    findings = {(f.check, f.subject) for f in check(broken).findings}
+    assert ("plan", "mtp.norm.weight") in findings
+    rewrite(broken, lambda t: t.update({QKV: t[QKV].reshape(-1)}), forget=False)
+    findings = {(f.check, f.subject) for f in check(broken).findings}
+    assert ("plan", QKV) in findings
+
+
+def test_a_broken_manifest_and_template_are_named(broken: Path) -> None:
+    (broken / "qwen35.json").write_text("{}")
+    (broken / "chat_template.jinja").write_text("{% if %}")
+    assert {f.check for f in check(broken).findings} == {"manifest", "template"}
+
+
+def test_another_models_source_is_seen(packed: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", seed=7)
+    checks = {finding.check for finding in check(packed, other).findings}
+    assert {"bytes", "codes"} <= checks
+    larger = make_checkpoint(tmp_path / "larger", layers=8)
+    findings = check(packed, larger).findings
+    assert any(f.message == "in the source, but not here" for f in findings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [([], 0), (["--depth", "numbers"], 0), (["--json"], 0)],
+)
+def test_exit_code_zero_on_a_good_artifact(
+    arguments: list[str], code: int, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(packed), "--quiet", *arguments]) == code
+    out = capsys.readouterr().out
+    if "--json" in arguments:
+        assert json.loads(out)["passed"] is True
+    else:
+        assert out.endswith("passed: nothing found\n")
+
+
+def test_exit_code_one_and_two(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(broken, lambda t: t.pop(f"{QKV}.absmax"))
+    assert main(["verify", str(broken), "--json"]) == 1
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert findings[0]["subject"] == QKV
+    (broken / "model.safetensors").write_bytes(b"short")
+    assert main(["verify", str(broken)]) == 1
+    assert "FAILED: 1 findings" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "nowhere")]) == 2
+    assert main(["verify", "Qwen3.5-0.8B"]) == 2
+
+
+def test_structure_needs_no_torch_and_no_numpy_arrays_of_weights(packed: Path) -> None:
+    script = (
+        "import sys; from qwen35.cli.main import main\n"
+        "code = main(sys.argv[1:])\n"
+        "print(sorted({'torch', 'transformers', 'bitsandbytes'} & set(sys.modules)))\n"
+        "sys.exit(code)\n"
+    )
+    for verb in ("verify", "inspect"):
+        done = subprocess.run(
+            [sys.executable, "-c", script, verb, str(packed), "--quiet"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_skip_rule_is_that_of_transformers() -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    modules = [
+        "lm_head",
+        "model.visual.blocks.0.attn.qkv",
+        "model.language_model.layers.1.mlp.up_proj",
+        "model.language_model.layers.11.linear_attn.in_proj_a",
+        "mtp.fc",
+    ]
+    lists = [
+        ["lm_head"],
+        ["visual"],
+        ["model.visual"],
+        ["in_proj_a"],
+        ["layers.1"],
+        ["up_proj", "mtp"],
+        ["model.language_model.layers.1"],
+        ["model.language_model.layers.*"],
+        [],
+        ["mlp.up"],
+    ]
+    for module in modules:
+        for skip in lists:
+            assert is_skipped(module, skip) == (not should_convert_module(module, skip))
+
+
+@given(st.text("abl.1_", max_size=8), st.text("abl.1_", max_size=12))
+def test_skip_rule_is_that_of_transformers_on_any_name(entry: str, module: str) -> None:
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    assert is_skipped(module, [entry]) == (not should_convert_module(module, [entry]))
+
+
+def test_inspect_counts_what_is_there(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(packed), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    tensors = load_all(packed)
+    assert summary["bytes"] == sum(t.numel() * t.element_size() for t in tensors.values())
+    assert sum(row["tensors"] for row in summary["prefixes"].values()) == len(tensors)
+    visual = [t for name, t in tensors.items() if name.startswith("model.visual.")]
+    assert summary["prefixes"]["model.visual"] == {
+        "tensors": len(visual),
+        "bytes": sum(t.numel() * t.element_size() for t in visual),
+    }
+    assert "NF4 (31 of" in summary["format"]
+    assert main(["inspect", str(packed)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 shard(s)"
+    assert max(map(len, lines[:8])) <= 80
+
+
+def test_inspect_counts_parameters_once(dense: Path, packed: Path) -> None:
+    from qwen35.cli.inspect import summarize
+
+    total = sum(t.numel() for t in load_all(dense).values())
+    assert summarize(describe(str(dense)))["parameters"] == total
+    assert summarize(describe(str(packed)))["parameters"] == total
+    assert summarize(describe("Qwen3.5-27B"))["parameters"] == 27_781_427_952
