@@ -1,4 +1,4 @@
-"""The published family: enough of each release's config.json to plan it without a download.
+"""The published family: the config.json of each release, to plan it without a download.
 
 Source: config.json of the repositories named; the tests hold these against copies of the originals.
 """
@@ -50,18 +50,26 @@ FUSED_MTP_EXPERTS: tuple[str, ...] = ("Qwen3.6-35B-A3B",)
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """Return the geometry of the release `name` (a member of `PUBLISHED`) as a config.json."""
+    """Return config.json of the release `name`, a member of `PUBLISHED`.
+
+    For Qwen3.5 every key is that of the published file; later releases of the same geometry have
+    some keys more, which do not bear on a plan.
+    """
     base = _ALIASES.get(name, name)
     hidden, layers, ffn, heads, linear_heads, experts = _TEXT[base]
     tied = base in _TIED
     suffix = "_moe" if experts else ""
     text: dict[str, Any] = {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
         "attn_output_gate": True,
         "dtype": "bfloat16",
         "eos_token_id": 248044,
         "full_attention_interval": 4,
         "head_dim": 256,
+        "hidden_act": "silu",
         "hidden_size": hidden,
+        "initializer_range": 0.02,
         "layer_types": [
             "linear_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)
         ],
@@ -70,11 +78,24 @@ def published_config(name: str) -> dict[str, Any]:
         "linear_num_key_heads": linear_heads[0],
         "linear_num_value_heads": linear_heads[1],
         "linear_value_head_dim": 128,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
         "model_type": f"qwen3_5{suffix}_text",
         "mtp_num_hidden_layers": 1,
+        "mtp_use_dedicated_embeddings": False,
         "num_attention_heads": heads[0],
         "num_hidden_layers": layers,
         "num_key_value_heads": heads[1],
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "use_cache": True,
         "vocab_size": 248320,
     }
     if experts:
@@ -83,9 +104,12 @@ def published_config(name: str) -> dict[str, Any]:
             "shared_expert_intermediate_size": ffn,
             "num_experts": experts[0],
             "num_experts_per_tok": experts[1],
+            "router_aux_loss_coef": 0.001,
         }
     else:
-        text |= {"intermediate_size": ffn, "tie_word_embeddings": tied}
+        text["intermediate_size"] = ffn
+    if tied:
+        text["tie_word_embeddings"] = True
     depth, vision_hidden, vision_ffn, vision_heads = _VISION.get(base, _LARGE_VISION)
     return {
         "architectures": [f"Qwen3_5{'Moe' if experts else ''}ForConditionalGeneration"],
@@ -93,11 +117,15 @@ def published_config(name: str) -> dict[str, Any]:
         "model_type": f"qwen3_5{suffix}",
         "text_config": text,
         "tie_word_embeddings": tied,
+        "transformers_version": "4.57.0.dev0",
         "video_token_id": 248057,
         "vision_config": {
+            "deepstack_visual_indexes": [],
             "depth": depth,
+            "hidden_act": "gelu_pytorch_tanh",
             "hidden_size": vision_hidden,
             "in_channels": 3,
+            "initializer_range": 0.02,
             "intermediate_size": vision_ffn,
             "model_type": f"qwen3_5{suffix}",
             "num_heads": vision_heads,

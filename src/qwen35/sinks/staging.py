@@ -36,8 +36,13 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
             raise OutputError(
                 str(out), f"overlaps the input {source}", hint="choose another folder"
             )
-    if not out.exists() and not out.is_symlink():
-        return
+    with os_errors(out):
+        if out.is_symlink():
+            raise OutputError(
+                str(out), "is a symbolic link", hint="give the folder that it leads to"
+            )
+        if not out.exists():
+            return
     if not out.is_dir():
         raise OutputError(str(out), "exists and is not a folder")
     if not any(out.iterdir()):
@@ -95,7 +100,7 @@ def staging(out: Path) -> Iterator[Path]:
     done = False
     try:
         with os_errors(out):
-            folder.mkdir(exist_ok=True)
+            _make_folder(folder)
             lock = _lock(folder, out)
         try:
             with os_errors(out):
@@ -149,8 +154,15 @@ def _make_parents(parent: Path) -> list[Path]:
         missing.append(folder)
         folder = folder.parent
     with os_errors(parent):
-        parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(parent)
     return missing
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise OutputError(str(folder), "exists and is not a folder") from error
 
 
 def _lock(folder: Path, out: Path) -> int:
@@ -179,6 +191,8 @@ def _replace(folder: Path, out: Path) -> None:
     """Rename `folder` to `out`; an `out` of ours that is in the way is moved aside first."""
     old = out.absolute().with_name(f".{out.absolute().name}.old")
     if out.exists() and any(out.iterdir()):
+        if old.exists():  # what a killed run moved aside and did not come to remove
+            shutil.rmtree(old)
         os.rename(out, old)
     os.rename(folder, out)
     _fsync_folder(out.absolute().parent)
