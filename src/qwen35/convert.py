@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import Reader
 from qwen35.codecs.nf4 import BLOCK
 from qwen35.codecs.nf4_arrays import Statistics, encode_blocks
-from qwen35.errors import OutputError, UsageError
+from qwen35.errors import UsageError
 from qwen35.plan.manifest import manifest_bytes, manifest_size
 from qwen35.plan.plan import Plan, PlannedFile, Step
 from qwen35.progress import Progress, Silent
-from qwen35.sinks.files import TensorFile, copy_file, write_file
-from qwen35.sinks.staging import MANIFEST_NAME, check_output, check_space, os_errors, staging
+from qwen35.sinks.files import TensorFile, write_file
+from qwen35.sinks.staging import MANIFEST_NAME, check_output, check_space, staging
 from qwen35.strips import decoded, not_finite, stored
 from qwen35.threads import default_threads
 
@@ -93,6 +94,7 @@ def convert(
         TensorError: a weight cannot be read, or holds NaN or infinity.
     """
     source = plan.checkpoint.folder()
+    place = Folder(source)
     check_output(out, source=source, overwrite=overwrite)
     encoder = encoder_for(device)
     check_space(out.absolute().parent, plan.nbytes + manifest_size(plan))
@@ -104,21 +106,12 @@ def convert(
             for name, content in plan.documents.items():
                 hashes[name] = write_file(folder / name, content)
             for name, size in plan.copied.items():
-                hashes[name] = copy_file(source / name, folder / name)
-                _check_size(folder / name, size)
+                hashes[name] = write_file(folder / name, place.read(name, 0, size))
             manifest = manifest_bytes(plan, hashes)
             write_file(folder / MANIFEST_NAME, manifest)
     finally:
         progress.end()
     return Result(out, hashes, plan.nbytes + len(manifest))
-
-
-def _check_size(path: Path, size: int) -> None:
-    found = path.stat().st_size
-    if found != size:
-        raise OutputError(
-            path.name, f"{found} bytes", expected=f"{size}: it changed while it was copied"
-        )
 
 
 @dataclass(frozen=True)
@@ -157,12 +150,16 @@ class _Run:
         largest_first = sorted(planned.steps, key=lambda step: -step.weight.nbytes)
         futures = [pool.submit(self._step, step, file, stop) for step in largest_first]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            if any(future.done() and future.exception() for future in futures):
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            if any(future.exception() for future in done):
                 stop.set()
+        except BaseException:
+            stop.set()
+            raise
+        finally:
             for future in futures:
                 future.cancel()
+            wait(futures)  # nobody may write when the file is closed
         for future in futures:
             if not future.cancelled():
                 future.result()
@@ -185,8 +182,7 @@ class _Run:
         for piece in pieces:
             if stop.is_set():
                 return
-            with os_errors(self.folder):
-                file.write(name, position, piece.data.cast("B"))
+            file.write(name, position, piece.data.cast("B"))
             position += piece.nbytes
 
     def _encode(self, step: Step, file: TensorFile, stop: Event) -> None:
@@ -200,11 +196,9 @@ class _Run:
             blocks = absmax[done // BLOCK : (done + piece.size) // BLOCK]
             if not self.encoder(piece, step.spec.dtype, blocks, packed):
                 raise not_finite(step.weight.name)
-            with os_errors(self.folder):
-                file.write(packed_spec.name, done // 2, packed.data)
+            file.write(packed_spec.name, done // 2, packed.data)
             done += piece.size
         renamed = type(step.spec)(packed_spec.name, step.spec.dtype, step.spec.shape)
         parts = Statistics.of(absmax).parts(renamed)
         for out, part in zip(others, parts, strict=True):
-            with os_errors(self.folder):
-                file.write(out.name, 0, part.data.cast("B"))
+            file.write(out.name, 0, part.data.cast("B"))

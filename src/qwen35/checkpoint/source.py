@@ -272,7 +272,10 @@ class Reader:
     def _descriptor(self, file: str) -> int:
         with self._lock:
             if file not in self._files:
-                self._files[file] = os.open(self._root / file, os.O_RDONLY)
+                try:
+                    self._files[file] = os.open(self._root / file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise InputError(file, f"cannot be read ({error.strerror})") from error
             return self._files[file]
 
     def read_into(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:

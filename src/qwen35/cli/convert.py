@@ -49,10 +49,10 @@ def run(args: argparse.Namespace, output: Output) -> int:
     )
     for note in plan.notes:
         output.info(f"note: {note}")
-    replaced = sum(step.op == "nf4" for step in plan.steps)
+    packed = sum(bool(s.outputs) and s.outputs[0].dtype == "U8" for s in plan.steps)
     output.data(
         f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}, "
-        f"{replaced} layers in NF4",
-        {"out": str(result.out), "bytes": result.nbytes, "sha256": result.hashes, "nf4": replaced},
+        f"{packed} layers in NF4",
+        {"out": str(result.out), "bytes": result.nbytes, "sha256": result.hashes, "nf4": packed},
     )
     return 0

@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     known, _ = parser.parse_known_args(arguments)
     output = Output()
-    output.error(UsageError(f"verb {known.verb!r}", "unknown", expected=", ".join(VERBS)))
+    verb = known.verb or arguments[0]
+    output.error(UsageError(f"verb {verb!r}", "unknown", expected=", ".join(VERBS)))
     return EXIT_USAGE
 
 

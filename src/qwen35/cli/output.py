@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -30,7 +31,11 @@ class Output:
 
     def data(self, text: str, value: Any) -> None:
         """Print the result: `text` for people, or `value` as JSON."""
-        print(json.dumps(value, indent=2, ensure_ascii=False) if self.as_json else text)
+        shown = json.dumps(value, indent=2, ensure_ascii=False) if self.as_json else text
+        try:
+            print(shown, flush=True)
+        except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def line(self, text: str) -> None:
         """Print a line of a report that is meant to be read as it grows."""
@@ -46,13 +51,18 @@ class Output:
         """Print an expected failure as one sentence."""
         if self.as_json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
 
     def progress(self) -> Progress:
         """Return progress fit for where stderr goes: a bar, plain lines, or nothing."""
         if self.quiet:
             return Silent()
         return _Bar() if sys.stderr.isatty() else _Lines()
+
+
+def _printable(text: str) -> str:
+    """Escape what a hostile name could do to a terminal: control codes, line ends, surrogates."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class _Lines:

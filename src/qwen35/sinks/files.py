@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["TensorFile", "copy_file", "hash_file", "write_file"]
+__all__ = ["TensorFile", "hash_file", "write_file"]
 
 _PIECE = 2**20
 
@@ -86,12 +85,3 @@ def write_file(path: Path, content: bytes) -> str:
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(content).hexdigest()
-
-
-def copy_file(source: Path, path: Path) -> str:
-    """Copy a file's content, flush it to the disk and return the copy's SHA-256."""
-    with source.open("rb") as reader, path.open("xb") as writer:
-        shutil.copyfileobj(reader, writer)
-        writer.flush()
-        os.fsync(writer.fileno())
-    return hash_file(path)

@@ -27,15 +27,8 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
     Raises:
         OutputError: it exists (and is not ours to overwrite), or overlaps the source.
     """
-    resolved = out.resolve()
     if source is not None:
-        origin = source.resolve()
-        if resolved == origin:
-            raise OutputError(str(out), "output and input are the same folder")
-        if resolved.is_relative_to(origin) or origin.is_relative_to(resolved):
-            raise OutputError(
-                str(out), f"overlaps the input {source}", hint="choose another folder"
-            )
+        _check_overlap(out, source)
     with os_errors(out):
         if out.is_symlink():
             raise OutputError(
@@ -43,10 +36,21 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
             )
         if not out.exists():
             return
-    if not out.is_dir():
-        raise OutputError(str(out), "exists and is not a folder")
-    if not any(out.iterdir()):
-        return
+        if not out.is_dir():
+            raise OutputError(str(out), "exists and is not a folder")
+        if any(out.iterdir()):
+            _check_replaceable(out, overwrite)
+
+
+def _check_overlap(out: Path, source: Path) -> None:
+    resolved, origin = out.resolve(), source.resolve()
+    if resolved == origin:
+        raise OutputError(str(out), "output and input are the same folder")
+    if resolved.is_relative_to(origin) or origin.is_relative_to(resolved):
+        raise OutputError(str(out), f"overlaps the input {source}", hint="choose another folder")
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(str(out), "exists already", hint="give --overwrite to replace it")
     if not (out / MANIFEST_NAME).is_file():
