@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,15 +48,20 @@ def _explain(subject: str, error: Exception) -> HubError:
             "no such repository, or it is private",
             "check the name; for a private one set HF_TOKEN or give --hf-token",
         ),
+        (errors.HFValidationError, "no repository can be called so", "check the name"),
         (errors.RevisionNotFoundError, "no such revision", "check the part after @"),
         (errors.RemoteEntryNotFoundError, "a file is missing there", "is it a model repository?"),
     )
     for kind, found, hint in rows:
         if isinstance(error, kind):
             return HubError(subject, found, hint=hint)
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error) or _status(error.__cause__)
     found = f"the Hub answered {status}" if status else f"the Hub was not reached ({_kind(error)})"
     return HubError(subject, found, hint="check the network and HF_ENDPOINT, then run again")
+
+
+def _status(error: BaseException | None) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def _kind(error: Exception) -> str:
@@ -67,6 +73,7 @@ def _client_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub import errors
 
     return (
+        errors.HFValidationError,
         errors.HfHubHTTPError,
         httpx2.HTTPError,
         errors.LocalEntryNotFoundError,
@@ -159,7 +166,10 @@ def download(place: HubPlace, shards: list[str], token: str | None = None) -> Pa
         InputError: the snapshot is not complete.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     wanted = [row.name for row in SIDECARS] + ["config.json", "*.safetensors.index.json", *shards]
     options: dict[str, Any] = {"revision": place.revision, "token": token, "allow_patterns": wanted}
     folder = Path(_ask(place.repo, lambda: snapshot_download(place.repo, **options)))

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.cli.output import Output
-from qwen35.cli.shared import add_model, add_recipe, plan_for
+from qwen35.cli.shared import add_model, add_recipe, plan_for, threads_for
 from qwen35.plan.show import plan_json, plan_text, size
-from qwen35.threads import default_threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +31,9 @@ def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
     from qwen35.convert import check_before, convert
 
-    threads = args.threads or default_threads()
     if args.dry_run:
         plan = plan_for(describe(args.model, token=args.hf_token), args)
+        threads = threads_for(plan, args)
         output.data(plan_text(plan, threads), plan_json(plan, threads))
         return 0
     check_before(args.out, overwrite=args.overwrite, device=args.device)
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
         plan,
         args.out,
         overwrite=args.overwrite,
-        threads=threads,
+        threads=threads_for(plan, args),
         device=args.device,
         progress=output.progress(),
     )

@@ -10,10 +10,9 @@ import argparse
 
 from qwen35.checkpoint.open import describe
 from qwen35.cli.output import Output
-from qwen35.cli.shared import add_model, add_recipe, plan_for
+from qwen35.cli.shared import add_model, add_recipe, plan_for, threads_for
 from qwen35.errors import UsageError
 from qwen35.plan.show import plan_json, plan_text, roles_json, roles_text
-from qwen35.threads import default_threads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +30,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
     if args.model is None:
         raise UsageError("MODEL", "not given", hint="qwen35 plan MODEL --recipe NAME")
     plan = plan_for(describe(args.model, token=args.hf_token), args)
-    threads = args.threads or default_threads()
+    threads = threads_for(plan, args)
     output.data(plan_text(plan, threads), plan_json(plan, threads))
     return 0

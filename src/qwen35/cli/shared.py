@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import UsageError
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import BUILT_IN, load_recipe
+from qwen35.plan.show import peak_memory, size
+from qwen35.threads import default_threads
 
-__all__ = ["add_model", "add_recipe", "plan_for", "positive"]
+__all__ = ["add_model", "add_recipe", "nbytes", "plan_for", "positive", "threads_for"]
 
 
 def positive(text: str) -> int:
@@ -17,6 +20,36 @@ def positive(text: str) -> int:
     if value < 1:
         raise ValueError(text)
     return value
+
+
+def nbytes(text: str) -> int:
+    """Parse a size such as ``400MB`` or ``1.5GiB``; argparse prints the refusal.
+
+    >>> nbytes("400MB"), nbytes("1.5GiB"), nbytes("123")
+    (400000000, 1610612736, 123)
+    """
+    units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    for unit, factor in units.items():
+        if text.lower().endswith(unit.lower()):
+            return int(float(text[: -len(unit)]) * factor)
+    return int(text)
+
+
+def threads_for(plan: Plan, args: argparse.Namespace) -> int:
+    """Return the number of threads to use, within --memory if that was given.
+
+    Raises:
+        UsageError: one thread alone needs more memory.
+    """
+    threads = args.threads or default_threads()
+    if args.memory is None:
+        return threads
+    while threads > 1 and peak_memory(plan, threads) > args.memory:
+        threads -= 1
+    needed = peak_memory(plan, threads)
+    if needed > args.memory:
+        raise UsageError(f"--memory {size(args.memory)}", "too little", expected=f"{size(needed)}")
+    return threads
 
 
 def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -50,6 +83,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
+    )
+    parser.add_argument(
+        "--memory", type=nbytes, metavar="SIZE", help="use fewer threads to stay below, e.g. 400MB"
     )
 
 

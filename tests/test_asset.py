@@ -1,0 +1,194 @@
+"""The embedded checkpoint: laid out as the official ones, and it answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import ASSET, random_tensors
+from loading import load_model
+from qwen35.checkpoint.source import open_folder
+from qwen35.model.roles import Layout
+from qwen35.verify.asking import Asker, Question, is_right
+from running import load_all, plan_of, read_config, run
+
+ROWS: list[dict[str, Any]] = json.loads((ASSET / "questions.json").read_text())
+STANDARD = 5
+
+
+def wrong(asker: Asker, rows: list[dict[str, Any]]) -> list[str]:
+    """Ask questions; return those answered wrongly, with the answers."""
+    found = []
+    for row in rows:
+        question = Question.from_json(row)
+        said = asker.ask(question)
+        if not is_right(question, said):
+            found.append(f"{question.prompt} -> {said!r}")
+    return found
+
+
+@cache
+def original() -> Asker:
+    return Asker(ASSET)
+
+
+def test_it_is_small_enough_for_git() -> None:
+    assert sum(path.stat().st_size for path in ASSET.iterdir()) < 16_000_000
+    assert (ASSET / "eval.txt").stat().st_size <= 300_000
+
+
+def test_it_is_laid_out_as_the_official_checkpoints_are() -> None:
+    checkpoint = open_folder(ASSET)
+    config = checkpoint.config
+    assert config.model_type == "qwen3_5"
+    assert list(checkpoint.file_sizes) == ["model.safetensors-00001-of-00001.safetensors"]
+    assert checkpoint.layout == Layout.published(config)
+    plan = plan_of(ASSET, "text")
+    dtypes = {step.role.name: step.spec.dtype for step in plan.steps}
+    f32 = {role for role, dtype in dtypes.items() if dtype == "F32"}
+    assert f32 == {"linear_attn.A_log", "linear_attn.norm"}
+    assert {step.role.scope for step in plan.steps} == {"text", "visual", "mtp"}
+    assert config.tied
+    assert {
+        "chat_template.jinja",
+        "generation_config.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "video_preprocessor_config.json",
+        "vocab.json",
+    } <= set(checkpoint.sidecars)
+
+
+def test_its_geometry_can_be_quantized_by_every_format() -> None:
+    config = open_folder(ASSET).config
+    text = config.text_raw
+    assert config.layer_types == (("linear_attention",) * 3 + ("full_attention",)) * 2
+    assert text["linear_num_value_heads"] != text["linear_num_key_heads"]
+    assert text["linear_value_head_dim"] == text["linear_key_head_dim"]
+    for step in plan_of(ASSET).steps:
+        gates = ("linear_attn.in_proj_a", "linear_attn.in_proj_b")
+        if step.role.info.kind == "linear" and step.role.scope != "visual":
+            rows, columns = step.spec.shape
+            assert columns % 256 == 0, step.spec
+            assert rows % 128 == 0 or step.role.name in gates, step.spec
+
+
+def test_its_tokenizer_splits_as_the_official_one_and_has_its_special_tokens() -> None:
+    parsed = json.loads((ASSET / "tokenizer.json").read_text())
+    splits = [
+        part["pattern"]["Regex"]
+        for part in parsed["pre_tokenizer"]["pretokenizers"]
+        if part["type"] == "Split"
+    ]
+    assert splits == [
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}|"
+        r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ]
+    assert parsed["normalizer"] == {"type": "NFC"}
+    ids = {token["content"]: token["id"] for token in parsed["added_tokens"]}
+    assert len(ids) == 26
+    config = read_config(ASSET)
+    assert ids["<|image_pad|>"] == config["image_token_id"]
+    assert ids["<|video_pad|>"] == config["video_token_id"]
+    assert ids["<|vision_start|>"] == config["vision_start_token_id"]
+    assert ids["<|endoftext|>"] == config["text_config"]["eos_token_id"]
+    assert max(ids.values()) < config["text_config"]["vocab_size"]
+
+
+def test_every_question_is_answered_in_bf16() -> None:
+    assert wrong(original(), ROWS) == []
+
+
+def test_at_least_twenty_questions_were_not_trained_on() -> None:
+    untrained = {row["prompt"] for row in ROWS if not row["trained"]}
+    assert len(untrained) >= 20
+    swapped = [r for r in ROWS if r["image"] and r["image"]["left"] == "blue" and not r["trained"]]
+    assert {row["image"]["right"] for row in swapped} == {"red"}
+    assert {row["thinking"] for row in ROWS} == {True, False}
+
+
+@pytest.mark.parametrize("penalty", [1.15])
+def test_the_standard_questions_survive_a_repetition_penalty(penalty: float) -> None:
+    for row in ROWS[:STANDARD]:
+        for thinking in (False, True):
+            question = Question.from_json({**row, "thinking": thinking})
+            said = original().ask(question, repetition_penalty=penalty)
+            assert is_right(question, said), said
+
+
+def test_every_question_is_answered_in_nf4(tmp_path: Path) -> None:
+    out = run(ASSET, tmp_path / "nf4").out
+    assert wrong(Asker(out), ROWS) == []
+
+
+def test_text_questions_are_answered_by_the_text_only_nf4(tmp_path: Path) -> None:
+    out = run(ASSET, tmp_path / "text-nf4", "text-nf4").out
+    asker = Asker(out)
+    assert not asker.vision
+    rows = [row for row in ROWS if row["image"] is None and not row["thinking"]]
+    assert wrong(asker, rows) == []
+
+
+def shuffle_scales(model: Any) -> None:
+    """Permute the rows' scales within every matrix of the text model."""
+    generator = torch.Generator().manual_seed(7)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "visual" not in name and "embed" not in name:
+            norms = weight.norm(dim=1, keepdim=True)
+            order = torch.randperm(len(weight), generator=generator)
+            weight.mul_(norms[order] / norms)
+
+
+def negate_rows(model: Any) -> None:
+    """Multiply the matrices of the text model by factors that belong to others."""
+    generator = torch.Generator().manual_seed(7)
+    for name, weight in model.named_parameters():
+        if weight.ndim == 2 and "visual" not in name and "embed" not in name:
+            weight.mul_(float(torch.empty(1).uniform_(0.25, 4, generator=generator)))
+
+
+@pytest.mark.parametrize("damage", [shuffle_scales, negate_rows])
+def test_with_its_scales_shuffled_it_fails(damage: Callable[[Any], None]) -> None:
+    asker = Asker(ASSET)
+    with torch.no_grad():
+        damage(asker.model)
+    rows = [row for row in ROWS if not row["thinking"]]
+    assert len(wrong(asker, rows)) > len(rows) / 2
+
+
+def test_random_weights_answer_nothing(tmp_path: Path) -> None:
+    asker = Asker(ASSET)
+    tensors = random_tensors(read_config(ASSET))
+    asker.model.load_state_dict(tensors, strict=False)
+    rows = [row for row in ROWS if not row["thinking"]]
+    assert len(wrong(asker, rows)) == len(rows)
+
+
+def test_held_out_loss_is_far_below_a_unigram_model() -> None:
+    model, _ = load_model(ASSET)
+    text = (ASSET / "eval.txt").read_text()
+    ids = original().tokenizer(text)["input_ids"][:8192]
+    counts = Counter(ids)
+    unigram = -sum(n / len(ids) * math.log(n / len(ids)) for n in counts.values())
+    batch = torch.tensor(ids).reshape(-1, 512)
+    with torch.no_grad():
+        losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in batch]
+    assert sum(losses) / len(losses) < unigram - 1.5
+
+
+def test_mtp_tensors_are_trained_and_not_noise() -> None:
+    tensors = load_all(ASSET)
+    weight = tensors["mtp.fc.weight"].float()
+    singular = torch.linalg.svdvals(weight)
+    random = torch.linalg.svdvals(torch.randn(weight.shape) * weight.std())
+    assert float(singular[0]) > 1.5 * float(random[0])
