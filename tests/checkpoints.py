@@ -145,7 +145,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     names = list(tensors)
     size = -(-len(names) // shards)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i in range(shards):
         file = f"model.safetensors-{i + 1:05d}-of-{shards:05d}.safetensors"
         if not index:

@@ -284,10 +284,10 @@ class Reader:
         Raises:
             TensorError: the file ends before, or cannot be read.
         """
+        descriptor = self._descriptor(tensor.file)
         position, done = tensor.begin + offset, 0
         while done < len(buffer):
             try:
-                descriptor = self._descriptor(tensor.file)
                 count = os.preadv(descriptor, [buffer[done:]], position + done)
             except OSError as error:
                 raise TensorError(

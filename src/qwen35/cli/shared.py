@@ -11,7 +11,7 @@ from qwen35.plan.recipe import BUILT_IN, load_recipe
 from qwen35.plan.show import peak_memory, size
 from qwen35.threads import default_threads
 
-__all__ = ["add_model", "add_recipe", "nbytes", "plan_for", "positive", "threads_for"]
+__all__ = ["add_model", "add_recipe", "plan_for", "positive", "size_of", "threads_for"]
 
 
 def positive(text: str) -> int:
@@ -22,10 +22,10 @@ def positive(text: str) -> int:
     return value
 
 
-def nbytes(text: str) -> int:
+def size_of(text: str) -> int:
     """Parse a size such as ``400MB`` or ``1.5GiB``; argparse prints the refusal.
 
-    >>> nbytes("400MB"), nbytes("1.5GiB"), nbytes("123")
+    >>> size_of("400MB"), size_of("1.5GiB"), size_of("123")
     (400000000, 1610612736, 123)
     """
     units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -85,7 +85,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
     )
     parser.add_argument(
-        "--memory", type=nbytes, metavar="SIZE", help="use fewer threads to stay below, e.g. 400MB"
+        "--memory", type=size_of, metavar="SIZE", help="use fewer threads to stay below, e.g. 400MB"
     )
 
 

@@ -1,0 +1,506 @@
+"""The command line: exit codes, what goes to stdout and what to stderr, errors as sentences."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qwen35
+from checkpoints import random_tensors, tiny_config, write_checkpoint
+from qwen35 import errors
+from qwen35.cli.main import VERBS, main, run_verb
+from qwen35.cli.output import Output
+from qwen35.errors import HeaderError, Qwen35Error, UsageError
+from qwen35.model.roles import ROLES
+from qwen35.version import __version__
+
+Capture = pytest.CaptureFixture[str]
+PLAN = ["plan", "Qwen3.5-0.8B"]
+
+
+def command(*arguments: str, cwd: Path, stdout: Any = subprocess.PIPE) -> Any:
+    """Run the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "qwen35.cli.main", *arguments],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(Path(qwen35.__file__).parent.parent)},
+        check=False,
+    )
+
+
+# --- the dispatcher
+
+
+def test_no_arguments_print_the_help(capsys: Capture) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    for verb, text in VERBS.items():
+        assert f"  {verb}" in shown.out
+        assert text in shown.out
+    assert "Exit codes: 0 fine, 1 findings, 2 wrong input or usage, 130 interrupted." in shown.out
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_the_same_by_flag(capsys: Capture, flag: str) -> None:
+    main([])
+    expected = capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main([flag])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_version(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr() == (f"qwen35 {__version__}\n", "")
+    assert qwen35.__version__ == __version__
+
+
+@pytest.mark.parametrize("arguments", [["conver"], ["plam", "x"], [""], ["PLAN"], ["--bogus"]])
+def test_unknown_verb_is_refused_with_the_known_ones(capsys: Capture, arguments: list[str]) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == f"error: verb {arguments[0]!r}: unknown, expected {', '.join(VERBS)}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_that_says_what_it_does(capsys: Capture, verb: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert shown.out.startswith(f"usage: qwen35 {verb} ")
+    assert "--json" in shown.out
+    assert "--quiet" in shown.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["plan", "--bogus"],
+        ["plan", "a", "b", "c"],
+        ["plan", "Qwen3.5-0.8B", "--threads", "0"],
+        ["plan", "Qwen3.5-0.8B", "--threads", "-1"],
+        ["plan", "Qwen3.5-0.8B", "--threads", "two"],
+        ["plan", "Qwen3.5-0.8B", "--rec", "nf4"],
+        ["convert"],
+        ["convert", "Qwen3.5-0.8B"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_are_code_2(capsys: Capture, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"usage: qwen35 {arguments[0]}")
+
+
+def test_plan_without_a_model_says_how(capsys: Capture) -> None:
+    assert main(["plan"]) == 2
+    assert capsys.readouterr().err == ("error: MODEL: not given; qwen35 plan MODEL --recipe NAME\n")
+
+
+def test_the_command_is_installed_as_this_function() -> None:
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    scripts = tomllib.loads(project.read_text())["project"]["scripts"]
+    assert scripts["qwen35"] == "qwen35.cli.main:main"
+
+
+# --- errors
+
+
+class Verb:
+    """A verb for tests."""
+
+    __doc__ = "A verb for tests."
+
+    def __init__(self, act: Callable[[], int]) -> None:
+        self.act = act
+
+    def add_arguments(self, parser: Any) -> None:
+        """Add nothing."""
+
+    def run(self, args: Any, output: Output) -> int:
+        """Do what the test asks."""
+        return self.act()
+
+
+def run_with(monkeypatch: pytest.MonkeyPatch, act: Callable[[], int], *arguments: str) -> int:
+    """Run a verb that does `act`."""
+    monkeypatch.setattr(importlib, "import_module", lambda name: Verb(act))
+    return run_verb("plan", arguments)
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    """Return a function that raises."""
+
+    def act() -> int:
+        raise error
+
+    return act
+
+
+OWN_ERRORS = [
+    getattr(errors, name)
+    for name in errors.__all__
+    if isinstance(getattr(errors, name), type) and issubclass(getattr(errors, name), Qwen35Error)
+]
+
+
+@pytest.mark.parametrize("kind", OWN_ERRORS)
+def test_our_errors_become_a_sentence_and_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, kind: type[Qwen35Error]
+) -> None:
+    error = kind("the file", "is broken", expected="a whole one", hint="mend it")
+    assert run_with(monkeypatch, raising(error)) == 2
+    sentence = "the file: is broken, expected a whole one; mend it"
+    assert capsys.readouterr() == ("", f"error: {sentence}\n")
+    assert run_with(monkeypatch, raising(error), "--json", "--quiet") == 2
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == {"error": kind.__name__, "message": sentence}
+    assert shown.err == f"error: {sentence}\n"
+
+
+@pytest.mark.parametrize("kind", [ValueError, OSError, AssertionError, KeyError, RecursionError])
+def test_any_other_error_is_a_bug_and_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind):
+        run_with(monkeypatch, raising(kind("bug")))
+
+
+def test_interruption_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    assert run_with(monkeypatch, raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+    assert run_with(monkeypatch, raising(KeyboardInterrupt()), "--quiet") == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_code_of_the_verb_is_passed_on(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    assert run_with(monkeypatch, lambda: code) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (UsageError("a", "b"), "a: b"),
+        (UsageError("a", "b", expected="c"), "a: b, expected c"),
+        (UsageError("a", "b", hint="d"), "a: b; d"),
+        (HeaderError("a", "b", expected="c", hint="d"), "a: b, expected c; d"),
+    ],
+)
+def test_sentence_of_an_error(error: Qwen35Error, text: str) -> None:
+    assert str(error) == text
+    assert error.args == (text,)
+
+
+def test_tree_of_errors() -> None:
+    assert len(OWN_ERRORS) == len({kind.__name__ for kind in OWN_ERRORS}) == 8
+    for name in ("HeaderError", "ConfigError", "TensorError"):
+        assert getattr(errors, name).__base__ is errors.InputError
+        assert f"+-- {name}" in str(errors.__doc__)
+    assert errors.__all__ == sorted(errors.__all__)
+
+
+def test_finding_is_plain_strings() -> None:
+    finding = errors.Finding("missing-companion", "w", "no absmax")
+    assert finding.to_json() == {
+        "check": "missing-companion",
+        "subject": "w",
+        "message": "no absmax",
+        "severity": "error",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "./nowhere"], "./nowhere: no such folder, expected a folder, a Hub id"),
+        (["plan", "Qwen3.5-0.8B", "--recipe", "fp4"], "recipe 'fp4': not a built-in recipe"),
+        (["plan", "Qwen3.5-0.8B", "--keep", "up"], "--keep up: 'up' is not a role"),
+        (["plan", "Qwen3.5-0.8B", "--keep", "mlp.experts"], "no tensor of this checkpoint"),
+        (["convert", "Qwen3.5-0.8B", "out"], "published size, without weights; give a folder"),
+        (["convert", "./nowhere", "out"], "no such folder"),
+        (["convert", ".", "out", "--device", "tpu"], "--device tpu: unknown, expected auto, cpu"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_sentence_and_leaves_nothing(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: ")
+    assert words in shown.err
+    assert shown.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hostile_name_does_not_reach_the_terminal_raw(tmp_path: Path, capsys: Capture) -> None:
+    config = tiny_config(layers=1)
+    tensors = random_tensors(config)
+    name = "model.\x1b[2J\nerror: all is well \u202e\ud800"
+    tensors["model.evil"] = tensors["model.language_model.norm.weight"].clone()
+    source = write_checkpoint(tmp_path / "source", config, tensors, index=False)
+    file = source / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    head = json.loads(raw[8 : 8 + length])
+    table = json.dumps({name if key == "model.evil" else key: row for key, row in head.items()})
+    file.write_bytes(len(table).to_bytes(8, "little") + table.encode() + raw[8 + length :])
+    assert main(["plan", str(source)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert shown.rstrip("\n").isprintable()
+    assert "not a tensor of Qwen3.5" in shown
+
+
+# --- plan
+
+
+def test_plan_prints_data_to_stdout_only(capsys: Capture) -> None:
+    assert main(PLAN) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "488 weights in, 1418 tensors out, 186 layers to NF4" in shown.out
+    assert max(map(len, shown.out.splitlines())) <= 80
+
+
+def test_plan_as_json_holds_every_weight(capsys: Capture) -> None:
+    assert main([*PLAN, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    plan = json.loads(shown.out)
+    assert len(plan["steps"]) == 488
+    assert sum(step["op"] == "nf4" for step in plan["steps"]) == 186
+    assert plan["model"] == "Qwen3.5-0.8B"
+    assert set(plan["files"]) == {"model.safetensors", "config.json", "qwen35.json"}
+    step = plan["steps"][-1]
+    assert sorted(step) == [
+        "dtype",
+        "expert",
+        "layer",
+        "op",
+        "outputs",
+        "reason",
+        "role",
+        "shape",
+        "storage",
+        "weight",
+    ]
+
+
+def test_plan_says_the_same_each_time(capsys: Capture) -> None:
+    outputs = set()
+    for _ in range(3):
+        main(PLAN)
+        outputs.add(capsys.readouterr().out)
+    assert len(outputs) == 1
+
+
+def test_plan_of_roles(capsys: Capture) -> None:
+    assert main(["plan", "--roles"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(ROLES) + 1
+    assert any(line.startswith("linear_attn.in_proj_a ") for line in lines)
+    assert main(["plan", "--roles", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == len(ROLES)
+    assert sorted(rows[0]) == ["dtype", "kind", "meaning", "role", "shape"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "tensors", "layers"),
+    [
+        (["--recipe", "text"], 335, 0),
+        (["--recipe", "text-nf4"], 335 + 5 * 186, 186),
+        (["--keep", "mlp"], 488 + 5 * (186 - 72), 186 - 72),
+        (["--keep", "mlp.up_proj", "--keep", "self_attn"], 488 + 5 * 138, 138),
+        (["--drop-mtp"], 488 - 15 + 5 * 186, 186),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_flags_of_plan(capsys: Capture, flags: list[str], tensors: int, layers: int) -> None:
+    assert main([*PLAN, *flags]) == 0
+    shown = capsys.readouterr().out
+    assert f"488 weights in, {tensors} tensors out, {layers} layers to NF4" in shown
+
+
+def test_plan_of_a_folder_reads_no_weights(dense: Path, capsys: Capture) -> None:
+    assert main(["plan", str(dense), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["repo"], plan["revision"]) == (None, None)
+    weights = [step["weight"] for step in plan["steps"]]
+    assert len(weights) == len(set(weights))
+    assert plan["read_bytes"] == sum(
+        path.stat().st_size for path in dense.glob("*.safetensors")
+    ) - _head_bytes(dense)
+
+
+def _head_bytes(folder: Path) -> int:
+    """Return the bytes of all headers."""
+    return sum(
+        8 + int.from_bytes(path.read_bytes()[:8], "little") for path in folder.glob("*.safetensors")
+    )
+
+
+def test_recipe_of_a_user_works(dense: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'format = "nf4"\ndescription = "only up"\n'
+        '[[rules]]\nmatch = "mlp.up_proj"\naction = "nf4"\n'
+        '[[rules]]\nmatch = "*"\naction = "plain"\n'
+    )
+    assert main(["plan", str(dense), "--recipe", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "mine.toml: only up" in shown
+    assert "4 layers to NF4" in shown
+
+
+# --- convert
+
+
+def test_dry_run_of_convert_is_the_plan_and_writes_nothing(
+    dense: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    assert main(["convert", str(dense), str(out), "--dry-run"]) == 0
+    dry = capsys.readouterr().out
+    assert main(["plan", str(dense)]) == 0
+    assert capsys.readouterr().out == dry
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_tells_what_it_made(dense: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    arguments = ["convert", str(dense), str(out), "--recipe", "text", "--threads", "1"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{out}: ")
+    assert "0 layers in NF4" in shown.out
+    assert shown.err.startswith("writing out: ")
+    assert main(arguments) == 2
+    assert "exists already; give --overwrite to replace it" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--quiet", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    made = json.loads(shown.out)
+    assert made["bytes"] == sum(path.stat().st_size for path in out.iterdir())
+    assert set(made["sha256"]) | {"qwen35.json"} == {path.name for path in out.iterdir()}
+
+
+def test_notes_go_to_stderr_unless_quiet(tmp_path: Path, capsys: Capture) -> None:
+    config = tiny_config(layers=1, mtp=1)
+    tensors = {n: t for n, t in random_tensors(config).items() if not n.startswith("mtp.")}
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    arguments = ["convert", str(source), str(tmp_path / "out"), "--recipe", "text"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "note: config.json promises 1 multi-token-prediction layer(s)" in shown.err
+    assert "promises" not in shown.out
+    assert main([*arguments, "--overwrite", "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# --- output
+
+
+def test_output_speaks_to_the_right_stream(capsys: Capture) -> None:
+    Output().data("text", {"a": "é"})
+    Output(as_json=True).data("text", {"a": "é"})
+    Output().info("going on")
+    Output(quiet=True).info("going on")
+    assert capsys.readouterr() == ('text\n{\n  "a": "é"\n}\n', "going on\n")
+
+
+def test_lines_of_progress_are_few(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Output().progress()
+    progress.begin("writing out", 4_000_000_000)
+    for i in range(40):
+        now[0] += 1.0
+        progress.advance(100_000_000, f"tensor {i}")
+    progress.end()
+    assert capsys.readouterr().err.splitlines() == [
+        "writing out: 4.00 GB to read",
+        "writing out: 25%, about 30 s left, tensor 9",
+        "writing out: 50%, about 20 s left, tensor 19",
+        "writing out: 75%, about 10 s left, tensor 29",
+        "writing out: 100%, about 0 s left, tensor 39",
+    ]
+
+
+def test_quiet_progress_says_nothing(capsys: Capture) -> None:
+    progress = Output(quiet=True).progress()
+    progress.begin("x", 1)
+    progress.advance(1, "y")
+    progress.end()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_of_nothing_does_not_divide_by_it(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Output().progress()
+    progress.begin("x", 0)
+    now[0] = 60.0
+    progress.advance(0, "y")
+    assert "0%" in capsys.readouterr().err
+
+
+def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Output().progress()
+    progress.begin("writing out", 10)
+    progress.advance(10, "x")
+    progress.end()
+    assert capsys.readouterr().out == ""
+    assert "_Bar" in type(progress).__name__
+
+
+def test_reader_that_stops_reading_is_no_traceback(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = command(*PLAN, "--json", cwd=tmp_path, stdout=write)
+    finally:
+        os.close(write)
+    assert b"Traceback" not in done.stderr
+
+
+def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
+    done = command(*PLAN, "--json", "--quiet", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(json.loads(done.stdout)["steps"]) == 488
+    done = command("plan", "./nowhere", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"error: ./nowhere: no such folder")

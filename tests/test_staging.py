@@ -1,0 +1,474 @@
+"""An output folder appears whole or not at all, and harms nothing that was there."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qwen35
+from qwen35.checkpoint.header import file_layout
+from qwen35.errors import OutputError
+from qwen35.sinks.files import TensorFile, hash_file, write_file
+from qwen35.sinks.staging import MANIFEST_NAME, check_output, check_space, os_errors, staging
+from qwen35.tensors import TensorSpec
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Return every path below `folder` and the content of files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    """A folder that an earlier run wrote."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / MANIFEST_NAME).write_text("{}")
+    (out / "model.safetensors").write_text("old")
+    return out
+
+
+# --- check_output
+
+
+def test_nothing_there_is_fine(tmp_path: Path) -> None:
+    check_output(tmp_path / "new", source=tmp_path / "source", overwrite=False)
+    check_output(tmp_path / "a" / "b" / "c", source=None, overwrite=True)
+    assert snapshot(tmp_path) == {}
+
+
+def test_empty_folder_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    check_output(tmp_path / "out", source=None, overwrite=False)
+
+
+def test_existing_output_is_refused(ours: Path) -> None:
+    with pytest.raises(OutputError, match="out: exists already; give --overwrite to replace it"):
+        check_output(ours, source=None, overwrite=False)
+
+
+def test_output_of_ours_may_be_overwritten(ours: Path) -> None:
+    check_output(ours, source=None, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folder_that_is_not_ours_is_never_overwritten(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "photo.jpg").write_bytes(b"dear")
+    words = (
+        "holds no qwen35.json, so it was not written by qwen35" if overwrite else "exists already"
+    )
+    with pytest.raises(OutputError, match=words):
+        check_output(tmp_path, source=None, overwrite=overwrite)
+
+
+def test_folder_named_like_the_manifest_does_not_make_it_ours(tmp_path: Path) -> None:
+    (tmp_path / MANIFEST_NAME).mkdir()
+    with pytest.raises(OutputError, match=r"holds no qwen35\.json"):
+        check_output(tmp_path, source=None, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_file_in_the_way_is_refused(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "out").write_bytes(b"")
+    with pytest.raises(OutputError, match="out: exists and is not a folder"):
+        check_output(tmp_path / "out", source=None, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_symbolic_link_in_the_way_is_refused(ours: Path, overwrite: bool) -> None:
+    link = ours.parent / "link"
+    link.symlink_to(ours)
+    with pytest.raises(OutputError, match="link: .*symbolic link"):
+        check_output(link, source=None, overwrite=overwrite)
+    dangling = ours.parent / "dangling"
+    dangling.symlink_to("nowhere")
+    with pytest.raises(OutputError, match="dangling: "):
+        check_output(dangling, source=None, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_output_that_is_the_input_is_refused(ours: Path, overwrite: bool) -> None:
+    with pytest.raises(OutputError, match="output and input are the same folder"):
+        check_output(ours, source=ours, overwrite=overwrite)
+    (ours.parent / "link").symlink_to(ours)
+    with pytest.raises(OutputError, match="output and input are the same folder"):
+        check_output(ours / ".." / "link", source=ours, overwrite=overwrite)
+
+
+def test_output_inside_the_input_is_refused(ours: Path) -> None:
+    with pytest.raises(OutputError, match="new: overlaps the input .*; choose another folder"):
+        check_output(ours / "deep" / "new", source=ours, overwrite=False)
+
+
+def test_input_inside_the_output_is_refused(ours: Path) -> None:
+    with pytest.raises(OutputError, match="overlaps the input"):
+        check_output(ours, source=ours / "source", overwrite=True)
+
+
+def test_folder_whose_name_only_begins_alike_does_not_overlap(ours: Path) -> None:
+    check_output(ours.parent / "out2", source=ours, overwrite=False)
+
+
+def test_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 300)
+
+    def write() -> None:
+        check_output(out, source=None, overwrite=False)
+        with staging(out):
+            raise AssertionError("there is no such folder")
+
+    with pytest.raises(OutputError, match="cannot be written .File name too long"):
+        write()
+    assert snapshot(tmp_path) == {}
+
+
+# --- check_space
+
+
+class Usage(NamedTuple):
+    """What `shutil.disk_usage` returns."""
+
+    total: int
+    used: int
+    free: int
+
+
+def test_space_is_checked_with_some_to_spare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def usage(folder: Path) -> Usage:
+        asked.append(folder)
+        return Usage(0, 0, 3_000_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    spare = 16 * 2**20
+    check_space(tmp_path / "not" / "there", 3_000_000_000 - spare)
+    with pytest.raises(OutputError, match=r"3\.00 GB free on its disk, expected at least 9\.02 GB"):
+        check_space(tmp_path, 9_000_000_000)
+    with pytest.raises(OutputError):
+        check_space(tmp_path, 3_000_000_001 - spare)
+    assert asked == [tmp_path] * 3
+
+
+# --- staging
+
+
+def test_output_appears_whole_and_alone(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "er" / "out"
+    with staging(out) as folder:
+        (folder / "a").write_text("1")
+        assert not out.exists()
+        assert folder.parent == out.parent
+    assert snapshot(tmp_path) == {
+        "deep": None,
+        "deep/er": None,
+        "deep/er/out": None,
+        "deep/er/out/a": b"1",
+    }
+
+
+def test_relative_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with staging(Path("out")) as folder:
+        (folder / "a").write_text("1")
+    assert snapshot(tmp_path) == {"out": None, "out/a": b"1"}
+
+
+def test_empty_folder_in_the_way_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with staging(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert snapshot(tmp_path) == {"out": None, "out/a": b"1"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, OutputError, SystemExit])
+def test_failure_leaves_nothing_behind(tmp_path: Path, error: type[BaseException]) -> None:
+    def fail() -> None:
+        with staging(tmp_path / "a" / "b" / "out") as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "x").write_text("1")
+            raise error("x", "y") if error is OutputError else error("x")
+
+    with pytest.raises(error):
+        fail()
+    assert snapshot(tmp_path) == {}
+
+
+def test_failure_leaves_parents_that_were_there(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RuntimeError), staging(tmp_path / "a" / "b" / "out"):
+        raise RuntimeError
+    assert snapshot(tmp_path) == {"a": None}
+
+
+def test_failure_leaves_what_others_put_beside_it(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), staging(tmp_path / "a" / "out"):  # noqa: PT012
+        (tmp_path / "a" / "note").write_text("mine")
+        raise RuntimeError
+    assert snapshot(tmp_path) == {"a": None, "a/note": b"mine"}
+
+
+def test_failure_while_overwriting_leaves_the_old_output(ours: Path) -> None:
+    before = snapshot(ours.parent)
+    with pytest.raises(RuntimeError), staging(ours) as folder:  # noqa: PT012
+        (folder / "model.safetensors").write_text("new")
+        raise RuntimeError
+    assert snapshot(ours.parent) == before
+
+
+def test_overwriting_replaces_and_leaves_no_trace(ours: Path) -> None:
+    with staging(ours) as folder:
+        (folder / "b").write_text("new")
+        assert (ours / "model.safetensors").read_text() == "old"
+    assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
+
+
+def test_leftovers_of_a_killed_run_are_removed(ours: Path) -> None:
+    partial = ours.with_name(".out.partial")
+    (partial / "sub").mkdir(parents=True)
+    (partial / "sub" / "x").write_text("left")
+    (partial / "model.safetensors").write_text("left")
+    (partial / ".lock").write_text("")
+    (partial / "link").symlink_to(ours)
+    with staging(ours) as folder:
+        assert folder == partial
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        assert (ours / "model.safetensors").read_text() == "old"
+        (folder / "b").write_text("new")
+    assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
+
+
+def test_run_killed_after_the_renames_does_not_stop_the_next(ours: Path) -> None:
+    old = ours.with_name(".out.old")
+    old.mkdir()
+    (old / "model.safetensors").write_text("older")
+    with staging(ours) as folder:
+        (folder / "b").write_text("new")
+    assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
+
+
+def test_run_killed_between_the_renames_does_not_stop_the_next(ours: Path) -> None:
+    ours.rename(ours.with_name(".out.old"))
+    with staging(ours) as folder:
+        (folder / "b").write_text("new")
+    assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
+
+
+def test_second_run_is_locked_out_and_harms_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with staging(out) as folder:
+        (folder / "a").write_text("1")
+        with pytest.raises(OutputError, match="another run is writing it; wait"), staging(out):
+            raise AssertionError("two runs at once")
+        assert (folder / "a").read_text() == "1"
+    assert snapshot(tmp_path) == {"out": None, "out/a": b"1"}
+
+
+def test_run_in_another_process_is_locked_out_until_it_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom qwen35.sinks.staging import staging\n"
+        "with staging(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('x')\n    print('in', flush=True)\n    time.sleep(60)\n"
+    )
+    out = tmp_path / "out"
+    source = str(Path(qwen35.__file__).parent.parent)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(out)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": source},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"in\n"
+        with pytest.raises(OutputError, match="another run is writing it"), staging(out):
+            raise AssertionError("two runs at once")
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / ".out.partial" / "half").exists()
+    with staging(out) as folder:
+        (folder / "a").write_text("1")
+    assert snapshot(tmp_path) == {"out": None, "out/a": b"1"}
+
+
+def test_parent_that_is_a_file_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"kept")
+    for out in (tmp_path / "file" / "out", tmp_path / "file" / "a" / "b"):
+        words = r"file: exists and is not a folder|file/a: cannot be written \(Not a directory"
+        with pytest.raises(OutputError, match=words), staging(out):
+            raise AssertionError("there is no such folder")
+    assert snapshot(tmp_path) == {"file": b"kept"}
+
+
+def test_file_in_place_of_the_staging_folder_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").write_bytes(b"kept")
+    words = r"\.out\.partial: exists and is not a folder"
+    with pytest.raises(OutputError, match=words), staging(tmp_path / "out"):
+        raise AssertionError("there is no such folder")
+    assert snapshot(tmp_path) == {".out.partial": b"kept"}
+
+
+def test_name_that_is_too_long_with_its_suffix_leaves_no_parents(tmp_path: Path) -> None:
+    out = tmp_path / "a" / ("x" * 250)
+    with pytest.raises(OutputError, match="File name too long"), staging(out):
+        raise AssertionError("there is no such folder")
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_parent_is_a_sentence(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(OutputError, match="Permission denied"), staging(tmp_path / "out"):
+            raise AssertionError("it cannot be written")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG]
+)
+def test_what_the_disk_says_becomes_a_sentence(tmp_path: Path, number: int) -> None:
+    with pytest.raises(OutputError) as caught, staging(tmp_path / "out"):
+        raise OSError(number, os.strerror(number))
+    assert str(caught.value) == f"{tmp_path / 'out'}: cannot be written ({os.strerror(number)})"
+    assert snapshot(tmp_path) == {}
+
+
+def test_other_errors_of_the_system_stay_bugs(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"), os_errors(tmp_path):
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def test_output_has_the_permissions_of_other_folders(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    with staging(tmp_path / "out") as folder:
+        write_file(folder / "a", b"1")
+    (tmp_path / "b").write_bytes(b"")
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert (tmp_path / "out" / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+# --- files
+
+
+def tensor_file(folder: Path) -> tuple[TensorFile, bytes, dict[str, int]]:
+    """Start a file of two tensors."""
+    head, offsets = file_layout([TensorSpec("a", "U8", (5,)), TensorSpec("b", "BF16", (4,))])
+    return TensorFile(folder / "f", head, offsets, len(head) + 13), head, offsets
+
+
+def test_tensor_file_takes_pieces_in_any_order(tmp_path: Path) -> None:
+    file, head, _ = tensor_file(tmp_path)
+    file.write("a", 3, memoryview(b"45"))
+    file.write("b", 0, memoryview(b"bbbbbbbb"))
+    file.write("a", 0, memoryview(b"123"))
+    digest = file.finish()
+    expected = head + b"bbbbbbbb" + b"12345"
+    assert (tmp_path / "f").read_bytes() == expected
+    assert digest == hashlib.sha256(expected).hexdigest()
+
+
+def test_tensor_file_reserves_its_whole_size_at_once(tmp_path: Path) -> None:
+    file, head, _ = tensor_file(tmp_path)
+    assert (tmp_path / "f").stat().st_size == len(head) + 13
+    file.close()
+    file.close()
+
+
+def test_tensor_file_never_writes_over_another(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"kept")
+    with pytest.raises(FileExistsError):
+        tensor_file(tmp_path)
+    assert (tmp_path / "f").read_bytes() == b"kept"
+
+
+def refuse(number: int) -> Callable[..., Any]:
+    """Return a system call that fails."""
+
+    def call(*_: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def test_full_disk_while_writing_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OutputError) as caught, staging(tmp_path / "out") as folder:  # noqa: PT012
+        file, _, _ = tensor_file(folder)
+        monkeypatch.setattr(os, "pwrite", refuse(errno.ENOSPC))
+        file.write("a", 0, memoryview(b"12345"))
+    monkeypatch.undo()
+    assert str(caught.value).endswith("out: cannot be written (No space left on device)")
+    assert snapshot(tmp_path) == {}
+
+
+def test_full_disk_while_reserving_is_a_sentence_and_closes_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = len([*Path("/proc/self/fd").iterdir()])
+    monkeypatch.setattr(os, "posix_fallocate", refuse(errno.ENOSPC))
+    with pytest.raises(OutputError, match="No space left"), staging(tmp_path / "out") as folder:
+        tensor_file(folder)
+    assert snapshot(tmp_path) == {}
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS])
+def test_disk_that_cannot_reserve_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", refuse(number))
+    file, head, _ = tensor_file(tmp_path)
+    file.write("b", 0, memoryview(b"bbbbbbbb"))
+    file.finish()
+    assert (tmp_path / "f").read_bytes() == head + b"bbbbbbbb" + bytes(5)
+
+
+def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:3], at))
+    file, head, _ = tensor_file(tmp_path)
+    file.write("b", 0, memoryview(b"abcdefgh"))
+    file.write("a", 0, memoryview(b"12345"))
+    file.finish()
+    assert (tmp_path / "f").read_bytes() == head + b"abcdefgh12345"
+
+
+@given(st.binary(max_size=3000), st.integers(0, 2))
+def test_hash_is_of_the_file_as_it_lies(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, megabytes: int
+) -> None:
+    path = tmp_path_factory.mktemp("hash") / "f"
+    content += bytes(megabytes * 2**20)
+    assert write_file(path, content) == hash_file(path) == hashlib.sha256(content).hexdigest()
+
+
+def test_written_file_is_never_over_another(tmp_path: Path) -> None:
+    (tmp_path / "b").write_bytes(b"kept")
+    with pytest.raises(FileExistsError):
+        write_file(tmp_path / "b", b"new")
+    assert (tmp_path / "b").read_bytes() == b"kept"
+
+
+def test_staging_is_quick(tmp_path: Path) -> None:
+    began = time.perf_counter()
+    with staging(tmp_path / "out"):
+        pass
+    assert time.perf_counter() - began < 2
