@@ -301,6 +301,20 @@ def test_fp8_source_is_decoded_and_then_packed(dense: Path, tmp_path: Path) -> N
     assert quantization["quant_method"] == "bitsandbytes"
 
 
+def test_fp8_values_beyond_fp16_are_refused_and_not_written_as_infinity(
+    dense: Path, tmp_path: Path
+) -> None:
+    name = f"{LAYER}.0.mlp.up_proj.weight"
+    config = tiny_config(dtype="float16")
+    tensors = random_tensors(config)
+    tensors[name] = torch.full(tensors[name].shape, 448.0).to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.full((4, 2), 1000.0)
+    config["quantization_config"] = {"quant_method": "fp8"}
+    source = write_checkpoint(tmp_path / "in", config, tensors)
+    with pytest.raises(TensorError, match="NaN or infinity"):
+        convert(plan_of(source, keep=("mlp",)), tmp_path / "out")
+
+
 def test_fp8_scale_of_another_shape_is_refused(dense: Path, tmp_path: Path) -> None:
     source, _ = fp8_checkpoint(dense, tmp_path / "in")
     name = f"{LAYER}.0.mlp.up_proj.weight_scale_inv"

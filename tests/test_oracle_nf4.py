@@ -124,6 +124,13 @@ def test_any_statistics_are_those_of_bitsandbytes(values: list[float]) -> None:
     assert np.array_equal(ours.nested, state.absmax.numpy())
 
 
+def test_statistics_of_almost_equal_tiny_scales_do_not_overflow() -> None:
+    absmax = np.array([1e-40, 2e-40, 3e-40], np.float32)
+    ours = Statistics.of(absmax)
+    decoded = decode_absmax(ours.codes, ours.nested, nf4_tables.dynamic_map(), ours.offset)
+    assert np.all(np.abs(decoded - absmax) <= ours.nested[0])
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("position", [0, 63, 64, 127])

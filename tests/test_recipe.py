@@ -338,3 +338,26 @@ def test_recipes_of_the_package_have_only_known_keys() -> None:
     folder = Path(qwen35.plan.__file__).parent / "recipes"
     for path in folder.glob("*.toml"):
         assert set(tomllib.loads(path.read_text())) == {"format", "description", "rules"}
+
+
+def test_a_group_to_pack_leaves_its_norms_and_biases_alone(tmp_path: Path, dense: Path) -> None:
+    recipe = write(
+        tmp_path, HEAD, rule("self_attn", "nf4"), rule("visual.blocks.attn.qkv", "nf4"), REST
+    )
+    steps = {step.role.name: step.op for step in make_plan(open_folder(dense), recipe).steps}
+    assert steps["self_attn.q_proj"] == steps["visual.blocks.attn.qkv"] == "nf4"
+    assert steps["self_attn.q_norm"] == steps["visual.blocks.attn.qkv.bias"] == "copy"
+
+
+def test_roles_kept_twice_are_kept_once(dense: Path) -> None:
+    keep = ("mlp.up_proj", "mlp", "mlp", "mlp.up_proj")
+    recipe = load_recipe("nf4").keeping(keep)
+    assert [r.match for r in recipe.rules if r.reason == "asked for by --keep"] == ["mlp"]
+    ops = {s.role.name: s.op for s in make_plan(open_folder(dense), recipe).steps}
+    assert ops["mlp.up_proj"] == "copy"
+
+
+@pytest.mark.parametrize("name", ["*", "kind:linear"])
+def test_keep_takes_roles_only(name: str) -> None:
+    with pytest.raises(UsageError, match="not a role"):
+        load_recipe("nf4").keeping((name,))

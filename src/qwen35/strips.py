@@ -69,9 +69,11 @@ def decoded(reader: Reader, weight: Weight, spec: TensorSpec) -> Iterator[Array]
         return
     pieces = _nf4 if weight.storage == "nf4" else _fp8
     for piece in pieces(reader, weight, spec):
-        if not all_finite(piece, "F32"):
+        with np.errstate(over="ignore"):
+            values = from_f32(piece, spec.dtype)
+        if not (all_finite(piece, "F32") and all_finite(values, spec.dtype)):
             raise not_finite(weight.name)
-        yield from_f32(piece, spec.dtype)
+        yield values
 
 
 def _whole(reader: Reader, tensor: StoredTensor) -> Array:

@@ -148,14 +148,19 @@ class HubPlace:
         headers = build_hf_headers(token=self._api.token)
         headers["Range"] = f"bytes={start}-{start + count - 1}"
         headers["Accept-Encoding"] = "identity"
-        response = get_session().get(url, headers=headers, timeout=60)
-        hf_raise_for_status(response)
-        content: bytes = response.content
-        if response.status_code == 200:  # the server ignored the range
-            content = content[start : start + count]
-        if len(content) != count:
+        with get_session().stream("GET", url, headers=headers, timeout=60) as response:
+            hf_raise_for_status(response)
+            ignored = response.status_code == 200  # the whole file comes: stop when we have ours
+            skip = start if ignored else 0
+            content = b""
+            for piece in response.iter_bytes():
+                content += piece[skip:]
+                skip = max(0, skip - len(piece))
+                if len(content) >= count:
+                    break
+        if len(content) < count:
             raise HubError(f"{self}, {name}", f"{len(content)} bytes came", expected=str(count))
-        return content
+        return content[:count]
 
 
 def download(place: HubPlace, shards: list[str], token: str | None = None) -> Path:
@@ -172,7 +177,10 @@ def download(place: HubPlace, shards: list[str], token: str | None = None) -> Pa
         disable_progress_bars()
     wanted = [row.name for row in SIDECARS] + ["config.json", "*.safetensors.index.json", *shards]
     options: dict[str, Any] = {"revision": place.revision, "token": token, "allow_patterns": wanted}
-    folder = Path(_ask(place.repo, lambda: snapshot_download(place.repo, **options)))
+    try:
+        folder = Path(_ask(place.repo, lambda: snapshot_download(place.repo, **options)))
+    except OSError as error:
+        raise HubError(place.repo, f"the download cannot be stored ({error.strerror})") from error
     missing = [shard for shard in shards if not (folder / shard).exists()]
     if missing:
         raise InputError(str(place), f"{missing[0]} did not arrive", hint="run again")

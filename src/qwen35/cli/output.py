@@ -31,16 +31,12 @@ class Output:
 
     def data(self, text: str, value: Any) -> None:
         """Print the result: `text` for people, or `value` as JSON."""
-        shown = json.dumps(value, indent=2, ensure_ascii=False) if self.as_json else text
-        try:
-            print(shown, flush=True)
-        except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print(json.dumps(value, indent=2, ensure_ascii=False) if self.as_json else text)
 
     def line(self, text: str) -> None:
         """Print a line of a report that is meant to be read as it grows."""
         if not self.quiet and not self.as_json:
-            print(text, flush=True)
+            _print(text)
 
     def info(self, text: str) -> None:
         """Tell what is going on."""
@@ -58,6 +54,13 @@ class Output:
         if self.quiet:
             return Silent()
         return _Bar() if sys.stderr.isatty() else _Lines()
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _printable(text: str) -> str:

@@ -71,8 +71,9 @@ class Statistics:
         padded = np.zeros((blocks, NESTED_BLOCK), np.float32)
         padded.reshape(-1)[: len(centred)] = centred
         nested = np.abs(padded).max(axis=1)
-        with np.errstate(divide="ignore"):
-            inverse = np.where(nested > 0, np.float32(1) / nested, np.float32(0)).astype(np.float32)
+        with np.errstate(divide="ignore", over="ignore"):
+            inverse = np.float32(1) / nested
+        inverse = np.where(np.isfinite(inverse), inverse, np.float32(0)).astype(np.float32)
         unit = np.clip(padded * inverse[:, None], np.float32(-1), np.float32(1))
         scaled = (unit + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)
         codes = dynamic_lookup()[scaled.astype(np.int32)]

@@ -27,12 +27,13 @@ ACTIONS: dict[str, str] = {
 BUILT_IN = ("nf4", "text", "text-nf4")
 """Names of the recipes that come with the package."""
 
+_ROLES_HINT = "`qwen35 plan --roles` prints the roles"
 _KINDS = sorted({info.kind for info in ROLES.values()})
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a recipe.
+    """One row of a recipe. With ``nf4``, a group leaves its norms, biases and convolutions alone.
 
     Args:
         match: a role or the group its first segments name, ``kind:linear``, or ``*``.
@@ -52,6 +53,9 @@ class Rule:
             return True
         if self.match.startswith("kind:"):
             return role.info.kind == self.match.removeprefix("kind:")
+        part_of_group = role.name != self.match and role.info.kind in ("vector", "conv")
+        if self.action == "nf4" and part_of_group:
+            return False
         return in_group(role.name, self.match)
 
 
@@ -91,9 +95,12 @@ class Recipe:
             UsageError: a name is neither a role nor a group of roles.
         """
         rules = []
-        for role in roles:
+        for role in dict.fromkeys(roles):
+            if role == "*" or role.startswith("kind:"):
+                raise UsageError(f"--keep {role}", "not a role", hint=_ROLES_HINT)
             _check_match(f"--keep {role}", role)
-            rules.append(Rule(role, "plain", "asked for by --keep", required=True))
+            if not any(role != other and in_group(role, other) for other in roles):
+                rules.append(Rule(role, "plain", "asked for by --keep", required=True))
         return replace(self, rules=(*rules, *self.rules))
 
     def dropping_mtp(self) -> Recipe:
@@ -171,6 +178,4 @@ def _check_match(subject: str, match: str) -> None:
             raise UsageError(subject, f"{match!r}", expected=f"kind: and {', '.join(_KINDS)}")
         return
     if not any(in_group(path.removesuffix(".weight"), match) for path in ROLES):
-        raise UsageError(
-            subject, f"{match!r} is not a role", hint="`qwen35 plan --roles` prints the roles"
-        )
+        raise UsageError(subject, f"{match!r} is not a role", hint=_ROLES_HINT)

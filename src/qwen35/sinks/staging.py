@@ -167,6 +167,8 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise OutputError(str(folder), "exists and is not a folder") from error
+    if folder.name.endswith(".partial") and folder.is_symlink():
+        raise OutputError(str(folder), "is a symbolic link", hint="remove it")
 
 
 def _lock(folder: Path, out: Path) -> int:
@@ -178,6 +180,9 @@ def _lock(folder: Path, out: Path) -> int:
         raise OutputError(
             str(out), "another run is writing it", hint="wait for it to end"
         ) from error
+    if not (folder / _LOCK_NAME).exists():
+        os.close(descriptor)
+        raise OutputError(str(out), "another run has just written it", hint="look at it first")
     return descriptor
 
 
@@ -198,7 +203,12 @@ def _replace(folder: Path, out: Path) -> None:
         if old.exists():  # what a killed run moved aside and did not come to remove
             shutil.rmtree(old)
         os.rename(out, old)
-    os.rename(folder, out)
+    try:
+        os.rename(folder, out)
+    except OSError:
+        if old.exists():
+            os.rename(old, out)
+        raise
     _fsync_folder(out.absolute().parent)
     if old.exists():
         shutil.rmtree(old)
