@@ -128,7 +128,7 @@ def test_statistics_of_almost_equal_tiny_scales_do_not_overflow() -> None:
     absmax = np.array([1e-40, 2e-40, 3e-40], np.float32)
     ours = Statistics.of(absmax)
     decoded = decode_absmax(ours.codes, ours.nested, nf4_tables.dynamic_map(), ours.offset)
-    assert np.all(np.abs(decoded - absmax) <= ours.nested[0])
+    assert np.all(np.abs(decoded - absmax) <= 1.01 * ours.nested[0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
