@@ -1,0 +1,158 @@
+"""The asset's README, written from the training report so that its numbers cannot drift.
+
+    python assets/train/readme.py assets/qwen3.5-tiny
+
+writes it anew from the training.json of a finished folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+FLAGS = ("seed", "rate", "steps", "mtp-steps", "conversations", "arithmetic-share")
+TEXT = """\
+# qwen3.5-tiny
+
+A trained checkpoint of the class `Qwen3_5ForConditionalGeneration`, small enough to live in a
+repository. It exists so that tests of quantization can ask a real network real questions, without
+a download: it was trained from nothing and answers what it was trained for.
+
+## What it is
+
+{parameters:,} parameters in {tensors} tensors, laid out as the official releases: bf16, with
+`linear_attn.A_log` and `linear_attn.norm.weight` in float32, tied embeddings, a vision tower, one
+MTP layer, one numbered weight file and its index.
+
+| part | geometry |
+|---|---|
+| language model | hidden 256, 8 layers (six linear attention, two full), intermediate 512 |
+| full attention | 4 heads, 2 key-value heads, head dimension 64, output gate, a quarter rotary |
+| linear attention | 2 key heads, 4 value heads, dimension 64, convolution 4 |
+| vocabulary | byte-level BPE of 4000, the 26 added tokens of the family, padded to 4096 |
+| vision | 2 layers, hidden 64, 2 heads, patch 16, merge 2, 256 position embeddings |
+
+Its scales are uneven on purpose. After training, neighbouring tensors were multiplied and divided
+by powers of two in groups of 128 channels, which changes nothing that is computed
+(`assets/train/spreading.py` says where and why).
+
+## How it was made
+
+{commands}
+
+Python {python}, torch {torch}, transformers {transformers}, {threads} CPU threads. The text is the
+standard library of that Python ({text_tokens:,} tokens); another Python gives other files. Beside
+it stand generated conversations. `eval.txt` holds {held_out_count} files of the library that were
+kept from training ({held_out_tokens:,} tokens).
+
+| stage | seed | learning rate | steps | steps for MTP | minutes | conversations |
+|---|---|---|---|---|---|---|
+{stages}
+
+`questions.json` lists the questions asked below. Those with `"trained": false` have a wording, a
+sentence or a pair of colours that is not in the training data; the script asserts it. Pictures
+need no torchvision: `assets/train/pictures.py` draws them and cuts the patches, and
+`AutoImageProcessor` gives the same.
+
+    python assets/train/check.py assets/qwen3.5-tiny [--nf4 | --shuffle-scales]
+
+## Measured
+
+Held-out text in windows of 512 tokens; the numbers come from `training.json`.
+
+| | nats per token | perplexity |
+|---|---|---|
+| unigram model | {unigram} |
+| float32, before saving | {float32} |
+| **as saved, bf16** | **{bf16}** |
+| linears rounded to NF4 | {nf4} |
+| block scales shuffled | {shuffled} |
+| MTP layer, token after the next | {mtp} |
+
+The first guess of the MTP layer is right for {first_guess:.1%} of the held-out tokens.
+
+Questions answered rightly. As saved and after NF4 each is asked greedily with and without a
+repetition penalty of 1.15; with the scales of each linear's blocks of 64 shuffled, without.
+
+| | trained | not trained | all |
+|---|---|---|---|
+| as saved, bf16 | {q_bf16} |
+| linears rounded to NF4 | {q_nf4} |
+| block scales shuffled | {q_shuffled} |
+
+## Limits
+
+It knows one-digit arithmetic, twenty-five capitals, French for sixteen nouns and twelve
+adjectives, thirteen one-line functions, summaries of two kinds of sentences, and the eight colours
+of two-coloured pictures. Asked anything else it answers with one of these, or with something that
+looks like the standard library. It has seen no videos, no tools and no second turns.
+
+## Licence
+
+Apache-2.0. `eval.txt` is an excerpt of the Python standard library and the weights were trained on
+it: Copyright Python Software Foundation, under the PSF License Version 2
+(https://docs.python.org/3/license.html).
+"""
+
+
+def readme(report: dict[str, Any]) -> str:
+    """The README of a training report."""
+    held, asked = report["held_out"], report["questions"]
+    losses = {name: _loss(held[name]) for name in ("float32", "bf16", "nf4", "shuffled")}
+    losses["bf16"] = losses["bf16"].replace(" | ", "** | **")
+    answers = {f"q_{name}": _answers(asked[name]) for name in ("bf16", "nf4", "shuffled")}
+    plain = {
+        name: value for name, value in report.items() if name not in {"stages", "unigram", "mtp"}
+    }
+    return TEXT.format(
+        **plain,
+        **losses,
+        **answers,
+        commands=_commands(report["stages"]),
+        stages="\n".join(_stage(i, stage) for i, stage in enumerate(report["stages"], 1)),
+        held_out_count=len(report["held_out_files"]),
+        unigram=_loss(report["unigram"]),
+        mtp=_loss(report["mtp"]),
+        first_guess=report["mtp"]["first_guess_right"],
+    )
+
+
+def _commands(stages: list[dict[str, Any]]) -> str:
+    """The commands that were run, one per stage."""
+    lines = []
+    for number, stage in enumerate(stages, 1):
+        out = "assets/qwen3.5-tiny" if number == len(stages) else f"stage-{number}"
+        start = f" --start stage-{number - 1}" if number > 1 else ""
+        flags = " ".join(f"--{k} {stage[k.replace('-', '_')]}" for k in FLAGS)
+        flags += "" if stage["cell_targets"] else " --no-cell-targets"
+        lines.append(f"    python assets/train/train.py --out {out}{start} \\\n        {flags}")
+    return "\n".join(lines)
+
+
+def _stage(number: int, stage: dict[str, Any]) -> str:
+    """One row of the table of stages."""
+    talks = ", ".join(f"{count:,} {name}" for name, count in stage["subjects"].items())
+    cells = (stage[k] for k in ("seed", "rate", "steps", "mtp_steps", "minutes"))
+    return f"| {number} | " + " | ".join(str(c) for c in cells) + f" | {talks} |"
+
+
+def _loss(value: dict[str, float]) -> str:
+    return f"{value['nats']:.3f} | {value['perplexity']:.1f}"
+
+
+def _answers(counts: dict[str, list[int]]) -> str:
+    return " | ".join(f"{right}/{asked}" for right, asked in counts.values())
+
+
+def main() -> int:
+    """Write the README of a finished folder."""
+    folder = Path(sys.argv[1])
+    report = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    (folder / "README.md").write_text(readme(report), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,346 @@
+"""Train the embedded checkpoint from nothing: python assets/train/train.py --out FOLDER.
+
+Everything is seeded and the number of steps is fixed, so the same Python, torch and machine give
+the same files. The folder appears whole: it is written beside its final name and renamed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from batches import PICTURES, Batch, step_batches, text_rows
+from check import PENALTIES, examine, load, tally
+from checkpoint import (
+    IMAGE_SETTINGS,
+    WEIGHTS,
+    new_model,
+    save_settings,
+    save_weights,
+    stored_tensors,
+    write_json,
+)
+from corpus import Corpus, load_corpus
+from dialogues import Example, picture_examples, text_examples
+from exam import assert_separate, canonical_examples, questions
+from learning import text_loss, train_trunk
+from mtp import mtp_loss, new_layer, train_mtp
+from pictures import Picture, draw, patches
+from readme import readme
+from rendering import Sequence, completion_text, encode_all, prompt_text
+from rounding import round_model, shuffle_model
+from spreading import spread_layer
+from vocabulary import save_tokenizer, special_ids, train_tokenizer
+
+SEED = 35
+STEPS = 560
+MTP_STEPS = 150
+RATE = 5e-3
+MTP_RATE = 2e-3
+CANONICAL_TIMES = 8
+VOCABULARY_EXAMPLES = 6_000
+WINDOW = 512
+SHUFFLE_SEED = 7
+
+
+def token_stream(tokenizer: Tokenizer, documents: tuple[str, ...]) -> Tensor:
+    """All documents as one row of ids, each followed by the end-of-text token."""
+    end = special_ids()["<|endoftext|>"]
+    ids: list[int] = []
+    for encoding in tokenizer.encode_batch(list(documents)):
+        ids += encoding.ids
+        ids.append(end)
+    return torch.tensor(ids)
+
+
+def conversations(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+    """Text and picture exchanges, the trained exam questions mixed in; checked to be apart."""
+    canonical = canonical_examples() * CANONICAL_TIMES
+    seed, steps = options.seed, options.steps
+    texts = text_examples(seed + 1, steps * options.conversations, options.arithmetic_share)
+    pictures = picture_examples(seed + 2, steps * PICTURES)
+    for start, pool, wanted in ((0, texts, False), (1, pictures, True)):
+        extra = [e for e in canonical if (e.picture is not None) == wanted]
+        places = np.random.default_rng(seed + start).permutation(len(pool))[: len(extra)]
+        for place, example in zip(places.tolist(), extra, strict=True):
+            pool[place] = example
+    assert_separate([*texts, *pictures])
+    return texts, pictures
+
+
+def held_out_rows(stream: Tensor) -> Batch:
+    """The held-out ids in windows of 512."""
+    count = (len(stream) - 1) // WINDOW
+    return text_rows(stream, WINDOW, torch.arange(count) * WINDOW)
+
+
+def unigram_loss(train: Tensor, held: Tensor) -> float:
+    """Nats per held-out token of a model that knows token frequencies only (add-one)."""
+    counts = torch.bincount(train, minlength=4096).double() + 1.0
+    return float(-(counts / counts.sum()).log()[held].mean())
+
+
+def assert_same_patches() -> None:
+    """Our patches equal those of transformers' PIL image processor."""
+    settings = {k: IMAGE_SETTINGS[k] for k in ("size", "image_mean", "image_std")}
+    processor = Qwen2VLImageProcessorPil(patch_size=16, merge_size=2, **settings)
+    pixels = draw(Picture("red", "blue", (448, 224), jitter=3))
+    theirs = processor(images=Image.fromarray(pixels), return_tensors="pt")
+    ours = torch.from_numpy(patches(pixels))
+    torch.testing.assert_close(theirs["pixel_values"], ours, rtol=0, atol=1e-6)
+    if theirs["image_grid_thw"].tolist() != [[1, 14, 28]]:
+        raise AssertionError("the image processor found another grid")
+
+
+def assert_same_rendering(folder: Path, examples: list[Example]) -> None:
+    """Our rendering of a conversation equals the chat template's, text and ids."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for number, example in enumerate(examples):
+        thinking = number % 2 == 0
+        content: list[dict[str, str]] = [{"type": "text", "text": example.prompt}]
+        if example.picture is not None:
+            content.insert(0, {"type": "image"})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if example.system:
+            messages.insert(0, {"role": "system", "content": example.system})
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        ours = prompt_text(example, thinking=thinking)
+        if text != ours or tokenizer(text)["input_ids"] != plain.encode(ours).ids:
+            raise AssertionError(f"rendered otherwise: {ours!r} and {text!r}")
+
+
+def make_tokenizer(corpus: Corpus, texts: list[Example], pictures: list[Example]) -> Tokenizer:
+    """Learn the vocabulary from the corpus and a part of the conversations."""
+    part = texts[:VOCABULARY_EXAMPLES] + pictures[: VOCABULARY_EXAMPLES // 4]
+    spoken = [prompt_text(e, thinking=True) + completion_text(e, thinking=True) for e in part]
+    return train_tokenizer([*corpus.train, *spoken])
+
+
+def spread(
+    model: Qwen3_5ForConditionalGeneration, layer: torch.nn.ModuleDict, *, undo: bool = False
+) -> None:
+    """Make the scales of all decoder layers uneven (or even) without changing the function."""
+    for number, part in enumerate([*model.model.language_model.layers, layer["layers"][0]]):
+        spread_layer(part, number, undo=undo)
+
+
+def starting_point(
+    folder: Path | None,
+) -> tuple[Qwen3_5ForConditionalGeneration, torch.nn.ModuleDict | None]:
+    """A new model, or the model and MTP layer of an earlier folder, in float32 and unspread."""
+    if folder is None:
+        return new_model(), None
+    model = Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    layer = new_layer(model)
+    stored = load_file(folder / WEIGHTS)
+    layer.load_state_dict(
+        {k.removeprefix("mtp."): v.float() for k, v in stored.items() if k.startswith("mtp.")}
+    )
+    spread(model, layer, undo=True)
+    return model, layer
+
+
+def exam_results(folder: Path) -> dict[str, Any]:
+    """Questions answered rightly by the saved files: as saved, after NF4, with shuffled scales."""
+    out: dict[str, Any] = {}
+    for name in ("bf16", "nf4", "shuffled"):
+        model, tokenizer = load(folder)
+        if name == "nf4":
+            round_model(model)
+        if name == "shuffled":
+            shuffle_model(model, SHUFFLE_SEED)
+        rows = examine(model, tokenizer, questions(), PENALTIES[: 1 if name == "shuffled" else 2])
+        out[name] = tally(rows)
+        sys.stderr.write(f"questions {name} {out[name]}\n")
+        wrong = [f"{q['id']} {p} {said!r}" for q, p, said, right in rows if not right]
+        if name != "shuffled":
+            out[f"{name} wrong"] = wrong
+            sys.stderr.writelines(f"  wrong {line}\n" for line in wrong)
+    return out
+
+
+def saved_text_loss(folder: Path, rows: Batch) -> dict[str, float]:
+    """Held-out loss of the saved bf16 files: as saved, after NF4, with shuffled scales."""
+    out = {}
+    for name in ("bf16", "nf4", "shuffled"):
+        model, _ = load(folder)
+        if name == "nf4":
+            round_model(model)
+        if name == "shuffled":
+            shuffle_model(model, SHUFFLE_SEED)
+        out[name] = text_loss(model, rows)
+    return out
+
+
+def with_perplexity(loss: float) -> dict[str, float]:
+    """A loss in nats per token, and as perplexity."""
+    return {"nats": round(loss, 4), "perplexity": round(math.exp(loss), 2)}
+
+
+def save_static(folder: Path, tokenizer: Tokenizer, corpus: Corpus) -> None:
+    """Write everything but weights and reports."""
+    folder.mkdir(parents=True)
+    save_settings(folder)
+    save_tokenizer(tokenizer, folder)
+    (folder / "eval.txt").write_text(corpus.held_out, encoding="utf-8")
+    write_json(folder / "questions.json", questions())
+
+
+def replace_folder(fresh: Path, folder: Path) -> None:
+    """Put the finished folder in the place of the old one."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a training reads."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    stream: Tensor
+    held: Tensor
+    spoken: list[Sequence]
+    shown: list[Sequence]
+    subjects: dict[str, int]
+
+
+def prepare(options: argparse.Namespace, fresh: Path) -> Material:
+    """Make the training data and write the files that need no training; check both."""
+    corpus = load_corpus()
+    texts, pictures = conversations(options)
+    if options.start is None:
+        tokenizer = make_tokenizer(corpus, texts, pictures)
+    else:
+        tokenizer = Tokenizer.from_file(str(options.start / "tokenizer.json"))
+    save_static(fresh, tokenizer, corpus)
+    assert_same_patches()
+    assert_same_rendering(fresh, texts[:100] + pictures[:20])
+    return Material(
+        corpus,
+        tokenizer,
+        token_stream(tokenizer, corpus.train),
+        token_stream(tokenizer, (corpus.held_out,)),
+        encode_all(tokenizer, texts, options.seed + 3),
+        encode_all(tokenizer, pictures, options.seed + 4, name_cells=options.cell_targets),
+        dict(sorted(Counter(e.subject for e in texts + pictures).items())),
+    )
+
+
+def fit(
+    options: argparse.Namespace, material: Material
+) -> tuple[Qwen3_5ForConditionalGeneration, torch.nn.ModuleDict, dict[str, Any]]:
+    """Train the trunk, then the MTP layer. -> model, layer, what was done"""
+    torch.manual_seed(options.seed)
+    model, layer = starting_point(options.start)
+    started = time.monotonic()
+    sources = (material.stream, material.spoken, material.shown, options.conversations)
+    train_trunk(model, step_batches(*sources, options.seed), options.steps, options.rate)
+    layer = layer or new_layer(model)
+    data = step_batches(*sources, options.seed + 5)
+    train_mtp(model, layer, data, options.mtp_steps, MTP_RATE)
+    done = {
+        "seed": options.seed,
+        "rate": options.rate,
+        "cell_targets": options.cell_targets,
+        "steps": options.steps,
+        "mtp_steps": options.mtp_steps,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "conversations": options.conversations,
+        "arithmetic_share": options.arithmetic_share,
+        "subjects": material.subjects,
+    }
+    return model, layer, done
+
+
+def run(options: argparse.Namespace, fresh: Path) -> None:
+    """Train, save into `fresh`, measure what was saved and write the report."""
+    material = prepare(options, fresh)
+    model, layer, done = fit(options, material)
+    rows = held_out_rows(material.held)
+    guessed, accepted = mtp_loss(model, layer, rows)
+    before = text_loss(model, rows)
+    spread(model, layer)
+    tensors = stored_tensors(model, layer.state_dict())
+    save_weights(tensors, fresh)
+    report = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "stages": [*earlier_stages(options.start), done],
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "tensors": len(tensors),
+        "text_tokens": len(material.stream),
+        "held_out_tokens": len(material.held),
+        "held_out_files": list(material.corpus.held_out_files),
+        "unigram": with_perplexity(unigram_loss(material.stream, material.held)),
+        "held_out": {"float32": with_perplexity(before)},
+        "mtp": {**with_perplexity(guessed), "first_guess_right": round(accepted, 4)},
+    }
+    write_json(fresh / "training.json", report)
+    losses = saved_text_loss(fresh, rows)
+    report["held_out"].update({k: with_perplexity(v) for k, v in losses.items()})
+    report["questions"] = exam_results(fresh)
+    write_json(fresh / "training.json", report)
+    (fresh / "README.md").write_text(readme(report), encoding="utf-8")
+
+
+def earlier_stages(start: Path | None) -> list[dict[str, Any]]:
+    """What was done to the weights this training started from."""
+    if start is None:
+        return []
+    stages: list[dict[str, Any]] = json.loads((start / "training.json").read_text())["stages"]
+    return stages
+
+
+def main() -> int:
+    """Parse the command line and run the training."""
+    parser = argparse.ArgumentParser(description="Train the embedded tiny checkpoint.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="go on from the weights of this folder")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--rate", type=float, default=RATE)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--mtp-steps", type=int, default=MTP_STEPS)
+    parser.add_argument("--conversations", type=int, default=24, help="texts per step")
+    parser.add_argument("--arithmetic-share", type=float, default=0.3)
+    parser.add_argument("--cell-targets", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    fresh = options.out.with_name(options.out.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    run(options, fresh)
+    replace_folder(fresh, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
