@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -54,12 +53,10 @@ def main() -> int:
     """Run the demonstration."""
     out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "demo" / "out"
     nf4, text = out / "Qwen3.5-tiny-bnb-4bit", out / "Qwen3.5-text-tiny-bnb-4bit"
-    if out.exists():
-        shutil.rmtree(out)
     command("inspect", CHECKPOINT)
-    command("convert", CHECKPOINT, nf4, "--recipe", "nf4")
+    command("convert", CHECKPOINT, nf4, "--recipe", "nf4", "--overwrite")
     command("verify", nf4, "--source", CHECKPOINT)
-    command("convert", nf4, text, "--recipe", "text")
+    command("convert", nf4, text, "--recipe", "text", "--overwrite")
     command("verify", text, "--source", CHECKPOINT)
     print(f"\n{nf4.name} loaded in transformers and asked:", flush=True)
     right = ask_all(nf4)

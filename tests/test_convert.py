@@ -425,8 +425,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_cleans_up(dense: Path, tmp_p
             run(dense, tmp_path / "out")
         process.send_signal(signal.SIGKILL)
     assert not (tmp_path / "out").exists()
-    leftovers = [path.name for path in tmp_path.iterdir()]
-    assert leftovers == [".out.partial"]
+    assert {path.name for path in tmp_path.iterdir()} == {".out.partial", ".out.lock"}
     run(dense, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -521,3 +520,112 @@ def test_conversion_imports_neither_torch_nor_bitsandbytes(dense: Path, tmp_path
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def nf4_without_double_quantization(dense: Path, folder: Path) -> Path:
+    """Write an NF4 copy of a checkpoint as bitsandbytes does without compressed statistics."""
+    from bitsandbytes.functional import quantize_4bit
+
+    tensors = load_all(dense)
+    for step in plan_of(dense).steps:
+        if step.op != "nf4":
+            continue
+        name = step.weight.name
+        codes, state = quantize_4bit(
+            tensors[name], blocksize=64, quant_type="nf4", compress_statistics=False
+        )
+        tensors[name] = codes
+        tensors |= {f"{name}.{k}": v for k, v in state.as_dict(packed=True).items()}
+    config = read_config(dense) | {
+        "quantization_config": {"quant_method": "bitsandbytes", "llm_int8_skip_modules": None}
+    }
+    return write_checkpoint(folder, config, tensors)
+
+
+@pytest.mark.parametrize("recipe", ["nf4", "text", "text-nf4"])
+def test_any_nf4_source_gives_an_output_that_passes(
+    dense: Path, tmp_path: Path, recipe: str
+) -> None:
+    """Whatever its config says: ours is derived from the tensors written."""
+    from qwen35.checkpoint.open import fetch
+    from qwen35.verify.artifact import verify
+
+    source = nf4_without_double_quantization(dense, tmp_path / "in")
+    out = run(source, tmp_path / "out", recipe).out
+    assert not read_config(out)["quantization_config"]["bnb_4bit_use_double_quant"]
+    verdict = verify(fetch(str(out), lenient=True), source=fetch(str(dense)), depth="numbers")
+    assert verdict.findings == ()
+
+
+def test_decoded_layers_of_an_nf4_source_are_listed(dense: Path, tmp_path: Path) -> None:
+    nf4 = run(dense, tmp_path / "nf4").out
+    recipe = load_recipe("text").keeping(("self_attn",))
+    convert(make_plan(open_folder(nf4), recipe), tmp_path / "out")
+    skip = read_config(tmp_path / "out")["quantization_config"]["llm_int8_skip_modules"]
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= set(skip)
+
+
+def test_weights_packed_twice_and_once_are_not_mixed(dense: Path, tmp_path: Path) -> None:
+    once = load_all(nf4_without_double_quantization(dense, tmp_path / "once"))
+    twice = load_all(run(dense, tmp_path / "twice").out)
+    mixed = {k: v for k, v in twice.items() if not k.startswith(QKV)}
+    mixed |= {k: v for k, v in once.items() if k.startswith(QKV)}
+    source = write_checkpoint(tmp_path / "in", read_config(tmp_path / "twice"), mixed)
+    with pytest.raises(UsageError, match="with and without double quantization"):
+        plan_of(source)
+
+
+def test_nan_codes_of_an_fp8_source_are_refused_when_copied(dense: Path, tmp_path: Path) -> None:
+    source, _ = fp8_checkpoint(dense, tmp_path / "in")
+    name = f"{LAYER}.0.mlp.up_proj.weight"
+    weight = load_all(source)[name].clone()
+    weight.view(torch.uint8)[1, 1] = 0xFF
+    with pytest.raises(TensorError, match="NaN or infinity"):
+        run(changed(source, tmp_path / "nan", {name: weight}), tmp_path / "out", "text")
+
+
+@pytest.mark.parametrize("recipe", ["nf4", "text"])
+@pytest.mark.parametrize("drop", [True, False])
+def test_mtp_count_at_the_root_is_kept_true(tmp_path: Path, recipe: str, drop: bool) -> None:
+    config = tiny_config()
+    del config["text_config"]["mtp_num_hidden_layers"]
+    config["mtp_num_hidden_layers"] = 1
+    published = layout_of(tiny_config())
+    source = write_checkpoint(tmp_path / "in", config, random_tensors(config, published))
+    chosen = load_recipe(recipe)
+    plan = make_plan(open_folder(source), chosen.dropping_mtp() if drop else chosen)
+    convert(plan, tmp_path / "out")
+    written = read_config(tmp_path / "out")
+    holders = [h for h in (written, written.get("text_config", {})) if "mtp_num_hidden_layers" in h]
+    assert holders
+    assert {h["mtp_num_hidden_layers"] for h in holders} == {0 if drop else 1}
+
+
+def test_share_of_experts_is_of_what_is_written(moe: Path, tmp_path: Path) -> None:
+    plan = make_plan(open_folder(moe), load_recipe("text-nf4").dropping_mtp())
+    written = [step for step in plan.steps if step.outputs]
+    experts = sum(s.spec.numel for s in written if s.role.info.kind == "experts")
+    share = experts / sum(s.spec.numel for s in written)
+    assert f"{share:.1%} of all parameters" in plan.notes[0]
+    again = plan_of(run(moe, tmp_path / "nf4").out)
+    assert "experts stay in BF16" in again.notes[0]
+
+
+def test_kernels_work_without_a_place_to_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwen35.codecs import nf4_kernels
+
+    real = vars(nf4_kernels)["njit"]
+
+    def njit(*args: object, cache: bool = False, **options: object) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*args, **options)
+
+    monkeypatch.setattr(nf4_kernels, "njit", njit)
+    double = nf4_kernels._compiled(lambda value: value + value)
+    assert double(2) == 4
+
+
+def test_keep_prefix_without_a_tower_to_drop_is_refused(dense: Path) -> None:
+    with pytest.raises(UsageError, match="nothing is renamed here"):
+        make_plan(open_folder(dense), load_recipe("nf4"), keep_prefix=True)

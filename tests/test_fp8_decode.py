@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35.codecs.fp8 import BLOCK, decode_rows, e4m3_values
+from qwen35.checkpoint.storage import FP8_BLOCK
+from qwen35.codecs.fp8 import decode_rows, e4m3_values
 
 
 def torch_values(codes: np.ndarray) -> torch.Tensor:
@@ -52,7 +53,7 @@ def random_weight(rows: int, columns: int, seed: int) -> tuple[np.ndarray, np.nd
     generator = np.random.default_rng(seed)
     codes = generator.integers(0, 256, (rows, columns), np.uint8)
     codes[codes & 0x7F == 0x7F] = 0
-    shape = (-(-rows // BLOCK), -(-columns // BLOCK))
+    shape = (-(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK))
     return codes, generator.uniform(1e-4, 2, shape).astype(np.float32)
 
 
@@ -83,8 +84,8 @@ def test_rows_may_come_in_strips_of_blocks(rows: int, step: int) -> None:
     strips = []
     for start in range(0, rows, step):
         strip = codes[start : start + step]
-        first = start // BLOCK
-        strips.append(decode_rows(strip, scale[first : first - (-len(strip) // BLOCK)]))
+        first = start // FP8_BLOCK
+        strips.append(decode_rows(strip, scale[first : first - (-len(strip) // FP8_BLOCK)]))
     np.testing.assert_array_equal(np.concatenate(strips), decode_rows(codes, scale))
 
 

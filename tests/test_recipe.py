@@ -259,8 +259,7 @@ def test_rule_of_a_user_that_nothing_is_left_for_is_refused(tmp_path: Path, dens
 
 
 def test_last_rule_of_a_user_may_be_unused(tmp_path: Path, dense: Path) -> None:
-    kinds = ("linear", "embedding", "vector", "conv")
-    rules = [rule(f"kind:{kind}", "plain") for kind in kinds]
+    rules = [rule("mlp", "nf4"), *(rule(f"kind:{k}", "plain") for k in ("linear", "vector"))]
     assert make_plan(open_folder(dense), write(tmp_path, HEAD, *rules, REST)).steps
 
 
@@ -337,7 +336,40 @@ def test_drop_mtp_of_a_checkpoint_without_it_is_fine() -> None:
 def test_recipes_of_the_package_have_only_known_keys() -> None:
     folder = Path(qwen35.plan.__file__).parent / "recipes"
     for path in folder.glob("*.toml"):
-        assert set(tomllib.loads(path.read_text())) == {"format", "description", "rules"}
+        keys = set(tomllib.loads(path.read_text()))
+        assert {"format", "description", "rules"} <= keys
+        assert not keys - {"base", "format", "description", "rules"}
+
+
+def test_a_recipe_goes_on_with_the_rules_of_its_base() -> None:
+    assert load_recipe("text-nf4").rules[1:] == load_recipe("nf4").rules
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('format = "nf4"\nbase = "x"\n[[rules]]\nmatch = "*"\naction = "plain"', "base 'x'"),
+        ('format = "nf4"\nbase = "text"\n[[rules]]\nmatch = "*"\naction = "plain"', "that of text"),
+        ('format = "stored"\n[[rules]]\nmatch = "mlp"\naction = "nf4"', "packs as NF4"),
+    ],
+)
+def test_base_and_format_must_fit(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=words):
+        load_recipe(str(path))
+
+
+def test_a_recipe_that_packs_nothing_is_refused(tmp_path: Path, dense: Path) -> None:
+    recipe = write(tmp_path, HEAD, REST)
+    with pytest.raises(UsageError, match="leaves nothing to be packed"):
+        make_plan(open_folder(dense), recipe)
+
+
+def test_half_an_mtp_layer_is_refused(tmp_path: Path, dense: Path) -> None:
+    recipe = write(tmp_path, HEAD, rule("mtp.layers", "drop"), rule("mlp", "nf4"), REST)
+    with pytest.raises(UsageError, match="part of the MTP layer"):
+        make_plan(open_folder(dense), recipe)
 
 
 def test_a_group_to_pack_leaves_its_norms_and_biases_alone(tmp_path: Path, dense: Path) -> None:

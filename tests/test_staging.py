@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 
 import qwen35
 from qwen35.checkpoint.header import file_layout
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import OutputError
 from qwen35.sinks.files import TensorFile, hash_file, write_file
-from qwen35.sinks.staging import MANIFEST_NAME, check_output, check_space, os_errors, staging
+from qwen35.sinks.staging import check_output, check_space, os_errors, staging
 from qwen35.tensors import TensorSpec
 
 
@@ -235,7 +236,7 @@ def test_failure_while_overwriting_leaves_the_old_output(ours: Path) -> None:
 
 
 def test_overwriting_replaces_and_leaves_no_trace(ours: Path) -> None:
-    with staging(ours) as folder:
+    with staging(ours, overwrite=True) as folder:
         (folder / "b").write_text("new")
         assert (ours / "model.safetensors").read_text() == "old"
     assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
@@ -246,11 +247,12 @@ def test_leftovers_of_a_killed_run_are_removed(ours: Path) -> None:
     (partial / "sub").mkdir(parents=True)
     (partial / "sub" / "x").write_text("left")
     (partial / "model.safetensors").write_text("left")
-    (partial / ".lock").write_text("")
+    (partial / ".qwen35-partial").write_text("")
     (partial / "link").symlink_to(ours)
-    with staging(ours) as folder:
+    ours.with_name(".out.lock").write_text("")
+    with staging(ours, overwrite=True) as folder:
         assert folder == partial
-        assert [path.name for path in folder.iterdir()] == [".lock"]
+        assert [path.name for path in folder.iterdir()] == [".qwen35-partial"]
         assert (ours / "model.safetensors").read_text() == "old"
         (folder / "b").write_text("new")
     assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
@@ -259,8 +261,9 @@ def test_leftovers_of_a_killed_run_are_removed(ours: Path) -> None:
 def test_run_killed_after_the_renames_does_not_stop_the_next(ours: Path) -> None:
     old = ours.with_name(".out.old")
     old.mkdir()
+    (old / MANIFEST_NAME).write_text("{}")
     (old / "model.safetensors").write_text("older")
-    with staging(ours) as folder:
+    with staging(ours, overwrite=True) as folder:
         (folder / "b").write_text("new")
     assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
 
@@ -270,6 +273,77 @@ def test_run_killed_between_the_renames_does_not_stop_the_next(ours: Path) -> No
     with staging(ours) as folder:
         (folder / "b").write_text("new")
     assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
+
+
+@pytest.mark.parametrize("name", [".out.partial", ".out.old"])
+def test_folder_of_somebody_else_is_never_removed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "precious").write_text("kept")
+    with (
+        pytest.raises(OutputError, match="in the way and was not made by qwen35"),
+        staging(tmp_path / "out") as folder,
+    ):
+        (folder / "a").write_text("1")
+    assert snapshot(tmp_path) == {name: None, f"{name}/precious": b"kept"}
+
+
+def test_staging_folder_that_is_a_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".qwen35-partial").write_text("")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "other")
+    with pytest.raises(OutputError, match="in the way"), staging(tmp_path / "out"):
+        raise AssertionError("it is not ours")
+    assert (tmp_path / "other" / ".qwen35-partial").exists()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path, overwrite: bool) -> None:
+    out = tmp_path / "out"
+    with (  # noqa: PT012
+        pytest.raises(OutputError, match="exists already|not written by qwen35"),
+        staging(out, overwrite=overwrite) as folder,
+    ):
+        (folder / "a").write_text("1")
+        out.mkdir()
+        (out / "precious").write_text("kept")
+    assert snapshot(tmp_path) == {"out": None, "out/precious": b"kept"}
+
+
+def test_second_run_is_locked_out_until_the_output_is_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    refused = []
+    rename = os.rename
+
+    def renaming(source: Path, target: Path) -> None:
+        with pytest.raises(OutputError, match="another run is writing it"), staging(out):
+            raise AssertionError("two runs at once")
+        refused.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", renaming)
+    with staging(out) as folder:
+        (folder / "a").write_text("1")
+    assert refused == [out]
+    assert snapshot(tmp_path) == {"out": None, "out/a": b"1"}
+
+
+def test_failed_rename_brings_the_old_output_back(
+    ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = snapshot(ours.parent)
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if Path(source).name == ".out.partial":
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(target))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(OutputError, match="cross-device"), staging(ours, overwrite=True):
+        pass
+    assert snapshot(ours.parent) == before
 
 
 def test_second_run_is_locked_out_and_harms_nothing(tmp_path: Path) -> None:
@@ -317,7 +391,7 @@ def test_parent_that_is_a_file_is_a_sentence(tmp_path: Path) -> None:
 
 def test_file_in_place_of_the_staging_folder_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").write_bytes(b"kept")
-    words = r"\.out\.partial: exists and is not a folder"
+    words = r"\.out\.partial: is in the way and was not made by qwen35"
     with pytest.raises(OutputError, match=words), staging(tmp_path / "out"):
         raise AssertionError("there is no such folder")
     assert snapshot(tmp_path) == {".out.partial": b"kept"}

@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from checkpoints import write_checkpoint
 from qwen35.errors import InputError
 from qwen35.plan.template import _tags, compiles, text_only_template
-from running import load_all, read_config, run
+from running import load_all, plan_of, read_config, run
 from templates import IMAGE_CONVERSATIONS, ITEM_LOOP, TEXT_CONVERSATIONS, VARIANTS, render
 
 
@@ -54,6 +54,41 @@ def test_nothing_of_vision_is_left(name: str) -> None:
 def test_a_second_pass_changes_nothing(name: str) -> None:
     once = text_only_template(VARIANTS[name], name)
     assert text_only_template(once, name) == once
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if(x) %}a{% endif %}",
+        "{% raw %}endraw {% if %}{% endraw %}{{ x }}",
+        "{%raw%}{%- endraw -%}",
+        "{% for c in m %}{% if c.t in ['image', 'video'] %}V{% elif(c) %}b{% endif %}{% endfor %}",
+    ],
+)
+def test_unusual_but_legal_templates_are_read(source: str) -> None:
+    after = text_only_template(source, "t")
+    compiles(after, "t")
+    assert ("V" in source) == ("raise_exception" in after)
+
+
+def test_a_template_nested_too_deeply_is_refused() -> None:
+    with pytest.raises(InputError, match="nested too deeply|not a valid Jinja"):
+        compiles("{{ " + "(" * 5000 + "x" + ")" * 5000 + " }}", "t")
+
+
+def test_a_template_whose_test_for_images_is_not_recognized_is_noted(
+    dense: Path, tmp_path: Path
+) -> None:
+    odd = "{% for m in messages %}{{ '<|image_pad|>' if m.image else m.text }}{% endfor %}"
+    source = write_checkpoint(
+        tmp_path / "in",
+        read_config(dense),
+        load_all(dense),
+        sidecars={"chat_template.jinja": odd},
+    )
+    notes = plan_of(source, "text").notes
+    assert any("was not recognized" in note for note in notes)
+    assert not plan_of(source, "nf4").notes
 
 
 def test_a_template_without_vision_is_left_alone() -> None:

@@ -576,3 +576,137 @@ def test_inspect_counts_parameters_once(dense: Path, packed: Path) -> None:
     assert summarize(describe(str(dense)))["parameters"] == total
     assert summarize(describe(str(packed)))["parameters"] == total
     assert summarize(describe("Qwen3.5-27B"))["parameters"] == 27_781_427_952
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "[]",
+        '{"manifest": 1}',
+        '{"manifest": 99, "files": {}, "tensors": {}}',
+        '{"manifest": 1, "files": {"config.json": 5}, "tensors": {}}',
+        '{"manifest": 1, "files": {"config.json": {}}, "tensors": {}}',
+        '{"manifest": 1, "files": {}, "tensors": {"a": []}}',
+    ],
+)
+def test_a_malformed_manifest_is_a_finding(broken: Path, manifest: str) -> None:
+    (broken / "qwen35.json").write_text(manifest)
+    opened = fetch(str(broken), lenient=True)
+    verdict = verify(opened, depth="numbers", threads=1)
+    assert {finding.check for finding in verdict.findings} == {"manifest"}
+
+
+@pytest.mark.parametrize("skip", ["lm_head", 5, [5], {"a": 1}])
+def test_a_malformed_skip_list_is_a_finding(broken: Path, skip: object) -> None:
+    edit_config(broken, lambda c: c["quantization_config"].update(llm_int8_skip_modules=skip))
+    findings = [(f.check, f.message) for f in check(broken).findings]
+    assert findings == [("skip-list", "llm_int8_skip_modules is not a list of names")]
+
+
+def test_a_skip_list_that_no_pattern_can_be_is_survived(broken: Path) -> None:
+    edit_config(
+        broken,
+        lambda c: c["quantization_config"]["llm_int8_skip_modules"].append("a{99999999999}"),
+    )
+    assert check(broken).findings == ()
+
+
+@pytest.mark.parametrize("blob", [b'{"shape": [1e999]}', b'{"nested_offset": 1' + b"0" * 400])
+def test_a_hostile_blob_is_a_finding(broken: Path, blob: bytes) -> None:
+    text = blob if blob.endswith(b"}") else blob + b"}"
+    packed = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    rewrite(broken, lambda t: t.update({f"{QKV}.{STATE}": packed}))
+    verdict = verify(fetch(str(broken), lenient=True), depth="numbers", threads=1)
+    assert [(f.check, f.subject) for f in verdict.findings] == [("decode", QKV)]
+
+
+def test_any_flipped_bit_of_a_scale_is_found(packed: Path, dense: Path, tmp_path: Path) -> None:
+    missed = []
+    for bit in range(8):
+        folder = Path(shutil.copytree(packed, tmp_path / str(bit)))
+        at = 7 * bit
+
+        def flip_bit(tensors: Tensors, at: int = at, bit: int = bit) -> None:
+            tensors[f"{QKV}.absmax"][at] ^= 1 << bit
+
+        rewrite(folder, flip_bit)
+        found = [(f.check, f.subject) for f in check(folder, dense).findings]
+        if ("absmax", QKV) not in found:
+            missed.append(bit)
+    assert missed == []
+
+
+def test_scales_of_bitsandbytes_on_cuda_are_accepted(packed: Path, dense: Path) -> None:
+    """It takes the nearest value of the map where the CPU's table is one off now and then."""
+    import numpy as np
+
+    from qwen35.codecs.nf4_arrays import Statistics
+    from qwen35.codecs.nf4_tables import dynamic_map
+    from qwen35.verify.numbers import _wrong_scales
+
+    generator = np.random.default_rng(0)
+    true = generator.random(65536, dtype=np.float32)
+    ours = Statistics.of(true)
+    scale = np.repeat(ours.nested, 256)
+    table = dynamic_map()
+    unit = (true - np.float32(ours.offset)) / scale
+    nearest = np.searchsorted((table[:-1] + table[1:]) / 2, unit)
+    assert np.count_nonzero(nearest != ours.codes) > 50
+    assert _wrong_scales(nearest, ours.nested, ours.offset, true) == 0
+    assert _wrong_scales(ours.codes, ours.nested, ours.offset, true) == 0
+    assert _wrong_scales(ours.codes ^ 1, ours.nested, ours.offset, true) > 60000
+
+
+def test_two_packings_in_one_checkpoint_are_named(dense: Path, tmp_path: Path) -> None:
+    tensors = load_all(dense)
+    name = f"{LAYER}.0.mlp.up_proj.weight"
+    tensors[f"{name}_scale_inv"] = torch.ones(4, 2, dtype=torch.bfloat16)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    folder = write_checkpoint(tmp_path / "in", read_config(dense), tensors)
+    messages = [f.message for f in check(folder).findings]
+    assert messages == ["quant_method is None, but 1 weights are packed fp8"]
+
+
+def test_restored_fp8_weights_of_any_width_are_compared(tmp_path: Path) -> None:
+    """A weight of more than one piece, whose rows do not divide a piece."""
+    from checkpoints import random_tensors, tiny_config
+    from qwen35.checkpoint.source import open_folder
+    from qwen35.convert import convert
+    from qwen35.plan.plan import make_plan
+    from qwen35.plan.recipe import load_recipe
+
+    config = tiny_config(layers=1, mtp=0)
+    config["text_config"]["intermediate_size"] = 17408 + 128
+    tensors = random_tensors(config)
+    name = f"{LAYER}.0.mlp.down_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    tensors[f"{name}_scale_inv"] = torch.full((2, 137), 0.5, dtype=torch.bfloat16)
+    config["quantization_config"] = {"quant_method": "fp8"}
+    source = write_checkpoint(tmp_path / "in", config, tensors)
+    recipe = load_recipe("nf4").keeping(("mlp.down_proj",))
+    convert(make_plan(open_folder(source), recipe), tmp_path / "out")
+    assert check(tmp_path / "out", source).findings == ()
+
+
+def test_a_source_at_depth_structure_is_refused(
+    packed: Path, dense: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["verify", str(packed), "--source", str(dense), "--depth", "structure"]
+    assert main(arguments) == 2
+    assert "is not read at depth structure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "config.json").write_text("{"),
+        lambda folder: (folder / "config.json").unlink(),
+        lambda folder: (folder / "model.safetensors").unlink(),
+        lambda folder: (folder / "config.json").write_text('{"model_type": "qwen3_5"}'),
+    ],
+)
+def test_what_cannot_be_opened_is_a_finding_and_not_a_usage_error(
+    broken: Path, damage: Callable[[Path], object]
+) -> None:
+    damage(broken)
+    assert main(["verify", str(broken)]) == 1

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Reader
 from qwen35.codecs.nf4 import BLOCK
 from qwen35.codecs.nf4_arrays import Statistics, encode_blocks
@@ -21,7 +22,7 @@ from qwen35.plan.manifest import manifest_bytes, manifest_size
 from qwen35.plan.plan import Plan, PlannedFile, Step
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import TensorFile, write_file
-from qwen35.sinks.staging import MANIFEST_NAME, check_output, check_space, staging
+from qwen35.sinks.staging import check_output, check_space, staging
 from qwen35.strips import decoded, not_finite, stored
 from qwen35.threads import default_threads
 
@@ -95,13 +96,14 @@ def convert(
     """
     source = plan.checkpoint.folder()
     place = Folder(source)
+    out = out.resolve() if not out.is_symlink() else out
     check_output(out, source=source, overwrite=overwrite)
     encoder = encoder_for(device)
     check_space(out.absolute().parent, plan.nbytes + manifest_size(plan))
     progress = progress or Silent()
     progress.begin(f"writing {out.name}", plan.read_bytes)
     try:
-        with staging(out) as folder, Reader(plan.checkpoint) as reader:
+        with staging(out, overwrite=overwrite) as folder, Reader(plan.checkpoint) as reader:
             hashes = _Run(plan, folder, reader, encoder, progress).weights(threads)
             for name, content in plan.documents.items():
                 hashes[name] = write_file(folder / name, content)

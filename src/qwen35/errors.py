@@ -15,7 +15,6 @@ Only these become a sentence on the terminal (exit code 2). Any other exception 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 __all__ = [
     "ConfigError",
@@ -90,13 +89,11 @@ class Finding:
         check: the short name of the check, stable for programs (``missing-companion``).
         subject: the tensor or file.
         message: what was found and what was expected.
-        severity: ``error`` closes a gate, ``note`` does not.
     """
 
     check: str
     subject: str
     message: str
-    severity: Literal["error", "note"] = "error"
 
     def to_json(self) -> dict[str, str]:
         """Return the finding as plain strings."""

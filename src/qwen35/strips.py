@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen35.checkpoint.source import Reader
-from qwen35.checkpoint.storage import FP8_SCALE, NF4_STATE, StoredTensor, Weight
+from qwen35.checkpoint.storage import FP8_BLOCK, FP8_SCALE, NF4_STATE, StoredTensor, Weight
 from qwen35.codecs import fp8
 from qwen35.codecs.floats import all_finite, empty, f32_from, from_f32
 from qwen35.codecs.nf4 import BLOCK, NESTED_BLOCK, parts_layout
@@ -32,7 +32,7 @@ def stored(reader: Reader, tensor: StoredTensor, *, check: bool = True) -> Itera
         TensorError: it cannot be read, or (with `check`) holds a NaN or an infinity.
     """
     spec = tensor.spec
-    checked = check and spec.dtype in FLOAT_DTYPES
+    checked = check and (spec.dtype in FLOAT_DTYPES or spec.dtype == "F8_E4M3")
     buffer = empty(spec.dtype, min(STRIP, spec.numel)) if spec.dtype in _CARRIED else None
     for start in range(0, spec.numel, STRIP):
         count = min(STRIP, spec.numel - start)
@@ -68,12 +68,23 @@ def decoded(reader: Reader, weight: Weight, spec: TensorSpec) -> Iterator[Array]
         yield from stored(reader, weight.main, check=False)
         return
     pieces = _nf4 if weight.storage == "nf4" else _fp8
-    for piece in pieces(reader, weight, spec):
+    for piece in _even(pieces(reader, weight, spec), spec.numel):
         with np.errstate(over="ignore"):
             values = from_f32(piece, spec.dtype)
         if not (all_finite(piece, "F32") and all_finite(values, spec.dtype)):
             raise not_finite(weight.name)
         yield values
+
+
+def _even(pieces: Iterator[Array], numel: int) -> Iterator[Array]:
+    """Yield the same elements in pieces of `STRIP`, so that two sources can be compared."""
+    rest = next(pieces)
+    for start in range(0, numel, STRIP):
+        count = min(STRIP, numel - start)
+        while len(rest) < count:
+            rest = np.concatenate([rest, next(pieces)])
+        yield rest[:count]
+        rest = rest[count:]
 
 
 def _whole(reader: Reader, tensor: StoredTensor) -> Array:
@@ -88,13 +99,13 @@ def _fp8(reader: Reader, weight: Weight, spec: TensorSpec) -> Iterator[Array]:
     stored_scale = weight.part(FP8_SCALE)
     assert stored_scale is not None  # grouped by it
     scale = _whole(reader, stored_scale).reshape(stored_scale.spec.shape)
-    step = max(1, STRIP // columns // fp8.BLOCK) * fp8.BLOCK
+    step = max(1, STRIP // columns // FP8_BLOCK) * FP8_BLOCK
     buffer = np.empty((min(step, rows), columns), np.uint8)
     for start in range(0, rows, step):
         codes = buffer[: min(step, rows - start)]
         reader.read_into(weight.main, start * columns, codes.data.cast("B"))
-        first = start // fp8.BLOCK
-        blocks = scale[first : first - (-len(codes) // fp8.BLOCK)]
+        first = start // FP8_BLOCK
+        blocks = scale[first : first - (-len(codes) // FP8_BLOCK)]
         yield fp8.decode_rows(codes, blocks).reshape(-1)
 
 

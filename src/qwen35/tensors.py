@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qwen35.errors import HeaderError
 
-__all__ = ["DTYPE_BITS", "FLOAT_DTYPES", "HUB_DTYPES", "TensorSpec"]
+__all__ = ["DTYPE_BITS", "DTYPE_NAMES", "FLOAT_DTYPES", "HUB_DTYPES", "TensorSpec"]
 
 DTYPE_BITS: dict[str, int] = {
     "BOOL": 8,
@@ -35,6 +35,9 @@ FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 HUB_DTYPES: dict[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """The dtype's name in config.json to its name in a safetensors header."""
+
+DTYPE_NAMES: dict[str, str] = {short: name for name, short in HUB_DTYPES.items()}
+"""The other way round."""
 
 
 @dataclass(frozen=True, slots=True)

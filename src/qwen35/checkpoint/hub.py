@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwen35.checkpoint.sidecars import SIDECARS
+from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
 from qwen35.errors import HubError, InputError
 
 __all__ = ["HubId", "HubPlace", "download"]
@@ -175,7 +175,8 @@ def download(place: HubPlace, shards: list[str], token: str | None = None) -> Pa
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    wanted = [row.name for row in SIDECARS] + ["config.json", "*.safetensors.index.json", *shards]
+    wanted = [row.name for row in SIDECARS]
+    wanted += ["config.json", "*.safetensors.index.json", MANIFEST_NAME, *shards]
     options: dict[str, Any] = {"revision": place.revision, "token": token, "allow_patterns": wanted}
     try:
         folder = Path(_ask(place.repo, lambda: snapshot_download(place.repo, **options)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.checkpoint.storage import FP8_SCALE, Weight
+from qwen35.checkpoint.storage import FP8_BLOCK, FP8_SCALE, Weight
 from qwen35.errors import TensorError
 from qwen35.model.roles import Role, expected_tensors, role_of
 from qwen35.tensors import FLOAT_DTYPES, TensorSpec
@@ -103,7 +103,7 @@ def _mismatch(weight: Weight, expected: TensorSpec) -> TensorError | None:
 
 def _scale_mismatch(weight: Weight, expected: TensorSpec) -> TensorError | None:
     scale = weight.part(FP8_SCALE)
-    shape = tuple(-(-size // 128) for size in expected.shape)
+    shape = tuple(-(-size // FP8_BLOCK) for size in expected.shape)
     if scale is None or len(expected.shape) != 2 or scale.spec.shape != shape:
         found = list(scale.spec.shape) if scale else "none"
         return TensorError(

@@ -15,7 +15,7 @@ from qwen35.checkpoint.source import (
 )
 from qwen35.errors import InputError, UsageError
 
-__all__ = ["describe", "fetch", "hub_token"]
+__all__ = ["describe", "fetch", "hub_token", "looks_like_artifact"]
 
 _LOCAL_STARTS = ("./", "../", "/", "~", ".")
 
@@ -34,8 +34,8 @@ def describe(model: str, *, token: str | None = None, lenient: bool = False) -> 
         InputError: it is not a readable Qwen3.5 checkpoint.
         HubError: the Hub refused, or was not reached.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = _folder(model)
+    if path is not None:
         return open_place(Folder(path), name=model, root=path, lenient=lenient)
     if is_published(model):
         return open_published(model)
@@ -54,8 +54,8 @@ def fetch(model: str, *, token: str | None = None, lenient: bool = False) -> Che
         HubError: the Hub refused, or was not reached.
         UsageError: it is a published size: a description without weights.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = _folder(model)
+    if path is not None:
         return open_place(Folder(path), name=model, root=path, lenient=lenient)
     if is_published(model):
         raise UsageError(
@@ -69,6 +69,24 @@ def fetch(model: str, *, token: str | None = None, lenient: bool = False) -> Che
     remote = open_place(place, lenient=lenient, **origin)
     root = download(place, sorted(remote.file_sizes), hub_token(token))
     return open_place(Folder(root), root=root, lenient=lenient, **origin)
+
+
+def looks_like_artifact(model: str) -> bool:
+    """Whether there is something at MODEL that a check could find faults with."""
+    path = _folder(model)
+    if path is None:
+        return HubId.parse(model) is not None and not model.startswith(_LOCAL_STARTS)
+    names = Folder(path).sizes()
+    return "config.json" in names or any(name.endswith(".safetensors") for name in names)
+
+
+def _folder(model: str) -> Path | None:
+    """Return the folder that `model` names, if it names one."""
+    try:
+        path = Path(model).expanduser()
+        return path if path.is_dir() else None
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
+        return None
 
 
 def _hub_id(model: str) -> HubId:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["SIDECARS", "Sidecar", "travelling"]
+__all__ = ["MANIFEST_NAME", "SIDECARS", "Sidecar", "travelling"]
+
+MANIFEST_NAME = "qwen35.json"
+"""The file by which a folder of ours is known: what it was made from, and how."""
 
 
 @dataclass(frozen=True)

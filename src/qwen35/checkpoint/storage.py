@@ -13,9 +13,21 @@ from typing import Literal
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec
 
-__all__ = ["FP8_SCALE", "NF4_PARTS", "NF4_STATE", "Storage", "StoredTensor", "Weight", "group"]
+__all__ = [
+    "FP8_BLOCK",
+    "FP8_SCALE",
+    "NF4_PARTS",
+    "NF4_STATE",
+    "Storage",
+    "StoredTensor",
+    "Weight",
+    "group",
+]
 
 Storage = Literal["plain", "nf4", "fp8"]
+
+FP8_BLOCK = 128
+"""Rows and columns of an FP8 weight that share a scale (``weight_block_size``)."""
 
 NF4_STATE = "quant_state.bitsandbytes__nf4"
 NF4_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", NF4_STATE)

@@ -31,12 +31,12 @@ def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
     from qwen35.convert import check_before, convert
 
+    check_before(args.out, overwrite=args.overwrite, device=args.device)
     if args.dry_run:
         plan = plan_for(describe(args.model, token=args.hf_token), args)
         threads = threads_for(plan, args)
         output.data(plan_text(plan, threads), plan_json(plan, threads))
         return 0
-    check_before(args.out, overwrite=args.overwrite, device=args.device)
     plan = plan_for(fetch(args.model, token=args.hf_token), args)
     result = convert(
         plan,
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     )
     for note in plan.notes:
         output.info(f"note: {note}")
-    packed = sum(bool(s.outputs) and s.outputs[0].dtype == "U8" for s in plan.steps)
+    packed = sum(step.packing == "nf4" for step in plan.steps)
     output.data(
         f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}, "
         f"{packed} layers in NF4",

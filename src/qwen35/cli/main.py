@@ -59,9 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     known, _ = parser.parse_known_args(arguments)
-    output = Output()
-    verb = known.verb or arguments[0]
-    output.error(UsageError(f"verb {verb!r}", "unknown", expected=", ".join(VERBS)))
+    first = arguments[0]
+    if known.verb in VERBS:
+        error = UsageError(first, "comes before the verb", hint=f"put it after {known.verb}")
+    else:
+        verb = known.verb or first
+        error = UsageError(f"verb {verb!r}", "unknown", expected=", ".join(VERBS))
+    Output().error(error)
     return EXIT_USAGE
 
 

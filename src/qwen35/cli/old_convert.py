@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     output.line(_resources("after quantize"))
     for note in plan.notes:
         output.line(f"   note: {note}")
-    output.line(f"✅ Done. Saved to: {args.output}")
+    output.data(f"✅ Done. Saved to: {args.output}", {"out": str(args.output)})
     return 0
 
 

@@ -51,8 +51,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
     convert(plan, args.output, overwrite=args.overwrite, progress=output.progress())
     output.line("Config rebuilt from text_config\n")
     passed = _check(plan, args.output, output)
-    done = f"Done. Saved to: {args.output}"
-    output.line(f"\n{done}" if passed else "\nFAILED: do not use this output")
+    done = f"Done. Saved to: {args.output}" if passed else "FAILED: do not use this output"
+    output.data(f"\n{done}", {"out": str(args.output), "passed": passed})
     return 0 if passed else EXIT_FINDINGS
 
 

@@ -31,7 +31,7 @@ def size_of(text: str) -> int:
     units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     for unit, factor in units.items():
         if text.lower().endswith(unit.lower()):
-            return int(float(text[: -len(unit)]) * factor)
+            return round(min(float(text[: -len(unit)]), 1e9) * factor)
     return int(text)
 
 

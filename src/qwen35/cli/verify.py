@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 
-from qwen35.checkpoint.open import describe, fetch
+from qwen35.checkpoint.open import describe, fetch, looks_like_artifact
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, positive
-from qwen35.errors import Finding, HeaderError
+from qwen35.errors import Finding, InputError, UsageError
 from qwen35.verify.artifact import Depth, Verdict, verify
 from qwen35.verify.show import verdict_text
 
@@ -41,9 +41,13 @@ def run(args: argparse.Namespace, output: Output) -> int:
 def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
     depth: Depth = args.depth or ("numbers" if args.source else "structure")
     opened = fetch if depth == "numbers" else describe
+    if depth == "structure" and args.source:
+        raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
     try:
         artifact = opened(args.model, token=args.hf_token, lenient=True)
-    except HeaderError as error:
+    except InputError as error:
+        if not looks_like_artifact(args.model):
+            raise
         message = str(error).removeprefix(f"{error.subject}: ")
         finding = Finding("readable", error.subject, message)
         counts = {"weights": 0, "packed": 0, "files": 0}

@@ -1,1 +1,1 @@
-"""Formats of weights: `layout` says what is written before any data is seen, `encode` writes it."""
+"""Formats of weights: layouts known before any data, and the arithmetic on arrays."""

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLOCK", "decode_rows", "e4m3_values"]
+from qwen35.checkpoint.storage import FP8_BLOCK
 
-BLOCK = 128
-"""Rows and columns that share a scale (``weight_block_size``)."""
+__all__ = ["decode_rows", "e4m3_values"]
 
 
 @lru_cache(maxsize=1)
@@ -38,7 +37,7 @@ def decode_rows(codes: npt.NDArray[np.uint8], scale: npt.NDArray[Any]) -> npt.ND
     """
     values = e4m3_values()[codes]
     rows, columns = codes.shape
-    wide = np.repeat(scale, BLOCK, axis=1)[:, :columns]
+    wide = np.repeat(scale, FP8_BLOCK, axis=1)[:, :columns]
     for block in range(len(scale)):
-        values[block * BLOCK : min(rows, (block + 1) * BLOCK)] *= wide[block]
+        values[block * FP8_BLOCK : min(rows, (block + 1) * FP8_BLOCK)] *= wide[block]
     return values

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 
 from qwen35.checkpoint.storage import NF4_STATE
-from qwen35.tensors import HUB_DTYPES, TensorSpec
+from qwen35.tensors import DTYPE_NAMES, TensorSpec
 
 __all__ = ["BLOCK", "NESTED_BLOCK", "layout", "parts_layout", "state_blob", "state_width"]
 
@@ -33,8 +33,6 @@ NESTED_BLOCK = 256
 
 _OFFSET_CHARS = 24
 """Longest repr of a float: sign, 17 digits, point, exponent of five characters."""
-
-_DTYPE_NAMES = {short: name for name, short in HUB_DTYPES.items()}
 
 
 def layout(spec: TensorSpec) -> tuple[TensorSpec, ...]:
@@ -76,7 +74,7 @@ def _state_text(spec: TensorSpec, offset: float) -> str:
         {
             "quant_type": "nf4",
             "blocksize": BLOCK,
-            "dtype": _DTYPE_NAMES[spec.dtype],
+            "dtype": DTYPE_NAMES[spec.dtype],
             "shape": list(spec.shape),
             "nested_blocksize": NESTED_BLOCK,
             "nested_dtype": "float32",

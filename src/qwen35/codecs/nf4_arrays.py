@@ -128,7 +128,7 @@ def parse_state(raw: bytes, name: str) -> State:
         nested = "nested_offset" in parsed
         offset = float(parsed.get("nested_offset", 0.0))
         kind = (parsed["quant_type"], parsed["blocksize"], parsed.get("nested_blocksize", 256))
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise TensorError(name, "its quant_state is not readable") from error
     if kind != ("nf4", BLOCK, NESTED_BLOCK):
         raise TensorError(

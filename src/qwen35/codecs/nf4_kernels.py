@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,16 @@ def _code(value: Any) -> Any:
     return low + high
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compile a kernel, kept on disk where there is a place for it."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return njit(**options)(function)
+
+
+@_compiled
 def encode_bf16(pairs: Any, packed: Any, absmax: Any) -> Any:
     """Quantize bf16 weights, two a word.
 
@@ -72,7 +82,7 @@ def encode_bf16(pairs: Any, packed: Any, absmax: Any) -> Any:
     return bad
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_compiled
 def encode_f32(values: Any, packed: Any, absmax: Any) -> Any:
     """Quantize float32 weights.
 

@@ -67,7 +67,7 @@ class TorchEncoder:
         absmax[:] = state.absmax.cpu().numpy()
         packed[:] = codes.cpu().numpy().reshape(-1)
         packed.reshape(-1, BLOCK // 2)[absmax == 0] = _ZERO_PAIR
-        return bool(np.isfinite(absmax).all())
+        return bool(tensor.isfinite().all())
 
 
 def _has_cuda(torch: Any, device: str) -> bool:

@@ -101,7 +101,7 @@ class ModelConfig:
     @property
     def text_raw(self) -> dict[str, Any]:
         """The part of `raw` that describes the text model."""
-        text: dict[str, Any] = self.raw.get("text_config", self.raw)
+        text: dict[str, Any] = self.raw["text_config"] if self.architecture.vision else self.raw
         return text
 
     @property

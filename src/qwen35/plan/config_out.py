@@ -6,8 +6,9 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qwen35.errors import ConfigError, UsageError
 from qwen35.model.config import ARCHITECTURES, ModelConfig
-from qwen35.tensors import HUB_DTYPES
+from qwen35.tensors import DTYPE_NAMES
 
 if TYPE_CHECKING:
     from qwen35.plan.plan import Step
@@ -28,36 +29,48 @@ _ROOT_ONLY = (
 
 
 def output_config(
-    config: ModelConfig, steps: Sequence[Step], *, packs_nf4: bool, text_only: bool, prefix: str
+    config: ModelConfig, steps: Sequence[Step], *, text_only: bool, prefix: str
 ) -> dict[str, Any]:
     """Return config.json for the tensors that `steps` write.
 
     Args:
         config: of the source.
         steps: all of them.
-        packs_nf4: whether the output is an NF4 checkpoint of our making.
         text_only: whether the vision tower of a vision-language source is dropped.
         prefix: what text tensors begin with in the output.
+
+    Raises:
+        UsageError: the steps write what no loader could read.
     """
     raw = _text_only(config) if text_only else copy.deepcopy(config.raw)
-    text = raw.get("text_config", raw)
-    if "mtp_num_hidden_layers" in text and not _writes_mtp(steps):
-        text["mtp_num_hidden_layers"] = 0
+    text = raw["text_config"] if ARCHITECTURES[raw["model_type"]].vision else raw
     for holder in (raw, text):
         holder.pop("quantization_config", None)
-    if packs_nf4:
-        raw["quantization_config"] = _nf4_config(config, skip_modules(steps, prefix))
-    elif config.quantization is not None and _writes_packed(steps):
-        raw["quantization_config"] = _carried(config.quantization, text_only, prefix)
+    if config.mtp_layers:
+        _set_mtp(raw, text, config.mtp_layers if _writes_mtp(steps) else 0)
+    packings = {step.packing for step in steps} - {None}
+    if len(packings) > 1:
+        raise UsageError("recipe", "would leave NF4 and FP8 weights in one checkpoint")
+    if "nf4" in packings:
+        raw["quantization_config"] = _nf4_config(config, steps, prefix)
+    elif "fp8" in packings:
+        raw["quantization_config"] = _fp8_config(config, steps, text_only, prefix)
     return raw
 
 
+def _set_mtp(raw: dict[str, Any], text: dict[str, Any], layers: int) -> None:
+    """Write how many MTP layers there are, wherever the source says it."""
+    key = "mtp_num_hidden_layers"
+    text[key] = layers
+    if key in raw:
+        raw[key] = layers
+
+
 def _writes_mtp(steps: Sequence[Step]) -> bool:
-    return any(step.outputs and step.role.scope == "mtp" for step in steps)
-
-
-def _writes_packed(steps: Sequence[Step]) -> bool:
-    return any(out.dtype in ("U8", "F8_E4M3") for step in steps for out in step.outputs)
+    written = {bool(step.outputs) for step in steps if step.role.scope == "mtp"}
+    if len(written) > 1:
+        raise UsageError("recipe", "drops a part of the MTP layer", hint="drop mtp, or keep it")
+    return written == {True}
 
 
 def _text_only(config: ModelConfig) -> dict[str, Any]:
@@ -74,30 +87,44 @@ def _text_only(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _nf4_config(config: ModelConfig, skip: list[str]) -> dict[str, Any]:
-    compute = {short: name for name, short in HUB_DTYPES.items()}[config.dtype]
+def _nf4_config(config: ModelConfig, steps: Sequence[Step], prefix: str) -> dict[str, Any]:
+    nested = {
+        any(out.name.endswith(".nested_absmax") for out in step.outputs)
+        for step in steps
+        if step.packing == "nf4"
+    }
+    if len(nested) > 1:
+        raise UsageError(
+            "recipe",
+            "would mix weights with and without double quantization",
+            hint="start from the unquantized checkpoint",
+        )
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": compute,
-        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": DTYPE_NAMES[config.dtype],
+        "bnb_4bit_use_double_quant": nested == {True},
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_skip_modules": skip,
+        "llm_int8_skip_modules": skip_modules(steps, prefix),
     }
 
 
-def _carried(quantization: dict[str, Any], text_only: bool, prefix: str) -> dict[str, Any]:
-    """Return the source's own quantization_config with its module lists following the output."""
-    result = copy.deepcopy(quantization)
-    for key in ("llm_int8_skip_modules", "modules_to_not_convert"):
-        names = result.get(key)
-        if not isinstance(names, list) or not text_only:
-            continue
-        kept = [name for name in names if not _is_vision(str(name))]
-        result[key] = [str(name).replace("model.language_model.", prefix, 1) for name in kept]
+def _fp8_config(
+    config: ModelConfig, steps: Sequence[Step], text_only: bool, prefix: str
+) -> dict[str, Any]:
+    """Return the source's own quantization_config with its list following the output."""
+    if (config.quantization or {}).get("quant_method") != "fp8":
+        raise ConfigError("config.json", "no fp8 quantization_config, but there are FP8 weights")
+    result = copy.deepcopy(config.quantization or {})
+    names = [str(name) for name in result.get("modules_to_not_convert") or []]
+    if text_only:
+        names = [name for name in names if not _is_vision(name)]
+        names = [name.replace("model.language_model.", prefix, 1) for name in names]
+    decoded = [_module(step) for step in steps if step.op == "decode"]
+    result["modules_to_not_convert"] = [*names, *(n for n in decoded if n not in names)]
     return result
 
 
@@ -113,7 +140,7 @@ def skip_modules(steps: Sequence[Step], prefix: str) -> list[str]:
     its own exception for the head, so ``lm_head`` is always in it.
     """
     skip = ["lm_head"]
-    packed = [_module(step) for step in steps if step.op == "nf4" or _is_packed(step)]
+    packed = [_module(step) for step in steps if step.packing == "nf4"]
     plain = [step for step in steps if _is_plain_linear(step)]
     if not any(module.startswith("model.visual.") for module in packed):
         if any(step.outputs and step.role.scope == "visual" for step in steps):
@@ -132,12 +159,8 @@ def _module(step: Step) -> str:
     return step.outputs[0].name.removesuffix(".weight")
 
 
-def _is_packed(step: Step) -> bool:
-    return bool(step.outputs) and step.outputs[0].dtype == "U8"
-
-
 def _is_plain_linear(step: Step) -> bool:
-    return bool(step.outputs) and step.role.info.kind == "linear" and not _is_packed(step)
+    return bool(step.outputs) and step.role.info.kind == "linear" and step.packing is None
 
 
 def _entries(role: str, modules: list[str], packed: list[str]) -> list[str]:

@@ -12,14 +12,15 @@ from qwen35.checkpoint.place import Place
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import InputError
 
-__all__ = ["json_bytes", "text_documents"]
+__all__ = ["json_bytes", "template_notes", "text_documents"]
 
 _MAX_BYTES = 64 * 2**20
 
 
 def json_bytes(value: Any) -> bytes:
     """Render a JSON document as the files of a checkpoint are: indented, in UTF-8, newline last."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def text_documents(checkpoint: Checkpoint) -> Mapping[str, bytes]:
@@ -36,11 +37,27 @@ def text_documents(checkpoint: Checkpoint) -> Mapping[str, bytes]:
     documents = {}
     for name, transform in _TRANSFORMS.items():
         if name in checkpoint.sidecars:
-            before = _read(checkpoint.place, name)
-            after = transform(before, name)
-            if after != before:
-                documents[name] = after
+            documents[name] = transform(_read(checkpoint.place, name), name)
     return documents
+
+
+def template_notes(documents: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Return a note for each document whose template still writes image or video tokens."""
+    if not documents:
+        return ()
+    from qwen35.plan.template import writes_vision
+
+    return tuple(
+        f"{name}: its test for images or videos was not recognized, so it still writes their tokens"
+        for name, content in documents.items()
+        if writes_vision(_template_text(name, content))
+    )
+
+
+def _template_text(name: str, content: bytes) -> str:
+    """Return the part of a document that is a template; token lists name image tokens rightly."""
+    text = content.decode()
+    return text if name.endswith(".jinja") else str(json.loads(text).get("chat_template", ""))
 
 
 def _read(place: Place, name: str) -> bytes:

@@ -62,4 +62,5 @@ def _source(plan: Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     if checkpoint.repo:
         return {"repo": checkpoint.repo, "revision": checkpoint.revision}
-    return {"folder": PurePath(checkpoint.name).name}
+    folder = checkpoint.root.resolve() if checkpoint.root else PurePath(checkpoint.name)
+    return {"folder": folder.name}

@@ -19,7 +19,7 @@ from qwen35.errors import TensorError, UsageError
 from qwen35.model.config import ModelConfig
 from qwen35.model.roles import Role
 from qwen35.plan.config_out import output_config
-from qwen35.plan.documents import json_bytes, text_documents
+from qwen35.plan.documents import json_bytes, template_notes, text_documents
 from qwen35.plan.recipe import Action, Recipe
 from qwen35.tensors import TensorSpec
 
@@ -55,6 +55,12 @@ class Step:
     def nbytes(self) -> int:
         """Bytes written."""
         return sum(out.nbytes for out in self.outputs)
+
+    @property
+    def packing(self) -> Literal["nf4", "fp8"] | None:
+        """How the output holds the weight, if packed."""
+        dtype = self.outputs[0].dtype if self.outputs else ""
+        return "nf4" if dtype == "U8" else "fp8" if dtype == "F8_E4M3" else None
 
 
 @dataclass(frozen=True)
@@ -161,27 +167,30 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, keep_prefix: bool = Fal
     prefix = checkpoint.layout.prefix
     if text_only and not keep_prefix:
         prefix = "model."
+    if keep_prefix and not text_only:
+        raise UsageError("--keep-prefix", "nothing is renamed here", hint="leave it out")
     steps = tuple(_step(recipe, item, checkpoint.layout.prefix, prefix) for item in items)
     _check_rules_used(recipe, steps)
     files = _pack(steps)
     config = output_config(
         checkpoint.config,
         steps,
-        packs_nf4=recipe.format == "nf4",
         text_only=text_only,
         prefix=prefix,
     )
+    _check_format(recipe, steps)
     vision = not text_only and checkpoint.config.architecture.vision
     documents = {"config.json": json_bytes(config)}
+    notes = _notes(checkpoint.config, steps)
     if text_only:
-        documents |= text_documents(checkpoint)
+        changed = text_documents(checkpoint)
+        documents |= changed
+        notes += template_notes(changed)
     if len(files) > 1:
         documents[INDEX_NAME] = _index(files)
     names = [name for name in travelling(vision=vision) if name not in documents]
     copied = {name: checkpoint.sidecars[name] for name in names if name in checkpoint.sidecars}
-    return Plan(
-        checkpoint, recipe, steps, files, documents, copied, _notes(checkpoint.config, steps)
-    )
+    return Plan(checkpoint, recipe, steps, files, documents, copied, notes)
 
 
 def _drops_vision(recipe: Recipe, items: Sequence[Item]) -> bool:
@@ -237,6 +246,11 @@ def _operation(action: Action, reason: str, item: Item) -> tuple[Op, str]:
     return "nf4", reason
 
 
+def _check_format(recipe: Recipe, steps: Sequence[Step]) -> None:
+    if recipe.format == "nf4" and not any(step.packing == "nf4" for step in steps):
+        raise UsageError(f"recipe {recipe.name}", "leaves nothing to be packed as NF4")
+
+
 def _check_rules_used(recipe: Recipe, steps: Sequence[Step]) -> None:
     for rule in recipe.rules:
         if rule.required and not any(recipe.rule_for(step.role) is rule for step in steps):
@@ -286,14 +300,13 @@ def _notes(config: ModelConfig, steps: Sequence[Step]) -> tuple[str, ...]:
             f"config.json promises {config.mtp_layers} multi-token-prediction layer(s), but the "
             "checkpoint has none: the output's config.json says 0"
         )
-    experts = sum(s.spec.numel for s in steps if s.role.info.kind == "experts")
-    unpacked = sum(
-        s.spec.numel for s in steps if s.role.info.kind == "experts" and s.outputs and s.op != "nf4"
-    )
-    if experts and any(step.op == "nf4" for step in steps):
-        total = sum(step.spec.numel for step in steps)
-        notes.append(
-            f"experts stay in {config.dtype}: {unpacked / total:.1%} of all parameters, because "
-            "transformers cannot load them packed"
-        )
+    if any(step.packing == "nf4" for step in steps):
+        written = [step for step in steps if step.outputs]
+        plain = [s.spec.numel for s in written if s.role.info.kind == "experts" and not s.packing]
+        if plain:
+            share = sum(plain) / sum(step.spec.numel for step in written)
+            notes.append(
+                f"experts stay in {config.dtype}: {share:.1%} of all parameters, because "
+                "transformers cannot load them packed"
+            )
     return tuple(notes)

@@ -27,13 +27,16 @@ ACTIONS: dict[str, str] = {
 BUILT_IN = ("nf4", "text", "text-nf4")
 """Names of the recipes that come with the package."""
 
+_NEVER_PACKED = ("vector", "conv", "embedding")
 _ROLES_HINT = "`qwen35 plan --roles` prints the roles"
 _KINDS = sorted({info.kind for info in ROLES.values()})
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a recipe. With ``nf4``, a group leaves its norms, biases and convolutions alone.
+    """One row of a recipe.
+
+    With ``nf4``, a group leaves its norms, biases, tables and convolutions alone.
 
     Args:
         match: a role or the group its first segments name, ``kind:linear``, or ``*``.
@@ -53,7 +56,7 @@ class Rule:
             return True
         if self.match.startswith("kind:"):
             return role.info.kind == self.match.removeprefix("kind:")
-        part_of_group = role.name != self.match and role.info.kind in ("vector", "conv")
+        part_of_group = role.name != self.match and role.info.kind in _NEVER_PACKED
         if self.action == "nf4" and part_of_group:
             return False
         return in_group(role.name, self.match)
@@ -136,7 +139,7 @@ def _parse(name: str, text: str, *, required: bool) -> Recipe:
         parsed = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"recipe {name}", f"not valid TOML ({error})") from error
-    unknown = set(parsed) - {"format", "description", "rules"}
+    unknown = set(parsed) - {"format", "base", "description", "rules"}
     if unknown:
         raise UsageError(f"recipe {name}", f"unknown key {min(unknown)!r}")
     kind: Any = parsed.get("format")
@@ -147,12 +150,22 @@ def _parse(name: str, text: str, *, required: bool) -> Recipe:
     rules = parsed.get("rules")
     if not isinstance(rules, list) or not rules:
         raise UsageError(f"recipe {name}", "no [[rules]] in it")
-    return Recipe(
-        name,
-        kind,
-        str(parsed.get("description", "")),
-        tuple(_rule(f"recipe {name}, rule {i}", r, required) for i, r in enumerate(rules, 1)),
-    )
+    if kind == "stored" and any(isinstance(r, dict) and r.get("action") == "nf4" for r in rules):
+        raise UsageError(f"recipe {name}", "packs as NF4", hint='give it format = "nf4"')
+    own = tuple(_rule(f"recipe {name}, rule {i}", r, required) for i, r in enumerate(rules, 1))
+    base = parsed.get("base")
+    inherited = _base_rules(name, base, kind) if base is not None else ()
+    return Recipe(name, kind, str(parsed.get("description", "")), (*own, *inherited))
+
+
+def _base_rules(name: str, base: Any, kind: str) -> tuple[Rule, ...]:
+    """Return the rules of the built-in recipe that another one goes on with."""
+    if base not in BUILT_IN:
+        raise UsageError(f"recipe {name}", f"base {base!r}", expected=" or ".join(BUILT_IN))
+    recipe = load_recipe(base)
+    if recipe.format != kind:
+        raise UsageError(f"recipe {name}", f"format {kind!r}", expected=f"that of {base}")
+    return recipe.rules
 
 
 def _rule(subject: str, row: Any, required: bool) -> Rule:

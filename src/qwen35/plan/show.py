@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.model.roles import ROLES
 from qwen35.plan.manifest import manifest_size
 from qwen35.plan.plan import Plan, Step
@@ -60,7 +61,7 @@ def _group_lines(plan: Plan) -> Iterator[str]:
 
 def plan_text(plan: Plan, threads: int) -> str:
     """Render the plan as text."""
-    replaced = sum(step.op == "nf4" for step in plan.steps)
+    replaced = sum(step.packing == "nf4" for step in plan.steps)
     written = sum(1 for _ in plan.outputs)
     lines = [
         f"{plan.checkpoint.name} -> {plan.recipe.name}: {plan.recipe.description}",
@@ -75,7 +76,7 @@ def plan_text(plan: Plan, threads: int) -> str:
     lines += [
         f"{'total':<48} {total:>29,}",
         "",
-        f"{len(plan.steps)} weights in, {written} tensors out, {replaced} layers to NF4",
+        f"{len(plan.steps)} weights in, {written} tensors out, {replaced} layers in NF4",
         f"reads {size(plan.read_bytes)}, writes {size(total)}, "
         f"peak memory about {size(peak_memory(plan, threads))} with {threads} threads",
         f"plan {plan.digest}",
@@ -90,7 +91,7 @@ def plan_text(plan: Plan, threads: int) -> str:
 
 def _files(plan: Plan) -> Iterator[tuple[str, int]]:
     yield from plan.file_sizes()
-    yield "qwen35.json", manifest_size(plan)
+    yield MANIFEST_NAME, manifest_size(plan)
 
 
 def plan_json(plan: Plan, threads: int) -> dict[str, Any]:

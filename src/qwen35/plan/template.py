@@ -8,6 +8,7 @@ white space.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,10 +19,12 @@ from jinja2.parser import Parser
 
 from qwen35.errors import InputError
 
-__all__ = ["compiles", "text_only_template"]
+__all__ = ["compiles", "text_only_template", "writes_vision"]
 
 _VISION_WORDS = {"image", "image_url", "video", "video_url"}
 _ERROR = "{{- raise_exception('This is a text-only model: it takes no images and no videos.') }}"
+_WORD = re.compile(r"[A-Za-z_]\w*")
+_ENDRAW = re.compile(r"\{%[-+]?\s*endraw")
 _PAIRS = {"{%": "%}", "{{": "}}", "{#": "#}"}
 
 
@@ -54,7 +57,8 @@ class _Tag:
     @property
     def word(self) -> str:
         """The keyword of a statement, else nothing."""
-        return self.content.split(None, 1)[0] if self.kind == "{%" and self.content else ""
+        match = _WORD.match(self.content) if self.kind == "{%" else None
+        return match[0] if match else ""
 
     @property
     def rest(self) -> str:
@@ -78,8 +82,9 @@ def _tags(source: str) -> Iterator[_Tag]:
         yield tag
         position = end
         if tag.word == "raw":
-            position = source.index("endraw", end)
-            position = source.rindex("{%", end, position)
+            found = _ENDRAW.search(source, end)
+            assert found is not None  # it parses
+            position = found.start()
 
 
 def _closing(source: str, position: int, kind: str) -> int:
@@ -114,6 +119,8 @@ def _parse(source: str, name: str) -> nodes.Template:
             f"not a valid Jinja template, line {error.lineno}: {error.message}",
             hint="repair the chat template of the source",
         ) from error
+    except RecursionError as error:
+        raise InputError(name, "a Jinja template nested too deeply") from error
 
 
 def compiles(source: str, name: str) -> None:
@@ -137,7 +144,17 @@ def _is_vision_test(node: nodes.Node) -> bool:
     if operator.op not in ("in", "eq"):
         return False
     sides = (node.expr, operator.expr) if operator.op == "eq" else (node.expr,)
-    return any(isinstance(side, nodes.Const) and side.value in _VISION_WORDS for side in sides)
+    if any(isinstance(side, nodes.Const) and side.value in _VISION_WORDS for side in sides):
+        return True
+    choices = operator.expr
+    if not isinstance(choices, nodes.List | nodes.Tuple) or not choices.items:
+        return False
+    return all(isinstance(c, nodes.Const) and c.value in _VISION_WORDS for c in choices.items)
+
+
+def writes_vision(source: str) -> bool:
+    """Whether a template still has the tokens that stand for an image or a video."""
+    return "<|image_pad|>" in source or "<|video_pad|>" in source
 
 
 def _condition(expression: str, name: str) -> nodes.Node:

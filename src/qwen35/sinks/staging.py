@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import OutputError
 
-__all__ = ["MANIFEST_NAME", "check_output", "check_space", "staging"]
+__all__ = ["check_output", "check_space", "staging"]
 
-MANIFEST_NAME = "qwen35.json"
-"""The file by which a folder of ours is known."""
-
-_LOCK_NAME = ".lock"
+_MARK_NAME = ".qwen35-partial"
 _SPARE_BYTES = 16 * 2**20
 
 
@@ -38,6 +36,8 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
             return
         if not out.is_dir():
             raise OutputError(str(out), "exists and is not a folder")
+        if os.path.ismount(out):
+            raise OutputError(str(out), "is a mount point", hint="choose a folder in it")
         if any(out.iterdir()):
             _check_replaceable(out, overwrite)
 
@@ -91,33 +91,29 @@ def staging_path(out: Path) -> Path:
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
+def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Prepare `out` in a folder beside it; rename it on success, remove it on any failure.
 
     What an earlier, killed run left is removed first. A lock keeps a second run off.
 
     Raises:
-        OutputError: another run is at it, or the disk refuses.
+        OutputError: another run is at it, something else took the name, or the disk refuses.
     """
-    made = _make_parents(out.absolute().parent)
-    folder = staging_path(out)
+    out = out.resolve()
+    made = _make_parents(out.parent)
     done = False
     try:
-        with os_errors(out):
-            _make_folder(folder)
-            lock = _lock(folder, out)
-        try:
-            with os_errors(out):
-                _clear(folder)
+        with os_errors(out), _locked(out):
+            folder = _fresh_folder(out)
+            try:
                 yield folder
-                (folder / _LOCK_NAME).unlink()
+                (folder / _MARK_NAME).unlink()
                 _fsync_folder(folder)
-                _replace(folder, out)
+                _replace(folder, out, overwrite)
                 done = True
-        finally:
-            if not done:
-                shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            finally:
+                if not done:
+                    shutil.rmtree(folder, ignore_errors=True)
     finally:
         if not done:
             for parent in made:
@@ -139,6 +135,7 @@ def os_errors(out: Path) -> Iterator[None]:
 
 _DISK_ERRORS = (
     errno.EACCES,
+    errno.EBUSY,
     errno.EDQUOT,
     errno.EFBIG,
     errno.EIO,
@@ -147,6 +144,7 @@ _DISK_ERRORS = (
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
+    errno.EXDEV,
 )
 
 
@@ -167,50 +165,72 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise OutputError(str(folder), "exists and is not a folder") from error
-    if folder.name.endswith(".partial") and folder.is_symlink():
-        raise OutputError(str(folder), "is a symbolic link", hint="remove it")
 
 
-def _lock(folder: Path, out: Path) -> int:
-    descriptor = os.open(folder / _LOCK_NAME, os.O_CREAT | os.O_RDWR, 0o666)
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock file beside `out`; it is removed while it is still held."""
+    path = out.with_name(f".{out.name}.lock")
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise OutputError(
-            str(out), "another run is writing it", hint="wait for it to end"
-        ) from error
-    if not (folder / _LOCK_NAME).exists():
-        os.close(descriptor)
-        raise OutputError(str(out), "another run has just written it", hint="look at it first")
-    return descriptor
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.name == _LOCK_NAME:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _busy(out) from error
+        if not _is_same_file(descriptor, path):  # its holder ended just now and removed it
+            raise _busy(out)
+        try:
+            yield
+        finally:
             path.unlink()
+    finally:
+        os.close(descriptor)
 
 
-def _replace(folder: Path, out: Path) -> None:
+def _busy(out: Path) -> OutputError:
+    return OutputError(str(out), "another run is writing it", hint="wait for it to end")
+
+
+def _is_same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _fresh_folder(out: Path) -> Path:
+    """Return an empty, marked staging folder; what a killed run left in it is removed."""
+    folder = staging_path(out)
+    if folder.is_symlink() or folder.exists():
+        if folder.is_symlink() or not (folder / _MARK_NAME).is_file():
+            raise OutputError(
+                str(folder), "is in the way and was not made by qwen35", hint="move it away"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir()
+    (folder / _MARK_NAME).touch()
+    return folder
+
+
+def _replace(folder: Path, out: Path, overwrite: bool) -> None:
     """Rename `folder` to `out`; an `out` of ours that is in the way is moved aside first."""
-    old = out.absolute().with_name(f".{out.absolute().name}.old")
-    if out.exists() and any(out.iterdir()):
-        if old.exists():  # what a killed run moved aside and did not come to remove
-            shutil.rmtree(old)
+    check_output(out, source=None, overwrite=overwrite)
+    old = out.with_name(f".{out.name}.old")
+    if old.exists() or old.is_symlink():  # what a killed run moved aside and could not remove
+        if old.is_symlink() or not (old / MANIFEST_NAME).is_file():
+            raise OutputError(str(old), "is in the way and was not made by qwen35")
+        shutil.rmtree(old)
+    moved = out.exists() and any(out.iterdir())
+    if moved:
         os.rename(out, old)
     try:
         os.rename(folder, out)
     except OSError:
-        if old.exists():
+        if moved:
             os.rename(old, out)
         raise
-    _fsync_folder(out.absolute().parent)
-    if old.exists():
+    _fsync_folder(out.parent)
+    if moved:
         shutil.rmtree(old)
 
 

@@ -38,8 +38,8 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether no finding is an error."""
-        return not any(finding.severity == "error" for finding in self.findings)
+        """Whether nothing was found."""
+        return not self.findings
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""

@@ -25,7 +25,7 @@ def verdict_text(verdict: Verdict) -> str:
         lines.append(f"  {row.role:<36} {row.storage:>6} {row.count:>6} {values}")
     if verdict.findings:
         lines.append("")
-        lines += [f"{f.severity}: {f.subject}: {f.message} [{f.check}]" for f in verdict.findings]
-    errors = sum(finding.severity == "error" for finding in verdict.findings)
+        lines += [f"error: {f.subject}: {f.message} [{f.check}]" for f in verdict.findings]
+    errors = len(verdict.findings)
     lines += ["", "passed: nothing found" if verdict.passed else f"FAILED: {errors} findings"]
     return "\n".join(lines)

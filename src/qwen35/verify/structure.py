@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from qwen35.checkpoint.inventory import Item, match
 from qwen35.checkpoint.place import Place
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, read_json
 from qwen35.codecs import nf4
 from qwen35.errors import Finding, InputError
 from qwen35.model.config import ModelConfig
-from qwen35.sinks.staging import MANIFEST_NAME
+from qwen35.plan.manifest import MANIFEST_VERSION
 
 __all__ = ["Structure", "check_structure", "is_skipped"]
 
@@ -75,10 +76,22 @@ def _manifest(place: Place) -> Mapping[str, Any] | None:
     if MANIFEST_NAME not in place.sizes():
         return None
     manifest = read_json(place, MANIFEST_NAME)
-    parts = ("files", "tensors")
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(p), dict) for p in parts):
-        raise InputError(MANIFEST_NAME, "not a manifest of qwen35", expected="files and tensors")
+    if not isinstance(manifest, dict) or manifest.get("manifest") != MANIFEST_VERSION:
+        raise InputError(MANIFEST_NAME, "not a manifest of this version of qwen35")
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    if not isinstance(files, dict) or not all(map(_is_file_entry, files.values())):
+        raise InputError(MANIFEST_NAME, "malformed files", expected="size and sha256 of each")
+    if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
+        raise InputError(MANIFEST_NAME, "malformed tensors", expected="a table for each file")
     return manifest
+
+
+def _is_file_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("size")) is int
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def _config_findings(checkpoint: Checkpoint, items: tuple[Item, ...]) -> Iterator[Finding]:
@@ -86,12 +99,14 @@ def _config_findings(checkpoint: Checkpoint, items: tuple[Item, ...]) -> Iterato
     if config.mtp_layers and not checkpoint.layout.mtp:
         message = f"mtp_num_hidden_layers is {config.mtp_layers}, but there is no mtp tensor"
         yield Finding("mtp", "config.json", message)
-    packed = [item for item in items if item.weight.storage == "nf4"]
     method = (config.quantization or {}).get("quant_method")
-    if packed and method != "bitsandbytes":
-        message = f"quant_method is {method!r}, but {len(packed)} weights are packed NF4"
-        yield Finding("quantization-config", "config.json", message)
-    elif method == "bitsandbytes":
+    for storage, expected in (("nf4", "bitsandbytes"), ("fp8", "fp8")):
+        count = sum(item.weight.storage == storage for item in items)
+        if count and method != expected:
+            message = f"quant_method is {method!r}, but {count} weights are packed {storage}"
+            yield Finding("quantization-config", "config.json", message)
+    if method == "bitsandbytes":
+        packed = [item for item in items if item.weight.storage == "nf4"]
         yield from _nf4_findings(config, items, packed)
 
 
@@ -140,12 +155,16 @@ def is_skipped(module: str, skip: Iterable[str]) -> bool:
 def _starts(entry: str, module: str) -> bool:
     try:
         return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) is not None
-    except re.error:
+    except (re.error, OverflowError, RecursionError):
         return False
 
 
 def _skip_findings(config: ModelConfig, items: tuple[Item, ...]) -> Iterator[Finding]:
     skip = (config.quantization or {}).get("llm_int8_skip_modules") or []
+    if not isinstance(skip, list) or not all(isinstance(entry, str) for entry in skip):
+        message = "llm_int8_skip_modules is not a list of names"
+        yield Finding("skip-list", "config.json", message)
+        return
     if not is_skipped("lm_head", skip):
         message = "lm_head is not in llm_int8_skip_modules, so transformers would pack the head"
         yield Finding("skip-list", "lm_head", message)
