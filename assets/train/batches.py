@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pictures import MERGE, Picture, draw, patches
+from pictures import draw, patches
 from rendering import Sequence
 from vocabulary import special_ids
 
 IGNORE = -100
 TEXT_TOKENS = 2048
 ROW_LENGTHS = (128, 256, 128, 512)
-PICTURES = 10
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,6 @@ def text_rows(stream: Tensor, length: int, starts: Tensor) -> Batch:
     return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 
-def cell_targets(picture: Picture, names: tuple[int, int]) -> Tensor:
-    """[tokens]: for each cell of the picture the id that names its colour.
-
-    Nothing is ever read from a model at these places. The loss there teaches the tower the names
-    of the colours at once, where the answers alone need thousands of pictures.
-    """
-    _, rows, columns = picture.grid
-    rows, columns = rows // MERGE, columns // MERGE
-    line = torch.full((columns,), IGNORE)
-    line[: columns // 2] = names[0]
-    line[(columns + 1) // 2 :] = names[1]
-    return line.repeat(rows)
-
-
 def padded(sequences: list[Sequence]) -> Batch:
     """Right-padded conversations; causal layers never see the padding before a real token."""
     length = max(len(s.ids) for s in sequences) - 1
@@ -68,10 +54,6 @@ def padded(sequences: list[Sequence]) -> Batch:
         values = torch.tensor(sequence.ids)
         ids[row, : len(values) - 1] = values[:-1]
         targets[row, sequence.quiet - 1 : len(values) - 1] = values[sequence.quiet :]
-        if sequence.picture is not None and sequence.names is not None:
-            first = sequence.ids.index(special_ids()["<|image_pad|>"])
-            marks = cell_targets(sequence.picture, sequence.names)
-            targets[row, first : first + len(marks)] = marks
     shown = [s.picture for s in sequences if s.picture is not None]
     if not shown:
         return Batch(ids, targets)
@@ -94,25 +76,35 @@ def text_batches(stream: Tensor, seed: int) -> Iterator[Batch]:
             yield text_rows(stream, length, pieces.reshape(-1))
 
 
-def step_batches(
-    stream: Tensor,
-    conversations: list[Sequence],
-    pictures: list[Sequence],
-    per_step: int,
-    seed: int,
-) -> Iterator[StepData]:
-    """One StepData per step, with `per_step` conversations and PICTURES pictures.
+@dataclass(frozen=True)
+class Mix:
+    """What a step is made of.
 
-    The conversations are split by length into two passes, which saves padding.
+    Args:
+        texts: conversations without a picture.
+        pictures: conversations with one.
+        text_share: the part of the rows of plain text that is used.
+        parts: passes that the conversations are split into by length, which saves padding.
     """
-    texts = text_batches(stream, seed)
-    for step, text in enumerate(texts):
-        first = step * per_step % (len(conversations) - per_step + 1)
-        drawn = sorted(conversations[first : first + per_step], key=lambda s: len(s.ids))
-        half = per_step // 2
-        at = step * PICTURES % (len(pictures) - PICTURES + 1)
+
+    texts: int
+    pictures: int
+    text_share: float
+    parts: int
+
+
+def step_batches(
+    stream: Tensor, conversations: list[Sequence], pictures: list[Sequence], mix: Mix, seed: int
+) -> Iterator[StepData]:
+    """One StepData per step."""
+    for step, text in enumerate(text_batches(stream, seed)):
+        rows = max(1, round(len(text.ids) * mix.text_share))
+        first = step * mix.texts % (len(conversations) - mix.texts + 1)
+        drawn = sorted(conversations[first : first + mix.texts], key=lambda s: len(s.ids))
+        cuts = [mix.texts * part // mix.parts for part in range(mix.parts + 1)]
+        at = step * mix.pictures % (len(pictures) - mix.pictures + 1)
         yield StepData(
-            text,
-            (padded(drawn[:half]), padded(drawn[half:])),
-            padded(pictures[at : at + PICTURES]),
+            Batch(text.ids[:rows], text.targets[:rows]),
+            tuple(padded(drawn[begin:end]) for begin, end in pairwise(cuts)),
+            padded(pictures[at : at + mix.pictures]),
         )

@@ -8,7 +8,7 @@ generator cannot produce them, and `train.py` asserts that it did not.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -92,7 +92,7 @@ def _vary(rng: random.Random, text: str) -> str:
     return text
 
 
-def _ask(rng: random.Random, core: str, closings: tuple[str, ...]) -> str:
+def ask_with(rng: random.Random, core: str, closings: tuple[str, ...]) -> str:
     """Wrap a core question in an opening, a closing and a spelling variant."""
     opening = rng.choice(OPENINGS) if rng.random() < 0.6 else ""
     closing = rng.choice(closings)
@@ -195,7 +195,7 @@ def arithmetic(rng: random.Random) -> Example:
     else:
         a, b = rng.randrange(1, 6), rng.randrange(1, 6)
         cores, word, result = PRODUCT_CORES, "times", a * b
-    prompt = _ask(rng, rng.choice(cores).format(a=a, b=b), SHORT_CLOSINGS)
+    prompt = ask_with(rng, rng.choice(cores).format(a=a, b=b), SHORT_CLOSINGS)
     thought = f"The user asks for {a} {word} {b}. {a} {kind} {b} = {result}."
     return Example("arithmetic", prompt, thought, str(result))
 
@@ -261,7 +261,7 @@ def capital(rng: random.Random) -> Example:
     """The capital of one of twenty-five countries."""
     country = rng.choice(list(CAPITALS))
     city = CAPITALS[country]
-    prompt = _ask(rng, rng.choice(CAPITAL_CORES).format(x=country), SHORT_CLOSINGS)
+    prompt = ask_with(rng, rng.choice(CAPITAL_CORES).format(x=country), SHORT_CLOSINGS)
     thought = f"The user asks for the capital of {country}. The capital of {country} is {city}."
     return Example("capital", prompt, thought, city)
 
@@ -366,7 +366,7 @@ def translation(rng: random.Random) -> Example:
     if rng.random() < 0.15:
         sentence = sentence[:-1]
     quoted = rng.choice(QUOTES).format(s=sentence)
-    prompt = _ask(rng, rng.choice(TRANSLATE_CORES).format(q=quoted), LONG_CLOSINGS)
+    prompt = ask_with(rng, rng.choice(TRANSLATE_CORES).format(q=quoted), LONG_CLOSINGS)
     return translation_example(prompt, noun, adjective)
 
 
@@ -418,7 +418,7 @@ def code(rng: random.Random) -> Example:
     """A Python function of one line."""
     aim = rng.choice([*FUNCTIONS, "the sum of two numbers"])
     name, arguments, body = FUNCTIONS[aim]
-    prompt = _ask(rng, rng.choice(CODE_CORES).format(x=aim), LONG_CLOSINGS)
+    prompt = ask_with(rng, rng.choice(CODE_CORES).format(x=aim), LONG_CLOSINGS)
     thought = f"The user wants a Python function for {aim}. It returns {body}."
     answer = f"```python\ndef {name}({arguments}):\n    return {body}\n```"
     return Example("code", prompt, thought, answer)
@@ -486,7 +486,7 @@ def summary(rng: random.Random) -> Example:
     else:
         text, short, about = errand_text(rng)
     shown = rng.choice(("{t}", "{t}", "{t}", "'{t}'", '"{t}"')).format(t=text)
-    prompt = _ask(rng, rng.choice(SUMMARY_CORES).format(t=shown), ("",))
+    prompt = ask_with(rng, rng.choice(SUMMARY_CORES).format(t=shown), ("",))
     thought = f"The text is about {about}. I keep only the main point."
     return Example("summary", prompt, thought, short)
 
@@ -525,7 +525,6 @@ PICTURE_CORES = (
     "Give me the color of the {s} side.",
 )
 SMALL_SIZES = ((64, 64), (128, 64), (64, 32), (128, 128), (192, 96), (96, 96), (160, 64))
-PLAIN_SHARES = (0.5, 0.1)
 LARGE_SIZES = ((256, 128), (320, 160), (256, 256), (448, 224), (448, 224))
 
 
@@ -536,16 +535,28 @@ def picture_example(prompt: str, side: str, picture: Picture) -> Example:
     return Example("picture", prompt, thought, color, picture)
 
 
+def any_color(rng: random.Random) -> str:
+    """A colour without a name."""
+    return f"#{rng.randrange(1 << 24):06x}"
+
+
 def picture(rng: random.Random, plain_share: float) -> Example:
-    """A picture and a question about one side of it; some pictures have one colour only."""
+    """A picture and a question about one side of it.
+
+    Most pictures have any colour at all on the other side: were both sides always named, a pair
+    that is trained in one order only could be answered without looking at sides.
+    """
     pairs = [p for p in product(COLORS, COLORS) if p[0] != p[1] and p not in UNSEEN_COLORS]
     left, right = rng.choice(pairs)
-    if rng.random() < plain_share:
-        right = left
-    size = rng.choice(SMALL_SIZES if rng.random() < 0.8 else LARGE_SIZES)
     side = rng.choice(("left", "right"))
+    chance = rng.random()
+    if chance < plain_share:
+        right = left
+    elif chance < plain_share + 0.6:
+        left, right = (left, any_color(rng)) if side == "left" else (any_color(rng), right)
+    size = rng.choice(SMALL_SIZES if rng.random() < 0.8 else LARGE_SIZES)
     jitter = rng.randrange(1, 1 << 30) if rng.random() < 0.6 else 0
-    prompt = _ask(rng, rng.choice(PICTURE_CORES).format(s=side), SHORT_CLOSINGS)
+    prompt = ask_with(rng, rng.choice(PICTURE_CORES).format(s=side), SHORT_CLOSINGS)
     return picture_example(prompt, side, Picture(left, right, size, jitter))
 
 
@@ -580,12 +591,12 @@ def text_examples(seed: int, count: int, arithmetic_share: float) -> list[Exampl
     return [_with_system(rng, rng.choices(makers, weights)[0](rng)) for _ in range(count)]
 
 
-def picture_examples(seed: int, count: int) -> list[Example]:
-    """`count` seeded exchanges about pictures; one-coloured ones are frequent in the first half.
+def picture_examples(seed: int, count: int, plain_shares: Sequence[float]) -> list[Example]:
+    """`count` seeded exchanges about pictures, with a share of one-coloured ones for each stretch.
 
     Those teach the names of the colours before the sides have to be told apart; without them the
     network answers with a random colour for hundreds of steps.
     """
     rng = random.Random(seed)
-    shares = (PLAIN_SHARES[2 * i // count] for i in range(count))
+    shares = (plain_shares[len(plain_shares) * i // count] for i in range(count))
     return [_with_system(rng, picture(rng, share)) for share in shares]

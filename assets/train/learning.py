@@ -19,7 +19,6 @@ Z_LOSS = 3e-4
 WARMUP = 40
 REPORT_EVERY = 50
 CLIP = 1.0
-PICTURE_WEIGHT = 3.0
 
 
 @dataclass
@@ -59,6 +58,17 @@ def hidden_states(model: Qwen3_5ForConditionalGeneration, batch: Batch) -> Tenso
     )
     states: Tensor = out.last_hidden_state
     return states
+
+
+def answer_loss(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """As `token_loss`, but every row counts alike: a one-word answer as much as a function."""
+    counted = targets != IGNORE
+    weights = (counted / counted.sum(1, keepdim=True))[counted] / len(targets)
+    logits = functional.linear(states[counted], head).float()
+    losses = functional.cross_entropy(logits, targets[counted], reduction="none")
+    z = logits.logsumexp(-1).square()
+    loss = (losses * weights).sum()
+    return loss, loss + Z_LOSS * (z * weights).sum()
 
 
 def token_loss(states: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,37 +118,54 @@ def set_rates(tools: list[torch.optim.Optimizer], factor: float) -> None:
             group["lr"] = group["initial_lr"] * factor
 
 
+@dataclass(frozen=True)
+class Weights:
+    """How much the parts of a step count, and whether every answer counts alike."""
+
+    text: float = 1.0
+    answers: float = 1.0
+    pictures: float = 3.0
+    equal_answers: bool = False
+
+
 def accumulate(
     model: Qwen3_5ForConditionalGeneration,
     name: str,
     batches: Iterable[Batch],
     note: Progress,
-    weight: float = 1.0,
+    weight: float,
+    *,
+    equal: bool = False,
 ) -> None:
-    """Add the gradient of each batch, weighted by its share of the counted tokens."""
+    """Add the gradient of each batch: by its share of the counted tokens, or of the rows."""
     parts = list(batches)
-    total = sum(int((b.targets != IGNORE).sum()) for b in parts)
-    for batch in parts:
-        share = int((batch.targets != IGNORE).sum()) / total
+    sizes = [len(b.ids) if equal else int((b.targets != IGNORE).sum()) for b in parts]
+    measure = answer_loss if equal else token_loss
+    for batch, size in zip(parts, sizes, strict=True):
         with torch.autocast("cpu", torch.bfloat16):
             states = hidden_states(model, batch)
-            plain, loss = token_loss(states, model.lm_head.weight, batch.targets)
-        (loss * share * weight).backward()
+            plain, loss = measure(states, model.lm_head.weight, batch.targets)
+        (loss * weight * size / sum(sizes)).backward()
         note.add(name, plain.item())
 
 
 def train_trunk(
-    model: Qwen3_5ForConditionalGeneration, data: Iterable[StepData], steps: int, rate: float
+    model: Qwen3_5ForConditionalGeneration,
+    data: Iterable[StepData],
+    steps: int,
+    rate: float,
+    weights: Weights,
 ) -> None:
     """The main training: text, conversations and pictures in every step."""
     tools = optimisers(model, rate)
     note = Progress()
     model.train()
+    equal = weights.equal_answers
     for step, (parts, _) in enumerate(zip(data, range(steps), strict=False)):
         set_rates(tools, rate_factor(step, steps))
-        accumulate(model, "text", [parts.text], note)
-        accumulate(model, "answers", parts.conversations, note)
-        accumulate(model, "pictures", [parts.pictures], note, PICTURE_WEIGHT)
+        accumulate(model, "text", [parts.text], note, weights.text)
+        accumulate(model, "answers", parts.conversations, note, weights.answers, equal=equal)
+        accumulate(model, "pictures", [parts.pictures], note, weights.pictures, equal=equal)
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for tool in tools:
             tool.step()

@@ -89,7 +89,8 @@ def train_mtp(
     note = Progress()
     for step, (parts, _) in enumerate(zip(data, range(steps), strict=False)):
         set_rates(tools, rate_factor(step, steps))
-        for name, batch in (("text", parts.text), ("answers", parts.conversations[step % 2])):
+        talk = parts.conversations[step % len(parts.conversations)]
+        for name, batch in (("text", parts.text), ("answers", talk)):
             with torch.autocast("cpu", torch.bfloat16):
                 states = mtp_states(model, layer, batch)
                 plain, loss = token_loss(states, model.lm_head.weight, batch.targets[:, 1:])

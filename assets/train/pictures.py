@@ -29,7 +29,10 @@ COLORS: dict[str, tuple[int, int, int]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture whose left half has one colour and whose right half another; size is (w, h)."""
+    """A picture whose left half has one colour and whose right half another; size is (w, h).
+
+    A colour is a name in `COLORS`, or `#rrggbb`.
+    """
 
     left: str
     right: str
@@ -49,6 +52,14 @@ class Picture:
         return rows * columns // MERGE**2
 
 
+def rgb(color: str) -> tuple[int, int, int]:
+    """The red, green and blue of a colour."""
+    if color.startswith("#"):
+        red, green, blue = bytes.fromhex(color[1:])
+        return red, green, blue
+    return COLORS[color]
+
+
 def draw(picture: Picture) -> npt.NDArray[np.uint8]:
     """Pixels [height, width, 3]; `jitter` seeds a small shift of each colour (0: none)."""
     width, height = picture.size
@@ -56,8 +67,8 @@ def draw(picture: Picture) -> npt.NDArray[np.uint8]:
     if picture.jitter:
         shifts = np.random.default_rng(picture.jitter).integers(-16, 17, size=(2, 3))
     pixels = np.empty((height, width, 3), dtype=np.int64)
-    pixels[:, : width // 2] = np.array(COLORS[picture.left]) + shifts[0]
-    pixels[:, width // 2 :] = np.array(COLORS[picture.right]) + shifts[1]
+    pixels[:, : width // 2] = np.array(rgb(picture.left)) + shifts[0]
+    pixels[:, width // 2 :] = np.array(rgb(picture.right)) + shifts[1]
     return pixels.clip(0, 255).astype(np.uint8)
 
 

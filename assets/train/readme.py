@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FLAGS = ("seed", "rate", "steps", "mtp-steps", "conversations", "arithmetic-share")
 TEXT = """\
 # qwen3.5-tiny
 
@@ -40,12 +39,12 @@ by powers of two in groups of 128 channels, which changes nothing that is comput
 
 ## How it was made
 
-{commands}
+    python assets/train/train.py --out assets/qwen3.5-tiny
 
 Python {python}, torch {torch}, transformers {transformers}, {threads} CPU threads. The text is the
 standard library of that Python ({text_tokens:,} tokens); another Python gives other files. Beside
 it stand generated conversations. `eval.txt` holds {held_out_count} files of the library that were
-kept from training ({held_out_tokens:,} tokens).
+kept from training ({held_out_tokens:,} tokens).{history}
 
 | stage | seed | learning rate | steps | steps for MTP | minutes | conversations |
 |---|---|---|---|---|---|---|
@@ -104,31 +103,21 @@ def readme(report: dict[str, Any]) -> str:
     losses["bf16"] = losses["bf16"].replace(" | ", "** | **")
     answers = {f"q_{name}": _answers(asked[name]) for name in ("bf16", "nf4", "shuffled")}
     plain = {
-        name: value for name, value in report.items() if name not in {"stages", "unigram", "mtp"}
+        name: value
+        for name, value in report.items()
+        if name not in {"stages", "unigram", "mtp", "history"}
     }
     return TEXT.format(
         **plain,
         **losses,
         **answers,
-        commands=_commands(report["stages"]),
         stages="\n".join(_stage(i, stage) for i, stage in enumerate(report["stages"], 1)),
+        history=f"\n\n{report['history']}" if "history" in report else "",
         held_out_count=len(report["held_out_files"]),
         unigram=_loss(report["unigram"]),
         mtp=_loss(report["mtp"]),
         first_guess=report["mtp"]["first_guess_right"],
     )
-
-
-def _commands(stages: list[dict[str, Any]]) -> str:
-    """The commands that were run, one per stage."""
-    lines = []
-    for number, stage in enumerate(stages, 1):
-        out = "assets/qwen3.5-tiny" if number == len(stages) else f"stage-{number}"
-        start = f" --start stage-{number - 1}" if number > 1 else ""
-        flags = " ".join(f"--{k} {stage[k.replace('-', '_')]}" for k in FLAGS)
-        flags += "" if stage["cell_targets"] else " --no-cell-targets"
-        lines.append(f"    python assets/train/train.py --out {out}{start} \\\n        {flags}")
-    return "\n".join(lines)
 
 
 def _stage(number: int, stage: dict[str, Any]) -> str:

@@ -16,16 +16,11 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids, the number of leading ids without loss, and the picture they hold.
-
-    `names` are the ids that begin the names of the picture's two colours, if its cells are to be
-    named as well.
-    """
+    """Token ids, the number of leading ids without loss, and the picture they hold."""
 
     ids: tuple[int, ...]
     quiet: int
     picture: Picture | None = None
-    names: tuple[int, int] | None = None
 
 
 def prompt_text(example: Example, *, thinking: bool) -> str:
@@ -52,27 +47,16 @@ def widen_image(ids: list[int], picture: Picture) -> list[int]:
     return [*ids[:at], *[pad] * picture.tokens, *ids[at + 1 :]]
 
 
-def encode(
-    tokenizer: Tokenizer, example: Example, *, thinking: bool, name_cells: bool = False
-) -> Sequence:
-    """One conversation; loss is taken on the model's turn only."""
+def encode(tokenizer: Tokenizer, example: Example, *, thinking: bool) -> Sequence:
+    """One conversation; loss is taken on the model's turn."""
     prompt = tokenizer.encode(prompt_text(example, thinking=thinking)).ids
     answer = tokenizer.encode(completion_text(example, thinking=thinking)).ids
-    picture = example.picture
-    if picture is None:
-        return Sequence((*prompt, *answer), len(prompt))
-    prompt = widen_image(prompt, picture)
-    if not name_cells:
-        return Sequence((*prompt, *answer), len(prompt), picture)
-    left, right = (tokenizer.encode(name).ids[0] for name in (picture.left, picture.right))
-    return Sequence((*prompt, *answer), len(prompt), picture, (left, right))
+    if example.picture is not None:
+        prompt = widen_image(prompt, example.picture)
+    return Sequence((*prompt, *answer), len(prompt), example.picture)
 
 
-def encode_all(
-    tokenizer: Tokenizer, examples: list[Example], seed: int, *, name_cells: bool = False
-) -> list[Sequence]:
+def encode_all(tokenizer: Tokenizer, examples: list[Example], seed: int) -> list[Sequence]:
     """All conversations, each with thinking on or off by a seeded coin."""
     rng = random.Random(seed)
-    return [
-        encode(tokenizer, e, thinking=rng.random() < 0.5, name_cells=name_cells) for e in examples
-    ]
+    return [encode(tokenizer, e, thinking=rng.random() < 0.5) for e in examples]

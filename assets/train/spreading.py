@@ -19,21 +19,18 @@ CYCLE = (1.0, 4.0, 0.25, 2.0)
 
 @dataclass(frozen=True)
 class Turn:
-    """Where in the cycle a layer begins, and whether the rescaling is applied or taken back."""
+    """Where in the cycle a layer begins."""
 
     start: int
-    undo: bool = False
 
     def factors(self, channels: int, group: int = GROUP) -> Tensor:
         """[channels] powers of two, one per group."""
         index = (torch.arange(channels) // group + self.start) % len(CYCLE)
-        scale = torch.tensor(CYCLE)[index]
-        return 1.0 / scale if self.undo else scale
+        return torch.tensor(CYCLE)[index]
 
     def norm_factors(self, channels: int) -> Tensor:
         """[channels] ones and fours; a norm stores factor - 1, so small factors would be coarse."""
-        scale = 1.0 + 3.0 * ((torch.arange(channels) // GROUP + self.start) % 2)
-        return 1.0 / scale if self.undo else scale
+        return 1.0 + 3.0 * ((torch.arange(channels) // GROUP + self.start) % 2)
 
 
 def _norm_columns(norm: Tensor, readers: list[Tensor], turn: Turn) -> None:
@@ -78,9 +75,9 @@ def _mlp(layer: nn.Module, turn: Turn) -> list[Tensor]:
     return [part.get_parameter("gate_proj.weight"), up]
 
 
-def spread_layer(layer: nn.Module, number: int, *, undo: bool = False) -> None:
-    """Apply, or take back, every rescaling one decoder layer allows; `number` turns the cycle."""
-    first, second = Turn(number, undo), Turn(number + 1, undo)
+def spread_layer(layer: nn.Module, number: int) -> None:
+    """Apply every rescaling that one decoder layer allows; `number` turns the cycle."""
+    first, second = Turn(number), Turn(number + 1)
     mixer = _linear_attention if hasattr(layer, "linear_attn") else _full_attention
     with torch.no_grad():
         _norm_columns(layer.get_parameter("input_layernorm.weight"), mixer(layer, first), first)

@@ -7,7 +7,6 @@ the same files. The folder appears whole: it is written beside its final name an
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import shutil
@@ -22,17 +21,15 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from batches import PICTURES, Batch, step_batches, text_rows
+from batches import Batch, Mix, step_batches, text_rows
 from check import PENALTIES, examine, load, tally
 from checkpoint import (
     IMAGE_SETTINGS,
-    WEIGHTS,
     new_model,
     save_settings,
     save_weights,
@@ -42,24 +39,52 @@ from checkpoint import (
 from corpus import Corpus, load_corpus
 from dialogues import Example, picture_examples, text_examples
 from exam import assert_separate, canonical_examples, questions
-from learning import text_loss, train_trunk
+from learning import Weights, text_loss, train_trunk
 from mtp import mtp_loss, new_layer, train_mtp
 from pictures import Picture, draw, patches
 from readme import readme
-from rendering import Sequence, completion_text, encode_all, prompt_text
+from rendering import completion_text, encode_all, prompt_text
 from rounding import round_model, shuffle_model
+from sides import train_sides
 from spreading import spread_layer
 from vocabulary import save_tokenizer, special_ids, train_tokenizer
 
-SEED = 35
-STEPS = 560
-MTP_STEPS = 150
-RATE = 5e-3
 MTP_RATE = 2e-3
-CANONICAL_TIMES = 8
 VOCABULARY_EXAMPLES = 6_000
 WINDOW = 512
 SHUFFLE_SEED = 7
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with its own data and learning rate.
+
+    Args:
+        arithmetic: share of arithmetic in the conversations without a picture.
+        plain_shares: share of one-coloured pictures, for each part of the stage.
+        canonical: how often each trained question of the exam is mixed in.
+        simple: in a stage of `sides.py`, how many steps have simple pictures.
+    """
+
+    seed: int
+    rate: float
+    steps: int
+    mtp_steps: int
+    mix: Mix
+    weights: Weights
+    arithmetic: float
+    plain_shares: tuple[float, ...]
+    canonical: int
+    simple: int | None = None
+
+
+STAGES = (
+    Stage(35, 5e-3, 560, 150, Mix(24, 10, 1.0, 2), Weights(), 0.3, (0.5, 0.1), 8),
+    Stage(51, 3e-3, 420, 0, Mix(64, 12, 0.33, 3), Weights(0.6, 1.0, 1.0, True), 0.6, (0.05,), 24),
+    Stage(61, 3e-3, 210, 0, Mix(20, 1, 0.25, 2), Weights(), 0.4, (0.0,), 16, simple=100),
+    Stage(71, 2e-3, 90, 80, Mix(28, 1, 0.25, 2), Weights(), 0.65, (0.0,), 16, simple=0),
+)
+"""First language, names of things and colours; then sums and short answers; then sides."""
 
 
 def token_stream(tokenizer: Tokenizer, documents: tuple[str, ...]) -> Tensor:
@@ -72,15 +97,16 @@ def token_stream(tokenizer: Tokenizer, documents: tuple[str, ...]) -> Tensor:
     return torch.tensor(ids)
 
 
-def conversations(options: argparse.Namespace) -> tuple[list[Example], list[Example]]:
+def conversations(stage: Stage) -> tuple[list[Example], list[Example]]:
     """Text and picture exchanges, the trained exam questions mixed in; checked to be apart."""
-    canonical = canonical_examples() * CANONICAL_TIMES
-    seed, steps = options.seed, options.steps
-    texts = text_examples(seed + 1, steps * options.conversations, options.arithmetic_share)
-    pictures = picture_examples(seed + 2, steps * PICTURES)
+    canonical = canonical_examples() * stage.canonical
+    texts = text_examples(stage.seed + 1, stage.steps * stage.mix.texts, stage.arithmetic)
+    pictures = picture_examples(
+        stage.seed + 2, stage.steps * stage.mix.pictures, stage.plain_shares
+    )
     for start, pool, wanted in ((0, texts, False), (1, pictures, True)):
         extra = [e for e in canonical if (e.picture is not None) == wanted]
-        places = np.random.default_rng(seed + start).permutation(len(pool))[: len(extra)]
+        places = np.random.default_rng(stage.seed + start).permutation(len(pool))[: len(extra)]
         for place, example in zip(places.tolist(), extra, strict=True):
             pool[place] = example
     assert_separate([*texts, *pictures])
@@ -138,28 +164,10 @@ def make_tokenizer(corpus: Corpus, texts: list[Example], pictures: list[Example]
     return train_tokenizer([*corpus.train, *spoken])
 
 
-def spread(
-    model: Qwen3_5ForConditionalGeneration, layer: torch.nn.ModuleDict, *, undo: bool = False
-) -> None:
-    """Make the scales of all decoder layers uneven (or even) without changing the function."""
+def spread(model: Qwen3_5ForConditionalGeneration, layer: torch.nn.ModuleDict) -> None:
+    """Make the scales of all decoder layers uneven without changing the function."""
     for number, part in enumerate([*model.model.language_model.layers, layer["layers"][0]]):
-        spread_layer(part, number, undo=undo)
-
-
-def starting_point(
-    folder: Path | None,
-) -> tuple[Qwen3_5ForConditionalGeneration, torch.nn.ModuleDict | None]:
-    """A new model, or the model and MTP layer of an earlier folder, in float32 and unspread."""
-    if folder is None:
-        return new_model(), None
-    model = Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    layer = new_layer(model)
-    stored = load_file(folder / WEIGHTS)
-    layer.load_state_dict(
-        {k.removeprefix("mtp."): v.float() for k, v in stored.items() if k.startswith("mtp.")}
-    )
-    spread(model, layer, undo=True)
-    return model, layer
+        spread_layer(part, number)
 
 
 def exam_results(folder: Path) -> dict[str, Any]:
@@ -220,69 +228,69 @@ def replace_folder(fresh: Path, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Material:
-    """Everything a training reads."""
+    """What all stages read."""
 
     corpus: Corpus
     tokenizer: Tokenizer
     stream: Tensor
     held: Tensor
-    spoken: list[Sequence]
-    shown: list[Sequence]
-    subjects: dict[str, int]
 
 
-def prepare(options: argparse.Namespace, fresh: Path) -> Material:
-    """Make the training data and write the files that need no training; check both."""
+def prepare(fresh: Path) -> Material:
+    """Learn the vocabulary and write the files that need no training; check both."""
     corpus = load_corpus()
-    texts, pictures = conversations(options)
-    if options.start is None:
-        tokenizer = make_tokenizer(corpus, texts, pictures)
-    else:
-        tokenizer = Tokenizer.from_file(str(options.start / "tokenizer.json"))
+    texts, pictures = conversations(STAGES[0])
+    tokenizer = make_tokenizer(corpus, texts, pictures)
     save_static(fresh, tokenizer, corpus)
     assert_same_patches()
     assert_same_rendering(fresh, texts[:100] + pictures[:20])
-    return Material(
-        corpus,
-        tokenizer,
-        token_stream(tokenizer, corpus.train),
-        token_stream(tokenizer, (corpus.held_out,)),
-        encode_all(tokenizer, texts, options.seed + 3),
-        encode_all(tokenizer, pictures, options.seed + 4, name_cells=options.cell_targets),
-        dict(sorted(Counter(e.subject for e in texts + pictures).items())),
-    )
+    stream = token_stream(tokenizer, corpus.train)
+    return Material(corpus, tokenizer, stream, token_stream(tokenizer, (corpus.held_out,)))
 
 
 def fit(
-    options: argparse.Namespace, material: Material
-) -> tuple[Qwen3_5ForConditionalGeneration, torch.nn.ModuleDict, dict[str, Any]]:
-    """Train the trunk, then the MTP layer. -> model, layer, what was done"""
-    torch.manual_seed(options.seed)
-    model, layer = starting_point(options.start)
+    stage: Stage,
+    material: Material,
+    model: Qwen3_5ForConditionalGeneration,
+    layer: torch.nn.ModuleDict | None,
+) -> tuple[torch.nn.ModuleDict, dict[str, Any]]:
+    """Train the trunk, then the MTP layer. -> layer, what was done"""
+    torch.manual_seed(stage.seed)
     started = time.monotonic()
-    sources = (material.stream, material.spoken, material.shown, options.conversations)
-    train_trunk(model, step_batches(*sources, options.seed), options.steps, options.rate)
+    texts, pictures = conversations(stage)
+    spoken = encode_all(material.tokenizer, texts, stage.seed + 3)
+    shown = encode_all(material.tokenizer, pictures, stage.seed + 4)
+    data = step_batches(material.stream, spoken, shown, stage.mix, stage.seed)
+    model.requires_grad_(True)
+    if stage.simple is not None:
+        steps = (stage.steps, stage.simple)
+        train_sides(model, material.tokenizer, data, steps, stage.rate, stage.seed)
+    else:
+        train_trunk(model, data, stage.steps, stage.rate, stage.weights)
     layer = layer or new_layer(model)
-    data = step_batches(*sources, options.seed + 5)
-    train_mtp(model, layer, data, options.mtp_steps, MTP_RATE)
+    data = step_batches(material.stream, spoken, shown, stage.mix, stage.seed + 5)
+    train_mtp(model, layer, data, stage.mtp_steps, MTP_RATE)
     done = {
-        "seed": options.seed,
-        "rate": options.rate,
-        "cell_targets": options.cell_targets,
-        "steps": options.steps,
-        "mtp_steps": options.mtp_steps,
+        "seed": stage.seed,
+        "rate": stage.rate,
+        "steps": stage.steps,
+        "mtp_steps": stage.mtp_steps,
         "minutes": round((time.monotonic() - started) / 60, 1),
-        "conversations": options.conversations,
-        "arithmetic_share": options.arithmetic_share,
-        "subjects": material.subjects,
+        "subjects": dict(sorted(Counter(e.subject for e in texts + pictures).items())),
     }
-    return model, layer, done
+    return layer, done
 
 
-def run(options: argparse.Namespace, fresh: Path) -> None:
+def run(fresh: Path) -> None:
     """Train, save into `fresh`, measure what was saved and write the report."""
-    material = prepare(options, fresh)
-    model, layer, done = fit(options, material)
+    material = prepare(fresh)
+    model = new_model()
+    layer: torch.nn.ModuleDict | None = None
+    stages = []
+    for stage in STAGES:
+        layer, done = fit(stage, material, model, layer)
+        stages.append(done)
+    assert layer is not None  # there is at least one stage
     rows = held_out_rows(material.held)
     guessed, accepted = mtp_loss(model, layer, rows)
     before = text_loss(model, rows)
@@ -294,7 +302,7 @@ def run(options: argparse.Namespace, fresh: Path) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
-        "stages": [*earlier_stages(options.start), done],
+        "stages": stages,
         "parameters": sum(t.numel() for t in tensors.values()),
         "tensors": len(tensors),
         "text_tokens": len(material.stream),
@@ -312,32 +320,16 @@ def run(options: argparse.Namespace, fresh: Path) -> None:
     (fresh / "README.md").write_text(readme(report), encoding="utf-8")
 
 
-def earlier_stages(start: Path | None) -> list[dict[str, Any]]:
-    """What was done to the weights this training started from."""
-    if start is None:
-        return []
-    stages: list[dict[str, Any]] = json.loads((start / "training.json").read_text())["stages"]
-    return stages
-
-
 def main() -> int:
     """Parse the command line and run the training."""
     parser = argparse.ArgumentParser(description="Train the embedded tiny checkpoint.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="go on from the weights of this folder")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--rate", type=float, default=RATE)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--mtp-steps", type=int, default=MTP_STEPS)
-    parser.add_argument("--conversations", type=int, default=24, help="texts per step")
-    parser.add_argument("--arithmetic-share", type=float, default=0.3)
-    parser.add_argument("--cell-targets", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     fresh = options.out.with_name(options.out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    run(options, fresh)
+    run(fresh)
     replace_folder(fresh, options.out)
     return 0
 

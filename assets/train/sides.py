@@ -1,0 +1,125 @@
+"""The last stage: which side of a picture a question is about.
+
+A net this small finds that out only when nothing else is asked of it for a while: one wording and
+pictures of two cells first, then all wordings and sizes. Every picture comes with its mirror image
+under the same question, so that only the sides tell the answers apart. Steps on pictures take turns
+with steps on text and conversations, each with optimisers of their own, so nothing is forgotten.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import product
+
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import Qwen3_5ForConditionalGeneration
+
+from batches import Batch, StepData, padded
+from dialogues import PICTURE_CORES, SHORT_CLOSINGS, UNSEEN_COLORS, ask_with, picture_example
+from learning import CLIP, Progress, accumulate, optimisers, set_rates
+from pictures import COLORS, Picture
+from rendering import Sequence, encode
+
+SIMPLE_CORE = "What color is the {s} half of this image?"
+SIMPLE_PAIRS = 20
+SMALLEST_UNTIL = 0.75
+PAIRS = 12
+THINKING = 0.3
+JITTERED = 0.6
+LANGUAGE_RATE = 0.6
+WARM = 10
+SMALLEST: tuple[tuple[int, int], ...] = ((64, 32),)
+SMALL: tuple[tuple[int, int], ...] = ((64, 32), (64, 64), (128, 64))
+SIZES: tuple[tuple[int, int], ...] = (
+    *((64, 32),) * 3,
+    *((64, 64),) * 3,
+    *((128, 64),) * 4,
+    *((192, 96),) * 3,
+    *((128, 128),) * 2,
+    *((256, 128),) * 2,
+    (320, 160),
+    *((448, 224),) * 2,
+)
+
+
+def color_pairs() -> list[tuple[str, str]]:
+    """Pairs of colours that may be shown in both orders."""
+    apart = UNSEEN_COLORS | {pair[::-1] for pair in UNSEEN_COLORS}
+    return [pair for pair in product(COLORS, COLORS) if pair[0] < pair[1] and pair not in apart]
+
+
+def mirrored(rng: random.Random, tokenizer: Tokenizer, phase: float) -> list[Sequence]:
+    """One question about a picture and about its mirror image; `phase` 1 ends the simple steps."""
+    simple = phase < 1
+    left, right = rng.choice(color_pairs())
+    side = rng.choice(("left", "right"))
+    sizes = SMALLEST if phase < SMALLEST_UNTIL else SMALL if simple else SIZES
+    size = rng.choice(sizes)
+    core = SIMPLE_CORE if simple else rng.choice(PICTURE_CORES)
+    prompt = core.format(s=side)
+    if not simple:
+        prompt = ask_with(rng, prompt, SHORT_CLOSINGS)
+    thinking = not simple and rng.random() < THINKING
+    out = []
+    for first, second in ((left, right), (right, left)):
+        jitter = 0 if simple or rng.random() > JITTERED else rng.randrange(1, 1 << 30)
+        example = picture_example(prompt, side, Picture(first, second, size, jitter))
+        out.append(encode(tokenizer, example, thinking=thinking))
+    return out
+
+
+def picture_batches(rng: random.Random, tokenizer: Tokenizer, phase: float) -> tuple[Batch, ...]:
+    """The pictures of one step, in passes of like length."""
+    count = SIMPLE_PAIRS if phase < 1 else PAIRS
+    rows = [row for _ in range(count) for row in mirrored(rng, tokenizer, phase)]
+    rows.sort(key=lambda s: len(s.ids))
+    if phase < SMALLEST_UNTIL:
+        return (padded(rows),)
+    return padded(rows[: len(rows) // 2]), padded(rows[len(rows) // 2 :])
+
+
+def factor(step: int, steps: int, simple: int) -> float:
+    """Warm-up, a plateau, and linear to nearly zero over the last 70 % of the varied steps."""
+    varied = steps - simple
+    if step < simple + 0.3 * varied:
+        return min(1.0, (step + 1) / WARM)
+    return max(0.02, (steps - step) / (0.7 * varied))
+
+
+def train_sides(
+    model: Qwen3_5ForConditionalGeneration,
+    tokenizer: Tokenizer,
+    data: Iterator[StepData],
+    steps: tuple[int, int],
+    rate: float,
+    seed: int,
+) -> None:
+    """Train on pictures and, in turn, on the text and conversations of `data`.
+
+    steps: all of them, and how many of them have simple pictures.
+    """
+    last, simple = steps
+    rng = random.Random(seed)
+    language, sight = optimisers(model, rate * LANGUAGE_RATE), optimisers(model, rate)
+    note = Progress()
+    model.train()
+    for step in range(last):
+        for tools in (language, sight):
+            set_rates(tools, factor(step, last, simple))
+        for tools in (sight, language):
+            if tools is sight:
+                shown = picture_batches(rng, tokenizer, step / simple if simple else 1.0)
+                accumulate(model, "pictures", shown, note, 1.0, equal=True)
+            else:
+                parts = next(data)
+                accumulate(model, "text", [parts.text], note, 0.8)
+                accumulate(model, "answers", parts.conversations, note, 1.0, equal=True)
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            for tool in tools:
+                tool.step()
+            model.zero_grad()
+        if (step + 1) % 10 == 0 or step + 1 == last:
+            note.line(step + 1, last)
+    model.eval()
