@@ -287,7 +287,7 @@ def test_plan_prints_data_to_stdout_only(capsys: Capture) -> None:
     assert main(PLAN) == 0
     shown = capsys.readouterr()
     assert shown.err == ""
-    assert "488 weights in, 1418 tensors out, 186 layers in NF4" in shown.out
+    assert "488 weights in, 1418 tensors out, 186 weights in NF4" in shown.out
     assert max(map(len, shown.out.splitlines())) <= 80
 
 
@@ -348,7 +348,7 @@ def test_plan_of_roles(capsys: Capture) -> None:
 def test_flags_of_plan(capsys: Capture, flags: list[str], tensors: int, layers: int) -> None:
     assert main([*PLAN, *flags]) == 0
     shown = capsys.readouterr().out
-    assert f"488 weights in, {tensors} tensors out, {layers} layers in NF4" in shown
+    assert f"488 weights in, {tensors} tensors out, {layers} weights in NF4" in shown
 
 
 def test_plan_of_a_folder_reads_no_weights(dense: Path, capsys: Capture) -> None:
@@ -379,7 +379,7 @@ def test_recipe_of_a_user_works(dense: Path, tmp_path: Path, capsys: Capture) ->
     assert main(["plan", str(dense), "--recipe", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "mine.toml: only up" in shown
-    assert "4 layers in NF4" in shown
+    assert "4 weights in NF4" in shown
 
 
 # --- convert
@@ -402,7 +402,7 @@ def test_convert_tells_what_it_made(dense: Path, tmp_path: Path, capsys: Capture
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"{out}: ")
-    assert "0 layers in NF4" in shown.out
+    assert "none packed" in shown.out
     assert shown.err.startswith("writing out: ")
     assert main(arguments) == 2
     assert "exists already; give --overwrite to replace it" in capsys.readouterr().err

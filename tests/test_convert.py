@@ -24,6 +24,8 @@ from checkpoints import (
     write_checkpoint,
 )
 from qwen35.checkpoint.source import open_folder
+from qwen35.codecs.devices import Encoders
+from qwen35.codecs.fp8_arrays import encode_rows
 from qwen35.codecs.nf4_tables import LEVELS
 from qwen35.convert import convert
 from qwen35.errors import OutputError, TensorError, UsageError
@@ -502,7 +504,9 @@ def test_bitsandbytes_encoder_gives_the_same_bytes(
     weight[5] = 0
     source = changed(dense, tmp_path / "in", {QKV: weight})
     expected = run(source, tmp_path / "expected").hashes
-    monkeypatch.setattr("qwen35.convert.encoder_for", lambda _: TorchEncoder("cpu"))
+    monkeypatch.setattr(
+        "qwen35.convert.encoders_for", lambda _: (Encoders(TorchEncoder("cpu"), encode_rows),)
+    )
     assert run(source, tmp_path / "out").hashes == expected
 
 
@@ -612,17 +616,17 @@ def test_share_of_experts_is_of_what_is_written(moe: Path, tmp_path: Path) -> No
 
 
 def test_kernels_work_without_a_place_to_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwen35.codecs import nf4_kernels
+    from qwen35.codecs import compiled as compiling
 
-    real = vars(nf4_kernels)["njit"]
+    real = vars(compiling)["njit"]
 
     def njit(*args: object, cache: bool = False, **options: object) -> object:
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return real(*args, **options)
 
-    monkeypatch.setattr(nf4_kernels, "njit", njit)
-    double = nf4_kernels._compiled(lambda value: value + value)
+    monkeypatch.setattr(compiling, "njit", njit)
+    double = compiling.compiled(lambda value: value + value)
     assert double(2) == 4
 
 

@@ -678,7 +678,7 @@ def test_text_of_a_plan_counts_up() -> None:
     text = plan_text(plan, 2)
     total = plan.nbytes + manifest_size(plan)
     assert re.search(rf"^total +{total:,}$", text, re.MULTILINE)
-    assert "488 weights in, 1265 tensors out, 186 layers in NF4" in text
+    assert "488 weights in, 1265 tensors out, 186 weights in NF4" in text
     assert f"plan {plan.digest}" in text
     assert "drop: vision tower" in text
     assert "note: side-car files (tokenizer, template) are not known here and not counted" in text

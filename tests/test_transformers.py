@@ -12,7 +12,7 @@ import torch
 from checkpoints import make_checkpoint, write_checkpoint
 from loading import clean, load_model, packed_layers, settle
 from qwen35.convert import convert
-from qwen35.plan import plan as planning
+from qwen35.plan import step as planning
 from running import load_all, plan_of, read_config, run
 
 IDS = torch.arange(48).reshape(1, 48)
@@ -75,10 +75,10 @@ def test_transformers_cannot_load_packed_experts(
     """Why the recipe leaves experts alone. When this fails, the recipe can pack them."""
     real = planning._operation
 
-    def pack_experts(action: Any, reason: str, item: Any) -> Any:
+    def pack_experts(rule: Any, item: Any, unfit: Any) -> Any:
         if item.role.info.kind == "experts" and item.role.scope == "text":
             return "nf4", "packed for this test"
-        return real(action, reason, item)
+        return real(rule, item, unfit)
 
     monkeypatch.setattr(planning, "_operation", pack_experts)
     run(moe_per_expert, tmp_path / "out")

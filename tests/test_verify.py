@@ -642,7 +642,7 @@ def test_scales_of_bitsandbytes_on_cuda_are_accepted(packed: Path, dense: Path) 
 
     from qwen35.codecs.nf4_arrays import Statistics
     from qwen35.codecs.nf4_tables import dynamic_map
-    from qwen35.verify.numbers import _wrong_scales
+    from qwen35.verify.nf4 import wrong_scales
 
     generator = np.random.default_rng(0)
     true = generator.random(65536, dtype=np.float32)
@@ -652,9 +652,9 @@ def test_scales_of_bitsandbytes_on_cuda_are_accepted(packed: Path, dense: Path) 
     unit = (true - np.float32(ours.offset)) / scale
     nearest = np.searchsorted((table[:-1] + table[1:]) / 2, unit)
     assert np.count_nonzero(nearest != ours.codes) > 50
-    assert _wrong_scales(nearest, ours.nested, ours.offset, true) == 0
-    assert _wrong_scales(ours.codes, ours.nested, ours.offset, true) == 0
-    assert _wrong_scales(ours.codes ^ 1, ours.nested, ours.offset, true) > 60000
+    assert wrong_scales(nearest, ours.nested, ours.offset, true) == 0
+    assert wrong_scales(ours.codes, ours.nested, ours.offset, true) == 0
+    assert wrong_scales(ours.codes ^ 1, ours.nested, ours.offset, true) > 60000
 
 
 def test_two_packings_in_one_checkpoint_are_named(dense: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Iterable
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +16,22 @@ import numpy.typing as npt
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Reader
+from qwen35.checkpoint.storage import FP8_BLOCK
+from qwen35.codecs.devices import Encoders, encoders_for
 from qwen35.codecs.nf4 import BLOCK
-from qwen35.codecs.nf4_arrays import Statistics, encode_blocks
-from qwen35.errors import UsageError
+from qwen35.codecs.nf4_arrays import Statistics
 from qwen35.plan.manifest import manifest_bytes, manifest_size
-from qwen35.plan.plan import Plan, PlannedFile, Step
+from qwen35.plan.plan import Plan, PlannedFile
+from qwen35.plan.step import Step
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import TensorFile, write_file
 from qwen35.sinks.staging import check_output, check_space, staging
-from qwen35.strips import decoded, not_finite, stored
+from qwen35.strips import decoded, not_finite, stored, tile_rows
 from qwen35.threads import default_threads
 
-__all__ = ["Encoder", "Result", "check_before", "convert", "encoder_for"]
+__all__ = ["Result", "check_before", "convert"]
 
 Array = npt.NDArray[Any]
-Encoder = Callable[[Array, str, npt.NDArray[np.float32], npt.NDArray[np.uint8]], bool]
-"""Quantizes blocks of (values, dtype) into (absmax, packed); says whether all were finite."""
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,6 @@ class Result:
     nbytes: int
 
 
-def encoder_for(device: str) -> Encoder:
-    """Return the NF4 encoder for ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-
-    ``auto`` is the CPU: its kernel is faster than disks are, and needs no torch.
-
-    Raises:
-        UsageError: the device is unknown or not there.
-    """
-    if device in ("auto", "cpu"):
-        return encode_blocks
-    if device != "cuda" and not device.startswith("cuda:"):
-        raise UsageError(f"--device {device}", "unknown", expected="auto, cpu, cuda or cuda:N")
-    from qwen35.codecs.nf4_torch import TorchEncoder
-
-    return TorchEncoder(device)
-
-
 def check_before(out: Path, *, overwrite: bool, device: str) -> None:
     """Check what can be checked before the source is downloaded.
 
@@ -73,7 +57,7 @@ def check_before(out: Path, *, overwrite: bool, device: str) -> None:
         UsageError: there is no such device.
     """
     check_output(out, source=None, overwrite=overwrite)
-    encoder_for(device)
+    encoders_for(device)
 
 
 def convert(
@@ -98,13 +82,13 @@ def convert(
     place = Folder(source)
     out = out.resolve() if not out.is_symlink() else out
     check_output(out, source=source, overwrite=overwrite)
-    encoder = encoder_for(device)
+    encoders = encoders_for(device)
     check_space(out.absolute().parent, plan.nbytes + manifest_size(plan))
     progress = progress or Silent()
     progress.begin(f"writing {out.name}", plan.read_bytes)
     try:
         with staging(out, overwrite=overwrite) as folder, Reader(plan.checkpoint) as reader:
-            hashes = _Run(plan, folder, reader, encoder, progress).weights(threads)
+            hashes = _Run(plan, folder, reader, encoders, progress).weights(threads)
             for name, content in plan.documents.items():
                 hashes[name] = write_file(folder / name, content)
             for name, size in plan.copied.items():
@@ -123,7 +107,7 @@ class _Run:
     plan: Plan
     folder: Path
     reader: Reader
-    encoder: Encoder
+    encoders: tuple[Encoders, ...]
     progress: Progress
 
     def weights(self, threads: int | None) -> dict[str, str]:
@@ -169,8 +153,11 @@ class _Run:
     def _step(self, step: Step, file: TensorFile, stop: Event) -> None:
         if stop.is_set():
             return
+        encoders = self.encoders[zlib.crc32(step.weight.name.encode()) % len(self.encoders)]
         if step.op == "nf4":
-            self._encode(step, file, stop)
+            self._nf4(step, file, stop, encoders)
+        elif step.op == "fp8":
+            self._fp8(step, file, stop, encoders)
         elif step.op == "decode":
             pieces = decoded(self.reader, step.weight, step.spec)
             self._write(step.outputs[0].name, pieces, file, stop)
@@ -187,7 +174,25 @@ class _Run:
             file.write(name, position, piece.data.cast("B"))
             position += piece.nbytes
 
-    def _encode(self, step: Step, file: TensorFile, stop: Event) -> None:
+    def _fp8(self, step: Step, file: TensorFile, stop: Event, encoders: Encoders) -> None:
+        codes_spec, scales_spec = step.outputs
+        calibration, columns = self.plan.calibration, step.spec.shape[1]
+        assert calibration is not None  # the plan has FP8 steps
+        weights = self.plan.activations.of(step.role) if self.plan.activations else None
+        done = 0
+        for piece in decoded(self.reader, step.weight, step.spec, strip=tile_rows(step.spec)):
+            if stop.is_set():
+                return
+            values = piece.reshape(-1, columns)
+            codes = np.empty(values.shape, np.uint8)
+            scales = np.empty((len(values) // FP8_BLOCK, columns // FP8_BLOCK), np.uint16)
+            if not encoders.fp8(values, step.spec.dtype, calibration, weights, codes, scales):
+                raise not_finite(step.weight.name)
+            file.write(codes_spec.name, done, codes.data.cast("B"))
+            file.write(scales_spec.name, done // FP8_BLOCK**2 * 2, scales.data.cast("B"))
+            done += values.size
+
+    def _nf4(self, step: Step, file: TensorFile, stop: Event, encoders: Encoders) -> None:
         packed_spec, *others = step.outputs
         absmax = np.empty(step.spec.numel // BLOCK, np.float32)
         done = 0
@@ -196,7 +201,7 @@ class _Run:
                 return
             packed = np.empty(piece.size // 2, np.uint8)
             blocks = absmax[done // BLOCK : (done + piece.size) // BLOCK]
-            if not self.encoder(piece, step.spec.dtype, blocks, packed):
+            if not encoders.nf4(piece, step.spec.dtype, blocks, packed):
                 raise not_finite(step.weight.name)
             file.write(packed_spec.name, done // 2, packed.data)
             done += piece.size

@@ -17,7 +17,7 @@ from qwen35.codecs.nf4_arrays import State, decode_absmax, decode_blocks, parse_
 from qwen35.errors import TensorError
 from qwen35.tensors import FLOAT_DTYPES, TensorSpec
 
-__all__ = ["STRIP", "decoded", "stored"]
+__all__ = ["STRIP", "decoded", "stored", "tile_rows"]
 
 STRIP = 2**22
 """Elements of a piece; a multiple of every block size."""
@@ -25,17 +25,19 @@ STRIP = 2**22
 Array = npt.NDArray[Any]
 
 
-def stored(reader: Reader, tensor: StoredTensor, *, check: bool = True) -> Iterator[Array]:
-    """Yield the elements of a stored tensor in flat pieces; a piece is valid until the next.
+def stored(
+    reader: Reader, tensor: StoredTensor, *, check: bool = True, strip: int = STRIP
+) -> Iterator[Array]:
+    """Yield the elements of a stored tensor in flat pieces of `strip`, valid until the next.
 
     Raises:
         TensorError: it cannot be read, or (with `check`) holds a NaN or an infinity.
     """
     spec = tensor.spec
     checked = check and (spec.dtype in FLOAT_DTYPES or spec.dtype == "F8_E4M3")
-    buffer = empty(spec.dtype, min(STRIP, spec.numel)) if spec.dtype in _CARRIED else None
-    for start in range(0, spec.numel, STRIP):
-        count = min(STRIP, spec.numel - start)
+    buffer = empty(spec.dtype, min(strip, spec.numel)) if spec.dtype in _CARRIED else None
+    for start in range(0, spec.numel, strip):
+        count = min(strip, spec.numel - start)
         piece = np.empty(count * spec.itemsize, np.uint8) if buffer is None else buffer[:count]
         reader.read_into(tensor, start * spec.itemsize, piece.data.cast("B"))
         if checked and not all_finite(piece, spec.dtype):
@@ -55,20 +57,21 @@ def not_finite(name: str) -> TensorError:
     )
 
 
-def decoded(reader: Reader, weight: Weight, spec: TensorSpec) -> Iterator[Array]:
+def decoded(
+    reader: Reader, weight: Weight, spec: TensorSpec, *, strip: int = STRIP
+) -> Iterator[Array]:
     """Yield the elements of a weight in flat pieces of the dtype of `spec`.
 
-    A piece has `STRIP` elements or fewer and, but for the last, a multiple of 64; it is valid until
-    the next.
+    A piece has `strip` elements, the last one maybe fewer; it is valid until the next.
 
     Raises:
         TensorError: it cannot be read or decoded, or holds a NaN or an infinity.
     """
     if weight.storage == "plain":
-        yield from stored(reader, weight.main, check=False)
+        yield from stored(reader, weight.main, check=False, strip=strip)
         return
     pieces = _nf4 if weight.storage == "nf4" else _fp8
-    for piece in _even(pieces(reader, weight, spec), spec.numel):
+    for piece in _even(pieces(reader, weight, spec), spec.numel, strip):
         with np.errstate(over="ignore"):
             values = from_f32(piece, spec.dtype)
         if not (all_finite(piece, "F32") and all_finite(values, spec.dtype)):
@@ -76,11 +79,17 @@ def decoded(reader: Reader, weight: Weight, spec: TensorSpec) -> Iterator[Array]
         yield values
 
 
-def _even(pieces: Iterator[Array], numel: int) -> Iterator[Array]:
-    """Yield the same elements in pieces of `STRIP`, so that two sources can be compared."""
+def tile_rows(spec: TensorSpec) -> int:
+    """Return the elements of a piece that holds whole rows of FP8 tiles, about `STRIP` of them."""
+    row = FP8_BLOCK * spec.shape[1]
+    return max(1, STRIP // row) * row
+
+
+def _even(pieces: Iterator[Array], numel: int, strip: int) -> Iterator[Array]:
+    """Yield the same elements in pieces of `strip`, so that two sources can be compared."""
     rest = next(pieces)
-    for start in range(0, numel, STRIP):
-        count = min(STRIP, numel - start)
+    for start in range(0, numel, strip):
+        count = min(strip, numel - start)
         while len(rest) < count:
             rest = np.concatenate([rest, next(pieces)])
         yield rest[:count]
@@ -96,10 +105,8 @@ def _whole(reader: Reader, tensor: StoredTensor) -> Array:
 
 def _fp8(reader: Reader, weight: Weight, spec: TensorSpec) -> Iterator[Array]:
     rows, columns = spec.shape
-    stored_scale = weight.part(FP8_SCALE)
-    assert stored_scale is not None  # grouped by it
-    scale = _whole(reader, stored_scale).reshape(stored_scale.spec.shape)
-    step = max(1, STRIP // columns // FP8_BLOCK) * FP8_BLOCK
+    scale = fp8_scales(reader, weight)
+    step = tile_rows(spec) // columns
     buffer = np.empty((min(step, rows), columns), np.uint8)
     for start in range(0, rows, step):
         codes = buffer[: min(step, rows - start)]
@@ -107,6 +114,24 @@ def _fp8(reader: Reader, weight: Weight, spec: TensorSpec) -> Iterator[Array]:
         first = start // FP8_BLOCK
         blocks = scale[first : first - (-len(codes) // FP8_BLOCK)]
         yield fp8.decode_rows(codes, blocks).reshape(-1)
+
+
+def fp8_scales(reader: Reader, weight: Weight) -> npt.NDArray[np.float32]:
+    """Return the scales of an FP8 weight, [ceil(rows / 128), ceil(columns / 128)].
+
+    Raises:
+        TensorError: one is not finite or not positive.
+    """
+    stored_scale = weight.part(FP8_SCALE)
+    assert stored_scale is not None  # grouped by it
+    scales = _whole(reader, stored_scale)
+    if not (np.isfinite(scales).all() and (scales > 0).all()):
+        raise TensorError(
+            stored_scale.spec.name,
+            "holds a scale that is not finite or not positive",
+            hint="the checkpoint is damaged: convert it again",
+        )
+    return scales.reshape(stored_scale.spec.shape)
 
 
 def nf4_state(reader: Reader, weight: Weight, spec: TensorSpec) -> State:

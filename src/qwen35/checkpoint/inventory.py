@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.checkpoint.storage import FP8_BLOCK, FP8_SCALE, Weight
+from qwen35.checkpoint.storage import FP8_BLOCK, FP8_SCALE, StoredTensor, Weight
 from qwen35.errors import TensorError
 from qwen35.model.roles import Role, expected_tensors, role_of
 from qwen35.tensors import FLOAT_DTYPES, TensorSpec
@@ -26,6 +27,34 @@ class Item:
     weight: Weight
     role: Role
     spec: TensorSpec
+
+    def experts(self) -> Iterator[Item]:
+        """Yield the matrices of a fused stack of experts, one by one; of anything else, nothing.
+
+        ``gate_up_proj`` [E, 2 I, H] holds the gate in the first I rows of each expert. The parts
+        are named as per-expert checkpoints name them.
+
+        Raises:
+            TensorError: the stack is packed.
+        """
+        if self.role.info.place != "fused":
+            return
+        if self.weight.storage != "plain":
+            raise TensorError(
+                self.weight.name, f"a stack of experts packed as {self.weight.storage}"
+            )
+        stem, _, leaf = self.spec.name.rpartition(".")
+        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        count, rows, columns = self.spec.shape
+        shape = (rows // len(leaves), columns)
+        roles = {part: role_of(f"{stem}.0.{part}.weight") for part in leaves}
+        file, begin = self.weight.main.file, self.weight.main.begin
+        for expert in range(count):
+            for part, role in roles.items():
+                spec = TensorSpec(f"{stem}.{expert}.{part}.weight", self.spec.dtype, shape)
+                weight = Weight(spec.name, "plain", (StoredTensor(spec, file, begin),))
+                yield Item(weight, Role(role.name, role.info, role.layer, expert), spec)
+                begin += spec.nbytes
 
 
 def inventory(checkpoint: Checkpoint) -> tuple[Item, ...]:

@@ -7,12 +7,13 @@ folder appears whole, or not at all.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, add_recipe, plan_for, threads_for
-from qwen35.plan.show import plan_json, plan_text, size
+from qwen35.plan.show import packed_text, plan_json, plan_text, size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,10 +49,9 @@ def run(args: argparse.Namespace, output: Output) -> int:
     )
     for note in plan.notes:
         output.info(f"note: {note}")
-    packed = sum(step.packing == "nf4" for step in plan.steps)
+    packed = Counter(step.packing for step in plan.steps if step.packing)
     output.data(
-        f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}, "
-        f"{packed} layers in NF4",
-        {"out": str(result.out), "bytes": result.nbytes, "sha256": result.hashes, "nf4": packed},
+        f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}, {packed_text(plan)}",
+        {"out": str(result.out), "bytes": result.nbytes, "sha256": result.hashes, **packed},
     )
     return 0

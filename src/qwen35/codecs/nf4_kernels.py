@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from qwen35.codecs.compiled import compiled, inlined
 from qwen35.codecs.nf4_tables import BOUNDS
 
 __all__ = ["encode_bf16", "encode_f32"]
@@ -18,7 +17,7 @@ _B8, _B9, _B10, _B11, _B12, _B13, _B14 = _B[8:]
 _TINY = np.float32(1e-38)
 
 
-@njit(inline="always")
+@inlined
 def _code(value: Any) -> Any:
     """Count the bounds below `value`, without a branch: a block becomes a few vector compares."""
     low = (
@@ -43,16 +42,7 @@ def _code(value: Any) -> Any:
     return low + high
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compile a kernel, kept on disk where there is a place for it."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        return njit(**options)(function)
-
-
-@_compiled
+@compiled
 def encode_bf16(pairs: Any, packed: Any, absmax: Any) -> Any:
     """Quantize bf16 weights, two a word.
 
@@ -82,7 +72,7 @@ def encode_bf16(pairs: Any, packed: Any, absmax: Any) -> Any:
     return bad
 
 
-@_compiled
+@compiled
 def encode_f32(values: Any, packed: Any, absmax: Any) -> Any:
     """Quantize float32 weights.
 

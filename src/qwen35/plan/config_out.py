@@ -6,14 +6,15 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qwen35.errors import ConfigError, UsageError
+from qwen35.checkpoint.storage import FP8_BLOCK
+from qwen35.errors import UsageError
 from qwen35.model.config import ARCHITECTURES, ModelConfig
 from qwen35.tensors import DTYPE_NAMES
 
 if TYPE_CHECKING:
-    from qwen35.plan.plan import Step
+    from qwen35.plan.step import Step
 
-__all__ = ["output_config", "skip_modules"]
+__all__ = ["output_config", "skip_modules", "unconverted_modules"]
 
 _TEXT_TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 _ROOT_ONLY = (
@@ -54,7 +55,7 @@ def output_config(
     if "nf4" in packings:
         raw["quantization_config"] = _nf4_config(config, steps, prefix)
     elif "fp8" in packings:
-        raw["quantization_config"] = _fp8_config(config, steps, text_only, prefix)
+        raw["quantization_config"] = _fp8_config(steps)
     return raw
 
 
@@ -112,24 +113,32 @@ def _nf4_config(config: ModelConfig, steps: Sequence[Step], prefix: str) -> dict
     }
 
 
-def _fp8_config(
-    config: ModelConfig, steps: Sequence[Step], text_only: bool, prefix: str
-) -> dict[str, Any]:
-    """Return the source's own quantization_config with its list following the output."""
-    if (config.quantization or {}).get("quant_method") != "fp8":
-        raise ConfigError("config.json", "no fp8 quantization_config, but there are FP8 weights")
-    result = copy.deepcopy(config.quantization or {})
-    names = [str(name) for name in result.get("modules_to_not_convert") or []]
-    if text_only:
-        names = [name for name in names if not _is_vision(name)]
-        names = [name.replace("model.language_model.", prefix, 1) for name in names]
-    decoded = [_module(step) for step in steps if step.op == "decode"]
-    result["modules_to_not_convert"] = [*names, *(n for n in decoded if n not in names)]
-    return result
+def _fp8_config(steps: Sequence[Step]) -> dict[str, Any]:
+    """Return what the official FP8 checkpoints have, and ``fmt``, which some readers ask for."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_per_tensor": False,
+        "act_per_tensor": False,
+        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        "modules_to_not_convert": unconverted_modules(steps),
+    }
 
 
-def _is_vision(module: str) -> bool:
-    return module in ("visual", "model.visual") or module.startswith("model.visual.")
+def unconverted_modules(steps: Sequence[Step]) -> list[str]:
+    """Return ``modules_to_not_convert``: every module with a matrix that is not FP8, by full name.
+
+    The head is always listed: giving any list switches off transformers' own exception for it, and
+    a tied head has no tensor. Experts that stay are listed as the one module that engines make.
+    """
+    modules = {"lm_head"}
+    for step in steps:
+        if step.outputs and step.packing is None and len(step.spec.shape) > 1:
+            name = _module(step)
+            experts, found, _ = name.partition(".mlp.experts.")
+            modules.add(f"{experts}.mlp.experts" if found else name)
+    return sorted(modules)
 
 
 def skip_modules(steps: Sequence[Step], prefix: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import PurePath
 from typing import Any
 
@@ -11,7 +12,7 @@ from qwen35.plan.documents import json_bytes
 from qwen35.plan.plan import Plan
 from qwen35.version import __version__
 
-__all__ = ["MANIFEST_VERSION", "manifest_bytes", "manifest_size"]
+__all__ = ["MANIFEST_VERSION", "calibration_json", "manifest_bytes", "manifest_size"]
 
 MANIFEST_VERSION = 1
 """Raised when a reader of older manifests would misread a newer one."""
@@ -36,6 +37,7 @@ def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
                 "format": plan.recipe.format,
                 "rules": [[r.match, r.action, r.reason] for r in plan.recipe.rules],
             },
+            "calibration": calibration_json(plan),
             "plan": plan.digest,
             "files": {
                 name: {"size": size, "sha256": hashes[name]} for name, size in plan.file_sizes()
@@ -51,6 +53,17 @@ def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
             "notes": list(plan.notes),
         }
     )
+
+
+def calibration_json(plan: Plan) -> dict[str, Any] | None:
+    """Return how FP8 scales are chosen, as plain values; None if nothing is encoded as FP8."""
+    if plan.calibration is None:
+        return None
+    statistics = plan.activations
+    return {
+        **asdict(plan.calibration),
+        "activations": statistics and {"name": statistics.name, "sha256": statistics.sha256},
+    }
 
 
 def manifest_size(plan: Plan) -> int:

@@ -7,60 +7,25 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 from qwen35.checkpoint.header import file_layout
 from qwen35.checkpoint.inventory import Item, inventory
 from qwen35.checkpoint.sidecars import travelling
 from qwen35.checkpoint.source import INDEX_NAME, Checkpoint
-from qwen35.checkpoint.storage import Weight
-from qwen35.codecs import nf4
+from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import TensorError, UsageError
 from qwen35.model.config import ModelConfig
-from qwen35.model.roles import Role
+from qwen35.plan.activations import Activations
 from qwen35.plan.config_out import output_config
 from qwen35.plan.documents import json_bytes, template_notes, text_documents
-from qwen35.plan.recipe import Action, Recipe
+from qwen35.plan.recipe import Recipe
+from qwen35.plan.step import Step, make_steps
 from qwen35.tensors import TensorSpec
 
-__all__ = ["MAX_SHARD_BYTES", "Op", "Plan", "PlannedFile", "Step", "make_plan"]
+__all__ = ["MAX_SHARD_BYTES", "Plan", "PlannedFile", "make_plan"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 """A shard is closed before it would hold more tensor bytes than this."""
-
-Op = Literal["drop", "copy", "decode", "nf4"]
-
-
-@dataclass(frozen=True)
-class Step:
-    """What happens to one weight.
-
-    Args:
-        weight: its stored tensors.
-        spec: the weight itself, decoded.
-        role: what it is.
-        op: ``drop``; ``copy`` the stored bytes; ``decode`` to `spec`; encode as ``nf4``.
-        reason: the recipe's words.
-        outputs: what is written, in the order the codec gives.
-    """
-
-    weight: Weight
-    spec: TensorSpec
-    role: Role
-    op: Op
-    reason: str
-    outputs: tuple[TensorSpec, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes written."""
-        return sum(out.nbytes for out in self.outputs)
-
-    @property
-    def packing(self) -> Literal["nf4", "fp8"] | None:
-        """How the output holds the weight, if packed."""
-        dtype = self.outputs[0].dtype if self.outputs else ""
-        return "nf4" if dtype == "U8" else "fp8" if dtype == "F8_E4M3" else None
 
 
 @dataclass(frozen=True)
@@ -94,6 +59,8 @@ class Plan:
         documents: the files whose content the plan makes (config.json, the index, a template).
         copied: side-car files that travel unchanged, with their sizes.
         notes: what the user should know and could not see in the table.
+        calibration: how the scales of FP8 weights are chosen, if there are any to encode.
+        activations: what weighs their columns, if asked for.
     """
 
     checkpoint: Checkpoint
@@ -103,6 +70,8 @@ class Plan:
     documents: Mapping[str, bytes]
     copied: Mapping[str, int]
     notes: tuple[str, ...]
+    calibration: Calibration | None = None
+    activations: Activations | None = None
 
     def file_sizes(self) -> Iterator[tuple[str, int]]:
         """Yield name and exact size of every file but the manifest, which describes the others."""
@@ -133,7 +102,7 @@ class Plan:
 
         Where the source lies is not in it: the same checkpoint elsewhere gives the same digest.
         """
-        described = {
+        described: dict[str, object] = {
             "recipe": [self.recipe.name, self.recipe.format],
             "steps": [
                 [step.weight.name, step.weight.storage, step.op, [o.name for o in step.outputs]]
@@ -143,6 +112,9 @@ class Plan:
             "documents": {name: _sha256(data) for name, data in sorted(self.documents.items())},
             "copied": dict(sorted(self.copied.items())),
         }
+        if self.calibration is not None:
+            statistics = self.activations.sha256 if self.activations else None
+            described["calibration"] = [str(self.calibration), statistics]
         return _sha256(json.dumps(described, sort_keys=True).encode())
 
 
@@ -150,17 +122,26 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, keep_prefix: bool = False) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    keep_prefix: bool = False,
+    calibration: Calibration | None = None,
+    activations: Activations | None = None,
+) -> Plan:
     """Plan the output of `recipe` on `checkpoint`, reading nothing but its headers.
 
     Args:
         checkpoint: the source.
         recipe: rules for its weights.
         keep_prefix: leave text tensors of a text-only output under ``model.language_model.``.
+        calibration: how FP8 scales are chosen; `Calibration`'s default if not given.
+        activations: statistics that weigh the columns of FP8 weights.
 
     Raises:
         TensorError: the checkpoint does not have the weights that its config promises.
-        UsageError: the recipe does not fit the checkpoint.
+        UsageError: the recipe, the calibration or the statistics do not fit the checkpoint.
     """
     items = inventory(checkpoint)
     text_only = checkpoint.config.architecture.vision and _drops_vision(recipe, items)
@@ -169,16 +150,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, keep_prefix: bool = Fal
         prefix = "model."
     if keep_prefix and not text_only:
         raise UsageError("--keep-prefix", "nothing is renamed here", hint="leave it out")
-    steps = tuple(_step(recipe, item, checkpoint.layout.prefix, prefix) for item in items)
+    steps = make_steps(recipe, items, checkpoint.layout.prefix, prefix)
     _check_rules_used(recipe, steps)
-    files = _pack(steps)
-    config = output_config(
-        checkpoint.config,
-        steps,
-        text_only=text_only,
-        prefix=prefix,
-    )
     _check_format(recipe, steps)
+    files = _pack(steps)
+    config = output_config(checkpoint.config, steps, text_only=text_only, prefix=prefix)
     vision = not text_only and checkpoint.config.architecture.vision
     documents = {"config.json": json_bytes(config)}
     notes = _notes(checkpoint.config, steps)
@@ -190,7 +166,43 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, *, keep_prefix: bool = Fal
         documents[INDEX_NAME] = _index(files)
     names = [name for name in travelling(vision=vision) if name not in documents]
     copied = {name: checkpoint.sidecars[name] for name in names if name in checkpoint.sidecars}
-    return Plan(checkpoint, recipe, steps, files, documents, copied, notes)
+    calibration, activations, more = _calibrated(steps, items, calibration, activations)
+    return Plan(
+        checkpoint,
+        recipe,
+        steps,
+        files,
+        documents,
+        copied,
+        (*notes, *more),
+        calibration,
+        activations,
+    )
+
+
+def _calibrated(
+    steps: Sequence[Step],
+    items: Sequence[Item],
+    calibration: Calibration | None,
+    activations: Activations | None,
+) -> tuple[Calibration | None, Activations | None, tuple[str, ...]]:
+    """Return what chooses the FP8 scales, and what the user should know of it."""
+    encoded = [step for step in steps if step.op == "fp8"]
+    if not encoded:
+        for given, flag in ((calibration, "--calib-mode"), (activations, "--activation-stats")):
+            if given is not None:
+                raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
+        return None, None, ()
+    calibration = calibration or Calibration()
+    if activations is None:
+        return calibration, None, ()
+    activations.check(items)
+    if not calibration.weighted:
+        note = f"{activations.name} is ignored: mode {calibration.mode} weighs no columns"
+        return calibration, None, (note,)
+    without = sum(activations.of(step.role) is None for step in encoded)
+    share = f"{without} of {len(encoded)} FP8 weights have no statistics: their columns weigh alike"
+    return calibration, activations, ((share,) if without else ())
 
 
 def _drops_vision(recipe: Recipe, items: Sequence[Item]) -> bool:
@@ -201,54 +213,12 @@ def _drops_vision(recipe: Recipe, items: Sequence[Item]) -> bool:
     return actions <= {"drop"}
 
 
-def _step(recipe: Recipe, item: Item, source_prefix: str, prefix: str) -> Step:
-    rule = recipe.rule_for(item.role)
-    op, reason = _operation(rule.action, rule.reason, item)
-    name = item.spec.name
-    if prefix != source_prefix and name.startswith(source_prefix):
-        name = prefix + name.removeprefix(source_prefix)
-    renamed = TensorSpec(name, item.spec.dtype, item.spec.shape)
-    outputs: tuple[TensorSpec, ...] = ()
-    if op == "copy":
-        outputs = tuple(
-            TensorSpec(
-                name + part.spec.name.removeprefix(item.spec.name), part.spec.dtype, part.spec.shape
-            )
-            for part in item.weight.parts
-        )
-    elif op == "decode":
-        outputs = (renamed,)
-    elif op == "nf4":
-        outputs = nf4.layout(renamed)
-    return Step(item.weight, item.spec, item.role, op, reason, outputs)
-
-
-def _operation(action: Action, reason: str, item: Item) -> tuple[Op, str]:
-    storage = item.weight.storage
-    if action == "drop":
-        if item.role.scope == "text":
-            raise UsageError(f"rule {reason!r}", f"drops {item.spec.name}, which every model needs")
-        return "drop", reason
-    if action == "keep" or (action == "plain" and storage == "plain"):
-        return "copy", reason
-    if action == "plain":
-        return "decode", f"{reason}; packed in the source ({storage}), restored"
-    if item.role.info.kind != "linear" or item.role.scope == "mtp":
-        raise UsageError(
-            f"rule {reason!r}",
-            f"packs {item.spec.name}",
-            expected="linear layers of the text model or the vision tower",
-        )
-    if storage == "nf4":
-        return "copy", f"{reason}; NF4 already"
-    if item.spec.numel % nf4.BLOCK:
-        return "copy" if storage == "plain" else "decode", f"not a multiple of {nf4.BLOCK} weights"
-    return "nf4", reason
-
-
 def _check_format(recipe: Recipe, steps: Sequence[Step]) -> None:
-    if recipe.format == "nf4" and not any(step.packing == "nf4" for step in steps):
-        raise UsageError(f"recipe {recipe.name}", "leaves nothing to be packed as NF4")
+    if recipe.format == "stored" or any(step.packing == recipe.format for step in steps):
+        return
+    raise UsageError(
+        f"recipe {recipe.name}", f"leaves nothing to be packed as {recipe.format.upper()}"
+    )
 
 
 def _check_rules_used(recipe: Recipe, steps: Sequence[Step]) -> None:

@@ -13,21 +13,32 @@ from qwen35.model.roles import ROLES, Role, in_group
 
 __all__ = ["ACTIONS", "BUILT_IN", "Action", "Recipe", "Rule", "load_recipe"]
 
-Action = Literal["drop", "keep", "plain", "nf4"]
-Format = Literal["stored", "nf4"]
+Action = Literal["drop", "keep", "plain", "nf4", "fp8"]
+Format = Literal["stored", "nf4", "fp8"]
 
 ACTIONS: dict[str, str] = {
     "drop": "not written",
     "keep": "copied as stored, packed or not",
     "plain": "copied; if packed (NF4, FP8), decoded to the checkpoint's dtype",
     "nf4": "bitsandbytes NF4; copied if already NF4",
+    "fp8": "block-wise FP8 (E4M3, 128 x 128); copied if already FP8",
 }
 """What a rule may ask for."""
 
-BUILT_IN = ("nf4", "text", "text-nf4")
+BUILT_IN = (
+    "nf4",
+    "text",
+    "text-nf4",
+    "fp8",
+    "fp8-conservative",
+    "text-fp8",
+    "text-fp8-conservative",
+    "bf16",
+)
 """Names of the recipes that come with the package."""
 
-_NEVER_PACKED = ("vector", "conv", "embedding")
+_PACKING = ("nf4", "fp8")
+_NEVER_PACKED = ("vector", "conv", "embedding", "router")
 _ROLES_HINT = "`qwen35 plan --roles` prints the roles"
 _KINDS = sorted({info.kind for info in ROLES.values()})
 
@@ -36,7 +47,8 @@ _KINDS = sorted({info.kind for info in ROLES.values()})
 class Rule:
     """One row of a recipe.
 
-    With ``nf4``, a group leaves its norms, biases, tables and convolutions alone.
+    With ``nf4`` and ``fp8``, a group leaves its norms, biases, tables, routers and convolutions
+    alone.
 
     Args:
         match: a role or the group its first segments name, ``kind:linear``, or ``*``.
@@ -57,7 +69,7 @@ class Rule:
         if self.match.startswith("kind:"):
             return role.info.kind == self.match.removeprefix("kind:")
         part_of_group = role.name != self.match and role.info.kind in _NEVER_PACKED
-        if self.action == "nf4" and part_of_group:
+        if self.action in _PACKING and part_of_group:
             return False
         return in_group(role.name, self.match)
 
@@ -68,7 +80,7 @@ class Recipe:
 
     Args:
         name: built-in name or file name.
-        format: ``nf4`` writes bitsandbytes' config; ``stored`` keeps the source's own format.
+        format: what its rules may pack weights as; ``stored``: nothing that is not packed already.
         description: one line.
         rules: in order; together they match every role.
     """
@@ -150,8 +162,12 @@ def _parse(name: str, text: str, *, required: bool) -> Recipe:
     rules = parsed.get("rules")
     if not isinstance(rules, list) or not rules:
         raise UsageError(f"recipe {name}", "no [[rules]] in it")
-    if kind == "stored" and any(isinstance(r, dict) and r.get("action") == "nf4" for r in rules):
-        raise UsageError(f"recipe {name}", "packs as NF4", hint='give it format = "nf4"')
+    for row in rules:
+        action = row.get("action") if isinstance(row, dict) else None
+        if action in _PACKING and action != kind:
+            raise UsageError(
+                f"recipe {name}", f"packs as {action.upper()}", hint=f'give it format = "{action}"'
+            )
     own = tuple(_rule(f"recipe {name}, rule {i}", r, required) for i, r in enumerate(rules, 1))
     base = parsed.get("base")
     inherited = _base_rules(name, base, kind) if base is not None else ()

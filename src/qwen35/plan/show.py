@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.model.roles import ROLES
-from qwen35.plan.manifest import manifest_size
-from qwen35.plan.plan import Plan, Step
+from qwen35.plan.manifest import calibration_json, manifest_size
+from qwen35.plan.plan import Plan
+from qwen35.plan.step import Step
 
-__all__ = ["peak_memory", "plan_json", "plan_text", "roles_json", "roles_text", "size"]
+__all__ = [
+    "packed_text",
+    "peak_memory",
+    "plan_json",
+    "plan_text",
+    "roles_json",
+    "roles_text",
+    "size",
+]
 
 _BASE_MEMORY = 130_000_000
 """The interpreter with NumPy and Numba, measured by benchmarks/nf4.py; torch is not loaded."""
@@ -24,7 +33,8 @@ def peak_memory(plan: Plan, threads: int) -> int:
     """Return an upper estimate in bytes of the memory that executing `plan` needs."""
     largest = max((s.spec.numel for s in plan.steps if s.op == "nf4"), default=0)
     decodes = any(s.op != "copy" and s.weight.storage != "plain" for s in plan.steps)
-    piece = _THREAD_MEMORY * (3 if decodes else 1)
+    wide = any(s.op == "fp8" and s.spec.dtype != "BF16" for s in plan.steps)
+    piece = _THREAD_MEMORY * (3 if decodes or wide else 1)
     statistics = largest // 64 * 4 * 8
     headers = sum(len(file.head) for file in plan.files) * 8
     return _BASE_MEMORY + threads * (piece + statistics) + headers
@@ -61,7 +71,6 @@ def _group_lines(plan: Plan) -> Iterator[str]:
 
 def plan_text(plan: Plan, threads: int) -> str:
     """Render the plan as text."""
-    replaced = sum(step.packing == "nf4" for step in plan.steps)
     written = sum(1 for _ in plan.outputs)
     lines = [
         f"{plan.checkpoint.name} -> {plan.recipe.name}: {plan.recipe.description}",
@@ -76,9 +85,10 @@ def plan_text(plan: Plan, threads: int) -> str:
     lines += [
         f"{'total':<48} {total:>29,}",
         "",
-        f"{len(plan.steps)} weights in, {written} tensors out, {replaced} layers in NF4",
+        f"{len(plan.steps)} weights in, {written} tensors out, {packed_text(plan)}",
         f"reads {size(plan.read_bytes)}, writes {size(total)}, "
         f"peak memory about {size(peak_memory(plan, threads))} with {threads} threads",
+        *([f"FP8 scales: {plan.calibration}"] if plan.calibration else []),
         f"plan {plan.digest}",
     ]
     if plan.checkpoint.place is None:
@@ -87,6 +97,14 @@ def plan_text(plan: Plan, threads: int) -> str:
         )
     lines += [f"note: {note}" for note in plan.notes]
     return "\n".join(lines)
+
+
+def packed_text(plan: Plan) -> str:
+    """Say how many weights are packed, and as what."""
+    counts = Counter(step.packing for step in plan.steps if step.packing)
+    return (
+        ", ".join(f"{n} weights in {kind.upper()}" for kind, n in counts.items()) or "none packed"
+    )
 
 
 def _files(plan: Plan) -> Iterator[tuple[str, int]]:
@@ -103,6 +121,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "format": plan.recipe.format,
         "digest": plan.digest,
+        "calibration": calibration_json(plan),
         "read_bytes": plan.read_bytes,
         "peak_memory": peak_memory(plan, threads),
         "files": dict(_files(plan)),

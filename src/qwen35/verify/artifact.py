@@ -89,10 +89,11 @@ def verify(
     if depth == "numbers":
         if structure.manifest is not None:
             findings += check_hashes(artifact, structure.manifest)
-        errors, more = check_numbers(
+        numbers = check_numbers(
             artifact, structure.items, source, threads=threads, progress=progress
         )
-        findings += more
+        errors = numbers.roles
+        findings += numbers.findings
     items = structure.items
     counts = {
         "weights": len(items),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,26 +14,32 @@ import numpy.typing as npt
 from qwen35.checkpoint.inventory import Item, inventory
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint, Reader
-from qwen35.codecs.floats import f32_from
-from qwen35.codecs.nf4 import BLOCK, NESTED_BLOCK
-from qwen35.codecs.nf4_arrays import State, Statistics, decode_blocks, encode_blocks
-from qwen35.codecs.nf4_tables import BOUNDS, LEVELS, dynamic_map
+from qwen35.checkpoint.storage import FP8_BLOCK
+from qwen35.codecs.floats import all_finite, f32_from
+from qwen35.codecs.fp8 import fits
+from qwen35.codecs.fp8_errors import Errors
+from qwen35.codecs.nf4 import BLOCK
+from qwen35.codecs.nf4_arrays import State, decode_blocks, encode_blocks
+from qwen35.codecs.nf4_tables import LEVELS, dynamic_map
 from qwen35.errors import Finding, InputError
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import hash_file
-from qwen35.strips import decoded, nf4_absmax, nf4_state, stored
+from qwen35.strips import (
+    decoded,
+    fp8_scales,
+    nf4_absmax,
+    nf4_state,
+    not_finite,
+    stored,
+    tile_rows,
+)
 from qwen35.threads import default_threads
+from qwen35.verify.nf4 import same_mean, wrong_codes, wrong_scales
 
-__all__ = ["RoleError", "check_hashes", "check_numbers"]
+__all__ = ["Numbers", "RoleError", "check_hashes", "check_numbers"]
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
-
-ABSMAX_SLACK = 1e-6
-"""How far from a bound between two 8-bit codes a scale may lie: rounding of the division."""
-
-CODE_SLACK = 1e-5
-"""How far beyond a bound between two levels a quotient may lie: rounding of the division."""
 
 
 @dataclass
@@ -82,10 +88,29 @@ class _Compared:
     item: Item
     squared: float = 0.0
     norm: float = 0.0
+    fp8: Errors | None = None
+    identical: bool = False
     findings: list[Finding] = field(default_factory=list)
 
     def error(self, check: str, message: str) -> None:
         self.findings.append(Finding(check, self.item.weight.name, message))
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What `check_numbers` saw.
+
+    Args:
+        roles: errors per role; none without a source.
+        fp8: errors of each FP8 weight that was compared with an unpacked original, by name.
+        identical: weights whose stored bytes are those of the source.
+        findings: what is wrong.
+    """
+
+    roles: list[RoleError]
+    fp8: dict[str, Errors]
+    identical: int
+    findings: list[Finding]
 
 
 def check_hashes(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[Finding]:
@@ -101,7 +126,10 @@ def check_hashes(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterato
             yield Finding("hash", name, message)
 
 
-def _key(item: Item) -> tuple[str, int | None, int | None]:
+_Key = tuple[str, int | None, int | None]
+
+
+def _key(item: Item) -> _Key:
     return item.role.name, item.role.layer, item.role.expert
 
 
@@ -110,35 +138,49 @@ def check_numbers(
     items: tuple[Item, ...],
     source: Checkpoint | None,
     *,
+    only: Callable[[Item], bool] | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> tuple[list[RoleError], list[Finding]]:
+) -> Numbers:
     """Decode every weight; with a source, compare each with its original.
 
     Args:
         artifact: what is checked, with its files at hand.
         items: its weights, as the structural check matched them.
         source: the checkpoint it was made from.
+        only: which weights to decode; all when None.
         threads: weights decoded at a time.
         progress: told of the bytes read.
-
-    Returns:
-        Errors per role (none without a source) and findings.
     """
     progress = progress or Silent()
-    originals = {_key(item): item for item in inventory(source)} if source is not None else {}
+    originals = _originals(source, {_key(item) for item in items}) if source is not None else {}
     findings = _unmatched(items, originals) if source is not None else []
-    progress.begin(f"checking {artifact.name}", sum(item.weight.nbytes for item in items))
+    chosen = [item for item in items if only is None or only(item)]
+    progress.begin(f"checking {artifact.name}", sum(item.weight.nbytes for item in chosen))
     try:
         with Reader(artifact) as reader, Reader(source or artifact) as source_reader:
             run = _Comparison(reader, source_reader, originals, progress)
             with ThreadPoolExecutor(threads or default_threads()) as pool:
-                compared = list(pool.map(run.compare, items))
+                compared = list(pool.map(run.compare, chosen))
     finally:
         progress.end()
     for one in compared:
         findings += one.findings
-    return (_by_role(compared) if source is not None else []), findings
+    errors = {one.item.spec.name: one.fp8 for one in compared if one.fp8 is not None}
+    identical = sum(one.identical for one in compared)
+    roles = _by_role(compared) if source is not None else []
+    return Numbers(roles, errors, identical, findings)
+
+
+def _originals(source: Checkpoint, wanted: Set[_Key]) -> dict[_Key, Item]:
+    """Return the source's weights by key; fused experts one by one where they are wanted so."""
+    originals: dict[_Key, Item] = {}
+    for item in inventory(source):
+        parts = [item]
+        if _key(item) not in wanted:
+            parts = list(item.experts()) or parts
+        originals |= {_key(part): part for part in parts}
+    return originals
 
 
 def _unmatched(items: tuple[Item, ...], originals: Mapping[Any, Item]) -> list[Finding]:
@@ -169,7 +211,7 @@ def _by_role(compared: list[_Compared]) -> list[RoleError]:
 class _Comparison:
     reader: Reader
     source_reader: Reader
-    originals: Mapping[tuple[str, int | None, int | None], Item]
+    originals: Mapping[_Key, Item]
     progress: Progress
 
     def compare(self, item: Item) -> _Compared:
@@ -183,6 +225,8 @@ class _Comparison:
                 self._same(result, original)
             elif item.weight.storage == "nf4":
                 self._nf4(result, original)
+            elif item.weight.storage == "fp8" and fits(item.spec.shape):
+                self._fp8(result, original)
             else:
                 self._values(result, original)
         except InputError as error:
@@ -211,6 +255,7 @@ class _Comparison:
             if wrong:
                 message = f"{wrong} bytes differ from the source"
                 result.findings.append(Finding("bytes", here.spec.name, message))
+        result.identical = not result.findings
         if result.findings:
             self._values(result, original, report=False)
 
@@ -225,6 +270,30 @@ class _Comparison:
             _accumulate(result, got, expected)
         if wrong and report:
             result.error("values", f"{wrong} of {original.spec.numel} values differ")
+
+    def _fp8(self, result: _Compared, original: Item) -> None:
+        """Compare every code with what its scale can say at best."""
+        weight, spec = result.item.weight, result.item.spec
+        scales = fp8_scales(self.reader, weight)
+        result.fp8 = errors = Errors()
+        row = done = 0
+        pieces = decoded(self.source_reader, original.weight, original.spec, strip=tile_rows(spec))
+        for piece in pieces:
+            values = piece.reshape(-1, spec.shape[1])
+            codes = np.empty(values.shape, np.uint8)
+            self.reader.read_into(weight.main, done, codes.data.cast("B"))
+            if not all_finite(codes, "F8_E4M3"):
+                raise not_finite(weight.name)
+            count = len(values) // FP8_BLOCK
+            errors.add(values, original.spec.dtype, codes, scales[row : row + count])
+            row, done = row + count, done + values.size
+        result.squared, result.norm = errors.squared, errors.norm
+        if errors.misplaced:
+            message = (
+                f"{errors.misplaced} of {spec.numel} values are further from the source than "
+                "rounding to E4M3 with these scales explains"
+            )
+            result.error("codes", message)
 
     def _nf4(self, result: _Compared, original: Item) -> None:
         """Compare packed codes and decoded absmax with what the source's blocks must give."""
@@ -242,7 +311,7 @@ class _Comparison:
             encode_blocks(piece, original.spec.dtype, true_absmax[blocks], expected)
             values = f32_from(piece, original.spec.dtype)
             if not np.array_equal(packed, expected):
-                wrong += _wrong_codes(packed, expected, values, true_absmax[blocks])
+                wrong += wrong_codes(packed, expected, values, true_absmax[blocks])
             _accumulate(result, decode_blocks(packed, absmax[blocks], LEVELS), values)
             done += piece.size
         if wrong:
@@ -254,11 +323,11 @@ class _Comparison:
         absmax = self._part(result, ".absmax")
         if not state.nested:
             off = int(np.count_nonzero(absmax.view(np.float32) != true))
-        elif not _same_mean(state.offset, true):
+        elif not same_mean(state.offset, true):
             off = len(true)
         else:
             nested = self._part(result, ".nested_absmax").view(np.float32)
-            off = _wrong_scales(absmax, nested, state.offset, true)
+            off = wrong_scales(absmax, nested, state.offset, true)
         if off:
             result.error("absmax", f"{off} of {len(true)} scales are not those of the source")
 
@@ -291,46 +360,3 @@ def _accumulate(result: _Compared, got: F32, expected: F32) -> None:
     result.squared += float(difference @ difference)
     wide = expected.astype(np.float64)
     result.norm += float(wide @ wide)
-
-
-def _wrong_codes(packed: Array, expected: Array, values: F32, absmax: F32) -> int:
-    """Count codes whose level is not the nearest, but for quotients on a bound.
-
-    A block of zeros may hold any code: its scale decides, and bitsandbytes on CUDA writes code 0.
-    """
-    bad = np.flatnonzero(packed != expected)
-    index = (2 * bad[:, None] + np.arange(2)).reshape(-1)
-    pairs = packed[bad]
-    codes = np.stack([pairs >> 4, pairs & 15], axis=1).reshape(-1).astype(np.int64)
-    scale = absmax[index // BLOCK]
-    quotient = np.divide(
-        values[index], scale, out=np.zeros(len(index), np.float32), where=scale > 0
-    )
-    lower = np.concatenate([[-np.inf], BOUNDS])[codes]
-    upper = np.concatenate([BOUNDS, [np.inf]])[codes]
-    near = (quotient >= lower - CODE_SLACK) & (quotient <= upper + CODE_SLACK)
-    return int(np.count_nonzero(~near & (scale > 0)))
-
-
-def _wrong_scales(codes: Array, nested: F32, offset: float, true: F32) -> int:
-    """Count 8-bit codes that neither bitsandbytes' CPU table nor the nearest value gives.
-
-    bitsandbytes on CUDA takes the nearest value of the dynamic map, on a CPU that of a table which
-    is one code off now and then.
-    """
-    expected = Statistics.of(true, offset)
-    if not np.allclose(nested, expected.nested, rtol=1e-5, atol=0):
-        return len(true)
-    scale = np.repeat(expected.nested, NESTED_BLOCK)[: len(true)].astype(np.float64)
-    values = (true - np.float32(offset)) / np.where(scale > 0, scale, 1)
-    table = dynamic_map().astype(np.float64)
-    bounds = (table[:-1] + table[1:]) / 2
-    lowest = np.searchsorted(bounds, values - ABSMAX_SLACK)
-    highest = np.searchsorted(bounds, values + ABSMAX_SLACK)
-    near = (codes >= lowest) & (codes <= highest)
-    return int(np.count_nonzero(~near & (codes != expected.codes) & (scale > 0)))
-
-
-def _same_mean(offset: float, true: F32) -> bool:
-    """Whether an offset is the mean of the scales, but for the sum's rounding."""
-    return abs(offset - float(true.mean(dtype=np.float64))) <= 1e-5 * float(np.abs(true).max())

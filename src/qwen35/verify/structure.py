@@ -16,6 +16,7 @@ from qwen35.codecs import nf4
 from qwen35.errors import Finding, InputError
 from qwen35.model.config import ModelConfig
 from qwen35.plan.manifest import MANIFEST_VERSION
+from qwen35.verify.fp8 import fp8_findings
 
 __all__ = ["Structure", "check_structure", "is_skipped"]
 
@@ -108,6 +109,8 @@ def _config_findings(checkpoint: Checkpoint, items: tuple[Item, ...]) -> Iterato
     if method == "bitsandbytes":
         packed = [item for item in items if item.weight.storage == "nf4"]
         yield from _nf4_findings(config, items, packed)
+    elif method == "fp8":
+        yield from fp8_findings(config, items)
 
 
 def _nf4_findings(
