@@ -348,7 +348,8 @@ def test_plan_of_roles(capsys: Capture) -> None:
 def test_flags_of_plan(capsys: Capture, flags: list[str], tensors: int, layers: int) -> None:
     assert main([*PLAN, *flags]) == 0
     shown = capsys.readouterr().out
-    assert f"488 weights in, {tensors} tensors out, {layers} weights in NF4" in shown
+    packed = f"{layers} weights in NF4" if layers else "none packed"
+    assert f"488 weights in, {tensors} tensors out, {packed}" in shown
 
 
 def test_plan_of_a_folder_reads_no_weights(dense: Path, capsys: Capture) -> None:

@@ -11,9 +11,17 @@ from collections import Counter
 from pathlib import Path
 
 from qwen35.checkpoint.open import describe, fetch
+from qwen35.cli.fp8 import (
+    EXIT_FINDINGS,
+    activations_for,
+    add_calibration,
+    calibration_for,
+    report,
+)
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, add_recipe, plan_for, threads_for
 from qwen35.plan.show import packed_text, plan_json, plan_text, size
+from qwen35.verify.fp8_show import report_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add_recipe(parser)
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (auto is the CPU)"
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N or a list (auto is the CPU)"
     )
+    add_calibration(parser, mode=None, samples=None)
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
 
@@ -33,12 +42,13 @@ def run(args: argparse.Namespace, output: Output) -> int:
     from qwen35.convert import check_before, convert
 
     check_before(args.out, overwrite=args.overwrite, device=args.device)
+    scales = calibration_for(args), activations_for(args)
     if args.dry_run:
-        plan = plan_for(describe(args.model, token=args.hf_token), args)
+        plan = plan_for(describe(args.model, token=args.hf_token), args, *scales)
         threads = threads_for(plan, args)
         output.data(plan_text(plan, threads), plan_json(plan, threads))
         return 0
-    plan = plan_for(fetch(args.model, token=args.hf_token), args)
+    plan = plan_for(fetch(args.model, token=args.hf_token), args, *scales)
     result = convert(
         plan,
         args.out,
@@ -49,9 +59,18 @@ def run(args: argparse.Namespace, output: Output) -> int:
     )
     for note in plan.notes:
         output.info(f"note: {note}")
-    packed = Counter(step.packing for step in plan.steps if step.packing)
-    output.data(
-        f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}, {packed_text(plan)}",
-        {"out": str(result.out), "bytes": result.nbytes, "sha256": result.hashes, **packed},
-    )
-    return 0
+    summary = f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}"
+    summary = f"{summary}, {packed_text(plan)}"
+    packed: Counter[str] = Counter(step.packing for step in plan.steps if step.packing)
+    made: dict[str, object] = {
+        "out": str(result.out),
+        "bytes": result.nbytes,
+        "sha256": result.hashes,
+    }
+    made |= packed
+    checked = report(plan, result.out, args, output)
+    if checked is None:
+        output.data(summary, made)
+        return 0
+    output.data(f"{report_text(checked)}\n{summary}", {**made, "report": checked.to_json()})
+    return EXIT_FINDINGS if checked.verdict == "FAIL" else 0

@@ -5,19 +5,29 @@ from __future__ import annotations
 import argparse
 
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import UsageError
+from qwen35.plan.activations import Activations
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import BUILT_IN, load_recipe
 from qwen35.plan.show import peak_memory, size
 from qwen35.threads import default_threads
 
-__all__ = ["add_model", "add_recipe", "plan_for", "positive", "size_of", "threads_for"]
+__all__ = ["add_model", "add_recipe", "count", "plan_for", "positive", "size_of", "threads_for"]
 
 
 def positive(text: str) -> int:
     """Parse a positive integer; argparse prints the refusal."""
     value = int(text)
     if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def count(text: str) -> int:
+    """Parse an integer that is not negative; argparse prints the refusal."""
+    value = int(text)
+    if value < 0:
         raise ValueError(text)
     return value
 
@@ -89,9 +99,20 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plan_for(checkpoint: Checkpoint, args: argparse.Namespace) -> Plan:
+def plan_for(
+    checkpoint: Checkpoint,
+    args: argparse.Namespace,
+    calibration: Calibration | None = None,
+    activations: Activations | None = None,
+) -> Plan:
     """Plan `checkpoint` as the arguments ask."""
     recipe = load_recipe(args.recipe).keeping(tuple(args.keep))
     if args.drop_mtp:
         recipe = recipe.dropping_mtp()
-    return make_plan(checkpoint, recipe, keep_prefix=args.keep_prefix)
+    return make_plan(
+        checkpoint,
+        recipe,
+        keep_prefix=args.keep_prefix,
+        calibration=calibration,
+        activations=activations,
+    )

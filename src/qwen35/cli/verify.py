@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
     )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=positive,
+        metavar="N",
+        help="FP8: whether N GPUs can share every weight in whole tiles of 128",
+    )
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
@@ -58,5 +64,6 @@ def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
         source=source,
         depth=depth,
         threads=args.threads,
+        tensor_parallel=args.tensor_parallel,
         progress=output.progress() if depth == "numbers" else None,
     )

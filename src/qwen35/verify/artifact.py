@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding, UsageError
 from qwen35.progress import Progress
-from qwen35.verify.numbers import RoleError, check_hashes, check_numbers
+from qwen35.verify.bands import WORST_ERROR
+from qwen35.verify.fp8 import tensor_parallel_findings
+from qwen35.verify.numbers import Numbers, RoleError, check_hashes, check_numbers
 from qwen35.verify.structure import check_structure
 
 __all__ = ["Depth", "Verdict", "verify"]
@@ -69,6 +72,7 @@ def verify(
     source: Checkpoint | None = None,
     depth: Depth = "structure",
     threads: int | None = None,
+    tensor_parallel: int | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
     """Check an artifact.
@@ -78,6 +82,7 @@ def verify(
         source: the checkpoint it was made from; needs depth ``numbers``.
         depth: ``structure`` reads headers, ``numbers`` every byte.
         threads: weights decoded at a time.
+        tensor_parallel: GPUs that must be able to share every FP8 weight.
         progress: told of the bytes read.
     """
     place = artifact.place
@@ -85,6 +90,8 @@ def verify(
         raise UsageError(artifact.name, "only a description, nothing to verify")
     structure = check_structure(place, artifact)
     findings = list(structure.findings)
+    if tensor_parallel is not None:
+        findings += tensor_parallel_findings(structure.items, tensor_parallel)
     errors: list[RoleError] = []
     if depth == "numbers":
         if structure.manifest is not None:
@@ -93,7 +100,7 @@ def verify(
             artifact, structure.items, source, threads=threads, progress=progress
         )
         errors = numbers.roles
-        findings += numbers.findings
+        findings += [*numbers.findings, *_too_far(numbers)]
     items = structure.items
     counts = {
         "weights": len(items),
@@ -101,3 +108,14 @@ def verify(
         "files": len(artifact.file_sizes),
     }
     return Verdict(artifact.name, structure.kind, depth, counts, tuple(errors), tuple(findings))
+
+
+def _too_far(numbers: Numbers) -> Iterator[Finding]:
+    """Yield FP8 weights that saturate so much that no rounding explains their error."""
+    for name, errors in numbers.fp8.items():
+        if not errors.misplaced and errors.relative_rmse > WORST_ERROR:
+            message = (
+                f"relative error {errors.relative_rmse:.4f}, expected at most {WORST_ERROR} "
+                f"({errors.clipped} weights saturate)"
+            )
+            yield Finding("error", name, message)
