@@ -99,7 +99,7 @@ def _encode_tiles(
     if mode == _PERCENTILE:
         level = tl.load(levels + number)
         scale = tl.where(level > 0.0, _stored(tl.div_rn(level, 448.0)), scale)
-    if mode == _MSE or mode == _SEARCH:
+    if mode == _MSE or mode == _SEARCH:  # noqa: SIM109 - Triton knows no `in`
         first = scale
         least = _loss(magnitudes, first, weight)
         for i in range(1, candidates):
