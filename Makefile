@@ -2,11 +2,13 @@
 # make test   install, then lint, types, import contract, tests
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: help setup demo test test-all lint bench clean
+# make test-vllm   load the embedded checkpoint's FP8 in vLLM, in an environment of its own
+.PHONY: help setup demo test test-all test-vllm lint bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -42,8 +44,21 @@ test: $(VENV)/.test lint
 test-all: $(VENV)/.test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
+# vLLM pins its own transformers, so it has an environment of its own
+$(VLLM)/.made: tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	PIP_CONSTRAINT= $(VLLM)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	PIP_CONSTRAINT= $(VLLM)/bin/python -m pip install --quiet -r tests/vllm/requirements.txt
+	touch $@
+
+test-vllm: $(VENV)/.test $(VLLM)/.made
+	mkdir -p build/vllm
+	$(BIN)/python tests/vllm/references.py build/vllm
+	$(VLLM)/bin/python tests/vllm/compare.py build/vllm
+
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/nf4.py
+	$(BIN)/python benchmarks/fp8.py
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
