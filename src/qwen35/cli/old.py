@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qwen35.cli.main import run_verb
 
-__all__ = ["convert", "inspect", "quantize_fp8", "strip"]
+__all__ = ["convert", "inspect", "quantize_fp8", "strip", "verify", "verify_qwen35"]
 
 
 def _run(name: str, module: str, argv: Sequence[str] | None) -> int:
@@ -32,3 +32,13 @@ def inspect(argv: Sequence[str] | None = None) -> int:
 def quantize_fp8(argv: Sequence[str] | None = None) -> int:
     """`qwen35-quantize-fp8`: a checkpoint to block-wise FP8."""
     return _run("qwen35-quantize-fp8", "old_quantize_fp8", argv)
+
+
+def verify(argv: Sequence[str] | None = None) -> int:
+    """`qwen35-verify`: config, load, precision, questions."""
+    return _run("qwen35-verify", "old_verify", argv)
+
+
+def verify_qwen35(argv: Sequence[str] | None = None) -> int:
+    """`qwen35-verify-qwen35`: the same, and a picture."""
+    return _run("qwen35-verify-qwen35", "old_verify_qwen35", argv)

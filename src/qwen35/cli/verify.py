@@ -1,4 +1,4 @@
-"""Check an artifact: its structure from headers, or with --source every number in it.
+"""Check an artifact: its structure from headers, every number in it, or what it answers.
 
 Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check.
 """
@@ -6,6 +6,7 @@ Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from qwen35.checkpoint.open import describe, fetch, looks_like_artifact
 from qwen35.cli.output import Output
@@ -23,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", metavar="MODEL", help="what it was made from")
     parser.add_argument(
         "--depth",
-        choices=("structure", "numbers"),
-        help="structure: headers only; numbers: every byte (default with --source)",
+        choices=get_args(Depth),
+        help="structure: headers only; numbers: every byte (default with --source); "
+        "behaviour: also load it and ask it questions",
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
 def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
     depth: Depth = args.depth or ("numbers" if args.source else "structure")
-    opened = fetch if depth == "numbers" else describe
+    opened = describe if depth == "structure" else fetch
     if depth == "structure" and args.source:
         raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
     try:
@@ -65,5 +67,5 @@ def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
         depth=depth,
         threads=args.threads,
         tensor_parallel=args.tensor_parallel,
-        progress=output.progress() if depth == "numbers" else None,
+        progress=None if depth == "structure" else output.progress(),
     )

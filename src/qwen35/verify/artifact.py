@@ -9,14 +9,16 @@ from typing import Any, Literal
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding, UsageError
 from qwen35.progress import Progress
+from qwen35.verify.asking import Asker
 from qwen35.verify.bands import WORST_ERROR
+from qwen35.verify.behaviour import Answer, ask, behaviour_findings
 from qwen35.verify.fp8 import tensor_parallel_findings
 from qwen35.verify.numbers import Numbers, RoleError, check_hashes, check_numbers
 from qwen35.verify.structure import check_structure
 
 __all__ = ["Depth", "Verdict", "verify"]
 
-Depth = Literal["structure", "numbers"]
+Depth = Literal["structure", "numbers", "behaviour"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Verdict:
         counts: what was looked at (weights, packed weights, files).
         errors: relative error per role; empty without a source.
         findings: what is wrong.
+        answers: what it said when asked, at depth ``behaviour``.
+        notes: what the user should know of how it was checked.
     """
 
     name: str
@@ -38,6 +42,8 @@ class Verdict:
     counts: dict[str, int]
     errors: tuple[RoleError, ...]
     findings: tuple[Finding, ...]
+    answers: tuple[Answer, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -62,7 +68,9 @@ class Verdict:
                 }
                 for row in self.errors
             ],
+            "answers": [answer.to_json() for answer in self.answers],
             "findings": [finding.to_json() for finding in self.findings],
+            "notes": list(self.notes),
         }
 
 
@@ -79,8 +87,8 @@ def verify(
 
     Args:
         artifact: opened leniently (`qwen35.checkpoint.open`).
-        source: the checkpoint it was made from; needs depth ``numbers``.
-        depth: ``structure`` reads headers, ``numbers`` every byte.
+        source: the checkpoint it was made from; needs depth ``numbers`` or more.
+        depth: ``structure`` reads headers, ``numbers`` every byte, ``behaviour`` asks it as well.
         threads: weights decoded at a time.
         tensor_parallel: GPUs that must be able to share every FP8 weight.
         progress: told of the bytes read.
@@ -93,7 +101,7 @@ def verify(
     if tensor_parallel is not None:
         findings += tensor_parallel_findings(structure.items, tensor_parallel)
     errors: list[RoleError] = []
-    if depth == "numbers":
+    if depth != "structure":
         if structure.manifest is not None:
             findings += check_hashes(artifact, structure.manifest)
         numbers = check_numbers(
@@ -101,13 +109,45 @@ def verify(
         )
         errors = numbers.roles
         findings += [*numbers.findings, *_too_far(numbers)]
+    answers: list[Answer] = []
+    notes: list[str] = []
+    if depth == "behaviour" and not findings:
+        answers, more, notes = _behaviour(artifact)
+        findings += more
+    elif depth == "behaviour":
+        notes.append("not asked anything: what was found must be repaired first")
     items = structure.items
     counts = {
         "weights": len(items),
         "packed": sum(item.weight.storage != "plain" for item in items),
         "files": len(artifact.file_sizes),
     }
-    return Verdict(artifact.name, structure.kind, depth, counts, tuple(errors), tuple(findings))
+    return Verdict(
+        artifact.name,
+        structure.kind,
+        depth,
+        counts,
+        tuple(errors),
+        tuple(findings),
+        tuple(answers),
+        tuple(notes),
+    )
+
+
+def _behaviour(artifact: Checkpoint) -> tuple[list[Answer], list[Finding], list[str]]:
+    """Load the artifact in transformers and ask it everything."""
+    asker = Asker(artifact.folder())
+    findings = [
+        Finding("load", name, "missing or unexpected when transformers loads it")
+        for name in asker.missing
+    ]
+    answers = list(ask(asker, image=asker.vision))
+    notes = [f"asked in transformers, on the {asker.model.device.type}"]
+    if asker.settled:
+        notes.append(
+            f"{asker.settled} layers kept off bitsandbytes' AVX512-BF16 path, which fails on them"
+        )
+    return answers, [*findings, *behaviour_findings(answers)], notes
 
 
 def _too_far(numbers: Numbers) -> Iterator[Finding]:

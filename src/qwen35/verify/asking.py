@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, Self
 
 from qwen35.errors import UsageError
 
-__all__ = ["Asker", "Question", "is_right"]
+__all__ = ["Asker", "Halves", "Question", "is_right"]
 
 MAX_NEW_TOKENS = 96
 _COLORS: dict[str, tuple[int, int, int]] = {
@@ -42,10 +43,13 @@ class Question:
     Args:
         prompt: the user's words.
         expect: what the answer must be or hold.
-        match: ``word``: the answer is this word; ``words``: one sentence with all of these;
-            ``contains``: it holds this text; ``code``: a Python function that holds this text.
+        match: ``word``: the answer is this word; ``any``: it holds one of these words; ``all``: all
+            of them; ``words``: one sentence with all of these; ``contains``: it holds this text;
+            ``code``: a Python function that holds this text; ``sum``: a Python function that
+            returns the sum of its two arguments.
         thinking: whether the model may reason first; if so it must, and must finish.
         image: a picture shown with the question.
+        tokens: how long its turn may be.
     """
 
     prompt: str
@@ -53,6 +57,7 @@ class Question:
     match: str = "word"
     thinking: bool = False
     image: Halves | None = None
+    tokens: int = MAX_NEW_TOKENS
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Self:
@@ -74,11 +79,18 @@ def is_right(question: Question, said: str) -> bool:
             return False
     elif "<think>" in said:
         return False
-    said = said.strip()
+    return _matches(question, said.strip())
+
+
+def _matches(question: Question, said: str) -> bool:
     expect = question.expect.casefold()
     words = re.findall(r"\w+", said.casefold())
     if question.match == "word":
         return words == [expect]
+    if question.match == "any":
+        return not set(expect.split()).isdisjoint(words)
+    if question.match == "all":
+        return set(expect.split()) <= set(words)
     if question.match == "words":
         return set(expect.split()) <= set(words) and said.count(".") == 1
     if question.match == "contains":
@@ -86,17 +98,43 @@ def is_right(question: Question, said: str) -> bool:
     if question.match == "code":
         block = re.fullmatch(r"```python\n(.*)\n```", said, flags=re.DOTALL)
         return block is not None and "def " in said and expect in said.casefold()
+    if question.match == "sum":
+        return _sums(said)
     raise UsageError(question.prompt, f"match {question.match!r}", expected="word, words, ...")
 
 
+def _sums(said: str) -> bool:
+    """Whether an answer holds a Python function that adds its two arguments; nothing is run."""
+    block = re.search(r"```(?:python|py)?\n(.*?)```", said, flags=re.DOTALL)
+    try:
+        tree = ast.parse(block[1] if block else said)
+    except (SyntaxError, ValueError, RecursionError):
+        return False
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        names = {argument.arg for argument in function.args.args}
+        for node in ast.walk(function):
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+                added = {side.id for side in (node.left, node.right) if isinstance(side, ast.Name)}
+                if len(names) == 2 and added == names:
+                    return True
+    return False
+
+
 class Asker:
-    """A loaded model that answers questions on the CPU, greedily.
+    """A loaded model that answers questions, greedily.
 
     Args:
         folder: the artifact.
 
+    Attributes:
+        vision: whether it sees pictures.
+        missing: weights that the model has and the files have not, or the other way round.
+        settled: 4-bit layers that were kept off a path which this processor cannot take.
+
     Raises:
-        UsageError: transformers or torch is not installed.
+        UsageError: transformers or torch is not installed, or, for pictures, Pillow.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,7 +153,10 @@ class Asker:
         config = transformers.AutoConfig.from_pretrained(folder)
         self.vision = hasattr(config, "vision_config")
         kind = "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
-        self.model: Any = getattr(transformers, kind).from_pretrained(folder, device_map="cpu")
+        self.model, info = getattr(transformers, kind).from_pretrained(
+            folder, device_map="cpu", output_loading_info=True
+        )
+        self.missing = sorted({*info["missing_keys"], *info["unexpected_keys"]})
         self.model.eval()
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
         self._images: Any = (
@@ -123,14 +164,29 @@ class Asker:
         )
         self.settled = _settle(self.model)
 
+    def move(self, device: str, *, drop_tower: bool) -> bool:
+        """Move the model to a device, without its vision tower if asked to; False if it is full.
+
+        A model that does not fit is back on the CPU afterwards.
+        """
+        if drop_tower:
+            self.model.model.visual = None
+            self.vision = False
+        try:
+            self.model.to(device)
+        except self._torch.OutOfMemoryError:
+            self.model.to("cpu")
+            return False
+        return True
+
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
         """Return the model's turn; with thinking it holds the reasoning too."""
         torch = self._torch
-        inputs = self._inputs(question)
+        inputs = {name: part.to(self.model.device) for name, part in self._inputs(question).items()}
         with torch.no_grad():
             out = self.model.generate(
                 **inputs,
-                max_new_tokens=MAX_NEW_TOKENS,
+                max_new_tokens=question.tokens,
                 do_sample=False,
                 repetition_penalty=repetition_penalty,
             )
@@ -168,8 +224,12 @@ class Asker:
 
 
 def _draw(halves: Halves) -> Any:
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise UsageError(
+            "showing a picture", "Pillow is not installed", hint="pip install 'qwen35[nf4]'"
+        ) from error
     image = Image.new("RGB", (halves.width, halves.height), _COLORS[halves.left])
     middle = halves.width // 2
     right = Image.new("RGB", (halves.width - middle, halves.height), _COLORS[halves.right])

@@ -23,9 +23,16 @@ def verdict_text(verdict: Verdict) -> str:
     for row in inexact:
         values = f"{row.relative:>12.6f} {row.worst:>12.6f}"
         lines.append(f"  {row.role:<36} {row.storage:>6} {row.count:>6} {values}")
+    if verdict.answers:
+        lines += ["", f"{'  asked':<62} {'thinking':>8}  answer"]
+    for answer in verdict.answers:
+        thinking = "on" if answer.question.thinking else "off"
+        mark = "right" if answer.right else "WRONG"
+        lines.append(f"  {answer.question.prompt[:60]:<60} {thinking:>8}  {mark}")
     if verdict.findings:
         lines.append("")
         lines += [f"error: {f.subject}: {f.message} [{f.check}]" for f in verdict.findings]
+    lines += [f"note: {note}" for note in verdict.notes]
     errors = len(verdict.findings)
     lines += ["", "passed: nothing found" if verdict.passed else f"FAILED: {errors} findings"]
     return "\n".join(lines)

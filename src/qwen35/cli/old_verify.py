@@ -1,0 +1,162 @@
+"""Verify a bnb-4bit, bf16 or f16 Qwen3.5 checkpoint (now: qwen35 verify --depth behaviour).
+
+Config, load, precision, then questions with thinking off and on. Answers are checked, and the exit
+code is 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qwen35.checkpoint.inventory import Item
+from qwen35.checkpoint.open import fetch
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.cli.output import Output
+from qwen35.errors import UsageError
+from qwen35.verify.asking import Asker
+from qwen35.verify.behaviour import Answer, ask
+from qwen35.verify.placing import Strategy, choose, free_gpu_bytes, sizes
+from qwen35.verify.structure import Structure, check_structure
+
+EXIT_FINDINGS = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--model", required=True, help="Hub id or folder")
+    parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
+
+
+def run(args: argparse.Namespace, output: Output) -> int:
+    """Run the command."""
+    return stages(args, output, image=False)
+
+
+def stages(args: argparse.Namespace, output: Output, *, image: bool) -> int:
+    """Go through the stages; the first that finds something is the last but for its report."""
+    local = _is_local(args.model)
+    checkpoint = fetch(args.model, token=args.hf_token, lenient=True)
+    place = checkpoint.place
+    if place is None:
+        raise UsageError(args.model, "only a description, nothing to verify")
+    structure = check_structure(place, checkpoint)
+    kind = {"nf4": "bnb", "fp8": "fp8", "plain": "f16"}[structure.kind]
+    vision = checkpoint.config.architecture.vision
+    where, sees = ("local" if local else "hub"), ("vlm" if vision else "text")
+    output.line(f"[Qwen3.5 · {where} · {sees} · {kind}] {args.model}")
+    total, visual = sizes(structure.items)
+    output.line(f"Size on disk: {total / 1e9:.2f} GB\n")
+    result = {"model": args.model, "kind": kind, "vision": vision}
+    if not _config(structure, checkpoint, output):
+        return _end(output, result, structure, [])
+    strategy = choose(total, visual if image else 0, free_gpu_bytes())
+    asker = _load(checkpoint.folder(), strategy, output)
+    right = _precision(structure, checkpoint, output)
+    answers = _inference(asker, strategy, output, image=image and vision)
+    return _end(output, result, structure, answers, passed=right and not asker.missing)
+
+
+def _is_local(model: str) -> bool:
+    return model.startswith(("./", "../", "/", "~")) or Path(model).is_dir()
+
+
+def _config(structure: Structure, checkpoint: Checkpoint, output: Output) -> bool:
+    output.line("1 Config")
+    output.line(f"   architectures: {checkpoint.config.raw.get('architectures')}")
+    quantization = checkpoint.config.quantization or {}
+    for key in ("quant_method", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"):
+        if key in quantization:
+            output.line(f"   {key}: {quantization[key]}")
+    for finding in structure.findings:
+        output.line(f"   FAILED {finding.subject}: {finding.message}")
+    if not structure.findings:
+        output.line("   ok: headers, config and lists agree")
+    return not structure.findings
+
+
+def _load(folder: Path, strategy: Strategy, output: Output) -> Asker:
+    output.line("2 Load")
+    asker = Asker(folder)
+    if strategy == "cuda_direct" and not asker.move("cuda", drop_tower=False):
+        strategy = "cpu"
+        output.line("   out of memory on the GPU, back on the CPU")
+    output.line(f"   {type(asker.model).__name__}, strategy {strategy}")
+    for name in asker.missing[:5]:
+        output.line(f"   FAILED {name}: missing or unexpected when loaded")
+    if asker.settled:
+        output.line(f"   {asker.settled} layers kept off bitsandbytes' AVX512-BF16 path")
+    return asker
+
+
+def _precision(structure: Structure, checkpoint: Checkpoint, output: Output) -> bool:
+    """Print how many linear layers are packed, as the files have it; nothing was repaired."""
+    output.line("3 Precision")
+    linear = [item for item in structure.items if _is_module(item)]
+    packed = sum(item.weight.storage != "plain" for item in linear)
+    count = len(linear) + (not checkpoint.layout.head)  # a tied head is a module without a tensor
+    output.line(f"   {packed}/{count} linear layers quantized ({packed / max(1, count):.0%})")
+    tower = [item for item in linear if item.role.scope == "visual"]
+    wrong = [item for item in tower if item.weight.storage != "plain"]
+    if not tower:
+        output.line("   no visual tower")
+    elif wrong:
+        output.line(f"   FAILED {len(wrong)} of {len(tower)} visual tower layers are quantized")
+    else:
+        output.line(f"   {len(tower)} visual tower layers at full precision")
+    empty = structure.kind == "nf4" and not packed
+    if empty:
+        output.line("   FAILED no layer is quantized")
+    return not wrong and not empty
+
+
+def _is_module(item: Item) -> bool:
+    """Whether transformers makes an ``nn.Linear`` of a weight; it has no MTP layer."""
+    return item.role.info.kind in ("linear", "head") and item.role.scope != "mtp"
+
+
+def _inference(asker: Asker, strategy: Strategy, output: Output, *, image: bool) -> list[Answer]:
+    answers: list[Answer] = []
+    output.line("4 Inference [IMAGE]")
+    if image:
+        answers += _show(list(ask(asker, image=True, thinking=())), output)
+    else:
+        output.line("   skipped: text only" if not asker.vision else "   skipped by this command")
+    if strategy == "cuda_drop":
+        moved = asker.move("cuda", drop_tower=True)
+        output.line(
+            "   tower dropped, text on the GPU" if moved else "   out of memory: on the CPU"
+        )
+    for stage, thinking in (("5a THINKING OFF", False), ("5b THINKING ON", True)):
+        output.line(stage)
+        answers += _show(list(ask(asker, image=False, thinking=(thinking,))), output)
+    return answers
+
+
+def _show(answers: list[Answer], output: Output) -> list[Answer]:
+    for answer in answers:
+        said = answer.said.rpartition("</think>")[2].strip()
+        mark = "ok" if answer.right else f"FAILED: {answer.fault}"
+        output.line(f"   {answer.question.prompt[:60]} -> {said[:60]!r} ({mark})")
+        if answer.question.image is not None:
+            output.line(f"   expected: {answer.question.expect!r}")
+    return answers
+
+
+def _end(
+    output: Output,
+    result: dict[str, object],
+    structure: Structure,
+    answers: list[Answer],
+    *,
+    passed: bool = True,
+) -> int:
+    passed = passed and not structure.findings and all(answer.right for answer in answers)
+    found = {
+        **result,
+        "passed": passed,
+        "findings": [finding.to_json() for finding in structure.findings],
+        "answers": [answer.to_json() for answer in answers],
+    }
+    output.data("\nALL CHECKS PASSED" if passed else "\nFAILED: do not use this checkpoint", found)
+    return 0 if passed else EXIT_FINDINGS
