@@ -1,0 +1,366 @@
+"""Depth behaviour and the old verify commands: answers are checked, and a broken model fails."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints import ASSET, write_checkpoint
+from qwen35.checkpoint.inventory import inventory
+from qwen35.checkpoint.open import describe
+from qwen35.cli import old
+from qwen35.cli.main import main
+from qwen35.errors import UsageError
+from qwen35.verify import asking, behaviour, placing
+from qwen35.verify.asking import Question, is_right
+from qwen35.verify.behaviour import IMAGE, TASKS, Answer, ask, behaviour_findings
+from qwen35.verify.placing import choose
+from running import load_all, read_config, run
+
+Capture = pytest.CaptureFixture[str]
+
+RECIPES = ("text", "nf4", "text-nf4", "fp8", "fp8-conservative", "text-fp8")
+RIGHT = {
+    "What is 2 + 2? Answer in one word.": "Four",
+    "Translate to French: 'The sky is blue.'": "**Le ciel est bleu.**",
+    "Write a Python function that returns the sum of two numbers.": (
+        "Sure:\n```python\ndef add(x: int, y: int) -> int:\n    z = y + x\n    return z\n```"
+    ),
+    "What is the capital of France?": "The capital of France is **Paris**.",
+    IMAGE.prompt: "Red.",
+}
+
+
+class Scripted:
+    """Answers every question rightly but for what `change` does to it."""
+
+    def __init__(self, change: Callable[[Question, str], str] = lambda _, said: said) -> None:
+        self.change = change
+        self.penalties: set[float] = set()
+
+    def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
+        self.penalties.add(repetition_penalty)
+        said = RIGHT.get(question.prompt, "A fox jumps over a dog by the river.")
+        return self.change(
+            question, f"Let me see.\n</think>\n\n{said}" if question.thinking else said
+        )
+
+
+def faults(change: Callable[[Question, str], str]) -> list[str]:
+    """Return the messages of a scripted model's findings."""
+    answers = list(ask(Scripted(change), image=True))
+    return [finding.message for finding in behaviour_findings(answers)]
+
+
+def shuffled(folder: Path) -> Path:
+    """Write the embedded checkpoint with the rows of every projection in another order."""
+    tensors = load_all(ASSET)
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith("_proj.weight") and "visual" not in name:
+            tensors[name] = tensor[torch.randperm(len(tensor), generator=generator)]
+    made = write_checkpoint(folder, read_config(ASSET), tensors)
+    for file in ASSET.iterdir():
+        if file.suffix != ".safetensors" and not (made / file.name).exists():
+            (made / file.name).write_bytes(file.read_bytes())
+    return made
+
+
+# --- what a right answer is
+
+
+def test_a_good_model_passes_in_both_modes() -> None:
+    engine = Scripted()
+    answers = list(ask(engine, image=True))
+    assert [answer.right for answer in answers] == [True] * (1 + 2 * len(TASKS))
+    assert [answer.question.thinking for answer in answers] == [False] * 6 + [True] * 5
+    assert engine.penalties == {1.15}
+    assert list(behaviour_findings(answers)) == []
+    assert json.dumps([answer.to_json() for answer in answers])
+
+
+def test_reasoning_with_thinking_off_is_a_fault() -> None:
+    found = faults(lambda q, said: said if q.thinking else f"<think>\nHm.\n</think>\n\n{said}")
+    assert found == ["thinking OFF: there is a reasoning block"] * 6
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("Paris", "thinking ON: the reasoning does not end"),
+        ("\n</think>\nx", "thinking ON: no rea"),
+    ],
+)
+def test_no_reasoning_with_thinking_on_is_a_fault(said: str, message: str) -> None:
+    found = faults(lambda q, right: said if q.thinking else right)
+    assert len(found) == 5
+    assert all(text.startswith(message) for text in found)
+
+
+def test_a_wrong_answer_is_quoted() -> None:
+    found = faults(lambda q, said: said.replace("Paris", "London"))
+    assert found == ["'The capital of France is **London**.', expected 'Paris'"] * 2
+
+
+@pytest.mark.parametrize("prompt", list(RIGHT))
+def test_every_question_can_be_answered_wrongly(prompt: str) -> None:
+    found = faults(lambda q, said: "I do not know." if q.prompt == prompt else said)
+    assert len(found) == (1 if prompt == IMAGE.prompt else 2)
+
+
+@pytest.mark.parametrize(
+    ("code", "right"),
+    [
+        ("def f(a, b):\n    return a + b", True),
+        ("```python\ndef f(a, b):\n    '''Sum.'''\n    return b + a\n```\nDone.", True),
+        (
+            "```py\ndef f(first: float, second: float = 0) -> float:\n    return first+second\n```",
+            True,
+        ),
+        ("```python\ndef f(a, b):\n    return a - b\n```", False),
+        ("```python\ndef f(a, b):\n    return a + a\n```", False),
+        ("```python\ndef f(a, b, c):\n    return a + b\n```", False),
+        ("```python\nprint(a + b)\n```", False),
+        ("```python\ndef f(a, b:\n    return a + b\n```", False),
+        ("a + b", False),
+        ("", False),
+    ],
+)
+def test_a_function_that_adds_is_recognised_without_running_it(code: str, right: bool) -> None:
+    question = next(task for task in TASKS if task.match == "sum")
+    assert is_right(question, code) is right
+
+
+@pytest.mark.parametrize(
+    ("match", "expect", "said", "right"),
+    [
+        ("any", "4 four", "The answer is four.", True),
+        ("any", "4 four", "44", False),
+        ("all", "ciel bleu", "Le ciel est bleu", True),
+        ("all", "ciel bleu", "Le ciel", False),
+    ],
+)
+def test_words_are_whole(match: str, expect: str, said: str, right: bool) -> None:
+    assert is_right(Question("?", expect, match), said) is right
+
+
+def test_unknown_judgement_is_refused() -> None:
+    with pytest.raises(UsageError, match="match 'sometimes'"):
+        is_right(Question("?", "x", "sometimes"), "x")
+
+
+# --- where it runs
+
+
+@pytest.mark.parametrize(
+    ("total", "visual", "free", "strategy"),
+    [
+        (95, 20, 100, "cuda_direct"),
+        (96, 20, 100, "cuda_drop"),
+        (115, 20, 100, "cuda_drop"),
+        (116, 20, 100, "cpu"),
+        (96, 0, 100, "cpu"),
+        (1, 0, 0, "cpu"),
+    ],
+)
+def test_strategy_follows_bytes_on_disk(total: int, visual: int, free: int, strategy: str) -> None:
+    assert choose(total, visual, free) == strategy
+
+
+def test_sizes_count_the_tower() -> None:
+    items = inventory(describe(str(ASSET)))
+    total, visual = placing.sizes(items)
+    assert total == sum(i.weight.nbytes for i in items)
+    assert 0 < visual < total
+
+
+def gpu(
+    monkeypatch: pytest.MonkeyPatch, free: int, *, full: bool = False
+) -> list[tuple[str, bool]]:
+    """Pretend that there is a GPU; it is the CPU. Returns where models were moved."""
+    moves: list[tuple[str, bool]] = []
+    real = asking.Asker.move
+
+    def move(self: asking.Asker, device: str, *, drop_tower: bool) -> bool:
+        moves.append((device, drop_tower))
+        if full:
+            return False
+        return real(self, "cpu", drop_tower=drop_tower)
+
+    monkeypatch.setattr("qwen35.cli.old_verify.free_gpu_bytes", lambda: free)
+    monkeypatch.setattr(asking.Asker, "move", move)
+    return moves
+
+
+def test_tower_is_dropped_after_the_picture(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    total, visual = placing.sizes(inventory(describe(str(ASSET))))
+    moves = gpu(monkeypatch, free=int((total - visual) / 0.95) + 1)
+    assert old.verify_qwen35(["--model", str(ASSET)]) == 0
+    shown = capsys.readouterr().out
+    assert "strategy cuda_drop" in shown
+    assert "tower dropped, text on the GPU" in shown
+    assert moves == [("cuda", True)]
+
+
+def test_full_gpu_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    moves = gpu(monkeypatch, free=10**12, full=True)
+    assert old.verify(["--model", str(ASSET)]) == 0
+    shown = capsys.readouterr().out
+    assert "out of memory on the GPU, back on the CPU" in shown
+    assert "strategy cpu" in shown
+    assert moves == [("cuda", False)]
+
+
+def test_out_of_memory_leaves_the_model_on_the_cpu(tmp_path: Path) -> None:
+    class Full:
+        device = torch.device("cpu")
+
+        def __init__(self) -> None:
+            self.places: list[str] = []
+
+        def to(self, place: str) -> None:
+            self.places.append(place)
+            if place != "cpu":
+                raise torch.OutOfMemoryError
+
+    asker = object.__new__(asking.Asker)
+    asker._torch = torch
+    model = Full()
+    asker.model = model
+    assert asker.move("cuda", drop_tower=False) is False
+    assert model.places == ["cuda", "cpu"]
+
+
+# --- the old commands
+
+
+def test_old_command_goes_through_its_stages(capsys: Capture) -> None:
+    assert old.verify_qwen35(["--model", str(ASSET)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"[Qwen3.5 · local · vlm · f16] {ASSET}"
+    assert lines[1].startswith("Size on disk: ")
+    stages = [line for line in lines if line[:1].isdigit()]
+    assert stages == [
+        "1 Config",
+        "2 Load",
+        "3 Precision",
+        "4 Inference [IMAGE]",
+        "5a THINKING OFF",
+        "5b THINKING ON",
+    ]
+    assert "   0/73 linear layers quantized (0%)" in lines
+    assert "   10 visual tower layers at full precision" in lines
+    assert "   expected: 'red'" in lines
+    assert lines[-1] == "ALL CHECKS PASSED"
+
+
+def test_old_generic_command_on_text_only_nf4(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    run(ASSET, out, "text-nf4")
+    assert old.verify(["--model", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"[Qwen3.5 · local · text · bnb] {out}" in shown
+    assert "   62/63 linear layers quantized (98%)" in shown
+    assert "   no visual tower" in shown
+    assert "   skipped: text only" in shown
+
+
+def test_broken_model_fails_the_old_command(tmp_path: Path, capsys: Capture) -> None:
+    assert old.verify(["--model", str(shuffled(tmp_path / "in")), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is False
+    assert sum(answer["right"] for answer in found["answers"]) < 3
+
+
+def test_defect_is_reported_before_loading(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head missing from the skip list: nothing is loaded, nothing repaired."""
+    out = tmp_path / "out"
+    run(ASSET, out, "nf4")
+    config = read_config(out)
+    config["quantization_config"]["llm_int8_skip_modules"].remove("lm_head")
+    (out / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(asking.Asker, "__init__", lambda *_: pytest.fail("loaded"))
+    assert old.verify_qwen35(["--model", str(out)]) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED lm_head: " in shown
+    assert "FAILED: do not use this checkpoint" in shown
+
+
+def test_missing_image_library_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    real = builtins.__import__
+
+    def without_pillow(name: str, *args: Any, **options: Any) -> Any:
+        if name == "PIL" and args and args[0].get("__name__") == "qwen35.verify.asking":
+            raise ImportError("No module named 'PIL'", name="PIL")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_pillow)
+    assert old.verify_qwen35(["--model", str(ASSET)]) == 2
+    assert "Pillow is not installed" in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_an_error(capsys: Capture) -> None:
+    assert old.verify(["--model", "./nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+# --- the verb
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_embedded_checkpoint_answers_in_every_format(
+    recipe: str, tmp_path: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    run(ASSET, out, recipe)
+    arguments = ["verify", str(out), "--source", str(ASSET), "--depth", "behaviour"]
+    assert main([*arguments, "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["passed"] is True
+    assert all(answer["right"] for answer in found["answers"])
+    assert len(found["answers"]) == (10 if recipe.startswith("text") else 11)
+
+
+def test_embedded_checkpoint_itself_answers(capsys: Capture) -> None:
+    assert main(["verify", str(ASSET), "--depth", "behaviour", "--quiet"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("  right") == 11
+    assert "note: asked in transformers, on the cpu" in shown
+
+
+def test_broken_model_is_found_by_what_it_says(tmp_path: Path, capsys: Capture) -> None:
+    folder = shuffled(tmp_path / "in")
+    assert main(["verify", str(folder), "--depth", "numbers", "--quiet"]) == 0
+    assert main(["verify", str(folder), "--depth", "behaviour", "--quiet"]) == 1
+    assert "[behaviour]" in capsys.readouterr().out
+
+
+def test_nothing_is_asked_when_the_files_are_wrong(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    run(ASSET, out, "fp8")
+    config = read_config(out)
+    config["quantization_config"]["weight_block_size"] = [64, 64]
+    (out / "config.json").write_text(json.dumps(config))
+    assert main(["verify", str(out), "--depth", "behaviour", "--quiet"]) == 1
+    shown = capsys.readouterr().out
+    assert "weight_block_size" in shown
+    assert "note: not asked anything" in shown
+
+
+def test_answer_is_judged_once_more_from_its_fields() -> None:
+    answer = Answer(replace(TASKS[0], thinking=True), "Two and two.\n</think>\n\n4")
+    assert answer.right
+    assert behaviour.Answer(TASKS[0], "5").fault == "'5', expected '4 four'"
