@@ -49,6 +49,7 @@ $(VLLM)/.made: tests/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM)
 	PIP_CONSTRAINT= $(VLLM)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	PIP_CONSTRAINT= $(VLLM)/bin/python -m pip install --quiet -r tests/vllm/requirements.txt
+	$(VLLM)/bin/python tests/vllm/mend.py
 	touch $@
 
 test-vllm: $(VENV)/.test $(VLLM)/.made
