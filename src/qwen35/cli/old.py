@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qwen35.cli.main import run_verb
 
-__all__ = ["convert", "inspect", "strip"]
+__all__ = ["convert", "inspect", "strip", "upload"]
 
 
 def _run(name: str, module: str, argv: Sequence[str] | None) -> int:
@@ -27,3 +27,8 @@ def strip(argv: Sequence[str] | None = None) -> int:
 def inspect(argv: Sequence[str] | None = None) -> int:
     """`qwen35-inspect`: prefixes and sizes of a checkpoint."""
     return _run("qwen35-inspect", "inspect", argv)
+
+
+def upload(argv: Sequence[str] | None = None) -> int:
+    """`qwen35-upload`: a folder to the Hub, and back."""
+    return _run("qwen35-upload", "old_upload", argv)
