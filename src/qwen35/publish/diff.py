@@ -28,7 +28,7 @@ Kind = Literal["same", "upload", "delete", "download", "remove", "keep"]
 
 _VERSION = 1
 ATTRIBUTES = ".gitattributes"
-"""The Hub keeps this file itself: it is never deleted, and may change with any commit."""
+"""The Hub's own file, which any commit may change: synced neither way unless asked for by name."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Operation:
         path: its name in the repository and below the folder.
         size: bytes of what will be there, or of what is deleted or kept.
         kind: ``upload`` and ``delete`` change the repository, ``download`` and ``remove`` the
-            folder; ``keep`` is on the other side only and stays.
+            folder; ``keep`` stays as it is: it is on one side only, or the Hub's own.
         local: SHA-256 of the file in the folder, if there is one.
         remote: SHA-256 (LFS) or git blob of the file in the repository, if there is one.
     """
@@ -112,6 +112,8 @@ def push_diff(
             continue
         there = remote.files.get(name)
         kind: Kind = "same" if there and there.holds(digest) else "upload"
+        if kind == "upload" and name == ATTRIBUTES and not only:
+            kind = "keep"
         operations.append(Operation(name, digest.size, kind, digest.sha256, _identity(there)))
     if not only:
         operations += [
@@ -131,7 +133,8 @@ def pull_diff(local: Local, remote: Remote, *, delete: bool = False) -> Diff:
     operations = [_pulled(there, local.files.get(path)) for path, there in remote.files.items()]
     for path, digest in local.files.items():
         if path not in remote.files:
-            kind: Kind = "remove" if delete and not unwanted(path) else "keep"
+            spared = not delete or path == ATTRIBUTES or unwanted(path)
+            kind: Kind = "keep" if spared else "remove"
             operations.append(Operation(path, digest.size, kind, digest.sha256, None))
     findings = [
         Finding("name", path, reason) for path in remote.files if (reason := bad_name(path))
@@ -164,6 +167,8 @@ def _elsewhere(there: RemoteFile, kind: Kind) -> Operation:
 
 def _pulled(there: RemoteFile, digest: Digest | None) -> Operation:
     kind: Kind = "same" if digest and there.holds(digest) else "download"
+    if kind == "download" and there.path == ATTRIBUTES:
+        kind = "keep"
     local = digest.sha256 if digest else None
     return Operation(there.path, there.size, kind, local, _identity(there))
 

@@ -6,13 +6,14 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from qwen35.checkpoint.hub import ask
 from qwen35.errors import Finding, HubError, InputError
 from qwen35.publish.guard import bad_name, unwanted
 from qwen35.publish.hashes import Digest, Hasher, digest_bytes
 
-__all__ = ["Local", "Remote", "RemoteFile", "Tree", "list_local", "list_remote", "walk"]
+__all__ = ["Local", "Remote", "RemoteFile", "Tree", "hub_api", "list_local", "list_remote", "walk"]
 
 _NEVER = ((".git",), (".cache", "huggingface"))
 """Folders of git's and of the Hub's client: neither pushed nor touched."""
@@ -95,7 +96,7 @@ def walk(root: Path) -> Tree:
     for path in _below(root):
         name = path.relative_to(root).as_posix()
         if path.is_symlink():
-            target = path.resolve()
+            target = Path(os.path.realpath(path))  # no error in a loop
             if not target.is_relative_to(inside):
                 tree.findings.append(Finding("link", name, "a symbolic link that leads outside"))
                 continue
@@ -146,6 +147,16 @@ def list_local(root: Path, hasher: Hasher, overlay: Mapping[str, bytes] | None =
     return Local(dict(sorted(files.items())), tuple(findings))
 
 
+def hub_api(token: str | None) -> Any:
+    """Return the Hub's client, told to print nothing: its lines hold URLs."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars, logging
+
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    return HfApi(token=token)
+
+
 def list_remote(repo: str, token: str | None, *, missing_ok: bool = False) -> Remote:
     """Read the head of a repository and the names, sizes and digests of its files.
 
@@ -154,10 +165,9 @@ def list_remote(repo: str, token: str | None, *, missing_ok: bool = False) -> Re
     Raises:
         HubError: the Hub refused or was not reached, at whatever page.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    api = HfApi(token=token)
+    api = hub_api(token)
     try:
         info = ask(repo, lambda: api.model_info(repo, timeout=60))
     except HubError as error:
@@ -176,10 +186,9 @@ def list_commit(repo: str, commit: str, token: str | None) -> Remote:
     Raises:
         HubError: the Hub refused or was not reached, at whatever page.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    api = HfApi(token=token)
+    api = hub_api(token)
     entries = ask(repo, lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
     files = {
         entry.path: RemoteFile(

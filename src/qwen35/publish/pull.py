@@ -14,6 +14,7 @@ from qwen35.errors import HubError, InputError, OutputError
 from qwen35.progress import Progress, Silent
 from qwen35.publish.diff import Diff, Operation
 from qwen35.publish.hashes import Digest, Hasher, digest_file
+from qwen35.publish.listing import hub_api
 from qwen35.sinks.staging import check_space, locked, os_errors
 
 __all__ = ["Pulled", "apply_pull"]
@@ -128,12 +129,11 @@ class _Stage:
             progress.end()
 
     def _download(self, op: Operation, path: Path) -> None:
-        from huggingface_hub import hf_hub_download
-
         subject = f"{self.repo}@{self.commit[:12]}, {op.path}"
-        options = {"revision": self.commit, "local_dir": self.folder, "token": self.token}
+        api = hub_api(self.token)
+        options = {"revision": self.commit, "local_dir": self.folder}
         path.unlink(missing_ok=True)  # something else; a part that arrived is gone on with
-        ask(subject, lambda: hf_hub_download(self.repo, op.path, **options))
+        ask(subject, lambda: api.hf_hub_download(self.repo, op.path, **options))
         digest = digest_file(path)
         if not _is_right(digest, op):
             path.unlink()

@@ -14,7 +14,7 @@ from qwen35.errors import HubError, InputError
 from qwen35.progress import Progress, Silent
 from qwen35.publish.diff import ATTRIBUTES, Diff
 from qwen35.publish.hashes import Digest, Hasher
-from qwen35.publish.listing import Remote, list_commit, list_remote
+from qwen35.publish.listing import Remote, hub_api, list_commit, list_remote
 
 __all__ = ["Pushed", "apply_push"]
 
@@ -89,9 +89,7 @@ class _Push:
     api: Any = field(init=False)
 
     def __post_init__(self) -> None:
-        from huggingface_hub import HfApi
-
-        self.api = HfApi(token=self.token)
+        self.api = hub_api(self.token)
 
     def run(self, message: str, private: bool) -> Pushed:
         uploaded = self._unchanged()
@@ -126,7 +124,7 @@ class _Push:
         repo = self.diff.repo
         if self.diff.base:
             return list_commit(repo, self.diff.base, self.token)
-        _write(repo, lambda: self.api.create_repo(repo, private=private))
+        _write(repo, lambda: self.api.create_repo(repo, private=private or None))
         return list_remote(repo, self.token)
 
     def _upload(self) -> list[Any]:

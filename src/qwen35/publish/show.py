@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwen35.publish.diff import Diff, Kind, Operation
+from qwen35.publish.diff import ATTRIBUTES, Diff, Kind, Operation
 
 __all__ = ["counters", "diff_text", "findings_text"]
 
@@ -48,7 +48,7 @@ def findings_text(diff: Diff) -> Iterator[str]:
 def _status(diff: Diff, op: Operation) -> str:
     if op.kind == "keep":
         side = "repository" if diff.direction == "push" else "folder"
-        return f"only in the {side}, kept"
+        return "the Hub's own, kept" if op.path == ATTRIBUTES else f"only in the {side}, kept"
     large = op.remote is not None and len(op.remote) == _SHA256_DIGITS
     return _STATUS[op.kind] + (f" {str(op.remote)[:8]}" if op.kind == "same" and large else "")
 
