@@ -49,8 +49,8 @@ def apply_pull(
 ) -> Pulled:
     """Carry out a pull: nothing in the folder changes before all has arrived and is right.
 
-    What was downloaded when a pull broke off waits in ``.NAME.pull`` beside the folder for the
-    next.
+    Files that had arrived when a pull broke off wait in ``.NAME.pull`` beside the folder for the
+    next one.
 
     Args:
         diff: what to do; without findings.
@@ -132,7 +132,7 @@ class _Stage:
         subject = f"{self.repo}@{self.commit[:12]}, {op.path}"
         api = hub_api(self.token)
         options = {"revision": self.commit, "local_dir": self.folder}
-        path.unlink(missing_ok=True)  # something else; a part that arrived is gone on with
+        path.unlink(missing_ok=True)  # what lies there is something else
         ask(subject, lambda: api.hf_hub_download(self.repo, op.path, **options))
         digest = digest_file(path)
         if not _is_right(digest, op):
