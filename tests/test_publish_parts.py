@@ -193,7 +193,9 @@ EXAMPLES = {
     "a Hugging Face token": "hf_" + "aB3dE" * 7,
     "an OpenAI or Anthropic key": "sk-ant-" + "aB3_" * 10,
     "an AWS key id": "AKIA" + "A1B2C3D4E5F6G7H8",
+    "a temporary AWS key id": "ASIA" + "A1B2C3D4E5F6G7H8",
     "a GitHub token": "ghp_" + "a1B2" * 9,
+    "a fine-grained GitHub token": "github_pat_" + "a1B2_" * 14,
     "a GitLab token": "glpat-" + "aB3_" * 5,
     "a Slack token": "xoxb-" + "1234567890" * 3,
     "a Google API key": "AIza" + "aB3_e" * 7,
@@ -218,6 +220,14 @@ def test_secret_is_found_and_not_repeated(kind: str, tmp_path: Path) -> None:
     path.write_text(f"first line\nkey: {EXAMPLES[kind]} \n")
     assert found_in(path) == [kind]
     assert EXAMPLES[kind] not in str(list(secrets(path, "notes.txt")))
+
+
+def test_part_of_a_word_is_no_secret(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("task-" + "a" * 40 + " xAKIAA1B2C3D4E5F6G7H8 AKIAA1B2C3D4E5F6G7H89")
+    assert found_in(path) == []
+    path.write_text("xAKIAA1B2C3D4E5F6G7H8 AKIAA1B2C3D4E5F6G7H8")
+    assert found_in(path) == ["an AWS key id"]
 
 
 def test_secret_across_two_pieces_and_at_the_end_of_a_long_text(tmp_path: Path) -> None:

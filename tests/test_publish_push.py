@@ -182,8 +182,8 @@ def test_malformed_repository(world: World, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (".env", "A=1", "looks like a environment file"),
-        ("sub/.netrc", "machine x", "looks like a credentials"),
+        (".env", "A=1", "looks like an environment file"),
+        ("sub/.netrc", "machine x", "looks like credentials"),
         ("id_ed25519", "x", "looks like a key"),
         ("model.safetensors.partial", "x", "looks like a temporary file"),
         ("notes.txt", f"token hf_{'aB3' * 12}", "a Hugging Face token"),

@@ -12,10 +12,10 @@ from qwen35.errors import Finding, InputError
 __all__ = ["SECRETS", "UNWANTED", "bad_name", "secrets", "unwanted"]
 
 UNWANTED: dict[str, str] = {
-    ".env": "environment file",
-    ".env.*": "environment file",
-    "*.env": "environment file",
-    ".envrc": "environment file",
+    ".env": "an environment file",
+    ".env.*": "an environment file",
+    "*.env": "an environment file",
+    ".envrc": "an environment file",
     ".netrc": "credentials",
     "_netrc": "credentials",
     ".pypirc": "credentials",
@@ -28,52 +28,57 @@ UNWANTED: dict[str, str] = {
     ".docker": "credentials",
     "credentials": "credentials",
     "credentials.json": "credentials",
-    "token": "token file",
-    "*.token": "token file",
-    "stored_tokens": "token file",
-    "*.pem": "key",
-    "*.key": "key",
-    "*.p12": "key",
-    "*.pfx": "key",
-    "*.jks": "key",
-    "*.keystore": "key",
-    "id_rsa*": "key",
-    "id_dsa*": "key",
-    "id_ecdsa*": "key",
-    "id_ed25519*": "key",
-    "*.partial": "temporary file",
-    "*.incomplete": "temporary file",
-    "*.tmp": "temporary file",
-    ".tmp*": "temporary file",
-    "*.temp": "temporary file",
-    "*.part": "temporary file",
-    "*.lock": "temporary file",
-    "*.log": "log",
-    "*.swp": "editor's temporary file",
-    "*~": "editor's backup",
-    "*.bak": "backup",
-    "*.orig": "backup",
+    "token": "a token file",
+    "*.token": "a token file",
+    "stored_tokens": "a token file",
+    "*.pem": "a key",
+    "*.key": "a key",
+    "*.p12": "a key",
+    "*.pfx": "a key",
+    "*.jks": "a key",
+    "*.keystore": "a key",
+    "id_rsa*": "a key",
+    "id_dsa*": "a key",
+    "id_ecdsa*": "a key",
+    "id_ed25519*": "a key",
+    "*.partial": "a temporary file",
+    "*.incomplete": "a temporary file",
+    "*.tmp": "a temporary file",
+    ".tmp*": "a temporary file",
+    "*.temp": "a temporary file",
+    "*.part": "a temporary file",
+    "*.lock": "a temporary file",
+    "*.log": "a log",
+    "*.swp": "an editor's temporary file",
+    "*~": "an editor's backup",
+    "*.bak": "a backup",
+    "*.orig": "a backup",
     "*.pyc": "compiled Python",
     "__pycache__": "compiled Python",
-    ".ipynb_checkpoints": "notebook's backup",
-    ".ds_store": "file manager's notes",
-    "thumbs.db": "file manager's notes",
-    ".qwen35*": "temporary file of qwen35",
+    ".ipynb_checkpoints": "a notebook's backup",
+    ".ds_store": "a file manager's notes",
+    "thumbs.db": "a file manager's notes",
+    ".qwen35*": "a temporary file of qwen35",
 }
 """Pattern (of any part of a path, in lower case) to what it is."""
 
 SECRETS: dict[str, str] = {
-    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}",
-    "an OpenAI or Anthropic key": r"\bsk-(?:[a-z]{2,8}-)*[A-Za-z0-9_-]{32,}",
-    "an AWS key id": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{60,})",
-    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20}",
-    "a Slack token": r"\bxox[abeoprs]-[A-Za-z0-9-]{20,}",
-    "a Google API key": r"\bAIza[0-9A-Za-z_-]{35}",
-    "a Weights & Biases key": r"(?i:wandb[\w \"':=.-]{0,24}[\"':= ])[0-9a-f]{40}\b",
+    "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}",
+    "an OpenAI or Anthropic key": r"sk-(?:[a-z]{2,8}-)*[A-Za-z0-9_-]{32,}",
+    "an AWS key id": r"AKIA[0-9A-Z]{16}\b",
+    "a temporary AWS key id": r"ASIA[0-9A-Z]{16}\b",
+    "a GitHub token": r"gh[pousr]_[A-Za-z0-9]{36}",
+    "a fine-grained GitHub token": r"github_pat_[A-Za-z0-9_]{60,}",
+    "a GitLab token": r"glpat-[A-Za-z0-9_-]{20}",
+    "a Slack token": r"xox[abeoprs]-[A-Za-z0-9-]{20,}",
+    "a Google API key": r"AIza[0-9A-Za-z_-]{35}",
+    "a Weights & Biases key": r"WANDB_API_KEY\W{1,8}[0-9a-f]{40}\b",
     "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
 }
-"""What it is to what it looks like."""
+"""What it is to what it looks like; nothing of a word stands before it.
+
+Each begins with plain letters, which makes the search several times as fast.
+"""
 
 _PATTERNS = {name: re.compile(pattern.encode()) for name, pattern in SECRETS.items()}
 _PIECE = 4 * 2**20
@@ -98,7 +103,7 @@ def unwanted(path: str) -> str:
     """Return what a file of this name is that must not be pushed, or an empty string.
 
     >>> unwanted("sub/.env"), unwanted("tokenizer.json")
-    ('environment file', '')
+    ('an environment file', '')
     """
     for part in PurePosixPath(path.lower()).parts:
         for pattern, kind in UNWANTED.items():
@@ -137,10 +142,15 @@ def _search(path: Path, name: str, patterns: dict[str, re.Pattern[bytes]]) -> It
         while piece := file.read(_PIECE):
             window = rest + piece
             for kind, pattern in patterns.items():
-                if kind not in found and pattern.search(window):
+                if kind not in found and _begins_a_word(pattern, window):
                     found.add(kind)
                     yield Finding("secret", name, f"holds what looks like {kind}")
             rest = window[-_OVERLAP:]
             done += len(piece)
             if binary and done >= _BINARY_BYTES:
                 return
+
+
+def _begins_a_word(pattern: re.Pattern[bytes], window: bytes) -> bool:
+    starts = (match.start() for match in pattern.finditer(window))
+    return any(start == 0 or not window[start - 1 : start].isalnum() for start in starts)

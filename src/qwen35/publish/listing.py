@@ -140,7 +140,7 @@ def list_local(root: Path, hasher: Hasher, overlay: Mapping[str, bytes] | None =
         if reason := bad_name(name):
             findings.append(Finding("name", name, reason))
         elif kind := unwanted(name):
-            findings.append(Finding("unwanted", name, f"looks like a {kind}"))
+            findings.append(Finding("unwanted", name, f"looks like {kind}"))
     digests = hasher.digests(path for name, path in tree.files.items() if name not in overlay)
     files = {name: digests[path] for name, path in tree.files.items() if name not in overlay}
     files |= {name: digest_bytes(content) for name, content in overlay.items()}
