@@ -62,16 +62,22 @@ HERE = Path(__file__).parent
 
 
 class Client:
-    """The process; `run` runs one command in it."""
+    """The process; `run` runs one command in it.
 
-    def __init__(self, hub: FakeHub, home: Path) -> None:
+    Args:
+        hub: the only Hub it knows.
+        home: where it keeps its caches.
+        settings: what is otherwise in its environment.
+    """
+
+    def __init__(self, hub: FakeHub, home: Path, **settings: str) -> None:
         self.token: str | None = hub.token
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "hub_client.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(hub, home),
+            env=environment(hub, home) | settings,
         )
 
     def __enter__(self) -> Self:

@@ -32,7 +32,8 @@ def test_first_push_creates_the_repository_in_one_commit(world: World) -> None:
     assert [line.split()[0] for line in lines[1:6]] == sorted(CONTENT)
     assert all(line.endswith("to upload") for line in lines[1:6])
     assert lines[7] == "5 to upload / 0 to delete / 0 unchanged"
-    assert lines[8] == f"{REPO}@{head[:12]}: holds all of it, verified"
+    assert lines[8].startswith(f"{REPO} does not exist yet")
+    assert lines[9] == f"{REPO}@{head[:12]}: holds all of it, verified"
 
 
 def test_private_and_message(world: World) -> None:
@@ -161,7 +162,7 @@ def test_files_must_be_in_the_folder(world: World, name: str) -> None:
         (("--files", "a"), "takes no --files"),
         (("--mode", "init", "--delete"), "deletes nothing"),
         (("--mode", "diff", "--save", "x"), "dry run"),
-        (("--mode", "pull", "--sign", "x"), "for a push"),
+        (("--mode", "pull", "--sign", "x"), "for a fresh push"),
     ],
 )
 def test_flags_that_do_not_fit(world: World, arguments: tuple[str, ...], found: str) -> None:
@@ -513,6 +514,16 @@ def test_remark_of_the_hub_is_passed_on(world: World) -> None:
     assert done.code == 0
     assert "note: " in done.err
     assert "empty or missing yaml metadata" in done.err
+
+
+def test_transfer_that_the_client_cannot_do_is_one_sentence(world: World, tmp_path: Path) -> None:
+    """With Xet on, the client asks for a way of transfer that this server does not have."""
+    with Client(world.hub, tmp_path / "xet", HF_HUB_DISABLE_XET="0") as client:
+        done = client.run("publish", world.folder, REPO)
+    assert done.code == 2, done.err
+    assert "Traceback" not in done.err
+    assert f"error: {REPO}, {SHARDS[0]}: " in done.err
+    assert world.remote() == {}
 
 
 # a saved difference

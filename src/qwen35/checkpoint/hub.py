@@ -79,7 +79,15 @@ def client_errors() -> tuple[type[Exception], ...]:
     import httpx2
     from huggingface_hub import errors
 
+    try:
+        from hf_xet import XetAuthenticationError, XetObjectNotFoundError
+    except ImportError:  # a machine for which there is no build: the client does without
+        xet: tuple[type[Exception], ...] = ()
+    else:
+        xet = (XetAuthenticationError, XetObjectNotFoundError)
     return (
+        *xet,
+        errors.XetDownloadError,
         errors.HFValidationError,
         errors.HfHubHTTPError,
         httpx2.HTTPError,

@@ -21,7 +21,7 @@ from qwen35.cli.output import Output
 from qwen35.errors import UsageError
 from qwen35.publish.diff import Diff, check_same, load_diff
 from qwen35.publish.show import counters, diff_text, findings_text
-from qwen35.publish.sync import Target, check_token, diff_pull, diff_push, save_diff
+from qwen35.publish.sync import Target, check_token, diff_pull, diff_push, finish_folder, save_diff
 
 MODES = ("init", "files", "diff", "check", "pull", "fetch")
 PULLS = ("pull", "fetch")
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     target = Target.of(args.folder, args.repo, args.hf_token)
     if not dry and mode not in PULLS:
         check_token(target)
-    diff = _diff(args, mode, dry, target)
+    diff = _diff(args, mode, target)
     if saved:
         check_same(saved, diff)
     if args.save:
@@ -87,6 +87,10 @@ def run(args: argparse.Namespace, output: Output) -> int:
         text = "\n".join([diff_text(diff), *stopped])
         output.data(text, {**diff.to_json(), "counters": counters(diff)})
         return EXIT_FINDINGS if stopped else 0
+    if mode in ("init", "diff") and finish_folder(
+        target, base_model=args.base_model, signing_key=args.sign
+    ):
+        diff = _diff(args, mode, target)
     output.line(diff_text(diff))
     done, value = (_pull if mode in PULLS else _push)(args, mode, target, diff, output)
     output.data(done, {**diff.to_json(), "counters": counters(diff), **value})
@@ -115,11 +119,11 @@ def _check(args: argparse.Namespace, mode: str, dry: bool) -> None:
         raise UsageError("--save", "is for a dry run", hint="add --dry-run")
     if args.save and args.save.resolve().is_relative_to(args.folder.resolve()):
         raise UsageError(f"--save {args.save}", "lies in the folder", hint="save it elsewhere")
-    if args.sign and (mode in (*PULLS, "files") or dry):
-        raise UsageError("--sign", "is for a push of the folder", hint="leave it out")
+    if args.sign and (mode in (*PULLS, "files") or dry or args.apply):
+        raise UsageError("--sign", "is for a fresh push of the folder", hint="leave it out")
 
 
-def _diff(args: argparse.Namespace, mode: str, dry: bool, target: Target) -> Diff:
+def _diff(args: argparse.Namespace, mode: str, target: Target) -> Diff:
     if mode in PULLS:
         return diff_pull(target, delete=args.delete)
     return diff_push(
@@ -128,8 +132,6 @@ def _diff(args: argparse.Namespace, mode: str, dry: bool, target: Target) -> Dif
         delete=args.delete,
         only=args.files,
         base_model=args.base_model,
-        write=not dry,
-        signing_key=args.sign,
     )
 
 

@@ -156,10 +156,11 @@ class _Push:
 
         try:
             _write(subject, call)
-        except RuntimeError as error:  # what the client makes of an error in a thread of its own
-            if not isinstance(error.__cause__, client_errors()):
-                raise
-            raise explain(subject, error.__cause__) from error
+        except RuntimeError as error:  # from a thread of the client's, or from its Xet library
+            if isinstance(error.__cause__, client_errors()):
+                raise _refusal(subject, error.__cause__) from error
+            hint = "nothing was committed: run again"
+            raise HubError(subject, "the upload broke off", hint=hint) from error
 
     def _commit(self, additions: list[Any], message: str, expected: _Expected) -> str:
         """Make the commit; if its answer is lost, look what became of it."""

@@ -36,6 +36,8 @@ def diff_text(diff: Diff) -> str:
     lines = [f"{'FILE':<{width}}  {'SIZE':>10}  STATUS"]
     lines += [f"{name:<{width}}  {size:>10}  {status}" for name, size, status in rows]
     summary = " / ".join(f"{count} {name}" for name, count in counters(diff).items())
+    if diff.base is None:
+        summary += f"\n{diff.repo} does not exist yet, or this token does not see it"
     return "\n".join([*lines, "", summary])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from qwen35.publish.ready import readiness
 from qwen35.publish.signing import sign
 from qwen35.sinks.staging import os_errors
 
-__all__ = ["Target", "check_token", "diff_pull", "diff_push", "save_diff"]
+__all__ = ["Target", "check_token", "diff_pull", "diff_push", "finish_folder", "save_diff"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,10 @@ def diff_push(
     delete: bool = False,
     only: Sequence[str] = (),
     base_model: str | None = None,
-    write: bool = False,
-    signing_key: Path | None = None,
 ) -> Diff:
-    """Return what a push would do, with what stops it among its findings.
+    """Return what a push would do, with what stops it among its findings; nothing is written.
 
-    In a folder of ours the model card and the other documents are part of it.
+    In a folder of ours the model card and the other documents are part of it, as they will be.
 
     Args:
         target: what to compare.
@@ -90,27 +88,36 @@ def diff_push(
         delete: delete there what the folder does not have.
         only: paths to look at; all if empty.
         base_model: what the card names as base, if not the manifest's source.
-        write: write the documents to the folder; otherwise nothing is written.
-        signing_key: with `write`, sign the folder with this key.
 
     Raises:
-        InputError: the folder is missing, empty, or cannot be read.
+        InputError: the folder is missing, holds no model, or cannot be read.
         HubError: the Hub refused, or was not reached.
     """
     _check_folder(target.folder)
     made = {} if only else documents(target.folder, target.repo, base_model)
-    if write:
-        write_documents(target.folder, made)
-        made = {}
-        if signing_key:
-            sign(target.folder, signing_key)
     remote = list_remote(target.repo, target.token, missing_ok=create)
     local = list_local(target.folder, target.hasher, made)
     diff = push_diff(local, remote, delete=delete, only=only)
-    findings = [*diff.findings, *_found(target, diff)]
+    findings = [*diff.findings, *_found(target, diff, made)]
     if not only:
         findings += readiness(target.folder, local)
     return replace(diff, findings=tuple(findings))
+
+
+def finish_folder(
+    target: Target, *, base_model: str | None = None, signing_key: Path | None = None
+) -> bool:
+    """Write the documents that a diff showed, and sign the folder if there is a key.
+
+    Returns:
+        Whether the diff has to be made again: there is a new signature.
+
+    Raises:
+        OutputError: the disk refuses.
+        UsageError: the key cannot be used.
+    """
+    write_documents(target.folder, documents(target.folder, target.repo, base_model))
+    return signing_key is not None and sign(target.folder, signing_key)
 
 
 def diff_pull(target: Target, *, delete: bool = False) -> Diff:
@@ -149,12 +156,11 @@ def _check_folder(folder: Path) -> None:
         raise InputError(str(folder), "holds no model", expected=expected, hint="check its name")
 
 
-def _found(target: Target, diff: Diff) -> list[Finding]:
-    """Search what would be uploaded for secrets."""
+def _found(target: Target, diff: Diff, made: Mapping[str, bytes]) -> list[Finding]:
+    """Search what would be uploaded for secrets, but for the documents of our own."""
     token = target.secret()
     findings: list[Finding] = []
     for op in diff.of("upload"):
-        path = target.folder / op.path
-        if path.exists():  # otherwise one of our documents, not written yet
-            findings += secrets(path, op.path, token)
+        if op.path not in made:
+            findings += secrets(target.folder / op.path, op.path, token)
     return findings
