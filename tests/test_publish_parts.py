@@ -306,6 +306,18 @@ def rested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen35.publish.hashes._SETTLED_NS", -1)
 
 
+def test_large_file_is_known_by_its_sha256_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen35.publish.hashes.BLOB_BYTES", 0)
+    path = tmp_path / "file"
+    path.write_bytes(b"a")
+    digest = digest_file(path)
+    assert digest == Digest(1, A.sha256, "")
+    assert RemoteFile("file", 1, "0" * 40, A.sha256).holds(digest)
+    assert not RemoteFile("file", 1, A.blob).holds(digest)
+
+
 def hashed(path: Path, cache: Path) -> tuple[Digest, int]:
     hasher = Hasher(cache)
     return hasher.digests([path])[path], hasher.read_bytes

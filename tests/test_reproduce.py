@@ -69,11 +69,11 @@ def test_other_bytes_are_found(
     weights.write_bytes(content)
     assert reproduce(out, "--source", dense) == 1
     text = capsys.readouterr().out
-    assert "DIFFERS model.safetensors: beside the manifest has other bytes" in text
+    assert "DIFFERS model.safetensors: beside the manifest is missing, or has other bytes" in text
     assert "not reproduced" in text
     weights.unlink()
     assert reproduce(out, "--source", dense) == 1
-    assert "DIFFERS model.safetensors: missing beside the manifest" in capsys.readouterr().out
+    assert "DIFFERS model.safetensors: beside the manifest is missing" in capsys.readouterr().out
 
 
 def test_other_source_is_found(
@@ -163,6 +163,12 @@ def test_published_artifact_is_made_again_from_the_hub_alone(
     done = world.client.run("reproduce", REPO, "--json")
     assert done.code == 0, done.out + done.err
     assert done.json()["same"]
+    assert world.hub.sent(f"/{REPO}/resolve/") == len(world.repo.read("qwen35.json"))
+    world.repo.put({"model.safetensors": b"other weights", "config.json": b"{}"})
+    done = world.client.run("reproduce", REPO)
+    assert done.code == 1
+    for name in ("model.safetensors", "config.json"):
+        assert f"DIFFERS {name}: beside the manifest is missing, or has other bytes" in done.out
     asked = [r.path for r in world.hub.requests if f"/{SOURCE}/resolve/" in r.path]
     assert asked
     assert all(COMMIT in path for path in asked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from qwen35.errors import Finding, InputError, UsageError
 from qwen35.plan.manifest import kept_prefix, manifest_versions, read_manifest, recipe_of, source_of
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.progress import Progress
-from qwen35.sinks.files import hash_file
+from qwen35.publish.hashes import digest_file
+from qwen35.publish.listing import Remote, list_commit
 
 __all__ = ["Origin", "Reproduction", "plan_again", "reproduce"]
 
@@ -29,11 +30,13 @@ class Origin:
         name: what the user called it.
         manifest: parsed.
         folder: the artifact, if it is on this machine.
+        remote: the artifact, if it is on the Hub.
     """
 
     name: str
     manifest: Mapping[str, Any]
-    folder: Path | None
+    folder: Path | None = None
+    remote: Remote | None = None
 
     @classmethod
     def find(cls, name: str, token: str | None = None) -> Origin:
@@ -45,20 +48,23 @@ class Origin:
         """
         path = Path(name).expanduser()
         path = path.parent if path.is_file() and path.name == MANIFEST_NAME else path
-        hub_id = HubId.parse(name)
-        place: Place
         if path.is_dir():
-            place = Folder(path)
-        elif hub_id is not None and not path.exists():
-            place = HubPlace(hub_id, hub_token(token))
-        else:
+            return cls(name, _manifest(Folder(path), name), folder=path)
+        hub_id = HubId.parse(name)
+        if hub_id is None or path.exists():
             expected = f"a {MANIFEST_NAME}, its folder or a Hub id (owner/name)"
             raise InputError(name, "no manifest", expected=expected)
-        manifest = read_manifest(place)
-        if manifest is None:
-            hint = "only what qwen35 wrote can be made again"
-            raise InputError(name, f"no {MANIFEST_NAME} in it", hint=hint)
-        return cls(name, manifest, path if path.is_dir() else None)
+        place = HubPlace(hub_id, hub_token(token))
+        remote = list_commit(place.repo, place.revision, hub_token(token))
+        return cls(name, _manifest(place, name), remote=remote)
+
+
+def _manifest(place: Place, name: str) -> Mapping[str, Any]:
+    manifest = read_manifest(place)
+    if manifest is None:
+        hint = "only what qwen35 wrote can be made again"
+        raise InputError(name, f"no {MANIFEST_NAME} in it", hint=hint)
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,9 @@ def reproduce(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Reproduction:
-    """Write the artifact again and compare it with the manifest, and with the files beside it.
+    """Write the artifact again and compare it with the manifest, and with the files beside that.
+
+    Files on the Hub are compared by the hashes that it lists; they are not downloaded.
 
     Raises:
         OutputError: `out` exists, or the disk is full.
@@ -134,32 +142,34 @@ def reproduce(
     )
 
 
-def _findings(origin: Origin, plan: Plan, result: Result) -> list[Finding]:
+def _findings(origin: Origin, plan: Plan, result: Result) -> Iterator[Finding]:
     manifest = origin.manifest
-    findings = []
     if manifest.get("plan") != plan.digest:
-        findings.append(Finding("plan", MANIFEST_NAME, "the plan made now is another"))
+        yield Finding("plan", MANIFEST_NAME, "the plan made now is another")
     for name, entry in manifest["files"].items():
         again = result.hashes.get(name)
         if again is None:
-            findings.append(Finding("missing", name, "not made again"))
-        elif again != entry["sha256"]:
+            yield Finding("missing", name, "not made again")
+            continue
+        if again != entry["sha256"]:
             message = f"sha256 {again[:12]} now, {entry['sha256'][:12]} in the manifest"
-            findings.append(Finding("bytes", name, message))
-        if origin.folder is not None:
-            findings += _beside(origin.folder / name, name, again)
-    for name in result.hashes.keys() - manifest["files"].keys():
-        findings.append(Finding("extra", name, "made now, but the manifest does not list it"))
-    return findings
+            yield Finding("bytes", name, message)
+        if not _lies_there(origin, name, result.out / name):
+            message = "beside the manifest is missing, or has other bytes than the one now"
+            yield Finding("artifact", name, message)
+    for name in sorted(result.hashes.keys() - manifest["files"].keys()):
+        yield Finding("extra", name, "made now, but the manifest does not list it")
 
 
-def _beside(path: Path, name: str, again: str | None) -> list[Finding]:
-    """Compare a file of the artifact with the one made now."""
-    if not path.is_file():
-        return [Finding("artifact", name, "missing beside the manifest")]
-    if hash_file(path) != again:
-        return [Finding("artifact", name, "beside the manifest has other bytes than the one now")]
-    return []
+def _lies_there(origin: Origin, name: str, made: Path) -> bool:
+    """Whether the artifact's own file is the one made now."""
+    digest = digest_file(made)
+    if origin.remote is not None:
+        there = origin.remote.files.get(name)
+        return there is not None and there.holds(digest)
+    assert origin.folder is not None
+    path = origin.folder / name
+    return path.is_file() and digest_file(path) == digest
 
 
 def _notes(manifest: Mapping[str, Any]) -> list[str]:

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     mode = args.mode or "init"
     dry = args.dry_run or mode in DRY
     _check(args, mode, dry)
-    target = Target.of(args.folder, args.repo, args.hf_token)
+    target = Target.of(args.folder, args.repo, args.hf_token, output.progress())
     if not dry and mode not in PULLS:
         check_token(target)
     diff = _diff(args, mode, target)

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.errors import InputError
+from qwen35.progress import Progress, Silent
 from qwen35.threads import default_threads
 
 __all__ = ["Digest", "Hasher", "digest_bytes", "digest_file"]
 
 _PIECE = 2**20
+_TOLD_BYTES = 100_000_000
+BLOB_BYTES = 64 * 2**20
 _SETTLED_NS = 2 * 10**9
 """A file changed more recently is not cached: its next change could bear the same time."""
 
@@ -34,7 +37,8 @@ class Digest:
     Args:
         size: bytes.
         sha256: of the content; how the Hub names large files (LFS).
-        blob: SHA-1 of git's blob object; how it names the others.
+        blob: SHA-1 of git's blob object; how it names the others. Not known (empty) beyond
+            `BLOB_BYTES`: the Hub stores nothing of that size so.
     """
 
     size: int
@@ -70,14 +74,23 @@ def _digest(path: Path) -> tuple[Digest, os.stat_result]:
         before = os.fstat(file.fileno())
         sha256 = hashlib.sha256()
         blob = hashlib.sha1(b"blob %d\0" % before.st_size, usedforsecurity=False)
+        is_small = before.st_size <= BLOB_BYTES
         buffer = memoryview(bytearray(_PIECE))
         while count := file.readinto(buffer):
             sha256.update(buffer[:count])
-            blob.update(buffer[:count])
+            if is_small:
+                blob.update(buffer[:count])
         after = os.fstat(file.fileno())
     if _state(before) != _state(after):
         raise InputError(str(path), "changed while it was read", hint="run again when it rests")
-    return Digest(before.st_size, sha256.hexdigest(), blob.hexdigest()), before
+    name = blob.hexdigest() if is_small else ""
+    return Digest(before.st_size, sha256.hexdigest(), name), before
+
+
+def _told(path: Path, progress: Progress) -> tuple[Digest, os.stat_result]:
+    digest, stat = _digest(path)
+    progress.advance(digest.size, path.name)
+    return digest, stat
 
 
 def _state(stat: os.stat_result) -> tuple[int, int, int, int, int]:
@@ -92,9 +105,11 @@ class Hasher:
 
     Args:
         cache: the database; the default is ``qwen35/hashes.sqlite`` in ``$XDG_CACHE_HOME``.
+        progress: told of the bytes read, if they are many.
     """
 
-    def __init__(self, cache: Path | None = None) -> None:
+    def __init__(self, cache: Path | None = None, progress: Progress | None = None) -> None:
+        self._progress = progress or Silent()
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._cache = cache or home / "qwen35" / "hashes.sqlite"
         self.read_bytes = 0
@@ -106,30 +121,32 @@ class Hasher:
             InputError: one cannot be read, or changes while it is.
         """
         known: dict[Path, Digest] = {}
-        unknown: list[Path] = []
+        unknown: dict[Path, int] = {}
         remembered = self._load()
         for path in paths:
             try:
-                found = remembered.get(_state(path.stat()))
+                stat = path.stat()
             except OSError as error:
                 raise InputError(str(path), f"cannot be read ({error.strerror})") from error
-            if found is None:
-                unknown.append(path)
-            else:
+            if found := remembered.get(_state(stat)):
                 known[path] = found
-        fresh = self._hash(unknown)
-        return known | fresh
+            else:
+                unknown[path] = stat.st_size
+        return known | self._hash(unknown)
 
-    def _hash(self, paths: list[Path]) -> dict[Path, Digest]:
+    def _hash(self, paths: Mapping[Path, int]) -> dict[Path, Digest]:
         if not paths:
             return {}
-        with ThreadPoolExecutor(default_threads()) as pool:
-            try:
-                results = list(pool.map(_digest, paths))
-            except OSError as error:
-                raise InputError(
-                    str(error.filename), f"cannot be read ({error.strerror})"
-                ) from error
+        total = sum(paths.values())
+        told = self._progress if total >= _TOLD_BYTES else Silent()
+        told.begin("hashing", total)
+        try:
+            with ThreadPoolExecutor(default_threads()) as pool:
+                results = list(pool.map(lambda path: _told(path, told), paths))
+        except OSError as error:
+            raise InputError(str(error.filename), f"cannot be read ({error.strerror})") from error
+        finally:
+            told.end()
         self.read_bytes += sum(digest.size for digest, _ in results)
         self._store([row for row in results if _settled(row[1])])
         return {path: digest for path, (digest, _) in zip(paths, results, strict=True)}

@@ -11,6 +11,7 @@ from qwen35.checkpoint.open import hub_token
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, HubError, InputError, UsageError
 from qwen35.plan.documents import json_bytes
+from qwen35.progress import Progress
 from qwen35.publish.diff import Diff, pull_diff, push_diff
 from qwen35.publish.documents import documents, write_documents
 from qwen35.publish.guard import secrets
@@ -48,9 +49,11 @@ class Target:
             raise UsageError(f"repository {self.repo!r}", "malformed", expected="owner/name")
 
     @classmethod
-    def of(cls, folder: Path, repo: str, token: str | None = None) -> Target:
+    def of(
+        cls, folder: Path, repo: str, token: str | None = None, progress: Progress | None = None
+    ) -> Target:
         """Return a target with the token that is at hand and the user's cache of hashes."""
-        return cls(folder, repo, hub_token(token), Hasher())
+        return cls(folder, repo, hub_token(token), Hasher(progress=progress))
 
     def secret(self) -> str | None:
         """Return the token in use, wherever it comes from."""
