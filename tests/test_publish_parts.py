@@ -16,6 +16,8 @@ from qwen35.publish.diff import Diff, Kind, check_same, load_diff, pull_diff, pu
 from qwen35.publish.guard import SECRETS, UNWANTED, bad_name, secrets, unwanted
 from qwen35.publish.hashes import Digest, Hasher, digest_bytes, digest_file
 from qwen35.publish.listing import Local, Remote, RemoteFile, list_local, walk
+from qwen35.publish.pull import apply_pull
+from qwen35.publish.push import apply_push
 from qwen35.publish.show import diff_text
 from qwen35.publish.sync import save_diff
 
@@ -98,6 +100,17 @@ def test_difference_survives_being_saved(tmp_path: Path) -> None:
     for diff in (base, push_diff(Local({"x": A}, (finding,)), remote(), only=["x"])):
         save_diff(diff, tmp_path / "saved")
         assert load_diff(tmp_path / "saved") == diff
+
+
+def test_difference_with_findings_is_not_applied(tmp_path: Path) -> None:
+    finding = Finding("secret", "x", "holds what looks like a key")
+    push = push_diff(Local({"x": A}, (finding,)), remote())
+    with pytest.raises(InputError, match="x: holds what looks like a key; nothing was changed"):
+        apply_push(push, tmp_path, message="m")
+    pull = pull_diff(local(), Remote("o/n", "c" * 40, {"../x": RemoteFile("../x", 1, A.blob)}))
+    with pytest.raises(InputError, match=r"\.\./x: not a plain relative path"):
+        apply_pull(pull, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_saved_difference_must_still_hold() -> None:

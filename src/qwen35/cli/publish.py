@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwen35.cli.output import Output
 from qwen35.errors import UsageError
 from qwen35.publish.diff import Diff, check_same, load_diff
 from qwen35.publish.show import counters, diff_text, findings_text
-from qwen35.publish.sync import Target, check_token, diff_pull, diff_push, finish_folder, save_diff
+
+if TYPE_CHECKING:
+    from qwen35.publish.sync import Target
 
 MODES = ("init", "files", "diff", "check", "pull", "fetch")
 PULLS = ("pull", "fetch")
@@ -68,6 +71,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
+    from qwen35.publish.sync import Target, check_token, finish_folder, save_diff
+
     saved = load_diff(args.apply) if args.apply else None
     if saved:
         _follow(args, saved)
@@ -124,6 +129,8 @@ def _check(args: argparse.Namespace, mode: str, dry: bool) -> None:
 
 
 def _diff(args: argparse.Namespace, mode: str, target: Target) -> Diff:
+    from qwen35.publish.sync import diff_pull, diff_push
+
     if mode in PULLS:
         return diff_pull(target, delete=args.delete)
     return diff_push(

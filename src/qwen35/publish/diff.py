@@ -17,6 +17,7 @@ __all__ = [
     "ATTRIBUTES",
     "Diff",
     "Operation",
+    "check_clean",
     "check_same",
     "load_diff",
     "pull_diff",
@@ -186,6 +187,16 @@ def _collisions(paths: Sequence[str]) -> Iterator[Finding]:
         other = folded.setdefault(path.casefold(), path)
         if other != path:
             yield Finding("name", path, f"differs from {other} in case only")
+
+
+def check_clean(diff: Diff) -> None:
+    """Refuse to apply a diff that something stops.
+
+    Raises:
+        InputError: it has findings.
+    """
+    for finding in diff.findings:
+        raise InputError(finding.subject, finding.message, hint="nothing was changed")
 
 
 def load_diff(path: Path) -> Diff:

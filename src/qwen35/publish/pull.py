@@ -12,7 +12,7 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import INDEX_NAME
 from qwen35.errors import HubError, InputError, OutputError
 from qwen35.progress import Progress, Silent
-from qwen35.publish.diff import Diff, Operation
+from qwen35.publish.diff import Diff, Operation, check_clean
 from qwen35.publish.hashes import Digest, Hasher, digest_file
 from qwen35.publish.listing import hub_api
 from qwen35.sinks.staging import check_space, locked, os_errors
@@ -60,12 +60,12 @@ def apply_pull(
         progress: told of the bytes downloaded.
 
     Raises:
-        InputError: a file in the folder changed since the diff was made.
+        InputError: the diff has findings, or a file in the folder changed since.
         HubError: the Hub refused, or what arrived is not what it lists.
         OutputError: the disk is full or something is in the way.
     """
     assert diff.direction == "pull"
-    assert not diff.findings  # a stopped pull
+    check_clean(diff)
     assert diff.base
     root = root.resolve()
     downloads = diff.of("download")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from qwen35.checkpoint.hub import client_errors, explain, status_of
 from qwen35.errors import HubError, InputError
 from qwen35.progress import Progress, Silent
-from qwen35.publish.diff import ATTRIBUTES, Diff
+from qwen35.publish.diff import ATTRIBUTES, Diff, check_clean
 from qwen35.publish.hashes import Digest, Hasher
 from qwen35.publish.listing import Remote, hub_api, list_commit, list_remote
 
@@ -69,11 +69,11 @@ def apply_push(
         progress: told of the bytes uploaded.
 
     Raises:
-        InputError: a file changed since the diff was made, or README.md's metadata is not valid.
+        InputError: the diff has findings, a file changed since, or README.md is not valid.
         HubError: the Hub refused, the repository moved, or what arrived is not what was sent.
     """
     assert diff.direction == "push"
-    assert not diff.findings  # a stopped push
+    check_clean(diff)
     return _Push(diff, root, token, hasher or Hasher(), progress or Silent()).run(message, private)
 
 
