@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from checkpoints import ASSET
 from hub_client import REPO, World, files_in
 from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.source import open_folder
 from qwen35.errors import InputError
 from qwen35.publish.documents import documents, write_documents
 from qwen35.publish.modelfile import gguf_models, modelfile_text
@@ -72,6 +73,18 @@ def test_manifest_goes_on_saying_what_it_said(nf4: Path) -> None:
     after = manifest_of(nf4)
     assert {name: after[name] for name in before} == before
     assert {"numpy", "numba", "jinja2", "python", "qwen35"} == set(before["tool"])
+
+
+def test_verdict_is_kept_in_the_manifest(nf4: Path, dense: Path) -> None:
+    source, artifact = (open_folder(folder) for folder in (dense, nf4))
+    verdict = verify(artifact, source=source, depth="numbers", threads=1)
+    write_documents(nf4, documents(nf4, REPO, verdict=verdict))
+    said = manifest_of(nf4)["verified"]
+    assert (said["depth"], said["passed"], said["findings"]) == ("numbers", True, [])
+    assert said["relative_error"]
+    assert str(nf4.parent) not in (nf4 / "qwen35.json").read_text()
+    assert documents(nf4, REPO) == {}
+    assert verify(open_folder(nf4)).passed
 
 
 def test_own_readme_is_kept(nf4: Path) -> None:

@@ -17,6 +17,7 @@ from qwen35.publish.hashes import digest_bytes, digest_file
 from qwen35.publish.modelfile import modelfile_text
 from qwen35.sinks.files import write_file
 from qwen35.sinks.staging import os_errors
+from qwen35.verify.artifact import Verdict
 
 __all__ = ["CARD_NAME", "MODELFILE_NAME", "REPORT_NAME", "documents", "write_documents"]
 
@@ -25,7 +26,9 @@ MODELFILE_NAME = "Modelfile"
 REPORT_NAME = "report.json"
 
 
-def documents(folder: Path, repo: str, base_model: str | None = None) -> dict[str, bytes]:
+def documents(
+    folder: Path, repo: str, base_model: str | None = None, verdict: Verdict | None = None
+) -> dict[str, bytes]:
     """Return the documents that a folder of ours lacks or has in an older form.
 
     A README.md or Modelfile that someone wrote or changed stays as it is. The same folder gives the
@@ -35,6 +38,7 @@ def documents(folder: Path, repo: str, base_model: str | None = None) -> dict[st
         folder: the artifact; without a manifest it is not ours, and gets nothing.
         repo: where it will be published; the card's examples name it.
         base_model: what the card names as base, if not the manifest's source.
+        verdict: of a verification, for the manifest; without one it keeps what it has.
 
     Raises:
         InputError: the manifest or the report cannot be read.
@@ -58,6 +62,9 @@ def documents(folder: Path, repo: str, base_model: str | None = None) -> dict[st
         else:
             added.pop(name, None)
     manifest["added"] = added
+    if verdict:
+        said = verdict.to_json()
+        manifest["verified"] = {name: said[name] for name in said if name != "artifact"}
     if measures:
         manifest["measures"] = measures.to_json()
     else:

@@ -20,6 +20,7 @@ from qwen35.publish.listing import Local, list_local, list_remote
 from qwen35.publish.ready import readiness
 from qwen35.publish.signing import sign
 from qwen35.sinks.staging import os_errors
+from qwen35.verify.artifact import Verdict
 
 __all__ = ["Target", "check_token", "diff_pull", "diff_push", "finish_folder", "save_diff"]
 
@@ -80,6 +81,7 @@ def diff_push(
     delete: bool = False,
     only: Sequence[str] = (),
     base_model: str | None = None,
+    verdict: Verdict | None = None,
 ) -> Diff:
     """Return what a push would do, with what stops it among its findings; nothing is written.
 
@@ -91,13 +93,14 @@ def diff_push(
         delete: delete there what the folder does not have.
         only: paths to look at; all if empty.
         base_model: what the card names as base, if not the manifest's source.
+        verdict: of a verification, for the manifest.
 
     Raises:
         InputError: the folder is missing, holds no model, or cannot be read.
         HubError: the Hub refused, or was not reached.
     """
     _check_folder(target.folder)
-    made = {} if only else documents(target.folder, target.repo, base_model)
+    made = {} if only else documents(target.folder, target.repo, base_model, verdict)
     remote = list_remote(target.repo, target.token, missing_ok=create)
     local = list_local(target.folder, target.hasher, made)
     diff = push_diff(local, remote, delete=delete, only=only)
@@ -108,9 +111,19 @@ def diff_push(
 
 
 def finish_folder(
-    target: Target, *, base_model: str | None = None, signing_key: Path | None = None
+    target: Target,
+    *,
+    base_model: str | None = None,
+    verdict: Verdict | None = None,
+    signing_key: Path | None = None,
 ) -> bool:
     """Write the documents that a diff showed, and sign the folder if there is a key.
+
+    Args:
+        target: as for the diff.
+        base_model: as for the diff.
+        verdict: as for the diff.
+        signing_key: an elliptic-curve key (PEM).
 
     Returns:
         Whether the diff has to be made again: there is a new signature.
@@ -119,7 +132,8 @@ def finish_folder(
         OutputError: the disk refuses.
         UsageError: the key cannot be used.
     """
-    write_documents(target.folder, documents(target.folder, target.repo, base_model))
+    made = documents(target.folder, target.repo, base_model, verdict)
+    write_documents(target.folder, made)
     return signing_key is not None and sign(target.folder, signing_key)
 
 
