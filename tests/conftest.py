@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from checkpoints import make_checkpoint
+from fake_hub import FakeHub, serving
+from hub_client import Client, World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -31,3 +34,18 @@ def moe_per_expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(
         tmp_path_factory.mktemp("moe") / "source", moe=True, tied=False, per_expert=True
     )
+
+
+@pytest.fixture(scope="session")
+def hub_and_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeHub, Client]]:
+    """A Hub with write support, and a process that runs commands against it."""
+    home = tmp_path_factory.mktemp("client")
+    with serving(FakeHub({})) as hub, Client(hub, home) as client:
+        yield hub, client
+
+
+@pytest.fixture
+def world(hub_and_client: tuple[FakeHub, Client], tmp_path: Path) -> World:
+    """The Hub, empty and well-behaved, and a small artifact to publish on it."""
+    hub, client = hub_and_client
+    return World.fresh(hub, client, tmp_path)

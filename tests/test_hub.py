@@ -14,7 +14,7 @@ import pytest
 
 import qwen35
 from checkpoints import random_tensors, tiny_config, write_checkpoint
-from fake_hub import COMMIT, FakeHub, serving
+from fake_hub import COMMIT, FakeHub, Fault, Repo, serving
 from qwen35.checkpoint.hub import HubId
 
 REPO = "owner/tiny-Qwen3.5"
@@ -33,7 +33,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(source: Path) -> Iterator[FakeHub]:
     """A server with one open and one gated repository."""
-    with serving(FakeHub({REPO: source, "owner/gated": source}, gated={"owner/gated"})) as hub:
+    repos = {name: Repo.of(source) for name in (REPO, "owner/gated")}
+    with serving(FakeHub(repos, gated={"owner/gated"})) as hub:
         yield hub
 
 
@@ -130,7 +131,7 @@ def test_dry_run_of_convert_stores_nothing(hub: FakeHub, tmp_path: Path) -> None
 
 
 def test_convert_pins_the_commit_and_says_so(hub: FakeHub, source: Path, tmp_path: Path) -> None:
-    hub.refs["main"] = "f" * 40  # main has moved on
+    hub.repos[REPO].refs["main"] = "f" * 40  # main has moved on
     arguments = ("convert", f"{REPO}@v1", "out", "--recipe", "text")
     done = command(*arguments, home=tmp_path, url=hub.url)
     assert done.code == 0, done.err
@@ -204,7 +205,7 @@ def test_token_is_never_in_a_manifest(hub: FakeHub, tmp_path: Path) -> None:
 
 
 def test_server_that_is_down_is_one_sentence(tmp_path: Path, source: Path) -> None:
-    with serving(FakeHub({REPO: source})) as gone:
+    with serving(FakeHub({REPO: Repo.of(source)})) as gone:
         pass
     sentence = refusal("plan", REPO, home=tmp_path, url=gone.url, token=TOKEN)
     assert "the Hub was not reached" in sentence
@@ -216,7 +217,7 @@ def test_server_that_is_down_is_one_sentence(tmp_path: Path, source: Path) -> No
 def test_other_answers_are_told_with_their_number(
     hub: FakeHub, tmp_path: Path, status: int
 ) -> None:
-    hub.broken[f"/{REPO}/resolve"] = status
+    hub.faults.append(Fault(f"/{REPO}/resolve", status=status))
     sentence = refusal("plan", REPO, home=tmp_path, url=hub.url, token=TOKEN)
     assert f"the Hub answered {status}" in sentence
     assert TOKEN not in sentence
@@ -233,14 +234,14 @@ def test_server_that_ignores_ranges_works(hub: FakeHub, tmp_path: Path) -> None:
 def test_file_that_vanishes_from_the_repository_is_one_sentence(
     hub: FakeHub, tmp_path: Path
 ) -> None:
-    hub.repos["owner/empty"] = tmp_path / "empty"
     (tmp_path / "empty").mkdir()
+    hub.repos["owner/empty"] = Repo.of(tmp_path / "empty")
     sentence = refusal("plan", "owner/empty", home=tmp_path, url=hub.url)
     assert f"owner/empty@{COMMIT[:12]}: no config.json in it" in sentence
 
 
 def test_failing_download_leaves_no_output(hub: FakeHub, tmp_path: Path) -> None:
-    hub.broken[f"/{REPO}/resolve/{COMMIT}/tokenizer.json"] = 403
+    hub.faults.append(Fault(f"/{REPO}/resolve/{COMMIT}/tokenizer.json", status=403))
     sentence = refusal("convert", REPO, "out", home=tmp_path, url=hub.url)
     assert sentence.startswith(f"error: {REPO}: the Hub answered 403; check the network")
     assert not (tmp_path / "out").exists()

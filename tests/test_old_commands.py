@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from checkpoints import ASSET
+from hub_client import REPO, World
 from qwen35.cli import old
 from qwen35.cli.old_convert import add_arguments as convert_arguments
 from qwen35.cli.old_strip import add_arguments as strip_arguments
+from qwen35.cli.old_upload import add_arguments as upload_arguments
 from running import load_all, read_config, run
 
 
@@ -39,6 +41,17 @@ def test_flags_and_defaults_are_the_documented_ones() -> None:
         "mode": "bnb",
         "hf_token": None,
         "overwrite": False,
+    }
+    upload = defaults(upload_arguments)
+    documented = ("folder", "repo", "mode", "files", "message", "private", "hf_token")
+    assert {name: upload[name] for name in documented} == {
+        "folder": Path("./Qwen3.5-0.8B-bnb-4bit"),
+        "repo": None,
+        "mode": None,
+        "files": [],
+        "message": None,
+        "private": False,
+        "hf_token": None,
     }
 
 
@@ -179,8 +192,44 @@ def test_inspect_prints_shards_prefixes_and_sizes(
     assert any(line.startswith("total ") for line in lines)
 
 
+def test_upload_goes_through_its_modes(world: World) -> None:
+    def upload(*arguments: object) -> tuple[int, str]:
+        words = ("--local", world.folder, "--repo", REPO, *arguments)
+        done = world.client.run(*words, entry="qwen35.cli.old:upload")
+        return done.code, done.out + done.err
+
+    code, text = upload("--mode", "check")
+    assert (code, world.hub.repos) == (0, {})
+    assert "5 to upload / 0 to delete / 0 unchanged" in text
+    assert upload("--private")[0] == 0
+    assert world.repo.private
+    (world.folder / "notes.md").write_text("new")
+    (world.folder / "config.json").write_text("{}")
+    assert upload("--mode", "files", "--files", "notes.md")[0] == 0
+    (world.folder / "onnx" / "graph.txt").unlink()
+    code, text = upload("--mode", "diff")
+    assert code == 0
+    assert "1 to upload / 0 to delete / 3 unchanged / 2 kept" in text
+    assert upload("--mode", "diff", "--delete", "--message", "Clean")[0] == 0
+    assert "onnx/graph.txt" not in world.repo.files
+    titles = ["initial commit", "Upload model", "Update files", "Push changed files", "Clean"]
+    assert world.repo.titles == titles
+    world.repo.put({"notes.md": b"theirs"})
+    code, text = upload("--mode", "fetch")
+    assert "1 to download / 0 to remove / 3 unchanged" in text
+    assert (world.folder / "notes.md").read_text() == "new"
+    assert upload("--mode", "pull")[0] == 0
+    assert (world.folder / "notes.md").read_text() == "theirs"
+
+
+def test_upload_needs_a_repository_of_yours(world: World) -> None:
+    """The old one's default was its author's."""
+    done = world.client.run("--local", world.folder, entry="qwen35.cli.old:upload")
+    assert (done.code, "--repo" in done.err) == (2, True)
+
+
 def test_commands_are_installed_under_their_names() -> None:
-    for name in ("qwen35", "qwen35-convert", "qwen35-strip", "qwen35-inspect"):
+    for name in ("qwen35", "qwen35-convert", "qwen35-strip", "qwen35-inspect", "qwen35-upload"):
         program = Path(sys.executable).parent / name
         done = subprocess.run([program, "--help"], capture_output=True, text=True, check=True)
         assert done.stdout.startswith(f"usage: {name}")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
 from qwen35.errors import HubError, InputError
 
-__all__ = ["HubId", "HubPlace", "download"]
+__all__ = ["HubId", "HubPlace", "ask", "client_errors", "download", "explain", "status_of"]
 
 _T = TypeVar("_T")
 
@@ -33,7 +33,7 @@ class HubId:
         return cls(match["repo"], match["revision"]) if match else None
 
 
-def _explain(subject: str, error: Exception) -> HubError:
+def explain(subject: str, error: Exception) -> HubError:
     """Turn an exception of the Hub's client into a sentence; the URL and token stay out of it."""
     from huggingface_hub import errors
 
@@ -55,24 +55,39 @@ def _explain(subject: str, error: Exception) -> HubError:
     for kind, found, hint in rows:
         if isinstance(error, kind):
             return HubError(subject, found, hint=hint)
-    status = _status(error) or _status(error.__cause__)
+    status = status_of(error)
     found = f"the Hub answered {status}" if status else f"the Hub was not reached ({_kind(error)})"
     return HubError(subject, found, hint="check the network and HF_ENDPOINT, then run again")
 
 
-def _status(error: BaseException | None) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+def status_of(error: BaseException | None) -> int | None:
+    """Return the HTTP status that an exception of the Hub's client, or its cause, came with."""
+    while error is not None:
+        status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status
+        error = error.__cause__
+    return None
 
 
 def _kind(error: Exception) -> str:
     return type(error).__name__
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
+def client_errors() -> tuple[type[Exception], ...]:
+    """Return what the Hub's client raises when the Hub refuses or is out of reach."""
     import httpx2
     from huggingface_hub import errors
 
+    try:
+        from hf_xet import XetAuthenticationError, XetObjectNotFoundError
+    except ImportError:  # a machine for which there is no build: the client does without
+        xet: tuple[type[Exception], ...] = ()
+    else:
+        xet = (XetAuthenticationError, XetObjectNotFoundError)
     return (
+        *xet,
+        errors.XetDownloadError,
         errors.HFValidationError,
         errors.HfHubHTTPError,
         httpx2.HTTPError,
@@ -81,12 +96,12 @@ def _client_errors() -> tuple[type[Exception], ...]:
     )
 
 
-def _ask(subject: str, call: Callable[[], _T]) -> _T:
+def ask(subject: str, call: Callable[[], _T]) -> _T:
     """Call the Hub; what its client raises becomes a `HubError`."""
     try:
         return call()
-    except _client_errors() as error:
-        raise _explain(subject, error) from error
+    except client_errors() as error:
+        raise explain(subject, error) from error
 
 
 class HubPlace:
@@ -105,7 +120,7 @@ class HubPlace:
 
         self._id = hub_id
         self._api = HfApi(token=token)
-        info = _ask(
+        info = ask(
             hub_id.repo,
             lambda: self._api.model_info(
                 hub_id.repo, revision=hub_id.revision, files_metadata=False
@@ -115,7 +130,7 @@ class HubPlace:
             raise HubError(hub_id.repo, "the Hub named no commit")
         self.repo = hub_id.repo
         self.revision = info.sha
-        self._sizes = _ask(hub_id.repo, self._list)
+        self._sizes = ask(hub_id.repo, self._list)
 
     def _list(self) -> dict[str, int]:
         from huggingface_hub.hf_api import RepoFile
@@ -138,7 +153,7 @@ class HubPlace:
         """
         if count == 0:
             return b""
-        return _ask(f"{self}, {name}", lambda: self._read(name, start, count))
+        return ask(f"{self}, {name}", lambda: self._read(name, start, count))
 
     def _read(self, name: str, start: int, count: int) -> bytes:
         from huggingface_hub import hf_hub_url
@@ -179,7 +194,7 @@ def download(place: HubPlace, shards: list[str], token: str | None = None) -> Pa
     wanted += ["config.json", "*.safetensors.index.json", MANIFEST_NAME, *shards]
     options: dict[str, Any] = {"revision": place.revision, "token": token, "allow_patterns": wanted}
     try:
-        folder = Path(_ask(place.repo, lambda: snapshot_download(place.repo, **options)))
+        folder = Path(ask(place.repo, lambda: snapshot_download(place.repo, **options)))
     except OSError as error:
         raise HubError(place.repo, f"the download cannot be stored ({error.strerror})") from error
     missing = [shard for shard in shards if not (folder / shard).exists()]

@@ -18,6 +18,8 @@ VERBS: dict[str, str] = {
     "plan": "every output file and tensor, exact to the byte, before anything is read",
     "convert": "write a quantized or text-only checkpoint",
     "verify": "check an artifact, alone or against its source",
+    "publish": "make a Hub repository like a folder, or the other way round",
+    "reproduce": "make an artifact again from its manifest and compare",
 }
 """Verb to what it does; the module is `qwen35.cli.<verb>`."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from qwen35.cli.main import run_verb
 
-__all__ = ["convert", "inspect", "quantize_fp8", "strip", "verify", "verify_qwen35"]
+__all__ = ["convert", "inspect", "quantize_fp8", "strip", "upload", "verify", "verify_qwen35"]
 
 
 def _run(name: str, module: str, argv: Sequence[str] | None) -> int:
@@ -42,3 +42,8 @@ def verify(argv: Sequence[str] | None = None) -> int:
 def verify_qwen35(argv: Sequence[str] | None = None) -> int:
     """`qwen35-verify-qwen35`: the same, and a picture."""
     return _run("qwen35-verify-qwen35", "old_verify_qwen35", argv)
+
+
+def upload(argv: Sequence[str] | None = None) -> int:
+    """`qwen35-upload`: a folder to the Hub, and back."""
+    return _run("qwen35-upload", "old_upload", argv)

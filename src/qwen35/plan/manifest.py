@@ -5,14 +5,30 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import PurePath
 from typing import Any
 
+from qwen35.checkpoint.place import Place
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.checkpoint.source import read_json
+from qwen35.errors import InputError
 from qwen35.plan.documents import json_bytes
 from qwen35.plan.plan import Plan
+from qwen35.plan.recipe import Recipe, Rule
 from qwen35.version import __version__
 
-__all__ = ["MANIFEST_VERSION", "calibration_json", "manifest_bytes", "manifest_size"]
+__all__ = [
+    "MANIFEST_VERSION",
+    "calibration_json",
+    "kept_prefix",
+    "manifest_bytes",
+    "manifest_size",
+    "manifest_versions",
+    "read_manifest",
+    "recipe_of",
+    "source_of",
+]
 
 MANIFEST_VERSION = 1
 """Raised when a reader of older manifests would misread a newer one."""
@@ -30,7 +46,7 @@ def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
     return json_bytes(
         {
             "manifest": MANIFEST_VERSION,
-            "tool": {"qwen35": __version__, "python": platform.python_version()},
+            "tool": manifest_versions(),
             "source": _source(plan),
             "recipe": {
                 "name": plan.recipe.name,
@@ -71,9 +87,82 @@ def manifest_size(plan: Plan) -> int:
     return len(manifest_bytes(plan, {name: _NO_HASH for name, _ in plan.file_sizes()}))
 
 
+def manifest_versions() -> dict[str, str]:
+    """Return the versions of everything that a byte of the output passes through."""
+    libraries = {name: version(name) for name in ("jinja2", "numba", "numpy")}
+    return {"qwen35": __version__, "python": platform.python_version(), **libraries}
+
+
 def _source(plan: Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     if checkpoint.repo:
         return {"repo": checkpoint.repo, "revision": checkpoint.revision}
     folder = checkpoint.root.resolve() if checkpoint.root else PurePath(checkpoint.name)
     return {"folder": folder.name}
+
+
+def read_manifest(place: Place) -> Mapping[str, Any] | None:
+    """Read and check the manifest of an artifact; None if it has none.
+
+    Raises:
+        InputError: it is malformed, or of another version.
+    """
+    if MANIFEST_NAME not in place.sizes():
+        return None
+    manifest = read_json(place, MANIFEST_NAME)
+    if not isinstance(manifest, dict) or manifest.get("manifest") != MANIFEST_VERSION:
+        raise InputError(MANIFEST_NAME, "not a manifest of this version of qwen35")
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    if not isinstance(files, dict) or not all(map(_is_file_entry, files.values())):
+        raise InputError(MANIFEST_NAME, "malformed files", expected="size and sha256 of each")
+    if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
+        raise InputError(MANIFEST_NAME, "malformed tensors", expected="a table for each file")
+    return manifest
+
+
+def _is_file_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("size")) is int
+        and isinstance(entry.get("sha256"), str)
+    )
+
+
+def source_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return repository and commit of the source; None and None if it was a folder.
+
+    Raises:
+        InputError: the manifest is malformed.
+    """
+    source = manifest.get("source")
+    if not isinstance(source, dict):
+        raise InputError(MANIFEST_NAME, "names no source")
+    repo, revision = source.get("repo"), source.get("revision")
+    if repo is None:
+        return None, None
+    if not isinstance(repo, str) or not isinstance(revision, str):
+        raise InputError(MANIFEST_NAME, "a malformed source", expected="repo and revision")
+    return repo, revision
+
+
+def recipe_of(manifest: Mapping[str, Any]) -> Recipe:
+    """Return the recipe that the output was made with, whatever its file says by now.
+
+    Raises:
+        InputError: the manifest is malformed.
+    """
+    recipe = manifest.get("recipe")
+    if not isinstance(recipe, dict) or not {"name", "format"} <= recipe.keys():
+        raise InputError(MANIFEST_NAME, "names no recipe")
+    rows = recipe.get("rules", [])
+    if not isinstance(rows, list) or not all(isinstance(r, list) and len(r) == 3 for r in rows):
+        raise InputError(MANIFEST_NAME, "a malformed recipe", expected="match, action and reason")
+    rules = tuple(Rule(*row) for row in rows)
+    return Recipe(recipe["name"], recipe["format"], "", rules)
+
+
+def kept_prefix(manifest: Mapping[str, Any]) -> bool:
+    """Whether a text-only output has its tensors under ``model.language_model.`` all the same."""
+    names = {name for tensors in manifest["tensors"].values() for name in tensors}
+    long = any(name.startswith("model.language_model.") for name in names)
+    return long and not any(name.startswith("model.visual.") for name in names)

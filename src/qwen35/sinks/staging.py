@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import OutputError
 
-__all__ = ["check_output", "check_space", "staging"]
+__all__ = ["check_output", "check_space", "locked", "os_errors", "staging"]
 
 _MARK_NAME = ".qwen35-partial"
 _SPARE_BYTES = 16 * 2**20
@@ -103,7 +103,7 @@ def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     made = _make_parents(out.parent)
     done = False
     try:
-        with os_errors(out), _locked(out):
+        with os_errors(out), locked(out):
             folder = _fresh_folder(out)
             try:
                 yield folder
@@ -168,7 +168,7 @@ def _make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def locked(out: Path) -> Iterator[None]:
     """Hold the lock file beside `out`; it is removed while it is still held."""
     path = out.with_name(f".{out.name}.lock")
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

@@ -15,7 +15,7 @@ from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, read_json
 from qwen35.codecs import nf4
 from qwen35.errors import Finding, InputError
 from qwen35.model.config import ModelConfig
-from qwen35.plan.manifest import MANIFEST_VERSION
+from qwen35.plan.manifest import read_manifest
 from qwen35.verify.fp8 import fp8_findings
 
 __all__ = ["Structure", "check_structure", "is_skipped"]
@@ -60,7 +60,7 @@ def check_structure(place: Place, checkpoint: Checkpoint) -> Structure:
     findings += _template_findings(place, checkpoint)
     manifest = None
     try:
-        manifest = _manifest(place)
+        manifest = read_manifest(place)
     except InputError as error:
         findings.append(_finding("manifest", error))
     if manifest is not None:
@@ -71,28 +71,6 @@ def check_structure(place: Place, checkpoint: Checkpoint) -> Structure:
 def _finding(check: str, error: InputError) -> Finding:
     message = str(error).removeprefix(f"{error.subject}: ")
     return Finding(check, error.subject, message)
-
-
-def _manifest(place: Place) -> Mapping[str, Any] | None:
-    if MANIFEST_NAME not in place.sizes():
-        return None
-    manifest = read_json(place, MANIFEST_NAME)
-    if not isinstance(manifest, dict) or manifest.get("manifest") != MANIFEST_VERSION:
-        raise InputError(MANIFEST_NAME, "not a manifest of this version of qwen35")
-    files, tensors = manifest.get("files"), manifest.get("tensors")
-    if not isinstance(files, dict) or not all(map(_is_file_entry, files.values())):
-        raise InputError(MANIFEST_NAME, "malformed files", expected="size and sha256 of each")
-    if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
-        raise InputError(MANIFEST_NAME, "malformed tensors", expected="a table for each file")
-    return manifest
-
-
-def _is_file_entry(entry: object) -> bool:
-    return (
-        isinstance(entry, dict)
-        and type(entry.get("size")) is int
-        and isinstance(entry.get("sha256"), str)
-    )
 
 
 def _config_findings(checkpoint: Checkpoint, items: tuple[Item, ...]) -> Iterator[Finding]:

@@ -1,0 +1,57 @@
+"""Make an artifact again from its manifest, and compare it byte for byte.
+
+MANIFEST is a qwen35.json, the folder it lies in or a Hub id. The source named there is fetched at
+its commit. Exit code 0 if every file is the same, 1 if one is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from qwen35.cli.output import Output
+from qwen35.cli.shared import positive
+
+EXIT_FINDINGS = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument("manifest", metavar="MANIFEST", help="qwen35.json, its folder or a Hub id")
+    parser.add_argument("--source", metavar="MODEL", help="where its source is, if elsewhere")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="keep what is made here (default: in TMPDIR)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
+    parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads (default: all processors)"
+    )
+
+
+def run(args: argparse.Namespace, output: Output) -> int:
+    """Run the verb."""
+    from qwen35.convert import check_before
+    from qwen35.reproduce import Origin, plan_again, reproduce
+
+    origin = Origin.find(args.manifest, args.hf_token)
+    if args.output:
+        check_before(args.output, overwrite=args.overwrite, device="cpu")
+    plan = plan_again(origin, args.source, args.hf_token)
+    with tempfile.TemporaryDirectory(prefix="qwen35-reproduce-") as scratch:
+        made = reproduce(
+            origin,
+            plan,
+            args.output or Path(scratch) / "again",
+            overwrite=args.overwrite,
+            threads=args.threads,
+            progress=output.progress(),
+        )
+    lines = [f"DIFFERS {finding.subject}: {finding.message}" for finding in made.findings]
+    if made.findings:
+        lines += [f"note: {note}" for note in made.notes]
+    result = "not reproduced" if made.findings else "reproduced, byte for byte"
+    lines.append(f"{origin.name}: {len(made.files)} files, {result}")
+    output.data("\n".join(lines), made.to_json())
+    return EXIT_FINDINGS if made.findings else 0

@@ -1,0 +1,210 @@
+"""The model card: what the manifest and the folder know, in huggingface_hub's card classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import resources
+from typing import Any, Self
+
+from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.source import read_json
+from qwen35.checkpoint.storage import StoredTensor, Weight, group
+from qwen35.model.roles import role_of
+from qwen35.plan.manifest import kept_prefix, recipe_of, source_of
+from qwen35.plan.recipe import BUILT_IN, Recipe, Rule, load_recipe
+from qwen35.publish.modelfile import gguf_models
+from qwen35.tensors import TensorSpec
+
+__all__ = ["Measures", "card_text"]
+
+_LICENSES = {"Apache License": "apache-2.0", "MIT License": "mit"}
+"""How a LICENSE file begins, to what the Hub calls it."""
+
+_TAGS = {"nf4": ("bitsandbytes", "4-bit", "nf4", "qlora"), "fp8": ("fp8",), "gguf": ("gguf",)}
+_TITLES = {
+    "nf4": "bitsandbytes NF4 (4-bit, double quantization)",
+    "fp8": "block-wise FP8 (E4M3, blocks of 128 x 128)",
+    "gguf": "GGUF",
+    "plain": "unquantized",
+}
+
+
+@dataclass(frozen=True)
+class Measures:
+    """The measured table of a report.
+
+    Args:
+        columns: headings.
+        rows: one value for each column.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Any, ...], ...]
+
+    @classmethod
+    def parse(cls, table: Any) -> Self | None:
+        """Read a table; None if it is none."""
+        if not isinstance(table, dict):
+            return None
+        columns, rows = table.get("columns"), table.get("rows")
+        if not isinstance(columns, list) or not isinstance(rows, list) or not columns:
+            return None
+        if not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
+            return None
+        return cls(tuple(map(str, columns)), tuple(map(tuple, rows)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as plain values."""
+        return {"columns": list(self.columns), "rows": [list(row) for row in self.rows]}
+
+
+@dataclass(frozen=True)
+class _Treatment:
+    """A row of the card's table: what a rule of the recipe did to which tensors."""
+
+    match: str
+    stored: str
+    count: int
+    reason: str
+
+
+def card_text(
+    place: Folder,
+    manifest: Mapping[str, Any],
+    repo: str,
+    base_model: str | None = None,
+    measures: Measures | None = None,
+) -> str:
+    """Return README.md of an artifact.
+
+    Args:
+        place: its folder.
+        manifest: its manifest.
+        repo: where it will be published.
+        base_model: what to name as base, if not the manifest's source.
+        measures: what an evaluation measured, if there was one.
+
+    Raises:
+        InputError: the manifest does not say what the card needs.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    facts = _Facts(place, manifest, base_model)
+    data = ModelCardData(
+        base_model=facts.base_model,
+        base_model_relation="quantized" if facts.base_model and facts.kind != "plain" else None,
+        library_name="gguf" if facts.kind == "gguf" else "transformers",
+        license=facts.license,
+        pipeline_tag="image-text-to-text" if facts.vision else "text-generation",
+        tags=["qwen3_5", *_TAGS.get(facts.kind, ())],
+    )
+    template = resources.files("qwen35.publish").joinpath("card.md.jinja").read_text("utf-8")
+    card = ModelCard.from_template(
+        data,
+        template_str=template,
+        repo=repo,
+        name=repo.split("/")[-1],
+        facts=facts,
+        title=_TITLES[facts.kind],
+        measures=asdict(measures) if measures else None,
+        manifest=manifest,
+    )
+    return str(card).rstrip() + "\n"
+
+
+class _Facts:
+    """What the template asks for."""
+
+    def __init__(self, place: Folder, manifest: Mapping[str, Any], base_model: str | None) -> None:
+        self._place = place
+        self._manifest = manifest
+        self._recipe = recipe_of(manifest)
+        self.source, self.revision = source_of(manifest)
+        self.base_model = base_model or self.source
+        self.recipe = self._recipe.name
+        self.gguf = gguf_models(place)
+        self.mmproj = sorted(n for n in place.sizes() if n.startswith("mmproj-"))
+        self.weights = _weights(manifest)
+        storages = {weight.storage for weight in self.weights}
+        packed = storages - {"plain"}
+        self.kind = "gguf" if self.gguf else min(packed) if packed else "plain"
+        self.vision = bool(self.mmproj) or any(
+            role_of(weight.name).scope == "visual" for weight in self.weights
+        )
+
+    @property
+    def license(self) -> str | None:
+        """The licence by its file; nothing is claimed without one."""
+        sizes = self._place.sizes()
+        if "LICENSE" not in sizes:
+            return None
+        start = self._place.read("LICENSE", 0, min(sizes["LICENSE"], 400))
+        text = start.decode(errors="replace").strip()
+        return next((name for head, name in _LICENSES.items() if text.startswith(head)), "other")
+
+    @property
+    def files(self) -> list[tuple[str, int]]:
+        """Name and size of each file that the manifest lists."""
+        return [(name, entry["size"]) for name, entry in self._manifest["files"].items()]
+
+    @property
+    def total(self) -> int:
+        """Bytes of these files."""
+        return sum(size for _, size in self.files)
+
+    @property
+    def treatments(self) -> list[_Treatment]:
+        """What each rule of the recipe did; rules that met no tensor are left out."""
+        return list(_treatments(self._recipe, self.weights)) if self.weights else []
+
+    @property
+    def command(self) -> str:
+        """The command that converts the source so, if a built-in recipe alone says it."""
+        name = self._recipe.name
+        if not self.source or name not in BUILT_IN or kept_prefix(self._manifest):
+            return ""
+        if load_recipe(name).rules != self._recipe.rules:
+            return ""
+        return f"qwen35 convert {self.source}@{self.revision} OUT --recipe {name}"
+
+    @property
+    def model_class(self) -> str:
+        """The class of transformers that loads it."""
+        return "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
+
+    @property
+    def architecture(self) -> str:
+        """What config.json calls the model."""
+        if "config.json" not in self._place.sizes():
+            return ""
+        config = read_json(self._place, "config.json")
+        names = config.get("architectures") if isinstance(config, dict) else None
+        return str(names[0]) if isinstance(names, list) and names else ""
+
+
+def _weights(manifest: Mapping[str, Any]) -> tuple[Weight, ...]:
+    """Group the tensors that the manifest lists into weights."""
+    stored: dict[str, StoredTensor] = {}
+    for file, tensors in manifest["tensors"].items():
+        if not file.endswith(".safetensors"):
+            continue
+        for name, text in tensors.items():
+            dtype, _, shape = str(text).partition(" ")
+            sizes = tuple(int(part) for part in shape.strip("[]").split(",") if part.strip())
+            stored[name] = StoredTensor(TensorSpec(name, dtype, sizes), file, 0)
+    return group(stored)[0]
+
+
+def _treatments(recipe: Recipe, weights: tuple[Weight, ...]) -> Iterator[_Treatment]:
+    counts: Counter[tuple[Rule, str]] = Counter()
+    for weight in weights:
+        rule = recipe.rule_for(role_of(weight.name))
+        stored = weight.main.spec.dtype if weight.storage == "plain" else weight.storage.upper()
+        counts[rule, stored] += 1
+    for rule in recipe.rules:
+        if rule.action == "drop":
+            yield _Treatment(rule.match, "dropped", 0, rule.reason)
+        for stored in sorted(stored for met, stored in counts if met is rule):
+            yield _Treatment(rule.match, stored, counts[rule, stored], rule.reason)

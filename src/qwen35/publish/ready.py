@@ -1,0 +1,43 @@
+"""Whether a folder of ours is fit to be published: it is what its manifest says, and verifies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen35.checkpoint.open import describe
+from qwen35.checkpoint.place import Folder
+from qwen35.errors import Finding, InputError
+from qwen35.plan.manifest import read_manifest
+from qwen35.publish.listing import Local
+from qwen35.verify.artifact import verify
+
+__all__ = ["readiness"]
+
+
+def readiness(folder: Path, local: Local) -> list[Finding]:
+    """Compare a folder with its manifest by every file's SHA-256, and check its structure.
+
+    A folder without a manifest is not ours to judge.
+
+    Args:
+        folder: the folder.
+        local: its files.
+    """
+    manifest = read_manifest(Folder(folder))
+    if manifest is None:
+        return []
+    findings: list[Finding] = []
+    for name, entry in manifest["files"].items():
+        digest = local.files.get(name)
+        if digest is None:
+            findings.append(Finding("missing", name, "missing, but the manifest lists it"))
+        elif digest.sha256 != entry["sha256"]:
+            findings.append(Finding("changed", name, "not the file that the manifest lists"))
+    if findings or not any(name.endswith(".safetensors") for name in local.files):
+        return findings
+    try:
+        artifact = describe(str(folder.absolute()), lenient=True)
+    except InputError as error:
+        message = str(error).removeprefix(f"{error.subject}: ")
+        return [Finding("readable", error.subject, message)]
+    return list(verify(artifact, depth="structure").findings)

@@ -1,0 +1,87 @@
+"""Signatures over every file of a folder, by the `model-signing` library (OpenSSF)."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from qwen35.errors import InputError, UsageError
+from qwen35.sinks.staging import os_errors
+
+__all__ = ["SIGNATURE_NAME", "sign"]
+
+SIGNATURE_NAME = "model.sig"
+_IGNORED = (SIGNATURE_NAME, f".qwen35-{SIGNATURE_NAME}.partial", ".cache")
+
+
+def sign(folder: Path, private_key: Path) -> bool:
+    """Sign a folder with an elliptic-curve key, unless its signature by this key still holds.
+
+    Whoever has the public key checks a copy with
+    ``model_signing verify key --signature model.sig --public_key KEY FOLDER``.
+
+    Returns:
+        Whether a new signature was written to `SIGNATURE_NAME`.
+
+    Raises:
+        UsageError: the library is not installed, or the key cannot be used.
+        InputError: the folder cannot be signed.
+    """
+    try:
+        from model_signing import hashing, signing
+    except ImportError as error:
+        hint = "pip install 'qwen35[sign]'"
+        raise UsageError("--sign", "model-signing is not installed", hint=hint) from error
+    key = _load(private_key)
+    if _holds(folder, key):
+        return False
+    beside = folder / f".qwen35-{SIGNATURE_NAME}.partial"
+    ignored = [folder / name for name in _IGNORED]
+    config = signing.Config().use_elliptic_key_signer(private_key=private_key)
+    config.set_hashing_config(hashing.Config().set_ignored_paths(paths=ignored))
+    with os_errors(folder):
+        try:
+            config.sign(folder, beside)
+            beside.replace(folder / SIGNATURE_NAME)
+        except ValueError as error:
+            raise InputError(str(folder), f"cannot be signed ({error})") from error
+        finally:
+            beside.unlink(missing_ok=True)
+    return True
+
+
+def _load(private_key: Path) -> Any:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    subject, expected = f"--sign {private_key}", "an elliptic-curve key in PEM, without password"
+    try:
+        key = load_pem_private_key(private_key.read_bytes(), None)
+    except OSError as error:
+        raise UsageError(subject, f"cannot be read ({error.strerror})") from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(subject, "not such a key", expected=expected) from error
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise UsageError(subject, "a key of another kind", expected=expected)
+    return key
+
+
+def _holds(folder: Path, key: Any) -> bool:
+    """Whether there is a signature by this key over the files as they are."""
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+    from model_signing import verifying
+
+    if not (folder / SIGNATURE_NAME).is_file():
+        return False
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    with tempfile.NamedTemporaryFile(suffix=".pub") as file:
+        file.write(public)
+        file.flush()
+        config = verifying.Config().use_elliptic_key_verifier(public_key=Path(file.name))
+        try:
+            config.verify(folder, folder / SIGNATURE_NAME)
+        except (ValueError, InvalidSignature):
+            return False
+    return True

@@ -1,0 +1,437 @@
+"""Model card, Modelfile, manifest and signature: what a repository gets beside its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from checkpoints import ASSET
+from hub_client import REPO, World, files_in
+from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.source import open_folder
+from qwen35.errors import InputError
+from qwen35.publish.documents import documents, write_documents
+from qwen35.publish.modelfile import gguf_models, modelfile_text
+from qwen35.verify.artifact import verify
+from running import run
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def made(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An artifact of each recipe."""
+    out = tmp_path_factory.mktemp("made")
+    return {name: run(dense, out / name, name).out for name in ("nf4", "text", "text-nf4")}
+
+
+@pytest.fixture
+def nf4(made: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the NF4 artifact."""
+    return Path(shutil.copytree(made["nf4"], tmp_path / "nf4"))
+
+
+def manifest_of(folder: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((folder / "qwen35.json").read_text())
+    return manifest
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    (folder / "qwen35.json").write_text(json.dumps({**manifest_of(folder), **changes}))
+
+
+def card_of(folder: Path, repo: str = REPO, **options: Any) -> tuple[ModelCard, str]:
+    text = documents(folder, repo, **options)["README.md"].decode()
+    return ModelCard(text), text
+
+
+def test_documents_are_written_once_and_the_same_again(nf4: Path) -> None:
+    first = documents(nf4, REPO)
+    assert sorted(first) == ["README.md", "qwen35.json"]
+    before = files_in(nf4)
+    write_documents(nf4, first)
+    assert files_in(nf4) == {**before, **first}
+    assert documents(nf4, REPO) == {}
+    added = manifest_of(nf4)["added"]
+    content = (nf4 / "README.md").read_bytes()
+    assert added == {
+        "README.md": {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    }
+
+
+def test_manifest_goes_on_saying_what_it_said(nf4: Path) -> None:
+    before = manifest_of(nf4)
+    write_documents(nf4, documents(nf4, REPO))
+    after = manifest_of(nf4)
+    assert {name: after[name] for name in before} == before
+    assert {"numpy", "numba", "jinja2", "python", "qwen35"} == set(before["tool"])
+
+
+def test_verdict_is_kept_in_the_manifest(nf4: Path, dense: Path) -> None:
+    source, artifact = (open_folder(folder) for folder in (dense, nf4))
+    verdict = verify(artifact, source=source, depth="numbers", threads=1)
+    write_documents(nf4, documents(nf4, REPO, verdict=verdict))
+    said = manifest_of(nf4)["verified"]
+    assert (said["depth"], said["passed"], said["findings"]) == ("numbers", True, [])
+    assert said["relative_error"]
+    assert str(nf4.parent) not in (nf4 / "qwen35.json").read_text()
+    assert documents(nf4, REPO) == {}
+    assert verify(open_folder(nf4)).passed
+
+
+def test_own_readme_is_kept(nf4: Path) -> None:
+    (nf4 / "README.md").write_text("mine")
+    assert sorted(documents(nf4, REPO)) == ["qwen35.json"]
+    write_documents(nf4, documents(nf4, REPO))
+    assert (nf4 / "README.md").read_text() == "mine"
+    assert manifest_of(nf4)["added"] == {}
+
+
+def test_card_of_ours_is_renewed_until_someone_edits_it(nf4: Path) -> None:
+    write_documents(nf4, documents(nf4, REPO))
+    write_documents(nf4, documents(nf4, "owner/renamed"))
+    assert "owner/renamed" in (nf4 / "README.md").read_text()
+    (nf4 / "README.md").write_text((nf4 / "README.md").read_text() + "edited")
+    write_documents(nf4, documents(nf4, "owner/again"))
+    assert "owner/again" not in (nf4 / "README.md").read_text()
+
+
+def test_folder_of_others_gets_nothing(dense: Path) -> None:
+    assert documents(dense, REPO) == {}
+
+
+def test_card_of_nf4(nf4: Path) -> None:
+    edit_manifest(nf4, source={"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT})
+    (nf4 / "LICENSE").write_text("\n   Apache License\n  Version 2.0, January 2004")
+    card, text = card_of(nf4, "owner/Qwen3.5-0.8B-bnb-4bit")
+    data = card.data.to_dict()
+    assert data["base_model"] == "Qwen/Qwen3.5-0.8B"
+    assert data["base_model_relation"] == "quantized"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["library_name"] == "transformers"
+    assert data["license"] == "apache-2.0"
+    assert {"bitsandbytes", "4-bit"} <= set(data["tags"])
+    assert text.count("# Qwen3.5-0.8B-bnb-4bit") == 1
+    assert f"commit `{COMMIT}`" in text
+    for row in (
+        "| `kind:linear` | NF4 | 31 | linear layer |",
+        "| `visual` | BF16 | 33 | vision tower: small, and its errors reach every image token |",
+        f"| model.safetensors | {(nf4 / 'model.safetensors').stat().st_size:,} |",
+        'AutoModelForImageTextToText.from_pretrained("owner/Qwen3.5-0.8B-bnb-4bit"',
+        "prepare_model_for_kbit_training(model)",
+        "vllm serve owner/Qwen3.5-0.8B-bnb-4bit",
+        "--model-path owner/Qwen3.5-0.8B-bnb-4bit --load-format bitsandbytes",
+        "qwen35 reproduce owner/Qwen3.5-0.8B-bnb-4bit\n",
+        f"qwen35 convert Qwen/Qwen3.5-0.8B@{COMMIT} OUT --recipe nf4",
+    ):
+        assert row in text
+    assert "Measured" not in text
+    assert "\n\n\n" not in text
+
+
+def test_counts_of_the_card_are_those_of_the_weights(made: dict[str, Path]) -> None:
+    for name, packed in (("nf4", 31), ("text-nf4", 31), ("text", 0)):
+        _, text = card_of(made[name])
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+        assert sum(int(row[2]) for row in rows if row[1] == "NF4") == packed
+        weights = manifest_of(made[name])["tensors"]["model.safetensors"]
+        main = [n for n in weights if not any(f".weight.{p}" in n for p in PARTS)]
+        assert sum(int(row[2] or 0) for row in rows) == len(main)
+
+
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state")
+
+
+def test_card_of_a_text_only_artifact(made: dict[str, Path]) -> None:
+    card, text = card_of(made["text-nf4"])
+    assert card.data.to_dict()["pipeline_tag"] == "text-generation"
+    assert "| `visual` | dropped |  | vision tower |" in text
+    assert "AutoModelForCausalLM" in text
+    assert ", text only" in text
+    card, text = card_of(made["text"])
+    assert "base_model" not in card.data.to_dict()
+    assert "unquantized" in text
+    assert "kbit" not in text
+
+
+def test_card_without_a_known_source(nf4: Path) -> None:
+    card, text = card_of(nf4)
+    data = card.data.to_dict()
+    assert not {"base_model", "base_model_relation", "license"} & data.keys()
+    assert f"qwen35 reproduce {REPO} --source SOURCE" in text
+    assert "qwen35 convert" not in text
+    card, text = card_of(nf4, base_model="Qwen/Qwen3.5-2B")
+    assert card.data.to_dict()["base_model"] == "Qwen/Qwen3.5-2B"
+
+
+def test_card_names_no_command_that_would_make_something_else(dense: Path, tmp_path: Path) -> None:
+    from qwen35.convert import convert
+    from running import plan_of
+
+    out = tmp_path / "out"
+    convert(plan_of(dense, keep=("self_attn",)), out, threads=1)
+    edit_manifest(out, source={"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT})
+    _, text = card_of(out)
+    assert "| `self_attn` | BF16 | 6 | asked for by --keep |" in text
+    assert "qwen35 convert" not in text
+
+
+def test_license_that_is_not_known(nf4: Path) -> None:
+    (nf4 / "LICENSE").write_text("Mine alone")
+    assert card_of(nf4)[0].data.to_dict()["license"] == "other"
+
+
+def test_measured_table_is_in_card_and_manifest(nf4: Path) -> None:
+    table = {"columns": ["model", "KLD"], "rows": [["bf16", 0.0], ["nf4", 0.0312]]}
+    (nf4 / "report.json").write_text(json.dumps({"table": table}))
+    write_documents(nf4, documents(nf4, REPO))
+    text = (nf4 / "README.md").read_text()
+    assert "## Measured\n\n| model | KLD |\n|---|---|\n| bf16 | 0.0 |\n| nf4 | 0.0312 |\n" in text
+    assert manifest_of(nf4)["measures"] == table
+    (nf4 / "report.json").unlink()
+    write_documents(nf4, documents(nf4, REPO))
+    assert "Measured" not in (nf4 / "README.md").read_text()
+    assert "measures" not in manifest_of(nf4)
+
+
+@pytest.mark.parametrize(
+    "report",
+    ["[]", "{}", '{"table": {"columns": ["a"], "rows": [[1, 2]]}}', '{"table": {"columns": []}}'],
+)
+def test_report_without_a_table_is_refused(nf4: Path, report: str) -> None:
+    (nf4 / "report.json").write_text(report)
+    with pytest.raises(InputError, match=r"report\.json"):
+        documents(nf4, REPO)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": None},
+        {"recipe": None},
+        {"recipe": {"name": "x", "format": "nf4", "rules": [["*"]]}},
+        {"source": {"repo": 1, "revision": 2}},
+    ],
+)
+def test_malformed_manifest_is_refused(nf4: Path, change: dict[str, Any]) -> None:
+    edit_manifest(nf4, **change)
+    with pytest.raises(InputError, match=r"qwen35\.json"):
+        documents(nf4, REPO)
+
+
+# GGUF
+
+
+def gguf_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for kind in ("F16", "Q8_0", "Q4_K_M", "Q6_K"):
+        (folder / f"Qwen3.5-0.8B-{kind}.gguf").write_bytes(kind.encode())
+    (folder / "mmproj-Qwen3.5-0.8B-F16.gguf").write_bytes(b"projector")
+    settings = {"temperature": 0.7, "top_k": 20, "do_sample": True, "repetition_penalty": 1.05}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    files = {
+        path.name: {
+            "size": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in folder.iterdir()
+    }
+    manifest = {
+        "manifest": 1,
+        "tool": {"qwen35": "0.1.0"},
+        "source": {"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT},
+        "recipe": {"name": "gguf", "format": "gguf"},
+        "files": files,
+        "tensors": {},
+    }
+    (folder / "qwen35.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_modelfile_names_the_preferred_type(tmp_path: Path) -> None:
+    folder = gguf_folder(tmp_path / "gguf")
+    assert gguf_models(Folder(folder))[0] == "Qwen3.5-0.8B-Q4_K_M.gguf"
+    lines = modelfile_text(Folder(folder)).splitlines()
+    assert [line for line in lines if line.startswith("FROM")] == [
+        "FROM ./Qwen3.5-0.8B-Q4_K_M.gguf"
+    ]
+    assert "# other sizes: FROM ./Qwen3.5-0.8B-F16.gguf" in lines
+    assert "# for pictures, where Ollama takes it: FROM ./mmproj-Qwen3.5-0.8B-F16.gguf" in lines
+    assert 'PARAMETER stop "<|im_end|>"' in lines
+    assert lines[-3:] == [
+        "PARAMETER temperature 0.7",
+        "PARAMETER top_k 20",
+        "PARAMETER repeat_penalty 1.05",
+    ]
+    assert "\n".join(lines).count('"""') == 2
+
+
+def test_folder_with_projectors_only_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mmproj-x-F16.gguf").write_text("")
+    with pytest.raises(InputError, match="only projectors"):
+        modelfile_text(Folder(tmp_path))
+
+
+def test_gguf_folder_is_published_with_card_and_modelfile(world: World) -> None:
+    folder = gguf_folder(world.tmp / "gguf")
+    done = world.publish(folder=folder)
+    assert done.code == 0, done.out + done.err
+    assert world.remote() == files_in(folder)
+    assert (folder / "Modelfile").exists()
+    data = ModelCard(world.repo.read("README.md").decode()).data.to_dict()
+    assert data["library_name"] == "gguf"
+    assert data["base_model"] == "Qwen/Qwen3.5-0.8B"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    text = world.repo.read("README.md").decode()
+    assert f"ollama run hf.co/{REPO}" in text
+    assert "from transformers" not in text
+    assert "qwen35 reproduce" not in text
+
+
+# publishing a folder of ours
+
+
+def test_push_writes_the_card_and_check_does_not(world: World, nf4: Path) -> None:
+    before = files_in(nf4)
+    shown = world.publish("--mode", "check", folder=nf4)
+    assert shown.code == 0, shown.out + shown.err
+    assert "README.md" in shown.out
+    assert files_in(nf4) == before
+    assert world.publish(folder=nf4).code == 0
+    assert world.remote() == files_in(nf4)
+    assert "README.md" in world.remote()
+    again = world.publish("--mode", "check", folder=nf4)
+    assert "0 to upload" in again.out
+    remote = Path(nf4.parent / "remote")
+    for name, content in world.remote().items():
+        remote.mkdir(exist_ok=True)
+        (remote / name).write_bytes(content)
+    from qwen35.checkpoint.open import describe
+
+    assert verify(describe(str(remote), lenient=True)).passed
+
+
+def test_saved_check_is_applied_to_the_letter(world: World, nf4: Path) -> None:
+    path = world.tmp / "saved.json"
+    assert world.publish("--mode", "check", "--save", path, folder=nf4).code == 0
+    assert world.publish("--apply", path, folder=nf4).code == 0
+    assert "README.md" in world.remote()
+
+
+def test_changed_weights_stop_the_push(world: World, nf4: Path) -> None:
+    path = nf4 / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    done = world.publish(folder=nf4)
+    assert done.code == 1
+    assert "STOPPED model.safetensors: not the file that the manifest lists" in done.out
+    path.unlink()
+    done = world.publish(folder=nf4)
+    assert "STOPPED model.safetensors: missing, but the manifest lists it" in done.out
+    assert world.hub.repos == {}
+
+
+def test_broken_structure_stops_the_push(world: World, nf4: Path) -> None:
+    config = json.loads((nf4 / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = []
+    (nf4 / "config.json").write_text(json.dumps(config))
+    content = (nf4 / "config.json").read_bytes()
+    files = manifest_of(nf4)["files"]
+    files["config.json"] = {
+        "size": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    edit_manifest(nf4, files=files)
+    done = world.publish(folder=nf4)
+    assert done.code == 1
+    assert "STOPPED" in done.out
+    assert world.hub.repos == {}
+
+
+def test_files_mode_writes_no_card(world: World, nf4: Path) -> None:
+    world.publish(folder=nf4)
+    (nf4 / "README.md").unlink()
+    assert world.publish("--mode", "files", "--files", "config.json", folder=nf4).code == 0
+    assert not (nf4 / "README.md").exists()
+
+
+# signature
+
+
+@pytest.fixture
+def key(tmp_path: Path) -> Path:
+    """A private key; its public half lies beside it."""
+    pytest.importorskip("model_signing")
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    made = ec.generate_private_key(ec.SECP256R1())
+    path = tmp_path / "keys" / "signing"
+    path.parent.mkdir()
+    path.write_bytes(
+        made.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    path.with_suffix(".pub").write_bytes(
+        made.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        )
+    )
+    return path
+
+
+def check_signature(folder: Path, key: Path) -> subprocess.CompletedProcess[str]:
+    """Check a signature as somebody who downloaded the folder would."""
+    program = Path(sys.executable).parent / "model_signing"
+    arguments = ["verify", "key", folder, "--signature", folder / "model.sig"]
+    arguments += ["--public_key", key.with_suffix(".pub"), "--ignore-paths", folder / ".cache"]
+    return subprocess.run(
+        [program, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_signature_holds_on_a_copy_and_not_on_another(world: World, nf4: Path, key: Path) -> None:
+    done = world.publish("--sign", key, folder=nf4)
+    assert done.code == 0, done.out + done.err
+    copy = world.tmp / "copy"
+    assert world.publish("--mode", "pull", folder=copy).code == 0
+    checked = check_signature(copy, key)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    signature = (nf4 / "model.sig").read_bytes()
+    done = world.publish("--sign", key, folder=nf4)
+    assert "nothing to do" in done.out
+    assert (nf4 / "model.sig").read_bytes() == signature
+    (nf4 / "notes.md").write_text("added")
+    assert world.publish("--sign", key, folder=nf4).code == 0
+    assert (nf4 / "model.sig").read_bytes() != signature
+
+
+@pytest.mark.parametrize("content", ["", "not a key", None])
+def test_key_that_is_none_is_refused(
+    world: World, nf4: Path, key: Path, content: str | None
+) -> None:
+    if content is None:
+        key.unlink()
+    else:
+        key.write_text(content)
+    sentence = world.refused("--sign", key, folder=nf4)
+    assert "signing: " in sentence
+    assert not (nf4 / "model.sig").exists()
+    assert world.hub.repos == {}
+
+
+def test_asset_is_publishable(world: World) -> None:
+    done = world.publish("--mode", "check", folder=ASSET)
+    assert done.code == 0, done.out

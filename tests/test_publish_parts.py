@@ -1,0 +1,407 @@
+"""The parts of publishing that need no Hub: differences, guards, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from qwen35.errors import Finding, InputError, UsageError
+from qwen35.publish.diff import Diff, Kind, check_same, load_diff, pull_diff, push_diff
+from qwen35.publish.guard import SECRETS, UNWANTED, bad_name, secrets, unwanted
+from qwen35.publish.hashes import Digest, Hasher, digest_bytes, digest_file
+from qwen35.publish.listing import Local, Remote, RemoteFile, list_local, walk
+from qwen35.publish.pull import apply_pull
+from qwen35.publish.push import apply_push
+from qwen35.publish.show import diff_text
+from qwen35.publish.sync import save_diff
+
+A, B = digest_bytes(b"a"), digest_bytes(b"b")
+
+
+def local(**files: Digest) -> Local:
+    return Local({name.replace("_", "."): digest for name, digest in files.items()})
+
+
+def remote(lfs: Iterable[str] = (), **files: Digest) -> Remote:
+    rows = {}
+    for key, digest in files.items():
+        name = key.replace("_", ".")
+        sha256 = digest.sha256 if name in lfs else None
+        blob = "0" * 40 if sha256 else digest.blob
+        rows[name] = RemoteFile(name, digest.size, blob, sha256)
+    return Remote("owner/name", "c" * 40, rows)
+
+
+def kinds(diff: Diff) -> dict[str, Kind]:
+    return {op.path: op.kind for op in diff.operations}
+
+
+# differences
+
+
+def test_push_compares_small_files_by_blob_and_large_ones_by_sha256() -> None:
+    here = local(same_txt=A, other_txt=A, same_bin=A, other_bin=A, new_txt=A)
+    there = remote(("same.bin", "other.bin"), same_txt=A, other_txt=B, same_bin=A, other_bin=B)
+    assert kinds(push_diff(here, there)) == {
+        "new.txt": "upload",
+        "other.bin": "upload",
+        "other.txt": "upload",
+        "same.bin": "same",
+        "same.txt": "same",
+    }
+    assert kinds(pull_diff(here, there)) == {
+        "new.txt": "keep",
+        "other.bin": "download",
+        "other.txt": "download",
+        "same.bin": "same",
+        "same.txt": "same",
+    }
+
+
+def test_same_hash_of_another_size_is_another_file() -> None:
+    row = RemoteFile("x", 2, A.blob, A.sha256)
+    assert not row.holds(A)
+    assert RemoteFile("x", 1, A.blob, A.sha256).holds(A)
+    assert not RemoteFile("x", 1, A.blob, B.sha256).holds(A)
+
+
+def test_nothing_is_deleted_unless_asked() -> None:
+    here, there = local(mine_txt=A), remote(theirs_txt=A)
+    assert kinds(push_diff(here, there)) == {"mine.txt": "upload", "theirs.txt": "keep"}
+    assert kinds(push_diff(here, there, delete=True))["theirs.txt"] == "delete"
+    assert kinds(pull_diff(here, there)) == {"mine.txt": "keep", "theirs.txt": "download"}
+    assert kinds(pull_diff(here, there, delete=True))["mine.txt"] == "remove"
+
+
+def test_the_hubs_own_file_is_left_alone() -> None:
+    mine = Local({".gitattributes": A})
+    there = Remote("o/n", "c", {".gitattributes": RemoteFile(".gitattributes", 1, B.blob)})
+    for diff in (
+        push_diff(mine, there, delete=True),
+        push_diff(Local({}), there, delete=True),
+        push_diff(mine, Remote("o/n", "c", {}), delete=True),
+        pull_diff(mine, there, delete=True),
+        pull_diff(mine, Remote("o/n", "c", {}), delete=True),
+        pull_diff(Local({}), there, delete=True),
+    ):
+        assert kinds(diff) == {".gitattributes": "keep"}
+    assert kinds(push_diff(mine, there, only=[".gitattributes"])) == {".gitattributes": "upload"}
+
+
+def test_difference_survives_being_saved(tmp_path: Path) -> None:
+    finding = Finding("secret", "x", "holds what looks like a key")
+    base = push_diff(local(a_txt=A, b_txt=B), remote(b_txt=A, c_txt=A), delete=True)
+    for diff in (base, push_diff(Local({"x": A}, (finding,)), remote(), only=["x"])):
+        save_diff(diff, tmp_path / "saved")
+        assert load_diff(tmp_path / "saved") == diff
+
+
+def test_difference_with_findings_is_not_applied(tmp_path: Path) -> None:
+    finding = Finding("secret", "x", "holds what looks like a key")
+    push = push_diff(Local({"x": A}, (finding,)), remote())
+    with pytest.raises(InputError, match="x: holds what looks like a key; nothing was changed"):
+        apply_push(push, tmp_path, message="m")
+    pull = pull_diff(local(), Remote("o/n", "c" * 40, {"../x": RemoteFile("../x", 1, A.blob)}))
+    with pytest.raises(InputError, match=r"\.\./x: not a plain relative path"):
+        apply_pull(pull, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_saved_difference_must_still_hold() -> None:
+    saved = push_diff(local(a_txt=A), remote(a_txt=B))
+    check_same(saved, push_diff(local(a_txt=A), remote(a_txt=B)))
+    moved = Remote("owner/name", "d" * 40, remote(a_txt=B).files)
+    with pytest.raises(UsageError, match="is at dddddddddddd, the diff was made at cccccccccccc"):
+        check_same(saved, push_diff(local(a_txt=A), moved))
+    with pytest.raises(UsageError, match=r"a\.txt: changed"):
+        check_same(saved, push_diff(local(a_txt=B), remote(a_txt=B)))
+    with pytest.raises(UsageError, match=r"b\.txt: changed"):
+        check_same(saved, push_diff(local(a_txt=A, b_txt=A), remote(a_txt=B)))
+    with pytest.raises(UsageError, match=r"a\.txt: gone"):
+        check_same(saved, push_diff(local(), remote()))
+
+
+def test_table_escapes_what_could_harm_a_terminal() -> None:
+    there = Remote("o/n", "c", {"a\x1b[2J\n": RemoteFile("a\x1b[2J\n", 1, A.blob)})
+    text = diff_text(push_diff(local(), there))
+    assert "\\x1b[2J\\n" in text
+    assert "\x1b" not in text
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".env",
+        ".ENV",
+        "a/.env.local",
+        "prod.env",
+        ".netrc",
+        "x/token",
+        "my.pem",
+        "server.key",
+        "id_rsa",
+        "id_ed25519.pub",
+        ".ssh/known",
+        "a.tmp",
+        ".tmpAbC",
+        "w.safetensors.incomplete",
+        "x.partial",
+        "train.log",
+        "a~",
+        ".x.swp",
+        "__pycache__/m.pyc",
+        ".DS_Store",
+        ".qwen35-partial",
+        ".git-credentials",
+        "deep/.aws/config",
+        "a.lock",
+        "b.bak",
+    ],
+)
+def test_unwanted_names(path: str) -> None:
+    assert unwanted(path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "added_tokens.json",
+        "README.md",
+        "model-00001-of-00002.safetensors",
+        "qwen35.json",
+        "model.sig",
+        "environment.yml",
+        "LICENSE",
+        "special_tokens_map.json",
+        "key_value.txt",
+        ".gitignore",
+        "Modelfile",
+        "keys/a.txt",
+    ],
+)
+def test_wanted_names(path: str) -> None:
+    assert not unwanted(path)
+    assert not bad_name(path)
+
+
+def test_patterns_are_lower_case() -> None:
+    assert [pattern for pattern in UNWANTED if pattern != pattern.lower()] == []
+
+
+# contents
+
+EXAMPLES = {
+    "a Hugging Face token": "hf_" + "aB3dE" * 7,
+    "an OpenAI or Anthropic key": "sk-ant-" + "aB3_" * 10,
+    "an AWS key id": "AKIA" + "A1B2C3D4E5F6G7H8",
+    "a temporary AWS key id": "ASIA" + "A1B2C3D4E5F6G7H8",
+    "a GitHub token": "ghp_" + "a1B2" * 9,
+    "a fine-grained GitHub token": "github_pat_" + "a1B2_" * 14,
+    "a GitLab token": "glpat-" + "aB3_" * 5,
+    "a Slack token": "xoxb-" + "1234567890" * 3,
+    "a Google API key": "AIza" + "aB3_e" * 7,
+    "a Weights & Biases key": "WANDB_API_KEY=" + "0123456789abcdef" * 2 + "01234567",
+    "a private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+}
+
+
+def found_in(path: Path, token: str | None = None) -> list[str]:
+    found = list(secrets(path, path.name, token))
+    assert all(f.check == "secret" and f.subject == path.name for f in found)
+    return [f.message.removeprefix("holds what looks like ") for f in found]
+
+
+def test_every_pattern_has_an_example() -> None:
+    assert EXAMPLES.keys() == SECRETS.keys()
+
+
+@pytest.mark.parametrize("kind", EXAMPLES)
+def test_secret_is_found_and_not_repeated(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(f"first line\nkey: {EXAMPLES[kind]} \n")
+    assert found_in(path) == [kind]
+    assert EXAMPLES[kind] not in str(list(secrets(path, "notes.txt")))
+
+
+def test_part_of_a_word_is_no_secret(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("task-" + "a" * 40 + " xAKIAA1B2C3D4E5F6G7H8 AKIAA1B2C3D4E5F6G7H89")
+    assert found_in(path) == []
+    path.write_text("xAKIAA1B2C3D4E5F6G7H8 AKIAA1B2C3D4E5F6G7H8")
+    assert found_in(path) == ["an AWS key id"]
+
+
+def test_secret_across_two_pieces_and_at_the_end_of_a_long_text(tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    token = EXAMPLES["a Hugging Face token"]
+    path.write_text("x " * (2**21 - 8) + token + "\n" + "y " * 2**20 + "AKIA" + "B2" * 8)
+    assert sorted(found_in(path)) == ["a Hugging Face token", "an AWS key id"]
+
+
+def test_secret_in_the_header_of_a_binary_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"\x20\0\0\0\0\0\0\0" + EXAMPLES["a GitHub token"].encode() + bytes(64))
+    assert found_in(path) == ["a GitHub token"]
+
+
+def test_token_in_use_is_found_whatever_it_looks_like(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("x=opensesame(1)")
+    assert found_in(path) == []
+    assert found_in(path, "opensesame(1)") == ["the token in use"]
+
+
+def test_vocabulary_is_no_secret() -> None:
+    from checkpoints import ASSET
+
+    for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        assert found_in(ASSET / name) == []
+    weights = next(ASSET.glob("*.safetensors"))
+    assert found_in(weights) == []
+
+
+# the folder
+
+
+def test_folder_that_cannot_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sub").mkdir()
+    real = os.scandir
+
+    def scandir(path: str) -> object:
+        if str(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match="sub: cannot be read"):
+        walk(tmp_path)
+
+
+def test_overlay_stands_for_files_to_be_written(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"old")
+    listed = list_local(tmp_path, Hasher(tmp_path / "cache.sqlite"), {"a.txt": b"a", "b.txt": b"b"})
+    assert {n: d for n, d in listed.files.items() if n.endswith(".txt")} == {
+        "a.txt": A,
+        "b.txt": B,
+    }
+
+
+# hashes
+
+
+def test_digest_is_gits_and_sha256(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    content = os.urandom(3 * 2**20 + 7)
+    path.write_bytes(content)
+    digest = digest_file(path)
+    assert digest == digest_bytes(content)
+    assert digest.sha256 == hashlib.sha256(content).hexdigest()
+    done = subprocess.run(["git", "hash-object", path], capture_output=True, text=True, check=True)
+    assert digest.blob == done.stdout.strip()
+
+
+@pytest.fixture
+def rested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen35.publish.hashes._SETTLED_NS", -1)
+
+
+def test_large_file_is_known_by_its_sha256_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen35.publish.hashes.BLOB_BYTES", 0)
+    path = tmp_path / "file"
+    path.write_bytes(b"a")
+    digest = digest_file(path)
+    assert digest == Digest(1, A.sha256, "")
+    assert RemoteFile("file", 1, "0" * 40, A.sha256).holds(digest)
+    assert not RemoteFile("file", 1, A.blob).holds(digest)
+
+
+def hashed(path: Path, cache: Path) -> tuple[Digest, int]:
+    hasher = Hasher(cache)
+    return hasher.digests([path])[path], hasher.read_bytes
+
+
+@pytest.mark.usefixtures("rested")
+def test_file_at_rest_is_read_once(tmp_path: Path) -> None:
+    path, cache = tmp_path / "file", tmp_path / "sub" / "cache"
+    path.write_bytes(b"a")
+    assert hashed(path, cache) == (A, 1)
+    assert hashed(path, cache) == (A, 0)
+
+
+@pytest.mark.usefixtures("rested")
+def test_changed_file_is_read_again_even_with_its_old_time(tmp_path: Path) -> None:
+    path, cache = tmp_path / "file", tmp_path / "cache"
+    path.write_bytes(b"a")
+    assert hashed(path, cache) == (A, 1)
+    before = path.stat()
+    time.sleep(0.02)
+    path.write_bytes(b"b")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert hashed(path, cache) == (B, 1)
+    other = tmp_path / "other"
+    other.write_bytes(b"a")
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert hashed(path, cache) == (A, 1)
+
+
+def test_file_that_changed_just_now_is_not_cached(tmp_path: Path) -> None:
+    path, cache = tmp_path / "file", tmp_path / "cache"
+    path.write_bytes(b"a")
+    assert hashed(path, cache) == (A, 1)
+    assert hashed(path, cache) == (A, 1)
+
+
+@pytest.mark.usefixtures("rested")
+@pytest.mark.parametrize("damage", ["text", "folder", "parent is a file"])
+def test_cache_that_cannot_be_used_costs_only_time(tmp_path: Path, damage: str) -> None:
+    path, cache = tmp_path / "file", tmp_path / "there" / "cache"
+    path.write_bytes(b"a")
+    if damage == "parent is a file":
+        cache.parent.write_text("")
+    else:
+        cache.parent.mkdir()
+        cache.mkdir() if damage == "folder" else cache.write_text("not a database, " * 100)
+    assert hashed(path, cache) == (A, 1)
+    assert hashed(path, cache) == (A, 1)
+
+
+def test_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="gone: cannot be read"):
+        Hasher(tmp_path / "cache").digests([tmp_path / "gone"])
+    with pytest.raises(InputError, match="gone: cannot be read"):
+        digest_file(tmp_path / "gone")
+
+
+def test_file_that_changes_while_it_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(2**21))
+    real, calls = os.fstat, []
+
+    def fstat(descriptor: int) -> os.stat_result:
+        calls.append(descriptor)
+        if len(calls) == 2:  # before, after
+            path.write_bytes(bytes(2**21 + 1))
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    with pytest.raises(InputError, match="changed while it was read"):
+        digest_file(path)

@@ -1,0 +1,174 @@
+"""`qwen35 reproduce`: an artifact made again from its manifest, byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hub_client import REPO, World, files_in
+from hub_store import COMMIT, Repo
+from qwen35.cli.main import main
+from qwen35.convert import convert
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.publish.documents import documents, write_documents
+from running import plan_of, run
+
+SOURCE = "owner/source"
+
+
+def reproduce(*arguments: object) -> int:
+    return main(["reproduce", *map(str, arguments), "--quiet"])
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("recipe", ["nf4", "text", "text-nf4"])
+def test_artifact_is_made_again(
+    recipe: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(dense, tmp_path / "out", recipe).out
+    write_documents(out, documents(out, REPO))
+    assert reproduce(out, "--source", dense) == 0
+    assert "reproduced, byte for byte" in capsys.readouterr().out
+    assert reproduce(out / "qwen35.json", "--source", dense, "--output", tmp_path / "again") == 0
+    made = files_in(tmp_path / "again")
+    kept = {n: c for n, c in files_in(out).items() if n not in ("README.md", "qwen35.json")}
+    assert {n: c for n, c in made.items() if n != "qwen35.json"} == kept
+
+
+def test_own_rules_and_prefix_come_from_the_manifest(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toml = tmp_path / "mine.toml"
+    toml.write_text(
+        'format = "nf4"\nbase = "text-nf4"\n[[rules]]\nmatch = "self_attn"\naction = "plain"\n'
+    )
+    checkpoint = plan_of(dense).checkpoint
+    recipe = load_recipe(str(toml)).dropping_mtp()
+    out = tmp_path / "out"
+    convert(make_plan(checkpoint, recipe, keep_prefix=True), out, threads=1)
+    toml.unlink()
+    assert reproduce(out, "--source", dense) == 0
+    assert "reproduced" in capsys.readouterr().out
+
+
+def test_other_bytes_are_found(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(dense, tmp_path / "out").out
+    weights = out / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert reproduce(out, "--source", dense) == 1
+    text = capsys.readouterr().out
+    assert "DIFFERS model.safetensors: beside the manifest is missing, or has other bytes" in text
+    assert "not reproduced" in text
+    weights.unlink()
+    assert reproduce(out, "--source", dense) == 1
+    assert "DIFFERS model.safetensors: beside the manifest is missing" in capsys.readouterr().out
+
+
+def test_other_source_is_found(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from checkpoints import make_checkpoint
+
+    out = run(dense, tmp_path / "out").out
+    other = make_checkpoint(tmp_path / "other", seed=1)
+    assert reproduce(out, "--source", other, "--json") == 1
+    value = json.loads(capsys.readouterr().out)
+    assert not value["same"]
+    subjects = {(row["check"], row["subject"]) for row in value["findings"]}
+    assert subjects == {("bytes", "model.safetensors"), ("artifact", "model.safetensors")}
+
+
+def test_other_manifest_is_found(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(dense, tmp_path / "out").out
+    manifest = json.loads((out / "qwen35.json").read_text())
+    files = manifest["files"]
+    files["config.json"]["sha256"] = "0" * 64
+    files["gone.json"] = {"size": 1, "sha256": "0" * 64}
+    edit(out / "qwen35.json", files=files, plan="x", tool={"qwen35": "0.0.1"})
+    (out / "gone.json").write_text("x")
+    assert reproduce(out, "--source", dense) == 1
+    text = capsys.readouterr().out
+    assert "DIFFERS qwen35.json: the plan made now is another" in text
+    assert "DIFFERS config.json: sha256 " in text
+    assert "DIFFERS gone.json: not made again" in text
+    assert "note: qwen35 0.1.0 here, 0.0.1 then" in text
+
+
+def test_folder_as_source_must_be_named(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(dense, tmp_path / "out").out
+    assert reproduce(out) == 2
+    assert "made from a folder called source; say where it is with --source" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("name", ["nothing", "x.json", "a/b/c"])
+def test_no_manifest(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce(tmp_path / name) == 2
+    assert "no manifest, expected a qwen35.json" in capsys.readouterr().err
+
+
+def test_folder_of_others(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce(dense) == 2
+    assert "no qwen35.json in it" in capsys.readouterr().err
+
+
+def test_artifact_of_another_format(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(dense, tmp_path / "out").out
+    edit(out / "qwen35.json", files={"x.gguf": {"size": 1, "sha256": "0"}})
+    assert reproduce(out, "--source", dense) == 2
+    assert "not of safetensors files" in capsys.readouterr().err
+
+
+def test_existing_output_is_kept(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(dense, tmp_path / "out").out
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "x").write_text("mine")
+    assert reproduce(out, "--source", dense, "--output", tmp_path / "taken") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert files_in(tmp_path / "taken") == {"x": b"mine"}
+
+
+def test_published_artifact_is_made_again_from_the_hub_alone(
+    world: World, dense: Path, tmp_path: Path
+) -> None:
+    world.hub.repos[SOURCE] = Repo.of(dense)
+    out = tmp_path / "out"
+    made = world.client.run("convert", f"{SOURCE}@v1", out, "--recipe", "text-nf4")
+    assert made.code == 0, made.err
+    assert world.publish(folder=out).code == 0
+    shutil.rmtree(out)
+    world.hub.repos[SOURCE].refs["main"] = "f" * 40  # main has moved on
+    world.hub.requests.clear()
+    done = world.client.run("reproduce", REPO, "--json")
+    assert done.code == 0, done.out + done.err
+    assert done.json()["same"]
+    assert world.hub.sent(f"/{REPO}/resolve/") == len(world.repo.read("qwen35.json"))
+    world.repo.put({"model.safetensors": b"other weights", "config.json": b"{}"})
+    done = world.client.run("reproduce", REPO)
+    assert done.code == 1
+    for name in ("model.safetensors", "config.json"):
+        assert f"DIFFERS {name}: beside the manifest is missing, or has other bytes" in done.out
+    asked = [r.path for r in world.hub.requests if f"/{SOURCE}/resolve/" in r.path]
+    assert asked
+    assert all(COMMIT in path for path in asked)
