@@ -29,7 +29,7 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("recipe", ["nf4", "text", "text-nf4"])
+@pytest.mark.parametrize("recipe", ["nf4", "text", "text-nf4", "fp8", "text-fp8"])
 def test_artifact_is_made_again(
     recipe: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -41,6 +41,30 @@ def test_artifact_is_made_again(
     made = files_in(tmp_path / "again")
     kept = {n: c for n, c in files_in(out).items() if n not in ("README.md", "qwen35.json")}
     assert {n: c for n, c in made.items() if n != "qwen35.json"} == kept
+
+
+def test_calibration_comes_from_the_manifest(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    statistics = tmp_path / "stats.json"
+    name = "model.language_model.layers.0.mlp.up_proj.weight"
+    columns = plan_of(dense).checkpoint.config.dims["hidden"]
+    values = [1.0 + i % 7 for i in range(columns)]
+    statistics.write_text(json.dumps({name: {"input_channel_max": values}}))
+    out = tmp_path / "out"
+    flags = ["--calib-mode", "rms", "--rms-factor", "4.5", "--activation-stats", str(statistics)]
+    assert main(["convert", str(dense), str(out), "--recipe", "fp8", "--skip-verify", *flags]) == 0
+    capsys.readouterr()
+    assert reproduce(out, "--source", dense) == 2
+    assert "give them: --activation-stats" in capsys.readouterr().err
+    given = ["--source", dense, "--activation-stats", statistics]
+    assert reproduce(out, *given) == 0
+    statistics.write_text(json.dumps({name: {"input_channel_max": values[::-1]}}))
+    assert reproduce(out, *given) == 2
+    assert "not the statistics that the manifest names" in capsys.readouterr().err
+    edit(out / "qwen35.json", calibration={"mode": "rms"})
+    assert reproduce(out, *given) == 2
+    assert "a malformed calibration" in capsys.readouterr().err
 
 
 def test_own_rules_and_prefix_come_from_the_manifest(

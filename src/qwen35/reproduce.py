@@ -91,18 +91,32 @@ class Reproduction:
         }
 
 
-def plan_again(origin: Origin, source: str | None = None, token: str | None = None) -> Plan:
+def plan_again(
+    origin: Origin,
+    source: str | None = None,
+    token: str | None = None,
+    activations: Activations | None = None,
+) -> Plan:
     """Plan the artifact once more, from the manifest's source and recipe.
 
     Args:
         origin: the manifest.
         source: where the source is, if not at the manifest's repository and commit.
         token: access token for the Hub.
+        activations: the statistics it was made with, if any.
 
     Raises:
-        UsageError: the source is not known, or the artifact is not of safetensors files.
-        InputError: the source is damaged.
+        UsageError: the source is not known, the statistics are not given, or the artifact is not of
+            safetensors files.
+        InputError: the source is damaged, or these are other statistics.
     """
+    calibration, statistics = calibration_of(origin.manifest)
+    if statistics is not None and activations is None:
+        raise UsageError(
+            origin.name, "made with activation statistics", hint="give them: --activation-stats"
+        )
+    if activations is not None and activations.sha256 != statistics:
+        raise InputError(activations.name, "not the statistics that the manifest names")
     repo, revision = source_of(origin.manifest)
     model = source or (f"{repo}@{revision}" if repo else None)
     if model is None:
@@ -113,7 +127,13 @@ def plan_again(origin: Origin, source: str | None = None, token: str | None = No
         raise UsageError(origin.name, "not of safetensors files", hint="make it again by its verb")
     recipe = recipe_of(origin.manifest)
     checkpoint = fetch(model, token=token)
-    return make_plan(checkpoint, recipe, keep_prefix=kept_prefix(origin.manifest))
+    return make_plan(
+        checkpoint,
+        recipe,
+        keep_prefix=kept_prefix(origin.manifest),
+        calibration=calibration,
+        activations=activations,
+    )
 
 
 def reproduce(

@@ -25,7 +25,7 @@ def log_probabilities(folder: Path, passages: list[list[int]]) -> list[list[floa
     In float32, so that the difference is what vLLM's bfloat16 arithmetic leaves, and not that of
     two engines.
     """
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).float()
     result = []
     for ids in passages:
         with torch.no_grad():

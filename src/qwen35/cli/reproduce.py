@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("manifest", metavar="MANIFEST", help="qwen35.json, its folder or a Hub id")
     parser.add_argument("--source", metavar="MODEL", help="where its source is, if elsewhere")
     parser.add_argument(
+        "--activation-stats", type=Path, metavar="FILE", help="FP8: the statistics it was made with"
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="DIR", help="keep what is made here (default: in TMPDIR)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
@@ -33,12 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
     from qwen35.convert import check_before
+    from qwen35.plan.activations import load_activations
     from qwen35.reproduce import Origin, plan_again, reproduce
 
     origin = Origin.find(args.manifest, args.hf_token)
     if args.output:
         check_before(args.output, overwrite=args.overwrite, device="cpu")
-    plan = plan_again(origin, args.source, args.hf_token)
+    statistics = load_activations(args.activation_stats) if args.activation_stats else None
+    plan = plan_again(origin, args.source, args.hf_token, statistics)
     with tempfile.TemporaryDirectory(prefix="qwen35-reproduce-") as scratch:
         made = reproduce(
             origin,

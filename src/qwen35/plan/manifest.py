@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import PurePath
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from qwen35.checkpoint.place import Place
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import read_json
+from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import InputError
 from qwen35.plan.documents import json_bytes
 from qwen35.plan.plan import Plan
@@ -21,6 +22,7 @@ from qwen35.version import __version__
 __all__ = [
     "MANIFEST_VERSION",
     "calibration_json",
+    "calibration_of",
     "kept_prefix",
     "manifest_bytes",
     "manifest_size",
@@ -159,6 +161,28 @@ def recipe_of(manifest: Mapping[str, Any]) -> Recipe:
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="match, action and reason")
     rules = tuple(Rule(*row) for row in rows)
     return Recipe(recipe["name"], recipe["format"], "", rules)
+
+
+def calibration_of(manifest: Mapping[str, Any]) -> tuple[Calibration | None, str | None]:
+    """Return how FP8 scales were chosen, and the SHA-256 of the statistics; None where unused.
+
+    Raises:
+        InputError: the manifest is malformed.
+    """
+    found = manifest.get("calibration")
+    if found is None:
+        return None, None
+    names = {field.name for field in fields(Calibration)}
+    if not isinstance(found, dict) or not names <= found.keys():
+        raise InputError(MANIFEST_NAME, "a malformed calibration")
+    statistics = found.get("activations")
+    if statistics is not None and not isinstance(statistics, dict):
+        raise InputError(MANIFEST_NAME, "a malformed calibration", expected="activations: a table")
+    try:
+        calibration = Calibration(**{name: found[name] for name in names})
+    except TypeError as error:
+        raise InputError(MANIFEST_NAME, "a malformed calibration") from error
+    return calibration, str(statistics.get("sha256")) if statistics else None
 
 
 def kept_prefix(manifest: Mapping[str, Any]) -> bool:
