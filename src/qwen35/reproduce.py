@@ -13,7 +13,15 @@ from qwen35.checkpoint.place import Folder, Place
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.convert import Result, check_before, convert
 from qwen35.errors import Finding, InputError, UsageError
-from qwen35.plan.manifest import kept_prefix, manifest_versions, read_manifest, recipe_of, source_of
+from qwen35.plan.activations import Activations
+from qwen35.plan.manifest import (
+    calibration_of,
+    kept_prefix,
+    manifest_versions,
+    read_manifest,
+    recipe_of,
+    source_of,
+)
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.progress import Progress
 from qwen35.publish.hashes import digest_file
