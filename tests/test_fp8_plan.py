@@ -299,7 +299,9 @@ def test_prefix_may_be_kept() -> None:
 
 def test_a_text_only_source_keeps_its_names() -> None:
     plan = planned(tiny_config(text_only=True, moe=True, tied=False, mtp=0))
-    assert all(name.startswith(("model.layers.", "model.embed", "lm_head")) for name in listed(plan))
+    assert all(
+        name.startswith(("model.layers.", "model.embed", "lm_head")) for name in listed(plan)
+    )
     assert "model.layers.3.mlp.experts.0.down_proj.weight" in packed(plan)
 
 
@@ -481,7 +483,9 @@ def test_fp8_weights_of_the_source_are_copied() -> None:
     plan = make_plan(made_up(packed_config("fp8"), fp8=MLP), load_recipe("fp8"))
     ops = Counter((s.weight.storage, s.op) for s in plan.steps if s.packing == "fp8")
     assert ops == {("fp8", "copy"): 15, ("plain", "fp8"): 17}
-    assert {out.name for out in plan.outputs} == {out.name for out in planned(tiny_config()).outputs}
+    assert {out.name for out in plan.outputs} == {
+        out.name for out in planned(tiny_config()).outputs
+    }
     assert config_of(plan) == config_of(planned(tiny_config()))
 
 
