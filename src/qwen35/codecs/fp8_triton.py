@@ -95,9 +95,8 @@ def _encode_tiles(
         squares = tl.sum(ratios * ratios, axis=0)
         mean = tl.div_rn(tl.sum(squares * weight, axis=0), tl.sum(weight, axis=0) * 128.0)
         rms = largest * tl.sqrt_rn(mean)
-        scale = tl.where(
-            rms > 0.0, _stored((rms.to(tl.float64) * parameter / 448.0).to(tl.float32)), scale
-        )
+        wide = rms.to(tl.float64) * parameter / 448.0  # the product may be beyond float32
+        scale = tl.where(rms > 0.0, _stored(wide.to(tl.float32)), scale)
     if mode == _PERCENTILE:
         level = tl.load(levels + number)
         scale = tl.where(level > 0.0, _stored(tl.div_rn(level, 448.0)), scale)
