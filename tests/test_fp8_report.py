@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,17 @@ def test_clean_output_is_good_at_any_magnitude(
     outputs: dict[tuple[float, str], Path],
 ) -> None:
     report = report_on(outputs[deviation, mode], sources[deviation], Calibration(mode))
-    assert report.verdict == "GOOD"
-    assert report.judged == {"GOOD": 32}
-    assert report.identical == report.passthrough == 104 - 32
-    assert list(report.recommendations()) == []
+    assert report.verdict == ("WARN" if mode == "mse" else "GOOD")
+    assert sum(report.judged.values()) == 32
+    assert report.identical == report.passthrough == 103 - 32
+    for metric in report.metrics[:-1]:
+        assert metric.band(report.errors.values()) == "GOOD"
+    if mode == "mse":  # which saturates by design
+        assert list(report.recommendations()) == [
+            "Switch to --calib-mode search: it never saturates and has the least error."
+        ]
+    else:
+        assert list(report.recommendations()) == []
 
 
 def test_metrics_are_those_of_the_decoded_weights(
@@ -184,9 +192,10 @@ FAULTS: dict[str, Callable[[Tensors], None]] = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("deviation", DEVIATIONS)
+@pytest.mark.parametrize(
+    ("deviation", "mode"), [(d, m) for d in DEVIATIONS for m in MODES if m != "mse" or d == 0.02]
+)
 def test_planted_fault_fails_at_any_magnitude(
     deviation: float,
     fault: str,
@@ -195,8 +204,6 @@ def test_planted_fault_fails_at_any_magnitude(
     outputs: dict[tuple[float, str], Path],
     tmp_path: Path,
 ) -> None:
-    if mode == "mse" and deviation != 0.02:
-        pytest.skip("mse has the scales of max or smaller ones: one magnitude is enough")
     broken = edited(outputs[deviation, mode], tmp_path / "broken", FAULTS[fault])
     report = report_on(broken, sources[deviation], Calibration(mode))
     assert report.verdict == "FAIL"
@@ -317,8 +324,9 @@ def test_samples_are_drawn_in_each_file_by_a_seed(
     first, again = (list(report_on(out, source, samples=2, seed=1).errors) for _ in range(2))
     other = list(report_on(out, source, samples=2, seed=2).errors)
     assert first == again != other
-    shards = {file for name, file in files.items() if name.endswith("_scale_inv")}
-    assert sorted(files[name] for name in first) == sorted([*shards, *shards])
+    held = Counter(file for name, file in files.items() if name.endswith("_scale_inv"))
+    assert len(held) > 2
+    assert Counter(files[name] for name in first) == {f: min(2, n) for f, n in held.items()}
 
 
 def test_no_samples_is_no_verdict_on_fp8(
@@ -364,7 +372,7 @@ LINES = [
     r"-{64}",
     r"  Shards processed    : 1  \(0 failed\)",
     r"  FP8 weight tensors  : 32",
-    r"  Passthrough tensors : 72\b.*",
+    r"  Passthrough tensors : 71  .*",
     r"  Spot-checked        : 32  \(✔ 32 GOOD  ⚠ 0 WARN  ✘ 0 FAIL\)",
     r"-{64}",
     r"  metric          mean value  typical range  +band +hard limit",
@@ -514,37 +522,26 @@ def test_advice_to_switch_to_search_is_right(
     better(before, after, "cosine sim", "mean abs err", "relative RMSE")
 
 
-def test_search_is_not_advised_against_the_largest_error_alone(tmp_path: Path) -> None:
-    """It lowers the mean error; the largest may rise with the scale."""
-    source = make_source(tmp_path / "in", 0.002)
-    tensors = load_all(source)
-    tensors[UP][5, 5] = 2.0
-    spiked = write_checkpoint(tmp_path / "spiked", tiny_config(layers=4), tensors)
-    before = follow(spiked, tmp_path / "a", Calibration("max"), bands="documented")
-    metrics = {m.name: m.band(before.errors.values()) for m in before.metrics}
-    assert metrics["worst MaxAE"] != "GOOD"
-    after = follow(spiked, tmp_path / "b", Calibration("search"), bands="documented")
-    if "--calib-mode search" in advice(before):
-        better(before, after)
-
-
-@pytest.mark.parametrize("where", [UP, QKV, f"{LAYER}.3.self_attn.v_proj.weight"])
-@pytest.mark.parametrize("scope", ["text", "mtp"])
-def test_advice_to_keep_the_worst_can_be_followed_and_helps(
-    where: str, scope: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "where",
+    [
+        UP,
+        QKV,
+        f"{LAYER}.3.self_attn.v_proj.weight",
+        f"{LAYER}.3.self_attn.o_proj.weight",
+        "mtp.layers.0.self_attn.k_proj.weight",
+        "mtp.layers.0.mlp.down_proj.weight",
+    ],
+)
+def test_advice_to_keep_the_worst_can_be_followed_and_helps(where: str, tmp_path: Path) -> None:
     source = make_source(tmp_path / "in", 0.02)
     tensors = load_all(source)
-    if scope == "mtp":
-        where = "mtp.layers.0." + where.partition("layers.")[2].partition(".")[2]
-        if where not in tensors:
-            pytest.skip("the MTP layer has full attention")
     tensors[where] = (tensors[where].float() * 20).bfloat16()
     large = write_checkpoint(tmp_path / "large", tiny_config(layers=4), tensors)
     before = follow(large, tmp_path / "a", Calibration(), bands="documented")
     assert before.verdict == "FAIL"
     assert where in advice(before)
-    keep = re.findall(r"--keep (\S+?)[.;,]?(?= |$)", advice(before))
+    keep = re.findall(r"--keep (\S+)", advice(before))
     assert keep
     after = follow(large, tmp_path / "b", Calibration(), *keep, bands="documented")
     assert where not in after.errors
@@ -557,7 +554,8 @@ def test_advice_to_keep_experts_can_be_followed(moe: Path, tmp_path: Path) -> No
     config = json.loads((moe / "config.json").read_text())
     large = write_checkpoint(tmp_path / "large", config, tensors)
     before = follow(large, tmp_path / "a", Calibration(), bands="documented")
-    keep = re.findall(r"--keep (\S+?)[.;,]?(?= |$)", advice(before))
+    keep = re.findall(r"--keep (\S+)", advice(before))
+    assert keep == ["mlp.experts"]
     after = follow(large, tmp_path / "b", Calibration(), *keep, bands="documented")
     better(before, after, "worst MAE", "worst MaxAE")
 
@@ -570,7 +568,7 @@ def test_advice_to_convert_again_is_right(
     assert advice(before).startswith("Codes and scales do not belong together")
     assert len(list(before.recommendations())) == 1
     after = follow(sources[0.02], tmp_path / "again", Calibration("max"))
-    better(before, after, "cosine sim", "relative RMSE", "mean abs err", "worst MaxAE")
+    better(before, after, "relative RMSE", "mean abs err", "worst RMSE", "worst MaxAE")
     assert after.verdict == "GOOD"
 
 
