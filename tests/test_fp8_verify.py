@@ -1,4 +1,4 @@
-"""The verifier on FP8 artifacts: silent on good ones, and every planted fault is found and named."""
+"""The verifier on FP8 artifacts: silent on good ones, and every planted fault is named."""
 
 from __future__ import annotations
 
@@ -526,13 +526,16 @@ def test_published_sizes_split_as_vllm_says(tmp_path: Path) -> None:
     items = inventory(Checkpoint("35B", config, weights, Layout.of(tensors), {}))
 
     def roles(ranks: int) -> set[str]:
-        return {f.message.partition(":")[0] for f in tensor_parallel_findings(items, ranks)}
+        return {f.message.partition(":")[0] for f in tensor_parallel_findings(config, items, ranks)}
 
     assert roles(1) == roles(2) == roles(4) == set()  # 512 / 4 = 128
     assert {"mlp.experts.gate_proj", "mlp.experts.down_proj", "mlp.shared_expert.up_proj"} <= roles(
         8
     )
     assert not {"self_attn.k_proj", "self_attn.v_proj"} & roles(8)  # two heads, repeated
+    # 16 heads of 128 keys, and rows in all that 32 GPUs could share
+    assert "linear_attn.in_proj_qkv" not in roles(16)
+    assert "linear_attn.in_proj_qkv" in roles(32)
 
 
 def test_tensor_parallel_on_the_command_line(
