@@ -173,7 +173,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for mode in ("search", "max"):
         plan = plan_of(ASSET, "fp8")
-        calibration = Calibration(mode)  # type: ignore[arg-type]
+        calibration = Calibration(mode)
         plan = make_plan(plan.checkpoint, load_recipe("fp8"), calibration=calibration)
         made[mode] = convert(plan, folder / mode, threads=1).out
     return made

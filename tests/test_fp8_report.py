@@ -593,3 +593,20 @@ def test_an_nf4_source_is_compared_with_what_it_decodes_to(dense: Path, tmp_path
     report = report_on(run(nf4, tmp_path / "out", "fp8").out, nf4)
     assert report.verdict == "GOOD"
     assert len(report.errors) == 32
+
+
+def test_a_source_that_is_fp8_in_part_is_counted_once(dense: Path, tmp_path: Path) -> None:
+    full = load_all(run(dense, tmp_path / "full", "fp8").out)
+    tensors = load_all(dense)
+    for name in [n.removesuffix("_scale_inv") for n in full if n.endswith("_scale_inv")]:
+        if ".mlp." not in name:
+            tensors |= {name + suffix: full[name + suffix] for suffix in ("", "_scale_inv")}
+    config = json.loads((tmp_path / "full" / "config.json").read_text())
+    source = write_checkpoint(tmp_path / "in", config, tensors)
+    report = report_on(run(source, tmp_path / "out", "fp8").out, source)
+    assert (report.verdict, report.packed, len(report.errors)) == ("GOOD", 32, 15)
+    assert report.identical == report.passthrough == 71
+    out = edited(tmp_path / "out", tmp_path / "broken", FAULTS["one code"])  # a copied weight
+    broken = report_on(out, source)
+    assert broken.verdict == "FAIL"
+    assert [f.subject for f in broken.findings] == [QKV]
