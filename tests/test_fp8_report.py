@@ -610,3 +610,20 @@ def test_a_source_that_is_fp8_in_part_is_counted_once(dense: Path, tmp_path: Pat
     broken = report_on(out, source)
     assert broken.verdict == "FAIL"
     assert [f.subject for f in broken.findings] == [QKV]
+
+
+def test_a_weight_of_zeros_is_good(dense: Path, tmp_path: Path) -> None:
+    tensors = load_all(dense)
+    tensors[QKV] = torch.zeros_like(tensors[QKV])
+    config = json.loads((dense / "config.json").read_text())
+    source = write_checkpoint(tmp_path / "in", config, tensors)
+    report = report_on(run(source, tmp_path / "out", "fp8").out, source)
+    assert report.verdict == "GOOD"
+    assert (report.errors[QKV].relative_rmse, report.errors[QKV].cosine) == (0, 1)
+    json.dumps(report.to_json(), allow_nan=False)
+
+    def plant(made: Tensors) -> None:
+        made[QKV].view(torch.uint8)[3, 3] = 0x38
+
+    broken = report_on(edited(tmp_path / "out", tmp_path / "broken", plant), source)
+    assert broken.verdict == "FAIL"

@@ -154,6 +154,8 @@ class TritonEncoder:
         scales: npt.NDArray[np.uint16],
     ) -> bool:
         """Encode as `qwen35.codecs.fp8_arrays.encode_rows` does."""
+        if self._device.index is not None:
+            torch.cuda.set_device(self._device)  # where Triton starts kernels, for this thread
         tile_rows, tile_columns = scales.shape
         tensor = torch.from_numpy(values if dtype == "BF16" else f32_from(values, dtype))
         if dtype == "BF16":
