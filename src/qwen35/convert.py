@@ -26,7 +26,7 @@ from qwen35.plan.step import Step
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import TensorFile, write_file
 from qwen35.sinks.staging import check_output, check_space, staging
-from qwen35.strips import decoded, not_finite, stored, tile_rows
+from qwen35.strips import decoded, fp8_scales, not_finite, stored, tile_rows
 from qwen35.threads import default_threads
 
 __all__ = ["Result", "check_before", "convert"]
@@ -162,6 +162,8 @@ class _Run:
             pieces = decoded(self.reader, step.weight, step.spec)
             self._write(step.outputs[0].name, pieces, file, stop)
         else:
+            if step.weight.storage == "fp8":
+                fp8_scales(self.reader, step.weight)  # refuses what is no scale
             for part, out in zip(step.weight.parts, step.outputs, strict=True):
                 self._write(out.name, stored(self.reader, part), file, stop)
         self.progress.advance(step.weight.nbytes, step.weight.name)

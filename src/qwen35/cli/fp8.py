@@ -10,6 +10,7 @@ from qwen35.checkpoint.open import describe
 from qwen35.cli.output import Output
 from qwen35.cli.shared import count
 from qwen35.codecs.fp8 import Calibration, Mode
+from qwen35.errors import UsageError
 from qwen35.plan.activations import Activations, load_activations
 from qwen35.plan.plan import Plan
 from qwen35.verify.bands import BANDS
@@ -90,10 +91,19 @@ def add_calibration(
 
 
 def calibration_for(args: argparse.Namespace) -> Calibration | None:
-    """Return the calibration asked for; None if no mode was."""
-    if args.calib_mode is None:
-        return None
-    return Calibration(args.calib_mode, args.rms_factor, args.calib_percentile, args.mse_grid_size)
+    """Return the calibration asked for; None if no mode was.
+
+    Raises:
+        UsageError: a parameter makes no sense, or there is one without its mode.
+    """
+    parameters = args.rms_factor, args.calib_percentile, args.mse_grid_size
+    calibration = Calibration(args.calib_mode or _DEFAULTS.mode, *parameters)
+    if args.calib_mode is not None:
+        return calibration
+    if calibration != _DEFAULTS:
+        flags = "--rms-factor, --calib-percentile and --mse-grid-size"
+        raise UsageError(flags, "mean nothing without their mode", hint="add --calib-mode")
+    return None
 
 
 def activations_for(args: argparse.Namespace) -> Activations | None:

@@ -49,8 +49,16 @@ def encoders_for(devices: str) -> tuple[Encoders, ...]:
         if device != "cuda" and not device.startswith("cuda:"):
             expected = "auto, cpu, cuda, cuda:N or a list of GPUs"
             raise UsageError(f"--device {devices}", "unknown", expected=expected)
-        from qwen35.codecs.fp8_triton import TritonEncoder
         from qwen35.codecs.nf4_torch import TorchEncoder
 
-        found.append(Encoders(TorchEncoder(device), TritonEncoder(device)))
+        nf4 = TorchEncoder(device)  # refuses a GPU that is not there
+        try:
+            from qwen35.codecs.fp8_triton import TritonEncoder
+        except ImportError as error:
+            raise UsageError(
+                f"--device {devices}",
+                f"{error.name} is not installed",
+                hint="leave the flag out: a CPU is enough",
+            ) from error
+        found.append(Encoders(nf4, TritonEncoder(device)))
     return tuple(found)

@@ -10,7 +10,6 @@ specification 1.0, table 1.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, get_args
@@ -58,8 +57,8 @@ class Calibration:
         if self.mode not in get_args(Mode):
             expected = ", ".join(get_args(Mode))
             raise UsageError("--calib-mode", f"{self.mode!r}", expected=expected)
-        if not (math.isfinite(self.rms_factor) and self.rms_factor > 0):
-            raise UsageError("--rms-factor", f"{self.rms_factor}", expected="a positive number")
+        if not 0 < self.rms_factor <= FP8_BLOCK:  # no tile of 128 x 128 peaks higher
+            raise UsageError("--rms-factor", f"{self.rms_factor}", expected="0 < k <= 128")
         if not 0 < self.percentile <= 100:
             raise UsageError("--calib-percentile", f"{self.percentile}", expected="0 < p <= 100")
         if not 1 <= self.grid_size <= 10_000:

@@ -84,7 +84,9 @@ class Errors:
     @property
     def relative_rmse(self) -> float:
         """Root mean square error over the root mean square of the weights."""
-        return math.sqrt(self.squared / self.norm) if self.norm else math.inf * bool(self.squared)
+        if not self.norm:
+            return math.inf if self.squared else 0.0
+        return math.sqrt(self.squared / self.norm)
 
     @property
     def cosine(self) -> float:

@@ -183,7 +183,7 @@ def _scale(
         _column_squares(tile, largest, sums)
         rms = largest * np.sqrt(_weigh(sums, weights, column) / _SIDE)
         if rms > 0:
-            return _stored(np.float32(rms * parameter) / _LARGEST)
+            return _stored(np.float32(rms * parameter / _LARGEST))
     if mode == _PERCENTILE:
         level = _percentile(tile, parameter)
         if level > 0:

@@ -95,7 +95,8 @@ def _encode_tiles(
         squares = tl.sum(ratios * ratios, axis=0)
         mean = tl.div_rn(tl.sum(squares * weight, axis=0), tl.sum(weight, axis=0) * 128.0)
         rms = largest * tl.sqrt_rn(mean)
-        scale = tl.where(rms > 0.0, _stored(tl.div_rn(rms * parameter, 448.0)), scale)
+        wide = rms.to(tl.float64) * parameter / 448.0  # the product may be beyond float32
+        scale = tl.where(rms > 0.0, _stored(wide.to(tl.float32)), scale)
     if mode == _PERCENTILE:
         level = tl.load(levels + number)
         scale = tl.where(level > 0.0, _stored(tl.div_rn(level, 448.0)), scale)
@@ -153,6 +154,8 @@ class TritonEncoder:
         scales: npt.NDArray[np.uint16],
     ) -> bool:
         """Encode as `qwen35.codecs.fp8_arrays.encode_rows` does."""
+        if self._device.index is not None:
+            torch.cuda.set_device(self._device)  # where Triton starts kernels, for this thread
         tile_rows, tile_columns = scales.shape
         tensor = torch.from_numpy(values if dtype == "BF16" else f32_from(values, dtype))
         if dtype == "BF16":

@@ -88,7 +88,10 @@ def load_activations(path: Path) -> Activations:
     columns: dict[Key, npt.NDArray[np.float32]] = {}
     for name, entry in parsed.items():
         role = _role(path.name, name)
-        columns[role.name, role.layer, role.expert] = _values(path.name, name, entry)
+        key = role.name, role.layer, role.expert
+        if key in columns:
+            raise InputError(path.name, f"names {name} twice", hint="under two prefixes")
+        columns[key] = _values(path.name, name, entry)
     return Activations(path.name, hashlib.sha256(data).hexdigest(), columns)
 
 
@@ -105,8 +108,11 @@ def _values(file: str, name: str, entry: Any) -> npt.NDArray[np.float32]:
         raise InputError(file, f"{name} is malformed", expected=f"{_KEY}: a number per column")
     if not all(type(value) in (int, float) for value in values):
         raise InputError(file, f"{name} holds what is not a number")
-    with np.errstate(over="ignore"):
-        array = np.array(values, np.float64).astype(np.float32)
+    try:
+        with np.errstate(over="ignore"):
+            array = np.array(values, np.float64).astype(np.float32)
+    except OverflowError:  # an integer beyond float64
+        array = np.array([np.inf], np.float32)
     if not (np.isfinite(array).all() and (array >= 0).all()):
         raise InputError(
             file,

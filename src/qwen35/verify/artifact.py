@@ -99,7 +99,7 @@ def verify(
     structure = check_structure(place, artifact)
     findings = list(structure.findings)
     if tensor_parallel is not None:
-        findings += tensor_parallel_findings(structure.items, tensor_parallel)
+        findings += tensor_parallel_findings(artifact.config, structure.items, tensor_parallel)
     errors: list[RoleError] = []
     if depth != "structure":
         if structure.manifest is not None:

@@ -76,12 +76,15 @@ def _group_findings(items: Sequence[Item]) -> Iterator[Finding]:
             yield Finding("fused-group", packed.spec.name, message)
 
 
-def tensor_parallel_findings(items: Sequence[Item], ranks: int) -> list[Finding]:
+def tensor_parallel_findings(
+    config: ModelConfig, items: Sequence[Item], ranks: int
+) -> list[Finding]:
     """Return the FP8 weights that `ranks` GPUs could not share in whole tiles.
 
     An engine splits the output of most layers and the input of those that end a block; each part
-    must be a multiple of 128 (vLLM 0.32 ``fp8_utils.validate_fp8_block_shape``). Key and value
-    heads fewer than `ranks` are repeated instead of split.
+    must be a multiple of 128 (vLLM 0.32 ``fp8_utils.validate_fp8_block_shape``). Queries, keys and
+    values of linear attention are parts of one matrix, each split by itself; key and value heads
+    of full attention fewer than `ranks` are repeated instead.
     """
     findings: dict[tuple[str, tuple[int, ...]], Finding] = {}
     for item in items:
@@ -89,12 +92,15 @@ def tensor_parallel_findings(items: Sequence[Item], ranks: int) -> list[Finding]
             continue
         leaf = item.role.name.rpartition(".")[2]
         axis = 1 if leaf in _ROW_SPLIT else 0
-        size = item.spec.shape[axis]
-        parts = min(ranks, max(1, size // 256)) if leaf in ("k_proj", "v_proj") else ranks
+        size, parts = item.spec.shape[axis], ranks
+        if leaf == "in_proj_qkv":  # values have as many rows as in_proj_z, which is checked
+            size = (config.dims["linear_qkv"] - config.dims["linear_value"]) // 2
+        if leaf in ("k_proj", "v_proj"):
+            parts = min(ranks, size // config.dims["head"])
         if size % (parts * FP8_BLOCK):
             message = (
-                f"{item.role.name}: {size} {'columns' if axis else 'rows'} over {ranks} GPUs are "
-                f"{size / ranks:g} each, expected a multiple of {FP8_BLOCK}"
+                f"{item.role.name}: {size} {'columns' if axis else 'rows'} over {parts} GPUs are "
+                f"{size / parts:g} each, expected a multiple of {FP8_BLOCK}"
             )
             findings.setdefault(
                 (item.role.name, item.spec.shape),

@@ -13,6 +13,8 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.fp8 import Calibration
 from qwen35.codecs.fp8_errors import Errors
 from qwen35.errors import Finding, UsageError
+from qwen35.model.fused import FUSED, fused_group
+from qwen35.model.roles import Role, role_of
 from qwen35.progress import Progress
 from qwen35.verify.bands import BANDS, Band, Metric, judge, worse
 from qwen35.verify.numbers import check_numbers
@@ -96,7 +98,8 @@ class Report:
             yield "Switch to --calib-mode search: it never saturates and has the least error."
         else:
             name, _ = max(off.items(), key=lambda pair: _badness(pair[1], self.metrics))
-            yield f"Leave the worst in bf16 (qwen35 convert --keep): {name}."
+            keep = " ".join(f"--keep {role}" for role in _loaded_together(role_of(name)))
+            yield f"Leave the worst, {name}, in bf16: {keep}"
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""
@@ -125,6 +128,16 @@ class Report:
             "findings": [finding.to_json() for finding in self.findings],
             "recommendations": list(self.recommendations()),
         }
+
+
+def _loaded_together(role: Role) -> tuple[str, ...]:
+    """Return the roles that can only be kept with `role`, as --keep takes them."""
+    group = fused_group(role)
+    if group is None:
+        return (role.name,)
+    prefix = "mtp.layers." if role.scope == "mtp" else ""
+    parts = ("mlp.experts",) if group[2] == "mlp.experts" else FUSED[group[2]]
+    return tuple(prefix + part for part in parts)
 
 
 def _badness(errors: Errors, metrics: tuple[Metric, ...]) -> tuple[int, float]:

@@ -103,7 +103,7 @@ class Numbers:
     Args:
         roles: errors per role; none without a source.
         fp8: errors of each FP8 weight that was compared with an unpacked original, by name.
-        identical: weights whose stored bytes are those of the source.
+        identical: weights that are not FP8 and whose stored bytes are those of the source.
         findings: what is wrong.
     """
 
@@ -167,7 +167,7 @@ def check_numbers(
     for one in compared:
         findings += one.findings
     errors = {one.item.spec.name: one.fp8 for one in compared if one.fp8 is not None}
-    identical = sum(one.identical for one in compared)
+    identical = sum(one.identical for one in compared if one.item.weight.storage != "fp8")
     roles = _by_role(compared) if source is not None else []
     return Numbers(roles, errors, identical, findings)
 

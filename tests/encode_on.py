@@ -1,0 +1,110 @@
+"""Encode with the Triton kernel and compare with the processor's; prints what differs as JSON.
+
+``TRITON_INTERPRET=1 python tests/encode_on.py cpu`` needs no GPU, ``cuda`` does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import numpy as np
+import torch
+
+from qwen35.codecs.fp8 import Calibration
+from qwen35.codecs.fp8_arrays import encode_rows
+from qwen35.codecs.fp8_triton import TritonEncoder
+
+CALIBRATIONS = [
+    Calibration("max"),
+    Calibration("rms"),
+    Calibration("rms", rms_factor=100),
+    Calibration("percentile"),
+    Calibration("percentile", percentile=100),
+    Calibration("mse", grid_size=1),
+    Calibration("mse", grid_size=5),
+    Calibration("search"),
+]
+
+
+def weight(kind: str) -> torch.Tensor:
+    """Return [128, 256], the second tile of zeros if `kind` says so."""
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randn(128, 256, generator=generator) * 0.02
+    if kind == "tails":
+        chi = torch.randn(4, 128, 256, generator=generator).square().sum(0)
+        values = values / (chi / 4).sqrt()
+    elif kind == "zero tile":
+        values[:, 128:] = 0
+    elif kind == "tiny":
+        values *= 1e-32
+    elif kind == "huge":
+        values = values.sign() * 3.3e38
+    return values
+
+
+def both(
+    encoder: TritonEncoder,
+    values: torch.Tensor,
+    calibration: Calibration,
+    weights: np.ndarray | None,
+) -> list[tuple[bool, np.ndarray, np.ndarray]]:
+    """Encode by both; return whether finite, codes and scales of each."""
+    bf16 = values.dtype == torch.bfloat16
+    array = (values.view(torch.uint16) if bf16 else values).numpy()
+    dtype = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[values.dtype]
+    found = []
+    for encode in (encode_rows, encoder):
+        codes = np.full(array.shape, 1, np.uint8)
+        scales = np.full((1, array.shape[1] // 128), 1, np.uint16)
+        finite = encode(array, dtype, calibration, weights, codes, scales)
+        found.append((finite, codes, scales))
+    return found
+
+
+def differences(device: str) -> dict[str, int]:
+    """Return the number of other codes and scales of each case that is not the same."""
+    encoder = TritonEncoder(device)
+    columns = np.linspace(0, 3, 256, dtype=np.float32) ** 4
+    columns[:128] = 0
+    found: dict[str, int] = {}
+    dtypes = {"normal": [torch.bfloat16, torch.float32, torch.float16]}
+    for kind in ("normal", "tails", "zero tile", "tiny", "huge"):
+        for dtype in dtypes.get(
+            kind, [torch.bfloat16, torch.float32][: 2 if kind == "tails" else 1]
+        ):
+            values = weight(kind).to(dtype)
+            for calibration in CALIBRATIONS:
+                for weights in (None, columns):
+                    cpu, other = both(encoder, values, calibration, weights)
+                    assert cpu[0]
+                    wrong = int((cpu[1] != other[1]).sum() + (cpu[2] != other[2]).sum())
+                    if wrong or not other[0]:
+                        weighed = "even" if weights is None else "weighed"
+                        found[f"{kind}, {dtype}, {calibration}, {weighed}"] = wrong
+    return found
+
+
+def untold(device: str) -> list[str]:
+    """Return the values that are not finite and that the kernel says nothing of."""
+    encoder = TritonEncoder(device)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for bad in (math.nan, math.inf, -math.inf):
+            values = weight("normal").to(dtype)
+            values[127, 255] = bad
+            cpu, other = both(encoder, values, Calibration("max"), None)
+            assert not cpu[0]
+            if other[0]:
+                found.append(f"{bad} {dtype}")
+    return found
+
+
+def main(device: str) -> None:
+    """Print both as JSON."""
+    print(json.dumps({"differences": differences(device), "untold": untold(device)}))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,69 @@
+"""The GPU kernel, interpreted on a processor: the same codes and scales as without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen35.codecs import nf4_torch
+from qwen35.codecs.devices import encoders_for
+from qwen35.errors import UsageError
+
+SCRIPT = Path(__file__).parent / "encode_on.py"
+
+
+def compared(device: str, **environment: str) -> object:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore:invalid value:RuntimeWarning", SCRIPT, device],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_interpreted_kernel_encodes_as_the_processor_does() -> None:
+    """All modes, bf16, f16 and f32, with statistics and without, zeros, tiny and huge weights."""
+    pytest.importorskip("triton")
+    assert compared("cpu", TRITON_INTERPRET="1") == {"differences": {}, "untold": []}
+
+
+def test_a_gpu_encodes_as_the_processor_does() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here: the test above interprets the same kernel")
+    assert compared("cuda") == {"differences": {}, "untold": []}
+
+
+def test_a_gpu_without_triton_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4_torch, "TorchEncoder", lambda device: None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "qwen35.codecs.fp8_triton", raising=False)
+    with pytest.raises(UsageError, match="--device cuda: triton is not installed"):
+        encoders_for("cuda")
+
+
+@pytest.mark.parametrize(
+    "device", ["cuda", "cuda:0", "cuda:99", "cuda:x", "cuda:", "cuda:0,cuda:99"]
+)
+def test_a_gpu_that_is_not_there_is_refused_in_a_sentence(device: str) -> None:
+    import torch
+
+    if torch.cuda.is_available() and device in ("cuda", "cuda:0"):
+        pytest.skip("there is a GPU")
+    with pytest.raises(UsageError, match="does not see such a GPU"):
+        encoders_for(device)
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cpu,cuda", "cuda,cpu", "CUDA", "cuda0", "mps"])
+def test_an_unknown_device_is_refused_in_a_sentence(device: str) -> None:
+    with pytest.raises(UsageError, match="--device"):
+        encoders_for(device)
