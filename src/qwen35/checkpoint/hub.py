@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
-from qwen35.errors import HubError, InputError
+from qwen35.errors import HubError, InputError, UsageError
 
-__all__ = ["HubId", "HubPlace", "download"]
+__all__ = ["HubId", "HubPlace", "download", "download_file"]
 
 _T = TypeVar("_T")
 
@@ -163,6 +163,33 @@ class HubPlace:
         return content[:count]
 
 
+def download_file(address: str, token: str | None = None) -> Path:
+    """Download one file into the Hub's cache; return where it is.
+
+    Args:
+        address: ``owner/name[@revision]/path``.
+        token: access token, or None for the one the Hub's client finds.
+
+    Raises:
+        UsageError: the address is malformed.
+        HubError: the download failed.
+    """
+    from huggingface_hub import hf_hub_download
+
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+)", address, re.ASCII)
+    if match is None:
+        raise UsageError(f"hf:{address}", "malformed", expected="hf:owner/name/path")
+    repo, revision, path = match.groups()
+    try:
+        return Path(
+            _ask(
+                address, lambda: hf_hub_download(repo, path, revision=revision, token=token or None)
+            )
+        )
+    except OSError as error:
+        raise HubError(address, f"the download cannot be stored ({error.strerror})") from error
+
+
 def download(place: HubPlace, shards: list[str], token: str | None = None) -> Path:
     """Download the checkpoint's files into the Hub's cache; return the snapshot's folder.
 
@@ -176,7 +203,7 @@ def download(place: HubPlace, shards: list[str], token: str | None = None) -> Pa
     if not sys.stderr.isatty():
         disable_progress_bars()
     wanted = [row.name for row in SIDECARS]
-    wanted += ["config.json", "*.safetensors.index.json", MANIFEST_NAME, *shards]
+    wanted += ["config.json", "README.md", "*.safetensors.index.json", MANIFEST_NAME, *shards]
     options: dict[str, Any] = {"revision": place.revision, "token": token, "allow_patterns": wanted}
     try:
         folder = Path(_ask(place.repo, lambda: snapshot_download(place.repo, **options)))
