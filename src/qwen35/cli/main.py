@@ -17,6 +17,7 @@ VERBS: dict[str, str] = {
     "inspect": "what a checkpoint is, from its headers",
     "plan": "every output file and tensor, exact to the byte, before anything is read",
     "convert": "write a quantized or text-only checkpoint",
+    "gguf": "write GGUF files for llama.cpp, quantized or not",
     "verify": "check an artifact, alone or against its source",
 }
 """Verb to what it does; the module is `qwen35.cli.<verb>`."""

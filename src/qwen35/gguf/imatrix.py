@@ -1,7 +1,7 @@
 """Importance matrices: the mean square of every input channel of a matrix, gathered over a text.
 
-Read are GGUF files as llama-imatrix and others write them (``NAME.in_sum2`` and ``NAME.counts``) and
-the older binary form (``.dat``). Values are those llama-quantize uses, bit for bit.
+Read are GGUF files as llama-imatrix and others write them (``NAME.in_sum2``, ``NAME.counts``) and
+the older binary form (``.dat``). Values are those that llama-quantize uses, bit for bit.
 Source: llama.cpp 0c1e5709, ``common/imatrix-loader.cpp`` and ``tools/quantize/quantize.cpp``.
 """
 
@@ -179,7 +179,7 @@ class _Dat:
             calls = self._number(2**31 - 1)
             size = self._number(self._left // 4)
             values = np.frombuffer(self._take(4 * size), "<f4")
-            yield name, Entry(values / np.float32(calls) if calls else values, 0, 1)
+            yield name, Entry(np.divide(values, calls or 1, dtype=np.float32), 0, 1)
 
     def trailer(self) -> tuple[str, int]:
         if self._left < 8:

@@ -8,8 +8,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -205,9 +206,9 @@ def _text_keys(
     if config.moe:
         writer.add_expert_feed_forward_length(config.dims["expert_ffn"])
         writer.add_expert_shared_feed_forward_length(config.dims["shared_ffn"])
-    _ssm_keys(writer, config, rope, mtp_layers)
     if mtp_layers:
         writer.add_nextn_predict_layers(mtp_layers)
+    _ssm_keys(writer, config, rope, mtp_layers)
     if "mrope_section" not in rope:
         writer.add_rope_dimension_sections(sections)
 
@@ -298,7 +299,7 @@ def _as_quantized(
 
 def _head(writer: GGUFWriter, tensors: Sequence[Written]) -> Head:
     buffer = io.BytesIO()
-    writer.fout = [buffer]
+    writer.fout = cast("list[BufferedWriter]", [buffer])  # nothing but write and flush is used
     writer.state = WriterState.EMPTY
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

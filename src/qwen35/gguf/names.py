@@ -1,7 +1,7 @@
 """From the weights of a checkpoint to the tensors of a GGUF file: names, shapes, transforms.
 
-Source: llama.cpp 0c1e5709, ``conversion/qwen.py``, ``qwen3vl.py`` and ``base.py``; the tests compare
-whole files with that converter's.
+Source: llama.cpp 0c1e5709, ``conversion/qwen.py``, ``qwen3vl.py`` and ``base.py``; the tests
+compare whole files with that converter's.
 """
 
 from __future__ import annotations

@@ -10,22 +10,13 @@ from functools import cached_property
 
 from qwen35.checkpoint.inventory import Item, inventory
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.errors import ConfigError, TensorError, UsageError
+from qwen35.errors import ConfigError, UsageError
+from qwen35.gguf.choose import Chooser, Kinds, float_kind, imatrix_notes
 from qwen35.gguf.imatrix import Imatrix
-from qwen35.gguf.metadata import Documents, Head, Written, model_name, render_head
+from qwen35.gguf.metadata import ALIGNMENT, Documents, Head, Written, model_name, render_head
 from qwen35.gguf.names import Tensor, text_tensors, vision_tensors
-from qwen35.gguf.rules import MIX, Recipe, Rule, check_used, first_rule
-from qwen35.gguf.types import (
-    FILE_TYPES,
-    FLOATS,
-    GGML_TYPES,
-    NEEDS_IMATRIX,
-    FileType,
-    Geometry,
-    fallback,
-    quantizable,
-    select_types,
-)
+from qwen35.gguf.rules import BUILT_IN, Recipe, Rule, load_recipe
+from qwen35.gguf.types import FILE_TYPES, GGML_TYPES, FileType, Geometry
 from qwen35.gguf.vocabulary import Vocabulary, read_vocabulary
 from qwen35.plan.manifest import Made
 
@@ -64,14 +55,19 @@ class GgufFile:
         file_type: of the file as a whole.
         head: its first bytes, the place of each tensor, its size.
         tensors: what it holds, in the converter's order.
-        kinds: tensor to type of ggml.
+        kinds: the type of each.
     """
 
     name: str
     file_type: FileType
     head: Head
     tensors: tuple[Tensor, ...]
-    kinds: Mapping[str, str]
+    kinds: Kinds
+
+    def size_with(self, kinds: Kinds) -> int:
+        """Return the file's bytes if its tensors had these types; the head keeps its length."""
+        sizes = [GGML_TYPES[kinds[t.name]].size(t.shape) for t in self.tensors]
+        return len(self.head.content) + sum(size + -size % ALIGNMENT for size in sizes)
 
 
 @dataclass(frozen=True)
@@ -83,12 +79,14 @@ class GgufPlan:
         asked: what for.
         files: what is written.
         notes: what the user should know and could not see in the table.
+        comparison: recipe to file type to bytes, for this one and the built-in ones that fit.
     """
 
     checkpoint: Checkpoint
     asked: Asked
     files: tuple[GgufFile, ...]
     notes: tuple[str, ...]
+    comparison: Mapping[str, Mapping[str, int]]
 
     def file_sizes(self) -> Iterator[tuple[str, int]]:
         """Yield name and exact size of every file but the manifest."""
@@ -170,7 +168,8 @@ def make_plan(checkpoint: Checkpoint, asked: Asked) -> GgufPlan:
         files, notes = maker.text_files(items, name)
         if asked.projector is not None:
             files.append(maker.projector_file(items, name, asked.projector))
-    return GgufPlan(checkpoint, asked, tuple(files), (*_notes(vocabulary, documents), *notes))
+    notes = [*_notes(vocabulary, documents), *notes]
+    return GgufPlan(checkpoint, asked, tuple(files), tuple(notes), maker.comparison(files))
 
 
 def _with_mtp(checkpoint: Checkpoint, *, drop: bool) -> tuple[Checkpoint, int]:
@@ -231,26 +230,38 @@ class _Maker:
     def text_files(self, items: Sequence[Item], name: str) -> tuple[list[GgufFile], list[str]]:
         """Return the text model's files, and notes on them."""
         tensors = text_tensors(items, self.checkpoint.config, mtp=self.mtp > 0)
-        rules = (*self.asked.rules, *self.asked.recipe.rules)
-        chosen = {
-            tensor.name: first_rule(rules, tensor)
-            for tensor in tensors
-            if quantizable(tensor.name, tensor.shape)
-        }
-        check_used(rules, chosen)
-        notes = list(self._imatrix_notes(tensors))
+        chooser = self.chooser(tensors, self.asked.recipe)
+        chooser.ruled()
+        imatrix = self.asked.imatrix
+        notes = list(imatrix_notes(imatrix, tensors)) if imatrix else []
         files = []
         for type_name in self.asked.types:
             file_type = FILE_TYPES[type_name]
-            if file_type.quantized:
-                kinds, more = self._quantized(file_type, tensors, chosen)
-                notes += more
-            else:
-                kinds = {t.name: float_kind(t, file_type) for t in tensors}
-                if rules:
-                    notes.append(f"{type_name} has no mix: rules do not bear on it")
+            kinds, more = chooser.kinds(file_type)
+            notes += more
             files.append(self._file(f"{name}-{type_name}.gguf", file_type, tensors, kinds))
         return files, list(dict.fromkeys(notes))
+
+    def comparison(self, files: Sequence[GgufFile]) -> dict[str, dict[str, int]]:
+        """Return what the quantized files would take by each recipe."""
+        recipes = {name: load_recipe(name) for name in BUILT_IN}
+        recipes[self.asked.recipe.name] = self.asked.recipe
+        quantized = [file for file in files if file.file_type.quantized]
+        table: dict[str, dict[str, int]] = {}
+        for name, recipe in recipes.items():
+            for file in quantized:
+                try:
+                    kinds, _ = self.chooser(file.tensors, recipe).kinds(file.file_type)
+                except UsageError:  # a built-in recipe whose types this model's rows do not fit
+                    continue
+                table.setdefault(name, {})[file.file_type.name] = file.size_with(kinds)
+        return table
+
+    def chooser(self, tensors: Sequence[Tensor], recipe: Recipe) -> Chooser:
+        """Return what chooses types by `recipe`, after the rules given one by one."""
+        rules = (*self.asked.rules, *recipe.rules)
+        asked = self.asked
+        return Chooser(tensors, self.geometry, rules, asked.imatrix, asked.upstream_counters)
 
     def projector_file(self, items: Sequence[Item], name: str, type_name: str) -> GgufFile:
         """Return the file of the vision tower.
@@ -263,16 +274,14 @@ class _Maker:
         file_type = FILE_TYPES[type_name]
         tensors = vision_tensors(items)
         kinds = {tensor.name: float_kind(tensor, file_type) for tensor in tensors}
-        return self._file(
-            f"mmproj-{name}-{type_name}.gguf", file_type, tensors, kinds, vision=True
-        )
+        return self._file(f"mmproj-{name}-{type_name}.gguf", file_type, tensors, kinds, vision=True)
 
     def _file(
         self,
         name: str,
         file_type: FileType,
         tensors: Sequence[Tensor],
-        kinds: Mapping[str, str],
+        kinds: Kinds,
         *,
         vision: bool = False,
     ) -> GgufFile:
@@ -288,101 +297,3 @@ class _Maker:
             vision=vision,
         )
         return GgufFile(name, file_type, head, tuple(tensors), kinds)
-
-    def _quantized(
-        self, file_type: FileType, tensors: Sequence[Tensor], chosen: Mapping[str, Rule | None]
-    ) -> tuple[dict[str, str], list[str]]:
-        """Return the type of every tensor of a quantized file, and notes."""
-        named = {name: rule.kind for name, rule in chosen.items() if rule and rule.kind != MIX}
-        picked = select_types(
-            file_type,
-            [(tensor.name, tensor.shape) for tensor in tensors],
-            self.geometry,
-            named,
-            upstream_counters=self.asked.upstream_counters,
-        )
-        kinds, notes = {}, []
-        for tensor in tensors:
-            if tensor.name not in picked:
-                kinds[tensor.name] = "f32"
-                continue
-            kind = GGML_TYPES[picked[tensor.name]]
-            fitting = fallback(kind, tensor.row)
-            if fitting is not kind:
-                found = f"{tensor.name}: rows of {tensor.row} do not fit {kind.name}"
-                rule = chosen[tensor.name]
-                if tensor.name in named and rule and not self.asked.upstream_counters:
-                    expected = f"a multiple of {kind.block}, or {fitting.name}"
-                    raise UsageError(rule.subject, found, expected=expected)
-                notes.append(f"{found}, so it gets {fitting.name}")
-            self._check_imatrix(tensor, fitting.name)
-            kinds[tensor.name] = fitting.name
-        return kinds, notes
-
-    def _check_imatrix(self, tensor: Tensor, kind: str) -> None:
-        """Refuse a type that needs an importance matrix where there is none."""
-        imatrix = self.asked.imatrix
-        known = imatrix is not None and tensor.name in imatrix.entries
-        if kind in NEEDS_IMATRIX and not known:
-            raise UsageError(
-                tensor.name,
-                f"{kind} without an importance matrix",
-                expected="an entry for it in --imatrix",
-                hint="ggml cannot write it otherwise: give another type",
-            )
-
-    def _imatrix_notes(self, tensors: Sequence[Tensor]) -> Iterator[str]:
-        """Yield what the importance matrix lacks.
-
-        Raises:
-            TensorError: it is of another model.
-        """
-        imatrix = self.asked.imatrix
-        if imatrix is None:
-            return
-        wanted = {t.name: t for t in tensors if quantizable(t.name, t.shape)}
-        known = [name for name in wanted if name in imatrix.entries]
-        for name in known:
-            _check_size(imatrix, wanted[name])
-        if not known:
-            raise TensorError(imatrix.name, "no entry for any tensor of this model")
-        missing = [name for name in wanted if name not in imatrix.entries]
-        if missing:
-            yield (
-                f"{imatrix.name} has nothing on {len(missing)} of {len(wanted)} tensors, which are "
-                f"quantized without: {_some(missing)}"
-            )
-        extra = sorted(set(imatrix.entries) - set(wanted))
-        if extra:
-            yield f"{imatrix.name} speaks of tensors that are not here: {_some(extra)}"
-        partial = [name for name in known if imatrix.entries[name].unseen]
-        if partial:
-            count = sum(imatrix.entries[name].unseen for name in partial)
-            yield (
-                f"{imatrix.name} saw no token for {count} experts, which count evenly: "
-                f"{_some(partial)}"
-            )
-
-
-def _check_size(imatrix: Imatrix, tensor: Tensor) -> None:
-    found, expected = imatrix.entries[tensor.name].values.size, tensor.row * len(tensor.slabs)
-    if found != expected:
-        raise TensorError(
-            imatrix.name,
-            f"{found} values for {tensor.name}",
-            expected=str(expected),
-            hint="it was made for another model",
-        )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
-
-
-def float_kind(tensor: Tensor, file_type: FileType) -> str:
-    """Return a tensor's type in a file that is not quantized."""
-    assert file_type.base in FLOATS
-    if tensor.storage == "any":
-        return file_type.base
-    return "f16" if tensor.storage == "patch" and file_type.base == "f16" else "f32"

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from qwen35.checkpoint.source import Reader
 from qwen35.codecs.floats import all_finite, empty, f32_from
 from qwen35.gguf.names import Tensor
-from qwen35.strips import decoded, not_finite
 
 __all__ = ["Strip", "read_strip", "strips"]
 
@@ -95,12 +94,16 @@ def _plain(reader: Reader, strip: Strip, runs: list[tuple[int, int]]) -> F32:
         reader.read_into(item.weight.main, first * spec.itemsize, target)
         position += nbytes
     if not all_finite(values, spec.dtype):
+        from qwen35.strips import not_finite
+
         raise not_finite(spec.name)
     return f32_from(values, spec.dtype)
 
 
 def _packed(reader: Reader, strip: Strip) -> F32:
     """Decode a packed weight and return the rows of a strip, in their order."""
+    from qwen35.strips import decoded  # brings numba, which plain sources do not need
+
     slab = strip.tensor.slabs[strip.slab]
     spec = slab.item.spec
     pieces = decoded(reader, slab.item.weight, spec)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Reader
@@ -21,6 +24,8 @@ from qwen35.sinks.staging import check_output, check_space, staging
 from qwen35.threads import default_threads
 
 __all__ = ["Result", "write"]
+
+F32 = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,7 @@ class _Run:
             for target in opened.values():
                 target.close()
 
-    def _fill(
-        self, pool: ThreadPoolExecutor, threads: int, opened: dict[str, TensorFile]
-    ) -> None:
+    def _fill(self, pool: ThreadPoolExecutor, threads: int, opened: dict[str, TensorFile]) -> None:
         jobs = self._jobs()
         futures = [pool.submit(self._work, jobs, opened) for _ in range(threads)]
         try:
@@ -149,15 +152,14 @@ class _Run:
                 opened[file.name].write(tensor.name, offset, data)
         self.progress.advance(self._source_bytes(strip), tensor.name)
 
-    def _importance(self, tensor: Tensor, slab: int) -> Sequence[float] | None:
+    def _importance(self, tensor: Tensor, slab: int) -> F32 | None:
         imatrix = self.plan.asked.imatrix
         entry = imatrix.entries.get(tensor.name) if imatrix else None
         if entry is None:
             return None
         return entry.values[slab * tensor.row : (slab + 1) * tensor.row]
 
-    def _source_bytes(self, strip: Strip) -> int:
-        weight = strip.tensor.slabs[strip.slab].item.weight
-        return weight.nbytes * strip.count * strip.tensor.row // max(
-            1, strip.tensor.slabs[strip.slab].item.spec.numel
-        )
+    @staticmethod
+    def _source_bytes(strip: Strip) -> int:
+        item = strip.tensor.slabs[strip.slab].item
+        return item.weight.nbytes * strip.count * strip.tensor.row // item.spec.numel
