@@ -1,0 +1,81 @@
+"""llama.cpp through llama-cpp-python: the oracle of the GGUF tests."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen35.gguf.imatrix import Imatrix
+from qwen35.gguf.types import FILE_TYPES, GGML_TYPES
+
+__all__ = ["api", "quantize"]
+
+_STRING, _INT = 3, 0
+
+
+@cache
+def api() -> Any:
+    """Return the binding, with llama.cpp told to keep quiet."""
+    import llama_cpp
+
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    api.quiet = quiet  # type: ignore[attr-defined]
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    file_type: str,
+    *,
+    overrides: Sequence[tuple[str, str]] = (),
+    imatrix: Imatrix | None = None,
+    threads: int = 2,
+) -> Path:
+    """Call ``llama_model_quantize`` as the program llama-quantize does."""
+    llama = api()
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = FILE_TYPES[file_type].code
+    params.nthread = threads
+    alive: list[Any] = []
+    if overrides:
+        array = (llama.llama_model_tensor_override * (len(overrides) + 1))()
+        for slot, (pattern, kind) in zip(array, overrides, strict=False):
+            slot.pattern, slot.type = pattern.encode(), GGML_TYPES[kind].code
+        array[len(overrides)].pattern = None
+        params.tt_overrides = array
+        alive.append(array)
+    if imatrix is not None:
+        params.imatrix, params.kv_overrides = _importance(llama, imatrix, alive)
+    status = llama.llama_model_quantize(
+        str(source).encode(), str(target).encode(), ctypes.byref(params)
+    )
+    assert status == 0
+    return target
+
+
+def _importance(llama: Any, imatrix: Imatrix, alive: list[Any]) -> tuple[Any, Any]:
+    array = (llama.llama_model_imatrix_data * (len(imatrix.entries) + 1))()
+    for slot, (name, entry) in zip(array, imatrix.entries.items(), strict=False):
+        values = np.ascontiguousarray(entry.values, np.float32)
+        alive.append(values)
+        slot.name, slot.size = name.encode(), values.size
+        slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    array[len(imatrix.entries)].name = None
+    keys: Mapping[str, str | int] = imatrix.keys()
+    overrides = (llama.llama_model_kv_override * (len(keys) + 1))()
+    for slot, (key, value) in zip(overrides, keys.items(), strict=False):
+        slot.key = key.encode()
+        if isinstance(value, str):
+            slot.tag, slot.value.val_str = _STRING, value.encode()
+        else:
+            slot.tag, slot.value.val_i64 = _INT, value
+    alive += [array, overrides]
+    return array, overrides
