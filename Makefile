@@ -1,12 +1,16 @@
 # make demo   install, convert the embedded checkpoint, check what came out
 # make test   install, then lint, types, import contract, tests
+# make golden record anew what llama.cpp's converter writes (tests/golden/gguf.json)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# llama-cpp-python is built from source: without code for this very processor (its AMX kernels are
+# miscompiled by common compilers), and without the multimodal library
+export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
-.PHONY: help setup demo test test-all lint bench clean
+.PHONY: help setup demo test test-all golden lint bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -18,11 +22,22 @@ $(VENV)/.made:
 # torch first and by its exact version, so that pip takes a CPU build where one is at hand
 $(VENV)/.setup: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install --quiet --editable '.[nf4]'
+	$(PIP) install --quiet --editable '.[nf4,gguf]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.setup
-	$(PIP) install --quiet --editable '.[nf4,test]'
+	$(PIP) install --quiet --editable '.[nf4,gguf,test]'
+	touch $@
+
+# llama.cpp's converter, from llama-cpp-python's source package: an oracle of the tests
+LLAMA_CPP := $(VENV)/llama.cpp
+$(LLAMA_CPP)/.made: $(VENV)/.test
+	rm -rf $(LLAMA_CPP) && mkdir -p $(LLAMA_CPP)
+	$(PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_CPP) \
+		"$$(grep '^llama_cpp_python==' constraints.txt)"
+	tar -xzf $(LLAMA_CPP)/*.tar.gz -C $(LLAMA_CPP) --strip-components=3 \
+		--wildcards '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	rm $(LLAMA_CPP)/*.tar.gz
 	touch $@
 
 setup: $(VENV)/.setup
@@ -39,11 +54,15 @@ lint: $(VENV)/.test
 test: $(VENV)/.test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not heavy'
 
-test-all: $(VENV)/.test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test-all: $(VENV)/.test lint $(LLAMA_CPP)/.made
+	QWEN35_LLAMA_CPP=$(CURDIR)/$(LLAMA_CPP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+golden: $(LLAMA_CPP)/.made
+	PYTHONPATH=src:tests $(BIN)/python tests/golden_gguf.py $(CURDIR)/$(LLAMA_CPP)
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/nf4.py
+	$(BIN)/python benchmarks/gguf.py
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

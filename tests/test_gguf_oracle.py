@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ from llama import quantize
 from qwen35.checkpoint.source import open_folder
 from qwen35.gguf.imatrix import Imatrix, read_imatrix
 from qwen35.gguf.plan import Asked, GgufPlan, make_plan
-from qwen35.gguf.rules import load_recipe, pattern_rules
+from qwen35.gguf.rules import exported, load_recipe, pattern_rules
 from qwen35.gguf.types import FILE_TYPES, quantizable
 from qwen35.gguf.write import write
 
@@ -75,7 +75,6 @@ def write_imatrix(path: Path, plan: GgufPlan, *, seed: int = 3, skip: str = "blk
     """Write a random importance matrix as llama-imatrix does, for all tensors but `skip`."""
     generator = np.random.default_rng(seed)
     writer = GGUFWriter(path, "", use_temp_file=False)
-    writer.remove_key = None  # type: ignore[method-assign, assignment]
     writer.kv_data[0].clear()
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["some/text.txt"])
@@ -139,22 +138,16 @@ def test_upstream_counters_with_the_override_file(
 def test_an_exported_recipe_gives_llama_quantize_the_same_file(
     recipe: str, variant: Make, tmp_path: Path
 ) -> None:
-    from qwen35.gguf.rules import exported
-
     plan = plan_of(variant("deep"), ("F32", "Q4_K_M"), recipe)
     file = plan.files[1]
     wanted = {t.name: file.kinds[t.name] for t in file.tensors if quantizable(t.name, t.shape)}
     path = tmp_path / "types.txt"
     path.write_text("\n".join(exported(wanted)))
     rules = pattern_rules([], [path])
-    pairs = tuple((line.rpartition("=")[0], wanted_kind(line)) for line in exported(wanted))
+    pairs = tuple((line.rpartition("=")[0], line.rpartition("=")[2]) for line in exported(wanted))
     check(plan, tmp_path, overrides=pairs)
     again = plan_of(variant("deep"), ("F32", "Q4_K_M"), rules=rules, upstream_counters=True)
     assert again.files[1].kinds == file.kinds
-
-
-def wanted_kind(line: str) -> str:
-    return line.rpartition("=")[2]
 
 
 def test_default_counters_keep_the_mix_of_tensors_that_no_rule_names(
@@ -189,12 +182,8 @@ def test_types_that_need_an_imatrix(kind: str, variant: Make, tmp_path: Path) ->
     source = variant("dense")
     rules = pattern_rules([rf"blk\.1\.ffn_up={kind}"], [])
     imatrix = write_imatrix(tmp_path / "imatrix.gguf", plan_of(source, ("F32",)))
-    asked: Mapping[str, object] = {"rules": rules, "imatrix": imatrix, "upstream_counters": True}
-    check(
-        plan_of(source, ("F32", "Q4_K_M"), **asked),
-        tmp_path,
-        overrides=((r"blk\.1\.ffn_up", kind),),
-    )
+    plan = plan_of(source, ("F32", "Q4_K_M"), rules=rules, imatrix=imatrix, upstream_counters=True)
+    check(plan, tmp_path, overrides=((r"blk\.1\.ffn_up", kind),))
 
 
 def test_dropped_mtp_layers(variant: Make, tmp_path: Path) -> None:
