@@ -15,7 +15,7 @@ from qwen35.checkpoint.source import (
 )
 from qwen35.errors import InputError, UsageError
 
-__all__ = ["describe", "fetch", "hub_token", "looks_like_artifact"]
+__all__ = ["describe", "fetch", "gguf_files", "hub_token", "looks_like_artifact"]
 
 _LOCAL_STARTS = ("./", "../", "/", "~", ".")
 
@@ -78,6 +78,19 @@ def looks_like_artifact(model: str) -> bool:
         return HubId.parse(model) is not None and not model.startswith(_LOCAL_STARTS)
     names = Folder(path).sizes()
     return "config.json" in names or any(name.endswith(".safetensors") for name in names)
+
+
+def gguf_files(model: str) -> tuple[Path, ...]:
+    """Return the GGUF files at `model`: itself, or those in a folder without safetensors."""
+    try:
+        path = Path(model).expanduser()
+        if path.is_file():
+            return (path,) if path.suffix == ".gguf" else ()
+        if not path.is_dir() or any(path.glob("*.safetensors")):
+            return ()
+        return tuple(sorted(path.glob("*.gguf")))
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
+        return ()
 
 
 def _folder(model: str) -> Path | None:

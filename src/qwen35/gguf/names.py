@@ -185,6 +185,13 @@ def _check_heads(config: ModelConfig) -> None:
         raise TensorError(
             "config.json", f"{values} value heads on {keys} key heads", expected="a multiple"
         )
+    key, value = config.text_raw["linear_key_head_dim"], config.dims["linear_head"]
+    if key != value:
+        raise TensorError(
+            "config.json",
+            f"key heads of {key} and value heads of {value} in linear attention",
+            expected="the same, for llama.cpp",
+        )
 
 
 def _heads(config: ModelConfig) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from qwen35.errors import Finding, InputError
 from qwen35.model.config import ModelConfig
 from qwen35.plan.manifest import MANIFEST_VERSION
 
-__all__ = ["Structure", "check_structure", "is_skipped"]
+__all__ = ["Structure", "check_structure", "is_skipped", "read_manifest"]
 
 Kind = Literal["plain", "nf4", "fp8"]
 
@@ -59,7 +59,7 @@ def check_structure(place: Place, checkpoint: Checkpoint) -> Structure:
     findings += _template_findings(place, checkpoint)
     manifest = None
     try:
-        manifest = _manifest(place)
+        manifest = read_manifest(place)
     except InputError as error:
         findings.append(_finding("manifest", error))
     if manifest is not None:
@@ -72,7 +72,12 @@ def _finding(check: str, error: InputError) -> Finding:
     return Finding(check, error.subject, message)
 
 
-def _manifest(place: Place) -> Mapping[str, Any] | None:
+def read_manifest(place: Place) -> Mapping[str, Any] | None:
+    """Return qwen35.json of an artifact, if it has one.
+
+    Raises:
+        InputError: it is malformed.
+    """
     if MANIFEST_NAME not in place.sizes():
         return None
     manifest = read_json(place, MANIFEST_NAME)
