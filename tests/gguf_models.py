@@ -76,7 +76,7 @@ _CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "text": ({"text_only": True, "tied": False, "mtp": 0}, {}),
     "deep": ({"layers": 16}, {"intermediate_size": 256, "num_attention_heads": 1}),
     "equal-heads": ({}, {"linear_num_key_heads": 4}),
-    "three-to-one": ({"mtp": 2}, {"linear_num_value_heads": 6}),
+    "three-to-one": ({}, {"linear_num_value_heads": 6}),
     "grouped": (
         {"layers": 8},
         {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64},

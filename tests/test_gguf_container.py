@@ -36,9 +36,7 @@ def record(
     name: str = "t", shape: tuple[int, ...] = (32,), kind: int = 0, offset: int = 0
 ) -> bytes:
     sizes = struct.pack(f"<{len(shape)}Q", *shape)
-    return (
-        text(name) + struct.pack("<I", len(shape)) + sizes + struct.pack("<IQ", kind, offset)
-    )
+    return text(name) + struct.pack("<I", len(shape)) + sizes + struct.pack("<IQ", kind, offset)
 
 
 def file_bytes(

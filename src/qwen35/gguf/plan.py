@@ -152,7 +152,8 @@ def make_plan(checkpoint: Checkpoint, asked: Asked) -> GgufPlan:
     """Plan the files, reading nothing of the checkpoint but headers and small files.
 
     Raises:
-        ConfigError: MTP layers are promised and absent, or the tokenizer is not one llama.cpp has.
+        ConfigError: MTP layers are promised and absent, or more than llama.cpp loads; or the
+            tokenizer is not one that it has.
         TensorError: the checkpoint does not have the weights that its config promises.
         UsageError: what was asked for does not fit the checkpoint.
     """
@@ -190,6 +191,13 @@ def _with_mtp(checkpoint: Checkpoint, *, drop: bool) -> tuple[Checkpoint, int]:
             f"mtp_num_hidden_layers is {promised}, but the checkpoint has {found} such layers",
             expected="its tensors (mtp.*): transformers drops them when it saves",
             hint="take them from the original checkpoint, or give --drop-mtp",
+        )
+    if found > 1 and not drop:
+        raise ConfigError(
+            "config.json",
+            f"{found} MTP layers",
+            expected="one: the loader of llama.cpp wants mtp.fc for each, the family has it once",
+            hint="give --drop-mtp",
         )
     if promised == found:
         return checkpoint, found
