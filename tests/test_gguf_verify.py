@@ -258,7 +258,7 @@ def test_inspect(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 4 < summary["bits_per_weight"] < 8
     assert summary["keys"]["tokenizer.ggml.tokens"] == "512 items"
     assert main(["inspect", str(good)]) == 0
-    assert capsys.readouterr().out.count("architecture  ") == 3
+    assert capsys.readouterr().out.count("file type  ") == 3
 
 
 def test_inspect_of_a_damaged_file(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
