@@ -26,8 +26,8 @@ if sys.path[0] != str(ROOT):  # this file has the name of a library, which its f
     sys.path[0] = str(ROOT)
 
 from benchmarks.nf4 import SHARD, Cost, make_checkpoint, measure, median
-
 from gguf import GGUFWriter
+
 from qwen35.checkpoint.source import open_folder
 from qwen35.gguf.plan import Asked, make_plan
 from qwen35.gguf.rules import load_recipe

@@ -193,6 +193,11 @@ def download_file(address: str, token: str | None = None) -> Path:
 def download(place: HubPlace, shards: list[str], token: str | None = None) -> Path:
     """Download the checkpoint's files into the Hub's cache; return the snapshot's folder.
 
+    Args:
+        place: where from.
+        shards: its safetensors files, and other files that are wanted if they are there.
+        token: access token, or None for the one the Hub's client finds.
+
     Raises:
         HubError: the download failed.
         InputError: the snapshot is not complete.
@@ -203,13 +208,13 @@ def download(place: HubPlace, shards: list[str], token: str | None = None) -> Pa
     if not sys.stderr.isatty():
         disable_progress_bars()
     wanted = [row.name for row in SIDECARS]
-    wanted += ["config.json", "README.md", "*.safetensors.index.json", MANIFEST_NAME, *shards]
+    wanted += ["config.json", "*.safetensors.index.json", MANIFEST_NAME, *shards]
     options: dict[str, Any] = {"revision": place.revision, "token": token, "allow_patterns": wanted}
     try:
         folder = Path(_ask(place.repo, lambda: snapshot_download(place.repo, **options)))
     except OSError as error:
         raise HubError(place.repo, f"the download cannot be stored ({error.strerror})") from error
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+    missing = [name for name in shards if name in place.sizes() and not (folder / name).exists()]
     if missing:
         raise InputError(str(place), f"{missing[0]} did not arrive", hint="run again")
     return folder

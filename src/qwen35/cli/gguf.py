@@ -84,9 +84,11 @@ def run(args: argparse.Namespace, output: Output) -> int:
     from qwen35.sinks.staging import check_output
 
     check_output(args.out, source=None, overwrite=args.overwrite)
-    headers_only = args.dry_run or args.export is not None
-    opened = describe if headers_only else fetch
-    plan = _plan(opened(args.model, token=args.hf_token), args)
+    if args.dry_run or args.export is not None:
+        checkpoint = describe(args.model, token=args.hf_token)
+    else:
+        checkpoint = fetch(args.model, token=args.hf_token, extra=("README.md",))
+    plan = _plan(checkpoint, args)
     if args.export is not None:
         return _export(plan, args, output)
     threads = _threads(plan, args)
