@@ -1,14 +1,18 @@
 # make demo   install, convert the embedded checkpoint, check what came out
 # make test   install, then lint, types, import contract, tests
+# make golden record anew what llama.cpp's converter writes (tests/golden/gguf.json)
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# llama-cpp-python is built from source: without code for this very processor (its AMX kernels are
+# miscompiled by common compilers), and without the multimodal library
+export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
 # make test-vllm   load the embedded checkpoint's FP8 in vLLM, in an environment of its own
-.PHONY: help setup demo test test-all test-vllm lint bench clean
+.PHONY: help setup demo test test-all test-vllm golden lint bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -20,11 +24,22 @@ $(VENV)/.made:
 # torch first and by its exact version, so that pip takes a CPU build where one is at hand
 $(VENV)/.setup: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install --quiet --editable '.[nf4]'
+	$(PIP) install --quiet --editable '.[nf4,gguf]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.setup
-	$(PIP) install --quiet --editable '.[nf4,test]'
+	$(PIP) install --quiet --editable '.[nf4,gguf,test]'
+	touch $@
+
+# llama.cpp's converter, from llama-cpp-python's source package: an oracle of the tests
+LLAMA_CPP := $(VENV)/llama.cpp
+$(LLAMA_CPP)/.made: $(VENV)/.test
+	rm -rf $(LLAMA_CPP) && mkdir -p $(LLAMA_CPP)
+	$(PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_CPP) \
+		"$$(grep '^llama_cpp_python==' constraints.txt)"
+	tar -xzf $(LLAMA_CPP)/*.tar.gz -C $(LLAMA_CPP) --strip-components=3 \
+		--wildcards '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+	rm $(LLAMA_CPP)/*.tar.gz
 	touch $@
 
 setup: $(VENV)/.setup
@@ -41,8 +56,11 @@ lint: $(VENV)/.test
 test: $(VENV)/.test lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not heavy'
 
-test-all: $(VENV)/.test lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test-all: $(VENV)/.test lint $(LLAMA_CPP)/.made
+	QWEN35_LLAMA_CPP=$(CURDIR)/$(LLAMA_CPP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+golden: $(LLAMA_CPP)/.made
+	PYTHONPATH=src:tests $(BIN)/python tests/golden_gguf.py $(CURDIR)/$(LLAMA_CPP)
 
 # vLLM pins its own transformers, so it has an environment of its own
 $(VLLM)/.made: tests/vllm/requirements.txt
@@ -60,6 +78,7 @@ test-vllm: $(VENV)/.test $(VLLM)/.made
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/nf4.py
 	$(BIN)/python benchmarks/fp8.py
+	$(BIN)/python benchmarks/gguf.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

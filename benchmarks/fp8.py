@@ -18,9 +18,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from nf4 import Cost, make_checkpoint, measure, median
+ROOT = Path(__file__).resolve().parent.parent
+if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
+    sys.path[0] = str(ROOT)
 
-TINY = Path(__file__).parents[1] / "assets" / "qwen3.5-tiny"
+from benchmarks.nf4 import Cost, make_checkpoint, measure, median
+
+TINY = ROOT / "assets" / "qwen3.5-tiny"
 MODES = ("max", "rms", "search", "mse")
 SHARE = 16
 """Plain PyTorch searches only one weight in so many: all of them take many minutes."""

@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
-from qwen35.errors import HubError, InputError
+from qwen35.errors import HubError, InputError, UsageError
 
-__all__ = ["HubId", "HubPlace", "ask", "client_errors", "download", "explain", "status_of"]
+__all__ = [
+    "HubId",
+    "HubPlace",
+    "ask",
+    "client_errors",
+    "download",
+    "download_file",
+    "explain",
+    "status_of",
+]
 
 _T = TypeVar("_T")
 
@@ -178,8 +187,40 @@ class HubPlace:
         return content[:count]
 
 
+def download_file(address: str, token: str | None = None) -> Path:
+    """Download one file into the Hub's cache; return where it is.
+
+    Args:
+        address: ``owner/name[@revision]/path``.
+        token: access token, or None for the one the Hub's client finds.
+
+    Raises:
+        UsageError: the address is malformed.
+        HubError: the download failed.
+    """
+    from huggingface_hub import hf_hub_download
+
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+)", address, re.ASCII)
+    if match is None:
+        raise UsageError(f"hf:{address}", "malformed", expected="hf:owner/name/path")
+    repo, revision, path = match.groups()
+    try:
+        return Path(
+            ask(
+                address, lambda: hf_hub_download(repo, path, revision=revision, token=token or None)
+            )
+        )
+    except OSError as error:
+        raise HubError(address, f"the download cannot be stored ({error.strerror})") from error
+
+
 def download(place: HubPlace, shards: list[str], token: str | None = None) -> Path:
     """Download the checkpoint's files into the Hub's cache; return the snapshot's folder.
+
+    Args:
+        place: where from.
+        shards: its safetensors files, and other files that are wanted if they are there.
+        token: access token, or None for the one the Hub's client finds.
 
     Raises:
         HubError: the download failed.
@@ -197,7 +238,7 @@ def download(place: HubPlace, shards: list[str], token: str | None = None) -> Pa
         folder = Path(ask(place.repo, lambda: snapshot_download(place.repo, **options)))
     except OSError as error:
         raise HubError(place.repo, f"the download cannot be stored ({error.strerror})") from error
-    missing = [shard for shard in shards if not (folder / shard).exists()]
+    missing = [name for name in shards if name in place.sizes() and not (folder / name).exists()]
     if missing:
         raise InputError(str(place), f"{missing[0]} did not arrive", hint="run again")
     return folder

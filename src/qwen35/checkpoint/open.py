@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwen35.checkpoint.hub import HubId, HubPlace, download
@@ -15,7 +16,7 @@ from qwen35.checkpoint.source import (
 )
 from qwen35.errors import InputError, UsageError
 
-__all__ = ["describe", "fetch", "hub_token", "looks_like_artifact"]
+__all__ = ["describe", "fetch", "gguf_files", "hub_token", "looks_like_artifact"]
 
 _LOCAL_STARTS = ("./", "../", "/", "~", ".")
 
@@ -44,10 +45,13 @@ def describe(model: str, *, token: str | None = None, lenient: bool = False) -> 
     return open_place(place, name=model, repo=place.repo, revision=place.revision, lenient=lenient)
 
 
-def fetch(model: str, *, token: str | None = None, lenient: bool = False) -> Checkpoint:
+def fetch(
+    model: str, *, token: str | None = None, lenient: bool = False, extra: Sequence[str] = ()
+) -> Checkpoint:
     """Open MODEL with its weights at hand; a Hub id is downloaded into the Hub's cache first.
 
-    With `lenient`, what is wrong with the index or the packing is put into the result.
+    With `lenient`, what is wrong with the index or the packing is put into the result. `extra`
+    names files that are downloaded beside those of every checkpoint, if they are there.
 
     Raises:
         InputError: it is not a readable Qwen3.5 checkpoint.
@@ -67,7 +71,7 @@ def fetch(model: str, *, token: str | None = None, lenient: bool = False) -> Che
     place = HubPlace(hub_id, hub_token(token))
     origin = {"name": model, "repo": place.repo, "revision": place.revision}
     remote = open_place(place, lenient=lenient, **origin)
-    root = download(place, sorted(remote.file_sizes), hub_token(token))
+    root = download(place, [*sorted(remote.file_sizes), *extra], hub_token(token))
     return open_place(Folder(root), root=root, lenient=lenient, **origin)
 
 
@@ -78,6 +82,19 @@ def looks_like_artifact(model: str) -> bool:
         return HubId.parse(model) is not None and not model.startswith(_LOCAL_STARTS)
     names = Folder(path).sizes()
     return "config.json" in names or any(name.endswith(".safetensors") for name in names)
+
+
+def gguf_files(model: str) -> tuple[Path, ...]:
+    """Return the GGUF files at `model`: itself, or those in a folder without safetensors."""
+    try:
+        path = Path(model).expanduser()
+        if path.is_file():
+            return (path,) if path.suffix == ".gguf" else ()
+        if not path.is_dir() or any(path.glob("*.safetensors")):
+            return ()
+        return tuple(sorted(path.glob("*.gguf")))
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
+        return ()
 
 
 def _folder(model: str) -> Path | None:

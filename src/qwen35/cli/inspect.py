@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from typing import Any
 
-from qwen35.checkpoint.open import describe
+from qwen35.checkpoint.open import describe, gguf_files
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model
@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
+    if files := gguf_files(args.model):
+        from qwen35.gguf.inspect import summarize_gguf, summary_text
+
+        summaries = [summarize_gguf(path) for path in files]
+        output.data("\n\n".join(map(summary_text, summaries)), summaries)
+        return 0
     summary = summarize(describe(args.model, token=args.hf_token))
     output.data(_text(summary), summary)
     return 0

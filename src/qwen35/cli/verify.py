@@ -6,9 +6,10 @@ Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import get_args
 
-from qwen35.checkpoint.open import describe, fetch, looks_like_artifact
+from qwen35.checkpoint.open import describe, fetch, gguf_files, looks_like_artifact
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, positive
 from qwen35.errors import Finding, InputError, UsageError
@@ -48,6 +49,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
 def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
     depth: Depth = args.depth or ("numbers" if args.source else "structure")
+    if files := gguf_files(args.model):
+        return _gguf_verdict(args, files, depth, output)
     opened = describe if depth == "structure" else fetch
     if depth == "structure" and args.source:
         raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
@@ -68,4 +71,18 @@ def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
         threads=args.threads,
         tensor_parallel=args.tensor_parallel,
         progress=None if depth == "structure" else output.progress(),
+    )
+
+
+def _gguf_verdict(
+    args: argparse.Namespace, files: tuple[Path, ...], depth: Depth, output: Output
+) -> Verdict:
+    from qwen35.verify.gguf import verify_gguf
+
+    if depth == "structure" and args.source:
+        raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
+    source = fetch(args.source, token=args.hf_token) if args.source else None
+    progress = None if depth == "structure" else output.progress()
+    return verify_gguf(
+        args.model, files, source=source, depth=depth, threads=args.threads, progress=progress
     )

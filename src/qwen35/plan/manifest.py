@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import PurePath
 from typing import Any
 
 from qwen35.checkpoint.place import Place
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.checkpoint.source import read_json
+from qwen35.checkpoint.source import Checkpoint, read_json
 from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import InputError
 from qwen35.plan.documents import json_bytes
@@ -21,6 +21,7 @@ from qwen35.version import __version__
 
 __all__ = [
     "MANIFEST_VERSION",
+    "Made",
     "calibration_json",
     "calibration_of",
     "kept_prefix",
@@ -38,6 +39,53 @@ MANIFEST_VERSION = 1
 _NO_HASH = "0" * 64
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a manifest says of an output.
+
+    Args:
+        checkpoint: the source.
+        recipe: name, format and rules, as plain values.
+        digest: of the plan.
+        sizes: bytes of every file but the manifest.
+        tensors: file to tensor to type and shape.
+        notes: of the plan.
+        calibration: how FP8 scales were chosen, as plain values.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Mapping[str, Any]
+    digest: str
+    sizes: Mapping[str, int]
+    tensors: Mapping[str, Mapping[str, str]]
+    notes: Sequence[str]
+    calibration: Mapping[str, Any] | None = None
+
+    def render(self, hashes: Mapping[str, str]) -> bytes:
+        """Render the manifest; `hashes` holds the SHA-256 of every file in `sizes`."""
+        return json_bytes(
+            {
+                "manifest": MANIFEST_VERSION,
+                "tool": manifest_versions(),
+                "source": _source(self.checkpoint),
+                "recipe": self.recipe,
+                "calibration": self.calibration,
+                "plan": self.digest,
+                "files": {
+                    name: {"size": size, "sha256": hashes[name]}
+                    for name, size in self.sizes.items()
+                },
+                "tensors": self.tensors,
+                "notes": list(self.notes),
+            }
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """The manifest's exact size, before there is anything to hash."""
+        return len(self.render(dict.fromkeys(self.sizes, _NO_HASH)))
+
+
 def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
     """Render the manifest.
 
@@ -45,31 +93,29 @@ def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
         plan: what was executed.
         hashes: SHA-256 of every file in `Plan.file_sizes`.
     """
-    return json_bytes(
-        {
-            "manifest": MANIFEST_VERSION,
-            "tool": manifest_versions(),
-            "source": _source(plan),
-            "recipe": {
-                "name": plan.recipe.name,
-                "format": plan.recipe.format,
-                "rules": [[r.match, r.action, r.reason] for r in plan.recipe.rules],
-            },
-            "calibration": calibration_json(plan),
-            "plan": plan.digest,
-            "files": {
-                name: {"size": size, "sha256": hashes[name]} for name, size in plan.file_sizes()
-            },
-            "tensors": {
-                file.name: {
-                    out.name: f"{out.dtype} {list(out.shape)}"
-                    for step in file.steps
-                    for out in step.outputs
-                }
-                for file in plan.files
-            },
-            "notes": list(plan.notes),
-        }
+    return _made(plan).render(hashes)
+
+
+def _made(plan: Plan) -> Made:
+    return Made(
+        checkpoint=plan.checkpoint,
+        recipe={
+            "name": plan.recipe.name,
+            "format": plan.recipe.format,
+            "rules": [[r.match, r.action, r.reason] for r in plan.recipe.rules],
+        },
+        digest=plan.digest,
+        sizes=dict(plan.file_sizes()),
+        tensors={
+            file.name: {
+                out.name: f"{out.dtype} {list(out.shape)}"
+                for step in file.steps
+                for out in step.outputs
+            }
+            for file in plan.files
+        },
+        notes=plan.notes,
+        calibration=calibration_json(plan),
     )
 
 
@@ -86,7 +132,7 @@ def calibration_json(plan: Plan) -> dict[str, Any] | None:
 
 def manifest_size(plan: Plan) -> int:
     """Return the manifest's exact size before there is anything to hash."""
-    return len(manifest_bytes(plan, {name: _NO_HASH for name, _ in plan.file_sizes()}))
+    return _made(plan).nbytes
 
 
 def manifest_versions() -> dict[str, str]:
@@ -95,8 +141,7 @@ def manifest_versions() -> dict[str, str]:
     return {"qwen35": __version__, "python": platform.python_version(), **libraries}
 
 
-def _source(plan: Plan) -> dict[str, Any]:
-    checkpoint = plan.checkpoint
+def _source(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.repo:
         return {"repo": checkpoint.repo, "revision": checkpoint.revision}
     folder = checkpoint.root.resolve() if checkpoint.root else PurePath(checkpoint.name)

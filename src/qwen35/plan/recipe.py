@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from qwen35.errors import UsageError
 from qwen35.model.roles import ROLES, Role, in_group
 
-__all__ = ["ACTIONS", "BUILT_IN", "Action", "Recipe", "Rule", "load_recipe"]
+__all__ = ["ACTIONS", "BUILT_IN", "Action", "Recipe", "Rule", "check_match", "load_recipe"]
 
 Action = Literal["drop", "keep", "plain", "nf4", "fp8"]
 Format = Literal["stored", "nf4", "fp8"]
@@ -113,7 +113,7 @@ class Recipe:
         for role in dict.fromkeys(roles):
             if role == "*" or role.startswith("kind:"):
                 raise UsageError(f"--keep {role}", "not a role", hint=_ROLES_HINT)
-            _check_match(f"--keep {role}", role)
+            check_match(f"--keep {role}", role)
             if not any(role != other and in_group(role, other) for other in roles):
                 rules.append(Rule(role, "plain", "asked for by --keep", required=True))
         return replace(self, rules=(*rules, *self.rules))
@@ -194,12 +194,17 @@ def _rule(subject: str, row: Any, required: bool) -> Rule:
     match, action = str(row["match"]), str(row["action"])
     if action not in ACTIONS:
         raise UsageError(subject, f"action {action!r}", expected=" or ".join(ACTIONS))
-    _check_match(subject, match)
+    check_match(subject, match)
     reason = str(row.get("reason", f"match = {match!r}"))
     return Rule(match, action, reason, required and match != "*")  # type: ignore[arg-type]
 
 
-def _check_match(subject: str, match: str) -> None:
+def check_match(subject: str, match: str) -> None:
+    """Refuse a rule's `match` that names nothing of the family.
+
+    Raises:
+        UsageError: it is neither ``*`` nor ``kind:`` and a kind, nor a role, nor a group of roles.
+    """
     if match == "*":
         return
     if match.startswith("kind:"):

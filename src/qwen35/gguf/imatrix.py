@@ -1,0 +1,188 @@
+"""Importance matrices: the mean square of every input channel of a matrix, gathered over a text.
+
+Read are GGUF files as llama-imatrix and others write them (``NAME.in_sum2``, ``NAME.counts``) and
+the older binary form (``.dat``). Values are those that llama-quantize uses, bit for bit.
+Source: llama.cpp 0c1e5709, ``common/imatrix-loader.cpp`` and ``tools/quantize/quantize.cpp``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.errors import InputError
+from qwen35.gguf.container import Container, is_gguf, read_container
+
+__all__ = ["Imatrix", "read_imatrix"]
+
+F32 = npt.NDArray[np.float32]
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_KEY_BYTES = 127
+_MAX_NAME = 4096
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of one matrix.
+
+    Args:
+        values: importance of each input channel, one slice for each expert, flat.
+        unseen: slices that no token of the text reached; their values are 1.
+        slices: number of slices.
+    """
+
+    values: F32
+    unseen: int
+    slices: int
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """An importance matrix.
+
+    Args:
+        name: as the user named the file.
+        entries: tensor name to what is known of it.
+        dataset: the text it was made of, if it says so.
+        chunks: pieces of that text, 0 if it does not say.
+        digest: SHA-256 of the file.
+    """
+
+    name: str
+    entries: Mapping[str, Entry]
+    dataset: str
+    chunks: int
+    digest: str
+
+    def keys(self) -> dict[str, str | int]:
+        """Return the keys that llama-quantize writes about it, in its order."""
+        keys: dict[str, str | int] = {"quantize.imatrix.file": _cut(self.name)}
+        if self.dataset:
+            keys["quantize.imatrix.dataset"] = _cut(self.dataset)
+        keys["quantize.imatrix.entries_count"] = len(self.entries)
+        if self.chunks > 0:
+            keys["quantize.imatrix.chunks_count"] = self.chunks
+        return keys
+
+
+def _cut(text: str) -> str:
+    """Shorten as llama-quantize does, but never within a character."""
+    return text.encode()[:_KEY_BYTES].decode(errors="ignore")
+
+
+def read_imatrix(path: Path, *, name: str = "") -> Imatrix:
+    """Read an importance matrix of either form.
+
+    Args:
+        path: the file.
+        name: what the user called it.
+
+    Raises:
+        InputError: it is not one, or holds something that cannot be a mean of squares.
+    """
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    read = _from_gguf if is_gguf(path) else _from_dat
+    entries, dataset, chunks = read(path)
+    for key, entry in entries.items():
+        if not np.isfinite(entry.values).all() or (entry.values < 0).any():
+            raise InputError(str(path), f"{key} holds values that are no mean of squares")
+    return Imatrix(name or str(path), entries, dataset, chunks, digest)
+
+
+def _from_gguf(path: Path) -> tuple[dict[str, Entry], str, int]:
+    container = read_container(path)
+    keys = container.keys
+    wanted = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
+    missing = [key for key in wanted if key not in keys]
+    if missing:
+        raise InputError(str(path), f"no {missing[0]} in it", expected="an importance matrix")
+    entries = {}
+    names = {key.removesuffix(_SUMS).removesuffix(_COUNTS): None for key in container.tensors}
+    for name in names:
+        sums, counts = (_tensor(container, name + suffix) for suffix in (_SUMS, _COUNTS))
+        if not counts.size or sums.size % counts.size or not sums.size:
+            raise InputError(str(path), f"{sums.size} sums and {counts.size} counts for {name}")
+        entries[name] = _mean(sums.reshape(counts.size, -1), np.rint(counts))
+    if not entries:
+        raise InputError(str(path), "no entries in it")
+    datasets = keys["imatrix.datasets"]
+    first = datasets[0] if isinstance(datasets, list) and datasets else ""
+    return entries, str(first), int(keys["imatrix.chunk_count"])
+
+
+def _tensor(container: Container, name: str) -> F32:
+    entry = container.tensors.get(name)
+    if entry is None or entry.kind.name != "f32":
+        found = f"{entry.kind.name}" if entry else "missing"
+        raise InputError(container.path.name, f"{name} is {found}", expected="f32")
+    with container.path.open("rb") as file:
+        file.seek(entry.begin)
+        return np.frombuffer(file.read(entry.nbytes), "<f4")
+
+
+def _mean(sums: F32, counts: F32) -> Entry:
+    seen = counts > 0
+    values = np.ones_like(sums)
+    np.divide(sums, counts[:, None], out=values, where=seen[:, None])
+    return Entry(values.reshape(-1), int(np.count_nonzero(~seen)), len(counts))
+
+
+def _from_dat(path: Path) -> tuple[dict[str, Entry], str, int]:
+    with path.open("rb") as file:
+        reader = _Dat(file, path)
+        entries = dict(reader.entries())
+        dataset, chunks = reader.trailer()
+    return entries, dataset, chunks
+
+
+class _Dat:
+    """The older form: counted records of (name, calls, values), then chunks and dataset."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._left = path.stat().st_size
+
+    def _take(self, count: int) -> bytes:
+        if not 0 <= count <= self._left:
+            raise InputError(
+                str(self._path), "ends too early", expected="an importance matrix, GGUF or .dat"
+            )
+        self._left -= count
+        return self._file.read(count)
+
+    def _number(self, most: int) -> int:
+        (value,) = struct.unpack("<i", self._take(4))
+        if not 0 <= value <= most:
+            raise InputError(
+                str(self._path), f"a count of {value}", expected="an importance matrix"
+            )
+        return int(value)
+
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        count = self._number(self._left)
+        if count == 0:
+            raise InputError(str(self._path), "no entries in it")
+        for _ in range(count):
+            name = self._take(self._number(_MAX_NAME)).decode(errors="replace")
+            calls = self._number(2**31 - 1)
+            size = self._number(self._left // 4)
+            values = np.frombuffer(self._take(4 * size), "<f4")
+            yield name, Entry(np.divide(values, calls or 1, dtype=np.float32), 0, 1)
+
+    def trailer(self) -> tuple[str, int]:
+        if self._left < 8:
+            return "", self._number(2**31 - 1) if self._left >= 4 else 0
+        chunks = self._number(2**31 - 1)
+        return self._take(self._number(self._left)).decode(errors="replace"), chunks

@@ -1,0 +1,130 @@
+"""A GGUF plan for people (text) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.gguf.plan import GgufFile, GgufPlan
+from qwen35.gguf.rows import STRIP
+from qwen35.gguf.types import GGML_TYPES
+from qwen35.plan.show import size
+
+__all__ = ["peak_memory", "plan_json", "plan_text"]
+
+_BASE_MEMORY = 120_000_000
+"""The interpreter with NumPy and the gguf library, measured by benchmarks/gguf.py."""
+
+_STRIP_BYTES = 24
+"""Bytes for each element of a strip: stored, widened, masked, encoded."""
+
+
+def peak_memory(plan: GgufPlan, threads: int) -> int:
+    """Return an upper estimate in bytes of the memory that executing `plan` needs."""
+    largest = STRIP
+    for file in plan.files:
+        for tensor in file.tensors:
+            packed = any(slab.item.weight.storage != "plain" for slab in tensor.slabs)
+            largest = max(largest, tensor.rows * tensor.row if packed else tensor.row)
+    heads = sum(len(file.head.content) for file in plan.files)
+    tokens = max((len(file.head.content) for file in plan.files), default=0) * 16
+    imatrix = plan.asked.imatrix
+    values = sum(entry.values.nbytes for entry in imatrix.entries.values()) if imatrix else 0
+    return _BASE_MEMORY + heads + tokens + 2 * values + threads * largest * _STRIP_BYTES
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Write sorted numbers with their runs joined.
+
+    >>> _ranges([0, 1, 2, 5, 7, 8])
+    '0-2,5,7-8'
+    """
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _file_lines(file: GgufFile) -> Iterator[str]:
+    yield ""
+    yield f"{file.name:<58} {file.head.nbytes:>21,}"
+    rows: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for tensor in file.tensors:
+        name = re.sub(r"blk\.\d+\.", "blk.N.", tensor.name)
+        found = re.search(r"blk\.(\d+)\.", tensor.name)
+        rows[name][file.kinds[tensor.name]].append(int(found[1]) if found else -1)
+    for name, kinds in rows.items():
+        if len(kinds) == 1:
+            (kind,) = kinds
+            count = len(kinds[kind])
+            yield f"  {name:<40} {kind:<8} {count if count > 1 else ''}".rstrip()
+            continue
+        for kind, blocks in kinds.items():
+            yield f"  {name:<40} {kind:<8} N = {_ranges(sorted(blocks))}"
+
+
+def _comparison_lines(plan: GgufPlan) -> Iterator[str]:
+    types = [file.file_type.name for file in plan.files if file.file_type.quantized]
+    if not types:
+        return
+    yield ""
+    yield f"{'file sizes by recipe':<20}" + "".join(f"{name:>16}" for name in types)
+    for recipe, sizes in plan.comparison.items():
+        cells = [f"{sizes[name]:,}" if name in sizes else "does not fit" for name in types]
+        mark = " *" if recipe == plan.asked.recipe.name else ""
+        yield f"{recipe + mark:<20}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def plan_text(plan: GgufPlan, threads: int) -> str:
+    """Render the plan as text."""
+    recipe = plan.asked.recipe
+    lines = [f"{plan.checkpoint.name} -> GGUF, {recipe.name}: {recipe.description}"]
+    for file in plan.files:
+        lines += _file_lines(file)
+    made = plan.made
+    lines += ["", f"{MANIFEST_NAME:<58} {made.nbytes:>21,}", f"{'total':<58} {plan.nbytes:>21,}"]
+    lines += _comparison_lines(plan)
+    lines += [
+        "",
+        f"reads {size(plan.read_bytes)} once, writes {size(plan.nbytes)}, "
+        f"peak memory about {size(peak_memory(plan, threads))} with {threads} threads",
+        f"plan {plan.digest}",
+    ]
+    lines += [f"note: {note}" for note in plan.notes]
+    return "\n".join(lines)
+
+
+def plan_json(plan: GgufPlan, threads: int) -> dict[str, Any]:
+    """Return all of the plan as plain values."""
+    return {
+        "model": plan.checkpoint.name,
+        "repo": plan.checkpoint.repo,
+        "revision": plan.checkpoint.revision,
+        "recipe": plan.asked.recipe.name,
+        "format": "gguf",
+        "digest": plan.digest,
+        "read_bytes": plan.read_bytes,
+        "peak_memory": peak_memory(plan, threads),
+        "files": {**dict(plan.file_sizes()), MANIFEST_NAME: plan.made.nbytes},
+        "tensors": {
+            file.name: [
+                {
+                    "name": tensor.name,
+                    "type": file.kinds[tensor.name],
+                    "shape": list(tensor.shape),
+                    "bytes": GGML_TYPES[file.kinds[tensor.name]].size(tensor.shape),
+                    "sources": [slab.item.weight.name for slab in tensor.slabs],
+                }
+                for tensor in file.tensors
+            ]
+            for file in plan.files
+        },
+        "comparison": {recipe: dict(sizes) for recipe, sizes in plan.comparison.items()},
+        "notes": list(plan.notes),
+    }

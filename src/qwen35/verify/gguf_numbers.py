@@ -1,0 +1,214 @@
+"""Numbers of GGUF files: each block decoded by the `gguf` library, and held against the source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
+
+from qwen35.checkpoint.source import Reader
+from qwen35.errors import Finding, InputError
+from qwen35.gguf.container import Container, Entry
+from qwen35.gguf.names import Tensor
+from qwen35.gguf.rows import Strip, read_strip, strips
+from qwen35.gguf.types import FLOATS
+from qwen35.progress import Progress
+from qwen35.threads import default_threads
+from qwen35.verify.numbers import RoleError
+
+__all__ = ["BOUNDS", "compare"]
+
+F32 = npt.NDArray[np.float32]
+
+_BLOCK = 256
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "q8_0": (0.017, 0.004),
+    "q6_K": (0.055, 0.04),
+    "q5_K": (0.085, 0.03),
+    "q5_1": (0.085, 0.03),
+    "q5_0": (0.12, 0.05),
+    "q4_K": (0.17, 0.065),
+    "q4_1": (0.18, 0.06),
+    "q4_0": (0.21, 0.08),
+    "iq4_xs": (0.18, 0.065),
+    "iq4_nl": (0.18, 0.065),
+    "mxfp4": (0.24, 0.12),
+    "q3_K": (0.31, 0.12),
+    "q2_K": (0.57, 0.23),
+}
+"""Type to the largest error of a tensor and of a block of 256 weights.
+
+The first is relative (root of summed squares), the second the root mean square over the block's
+largest weight. They are 1.5 times the worst that ggml's own quantizers give on normal,
+heavy-tailed, sparse and shifted weights, with and without importance matrices.
+"""
+
+_LOOSE = (1.1, 0.65)
+"""For types of three bits and less, which a bound can only tell from noise."""
+
+
+@dataclass
+class _Seen:
+    """One tensor of a file beside its source."""
+
+    tensor: Tensor
+    kind: str
+    squared: float = 0.0
+    norm: float = 0.0
+    wrong: int = 0
+    blocks: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+
+def compare(
+    container: Container,
+    tensors: Mapping[str, Tensor],
+    reader: Reader | None,
+    *,
+    threads: int | None,
+    progress: Progress,
+) -> tuple[list[RoleError], list[Finding]]:
+    """Decode every tensor of a file; with a source, compare each.
+
+    Args:
+        container: the file.
+        tensors: name to where its values come from: of the source, or made up from the keys.
+        reader: of the source, or None.
+        threads: tensors decoded at a time.
+        progress: told of the bytes read.
+
+    Returns:
+        Errors for each role and type (none without a source), and findings.
+    """
+    check = _Check(container, reader, progress)
+    pairs = [(entry, tensors.get(name)) for name, entry in container.tensors.items()]
+    with ThreadPoolExecutor(threads or default_threads()) as pool:
+        seen = list(pool.map(lambda pair: check.tensor(*pair), pairs))
+    findings = [finding for one in seen for finding in one]
+    return (_by_role(check.compared) if reader is not None else []), findings
+
+
+def _by_role(compared: Sequence[_Seen]) -> list[RoleError]:
+    rows: dict[tuple[str, str], RoleError] = {}
+    for one in sorted(compared, key=lambda row: row.tensor.name):
+        key = (one.tensor.slabs[0].item.role.name, one.kind)
+        rows.setdefault(key, RoleError(*key)).add(one.squared, one.norm)
+    return list(rows.values())
+
+
+@dataclass
+class _Check:
+    container: Container
+    reader: Reader | None
+    progress: Progress
+    compared: list[_Seen] = field(default_factory=list)
+
+    def tensor(self, entry: Entry, tensor: Tensor | None) -> list[Finding]:
+        """Check one tensor; what cannot be read becomes a finding."""
+        try:
+            if self.reader is None or tensor is None:
+                findings = list(self._decoded(entry))
+            else:
+                findings = self._compared(entry, tensor)
+        except InputError as error:
+            message = str(error).removeprefix(f"{error.subject}: ")
+            findings = [Finding("decode", error.subject, message)]
+        self.progress.advance(entry.nbytes, entry.name)
+        return findings
+
+    def _decoded(self, entry: Entry) -> Iterator[Finding]:
+        row = entry.shape[-1]
+        rows = entry.nbytes // entry.kind.size((row,))
+        step = max(1, 2**20 // row)
+        for first in range(0, rows, step):
+            values = self._read(entry, first, min(step, rows - first))
+            if not np.isfinite(values).all():
+                yield self._finding("decode", entry, "a scale or weight is not finite")
+                return
+
+    def _read(self, entry: Entry, first: int, count: int) -> F32:
+        """Decode rows [first, first + count) as float32 [count, row]."""
+        size = entry.kind.size((entry.shape[-1],))
+        with self.container.path.open("rb") as file:
+            file.seek(entry.begin + first * size)
+            data = np.frombuffer(file.read(count * size), np.uint8)
+        if data.size != count * size:
+            raise InputError(entry.name, "the file ends within it")
+        if entry.kind.name == "f32":
+            return data.view("<f4").reshape(count, -1)
+        kind = GGMLQuantizationType(entry.kind.code)
+        if entry.kind.name == "f16":
+            return data.view("<f2").reshape(count, -1).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):
+            values: F32 = dequantize(data.reshape(count, size), kind)
+        return values
+
+    def _compared(self, entry: Entry, tensor: Tensor) -> list[Finding]:
+        assert self.reader is not None
+        seen = _Seen(tensor, entry.kind.name)
+        for strip in strips(tensor):
+            self._strip(seen, entry, strip)
+            if seen.findings:
+                return seen.findings
+        self.compared.append(seen)
+        return list(_judged(self.container, entry, seen))
+
+    def _strip(self, seen: _Seen, entry: Entry, strip: Strip) -> None:
+        assert self.reader is not None
+        expected = read_strip(self.reader, strip)
+        found = self._read(entry, strip.start, strip.count)
+        if not np.isfinite(found).all():
+            seen.findings.append(self._finding("decode", entry, "a scale is not finite"))
+            return
+        seen.norm += float(np.square(expected, dtype=np.float64).sum())
+        if seen.kind in FLOATS:
+            expected = _rounded(expected, seen.kind)
+            seen.wrong += int(np.count_nonzero(expected != found))
+        difference = found - expected
+        seen.squared += float(np.square(difference, dtype=np.float64).sum())
+        if seen.kind not in FLOATS:
+            seen.blocks += _bad_blocks(expected, difference, seen.kind)
+
+    def _finding(self, check: str, entry: Entry, message: str) -> Finding:
+        return Finding(check, f"{self.container.path.name}: {entry.name}", message)
+
+
+def _rounded(values: F32, kind: str) -> F32:
+    if kind == "f16":
+        return values.astype(np.float16).astype(np.float32)
+    if kind == "bf16":
+        from qwen35.codecs.floats import bf16_from_f32, f32_from
+
+        return f32_from(bf16_from_f32(values.reshape(-1)), "BF16").reshape(values.shape)
+    return values
+
+
+def _bad_blocks(expected: F32, difference: F32, kind: str) -> int:
+    """Count the blocks whose error is beyond what the type can make."""
+    width = _BLOCK if expected.shape[-1] % _BLOCK == 0 else expected.shape[-1]
+    _, bound = BOUNDS.get(kind, _LOOSE)
+    largest = np.abs(expected.reshape(-1, width)).max(axis=1)
+    error = np.sqrt(np.square(difference.reshape(-1, width)).mean(axis=1))
+    return int(np.count_nonzero(error > bound * largest))
+
+
+def _judged(container: Container, entry: Entry, seen: _Seen) -> Iterator[Finding]:
+    subject = f"{container.path.name}: {entry.name}"
+    if seen.wrong:
+        yield Finding("values", subject, f"{seen.wrong} values differ from the source's")
+        return
+    relative: Any = np.sqrt(seen.squared / seen.norm) if seen.norm else np.sqrt(seen.squared)
+    bound, _ = BOUNDS.get(seen.kind, _LOOSE)
+    if seen.kind not in FLOATS and relative > bound:
+        message = f"relative error {relative:.3f}, at most {bound} in {seen.kind}"
+        yield Finding("bound", subject, message)
+    elif seen.blocks:
+        message = f"{seen.blocks} blocks are farther from the source than {seen.kind} can be"
+        yield Finding("bound", subject, message)

@@ -1,0 +1,198 @@
+"""Importance matrices: both forms, what they lack, and whose they are."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from gguf import GGUFWriter
+
+from gguf_models import make_variant
+from llama import quantize
+from qwen35.checkpoint.source import open_folder
+from qwen35.errors import InputError, TensorError, UsageError
+from qwen35.gguf.imatrix import Imatrix, read_imatrix
+from qwen35.gguf.plan import Asked, GgufPlan, make_plan
+from qwen35.gguf.rules import load_recipe, pattern_rules
+from qwen35.gguf.write import write
+
+F32 = npt.NDArray[np.float32]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_variant(tmp_path_factory.mktemp("imatrix"), "dense")
+
+
+def plan_of(source: Path, imatrix: Imatrix, *types: str, rules: Sequence[str] = ()) -> GgufPlan:
+    asked = Asked(
+        types or ("Q4_K_M",), load_recipe("mix"), pattern_rules(rules, []), imatrix=imatrix
+    )
+    return make_plan(open_folder(source), asked)
+
+
+def gguf_file(
+    path: Path, entries: Mapping[str, tuple[F32, F32]], *, drop: str = "", chunks: int = 5
+) -> Path:
+    """Write an importance matrix: name to sums [slices, row] and counts [slices]."""
+    writer = GGUFWriter(path, "")
+    writer.kv_data[0].clear()
+    writer.add_type("imatrix")
+    if drop != "imatrix.datasets":
+        writer.add_array("imatrix.datasets", ["a.txt", "b.txt"])
+    writer.add_uint32("imatrix.chunk_count", chunks)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    for name, (sums, counts) in entries.items():
+        writer.add_tensor(f"{name}.in_sum2", sums)
+        if drop != "counts":
+            writer.add_tensor(f"{name}.counts", counts[:, None])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def dat_file(path: Path, entries: Mapping[str, tuple[int, F32]], *, trailer: bool = True) -> Path:
+    """Write the older form: name to calls and values."""
+    data = struct.pack("<i", len(entries))
+    for name, (calls, values) in entries.items():
+        text = name.encode()
+        data += struct.pack("<i", len(text)) + text + struct.pack("<ii", calls, values.size)
+        data += values.astype("<f4").tobytes()
+    if trailer:
+        data += struct.pack("<ii", 40, 5) + b"a.txt"
+    path.write_bytes(data)
+    return path
+
+
+def ones(rows: int, width: int, count: float = 4) -> tuple[F32, F32]:
+    return np.full((rows, width), 8, np.float32), np.full(rows, count, np.float32)
+
+
+UP = "blk.0.ffn_up.weight"
+
+
+def test_values_are_means_of_squares(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    sums = generator.exponential(size=(3, 64)).astype(np.float32)
+    counts = np.array([3, 0, 7], np.float32)
+    entry = read_imatrix(gguf_file(tmp_path / "i.gguf", {UP: (sums, counts)})).entries[UP]
+    values = entry.values.reshape(3, 64)
+    assert np.array_equal(values[0], sums[0] / np.float32(3))
+    assert np.array_equal(values[1], np.ones(64, np.float32))
+    assert np.array_equal(values[2], sums[2] / np.float32(7))
+    assert (entry.unseen, entry.slices) == (1, 3)
+
+
+def test_keys_are_those_of_llama_quantize(tmp_path: Path) -> None:
+    path = gguf_file(tmp_path / "i.gguf", {UP: ones(1, 256)})
+    name = "hf:owner/" + "long" * 40 + "/é"
+    keys = read_imatrix(path, name=name).keys()
+    assert list(keys) == [
+        "quantize.imatrix.file",
+        "quantize.imatrix.dataset",
+        "quantize.imatrix.entries_count",
+        "quantize.imatrix.chunks_count",
+    ]
+    assert keys["quantize.imatrix.file"] == name[:127]
+    assert list(keys.values())[1:] == ["a.txt", 1, 5]
+
+
+def test_the_older_form_gives_the_same_file_as_llama_quantize(dense: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    entries = {}
+    for block in range(4):
+        for leaf, width in (("ffn_up", 256), ("ffn_down", 512), ("ffn_gate", 256)):
+            values = generator.exponential(size=width).astype(np.float32) * 17
+            entries[f"blk.{block}.{leaf}.weight"] = (17, values)
+    imatrix = read_imatrix(dat_file(tmp_path / "i.dat", entries))
+    assert (imatrix.dataset, imatrix.chunks) == ("a.txt", 40)
+    plan = plan_of(dense, imatrix, "F32", "Q4_K_M")
+    out = write(plan, tmp_path / "out", threads=1).out
+    base, ours = (out / file.name for file in plan.files)
+    theirs = quantize(base, tmp_path / "theirs.gguf", "Q4_K_M", imatrix=imatrix)
+    assert ours.read_bytes() == theirs.read_bytes()
+    plain = write(
+        make_plan(open_folder(dense), Asked(("Q4_K_M",), load_recipe("mix"))), tmp_path / "plain"
+    )
+    assert (plain.out / ours.name).read_bytes() != ours.read_bytes()
+
+
+def test_the_older_form_without_a_trailer(tmp_path: Path) -> None:
+    path = dat_file(tmp_path / "i.dat", {UP: (0, np.ones(4, np.float32))}, trailer=False)
+    imatrix = read_imatrix(path)
+    assert (imatrix.dataset, imatrix.chunks) == ("", 0)
+    assert list(imatrix.keys()) == ["quantize.imatrix.file", "quantize.imatrix.entries_count"]
+
+
+def test_what_is_missing_extra_or_unseen_is_told(tmp_path: Path) -> None:
+    source = make_variant(tmp_path, "moe")
+    sums, counts = ones(4, 256)
+    counts[2] = 0
+    entries = {
+        "blk.0.ffn_up_exps.weight": (sums, counts),
+        "blk.77.ffn_up.weight": ones(1, 256),
+    }
+    notes = plan_of(source, read_imatrix(gguf_file(tmp_path / "i.gguf", entries))).notes
+    missing = [note for note in notes if "has nothing on" in note]
+    assert len(missing) == 1
+    assert "output.weight" in missing[0]
+    assert "blk.0.ffn_up_exps" not in missing[0]
+    assert any("tensors that are not here: blk.77.ffn_up.weight" in note for note in notes)
+    assert any("saw no token for 1 experts" in note for note in notes)
+
+
+def test_another_models_file_is_refused(dense: Path, tmp_path: Path) -> None:
+    wide = read_imatrix(gguf_file(tmp_path / "wide.gguf", {UP: ones(1, 512)}))
+    with pytest.raises(TensorError, match=r"512 values for blk\.0\.ffn_up.*256.*another model"):
+        plan_of(dense, wide)
+    alien = read_imatrix(gguf_file(tmp_path / "alien.gguf", {"blk.0.attn_x.weight": ones(1, 256)}))
+    with pytest.raises(TensorError, match="no entry for any tensor"):
+        plan_of(dense, alien)
+
+
+def test_types_that_need_one_are_refused_where_it_is_silent(dense: Path, tmp_path: Path) -> None:
+    imatrix = read_imatrix(gguf_file(tmp_path / "i.gguf", {UP: ones(1, 256)}))
+    assert plan_of(dense, imatrix, rules=(r"blk\.0\.ffn_up=iq2_s",)).files
+    with pytest.raises(UsageError, match=r"blk\.1\.ffn_up\.weight: iq2_s without an importance"):
+        plan_of(dense, imatrix, rules=("ffn_up=iq2_s",))
+
+
+BAD: dict[str, bytes] = {
+    "empty": b"",
+    "short": b"\1\0",
+    "no entries": struct.pack("<i", 0),
+    "negative count": struct.pack("<i", -1),
+    "a count beyond the file": struct.pack("<i", 2**30),
+    "a name beyond the file": struct.pack("<ii", 1, 4000),
+    "values beyond the file": struct.pack("<ii", 1, 1) + b"a" + struct.pack("<ii", 1, 2**28),
+    "text": b"this is not an importance matrix",
+    "cut": struct.pack("<ii", 1, 1) + b"a" + struct.pack("<ii", 1, 2) + bytes(4),
+    "NaN": struct.pack("<ii", 1, 1) + b"a" + struct.pack("<iif", 1, 1, float("nan")),
+    "negative": struct.pack("<ii", 1, 1) + b"a" + struct.pack("<iif", 1, 1, -1.0),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.dat"
+    path.write_bytes(BAD[name])
+    with pytest.raises(InputError, match=r"bad\.dat"):
+        read_imatrix(path)
+
+
+@pytest.mark.parametrize("drop", ["imatrix.datasets", "counts"])
+def test_gguf_files_that_are_no_importance_matrix(drop: str, tmp_path: Path) -> None:
+    path = gguf_file(tmp_path / "i.gguf", {UP: ones(1, 256)}, drop=drop)
+    with pytest.raises(InputError, match=drop):
+        read_imatrix(path)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_imatrix(tmp_path / "none.gguf")

@@ -1,0 +1,285 @@
+"""Plans of GGUF files: types, rules, refusals, sizes; no tensor is read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoints import layout_of, random_tensors, write_checkpoint
+from gguf_models import make_variant, sidecars, tokenizer, variant_config
+from qwen35.checkpoint.open import describe
+from qwen35.errors import ConfigError, TensorError, UsageError
+from qwen35.gguf.plan import Asked, GgufPlan, make_plan
+from qwen35.gguf.rules import BUILT_IN, load_recipe, pattern_rules
+from qwen35.gguf.types import ENCODABLE, FILE_TYPES, GGML_TYPES, fallback, ggml_type
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_variant(tmp_path_factory.mktemp("plan"), "dense")
+
+
+def plan_of(
+    source: Path | str, *types: str, recipe: str = "mix", rules: tuple[str, ...] = (), **asked: Any
+) -> GgufPlan:
+    lines = pattern_rules(rules, [])
+    return make_plan(describe(str(source)), Asked(types, load_recipe(recipe), lines, **asked))
+
+
+def of_block(plan: GgufPlan, leaf: str) -> dict[int, str]:
+    kinds = plan.files[0].kinds
+    return {int(n.split(".")[1]): k for n, k in kinds.items() if n.endswith(f".{leaf}.weight")}
+
+
+def changed(tmp_path: Path, files: dict[str, str] | None = None, *, mtp: bool = True) -> Path:
+    """Write the dense variant with other side-cars; an empty text leaves a file out."""
+    config = variant_config("dense")
+    kept = {key: value for key, value in (sidecars() | (files or {})).items() if value}
+    tensors = random_tensors(config, layout_of(config, mtp=mtp))
+    return write_checkpoint(tmp_path / "changed", config, tensors, sidecars=kept)
+
+
+# The layers below were read off files that llama-quantize wrote.
+
+
+def test_which_layers_of_the_9b_get_more_bits() -> None:
+    plan = plan_of("Qwen3.5-9B", "Q4_K_M")
+    values = of_block(plan, "attn_v")
+    assert {i for i, kind in values.items() if kind == "q6_K"} == {3, 15, 27, 31, 32}
+    assert plan.files[0].kinds["output.weight"] == "q6_K"
+    assert plan.files[0].kinds["token_embd.weight"] == "q4_K"
+
+
+def test_rules_shift_the_mix_as_upstream_only_when_asked() -> None:
+    seed = (r".*\.attn_gate\.weight$=q8_0", r".*\.attn_qkv\.weight$=q8_0")
+    ours = of_block(plan_of("Qwen3.5-0.8B", "Q4_K_M", rules=seed), "attn_v")
+    theirs = of_block(
+        plan_of("Qwen3.5-0.8B", "Q4_K_M", rules=seed, upstream_counters=True), "attn_v"
+    )
+    assert {i for i, kind in ours.items() if kind == "q6_K"} == {11, 23, 24}
+    assert {i for i, kind in theirs.items() if kind == "q6_K"} == {3, 7, 11, 23}
+
+
+def test_few_key_value_heads_raise_iq4() -> None:
+    kinds = of_block(plan_of("Qwen3.5-0.8B", "IQ4_XS"), "attn_v")
+    assert set(kinds.values()) == {"q5_K"}
+
+
+def test_types_are_those_of_the_library() -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    for name in ENCODABLE:
+        kind = GGMLQuantizationType[name.upper()]
+        assert (GGML_TYPES[name].code, GGML_TYPES[name].block) == (
+            int(kind),
+            GGML_QUANT_SIZES[kind][0],
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "expected"),
+    [
+        ("q4_K", 736, "q5_0"),
+        ("q5_K", 736, "q5_1"),
+        ("q6_K", 736, "q8_0"),
+        ("q3_K", 736, "q4_0"),
+        ("iq4_xs", 736, "iq4_nl"),
+        ("q4_K", 744, "f16"),
+        ("q8_0", 744, "f16"),
+        ("q4_K", 768, "q4_K"),
+    ],
+)
+def test_fallbacks_for_rows_that_do_not_fit(kind: str, row: int, expected: str) -> None:
+    assert fallback(GGML_TYPES[kind], row).name == expected
+
+
+@pytest.mark.parametrize("recipe", BUILT_IN)
+def test_built_in_recipes_fit_every_published_size(recipe: str) -> None:
+    for name in ("Qwen3.5-0.8B", "Qwen3.5-4B", "Qwen3.5-27B", "Qwen3.5-35B-A3B"):
+        plan = plan_of(name, "Q4_K_M", recipe=recipe)
+        assert plan.comparison[recipe]["Q4_K_M"] == plan.files[0].head.nbytes
+
+
+def test_recipes_grow_in_this_order() -> None:
+    sizes = [row["Q4_K_M"] for row in plan_of("Qwen3.5-0.8B", "Q4_K_M").comparison.values()]
+    assert sizes == sorted(sizes)
+    assert len(sizes) == len(BUILT_IN)
+
+
+def test_a_recipe_of_ones_own(dense: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'format = "gguf"\nbase = "q8-gates"\n'
+        '[[rules]]\nmatch = "linear_attn.in_proj_qkv"\naction = "mix"\n'
+        '[[rules]]\nmatch = "mtp"\naction = "bf16"\n'
+    )
+    plan = plan_of(dense, "Q4_K_M", recipe=str(path))
+    kinds = plan.files[0].kinds
+    assert kinds["blk.0.attn_gate.weight"] == "q8_0"
+    assert kinds["blk.0.attn_qkv.weight"] in ("q4_K", "q6_K")
+    assert kinds["blk.4.nextn.eh_proj.weight"] == "bf16"
+    assert kinds["blk.4.nextn.enorm.weight"] == "f32"
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ('format = "nf4"', "format 'nf4'"),
+        ("format = ", "not valid TOML"),
+        ('format = "gguf"\nextra = 1', "unknown key"),
+        ('format = "gguf"\nbase = "nf4"', "base 'nf4'"),
+        ('format = "gguf"\n[[rules]]\nmatch = "x"', "malformed"),
+        ('format = "gguf"\n[[rules]]\nmatch = "x"\naction = "q8_0"', "not a role"),
+        ('format = "gguf"\n[[rules]]\nmatch = "mlp"\naction = "q9_0"', "type 'q9_0' is unknown"),
+        ('format = "gguf"\n[[rules]]\nmatch = "visual"\naction = "q8_0"', "is left for it"),
+    ],
+)
+def test_bad_recipes_are_refused(toml: str, message: str, dense: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(toml)
+    with pytest.raises(UsageError, match=message):
+        plan_of(dense, "Q4_K_M", recipe=str(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("attn_q", "malformed"),
+        ("=q8_0", "malformed"),
+        ("attn_q=", "malformed"),
+        ("attn_q=q8", "type 'q8' is unknown"),
+        ("attn_q=q8_K", "is unknown"),
+        ("blk(=q8_0", "not a pattern"),
+        ("(?<!a)b=q8_0", "not a pattern that llama-quantize"),
+        ("[[:digit:]]=q8_0", "not a pattern that llama-quantize"),
+        ("attn_w=q8_0", "is left for it"),
+        ("attn_norm=q8_0", "is left for it"),
+        ("v.blk=q8_0", "is left for it"),
+        ("ffn_up=iq2_xxs", "without an importance matrix"),
+    ],
+)
+def test_bad_tensor_types_are_refused(line: str, message: str, dense: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan_of(dense, "Q4_K_M", rules=(line,))
+
+
+def test_a_rule_behind_one_that_takes_all_is_refused(dense: Path) -> None:
+    with pytest.raises(UsageError, match="is left for it"):
+        plan_of(dense, "Q4_K_M", rules=("attn=q8_0", r"attn_q\.=q6_K"))
+
+
+def test_patterns_are_put_into_lower_case_as_llama_quantize_does(dense: Path) -> None:
+    plan = plan_of(dense, "Q4_K_M", rules=(r"BLK\.0\.FFN_UP=Q8_0",))
+    assert of_block(plan, "ffn_up")[0] == "q8_0"
+
+
+def test_a_type_that_does_not_fit_is_refused_or_noted(tmp_path: Path) -> None:
+    source = make_variant(tmp_path, "odd-rows")
+    rule = (r"ffn_down\.weight=q4_K",)
+    with pytest.raises(UsageError, match=r"rows of 520 do not fit q4_K.*f16"):
+        plan_of(source, "Q4_K_M", rules=rule)
+    plan = plan_of(source, "Q4_K_M", rules=rule, upstream_counters=True)
+    assert any("rows of 520" in note for note in plan.notes)
+
+
+def test_files_that_are_not_quantized_ignore_rules_and_say_so(dense: Path) -> None:
+    plan = plan_of(dense, "F16", rules=("ffn_up=q8_0",))
+    assert any("F16 has no mix" in note for note in plan.notes)
+
+
+# What is refused before any work.
+
+
+def test_mtp_promised_and_absent(tmp_path: Path) -> None:
+    source = changed(tmp_path, mtp=False)
+    with pytest.raises(ConfigError, match=r"mtp_num_hidden_layers is 1.*--drop-mtp"):
+        plan_of(source, "F16")
+    plan = plan_of(source, "F16", drop_mtp=True)
+    assert not any("nextn" in name for name in plan.files[0].kinds)
+
+
+def test_two_mtp_layers_which_llama_cpp_does_not_load(tmp_path: Path) -> None:
+    config = variant_config("dense")
+    config["text_config"]["mtp_num_hidden_layers"] = 2
+    source = write_checkpoint(tmp_path / "m", config, random_tensors(config), sidecars=sidecars())
+    with pytest.raises(ConfigError, match="2 MTP layers"):
+        plan_of(source, "F16")
+    assert plan_of(source, "F16", drop_mtp=True).files
+
+
+def test_mtp_present_and_not_promised(tmp_path: Path) -> None:
+    source = changed(tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"].pop("mtp_num_hidden_layers")
+    (source / "config.json").write_text(json.dumps(config))
+    assert "blk.4.nextn.eh_proj.weight" in plan_of(source, "F16").files[0].kinds
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer.json": ""}, r"tokenizer\.json: missing"),
+        ({"tokenizer_config.json": ""}, r"tokenizer_config\.json: missing"),
+        ({"tokenizer.json": "[]"}, "not a JSON object"),
+        ({"tokenizer.json": '{"model": {"type": "WordPiece"}}'}, "not a BPE tokenizer"),
+        ({"tokenizer.json": "split"}, "split pattern"),
+        ({"tokenizer.json": "large"}, "token id 99999"),
+    ],
+)
+def test_tokenizers_that_llama_cpp_does_not_have(
+    files: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    other = tokenizer()
+    if files.get("tokenizer.json") == "split":
+        other["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
+        files = {"tokenizer.json": json.dumps(other)}
+    elif files.get("tokenizer.json") == "large":
+        other["model"]["vocab"]["zzz"] = 99999
+        files = {"tokenizer.json": json.dumps(other)}
+    with pytest.raises(ConfigError, match=message):
+        plan_of(changed(tmp_path, files), "F16")
+
+
+def test_the_projector_needs_a_vision_tower_and_its_preprocessor(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no vision tower"):
+        plan_of(make_variant(tmp_path, "text"), "F16", projector="F16")
+    with pytest.raises(ConfigError, match="image_mean"):
+        plan_of(changed(tmp_path, {"preprocessor_config.json": ""}), "F16", projector="F16")
+
+
+def test_heads_that_llama_cpp_cannot_compute(tmp_path: Path) -> None:
+    config = variant_config("dense")
+    config["text_config"]["linear_value_head_dim"] = 32
+    source = write_checkpoint(tmp_path / "m", config, random_tensors(config), sidecars=sidecars())
+    with pytest.raises(TensorError, match="key heads of 64 and value heads of 32"):
+        plan_of(source, "F16")
+
+
+def test_planning_imports_neither_torch_nor_llama_cpp_nor_numba(dense: Path) -> None:
+    program = (
+        "import sys\n"
+        "from qwen35.cli.main import main\n"
+        f"main(['gguf', {str(dense)!r}, '/nowhere/x', '--dry-run', '--quiet', '--mmproj'])\n"
+        "print(sorted({'torch', 'llama_cpp', 'numba', 'transformers'} & set(sys.modules)))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.rstrip().endswith("[]")
+
+
+def test_the_digest_is_of_the_bytes_not_of_the_place(dense: Path, tmp_path: Path) -> None:
+    again = make_variant(tmp_path, "dense")
+    assert plan_of(dense, "Q8_0").digest == plan_of(again, "Q8_0").digest
+    assert plan_of(dense, "Q8_0").digest != plan_of(dense, "Q8_0", recipe="q8-gates-plus").digest
+
+
+def test_every_file_type_has_a_mix() -> None:
+    for name in FILE_TYPES:
+        assert ggml_type(FILE_TYPES[name].base, "test").name in ENCODABLE
+        assert plan_of("Qwen3.5-0.8B", name).files[0].head.nbytes > 10**8

@@ -1,0 +1,268 @@
+"""The verifier on GGUF files: faults planted in them are found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.constants import GGUFValueType
+
+from checkpoints import ASSET
+from gguf_models import make_variant
+from qwen35.checkpoint.source import open_folder
+from qwen35.cli.main import main
+from qwen35.gguf.container import read_container
+from qwen35.gguf.plan import Asked, make_plan
+from qwen35.gguf.rules import load_recipe
+from qwen35.gguf.write import write
+from qwen35.verify.artifact import Depth, Verdict
+from qwen35.verify.gguf import verify_gguf
+
+TYPES = ("F16", "Q4_K_M")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_variant(tmp_path_factory.mktemp("verify"), "dense")
+
+
+@pytest.fixture(scope="module")
+def good(source: Path) -> Path:
+    asked = Asked(TYPES, load_recipe("mix"), projector="F16")
+    return write(make_plan(open_folder(source), asked), source.with_name("good")).out
+
+
+@pytest.fixture
+def out(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "out"))
+
+
+def check(folder: Path, source: Path | None = None, depth: Depth = "structure") -> Verdict:
+    files = tuple(sorted(folder.glob("*.gguf")))
+    checkpoint = open_folder(source) if source else None
+    return verify_gguf(str(folder), files, source=checkpoint, depth=depth, threads=1)
+
+
+def checks(verdict: Verdict) -> set[str]:
+    return {finding.check for finding in verdict.findings}
+
+
+def quantized(folder: Path) -> Path:
+    return next(folder.glob("*Q4_K_M.gguf"))
+
+
+def poke(path: Path, tensor: str, offset: int, data: bytes) -> None:
+    entry = read_container(path).tensors[tensor]
+    with path.open("r+b") as file:
+        file.seek(entry.begin + offset)
+        file.write(data)
+
+
+def rewrite(path: Path, change: Callable[[GGUFWriter], object]) -> None:
+    """Write a file again with other keys or tensors; the manifest is left behind."""
+    reader = GGUFReader(path)
+    writer = GGUFWriter(path.with_suffix(".new"), "qwen35")
+    writer.kv_data[0].clear()
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF."):
+            sub = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), GGUFValueType(field.types[0]), sub)
+    for tensor in reader.tensors:
+        data = np.array(tensor.data)
+        writer.add_tensor(tensor.name, data, raw_dtype=GGMLQuantizationType(tensor.tensor_type))
+    change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.with_suffix(".new").replace(path)
+    (path.parent / "qwen35.json").unlink()
+
+
+def test_good_files_pass(good: Path, source: Path) -> None:
+    assert check(good).findings == ()
+    assert check(good, depth="numbers").findings == ()
+    verdict = check(good, source, "numbers")
+    assert verdict.findings == ()
+    assert verdict.counts["files"] == 3
+    errors = {(row.role, row.storage): row.relative for row in verdict.errors}
+    assert errors["mlp.up_proj", "f16"] < 1e-3 < errors["mlp.up_proj", "q4_K"] < 0.1
+    assert errors["input_layernorm", "f32"] == 0
+
+
+@pytest.mark.parametrize("name", ["moe", "moe-per-expert", "f16", "text", "odd-rows"])
+def test_other_shapes_pass(name: str, tmp_path: Path) -> None:
+    origin = make_variant(tmp_path, name)
+    asked = Asked(("BF16", "Q8_0", "Q5_K_S", "IQ4_XS", "Q3_K_M"), load_recipe("q8-gates-plus"))
+    out = write(make_plan(open_folder(origin), asked), tmp_path / "out").out
+    assert check(out, origin, "numbers").findings == ()
+
+
+def test_the_embedded_checkpoint_passes(tmp_path: Path) -> None:
+    asked = Asked(("Q6_K", "Q4_K_S", "IQ4_NL"), load_recipe("q8-gates"), projector="BF16")
+    out = write(make_plan(open_folder(ASSET), asked), tmp_path / "out").out
+    assert check(out, ASSET, "numbers").findings == ()
+
+
+def test_a_flipped_bit_changes_the_hash(out: Path) -> None:
+    path = quantized(out)
+    poke(path, "blk.0.ffn_up.weight", 1000, b"\xff")
+    assert check(out).findings == ()
+    assert checks(check(out, depth="numbers")) == {"hash"}
+
+
+def test_a_scale_that_is_not_finite(out: Path) -> None:
+    poke(quantized(out), "blk.0.ffn_up.weight", 144 * 3, b"\x00\x7c")
+    (out / "qwen35.json").unlink()
+    verdict = check(out, depth="numbers")
+    assert checks(verdict) == {"decode"}
+    assert "blk.0.ffn_up.weight" in verdict.findings[0].subject
+
+
+def test_a_scale_that_is_another(out: Path, source: Path) -> None:
+    poke(quantized(out), "blk.1.ffn_up.weight", 144 * 5 + 1, b"\x3c")
+    (out / "qwen35.json").unlink()
+    assert check(out, depth="numbers").findings == ()
+    verdict = check(out, source, "numbers")
+    assert checks(verdict) == {"bound"}
+    assert "blk.1.ffn_up.weight" in verdict.findings[0].subject
+
+
+def test_one_wrong_value_in_f16(out: Path, source: Path) -> None:
+    path = out / "Tiny-dense-1B-F16.gguf"
+    poke(path, "blk.2.attn_gate.weight", 2 * 77, b"\x00\x00")
+    (out / "qwen35.json").unlink()
+    verdict = check(out, source, "numbers")
+    assert [(f.check, f.message) for f in verdict.findings] == [
+        ("values", "1 values differ from the source's")
+    ]
+
+
+def test_swapped_heads(out: Path, source: Path) -> None:
+    """Value heads in the order of transformers instead of ggml's."""
+    path = quantized(out)
+    entry = read_container(path).tensors["blk.0.attn_gate.weight"]
+    data = path.read_bytes()[entry.begin : entry.begin + entry.nbytes]
+    head = entry.nbytes // 4
+    swapped = data[:head] + data[2 * head : 3 * head] + data[head : 2 * head] + data[3 * head :]
+    poke(path, entry.name, 0, swapped)
+    (out / "qwen35.json").unlink()
+    verdict = check(out, source, "numbers")
+    assert checks(verdict) == {"bound"}
+    assert "relative error" in verdict.findings[0].message
+
+
+def test_another_source(good: Path, tmp_path: Path) -> None:
+    verdict = check(good, make_variant(tmp_path, "equal-heads"), "numbers")
+    assert "source" in checks(verdict)
+    other = check(good, make_variant(tmp_path, "f16"), "numbers")
+    assert {"bound", "values"} & checks(other)
+
+
+def test_a_missing_tensor(out: Path) -> None:
+    rewrite(quantized(out), lambda writer: writer.tensors[0].pop("blk.1.ffn_up.weight"))
+    verdict = check(out)
+    assert [finding.check for finding in verdict.findings] == ["tensors"]
+    assert "blk.1.ffn_up.weight" in verdict.findings[0].subject
+
+
+def test_mtp_promised_but_absent(out: Path) -> None:
+    def drop(writer: GGUFWriter) -> None:
+        for name in [name for name in writer.tensors[0] if name.startswith("blk.4.")]:
+            del writer.tensors[0][name]
+
+    rewrite(quantized(out), drop)
+    verdict = check(out)
+    assert any("blk.4.nextn.eh_proj.weight" in f.subject for f in verdict.findings)
+
+
+@pytest.mark.parametrize(
+    "key", ["qwen35.ssm.group_count", "tokenizer.ggml.pre", "qwen35.rope.dimension_sections"]
+)
+def test_a_missing_key(key: str, out: Path) -> None:
+    rewrite(quantized(out), lambda writer: writer.kv_data[0].pop(key))
+    verdict = check(out)
+    assert [(f.check, f.message) for f in verdict.findings] == [("metadata", f"no key {key}")]
+
+
+def test_keys_that_contradict_the_tensors(out: Path) -> None:
+    def change(writer: GGUFWriter) -> None:
+        writer.kv_data[0]["qwen35.feed_forward_length"].value = 1024
+
+    rewrite(quantized(out), change)
+    assert any("ffn_up" in f.subject for f in check(out).findings)
+
+
+def test_too_few_token_types_and_no_template(out: Path) -> None:
+    def change(writer: GGUFWriter) -> None:
+        del writer.kv_data[0]["tokenizer.chat_template"]
+        writer.kv_data[0]["tokenizer.ggml.token_type"].value = [1, 1]
+
+    rewrite(quantized(out), change)
+    messages = " ".join(f.message for f in check(out).findings)
+    assert "2 token types" in messages
+    assert "no chat template" in messages
+
+
+def test_another_architecture(out: Path) -> None:
+    def change(writer: GGUFWriter) -> None:
+        writer.kv_data[0]["general.architecture"].value = "llama"
+
+    rewrite(quantized(out), change)
+    assert "architecture 'llama'" in check(out).findings[0].message
+
+
+def test_files_beside_the_plan(out: Path) -> None:
+    quantized(out).rename(out / "renamed.gguf")
+    found = {(f.check, f.subject) for f in check(out).findings}
+    assert ("files", "renamed.gguf") in found
+    assert ("files", "Tiny-dense-1B-Q4_K_M.gguf") in found
+
+
+def test_a_type_that_was_not_planned(out: Path) -> None:
+    path = out / "qwen35.json"
+    manifest = json.loads(path.read_text())
+    table = manifest["tensors"]["Tiny-dense-1B-Q4_K_M.gguf"]
+    table["blk.0.ffn_up.weight"] = table["blk.0.ffn_up.weight"].replace("q4_K", "q8_0")
+    path.write_text(json.dumps(manifest))
+    assert checks(check(out)) == {"plan"}
+
+
+def test_a_truncated_file_is_a_finding(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = quantized(out)
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert {"readable", "files"} <= checks(check(out))
+    assert main(["verify", str(out), "--quiet"]) == 1
+    assert "truncated" in capsys.readouterr().out
+
+
+def test_the_command(good: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(good), "--source", str(source), "--json", "--quiet"]) == 0
+    verdict = json.loads(capsys.readouterr().out)
+    assert (verdict["kind"], verdict["passed"], verdict["depth"]) == ("gguf", True, "numbers")
+    assert main(["verify", str(quantized(good)), "--quiet"]) == 0
+    assert main(["verify", str(good), "--source", str(source), "--depth", "structure"]) == 2
+
+
+def test_inspect(good: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(quantized(good)), "--json"]) == 0
+    (summary,) = json.loads(capsys.readouterr().out)
+    assert summary["architecture"] == "qwen35"
+    assert summary["file_type"] == "Q4_K_M"
+    assert summary["bytes"] == quantized(good).stat().st_size
+    assert 4 < summary["bits_per_weight"] < 8
+    assert summary["keys"]["tokenizer.ggml.tokens"] == "512 items"
+    assert main(["inspect", str(good)]) == 0
+    assert capsys.readouterr().out.count("file type  ") == 3
+
+
+def test_inspect_of_a_damaged_file(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = quantized(out)
+    path.write_bytes(path.read_bytes()[:3000])
+    assert main(["inspect", str(path)]) == 2
+    assert "promises 512 array items in 3000 bytes" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""Runs llama.cpp's own converter on several checkpoints; a process of its own, for its imports.
+
+    python upstream_convert.py LLAMA_CPP < jobs.json
+
+A job is ``{"model", "out", "type": "f32|f16|bf16", "mmproj": bool, "mtp": bool}``. The one thing
+changed is the recognition of the tokenizer: the converter knows vocabularies by a hash of ids.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run(job: dict[str, Any]) -> None:
+    """Convert one checkpoint."""
+    import torch
+    from conversion import get_model_class  # type: ignore[import-not-found]
+    from conversion.base import (  # type: ignore[import-not-found]
+        ModelBase,
+        ModelType,
+        TextModel,
+        get_model_architecture,
+        gguf,
+    )
+
+    TextModel.get_vocab_base_pre = lambda *_: "qwen35"
+    kinds = gguf.LlamaFileType
+    types = {"f32": kinds.ALL_F32, "f16": kinds.MOSTLY_F16, "bf16": kinds.MOSTLY_BF16}
+    model = Path(job["model"])
+    kind = ModelType.MMPROJ if job["mmproj"] else ModelType.TEXT
+    with torch.inference_mode():
+        architecture = get_model_architecture(ModelBase.load_hparams(model, False), kind)
+        found = get_model_class(architecture, mmproj=job["mmproj"])
+        if not job["mmproj"]:
+            found.no_mtp = not job["mtp"]
+        found(model, types[job["type"]], Path(job["out"])).write()
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    sys.path[:0] = [str(root), str(root / "gguf-py")]
+    logging.disable(logging.WARNING)
+    for row in json.load(sys.stdin):
+        run(row)
