@@ -175,7 +175,7 @@ def test_user_recipe_is_read(tmp_path: Path) -> None:
         (HEAD + '[[rules]]\nmatch = "*"\n', "rule 1: malformed"),
         (HEAD + '[[rules]]\naction = "nf4"\n', "rule 1: malformed"),
         (HEAD + REST + "why = 1\n", "rule 1: malformed"),
-        (HEAD + rule("*", "fp8"), "rule 1: action 'fp8', expected drop or keep or plain or nf4"),
+        (HEAD + rule("*", "fp8"), 'packs as FP8; give it format = "fp8"'),
         (HEAD + rule("*", "NF4"), "rule 1: action 'NF4'"),
         (HEAD + REST + rule("mpl", "nf4"), "rule 2: 'mpl' is not a role; `qwen35 plan --roles`"),
         (HEAD + rule("", "nf4"), "rule 1: '' is not a role"),
@@ -215,9 +215,9 @@ def test_recipe_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "nothing.toml"))
 
 
-@pytest.mark.parametrize("name", ["", "NF4", "nf4.json", "../recipes/nf4", "fp8", "text_nf4"])
+@pytest.mark.parametrize("name", ["", "NF4", "nf4.json", "../recipes/nf4", "FP8", "text_nf4"])
 def test_unknown_recipe_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(UsageError, match="not a built-in recipe, expected nf4, text, text-nf4 or"):
+    with pytest.raises(UsageError, match="not a built-in recipe, expected nf4, text, text-nf4"):
         load_recipe(name)
 
 
