@@ -42,8 +42,8 @@ ROWS: dict[str, tuple[str, Sequence[str]]] = {
     "q8-gates": ("q8-gates", ()),
     "q8-gates, alpha and beta q8_0": ("q8-gates", (r"ssm_(alpha|beta)=q8_0",)),
     "q8-gates, alpha and beta f32": ("q8-gates", (GATES_F32,)),
+    "q8-gates, attn_k and attn_v q8_0": ("q8-gates", (r"attn_(k|v)\.=q8_0",)),
     "q8-gates-plus": ("q8-gates-plus", ()),
-    "  and attn_k, attn_v q8_0": ("q8-gates-plus", (r"attn_(k|v)\.=q8_0",)),
     "  and attn_* q8_0": ("q8-gates-plus", (r"attn_(q|k|v|output)\.=q8_0",)),
     "  and token_embd q8_0": ("q8-gates-plus", ("token_embd=q8_0",)),
 }

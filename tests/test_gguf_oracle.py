@@ -167,10 +167,13 @@ def test_from_an_f16_file(variant: Make, tmp_path: Path) -> None:
     check(plan_of(variant("f16"), ("F16", "Q8_0", "Q4_K_M", "Q3_K_M")), tmp_path, base="F16")
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["q2_K", "q3_K", "iq3_s", "iq4_xs", "q4_0", "q5_1", "tq2_0", "mxfp4", "bf16", "f16", "f32"],
+ANY = (
+    *("q2_K", "q3_K", "iq3_s", "iq4_xs", "q4_0", "q4_1", "q5_0", "q5_1"),
+    *("q1_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "bf16", "f16", "f32"),
 )
+
+
+@pytest.mark.parametrize("kind", ANY)
 def test_any_type_may_be_given_to_a_tensor(kind: str, variant: Make, tmp_path: Path) -> None:
     rules = pattern_rules([rf"ffn_(up|down)\.weight={kind}"], [])
     plan = plan_of(variant("dense"), ("F32", "Q4_K_M"), rules=rules, upstream_counters=True)
