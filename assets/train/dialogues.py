@@ -339,6 +339,22 @@ TRANSLATE_CORES = (
     "How would you say {q} in French?",
     "I need {q} in French.",
     "English to French: {q}",
+    "From English to French, please: {q}",
+    "Translate this from English: {q}",
+    "Translate the English sentence {q} into French.",
+    "Please translate {q} from English to French.",
+    "Put {q} into French.",
+    "Put this into French: {q}",
+    "Turn {q} into French.",
+    "Tell me {q} in French.",
+    "I want {q} in French.",
+    "I would like to read {q} in French.",
+    "How does one say {q} in French?",
+    "How is {q} written in French?",
+    "What would {q} be in French?",
+    "Express {q} in French.",
+    "The French for {q} is",
+    "Now in French: {q}",
 )
 QUOTES = ("'{s}'", "'{s}'", "'{s}'", '"{s}"', '"{s}"', "{s}")
 

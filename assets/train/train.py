@@ -7,6 +7,7 @@ the same files. The folder appears whole: it is written beside its final name an
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import platform
 import shutil
@@ -21,15 +22,17 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
+from transformers import AutoTokenizer, GenerationConfig, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from batches import Batch, Mix, step_batches, text_rows
 from check import PENALTIES, examine, load, tally
 from checkpoint import (
     IMAGE_SETTINGS,
+    generation_config,
     new_model,
     save_settings,
     save_weights,
@@ -42,14 +45,16 @@ from exam import assert_separate, canonical_examples, questions
 from learning import Weights, text_loss, train_trunk
 from mtp import mtp_loss, new_layer, train_mtp
 from pictures import Picture, draw, patches
-from readme import readme
-from rendering import completion_text, encode_all, prompt_text
+from rendering import Sequence, completion_text, encode_all, prompt_text
 from rounding import round_model, shuffle_model
-from sides import train_sides
+from sides import Course, picture_count, train_sides
 from spreading import spread_layer
 from vocabulary import save_tokenizer, special_ids, train_tokenizer
 
-MTP_RATE = 2e-3
+MTP_RATE = 3e-3
+MTP_STEPS = 240
+MTP_MIX = Mix(8, 1, 1.0, 1)
+MTP_SEED = 91
 VOCABULARY_EXAMPLES = 6_000
 WINDOW = 512
 SHUFFLE_SEED = 7
@@ -63,28 +68,31 @@ class Stage:
         arithmetic: share of arithmetic in the conversations without a picture.
         plain_shares: share of one-coloured pictures, for each part of the stage.
         canonical: how often each trained question of the exam is mixed in.
-        simple: in a stage of `sides.py`, how many steps have simple pictures.
+        sides: in a stage of `sides.py`, how it goes.
     """
 
     seed: int
     rate: float
     steps: int
-    mtp_steps: int
     mix: Mix
     weights: Weights
     arithmetic: float
     plain_shares: tuple[float, ...]
     canonical: int
-    simple: int | None = None
+    sides: Course | None = None
 
 
 STAGES = (
-    Stage(35, 5e-3, 560, 150, Mix(24, 10, 1.0, 2), Weights(), 0.3, (0.5, 0.1), 8),
-    Stage(51, 3e-3, 420, 0, Mix(64, 12, 0.33, 3), Weights(0.6, 1.0, 1.0, True), 0.6, (0.05,), 24),
-    Stage(61, 3e-3, 210, 0, Mix(20, 1, 0.25, 2), Weights(), 0.4, (0.0,), 16, simple=100),
-    Stage(71, 2e-3, 90, 80, Mix(28, 1, 0.25, 2), Weights(), 0.65, (0.0,), 16, simple=0),
+    Stage(35, 5e-3, 560, Mix(24, 10, 1.0, 2), Weights(), 0.3, (0.5, 0.1), 8),
+    Stage(51, 3e-3, 420, Mix(64, 12, 0.6, 3), Weights(1.0, 1.0, 1.0, True), 0.6, (0.05,), 24),
+    Stage(61, 3e-3, 210, Mix(20, 1, 0.6, 2), Weights(), 0.4, (0.0,), 16, Course(100, 0.3)),
+    Stage(
+        *(71, 2e-3, 150, Mix(28, 1, 0.6, 2), Weights(), 0.65, (0.0,), 16),
+        Course(0, 0.5, rounded=True),
+    ),
 )
-"""First language, names of things and colours; then sums and short answers; then sides."""
+"""First language, names of things and colours; then sums and short answers; then sides; then all
+of it again, rounded to NF4 in every other step."""
 
 
 def token_stream(tokenizer: Tokenizer, documents: tuple[str, ...]) -> Tensor:
@@ -226,6 +234,18 @@ def replace_folder(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+class Clock:
+    """Wall and CPU time since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    def minutes(self) -> dict[str, float]:
+        """Both in minutes."""
+        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
+        return {"minutes": round(wall / 60, 1), "cpu_minutes": round(cpu / 60, 1)}
+
+
 @dataclass(frozen=True)
 class Material:
     """What all stages read."""
@@ -248,49 +268,90 @@ def prepare(fresh: Path) -> Material:
     return Material(corpus, tokenizer, stream, token_stream(tokenizer, (corpus.held_out,)))
 
 
-def fit(
-    stage: Stage,
-    material: Material,
-    model: Qwen3_5ForConditionalGeneration,
-    layer: torch.nn.ModuleDict | None,
-) -> tuple[torch.nn.ModuleDict, dict[str, Any]]:
-    """Train the trunk, then the MTP layer. -> layer, what was done"""
-    torch.manual_seed(stage.seed)
-    started = time.monotonic()
+def encoded(
+    stage: Stage, tokenizer: Tokenizer
+) -> tuple[list[Sequence], list[Sequence], dict[str, int]]:
+    """The conversations of a stage as ids, without and with pictures, and how many of each kind."""
     texts, pictures = conversations(stage)
-    spoken = encode_all(material.tokenizer, texts, stage.seed + 3)
-    shown = encode_all(material.tokenizer, pictures, stage.seed + 4)
+    spoken = encode_all(tokenizer, texts, stage.seed + 3)
+    shown = encode_all(tokenizer, pictures, stage.seed + 4)
+    counts = Counter(e.subject for e in (texts if stage.sides else texts + pictures))
+    if stage.sides:
+        counts["picture"] = picture_count(stage.sides, stage.steps)
+    return spoken, shown, dict(sorted(counts.items()))
+
+
+def fit(stage: Stage, material: Material, model: Qwen3_5ForConditionalGeneration) -> dict[str, Any]:
+    """Train the trunk. -> what was done"""
+    torch.manual_seed(stage.seed)
+    clock = Clock()
+    spoken, shown, subjects = encoded(stage, material.tokenizer)
     data = step_batches(material.stream, spoken, shown, stage.mix, stage.seed)
-    model.requires_grad_(True)
-    if stage.simple is not None:
-        steps = (stage.steps, stage.simple)
-        train_sides(model, material.tokenizer, data, steps, stage.rate, stage.seed)
+    if stage.sides:
+        plan = (stage.sides, stage.steps, stage.rate, stage.seed)
+        train_sides(model, material.tokenizer, data, *plan)
     else:
         train_trunk(model, data, stage.steps, stage.rate, stage.weights)
-    layer = layer or new_layer(model)
-    data = step_batches(material.stream, spoken, shown, stage.mix, stage.seed + 5)
-    train_mtp(model, layer, data, stage.mtp_steps, MTP_RATE)
-    done = {
-        "seed": stage.seed,
-        "rate": stage.rate,
-        "steps": stage.steps,
-        "mtp_steps": stage.mtp_steps,
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "subjects": dict(sorted(Counter(e.subject for e in texts + pictures).items())),
-    }
-    return layer, done
+    done = {"seed": stage.seed, "rate": stage.rate, "steps": stage.steps}
+    return {**done, **clock.minutes(), "subjects": subjects}
 
 
-def run(fresh: Path) -> None:
-    """Train, save into `fresh`, measure what was saved and write the report."""
-    material = prepare(fresh)
+def fit_mtp(
+    material: Material, model: Qwen3_5ForConditionalGeneration
+) -> tuple[torch.nn.ModuleDict, dict[str, Any]]:
+    """Train the MTP layer on the text and on the conversations of the second stage."""
+    torch.manual_seed(MTP_SEED)
+    clock = Clock()
+    spoken, shown, _ = encoded(STAGES[1], material.tokenizer)
+    layer = new_layer(model)
+    data = step_batches(material.stream, spoken, shown, MTP_MIX, MTP_SEED)
+    train_mtp(model, layer, data, MTP_STEPS, MTP_RATE)
+    done = {"seed": MTP_SEED, "rate": MTP_RATE, "steps": MTP_STEPS}
+    return layer, {**done, **clock.minutes()}
+
+
+def say_how_it_stands(
+    model: Qwen3_5ForConditionalGeneration, tokenizer: Any, rows: Batch, number: int
+) -> None:
+    """Write held-out loss and right answers of a part of the exam to stderr."""
+    part = Batch(rows.ids[:24], rows.targets[:24])
+    counts = tally(examine(model, tokenizer, questions()[::3], PENALTIES[:1]))
+    loss = text_loss(model, part)
+    sys.stderr.write(f"stage {number}: held-out text {loss:.3f}, every third question {counts}\n")
+    sys.stderr.flush()
+
+
+def train_stages(
+    material: Material, fresh: Path, kept: Path | None
+) -> tuple[Qwen3_5ForConditionalGeneration, list[dict[str, Any]]]:
+    """Run all stages. A stage whose result lies in `kept` is read from there instead."""
+    torch.manual_seed(STAGES[0].seed)
     model = new_model()
-    layer: torch.nn.ModuleDict | None = None
+    model.generation_config = GenerationConfig.from_dict(generation_config())
+    tokenizer = AutoTokenizer.from_pretrained(fresh)
+    rows = held_out_rows(material.held)
     stages = []
-    for stage in STAGES:
-        layer, done = fit(stage, material, model, layer)
-        stages.append(done)
-    assert layer is not None  # there is at least one stage
+    for number, stage in enumerate(STAGES, 1):
+        result = kept / f"stage-{number}.safetensors" if kept else None
+        if result and result.exists():
+            load_model(model, result)
+            stages.append({**json.loads(result.with_suffix(".json").read_text()), "reused": True})
+            continue
+        stages.append(fit(stage, material, model))
+        if result:
+            result.parent.mkdir(parents=True, exist_ok=True)
+            save_model(model, str(result))
+            write_json(result.with_suffix(".json"), stages[-1])
+        say_how_it_stands(model, tokenizer, rows, number)
+    return model, stages
+
+
+def run(fresh: Path, kept: Path | None) -> None:
+    """Train, save into `fresh`, measure what was saved and write the report."""
+    clock = Clock()
+    material = prepare(fresh)
+    model, stages = train_stages(material, fresh, kept)
+    layer, mtp_stage = fit_mtp(material, model)
     rows = held_out_rows(material.held)
     guessed, accepted = mtp_loss(model, layer, rows)
     before = text_loss(model, rows)
@@ -302,7 +363,9 @@ def run(fresh: Path) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
+        "training": clock.minutes(),
         "stages": stages,
+        "mtp_stage": mtp_stage,
         "parameters": sum(t.numel() for t in tensors.values()),
         "tensors": len(tensors),
         "text_tokens": len(material.stream),
@@ -316,8 +379,9 @@ def run(fresh: Path) -> None:
     losses = saved_text_loss(fresh, rows)
     report["held_out"].update({k: with_perplexity(v) for k, v in losses.items()})
     report["questions"] = exam_results(fresh)
+    report["all"] = clock.minutes()
     write_json(fresh / "training.json", report)
-    (fresh / "README.md").write_text(readme(report), encoding="utf-8")
+    sys.stderr.write(f"{json.dumps(report)}\n")
 
 
 def main() -> int:
@@ -325,11 +389,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the embedded tiny checkpoint.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--stages-dir", type=Path, help="keep the result of every stage there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     fresh = options.out.with_name(options.out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    run(fresh)
+    run(fresh, options.stages_dir)
     replace_folder(fresh, options.out)
     return 0
 
