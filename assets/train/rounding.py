@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 64
-SCALE_NOISE = 0.02
+SCALE_NOISE = 0.04
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
