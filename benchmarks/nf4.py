@@ -127,12 +127,13 @@ def convert_command(source: Path, out: Path) -> list[str]:
 def compilation(work: Path, runs: int) -> tuple[Cost, Cost]:
     """Convert the embedded checkpoint with an empty kernel cache and again. -> first, second."""
     cache, out = work / "kernels", work / "tiny"
-    first, second = [], []
+    command, environment = convert_command(EMBEDDED, out), {"NUMBA_CACHE_DIR": str(cache)}
+    first: list[Cost] = []
+    second: list[Cost] = []
     for _ in range(runs):
         shutil.rmtree(cache, ignore_errors=True)
-        for costs in (first, second):
-            command = convert_command(EMBEDDED, out)
-            costs.append(measure(command, out, {"NUMBA_CACHE_DIR": str(cache)}))
+        first.append(measure(command, out, environment))
+        second.append(measure(command, out, environment))
     return median(first), median(second)
 
 

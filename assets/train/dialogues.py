@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from pictures import COLORS, Picture
+from pictures import Picture
+from qwen35.verify.asking import COLORS
 
 ONE_WORD = ("Answer in one word.", "Answer with one word.")
 OPENINGS = (

@@ -21,7 +21,8 @@ from transformers import Qwen3_5ForConditionalGeneration
 from batches import Batch, StepData, padded
 from dialogues import PICTURE_CORES, SHORT_CLOSINGS, UNSEEN_COLORS, ask_with, picture_example
 from learning import CLIP, Progress, accumulate, optimisers, set_rates
-from pictures import COLORS, Picture
+from pictures import Picture
+from qwen35.verify.asking import COLORS
 from rendering import Sequence, encode
 from rounding import rounded
 
