@@ -44,6 +44,7 @@ class Stage:
         plain_shares: share of one-coloured pictures, for each part of the stage.
         canonical: how often each trained question of the exam is mixed in.
         sides: in a stage of `sides.py`, how it goes.
+        late: whether more wordings are drawn from.
     """
 
     seed: int
@@ -55,6 +56,7 @@ class Stage:
     plain_shares: tuple[float, ...]
     canonical: int
     sides: Course | None = None
+    late: bool = False
 
 
 STAGES = (
@@ -62,8 +64,9 @@ STAGES = (
     Stage(51, 3e-3, 420, Mix(64, 12, 0.6, 3), Weights(1.0, 1.0, 1.0, True), 0.6, (0.05,), 24),
     Stage(61, 3e-3, 210, Mix(20, 1, 0.6, 2), Weights(), 0.4, (0.0,), 16, Course(100, 0.3)),
     Stage(
-        *(71, 2e-3, 150, Mix(28, 1, 0.6, 2), Weights(), 0.65, (0.0,), 16),
+        *(73, 2e-3, 170, Mix(40, 1, 0.6, 3), Weights(), 0.45, (0.0,), 16),
         Course(0, 0.5, rounded=True),
+        late=True,
     ),
 )
 """First language, names of things and colours; then sums and short answers; then sides; then all
@@ -73,7 +76,9 @@ of it again, rounded to NF4 in every other step."""
 def conversations(stage: Stage) -> tuple[list[Example], list[Example]]:
     """Text and picture exchanges, the trained exam questions mixed in; checked to be apart."""
     canonical = canonical_examples() * stage.canonical
-    texts = text_examples(stage.seed + 1, stage.steps * stage.mix.texts, stage.arithmetic)
+    texts = text_examples(
+        stage.seed + 1, stage.steps * stage.mix.texts, stage.arithmetic, late=stage.late
+    )
     pictures = picture_examples(
         stage.seed + 2, stage.steps * stage.mix.pictures, stage.plain_shares
     )
