@@ -123,17 +123,21 @@ def readme(report: dict[str, Any]) -> str:
 
 def _run(report: dict[str, Any]) -> str:
     """How long it took, and which stages were not trained in this run."""
-    trained, checked = report["training"], report["checking"]
+    stages = [*report["stages"], report["mtp_stage"]]
+    wall, cpu = (sum(stage[key] for stage in stages) for key in ("minutes", "cpu_minutes"))
+    checked = report["checking"]
     said = (
-        f"The training took {trained['minutes']} minutes ({trained['cpu_minutes']} of CPU time), "
-        f"the checks {checked['minutes']} ({checked['cpu_minutes']})."
+        f"All stages took {wall:.1f} minutes\n({cpu:.1f} of CPU time over "
+        f"{report['threads']} threads), the checks {checked['minutes']} "
+        f"({checked['cpu_minutes']})."
     )
-    reused = ", ".join(str(i) for i, stage in enumerate(report["stages"], 1) if "reused" in stage)
+    reused = [str(i) for i, stage in enumerate(report["stages"], 1) if "reused" in stage]
     if reused:
         said += (
-            f" Not counted: stages read from an earlier run of the script ({', '.join(reused)})."
+            f"\n\nNot in one go: stages {', '.join(reused)} were read from an earlier run of the "
+            "script (`--stages-dir`)."
         )
-    return said
+    return f"{said} {report['note']}" if "note" in report else said
 
 
 def _stage(name: str, stage: dict[str, Any]) -> str:
