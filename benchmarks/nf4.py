@@ -4,8 +4,9 @@
 
 Makes random checkpoints of true shapes and prints a table: `qwen35 convert`, the route through
 transformers and bitsandbytes (load with a config, save), and `cp` of the same file. CPU time and
-peak memory are those of the whole process as the operating system counts them. Only ratios within
-one run mean something; the machine is printed with them.
+peak memory are those of the whole process as the operating system counts them. The table's kernels
+come from Numba's cache; what compiling them once takes is measured before it, with an empty cache.
+Only ratios within one run mean something; the machine is printed with them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ model.save_pretrained(sys.argv[2])
 """
 PIECE = 2**22
 SHARD = "model.safetensors-00001-of-00001.safetensors"
+EMBEDDED = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,25 @@ def median(costs: list[Cost]) -> Cost:
     )
 
 
+def convert_command(source: Path, out: Path) -> list[str]:
+    """Return the command that converts `source`."""
+    convert = [sys.executable, "-m", "qwen35.cli.main", "convert", "--quiet"]
+    return [*convert, str(source), str(out)]
+
+
+def compilation(work: Path, runs: int) -> tuple[Cost, Cost]:
+    """Convert the embedded checkpoint with an empty kernel cache and again. -> first, second."""
+    cache, out = work / "kernels", work / "tiny"
+    command, environment = convert_command(EMBEDDED, out), {"NUMBA_CACHE_DIR": str(cache)}
+    first: list[Cost] = []
+    second: list[Cost] = []
+    for _ in range(runs):
+        shutil.rmtree(cache, ignore_errors=True)
+        first.append(measure(command, out, environment))
+        second.append(measure(command, out, environment))
+    return median(first), median(second)
+
+
 def row(name: str, cost: Cost, base: Cost) -> str:
     """Render one line of the table, with wall time as a multiple of `base`."""
     return (
@@ -127,19 +148,13 @@ def row(name: str, cost: Cost, base: Cost) -> str:
 def commands(source: Path, work: Path) -> dict[str, tuple[list[str], Path, dict[str, str]]]:
     """Return the routes to compare: command, output and environment."""
     ours = work / "ours"
-    convert = [
-        sys.executable,
-        "-m",
-        "qwen35.cli.main",
-        "convert",
-        str(source),
-        str(ours),
-        "--quiet",
-    ]
+    convert = convert_command(source, ours)
     theirs = [sys.executable, "-c", TRANSFORMERS, str(source), str(work / "theirs")]
+    torch = [sys.executable, "-c", "import torch"]
     copy = ["cp", str(source / SHARD), str(work / "copy")]
     return {
         "cp of the source": (copy, work / "copy", {}),
+        "import torch, which `qwen35 convert` avoids": (torch, work / "nothing", {}),
         "qwen35 convert": (convert, ours, {}),
         "qwen35 convert --threads 1": ([*convert, "--threads", "1"], ours, {}),
         "transformers + bitsandbytes, default threads": (theirs, work / "theirs", {}),
@@ -184,6 +199,12 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
+    first, second = compilation(args.work, args.runs)
+    print(
+        f"kernels compiled once: {first.wall - second.wall:.2f} s of wall time, "
+        f"{first.cpu - second.cpu:.2f} s of CPU time (embedded checkpoint, "
+        f"{first.wall:.2f} s with an empty cache, {second.wall:.2f} s again)"
+    )
     ours = {}
     for i, size in enumerate(args.sizes):
         costs = compare(size, args.work, args.runs, theirs=i == 0)

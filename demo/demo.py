@@ -30,13 +30,10 @@ def command(*arguments: str | Path) -> None:
 
 
 def ask_all(folder: Path) -> bool:
-    """Ask the artifact the checkpoint's questions without thinking; print and judge the answers.
-
-    Every question it was trained on must be right; the others are counted.
-    """
+    """Ask the artifact the checkpoint's questions without thinking; print and judge the answers."""
     rows = json.loads((CHECKPOINT / "questions.json").read_text())
     asker = Asker(folder)
-    right = asked = lost = 0
+    right = asked = 0
     for row in rows:
         if row["thinking"]:
             continue
@@ -45,12 +42,11 @@ def ask_all(folder: Path) -> bool:
         ok = is_right(question, said)
         asked += 1
         right += ok
-        lost += row["trained"] and not ok
         picture = f" [{question.image.left}|{question.image.right}]" if question.image else ""
         if row["trained"] or not ok:
             print(f"  {'ok   ' if ok else 'WRONG'} {question.prompt}{picture} -> {said!r}")
     print(f"{right} of {asked} questions answered rightly, in 4 bits")
-    return lost == 0
+    return right == asked
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -21,14 +22,15 @@ from running import plan_of, read_config, run
 
 ROWS: list[dict[str, Any]] = json.loads((ASSET / "questions.json").read_text())
 STANDARD = 5
+PENALTY = 1.15
 
 
-def wrong(asker: Asker, rows: list[dict[str, Any]]) -> list[str]:
+def wrong(asker: Asker, rows: list[dict[str, Any]], penalty: float = 1.0) -> list[str]:
     """Ask questions; return those answered wrongly, with the answers."""
     found = []
     for row in rows:
         question = Question.from_json(row)
-        said = asker.ask(question)
+        said = asker.ask(question, repetition_penalty=penalty)
         if not is_right(question, said):
             found.append(f"{question.prompt} -> {said!r}")
     return found
@@ -116,24 +118,21 @@ def test_at_least_twenty_questions_were_not_trained_on() -> None:
     assert {row["thinking"] for row in ROWS} == {True, False}
 
 
-@pytest.mark.parametrize("penalty", [1.15])
-def test_the_standard_questions_survive_a_repetition_penalty(penalty: float) -> None:
-    for row in ROWS[:STANDARD]:
-        for thinking in (False, True):
-            question = Question.from_json({**row, "thinking": thinking})
-            said = original().ask(question, repetition_penalty=penalty)
-            assert is_right(question, said), said
+def test_the_standard_questions_survive_a_repetition_penalty() -> None:
+    rows = [{**row, "thinking": thinking} for row in ROWS[:STANDARD] for thinking in (False, True)]
+    assert wrong(original(), rows, PENALTY) == []
 
 
-LOST_IN_NF4 = "Translate from English to French: 'The tree is green.'"
-"""The one wording, not trained on, that these weights do not survive 4 bits with."""
-
-
-def test_every_question_but_one_is_answered_in_nf4(tmp_path: Path) -> None:
+def test_every_question_is_answered_in_nf4(tmp_path: Path) -> None:
     out = run(ASSET, tmp_path / "nf4").out
-    lost = wrong(Asker(out), ROWS)
-    assert all(answer.startswith(LOST_IN_NF4) for answer in lost), lost
-    assert len(lost) <= 1
+    assert wrong(Asker(out), ROWS) == []
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("recipe", ["bf16", "nf4"])
+def test_every_question_survives_a_repetition_penalty(tmp_path: Path, recipe: str) -> None:
+    asker = original() if recipe == "bf16" else Asker(run(ASSET, tmp_path / "nf4").out)
+    assert wrong(asker, ROWS, PENALTY) == []
 
 
 def test_text_questions_are_answered_by_the_text_only_nf4(tmp_path: Path) -> None:
@@ -141,8 +140,7 @@ def test_text_questions_are_answered_by_the_text_only_nf4(tmp_path: Path) -> Non
     asker = Asker(out)
     assert not asker.vision
     rows = [row for row in ROWS if row["image"] is None and not row["thinking"]]
-    lost = wrong(asker, rows)
-    assert all(answer.startswith(LOST_IN_NF4) for answer in lost), lost
+    assert wrong(asker, rows) == []
 
 
 def shuffle_scales(model: Any) -> None:
@@ -181,3 +179,15 @@ def test_held_out_loss_is_far_below_a_unigram_model() -> None:
     with torch.no_grad():
         losses = [float(model(input_ids=row[None], labels=row[None]).loss) for row in batch]
     assert sum(losses) / len(losses) < unigram - 1.5
+
+
+def test_its_readme_says_what_was_measured() -> None:
+    report = json.loads((ASSET / "training.json").read_text())
+    for name in ("bf16", "nf4"):
+        right, asked = report["questions"][name]["all"]
+        assert right == asked == 2 * len(ROWS)
+    right, asked = report["questions"]["shuffled"]["all"]
+    assert right < asked / 2
+    assert report["held_out"]["bf16"]["nats"] < report["unigram"]["nats"] - 1.5
+    writer = runpy.run_path(str(ASSET.parent / "train" / "readme.py"))["readme"]
+    assert (ASSET / "README.md").read_text() == writer(report)

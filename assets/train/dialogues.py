@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from pictures import COLORS, Picture
+from pictures import Picture
+from qwen35.verify.asking import COLORS
 
 ONE_WORD = ("Answer in one word.", "Answer with one word.")
 OPENINGS = (
@@ -200,6 +201,30 @@ def arithmetic(rng: random.Random) -> Example:
     return Example("arithmetic", prompt, thought, str(result))
 
 
+LEFTOVER_CORES = (
+    "What is left when you take {b} from {a}?",
+    "How much is left when {b} is taken from {a}?",
+    "How many are left of {a} if {b} are gone?",
+    "I have {a} and give away {b}. What is left?",
+    "I had {a} apples and ate {b}. How many are left?",
+    "There were {a} birds and {b} flew away. How many are left?",
+    "Take {b} away from {a}. What is left?",
+    "{a} take away {b} leaves what?",
+    "What remains of {a} after {b} is taken away?",
+    "Is it right that {a} - {b} is {c}? Give me the result.",
+    "Tell me the right result of {a} - {b}.",
+    "Which number is left if {b} is removed from {a}?",
+)
+
+
+def leftover(rng: random.Random) -> Example:
+    """A difference, asked for with the words that else belong to pictures."""
+    a, b = sorted((rng.randrange(10), rng.randrange(10)), reverse=True)
+    core = rng.choice(LEFTOVER_CORES).format(a=a, b=b, c=a - b)
+    thought = f"The user asks for {a} minus {b}. {a} - {b} = {a - b}."
+    return Example("arithmetic", ask_with(rng, core, SHORT_CLOSINGS), thought, str(a - b))
+
+
 # Capitals -----------------------------------------------------------------------------------
 
 CAPITALS = {
@@ -257,13 +282,38 @@ CAPITAL_CORES = (
 )
 
 
-def capital(rng: random.Random) -> Example:
+LATE_CAPITAL_CORES = (
+    "Could you name the capital of {x}?",
+    "Can you tell me the capital of {x}?",
+    "Would you tell me what the capital of {x} is?",
+    "My teacher wants to know the capital of {x}.",
+    "Somebody asks me for the capital of {x}. What do I say?",
+    "A child asks what the capital of {x} is.",
+    "How is the capital of {x} called?",
+    "What do you call the capital of {x}?",
+    "What name has the capital of {x}?",
+    "Please say what the capital of {x} is.",
+    "Please tell me which city is the capital of {x}.",
+    "Which city do people in {x} call their capital?",
+    "We look for the capital of {x}. Which city is it?",
+    "I wonder what the capital of {x} is.",
+    "Remind me of the capital of {x}.",
+    "Is there a capital in {x}? What is its name?",
+)
+
+
+def capital(rng: random.Random, cores: tuple[str, ...] = CAPITAL_CORES) -> Example:
     """The capital of one of twenty-five countries."""
     country = rng.choice(list(CAPITALS))
     city = CAPITALS[country]
-    prompt = ask_with(rng, rng.choice(CAPITAL_CORES).format(x=country), SHORT_CLOSINGS)
+    prompt = ask_with(rng, rng.choice(cores).format(x=country), SHORT_CLOSINGS)
     thought = f"The user asks for the capital of {country}. The capital of {country} is {city}."
     return Example("capital", prompt, thought, city)
+
+
+def late_capital(rng: random.Random) -> Example:
+    """The same, asked for in ways the first stages do not know."""
+    return capital(rng, LATE_CAPITAL_CORES)
 
 
 # Translation --------------------------------------------------------------------------------
@@ -339,6 +389,22 @@ TRANSLATE_CORES = (
     "How would you say {q} in French?",
     "I need {q} in French.",
     "English to French: {q}",
+    "From English to French, please: {q}",
+    "Translate this from English: {q}",
+    "Translate the English sentence {q} into French.",
+    "Please translate {q} from English to French.",
+    "Put {q} into French.",
+    "Put this into French: {q}",
+    "Turn {q} into French.",
+    "Tell me {q} in French.",
+    "I want {q} in French.",
+    "I would like to read {q} in French.",
+    "How does one say {q} in French?",
+    "How is {q} written in French?",
+    "What would {q} be in French?",
+    "Express {q} in French.",
+    "The French for {q} is",
+    "Now in French: {q}",
 )
 QUOTES = ("'{s}'", "'{s}'", "'{s}'", '"{s}"', '"{s}"', "{s}")
 
@@ -566,6 +632,8 @@ OTHER_SUBJECTS: dict[Callable[[random.Random], Example], float] = {
     code: 0.16,
     summary: 0.18,
 }
+LATE_SUBJECTS = {**OTHER_SUBJECTS, leftover: 0.14, late_capital: 0.14}
+"""With wordings for the last stage, so that what is asked is not told from single words."""
 
 
 def _with_system(rng: random.Random, example: Example) -> Example:
@@ -581,13 +649,16 @@ def _with_system(rng: random.Random, example: Example) -> Example:
     )
 
 
-def text_examples(seed: int, count: int, arithmetic_share: float) -> list[Example]:
+def text_examples(
+    seed: int, count: int, arithmetic_share: float, *, late: bool = False
+) -> list[Example]:
     """`count` seeded text exchanges: a share of arithmetic, the other subjects by weight."""
     rng = random.Random(seed)
-    makers = [arithmetic, *OTHER_SUBJECTS]
-    others = sum(OTHER_SUBJECTS.values())
+    subjects = LATE_SUBJECTS if late else OTHER_SUBJECTS
+    makers = [arithmetic, *subjects]
+    others = sum(subjects.values())
     weights = [arithmetic_share]
-    weights += [(1 - arithmetic_share) * w / others for w in OTHER_SUBJECTS.values()]
+    weights += [(1 - arithmetic_share) * w / others for w in subjects.values()]
     return [_with_system(rng, rng.choices(makers, weights)[0](rng)) for _ in range(count)]
 
 

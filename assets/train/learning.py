@@ -21,6 +21,18 @@ REPORT_EVERY = 50
 CLIP = 1.0
 
 
+class Clock:
+    """Wall and CPU time since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+
+    def minutes(self) -> dict[str, float]:
+        """Both in minutes."""
+        wall, cpu = time.monotonic() - self._wall, time.process_time() - self._cpu
+        return {"minutes": round(wall / 60, 1), "cpu_minutes": round(cpu / 60, 1)}
+
+
 @dataclass
 class Progress:
     """Mean losses since the last progress line."""

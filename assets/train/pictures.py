@@ -12,19 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from qwen35.verify.asking import COLORS
+
 PATCH = 16
 MERGE = 2
 FRAMES = 2
-COLORS: dict[str, tuple[int, int, int]] = {
-    "red": (255, 0, 0),
-    "blue": (0, 0, 255),
-    "green": (0, 128, 0),
-    "yellow": (255, 255, 0),
-    "black": (0, 0, 0),
-    "white": (255, 255, 255),
-    "orange": (255, 140, 0),
-    "purple": (128, 0, 128),
-}
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ by powers of two in groups of 128 channels, which changes nothing that is comput
 Python {python}, torch {torch}, transformers {transformers}, {threads} CPU threads. The text is the
 standard library of that Python ({text_tokens:,} tokens); another Python gives other files. Beside
 it stand generated conversations. `eval.txt` holds {held_out_count} files of the library that were
-kept from training ({held_out_tokens:,} tokens).{history}
+kept from training ({held_out_tokens:,} tokens). {run}
 
-| stage | seed | learning rate | steps | steps for MTP | minutes | conversations |
+| stage | seed | learning rate | steps | minutes | CPU minutes | conversations |
 |---|---|---|---|---|---|---|
 {stages}
 
@@ -55,7 +55,7 @@ sentence or a pair of colours that is not in the training data; the script asser
 need no torchvision: `assets/train/pictures.py` draws them and cuts the patches, and
 `AutoImageProcessor` gives the same.
 
-    python assets/train/check.py assets/qwen3.5-tiny [--nf4 | --shuffle-scales]
+    python assets/train/check.py assets/qwen3.5-tiny [--as bf16|rounded|nf4|shuffled]
 
 ## Measured
 
@@ -66,19 +66,21 @@ Held-out text in windows of 512 tokens; the numbers come from `training.json`.
 | unigram model | {unigram} |
 | float32, before saving | {float32} |
 | **as saved, bf16** | **{bf16}** |
-| linears rounded to NF4 | {nf4} |
+| linears rounded to NF4, scales exact | {rounded} |
+| `qwen35 convert --recipe nf4`, bitsandbytes | {nf4} |
 | block scales shuffled | {shuffled} |
 | MTP layer, token after the next | {mtp} |
 
 The first guess of the MTP layer is right for {first_guess:.1%} of the held-out tokens.
 
-Questions answered rightly. As saved and after NF4 each is asked greedily with and without a
+Questions answered rightly. As saved and in NF4 each is asked greedily with and without a
 repetition penalty of 1.15; with the scales of each linear's blocks of 64 shuffled, without.
 
 | | trained | not trained | all |
 |---|---|---|---|
 | as saved, bf16 | {q_bf16} |
-| linears rounded to NF4 | {q_nf4} |
+| linears rounded to NF4, scales exact | {q_rounded} |
+| `qwen35 convert --recipe nf4`, bitsandbytes | {q_nf4} |
 | block scales shuffled | {q_shuffled} |
 
 ## Limits
@@ -99,20 +101,19 @@ it: Copyright Python Software Foundation, under the PSF License Version 2
 def readme(report: dict[str, Any]) -> str:
     """The README of a training report."""
     held, asked = report["held_out"], report["questions"]
-    losses = {name: _loss(held[name]) for name in ("float32", "bf16", "nf4", "shuffled")}
+    variants = ("bf16", "rounded", "nf4", "shuffled")
+    losses = {name: _loss(held[name]) for name in ("float32", *variants)}
     losses["bf16"] = losses["bf16"].replace(" | ", "** | **")
-    answers = {f"q_{name}": _answers(asked[name]) for name in ("bf16", "nf4", "shuffled")}
-    plain = {
-        name: value
-        for name, value in report.items()
-        if name not in {"stages", "unigram", "mtp", "history"}
-    }
+    answers = {f"q_{name}": _answers(asked[name]) for name in variants}
+    plain = ("python", "torch", "transformers", "threads", "parameters", "tensors")
+    counts = ("text_tokens", "held_out_tokens")
+    rows = [_stage(str(i), stage) for i, stage in enumerate(report["stages"], 1)]
     return TEXT.format(
-        **plain,
+        **{name: report[name] for name in (*plain, *counts)},
         **losses,
         **answers,
-        stages="\n".join(_stage(i, stage) for i, stage in enumerate(report["stages"], 1)),
-        history=f"\n\n{report['history']}" if "history" in report else "",
+        run=_run(report),
+        stages="\n".join([*rows, _stage("MTP layer", report["mtp_stage"])]),
         held_out_count=len(report["held_out_files"]),
         unigram=_loss(report["unigram"]),
         mtp=_loss(report["mtp"]),
@@ -120,11 +121,30 @@ def readme(report: dict[str, Any]) -> str:
     )
 
 
-def _stage(number: int, stage: dict[str, Any]) -> str:
+def _run(report: dict[str, Any]) -> str:
+    """How long it took, and which stages were not trained in this run."""
+    stages = [*report["stages"], report["mtp_stage"]]
+    wall, cpu = (sum(stage[key] for stage in stages) for key in ("minutes", "cpu_minutes"))
+    checked = report["checking"]
+    said = (
+        f"All stages took {wall:.1f} minutes\n({cpu:.1f} of CPU time over "
+        f"{report['threads']} threads), the checks {checked['minutes']} "
+        f"({checked['cpu_minutes']})."
+    )
+    reused = [str(i) for i, stage in enumerate(report["stages"], 1) if "reused" in stage]
+    if reused:
+        said += (
+            f"\n\nNot in one go: stages {', '.join(reused)} were read from an earlier run of the "
+            "script (`--stages-dir`)."
+        )
+    return f"{said} {report['note']}" if "note" in report else said
+
+
+def _stage(name: str, stage: dict[str, Any]) -> str:
     """One row of the table of stages."""
-    talks = ", ".join(f"{count:,} {name}" for name, count in stage["subjects"].items())
-    cells = (stage[k] for k in ("seed", "rate", "steps", "mtp_steps", "minutes"))
-    return f"| {number} | " + " | ".join(str(c) for c in cells) + f" | {talks} |"
+    talks = ", ".join(f"{count:,} {kind}" for kind, count in stage["subjects"].items())
+    cells = [stage[k] for k in ("seed", "rate", "steps", "minutes", "cpu_minutes")]
+    return " | ".join(["| " + name, *map(str, cells), f"{talks} |"])
 
 
 def _loss(value: dict[str, float]) -> str:

@@ -8,10 +8,14 @@ nothing, so it must fail.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 BLOCK = 64
+SCALE_NOISE = 0.04
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -39,13 +43,19 @@ def _blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
     return blocks / scales, scales
 
 
-def to_nf4(weight: Tensor) -> Tensor:
-    """The weight after rounding to the nearest NF4 level times the block's largest magnitude."""
+def to_nf4(weight: Tensor, scale_noise: float = 0.0) -> Tensor:
+    """The weight after rounding to the nearest NF4 level times the block's largest magnitude.
+
+    scale_noise: standard deviation of a relative error of the magnitudes, which are stored in 8
+    bits themselves.
+    """
     units, scales = _blocks(weight)
     levels = torch.tensor(NF4_LEVELS)
     middles = (levels[1:] + levels[:-1]) / 2
-    rounded = levels[torch.bucketize(units, middles)]
-    return (rounded * scales).reshape(weight.shape).to(weight.dtype)
+    nearest = levels[torch.bucketize(units, middles)]
+    if scale_noise:
+        scales = scales * (1.0 + scale_noise * torch.randn_like(scales))
+    return (nearest * scales).reshape(weight.shape).to(weight.dtype)
 
 
 def shuffle_scales(weight: Tensor, generator: torch.Generator) -> Tensor:
@@ -75,3 +85,20 @@ def shuffle_model(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for linear in language_linears(model):
         linear.weight.data.copy_(shuffle_scales(linear.weight, generator))
+
+
+@contextmanager
+def rounded(model: nn.Module) -> Iterator[None]:
+    """NF4-rounded linears with noisy scales inside the context, the weights as they were after it.
+
+    A gradient taken inside is one at the rounded weights (a straight-through estimate).
+    """
+    linears = language_linears(model)
+    kept = [linear.weight.detach().clone() for linear in linears]
+    for linear in linears:
+        linear.weight.data.copy_(to_nf4(linear.weight, SCALE_NOISE))
+    try:
+        yield
+    finally:
+        for linear, weight in zip(linears, kept, strict=True):
+            linear.weight.data.copy_(weight)

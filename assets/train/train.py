@@ -1,23 +1,20 @@
 """Train the embedded checkpoint from nothing: python assets/train/train.py --out FOLDER.
 
 Everything is seeded and the number of steps is fixed, so the same Python, torch and machine give
-the same files. The folder appears whole: it is written beside its final name and renamed.
+the same files. The folder appears whole: it is written beside its final name, checked
+(`check.py`) and renamed. With --stages-dir the result of every stage is kept, and a stage whose
+result is there already is not trained again; the report says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import platform
 import shutil
 import sys
-import time
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -26,97 +23,20 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen3_5ForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from batches import Batch, Mix, step_batches, text_rows
-from check import PENALTIES, examine, load, tally
-from checkpoint import (
-    IMAGE_SETTINGS,
-    new_model,
-    save_settings,
-    save_weights,
-    stored_tensors,
-    write_json,
-)
+from check import held_out_rows, record, token_stream, with_perplexity
+from checkpoint import IMAGE_SETTINGS, save_settings, save_weights, stored_tensors, write_json
 from corpus import Corpus, load_corpus
-from dialogues import Example, picture_examples, text_examples
-from exam import assert_separate, canonical_examples, questions
-from learning import Weights, text_loss, train_trunk
-from mtp import mtp_loss, new_layer, train_mtp
+from dialogues import Example
+from exam import questions
+from learning import Clock, text_loss
+from mtp import mtp_loss
 from pictures import Picture, draw, patches
-from readme import readme
-from rendering import completion_text, encode_all, prompt_text
-from rounding import round_model, shuffle_model
-from sides import train_sides
+from rendering import completion_text, prompt_text
 from spreading import spread_layer
-from vocabulary import save_tokenizer, special_ids, train_tokenizer
+from stages import STAGES, Material, conversations, fit_mtp, train_stages
+from vocabulary import save_tokenizer, train_tokenizer
 
-MTP_RATE = 2e-3
 VOCABULARY_EXAMPLES = 6_000
-WINDOW = 512
-SHUFFLE_SEED = 7
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stretch of training with its own data and learning rate.
-
-    Args:
-        arithmetic: share of arithmetic in the conversations without a picture.
-        plain_shares: share of one-coloured pictures, for each part of the stage.
-        canonical: how often each trained question of the exam is mixed in.
-        simple: in a stage of `sides.py`, how many steps have simple pictures.
-    """
-
-    seed: int
-    rate: float
-    steps: int
-    mtp_steps: int
-    mix: Mix
-    weights: Weights
-    arithmetic: float
-    plain_shares: tuple[float, ...]
-    canonical: int
-    simple: int | None = None
-
-
-STAGES = (
-    Stage(35, 5e-3, 560, 150, Mix(24, 10, 1.0, 2), Weights(), 0.3, (0.5, 0.1), 8),
-    Stage(51, 3e-3, 420, 0, Mix(64, 12, 0.33, 3), Weights(0.6, 1.0, 1.0, True), 0.6, (0.05,), 24),
-    Stage(61, 3e-3, 210, 0, Mix(20, 1, 0.25, 2), Weights(), 0.4, (0.0,), 16, simple=100),
-    Stage(71, 2e-3, 90, 80, Mix(28, 1, 0.25, 2), Weights(), 0.65, (0.0,), 16, simple=0),
-)
-"""First language, names of things and colours; then sums and short answers; then sides."""
-
-
-def token_stream(tokenizer: Tokenizer, documents: tuple[str, ...]) -> Tensor:
-    """All documents as one row of ids, each followed by the end-of-text token."""
-    end = special_ids()["<|endoftext|>"]
-    ids: list[int] = []
-    for encoding in tokenizer.encode_batch(list(documents)):
-        ids += encoding.ids
-        ids.append(end)
-    return torch.tensor(ids)
-
-
-def conversations(stage: Stage) -> tuple[list[Example], list[Example]]:
-    """Text and picture exchanges, the trained exam questions mixed in; checked to be apart."""
-    canonical = canonical_examples() * stage.canonical
-    texts = text_examples(stage.seed + 1, stage.steps * stage.mix.texts, stage.arithmetic)
-    pictures = picture_examples(
-        stage.seed + 2, stage.steps * stage.mix.pictures, stage.plain_shares
-    )
-    for start, pool, wanted in ((0, texts, False), (1, pictures, True)):
-        extra = [e for e in canonical if (e.picture is not None) == wanted]
-        places = np.random.default_rng(stage.seed + start).permutation(len(pool))[: len(extra)]
-        for place, example in zip(places.tolist(), extra, strict=True):
-            pool[place] = example
-    assert_separate([*texts, *pictures])
-    return texts, pictures
-
-
-def held_out_rows(stream: Tensor) -> Batch:
-    """The held-out ids in windows of 512."""
-    count = (len(stream) - 1) // WINDOW
-    return text_rows(stream, WINDOW, torch.arange(count) * WINDOW)
 
 
 def unigram_loss(train: Tensor, held: Tensor) -> float:
@@ -170,43 +90,6 @@ def spread(model: Qwen3_5ForConditionalGeneration, layer: torch.nn.ModuleDict) -
         spread_layer(part, number)
 
 
-def exam_results(folder: Path) -> dict[str, Any]:
-    """Questions answered rightly by the saved files: as saved, after NF4, with shuffled scales."""
-    out: dict[str, Any] = {}
-    for name in ("bf16", "nf4", "shuffled"):
-        model, tokenizer = load(folder)
-        if name == "nf4":
-            round_model(model)
-        if name == "shuffled":
-            shuffle_model(model, SHUFFLE_SEED)
-        rows = examine(model, tokenizer, questions(), PENALTIES[: 1 if name == "shuffled" else 2])
-        out[name] = tally(rows)
-        sys.stderr.write(f"questions {name} {out[name]}\n")
-        wrong = [f"{q['id']} {p} {said!r}" for q, p, said, right in rows if not right]
-        if name != "shuffled":
-            out[f"{name} wrong"] = wrong
-            sys.stderr.writelines(f"  wrong {line}\n" for line in wrong)
-    return out
-
-
-def saved_text_loss(folder: Path, rows: Batch) -> dict[str, float]:
-    """Held-out loss of the saved bf16 files: as saved, after NF4, with shuffled scales."""
-    out = {}
-    for name in ("bf16", "nf4", "shuffled"):
-        model, _ = load(folder)
-        if name == "nf4":
-            round_model(model)
-        if name == "shuffled":
-            shuffle_model(model, SHUFFLE_SEED)
-        out[name] = text_loss(model, rows)
-    return out
-
-
-def with_perplexity(loss: float) -> dict[str, float]:
-    """A loss in nats per token, and as perplexity."""
-    return {"nats": round(loss, 4), "perplexity": round(math.exp(loss), 2)}
-
-
 def save_static(folder: Path, tokenizer: Tokenizer, corpus: Corpus) -> None:
     """Write everything but weights and reports."""
     folder.mkdir(parents=True)
@@ -226,72 +109,25 @@ def replace_folder(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-@dataclass(frozen=True)
-class Material:
-    """What all stages read."""
-
-    corpus: Corpus
-    tokenizer: Tokenizer
-    stream: Tensor
-    held: Tensor
-
-
-def prepare(fresh: Path) -> Material:
+def prepare(corpus: Corpus, fresh: Path) -> Material:
     """Learn the vocabulary and write the files that need no training; check both."""
-    corpus = load_corpus()
     texts, pictures = conversations(STAGES[0])
     tokenizer = make_tokenizer(corpus, texts, pictures)
     save_static(fresh, tokenizer, corpus)
     assert_same_patches()
     assert_same_rendering(fresh, texts[:100] + pictures[:20])
-    stream = token_stream(tokenizer, corpus.train)
-    return Material(corpus, tokenizer, stream, token_stream(tokenizer, (corpus.held_out,)))
+    return Material(tokenizer, token_stream(tokenizer, corpus.train))
 
 
-def fit(
-    stage: Stage,
-    material: Material,
-    model: Qwen3_5ForConditionalGeneration,
-    layer: torch.nn.ModuleDict | None,
-) -> tuple[torch.nn.ModuleDict, dict[str, Any]]:
-    """Train the trunk, then the MTP layer. -> layer, what was done"""
-    torch.manual_seed(stage.seed)
-    started = time.monotonic()
-    texts, pictures = conversations(stage)
-    spoken = encode_all(material.tokenizer, texts, stage.seed + 3)
-    shown = encode_all(material.tokenizer, pictures, stage.seed + 4)
-    data = step_batches(material.stream, spoken, shown, stage.mix, stage.seed)
-    model.requires_grad_(True)
-    if stage.simple is not None:
-        steps = (stage.steps, stage.simple)
-        train_sides(model, material.tokenizer, data, steps, stage.rate, stage.seed)
-    else:
-        train_trunk(model, data, stage.steps, stage.rate, stage.weights)
-    layer = layer or new_layer(model)
-    data = step_batches(material.stream, spoken, shown, stage.mix, stage.seed + 5)
-    train_mtp(model, layer, data, stage.mtp_steps, MTP_RATE)
-    done = {
-        "seed": stage.seed,
-        "rate": stage.rate,
-        "steps": stage.steps,
-        "mtp_steps": stage.mtp_steps,
-        "minutes": round((time.monotonic() - started) / 60, 1),
-        "subjects": dict(sorted(Counter(e.subject for e in texts + pictures).items())),
-    }
-    return layer, done
-
-
-def run(fresh: Path) -> None:
-    """Train, save into `fresh`, measure what was saved and write the report."""
-    material = prepare(fresh)
-    model = new_model()
-    layer: torch.nn.ModuleDict | None = None
-    stages = []
-    for stage in STAGES:
-        layer, done = fit(stage, material, model, layer)
-        stages.append(done)
-    assert layer is not None  # there is at least one stage
-    rows = held_out_rows(material.held)
+def run(fresh: Path, kept: Path | None) -> bool:
+    """Train, save into `fresh`, measure what was saved, report. -> whether all checks pass"""
+    clock = Clock()
+    corpus = load_corpus()
+    material = prepare(corpus, fresh)
+    model, stages = train_stages(material, fresh, kept)
+    layer, mtp_stage = fit_mtp(material, model)
+    held = token_stream(material.tokenizer, (corpus.held_out,))
+    rows = held_out_rows(held)
     guessed, accepted = mtp_loss(model, layer, rows)
     before = text_loss(model, rows)
     spread(model, layer)
@@ -302,22 +138,20 @@ def run(fresh: Path) -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
+        "training": clock.minutes(),
         "stages": stages,
+        "mtp_stage": mtp_stage,
         "parameters": sum(t.numel() for t in tensors.values()),
         "tensors": len(tensors),
         "text_tokens": len(material.stream),
-        "held_out_tokens": len(material.held),
-        "held_out_files": list(material.corpus.held_out_files),
-        "unigram": with_perplexity(unigram_loss(material.stream, material.held)),
+        "held_out_tokens": len(held),
+        "held_out_files": list(corpus.held_out_files),
+        "unigram": with_perplexity(unigram_loss(material.stream, held)),
         "held_out": {"float32": with_perplexity(before)},
         "mtp": {**with_perplexity(guessed), "first_guess_right": round(accepted, 4)},
     }
     write_json(fresh / "training.json", report)
-    losses = saved_text_loss(fresh, rows)
-    report["held_out"].update({k: with_perplexity(v) for k, v in losses.items()})
-    report["questions"] = exam_results(fresh)
-    write_json(fresh / "training.json", report)
-    (fresh / "README.md").write_text(readme(report), encoding="utf-8")
+    return record(fresh)
 
 
 def main() -> int:
@@ -325,11 +159,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Train the embedded tiny checkpoint.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--stages-dir", type=Path, help="keep the result of every stage there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     fresh = options.out.with_name(options.out.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    run(fresh)
+    if not run(fresh, options.stages_dir):
+        sys.stderr.write(f"a check failed; what was trained is left in {fresh}\n")
+        return 1
     replace_folder(fresh, options.out)
     return 0
 

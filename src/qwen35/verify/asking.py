@@ -11,10 +11,10 @@ from typing import Any, Self
 
 from qwen35.errors import UsageError
 
-__all__ = ["Asker", "Halves", "Question", "is_right"]
+__all__ = ["COLORS", "Asker", "Halves", "Question", "is_right"]
 
 MAX_NEW_TOKENS = 96
-_COLORS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (255, 0, 0),
     "blue": (0, 0, 255),
     "green": (0, 128, 0),
@@ -230,9 +230,9 @@ def _draw(halves: Halves) -> Any:
         raise UsageError(
             "showing a picture", "Pillow is not installed", hint="pip install 'qwen35[nf4]'"
         ) from error
-    image = Image.new("RGB", (halves.width, halves.height), _COLORS[halves.left])
+    image = Image.new("RGB", (halves.width, halves.height), COLORS[halves.left])
     middle = halves.width // 2
-    right = Image.new("RGB", (halves.width - middle, halves.height), _COLORS[halves.right])
+    right = Image.new("RGB", (halves.width - middle, halves.height), COLORS[halves.right])
     image.paste(right, (middle, 0))
     return image
 
