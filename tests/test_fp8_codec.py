@@ -24,8 +24,8 @@ from blocks import (
     try_encode,
 )
 from qwen35.codecs import fp8_kernels
-from qwen35.codecs.fp8 import Calibration, Mode, e4m3_values, fits, layout
-from qwen35.codecs.fp8_arrays import encode_rows
+from qwen35.codecs.fp8 import Calibration, Mode, fits, layout
+from qwen35.codecs.fp8_arrays import e4m3_values, encode_rows
 from qwen35.errors import UsageError
 from qwen35.tensors import TensorSpec
 

@@ -10,6 +10,7 @@ import pytest
 
 from fake_hub import FakeHub, serving
 from gguf_models import make_variant
+from hub_store import Repo
 from qwen35.cli.main import main
 from test_gguf_imatrix import UP, gguf_file, ones
 from test_hub import command
@@ -26,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def hub(source: Path) -> Iterator[FakeHub]:
-    with serving(FakeHub({REPO: source})) as hub:
+    with serving(FakeHub({REPO: Repo.of(source)})) as hub:
         yield hub
 
 

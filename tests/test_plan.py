@@ -401,7 +401,7 @@ def test_text_only_source_keeps_its_names_and_class() -> None:
         config = config_of(plan)
         config.pop("quantization_config", None)
         assert config == raw
-        assert {step.op for step in plan.steps} <= {"copy", "nf4"}
+        assert {step.op for step in plan.steps} <= {"copy", "nf4", "fp8"}
         assert all(out.name.startswith(("model.", "mtp.")) for out in plan.outputs)
 
 

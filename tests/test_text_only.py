@@ -126,31 +126,28 @@ def test_prefix_is_written_as_asked(dense: Path, tmp_path: Path) -> None:
 
 
 def test_fp8_source_stays_fp8_and_its_list_follows(dense: Path, tmp_path: Path) -> None:
-    config = read_config(dense)
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "modules_to_not_convert": [
-            "lm_head",
-            "model.visual.blocks.0.attn.qkv",
-            "model.language_model.layers.0.linear_attn.in_proj_a",
-        ],
-    }
+    source = run(dense, tmp_path / "in", "fp8").out
+    out = run(source, tmp_path / "out", "text").out
+    before = read_config(source)["quantization_config"]
+    after = read_config(out)["quantization_config"]
+    names = [name for name in before["modules_to_not_convert"] if "visual" not in name]
+    renamed = [name.replace("model.language_model.", "model.") for name in names]
+    assert after == {**before, "modules_to_not_convert": sorted(renamed)}
+    written, tensors = load_all(out), load_all(source)
+    for part in ("weight", "weight_scale_inv"):
+        here = written[f"model.layers.0.mlp.up_proj.{part}"]
+        there = tensors[f"model.language_model.layers.0.mlp.up_proj.{part}"]
+        assert torch.equal(here.view(torch.uint8), there.view(torch.uint8))
+
+
+def test_half_a_fused_group_in_fp8_is_refused(dense: Path, tmp_path: Path) -> None:
     tensors = load_all(dense)
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     tensors[f"{name}_scale_inv"] = torch.ones(4, 2, dtype=torch.bfloat16)
     tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-    source = write_checkpoint(tmp_path / "in", config, tensors)
-    run(source, tmp_path / "out", "text")
-    assert read_config(tmp_path / "out")["quantization_config"] == {
-        "quant_method": "fp8",
-        "modules_to_not_convert": ["lm_head", "model.layers.0.linear_attn.in_proj_a"],
-    }
-    written = load_all(tmp_path / "out")
-    assert torch.equal(
-        written["model.layers.0.mlp.up_proj.weight"].view(torch.uint8),
-        tensors[name].view(torch.uint8),
-    )
-    assert "model.layers.0.mlp.up_proj.weight_scale_inv" in written
+    source = write_checkpoint(tmp_path / "in", read_config(dense), tensors)
+    with pytest.raises(UsageError, match="both or neither: engines load them as one matrix"):
+        plan_of(source, "text")
 
 
 def test_half_a_vision_tower_is_refused(dense: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from qwen35.checkpoint.source import Reader
 from qwen35.checkpoint.storage import FP8_BLOCK, FP8_SCALE, NF4_STATE, StoredTensor, Weight
-from qwen35.codecs import fp8
 from qwen35.codecs.floats import all_finite, empty, f32_from, from_f32
+from qwen35.codecs.fp8_arrays import decode_rows
 from qwen35.codecs.nf4 import BLOCK, NESTED_BLOCK, parts_layout
 from qwen35.codecs.nf4_arrays import State, decode_absmax, decode_blocks, parse_state
 from qwen35.errors import TensorError
@@ -113,7 +113,7 @@ def _fp8(reader: Reader, weight: Weight, spec: TensorSpec) -> Iterator[Array]:
         reader.read_into(weight.main, start * columns, codes.data.cast("B"))
         first = start // FP8_BLOCK
         blocks = scale[first : first - (-len(codes) // FP8_BLOCK)]
-        yield fp8.decode_rows(codes, blocks).reshape(-1)
+        yield decode_rows(codes, blocks).reshape(-1)
 
 
 def fp8_scales(reader: Reader, weight: Weight) -> npt.NDArray[np.float32]:

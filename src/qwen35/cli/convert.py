@@ -21,7 +21,6 @@ from qwen35.cli.fp8 import (
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, add_recipe, plan_for, threads_for
 from qwen35.plan.show import packed_text, plan_json, plan_text, size
-from qwen35.verify.fp8_show import report_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
     from qwen35.convert import check_before, convert
+    from qwen35.verify.fp8_show import report_text
 
     check_before(args.out, overwrite=args.overwrite, device=args.device)
     scales = calibration_for(args), activations_for(args)

@@ -23,7 +23,6 @@ from qwen35.errors import UsageError
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.plan.show import packed_text, size
-from qwen35.verify.fp8_show import report_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the command."""
     from qwen35.convert import check_before, convert
+    from qwen35.verify.fp8_show import report_text
 
     if not Path(args.input_dir).is_dir():
         raise UsageError(f"--input_dir {args.input_dir}", "not a folder")

@@ -1,4 +1,4 @@
-"""Block-wise FP8 (E4M3): the two tensors a weight becomes, how scales are chosen, and decoding.
+"""Block-wise FP8 (E4M3): the two tensors a weight becomes, and how scales are chosen.
 
 A weight ``[N, K]`` is cut into tiles of 128 x 128. Each tile has a scale, stored as bfloat16 under
 ``{name}_scale_inv`` (a multiplier, in spite of its name): ``W = q * scale``. Codes are the nearest
@@ -11,17 +11,13 @@ specification 1.0, table 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Literal, get_args
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal, get_args
 
 from qwen35.checkpoint.storage import FP8_BLOCK, FP8_SCALE
 from qwen35.errors import UsageError
 from qwen35.tensors import TensorSpec
 
-__all__ = ["E4M3_MAX", "Calibration", "Mode", "decode_rows", "e4m3_values", "fits", "layout"]
+__all__ = ["E4M3_MAX", "Calibration", "Mode", "fits", "layout"]
 
 E4M3_MAX = 448.0
 """Largest E4M3 value, code 0x7E."""
@@ -106,32 +102,3 @@ def layout(spec: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
         TensorSpec(spec.name, "F8_E4M3", spec.shape),
         TensorSpec(spec.name + FP8_SCALE, "BF16", grid),
     )
-
-
-@lru_cache(maxsize=1)
-def e4m3_values() -> npt.NDArray[np.float32]:
-    """Return the value of each of the 256 E4M3 codes; 0x7F and 0xFF are NaN.
-
-    One sign bit, four of exponent with bias 7, three of mantissa, no infinities.
-    """
-    codes = np.arange(256)
-    exponent, mantissa = (codes >> 3) & 15, codes & 7
-    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
-    values = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), normal)
-    values = np.where(codes & 127 == 127, np.nan, values)
-    return np.where(codes & 128, -values, values).astype(np.float32)
-
-
-def decode_rows(codes: npt.NDArray[np.uint8], scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Return ``value * scale`` in float32.
-
-    Args:
-        codes: [rows, columns]; the first row begins a tile.
-        scale: [ceil(rows / 128), ceil(columns / 128)] float32.
-    """
-    values = e4m3_values()[codes]
-    rows, columns = codes.shape
-    wide = np.repeat(scale, FP8_BLOCK, axis=1)[:, :columns]
-    for block in range(len(scale)):
-        values[block * FP8_BLOCK : min(rows, (block + 1) * FP8_BLOCK)] *= wide[block]
-    return values

@@ -10,15 +10,16 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from qwen35.checkpoint.header import strict_json
 from qwen35.checkpoint.inventory import Item
 from qwen35.errors import InputError, TensorError
 from qwen35.model.roles import Role, role_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 __all__ = ["Activations", "Key", "load_activations"]
 
@@ -103,6 +104,8 @@ def _role(file: str, name: str) -> Role:
 
 
 def _values(file: str, name: str, entry: Any) -> npt.NDArray[np.float32]:
+    import numpy as np
+
     values = entry.get(_KEY) if isinstance(entry, dict) else None
     if not isinstance(values, list) or not values:
         raise InputError(file, f"{name} is malformed", expected=f"{_KEY}: a number per column")
