@@ -52,9 +52,10 @@ if sys.argv[1:]:
         entries = read_imatrix(Path(imatrix)).entries
         array = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))()
         for slot, (name, entry) in zip(array, entries.items()):
-            slot.name, slot.size = name.encode(), entry.values.size
-            slot.data = entry.values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-            alive.append(entry)
+            values = entry.values
+            slot.name, slot.size = name.encode(), values.size
+            slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+            alive.append(values)
         params.imatrix = array
     assert llama_cpp.llama_model_quantize(source.encode(), target.encode(), params) == 0
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from gguf_models import make_variant
 from llama import quantize
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import InputError, TensorError, UsageError
+from qwen35.gguf.container import Container, read_container
 from qwen35.gguf.imatrix import Imatrix, read_imatrix
 from qwen35.gguf.plan import Asked, GgufPlan, make_plan
 from qwen35.gguf.rules import load_recipe, pattern_rules
@@ -57,7 +59,9 @@ def gguf_file(
     return path
 
 
-def dat_file(path: Path, entries: Mapping[str, tuple[int, F32]], *, trailer: bool = True) -> Path:
+def dat_file(
+    path: Path, entries: Mapping[str, tuple[int, npt.NDArray[Any]]], *, trailer: bool = True
+) -> Path:
     """Write the older form: name to calls and values."""
     data = struct.pack("<i", len(entries))
     for name, (calls, values) in entries.items():
@@ -74,6 +78,11 @@ def ones(rows: int, width: int, count: float = 4) -> tuple[F32, F32]:
     return np.full((rows, width), 8, np.float32), np.full(rows, count, np.float32)
 
 
+def data_of(container: Container, name: str) -> bytes:
+    entry = container.tensors[name]
+    return container.path.read_bytes()[entry.begin : entry.begin + entry.nbytes]
+
+
 UP = "blk.0.ffn_up.weight"
 
 
@@ -86,7 +95,7 @@ def test_values_are_means_of_squares(tmp_path: Path) -> None:
     assert np.array_equal(values[0], sums[0] / np.float32(3))
     assert np.array_equal(values[1], np.ones(64, np.float32))
     assert np.array_equal(values[2], sums[2] / np.float32(7))
-    assert (entry.unseen, entry.slices) == (1, 3)
+    assert (entry.unseen, len(entry.divisors)) == (1, 3)
 
 
 def test_keys_are_those_of_llama_quantize(tmp_path: Path) -> None:
@@ -110,6 +119,8 @@ def test_the_older_form_gives_the_same_file_as_llama_quantize(dense: Path, tmp_p
         for leaf, width in (("ffn_up", 256), ("ffn_down", 512), ("ffn_gate", 256)):
             values = generator.exponential(size=width).astype(np.float32) * 17
             entries[f"blk.{block}.{leaf}.weight"] = (17, values)
+    head = generator.exponential(size=256).astype(np.float32)
+    entries["token_embd.weight"] = (3, head)  # a tied head's
     imatrix = read_imatrix(dat_file(tmp_path / "i.dat", entries))
     assert (imatrix.dataset, imatrix.chunks) == ("a.txt", 40)
     plan = plan_of(dense, imatrix, "F32", "Q4_K_M")
@@ -120,7 +131,25 @@ def test_the_older_form_gives_the_same_file_as_llama_quantize(dense: Path, tmp_p
     plain = write(
         make_plan(open_folder(dense), Asked(("Q4_K_M",), load_recipe("mix"))), tmp_path / "plain"
     )
-    assert (plain.out / ours.name).read_bytes() != ours.read_bytes()
+    unlike, like = (read_container(folder / ours.name) for folder in (plain.out, out))
+    for name in entries:
+        assert data_of(unlike, name) != data_of(like, name)
+
+
+def test_the_older_form_of_a_stack_of_experts(tmp_path: Path) -> None:
+    source = make_variant(tmp_path, "moe-8")
+    generator = np.random.default_rng(2)
+    entries = {
+        f"blk.{i}.ffn_{leaf}_exps.weight": (9, generator.exponential(size=8 * 256))
+        for i in range(4)
+        for leaf in ("up", "down")
+    }
+    imatrix = read_imatrix(dat_file(tmp_path / "i.dat", entries))
+    plan = plan_of(source, imatrix, "F32", "Q4_K_S")
+    out = write(plan, tmp_path / "out", threads=1).out
+    base, ours = (out / file.name for file in plan.files)
+    theirs = quantize(base, tmp_path / "theirs.gguf", "Q4_K_S", imatrix=imatrix)
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_the_older_form_without_a_trailer(tmp_path: Path) -> None:

@@ -191,3 +191,15 @@ def test_types_that_need_an_imatrix(kind: str, variant: Make, tmp_path: Path) ->
 
 def test_dropped_mtp_layers(variant: Make, tmp_path: Path) -> None:
     check(plan_of(variant("dense"), ("F32", "Q4_K_M"), drop_mtp=True), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["three-to-one", "moe", "moe-per-expert"])
+def test_where_strips_are_cut_does_not_change_bytes(
+    name: str, variant: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strips end within heads, between experts, and before the value heads begin."""
+    plan = plan_of(variant(name), ("F16", "Q4_K_M"))
+    whole = write(plan, tmp_path / "whole", threads=1)
+    monkeypatch.setattr("qwen35.gguf.rows.STRIP", 37 * 256)
+    cut = write(plan, tmp_path / "cut", threads=2)
+    assert cut.hashes == whole.hashes

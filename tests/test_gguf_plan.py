@@ -245,6 +245,40 @@ def test_tokenizers_that_llama_cpp_does_not_have(
         plan_of(changed(tmp_path, files), "F16")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("README.md", "---\na: [\n---\n", "README.md: front matter"),
+        ("generation_config.json", '{"temperature": "hot"}', "not a number"),
+        ("chat_template.json", "{", "a chat template: cannot be read"),
+    ],
+)
+def test_malformed_side_cars_are_named(
+    name: str, content: str, message: str, tmp_path: Path
+) -> None:
+    files = {"chat_template.jinja": "", name: content}
+    with pytest.raises(ConfigError, match=message):
+        plan_of(changed(tmp_path, files), "F16")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_theta", "large"),
+        ("mrope_section", [1, "2"]),
+        ("partial_rotary_factor", None),
+        ("mrope_section", [1] * 5),
+    ],
+)
+def test_malformed_rope_is_named(key: str, value: object, tmp_path: Path) -> None:
+    source = changed(tmp_path)
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["rope_parameters"][key] = value
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=key):
+        plan_of(source, "F16")
+
+
 def test_the_projector_needs_a_vision_tower_and_its_preprocessor(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no vision tower"):
         plan_of(make_variant(tmp_path, "text"), "F16", projector="F16")

@@ -154,7 +154,7 @@ def imatrix_notes(imatrix: Imatrix, tensors: Sequence[Tensor]) -> Iterator[str]:
 
 
 def _check_size(imatrix: Imatrix, tensor: Tensor) -> None:
-    found, expected = imatrix.entries[tensor.name].values.size, tensor.row * len(tensor.slabs)
+    found, expected = imatrix.entries[tensor.name].size, tensor.row * len(tensor.slabs)
     if found != expected:
         raise TensorError(
             imatrix.name,

@@ -7,10 +7,10 @@ Source: llama.cpp 0c1e5709, ``common/imatrix-loader.cpp`` and ``tools/quantize/q
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +19,8 @@ import numpy.typing as npt
 
 from qwen35.errors import InputError
 from qwen35.gguf.container import Container, is_gguf, read_container
+from qwen35.gguf.container import Entry as Listed
+from qwen35.sinks.files import hash_file
 
 __all__ = ["Imatrix", "read_imatrix"]
 
@@ -31,17 +33,55 @@ _MAX_NAME = 4096
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of one matrix.
+    """What is known of one matrix; its values stay in the file until they are asked for.
 
     Args:
-        values: importance of each input channel, one slice for each expert, flat.
-        unseen: slices that no token of the text reached; their values are 1.
-        slices: number of slices.
+        path: the file.
+        begin: offset of the sums.
+        width: values of one slice.
+        divisors: what the sums of each slice are divided by; 0 for a slice that no token of the
+            text reached, whose values are 1. An ordinary matrix has one slice, a stack of experts
+            one for each.
     """
 
-    values: F32
-    unseen: int
-    slices: int
+    path: Path
+    begin: int
+    width: int
+    divisors: F32
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return self.width * len(self.divisors)
+
+    @property
+    def unseen(self) -> int:
+        """Number of slices that no token of the text reached."""
+        return int(np.count_nonzero(self.divisors <= 0))
+
+    def slice(self, number: int, row: int) -> F32:
+        """Return the importance of the `row` input channels of one matrix of a stack.
+
+        The older form divides a whole stack by one number, so `row` may be a part of `width`.
+
+        Raises:
+            InputError: the file changed since it was opened.
+        """
+        divisor = self.divisors[number * row // self.width]
+        if divisor <= 0:
+            return np.ones(row, np.float32)
+        with self.path.open("rb") as file:
+            file.seek(self.begin + 4 * row * number)
+            data = file.read(4 * row)
+        if len(data) != 4 * row:
+            raise InputError(str(self.path), "changed while it was read")
+        values: F32 = np.frombuffer(data, "<f4") / divisor
+        return values
+
+    @property
+    def values(self) -> F32:
+        """All values, slice after slice."""
+        return np.concatenate([self.slice(i, self.width) for i in range(len(self.divisors))])
 
 
 @dataclass(frozen=True)
@@ -89,14 +129,16 @@ def read_imatrix(path: Path, *, name: str = "") -> Imatrix:
         InputError: it is not one, or holds something that cannot be a mean of squares.
     """
     try:
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest = hash_file(path)
     except OSError as error:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
     read = _from_gguf if is_gguf(path) else _from_dat
     entries, dataset, chunks = read(path)
     for key, entry in entries.items():
-        if not np.isfinite(entry.values).all() or (entry.values < 0).any():
-            raise InputError(str(path), f"{key} holds values that are no mean of squares")
+        for i in range(len(entry.divisors)):
+            values = entry.slice(i, entry.width)
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise InputError(str(path), f"{key} holds values that are no mean of squares")
     return Imatrix(name or str(path), entries, dataset, chunks, digest)
 
 
@@ -111,9 +153,13 @@ def _from_gguf(path: Path) -> tuple[dict[str, Entry], str, int]:
     names = {key.removesuffix(_SUMS).removesuffix(_COUNTS): None for key in container.tensors}
     for name in names:
         sums, counts = (_tensor(container, name + suffix) for suffix in (_SUMS, _COUNTS))
-        if not counts.size or sums.size % counts.size or not sums.size:
-            raise InputError(str(path), f"{sums.size} sums and {counts.size} counts for {name}")
-        entries[name] = _mean(sums.reshape(counts.size, -1), np.rint(counts))
+        size, slices = prod(sums.shape), prod(counts.shape)
+        if size % slices:
+            raise InputError(str(path), f"{size} sums and {slices} counts for {name}")
+        with path.open("rb") as file:
+            file.seek(counts.begin)
+            divisors = np.rint(np.frombuffer(file.read(counts.nbytes), "<f4"))
+        entries[name] = Entry(path, sums.begin, size // slices, divisors)
     if not entries:
         raise InputError(str(path), "no entries in it")
     datasets = keys["imatrix.datasets"]
@@ -121,21 +167,12 @@ def _from_gguf(path: Path) -> tuple[dict[str, Entry], str, int]:
     return entries, str(first), int(keys["imatrix.chunk_count"])
 
 
-def _tensor(container: Container, name: str) -> F32:
+def _tensor(container: Container, name: str) -> Listed:
     entry = container.tensors.get(name)
     if entry is None or entry.kind.name != "f32":
-        found = f"{entry.kind.name}" if entry else "missing"
+        found = entry.kind.name if entry else "missing"
         raise InputError(container.path.name, f"{name} is {found}", expected="f32")
-    with container.path.open("rb") as file:
-        file.seek(entry.begin)
-        return np.frombuffer(file.read(entry.nbytes), "<f4")
-
-
-def _mean(sums: F32, counts: F32) -> Entry:
-    seen = counts > 0
-    values = np.ones_like(sums)
-    np.divide(sums, counts[:, None], out=values, where=seen[:, None])
-    return Entry(values.reshape(-1), int(np.count_nonzero(~seen)), len(counts))
+    return entry
 
 
 def _from_dat(path: Path) -> tuple[dict[str, Entry], str, int]:
@@ -178,8 +215,9 @@ class _Dat:
             name = self._take(self._number(_MAX_NAME)).decode(errors="replace")
             calls = self._number(2**31 - 1)
             size = self._number(self._left // 4)
-            values = np.frombuffer(self._take(4 * size), "<f4")
-            yield name, Entry(np.divide(values, calls or 1, dtype=np.float32), 0, 1)
+            begin = self._file.tell()
+            self._take(4 * size)
+            yield name, Entry(self._path, begin, size, np.array([calls or 1], np.float32))
 
     def trailer(self) -> tuple[str, int]:
         if self._left < 8:

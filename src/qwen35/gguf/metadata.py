@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, cast
 
 import gguf
 import numpy as np
+import yaml
 from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 from gguf.gguf_writer import GGUFWriter, WriterState
 
@@ -166,7 +168,13 @@ def _add(writer: GGUFWriter, name: str, tensor: Written) -> None:
 
 def _general(writer: GGUFWriter, documents: Documents, *, vision: bool) -> None:
     total, shared, expert, count = writer.get_total_parameter_count()
-    metadata = gguf.Metadata.load(None, documents.folder, None, total)
+    try:
+        metadata = gguf.Metadata.load(None, documents.folder, None, total)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(
+            "README.md", f"front matter that cannot be read ({reason})", hint="mend or remove it"
+        ) from error
     metadata.name = metadata.name or documents.folder.name
     penalty = documents.json("generation_config.json").get("repetition_penalty")
     if metadata.sampling_penalty_repeat is None:
@@ -184,22 +192,22 @@ def _text_keys(
     rope = {**text, **(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     layers = len(config.layer_types)
     writer.add_block_count(layers + mtp_layers)
-    if (context := text.get("max_position_embeddings")) is not None:
-        writer.add_context_length(context)
+    if "max_position_embeddings" in text:
+        writer.add_context_length(int(_number(text, "max_position_embeddings")))
     writer.add_embedding_length(config.dims["hidden"])
     if "ffn" in config.dims:
         writer.add_feed_forward_length(config.dims["ffn"])
     writer.add_head_count(text["num_attention_heads"])
     writer.add_head_count_kv(text["num_key_value_heads"])
-    sections = [*(rope.get("mrope_section") or _MROPE), 0, 0, 0, 0][:4]
+    sections = _sections(rope)
     if "mrope_section" in rope:
         writer.add_rope_dimension_sections(sections)
-    if (theta := rope.get("rope_theta")) is not None:
-        writer.add_rope_freq_base(theta)
-    writer.add_layer_norm_rms_eps(text.get("rms_norm_eps", 1e-6))
+    if "rope_theta" in rope:
+        writer.add_rope_freq_base(_number(rope, "rope_theta"))
+    writer.add_layer_norm_rms_eps(_number(text, "rms_norm_eps", 1e-6))
     if config.moe:
         writer.add_expert_count(config.dims["experts"])
-        writer.add_expert_used_count(text.get("num_experts_per_tok", 8))
+        writer.add_expert_used_count(int(_number(text, "num_experts_per_tok", 8)))
     writer.add_key_length(config.dims["head"])
     writer.add_value_length(config.dims["head"])
     writer.add_file_type(file_type.code)
@@ -211,6 +219,24 @@ def _text_keys(
     _ssm_keys(writer, config, rope, mtp_layers)
     if "mrope_section" not in rope:
         writer.add_rope_dimension_sections(sections)
+
+
+def _number(section: Mapping[str, Any], key: str, default: float = 0) -> float:
+    """Return a number that config.json gives beside those of `ModelConfig`."""
+    value = section.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**32:
+        raise ConfigError("config.json", f"{key} is {repr(value)[:80]}", expected="a number")
+    return value
+
+
+def _sections(rope: Mapping[str, Any]) -> list[int]:
+    """Return ``mrope_section`` with zeros up to four entries."""
+    sections = rope.get("mrope_section", _MROPE)
+    fits = isinstance(sections, list) and all(type(size) is int for size in sections)
+    if not fits or not 1 <= len(sections) <= 4:
+        found = f"mrope_section is {repr(sections)[:80]}"
+        raise ConfigError("config.json", found, expected="at most four integers")
+    return [*sections, 0, 0, 0][:4]
 
 
 def _ssm_keys(
@@ -225,8 +251,8 @@ def _ssm_keys(
     recurrent = [kind == "linear_attention" for kind in config.layer_types]
     recurrent += [False] * mtp_layers
     writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
-    writer.add_full_attention_interval(text.get("full_attention_interval", 4))
-    factor = float(rope.get("partial_rotary_factor", 0.25))
+    writer.add_full_attention_interval(int(_number(text, "full_attention_interval", 4)))
+    factor = _number(rope, "partial_rotary_factor", 0.25)
     writer.add_rope_dimension_count(int(config.dims["head"] * factor))
 
 
@@ -250,7 +276,7 @@ def _vision_keys(
     writer.add_clip_projector_type(gguf.VisionProjectorType.QWEN3VL)
     writer.add_vision_use_gelu(True)
     writer.add_vision_spatial_merge_size(vision["spatial_merge_size"])
-    writer.add_vision_attention_layernorm_eps(config.text_raw.get("rms_norm_eps", 1e-6))
+    writer.add_vision_attention_layernorm_eps(_number(config.text_raw, "rms_norm_eps", 1e-6))
     deep = set(vision.get("deepstack_visual_indexes") or [])
     writer.add_vision_is_deepstack_layers([i in deep for i in range(config.vision_depth)])
 
@@ -302,7 +328,12 @@ def _head(writer: GGUFWriter, tensors: Sequence[Written]) -> Head:
     writer.fout = cast("list[BufferedWriter]", [buffer])  # nothing but write and flush is used
     writer.state = WriterState.EMPTY
     writer.write_header_to_file()
-    writer.write_kv_data_to_file()
+    try:
+        writer.write_kv_data_to_file()
+    except struct.error as error:
+        raise ConfigError(
+            "generation_config.json", f"a value that is not a number ({error})"
+        ) from error
     writer.write_ti_data_to_file()
     content = buffer.getvalue()
     content += bytes(-len(content) % ALIGNMENT)

@@ -31,9 +31,7 @@ def peak_memory(plan: GgufPlan, threads: int) -> int:
             largest = max(largest, tensor.rows * tensor.row if packed else tensor.row)
     heads = sum(len(file.head.content) for file in plan.files)
     tokens = max((len(file.head.content) for file in plan.files), default=0) * 16
-    imatrix = plan.asked.imatrix
-    values = sum(entry.values.nbytes for entry in imatrix.entries.values()) if imatrix else 0
-    return _BASE_MEMORY + heads + tokens + 2 * values + threads * largest * _STRIP_BYTES
+    return _BASE_MEMORY + heads + tokens + threads * largest * _STRIP_BYTES
 
 
 def _ranges(numbers: Sequence[int]) -> str:

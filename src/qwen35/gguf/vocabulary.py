@@ -70,7 +70,11 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         raise ConfigError("tokenizer.json", "not a BPE tokenizer", expected="that of Qwen3.5")
     vocabulary, added = _vocabulary(model), _added(tokenizer, settings)
     tokens, types = _tokens(vocabulary, added, size)
-    special = SpecialVocab(folder, load_merges=True)
+    try:
+        special = SpecialVocab(folder, load_merges=True)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        found = f"cannot be read ({type(error).__name__}: {error})"
+        raise ConfigError("tokenizer_config.json or a chat template", found) from error
     if any(step.get("type") == "ByteLevel" for step in _steps(tokenizer, "post_processor")):
         special.add_special_token = {"bos": False, "eos": False}
     nfc = any(step.get("type") == "NFC" for step in _steps(tokenizer, "normalizer"))

@@ -155,9 +155,7 @@ class _Run:
     def _importance(self, tensor: Tensor, slab: int) -> F32 | None:
         imatrix = self.plan.asked.imatrix
         entry = imatrix.entries.get(tensor.name) if imatrix else None
-        if entry is None:
-            return None
-        return entry.values[slab * tensor.row : (slab + 1) * tensor.row]
+        return entry.slice(slab, tensor.row) if entry else None
 
     @staticmethod
     def _source_bytes(strip: Strip) -> int:

@@ -58,10 +58,12 @@ class Answer:
     Args:
         question: what was asked.
         said: the whole turn.
+        file: which of several was asked.
     """
 
     question: Question
     said: str
+    file: str = ""
 
     @property
     def right(self) -> bool:
@@ -82,7 +84,8 @@ class Answer:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as plain values."""
-        return {**asdict(self.question), "said": self.said, "right": self.right}
+        asked = {**asdict(self.question), "said": self.said, "right": self.right}
+        return {"file": self.file, **asked} if self.file else asked
 
 
 def ask(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from qwen35.gguf.types import FLOATS
 from qwen35.plan.manifest import read_manifest
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import hash_file
+from qwen35.threads import default_threads
 from qwen35.verify.artifact import Depth, Verdict
+from qwen35.verify.asking_llama import LlamaAsker
+from qwen35.verify.behaviour import Answer, ask, behaviour_findings
 from qwen35.verify.gguf_numbers import compare
 from qwen35.verify.numbers import RoleError
 
@@ -40,7 +44,7 @@ def verify_gguf(
         artifact: what the user called them.
         files: what `qwen35.checkpoint.open.gguf_files` found.
         source: the checkpoint they were made from; needs depth ``numbers``.
-        depth: ``structure`` reads heads, ``numbers`` every byte.
+        depth: ``structure`` reads heads, ``numbers`` every byte, ``behaviour`` asks as well.
         threads: tensors decoded at a time.
         progress: told of the bytes read.
     """
@@ -55,9 +59,9 @@ def verify_gguf(
             findings.append(Finding("readable", path.name, message))
     for container in containers:
         findings += _structure(container)
-    findings += _manifest_findings(Path(artifact), files, containers, hashes=depth == "numbers")
+    findings += _manifest_findings(Path(artifact), files, containers, hashes=depth != "structure")
     errors: list[RoleError] = []
-    if depth == "numbers":
+    if depth != "structure":
         errors, more = _numbers(containers, source, threads, progress)
         findings += more
     tensors = [entry for container in containers for entry in container.tensors.values()]
@@ -66,7 +70,42 @@ def verify_gguf(
         "packed": sum(entry.kind.name not in FLOATS for entry in tensors),
         "files": len(files),
     }
-    return Verdict(artifact, "gguf", depth, counts, tuple(errors), tuple(findings))
+    answers: list[Answer] = []
+    notes: list[str] = []
+    if depth == "behaviour" and not findings:
+        answers, findings, notes = _behaviour(containers, threads)
+    elif depth == "behaviour":
+        notes.append("not asked anything: what was found must be repaired first")
+    return Verdict(
+        artifact,
+        "gguf",
+        depth,
+        counts,
+        tuple(errors),
+        tuple(findings),
+        tuple(answers),
+        tuple(notes),
+    )
+
+
+def _behaviour(
+    containers: Sequence[Container], threads: int | None
+) -> tuple[list[Answer], list[Finding], list[str]]:
+    """Load every text model in llama.cpp and ask it everything but pictures."""
+    answers: list[Answer] = []
+    findings: list[Finding] = []
+    notes = ["asked in llama.cpp, without pictures: the binding is built without its vision part"]
+    for container in containers:
+        if container.architecture == "clip":
+            continue
+        with LlamaAsker(container, threads or default_threads()) as asker:
+            said = list(ask(asker, image=False))
+        answers += [replace(answer, file=container.path.name) for answer in said]
+        findings += [
+            Finding(f.check, f"{container.path.name}: {f.subject}", f.message)
+            for f in behaviour_findings(said)
+        ]
+    return answers, findings, notes
 
 
 def _structure(container: Container) -> Iterator[Finding]:

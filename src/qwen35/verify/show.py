@@ -25,7 +25,11 @@ def verdict_text(verdict: Verdict) -> str:
         lines.append(f"  {row.role:<36} {row.storage:>6} {row.count:>6} {values}")
     if verdict.answers:
         lines += ["", f"{'  asked':<62} {'thinking':>8}  answer"]
+    file = ""
     for answer in verdict.answers:
+        if answer.file != file:
+            lines.append(answer.file)
+        file = answer.file
         thinking = "on" if answer.question.thinking else "off"
         mark = "right" if answer.right else "WRONG"
         lines.append(f"  {answer.question.prompt[:60]:<60} {thinking:>8}  {mark}")

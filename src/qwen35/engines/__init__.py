@@ -1,0 +1,1 @@
+"""Engines that run what was written, in this process."""

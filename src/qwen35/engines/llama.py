@@ -1,0 +1,170 @@
+"""llama.cpp, through llama-cpp-python's low-level functions, on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.errors import InputError, UsageError
+
+__all__ = ["Llama", "llama_cpp"]
+
+F32 = npt.NDArray[np.float32]
+_CACHE_F32 = 0
+"""``GGML_TYPE_F32``: the attention cache is kept exact."""
+
+
+@cache
+def llama_cpp() -> Any:
+    """Return the binding, with llama.cpp told to keep quiet.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        import llama_cpp as binding
+    except ImportError as error:
+        raise UsageError(
+            "running a GGUF file",
+            f"{error.name} is not installed",
+            hint="pip install 'qwen35[gguf]'",
+        ) from error
+    quiet = binding.llama_log_callback(lambda *_: None)
+    binding.llama_log_set(quiet, ctypes.c_void_p(0))
+    llama_cpp.quiet = quiet  # type: ignore[attr-defined]  # llama.cpp keeps calling it
+    binding.llama_backend_init()
+    return binding
+
+
+class Llama:
+    """A loaded model, with the kernels that some processors break switched off.
+
+    Args:
+        path: the GGUF file.
+        context: tokens at most.
+        threads: of llama.cpp.
+
+    Raises:
+        InputError: llama.cpp does not load the file.
+    """
+
+    def __init__(self, path: Path, *, context: int = 1024, threads: int = 1) -> None:
+        self._llama = llama_cpp()
+        self._context: Any = None
+        params = self._llama.llama_model_default_params()
+        params.use_extra_bufts = False  # repacking brings in AMX code, which fails on some machines
+        params.n_gpu_layers = 0
+        self._model = self._llama.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise InputError(path.name, "llama.cpp does not load it", hint="qwen35 verify it first")
+        options = self._llama.llama_context_default_params()
+        options.n_ctx = options.n_batch = options.n_ubatch = context
+        options.n_threads = options.n_threads_batch = threads
+        options.type_k = options.type_v = _CACHE_F32
+        self._context = self._llama.llama_init_from_model(self._model, options)
+        if not self._context:
+            self.close()
+            raise InputError(path.name, f"llama.cpp makes no context of {context} tokens for it")
+        self.context = context
+        self._vocabulary = self._llama.llama_model_get_vocab(self._model)
+        self.tokens = int(self._llama.llama_vocab_n_tokens(self._vocabulary))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the model; harmless when freed."""
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return token ids; without `special`, special tokens in the text are text."""
+        data = text.encode()
+        ids = (self._llama.llama_token * (len(data) + 8))()
+        count = self._llama.llama_tokenize(
+            self._vocabulary, data, len(data), ids, len(ids), False, special
+        )
+        if count < 0:
+            raise RuntimeError(f"llama_tokenize returned {count}")
+        return list(ids[:count])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids; special tokens of control are nothing, others are text."""
+        pieces = []
+        buffer = ctypes.create_string_buffer(1024)
+        for token in ids:
+            size = self._llama.llama_token_to_piece(self._vocabulary, token, buffer, 1024, 0, True)
+            pieces.append(buffer.raw[: max(0, size)])
+        return b"".join(pieces).decode(errors="replace")
+
+    def ends(self, token: int) -> bool:
+        """Whether a token ends a turn."""
+        return bool(self._llama.llama_vocab_is_eog(self._vocabulary, token))
+
+    def logits(self, ids: Sequence[int]) -> F32:
+        """Return the logits after each token, [len(ids), vocabulary]."""
+        self._clear()
+        self._feed(ids, 0, every=True)
+        rows = [self._llama.llama_get_logits_ith(self._context, i) for i in range(len(ids))]
+        return np.stack([np.ctypeslib.as_array(row, (self.tokens,)).copy() for row in rows])
+
+    def _clear(self) -> None:
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+
+    def _feed(self, ids: Sequence[int], start: int, *, every: bool) -> None:
+        batch = self._llama.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i] = token, start + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = every or i == len(ids) - 1
+        status = self._llama.llama_decode(self._context, batch)
+        self._llama.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        limit: int = 96,
+        adjust: Callable[[F32, Sequence[int]], F32] | None = None,
+    ) -> list[int]:
+        """Continue `prompt` greedily until a token that ends a turn.
+
+        Args:
+            prompt: token ids.
+            limit: tokens at most; the context ends it too.
+            adjust: changes the logits, given all tokens so far.
+        """
+        self._clear()
+        self._feed(prompt, 0, every=False)
+        said: list[int] = []
+        while len(said) < min(limit, self.context - len(prompt)):
+            pointer = self._llama.llama_get_logits_ith(self._context, -1)
+            row = np.ctypeslib.as_array(pointer, (self.tokens,))
+            if adjust is not None:
+                row = adjust(row, [*prompt, *said])
+            token = int(row.argmax())
+            if self.ends(token):
+                break
+            said.append(token)
+            self._feed([token], len(prompt) + len(said) - 1, every=False)
+        return said
