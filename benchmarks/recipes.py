@@ -26,8 +26,8 @@ import torch
 import transformers
 from gguf import GGUFWriter
 
-from llama import Llama
 from qwen35.checkpoint.source import open_folder
+from qwen35.engines.llama import Llama
 from qwen35.gguf.imatrix import Imatrix, read_imatrix
 from qwen35.gguf.names import Tensor
 from qwen35.gguf.plan import Asked, make_plan

@@ -364,3 +364,68 @@ def test_answer_is_judged_once_more_from_its_fields() -> None:
     answer = Answer(replace(TASKS[0], thinking=True), "Two and two.\n</think>\n\n4")
     assert answer.right
     assert behaviour.Answer(TASKS[0], "5").fault == "'5', expected '4 four'"
+
+
+# --- GGUF
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("gguf") / "out"
+    types = "F16,BF16,Q8_0,Q6_K,Q5_K_M,Q4_K_M"
+    assert main(["gguf", str(ASSET), str(out), "--types", types, "--mmproj", "--quiet"]) == 0
+    return out
+
+
+def test_every_gguf_file_answers(gguf: Path, capsys: Capture) -> None:
+    arguments = ["verify", str(gguf), "--source", str(ASSET), "--depth", "behaviour"]
+    assert main([*arguments, "--quiet", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    files = {path.name for path in gguf.glob("qwen3.5-tiny-*.gguf")}
+    assert len(files) == 6
+    assert {answer["file"] for answer in found["answers"]} == files
+    assert len(found["answers"]) == 60
+    assert all(answer["right"] for answer in found["answers"])
+
+
+def test_gguf_of_a_broken_model_is_found_by_what_it_says(tmp_path: Path, capsys: Capture) -> None:
+    source, out = shuffled(tmp_path / "in"), tmp_path / "out"
+    assert main(["gguf", str(source), str(out), "--types", "Q8_0", "--quiet"]) == 0
+    assert main(["verify", str(out), "--depth", "numbers", "--quiet"]) == 0
+    assert main(["verify", str(out), "--depth", "behaviour", "--quiet"]) == 1
+    shown = capsys.readouterr().out
+    assert "-Q8_0.gguf: What is the capital of France?" in shown
+
+
+def test_penalty_and_template_are_those_of_transformers(gguf: Path) -> None:
+    """The same words from both engines, greedy with the penalty, on the unquantized file."""
+    from qwen35.gguf.container import read_container
+    from qwen35.verify.asking import Asker
+    from qwen35.verify.asking_llama import LlamaAsker
+
+    theirs = Asker(ASSET)
+    questions = [replace(task, thinking=thinking) for task in TASKS for thinking in (False, True)]
+    with LlamaAsker(read_container(gguf / "qwen3.5-tiny-F16.gguf")) as ours:
+        for question in questions:
+            said = ours.ask(question, repetition_penalty=1.15)
+            assert said == theirs.ask(question, repetition_penalty=1.15)
+
+
+def test_gguf_that_llama_cpp_does_not_load(tmp_path: Path) -> None:
+    from qwen35.engines.llama import Llama
+    from qwen35.errors import InputError
+
+    path = tmp_path / "none.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(InputError, match="llama.cpp does not load it"):
+        Llama(path)
+
+
+def test_template_that_refuses_is_a_sentence(gguf: Path) -> None:
+    from qwen35.errors import InputError
+    from qwen35.verify.asking_llama import _template
+
+    with pytest.raises(InputError, match="does not compile"):
+        _template(gguf, "{% if %}")
+    with pytest.raises(InputError, match="refuses the question"):
+        _template(gguf, "{{ raise_exception('no') }}").render()
