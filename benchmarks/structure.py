@@ -1,0 +1,65 @@
+"""Structural verification of the largest artifacts: headers only, on files without data.
+
+    python benchmarks/structure.py [--work DIR] [--runs 3]
+
+Writes the headers, index and config of FP8 and NF4 artifacts of published sizes, with holes where
+the weights would be, and measures `qwen35 verify` on them. The files take hardly any disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
+    sys.path[0] = str(ROOT)
+
+from benchmarks.nf4 import measure, median
+
+from qwen35.checkpoint.open import describe
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+
+CASES = (("Qwen3.5-9B", "nf4"), ("Qwen3.5-35B-A3B", "fp8"), ("Qwen3.5-397B-A17B", "fp8"))
+
+
+def write_hollow(size: str, recipe: str, folder: Path) -> int:
+    """Write an artifact without its data; returns its number of tensors."""
+    plan = make_plan(describe(size), load_recipe(recipe))
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in plan.files:
+        with (folder / file.name).open("wb") as out:
+            out.write(file.head)
+            out.truncate(file.nbytes)
+    for name, content in plan.documents.items():
+        (folder / name).write_bytes(content)
+    return sum(len(file.offsets) for file in plan.files)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work")
+    parser.add_argument("--runs", type=int, default=3)
+    args = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
+    print(f"{'':<32} {'tensors':>8} {'wall s':>7} {'CPU s':>7} {'peak MB':>8}")
+    for size, recipe in CASES:
+        folder = args.work / "hollow"
+        tensors = write_hollow(size, recipe, folder)
+        command = [sys.executable, "-m", "qwen35.cli.main", "verify", str(folder), "--quiet"]
+        cost = median([measure(command, args.work / "nothing") for _ in range(args.runs)])
+        print(
+            f"{f'{size} {recipe}':<32} {tensors:>8} {cost.wall:>7.2f} {cost.cpu:>7.2f} "
+            f"{cost.memory:>8.0f}"
+        )
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
