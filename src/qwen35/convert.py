@@ -25,28 +25,13 @@ from qwen35.plan.plan import Plan, PlannedFile
 from qwen35.plan.step import Step
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import TensorFile, write_file
-from qwen35.sinks.staging import check_output, check_space, staging
+from qwen35.sinks.staging import Result, check_output, check_space, staging
 from qwen35.strips import decoded, fp8_scales, not_finite, stored, tile_rows
 from qwen35.threads import default_threads
 
 __all__ = ["Result", "check_before", "convert"]
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was written.
-
-    Args:
-        out: the folder.
-        hashes: SHA-256 of every file but the manifest, by name.
-        nbytes: bytes of all files.
-    """
-
-    out: Path
-    hashes: dict[str, str]
-    nbytes: int
 
 
 def check_before(out: Path, *, overwrite: bool, device: str) -> None:

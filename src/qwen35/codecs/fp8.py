@@ -17,10 +17,7 @@ from qwen35.checkpoint.storage import FP8_BLOCK, FP8_SCALE
 from qwen35.errors import UsageError
 from qwen35.tensors import TensorSpec
 
-__all__ = ["E4M3_MAX", "Calibration", "Mode", "fits", "layout"]
-
-E4M3_MAX = 448.0
-"""Largest E4M3 value, code 0x7E."""
+__all__ = ["Calibration", "Mode", "fits", "layout"]
 
 Mode = Literal["rms", "max", "percentile", "mse", "search"]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from qwen35.errors import UsageError
 from qwen35.gguf.names import Tensor
 from qwen35.gguf.types import ggml_type
 from qwen35.model.roles import in_group
-from qwen35.plan.recipe import check_match
+from qwen35.plan.recipe import check_match, read_recipe
 
 __all__ = ["BUILT_IN", "MIX", "Recipe", "Rule", "first_rule", "load_recipe", "pattern_rules"]
 
@@ -83,30 +81,10 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         UsageError: there is no such recipe, or the file is not one.
     """
-    if name in BUILT_IN:
-        text = resources.files("qwen35.gguf").joinpath(f"recipes/{name}.toml").read_text("utf-8")
-        return _parse(name, text, required=False)
-    if not name.endswith(".toml"):
-        raise UsageError(
-            f"recipe {name!r}",
-            "not a built-in recipe for GGUF",
-            expected=f"{', '.join(BUILT_IN)} or a .toml file",
-        )
-    try:
-        text = Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {name}", f"cannot be read ({error})") from error
-    return _parse(Path(name).name, text, required=True)
+    return _parse(*read_recipe(name, "qwen35.gguf", BUILT_IN, "a built-in recipe for GGUF"))
 
 
-def _parse(name: str, text: str, *, required: bool) -> Recipe:
-    try:
-        parsed = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"recipe {name}", f"not valid TOML ({error})") from error
-    unknown = set(parsed) - {"format", "base", "description", "rules"}
-    if unknown:
-        raise UsageError(f"recipe {name}", f"unknown key {min(unknown)!r}")
+def _parse(name: str, parsed: dict[str, Any], required: bool) -> Recipe:
     if parsed.get("format") != "gguf":
         found = f"format {parsed.get('format')!r}"
         raise UsageError(f"recipe {name}", found, expected="gguf, for this verb")

@@ -20,27 +20,12 @@ from qwen35.gguf.rows import Strip, read_strip, strips
 from qwen35.gguf.types import FLOATS, GGML_TYPES
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import TensorFile, write_file
-from qwen35.sinks.staging import check_output, check_space, staging
+from qwen35.sinks.staging import Result, check_output, check_space, staging
 from qwen35.threads import default_threads
 
 __all__ = ["Result", "write"]
 
 F32 = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Result:
-    """What was written.
-
-    Args:
-        out: the folder.
-        hashes: SHA-256 of every file but the manifest, by name.
-        nbytes: bytes of all files.
-    """
-
-    out: Path
-    hashes: dict[str, str]
-    nbytes: int
 
 
 def write(

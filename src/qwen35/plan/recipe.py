@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import Any, Literal, get_args
 from qwen35.errors import UsageError
 from qwen35.model.roles import ROLES, Role, in_group
 
-__all__ = ["ACTIONS", "BUILT_IN", "Action", "Recipe", "Rule", "check_match", "load_recipe"]
+__all__ = [
+    "ACTIONS",
+    "BUILT_IN",
+    "Action",
+    "Recipe",
+    "Rule",
+    "check_match",
+    "load_recipe",
+    "read_recipe",
+]
 
 Action = Literal["drop", "keep", "plain", "nf4", "fp8"]
 Format = Literal["stored", "nf4", "fp8"]
@@ -130,23 +140,38 @@ def load_recipe(name: str) -> Recipe:
     Raises:
         UsageError: there is no such recipe, or the file is not one.
     """
-    if name in BUILT_IN:
-        text = resources.files("qwen35.plan").joinpath(f"recipes/{name}.toml").read_text("utf-8")
-        return _parse(name, text, required=False)
-    if not name.endswith(".toml"):
-        raise UsageError(
-            f"recipe {name!r}",
-            "not a built-in recipe",
-            expected=f"{', '.join(BUILT_IN)} or a .toml file",
-        )
-    try:
-        text = Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"recipe {name}", f"cannot be read ({error})") from error
-    return _parse(Path(name).name, text, required=True)
+    return _parse(*read_recipe(name, "qwen35.plan", BUILT_IN, "a built-in recipe"))
 
 
-def _parse(name: str, text: str, *, required: bool) -> Recipe:
+def read_recipe(
+    name: str, package: str, built_in: Sequence[str], known: str
+) -> tuple[str, dict[str, Any], bool]:
+    """Read a built-in recipe by name, or one from a TOML file.
+
+    Args:
+        name: as the user gave it.
+        package: where the built-in ones are.
+        built_in: their names.
+        known: what an unknown name is not.
+
+    Returns:
+        Its name, its keys, and whether it is the user's own, so that each rule must match.
+
+    Raises:
+        UsageError: there is no such recipe, or it is not TOML with the keys of one.
+    """
+    own = name not in built_in
+    if own and not name.endswith(".toml"):
+        expected = f"{', '.join(built_in)} or a .toml file"
+        raise UsageError(f"recipe {name!r}", f"not {known}", expected=expected)
+    if own:
+        try:
+            text = Path(name).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"recipe {name}", f"cannot be read ({error})") from error
+        name = Path(name).name
+    else:
+        text = resources.files(package).joinpath(f"recipes/{name}.toml").read_text("utf-8")
     try:
         parsed = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -154,6 +179,10 @@ def _parse(name: str, text: str, *, required: bool) -> Recipe:
     unknown = set(parsed) - {"format", "base", "description", "rules"}
     if unknown:
         raise UsageError(f"recipe {name}", f"unknown key {min(unknown)!r}")
+    return name, parsed, own
+
+
+def _parse(name: str, parsed: dict[str, Any], required: bool) -> Recipe:
     kind: Any = parsed.get("format")
     if kind not in get_args(Format):
         raise UsageError(

@@ -8,15 +8,31 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import OutputError
 
-__all__ = ["check_output", "check_space", "locked", "os_errors", "staging"]
+__all__ = ["Result", "check_output", "check_space", "locked", "os_errors", "staging"]
 
 _MARK_NAME = ".qwen35-partial"
 _SPARE_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was written.
+
+    Args:
+        out: the folder.
+        hashes: SHA-256 of every file but the manifest, by name.
+        nbytes: bytes of all files.
+    """
+
+    out: Path
+    hashes: dict[str, str]
+    nbytes: int
 
 
 def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
