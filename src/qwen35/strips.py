@@ -19,7 +19,7 @@ from qwen35.tensors import FLOAT_DTYPES, TensorSpec
 
 __all__ = ["STRIP", "decoded", "stored", "tile_rows"]
 
-STRIP = 2**22
+STRIP = 2**19
 """Elements of a piece; a multiple of every block size."""
 
 Array = npt.NDArray[Any]
