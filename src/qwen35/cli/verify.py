@@ -13,7 +13,7 @@ from qwen35.checkpoint.open import describe, fetch, gguf_files, looks_like_artif
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, positive
 from qwen35.errors import Finding, InputError, UsageError
-from qwen35.verify.artifact import Depth, Verdict, verify
+from qwen35.verify.artifact import Depth, Engine, Verdict, verify
 from qwen35.verify.show import verdict_text
 
 EXIT_FINDINGS = 1
@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Depth),
         help="structure: headers only; numbers: every byte (default with --source); "
         "behaviour: also load it and ask it questions",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=get_args(Engine),
+        help="what a checkpoint is asked in at depth behaviour (default: transformers); "
+        "a GGUF file is asked in llama.cpp",
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
@@ -49,7 +55,12 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
 def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
     depth: Depth = args.depth or ("numbers" if args.source else "structure")
+    if args.engine and depth != "behaviour":
+        hint = "add --depth behaviour, or leave it out"
+        raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
     if files := gguf_files(args.model):
+        if args.engine:
+            raise UsageError("--engine", "is for checkpoints", expected="llama.cpp, for GGUF")
         return _gguf_verdict(args, files, depth, output)
     opened = describe if depth == "structure" else fetch
     if depth == "structure" and args.source:
@@ -70,6 +81,7 @@ def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
         depth=depth,
         threads=args.threads,
         tensor_parallel=args.tensor_parallel,
+        engine=args.engine or "transformers",
         progress=None if depth == "structure" else output.progress(),
     )
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from qwen35.errors import UsageError
 
-__all__ = ["COLORS", "Asker", "Halves", "Question", "is_right"]
+__all__ = ["COLORS", "Asker", "Halves", "Question", "drawn", "is_right"]
 
 MAX_NEW_TOKENS = 96
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -209,7 +209,7 @@ class Asker:
         if question.image is None:
             row = torch.tensor([ids])
             return {"input_ids": row, "attention_mask": torch.ones_like(row)}
-        seen = self._images(images=_draw(question.image), return_tensors="pt")
+        seen = self._images(images=drawn(question.image), return_tensors="pt")
         pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         tokens = int(seen["image_grid_thw"].prod()) // self._images.merge_size**2
         at = ids.index(pad)
@@ -223,7 +223,12 @@ class Asker:
         }
 
 
-def _draw(halves: Halves) -> Any:
+def drawn(halves: Halves) -> Any:
+    """Return the picture as a Pillow image.
+
+    Raises:
+        UsageError: Pillow is not installed.
+    """
     try:
         from PIL import Image
     except ImportError as error:
