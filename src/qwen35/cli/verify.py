@@ -6,10 +6,9 @@ Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import get_args
 
-from qwen35.checkpoint.open import describe, fetch, gguf_files, looks_like_artifact
+from qwen35.checkpoint.open import GgufFiles, describe, fetch, gguf_files, looks_like_artifact
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, positive
 from qwen35.errors import Finding, InputError, UsageError
@@ -58,7 +57,7 @@ def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
     if args.engine and depth != "behaviour":
         hint = "add --depth behaviour, or leave it out"
         raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
-    if files := gguf_files(args.model):
+    if files := gguf_files(args.model, token=args.hf_token):
         if args.engine:
             raise UsageError("--engine", "is for checkpoints", expected="llama.cpp, for GGUF")
         return _gguf_verdict(args, files, depth, output)
@@ -87,7 +86,7 @@ def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
 
 
 def _gguf_verdict(
-    args: argparse.Namespace, files: tuple[Path, ...], depth: Depth, output: Output
+    args: argparse.Namespace, files: GgufFiles, depth: Depth, output: Output
 ) -> Verdict:
     from qwen35.verify.gguf import verify_gguf
 
@@ -96,5 +95,11 @@ def _gguf_verdict(
     source = fetch(args.source, token=args.hf_token) if args.source else None
     progress = None if depth == "structure" else output.progress()
     return verify_gguf(
-        args.model, files, source=source, depth=depth, threads=args.threads, progress=progress
+        args.model,
+        files,
+        source=source,
+        depth=depth,
+        threads=args.threads,
+        token=args.hf_token,
+        progress=progress,
     )
