@@ -22,7 +22,6 @@ __all__ = ["Alphabet", "Engine", "Model", "check_same_tokens", "open_base", "ope
 Engine = Literal["llama.cpp", "transformers"]
 
 
-
 @dataclass(frozen=True)
 class Alphabet:
     """What turns text into token ids, apart from code.
@@ -163,8 +162,8 @@ def _gguf(container: Container) -> Model:
         raise InputError(
             path.name, f"architecture {container.architecture!r}", expected="qwen35 or qwen35moe"
         )
-    lists = [keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges")]
-    if not all(isinstance(part, list) for part in lists):
+    tokens, merges = (keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
+    if not isinstance(tokens, list) or not isinstance(merges, list):
         raise InputError(path.name, "no vocabulary in it", expected="tokenizer.ggml.tokens, merges")
     if keys.get("tokenizer.ggml.add_bos_token") or keys.get("tokenizer.ggml.add_eos_token"):
         raise InputError(path.name, "its tokenizer adds tokens", expected="that of Qwen3.5")
@@ -180,7 +179,7 @@ def _gguf(container: Container) -> Model:
         exact={entry.kind.name for entry in container.tensors.values()} <= set(FLOATS),
         nbytes=container.nbytes,
         loaded=container.nbytes,
-        alphabet=Alphabet(str(keys.get("tokenizer.ggml.pre", "")), lists[0], lists[1]),
+        alphabet=Alphabet(str(keys.get("tokenizer.ggml.pre", "")), tokens, merges),
         plan=str(manifest["plan"]) if manifest and entry else None,
         sha256=entry["sha256"] if entry else None,
     )
@@ -209,4 +208,3 @@ def _checkpoint(given: str, token: str | None) -> Model:
         alphabet=Alphabet(vocabulary.pre, vocabulary.tokens, list(vocabulary.special.merges)),
         plan=str(manifest["plan"]) if manifest else None,
     )
-
