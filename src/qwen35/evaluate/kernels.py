@@ -147,28 +147,38 @@ def compare_sixteen(words: Any, scale: Any, least: Any, logits: Any, total: Any,
 
 @compiled
 def compare_compact(
-    starts: Any, ids: Any, kept: Any, rest: Any, logits: Any, total: Any, kld: Any, spread: Any
+    begins: Any,
+    ends: Any,
+    rest: Any,
+    logits: Any,
+    total: Any,
+    kld: Any,
+    spread: Any,
+    ids: Any,
+    kept: Any,
 ) -> Any:
     """Kullback-Leibler divergence from a base of which only the likely tokens are known.
 
-    starts: [n + 1] int64; ids, kept: tokens and log probabilities of row i from starts[i] to
-    starts[i + 1]; rest: [n] float64, the probability of all others together -> kld: [n] float64,
-    the others counted as one; spread: [n] float64, the log of how much of that the model gives to
-    its least likely token at least.
+    begins, ends: [n] int64, which of ids (ascending) and kept, tokens and log probabilities, are a
+    row's; rest: [n] float64, the probability of all others together; logits: [n, v] float32; total:
+    their `log_sum_exp` -> kld: [n] float64, the others counted as one; spread: [n] float64, how far
+    the model's log probabilities of the least likely token and of all others together are apart.
     """
     for i in range(logits.shape[0]):
-        row = logits[i]
-        low = row[0]
+        row, norm = logits[i], total[i]
+        inside, others, low = 0.0, 0.0, np.float64(row[0])
+        slot = begins[i]
         for j in range(row.size):
-            low = min(low, row[j])
-        inside, total_q = 0.0, 0.0
-        for slot in range(starts[i], starts[i + 1]):
-            log_q = np.float64(row[ids[slot]]) - total[i]
-            log_p = np.float64(kept[slot])
-            inside += np.exp(log_p) * (log_p - log_q)
-            total_q += np.exp(log_q)
-        others = max(1.0 - total_q, 1e-300)
+            x = np.float64(row[j])
+            low = min(low, x)
+            if slot < ends[i] and ids[slot] == j:
+                log_p = np.float64(kept[slot])
+                inside += np.exp(log_p) * (log_p - x + norm)
+                slot += 1
+            else:
+                others += _exp(x - norm)
+        log_others = np.log(max(others, 1e-300))
         if rest[i] > 0.0:
-            inside += rest[i] * (np.log(rest[i]) - np.log(others))
+            inside += rest[i] * (np.log(rest[i]) - log_others)
         kld[i] = max(0.0, inside)
-        spread[i] = np.log(others) - (np.float64(low) - total[i])
+        spread[i] = log_others - (low - norm)

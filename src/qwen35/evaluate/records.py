@@ -57,20 +57,22 @@ class Records:
             self.close()
             raise InputError(path.name, "not a file of this kind", expected=magic)
         self.head: Any = found
+        self._start = self._file.tell()
         self._frames = self._scan()
 
     def _read_head(self, magic: str) -> Any:
         self._file.seek(0)
         if self._file.readline(len(magic) + 1) != f"{magic}\n".encode():
             return None
+        line = self._file.readline(_MAX_HEAD)
         try:
-            return json.loads(self._file.readline(_MAX_HEAD))
+            return json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
             return None
 
     def _scan(self) -> list[tuple[int, int, int]]:
         """Return start, length and checksum of each record that is there in full length."""
-        frames, position = [], self._file.tell()
+        frames, position = [], self._start
         while position + _FRAME.size <= self._size:
             self._file.seek(position)
             length, checksum = _FRAME.unpack(self._file.read(_FRAME.size))
@@ -106,12 +108,7 @@ class Records:
             begin, length, _ = self._frames[-1]
             self._file.truncate(begin + length)
         else:
-            self._read_head(str(self._first_line()))
-            self._file.truncate(self._file.tell())
-
-    def _first_line(self) -> str:
-        self._file.seek(0)
-        return self._file.readline(_MAX_HEAD).decode().rstrip("\n")
+            self._file.truncate(self._start)
 
     def append(self, data: bytes) -> None:
         """Add a record and hand it to the system; one write, so that it is whole or broken."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -122,6 +123,10 @@ class Sixteen:
         return Compared(nll, top, kld)
 
 
+def _with_tokens(*rows: Any, ids: Any, kept: Any) -> None:
+    kernels.compare_compact(*rows, ids, kept)
+
+
 @dataclass(frozen=True)
 class Compact:
     """The likely tokens of each row, and the sum of all others.
@@ -152,8 +157,8 @@ class Compact:
         """Compare a candidate's logits, [n, v]; `Compared.bound` says how much more it can be."""
         total, nll, top = normalize(logits, targets, threads)
         kld, spread = np.empty(len(logits)), np.empty(len(logits))
-        kernels.compare_compact(
-            self.starts, self.ids, self.kept, self.rest, logits, total, kld, spread
-        )
+        ranges = (self.starts[:-1], self.starts[1:], self.rest)
+        kernel = partial(_with_tokens, ids=self.ids, kept=self.kept)
+        _spread(threads, kernel, *ranges, logits, total, kld, spread)
         bound = np.maximum(0.0, self.inner + self.rest * spread)
         return Compared(nll, top, kld, bound)
