@@ -12,7 +12,7 @@ from typing import Literal
 from qwen35.checkpoint.open import fetch, gguf_files
 from qwen35.checkpoint.place import Folder
 from qwen35.errors import InputError
-from qwen35.gguf.container import Container, read_container
+from qwen35.gguf.container import Container, read_gguf
 from qwen35.gguf.types import FILE_TYPES, FLOATS
 from qwen35.gguf.vocabulary import read_vocabulary
 from qwen35.plan.manifest import read_manifest
@@ -146,10 +146,11 @@ def check_same_tokens(candidate: Model, base: Model) -> None:
 
 
 def _open(given: str, token: str | None) -> list[Model]:
-    files = gguf_files(given)
-    if not files:
+    found = gguf_files(given, token=token)
+    if found is None:
         return [_checkpoint(given, token)]
-    containers = [read_container(path) for path in files]
+    files = found.fetch(token)
+    containers = [read_gguf(files, name) for name in files.names]
     models = [_gguf(c) for c in containers if c.keys.get("general.type", "model") == "model"]
     if not models:
         raise InputError(given, "no language model in it", expected="GGUF files of Qwen3.5")
