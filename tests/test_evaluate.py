@@ -17,14 +17,24 @@ import pytest
 from checkpoints import ASSET
 from evaluating import CHUNKS, Interrupting, gguf, make_formats, measure
 from gguf_models import make_variant
+from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
 from qwen35.engines.llama import Llama
 from qwen35.engines.torch_model import TorchModel
-from qwen35.errors import InputError, UsageError
+from qwen35.errors import InputError, OutputError, UsageError
+from qwen35.evaluate.evaluation import evaluate
 from qwen35.evaluate.job import Asked, prepare
 from qwen35.evaluate.result import Report
 from qwen35.evaluate.table import notes, report_text
 from qwen35.gguf.container import read_container
+from qwen35.gguf.plan import Asked as AskedGguf
+from qwen35.gguf.plan import make_plan
+from qwen35.gguf.rules import load_recipe
+from qwen35.gguf.write import write
+from qwen35.sinks.staging import locked
+from running import run
+
+TEXT = ASSET.parent.parent / "LICENSE"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*FP8.*", "ignore:.*is deprecated.*")
 
@@ -107,6 +117,26 @@ def test_gguf_pairs_have_no_noise_between_engines(formats: Path) -> None:
     assert same.same_top.value == 1.0
     assert report.floors == []
     assert any("none between engines" in note for note in notes(report))
+
+
+def test_a_mixture_of_experts_in_every_format(tmp_path: Path) -> None:
+    source = make_variant(tmp_path, "moe-per-expert")
+    for recipe in ("nf4", "fp8", "text-fp8"):
+        run(source, tmp_path / recipe, recipe)
+    plan = make_plan(open_folder(source), AskedGguf(("Q8_0",), load_recipe("mix")))
+    out = write(plan, tmp_path / "gguf").out
+    folders = [tmp_path / "nf4", tmp_path / "fp8", tmp_path / "text-fp8", out]
+    report = evaluate(source, folders, TEXT, chunks=2, threads=1, device="cpu")
+    kld = list(means(report).values())
+    assert kld[1] == kld[2]
+    assert all(report.floor < value < 0.01 for value in kld)
+    assert report.floor < 1e-6
+
+
+def test_two_runs_cannot_share_a_state(formats: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with locked(state), pytest.raises(OutputError, match="another run is writing it"):
+        measure(formats, gguf(formats, "F16"), gguf(formats, "Q8_0"), state=state)
 
 
 def test_a_folder_of_gguf_files_is_as_many_candidates(formats: Path) -> None:
@@ -276,7 +306,14 @@ import tempfile
 from itertools import chain
 from pathlib import Path
 from qwen35.evaluate.evaluation import run
+from qwen35.evaluate.evaluation import evaluate
 from qwen35.evaluate.job import Asked, prepare
+from qwen35.gguf.plan import Asked as AskedGguf
+from qwen35.gguf.plan import make_plan
+from qwen35.gguf.rules import load_recipe
+from qwen35.gguf.write import write
+from qwen35.sinks.staging import locked
+from running import run
 job = prepare(Asked(sys.argv[1], tuple(sys.argv[3:]), Path(sys.argv[2]), threads=1, chunks=2))
 run(job)
 status = Path("/proc/self/status").read_text()

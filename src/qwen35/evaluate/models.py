@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Literal
 
+from qwen35.checkpoint.hub import download_file
 from qwen35.checkpoint.open import fetch, gguf_files
 from qwen35.checkpoint.place import Folder
 from qwen35.errors import InputError
@@ -146,7 +147,10 @@ def check_same_tokens(candidate: Model, base: Model) -> None:
 
 
 def _open(given: str, token: str | None) -> list[Model]:
-    files = gguf_files(given)
+    if given.startswith("hf:"):
+        files: tuple[Path, ...] = (download_file(given.removeprefix("hf:"), token),)
+    else:
+        files = gguf_files(given)
     if not files:
         return [_checkpoint(given, token)]
     containers = [read_container(path) for path in files]
