@@ -83,7 +83,7 @@ def test_fifty_times_smaller_at_the_published_vocabulary(slope: float) -> None:
 
 
 @given(
-    st.integers(70, 900), st.floats(0, 4), st.floats(0, 6), st.integers(0, 2**32 - 1)
+    st.integers(520, 1200), st.floats(0, 4), st.floats(0, 6), st.integers(0, 2**32 - 1)
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_the_bound_holds_for_any_pair(width: int, slope: float, far: float, seed: int) -> None:
@@ -158,7 +158,8 @@ def test_the_cache_on_the_embedded_checkpoint(formats: Path, tmp_path: Path) -> 
     columns = cached.to_json()["table"]["rows"]
     assert columns[1][0] == "Mean KLD, higher by at most"
     chunks = prepare(Asked(base, text=formats / "text.txt", chunks=2)).chunks
-    assert path.stat().st_size * 20 < kld_file_size(chunks, 4096)  # 64 tokens of 4096 are kept
+    assert path.stat().st_size * 3 < kld_file_size(chunks, 4096)  # 512 tokens of 4096 are kept
+    assert found.kld.value > 0.9 * exact.kld.value
 
 
 def test_the_embedded_checkpoints_logits_at_the_published_vocabulary(formats: Path) -> None:
