@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from checkpoints import ASSET
-from evaluating import CHUNKS, Interrupting, gguf, make_formats, measure
+from evaluating import CHUNKS, Interrupting, gguf, measure
 from gguf_models import make_variant
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
@@ -37,11 +37,6 @@ from running import run
 TEXT = ASSET.parent.parent / "LICENSE"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*FP8.*", "ignore:.*is deprecated.*")
-
-
-@pytest.fixture(scope="module")
-def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_formats(tmp_path_factory.mktemp("formats"))
 
 
 @pytest.fixture(scope="module")
@@ -302,18 +297,9 @@ def test_speed_against_the_unquantized_file(formats: Path) -> None:
 
 _PEAK = """
 import sys
-import tempfile
-from itertools import chain
 from pathlib import Path
 from qwen35.evaluate.evaluation import run
-from qwen35.evaluate.evaluation import evaluate
 from qwen35.evaluate.job import Asked, prepare
-from qwen35.gguf.plan import Asked as AskedGguf
-from qwen35.gguf.plan import make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
-from qwen35.sinks.staging import locked
-from running import run
 job = prepare(Asked(sys.argv[1], tuple(sys.argv[3:]), Path(sys.argv[2]), threads=1, chunks=2))
 run(job)
 status = Path("/proc/self/status").read_text()

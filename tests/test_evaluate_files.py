@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import ASSET
-from evaluating import gguf, make_formats, measure
+from evaluating import gguf, measure
 from qwen35.engines.llama import Llama
 from qwen35.errors import InputError
 from qwen35.evaluate.cache import (
@@ -136,11 +136,6 @@ def test_no_more_is_kept_than_needed() -> None:
     kept = compact(exact_of(logits)[0])
     assert kept.ids.tolist() == [3, 4000]
     assert kept.rest[0] < REST
-
-
-@pytest.fixture(scope="module")
-def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_formats(tmp_path_factory.mktemp("formats"))
 
 
 def test_the_cache_on_the_embedded_checkpoint(formats: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from checkpoints import ASSET
-from evaluating import gguf, make_formats, measure
+from evaluating import gguf, measure
 from qwen35.cli.main import main
 from qwen35.publish.card import Measures
 from qwen35.report.page import page
@@ -34,14 +34,9 @@ DARK, LIGHT = 0, 1
 
 
 @pytest.fixture(scope="module")
-def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_formats(tmp_path_factory.mktemp("formats"))
-
-
-@pytest.fixture(scope="module")
-def reported(formats: Path) -> Path:
+def reported(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a report, written by the command."""
-    folder = formats / "report"
+    folder = tmp_path_factory.mktemp("reported") / "report"
     assert verb(formats, folder, *TYPES) == 0
     assert sorted(path.name for path in folder.iterdir()) == [HTML_NAME, JSON_NAME]
     return folder
