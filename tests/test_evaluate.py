@@ -280,9 +280,17 @@ def test_the_file_of_the_noise_floor_is_removed(
     formats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    models, state = (str(ASSET), gguf(formats, "Q8_0")), tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
-        measure(formats, str(ASSET), gguf(formats, "Q8_0"), progress=Interrupting(1))
-    assert list(tmp_path.iterdir()) == []
+        measure(formats, *models, progress=Interrupting(1), state=state)
+    assert not list(tmp_path.glob("qwen35-*"))
+    assert state.exists()
+    rest = Interrupting()
+    report = measure(formats, *models, progress=rest, state=state)
+    assert rest.run == ["chunk 2"]
+    assert report.floors[0].comparison.kld.value < 1e-5
+    assert not list(tmp_path.glob("qwen35-*"))
+    assert not state.exists()
 
 
 def test_speed_against_the_unquantized_file(formats: Path) -> None:
@@ -351,6 +359,12 @@ def test_a_dry_run_touches_nothing(
     assert evaluate_cli(*shared, *files) == 0
     assert "peak memory at most about" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_counts_chunks(formats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = [gguf(formats, "F16"), "--text", str(formats / "text.txt"), "--chunks", "2"]
+    assert main(["evaluate", *shared, "--threads", "1"]) == 0
+    assert capsys.readouterr().err == "evaluating: 2 chunks\n"
 
 
 def test_refusals_are_sentences(formats: Path, capsys: pytest.CaptureFixture[str]) -> None:

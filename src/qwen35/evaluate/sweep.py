@@ -155,9 +155,9 @@ def sweep(
         for writer in writers:
             done = min(done, writer.resume(done))
         results.cut(done)
-        watched.begin("evaluating", job.chunks.count)
+        before = f", {done} chunks were measured before" if done else ""
+        watched.begin(f"evaluating{before}", job.chunks.count - done)
         try:
-            watched.advance(done, "measured before")
             if done < job.chunks.count:
                 _run(job, models, device, results, writers, watched)
         finally:
