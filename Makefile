@@ -1,6 +1,7 @@
 # make demo   install, convert the embedded checkpoint, check what came out
 # make test   install, then lint, types, import contract, tests
 # make golden record anew what llama.cpp's converter writes (tests/golden/gguf.json)
+# make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
@@ -12,7 +13,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
 # make test-vllm   load the embedded checkpoint and its FP8 in vLLM, in an environment of its own
-.PHONY: help setup demo test test-all test-vllm golden lint bench clean
+.PHONY: help setup demo test test-all test-vllm golden golden-kld lint bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -24,11 +25,11 @@ $(VENV)/.made:
 # torch first and by its exact version, so that pip takes a CPU build where one is at hand
 $(VENV)/.setup: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install --quiet --editable '.[nf4,gguf]'
+	$(PIP) install --quiet --editable '.[nf4,gguf,eval]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.setup
-	$(PIP) install --quiet --editable '.[nf4,gguf,test]'
+	$(PIP) install --quiet --editable '.[nf4,gguf,eval,test]'
 	touch $@
 
 # llama.cpp's converter, from llama-cpp-python's source package: an oracle of the tests
@@ -62,6 +63,22 @@ test-all: $(VENV)/.test lint $(LLAMA_CPP)/.made
 golden: $(LLAMA_CPP)/.made
 	PYTHONPATH=src:tests $(BIN)/python tests/golden_gguf.py $(CURDIR)/$(LLAMA_CPP)
 
+# llama.cpp's own programs from the same source: references of figures and of speed
+PROGRAMS := $(VENV)/llama.cpp-programs
+$(PROGRAMS)/.made: $(VENV)/.test
+	rm -rf $(PROGRAMS) && mkdir -p $(PROGRAMS)
+	$(PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest $(PROGRAMS) \
+		"$$(grep '^llama_cpp_python==' constraints.txt)"
+	tar -xzf $(PROGRAMS)/*.tar.gz -C $(PROGRAMS) --strip-components=1
+	cmake -S $(PROGRAMS)/vendor/llama.cpp -B $(PROGRAMS)/build -DCMAKE_BUILD_TYPE=Release \
+		-DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF
+	cmake --build $(PROGRAMS)/build --target llama-perplexity --target llama-imatrix
+	touch $@
+
+golden-kld: $(PROGRAMS)/.made
+	PYTHONPATH=src:tests $(BIN)/python tests/golden_kld.py $(PROGRAMS)/build/bin/llama-perplexity
+
 # vLLM pins its own transformers, so it has an environment of its own
 $(VLLM)/.made: tests/vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM)
@@ -81,6 +98,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/nf4.py
 	$(BIN)/python benchmarks/fp8.py
 	$(BIN)/python benchmarks/gguf.py
+	$(BIN)/python benchmarks/evaluate.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

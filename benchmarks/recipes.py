@@ -2,9 +2,9 @@
 
     python benchmarks/recipes.py [--windows 8]
 
-Prints bytes and the mean Kullback-Leibler divergence from the F32 file, in llama.cpp, over held-out
-text. The importance matrix is gathered with transformers over other text, tied head included. This
-is how the rules of `q8-gates-plus` were chosen.
+Prints bytes and what `qwen35 evaluate` measures: the mean Kullback-Leibler divergence from the F32
+file, in llama.cpp, over held-out text. The importance matrix is gathered with transformers over
+other text, tied head included. This is how the rules of `q8-gates-plus` were chosen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import transformers
 from gguf import GGUFWriter
 
 from qwen35.checkpoint.source import open_folder
-from qwen35.engines.llama import Llama
+from qwen35.evaluate.evaluation import evaluate
 from qwen35.gguf.imatrix import Imatrix, read_imatrix
 from qwen35.gguf.names import Tensor
 from qwen35.gguf.plan import Asked, make_plan
@@ -47,13 +47,6 @@ ROWS: dict[str, tuple[str, Sequence[str]]] = {
     "  and attn_* q8_0": ("q8-gates-plus", (r"attn_(q|k|v|output)\.=q8_0",)),
     "  and token_embd q8_0": ("q8-gates-plus", ("token_embd=q8_0",)),
 }
-
-
-def windows(text: str, count: int) -> list[list[int]]:
-    """Return `count` windows of token ids."""
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(ASSET)
-    ids = tokenizer(text)["input_ids"]
-    return [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(count)]
 
 
 def gather(batch: list[list[int]], tensors: Sequence[Tensor], path: Path) -> Imatrix:
@@ -98,17 +91,25 @@ def gather(batch: list[list[int]], tensors: Sequence[Tensor], path: Path) -> Ima
     return read_imatrix(path)
 
 
-def log_probabilities(path: Path, batch: list[list[int]]) -> torch.Tensor:
-    """Return log probabilities after each token, [tokens, vocabulary] in float64."""
-    model = Llama(path)
-    rows = [torch.from_numpy(model.logits(ids)) for ids in batch]
-    model.close()
-    return torch.log_softmax(torch.cat(rows).double(), dim=-1)
+def windows(text: str, count: int) -> list[list[int]]:
+    """Return `count` windows of token ids."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(ASSET)
+    ids = tokenizer(text)["input_ids"]
+    return [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(count)]
 
 
-def divergence(reference: torch.Tensor, found: torch.Tensor) -> float:
-    """Return the mean Kullback-Leibler divergence in nats a token."""
-    return float((reference.exp() * (reference - found)).sum(dim=-1).mean())
+def make_files(types: tuple[str, ...], imatrix: Imatrix, work: Path) -> dict[str, list[Path]]:
+    """Write every row with and without the importance matrix; return row to files."""
+    checkpoint, files = open_folder(ASSET), {}
+    for i, (name, (recipe, lines)) in enumerate(ROWS.items()):
+        rules, made = pattern_rules(lines, []), []
+        for matrix in (None, imatrix):
+            asked = Asked(types, load_recipe(recipe), rules, imatrix=matrix)
+            plan = make_plan(checkpoint, asked)
+            out = write(plan, work / f"{i}-{matrix is not None}").out
+            made += [out / file.name for file in plan.files]
+        files[name] = made
+    return files
 
 
 def main() -> None:
@@ -118,31 +119,26 @@ def main() -> None:
     args = parser.parse_args()
     text = (ASSET / "eval.txt").read_text()
     half = len(text) // 2
-    batch = windows(text[:half], args.windows)
-    checkpoint = open_folder(ASSET)
     types = tuple(args.types.split(","))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        base = make_plan(checkpoint, Asked(("F32",), load_recipe("mix")))
-        out = write(base, work / "f32").out
+        base = make_plan(open_folder(ASSET), Asked(("F32",), load_recipe("mix")))
+        reference = write(base, work / "f32").out / base.files[0].name
         imatrix = gather(windows(text[half:], 16), base.files[0].tensors, work / "i.gguf")
-        reference = log_probabilities(out / base.files[0].name, batch)
+        (work / "text").write_text(text[:half])
+        files = make_files(types, imatrix, work)
+        every = [str(path) for made in files.values() for path in made]
+        report = evaluate(str(reference), every, work / "text", chunks=args.windows)
+        found = {row.model.path: row.comparison.kld.value for row in report.candidates}
         print(f"{'':<34}" + "".join(f"{kind:>12}{'KLD':>10}{'imatrix':>10}" for kind in types))
-        table: dict[str, Any] = {}
-        for i, (name, (recipe, lines)) in enumerate(ROWS.items()):
-            rules = pattern_rules(lines, [])
-            cells: dict[str, list[float]] = {}
-            for matrix in (None, imatrix):
-                plan = make_plan(
-                    checkpoint, Asked(types, load_recipe(recipe), rules, imatrix=matrix)
-                )
-                made = write(plan, work / f"{i}-{matrix is not None}").out
-                for file in plan.files:
-                    value = divergence(reference, log_probabilities(made / file.name, batch))
-                    row = cells.setdefault(file.file_type.name, [file.head.nbytes])
-                    row.append(value)
-            table[name] = cells
-            shown = "".join(f"{c[0]:>12,}{c[1]:>10.5f}{c[2]:>10.5f}" for c in cells.values())
+        table = {}
+        for name, made in files.items():
+            pairs = list(zip(made[: len(types)], made[len(types) :], strict=True))
+            cells = [(plain.stat().st_size, found[plain], found[best]) for plain, best in pairs]
+            table[name] = dict(zip(types, cells, strict=True))
+            shown = "".join(
+                f"{size:>12,}{plain:>10.5f}{best:>10.5f}" for size, plain, best in cells
+            )
             print(f"{name:<34}{shown}", flush=True)
     print(json.dumps(table), file=sys.stderr)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import make_checkpoint
+from evaluating import make_formats
 from fake_hub import FakeHub, serving
 from hub_client import Client, World
 
@@ -34,6 +35,12 @@ def moe_per_expert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(
         tmp_path_factory.mktemp("moe") / "source", moe=True, tied=False, per_expert=True
     )
+
+
+@pytest.fixture(scope="session")
+def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded checkpoint in every format, and text to measure on (`evaluating.py`)."""
+    return make_formats(tmp_path_factory.mktemp("formats"))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from qwen35.gguf.rules import load_recipe
 from qwen35.gguf.write import write
 from running import run
 
-__all__ = ["CHUNKS", "Interrupting", "make_formats", "measure"]
+__all__ = ["CHUNKS", "Interrupting", "gguf", "make_formats", "measure"]
 
 CHUNKS = 2
 TYPES = ("F16", "Q8_0", "Q4_K_M")

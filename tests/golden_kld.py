@@ -1,13 +1,13 @@
 """Record what llama-perplexity prints and writes of a pair of GGUF files, for test_evaluate_golden.
 
-    python tests/golden_kld.py LLAMA_PERPLEXITY
+    make golden-kld        # or: python tests/golden_kld.py LLAMA_PERPLEXITY
 
-The program must come from the llama.cpp that llama-cpp-python packs, without native code:
+builds the program from the llama.cpp that llama-cpp-python packs, without native code:
 
     pip download llama-cpp-python==0.3.36 --no-binary llama-cpp-python --no-deps
     tar -xzf llama_cpp_python-0.3.36.tar.gz
     cmake -S llama_cpp_python-0.3.36/vendor/llama.cpp -B build -DCMAKE_BUILD_TYPE=Release \
-        -DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_TESTS=OFF
+        -DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=OFF
     cmake --build build --target llama-perplexity
 
 The models are the same on every machine: whole numbers for weights, 512 tokens, a head eight

@@ -15,23 +15,28 @@ import numpy as np
 import pytest
 
 from checkpoints import ASSET
-from evaluating import CHUNKS, Interrupting, gguf, make_formats, measure
+from evaluating import CHUNKS, Interrupting, gguf, measure
 from gguf_models import make_variant
+from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
 from qwen35.engines.llama import Llama
 from qwen35.engines.torch_model import TorchModel
-from qwen35.errors import InputError, UsageError
+from qwen35.errors import InputError, OutputError, UsageError
+from qwen35.evaluate.evaluation import evaluate
 from qwen35.evaluate.job import Asked, prepare
 from qwen35.evaluate.result import Report
 from qwen35.evaluate.table import notes, report_text
 from qwen35.gguf.container import read_container
+from qwen35.gguf.plan import Asked as AskedGguf
+from qwen35.gguf.plan import make_plan
+from qwen35.gguf.rules import load_recipe
+from qwen35.gguf.write import write
+from qwen35.sinks.staging import locked
+from running import run
+
+TEXT = ASSET.parent.parent / "LICENSE"
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*FP8.*", "ignore:.*is deprecated.*")
-
-
-@pytest.fixture(scope="module")
-def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_formats(tmp_path_factory.mktemp("formats"))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,26 @@ def test_gguf_pairs_have_no_noise_between_engines(formats: Path) -> None:
     assert same.same_top.value == 1.0
     assert report.floors == []
     assert any("none between engines" in note for note in notes(report))
+
+
+def test_a_mixture_of_experts_in_every_format(tmp_path: Path) -> None:
+    source = make_variant(tmp_path, "moe-per-expert")
+    for recipe in ("nf4", "fp8", "text-fp8"):
+        run(source, tmp_path / recipe, recipe)
+    plan = make_plan(open_folder(source), AskedGguf(("Q8_0",), load_recipe("mix")))
+    out = write(plan, tmp_path / "gguf").out
+    folders = [tmp_path / "nf4", tmp_path / "fp8", tmp_path / "text-fp8", out]
+    report = evaluate(source, folders, TEXT, chunks=2, threads=1, device="cpu")
+    kld = list(means(report).values())
+    assert kld[1] == kld[2]
+    assert all(report.floor < value < 0.01 for value in kld)
+    assert report.floor < 1e-6
+
+
+def test_two_runs_cannot_share_a_state(formats: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    with locked(state), pytest.raises(OutputError, match="another run is writing it"):
+        measure(formats, gguf(formats, "F16"), gguf(formats, "Q8_0"), state=state)
 
 
 def test_a_folder_of_gguf_files_is_as_many_candidates(formats: Path) -> None:
@@ -255,9 +280,17 @@ def test_the_file_of_the_noise_floor_is_removed(
     formats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    models, state = (str(ASSET), gguf(formats, "Q8_0")), tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
-        measure(formats, str(ASSET), gguf(formats, "Q8_0"), progress=Interrupting(1))
-    assert list(tmp_path.iterdir()) == []
+        measure(formats, *models, progress=Interrupting(1), state=state)
+    assert not list(tmp_path.glob("qwen35-*"))
+    assert state.exists()
+    rest = Interrupting()
+    report = measure(formats, *models, progress=rest, state=state)
+    assert rest.run == ["chunk 2"]
+    assert report.floors[0].comparison.kld.value < 1e-5
+    assert not list(tmp_path.glob("qwen35-*"))
+    assert not state.exists()
 
 
 def test_speed_against_the_unquantized_file(formats: Path) -> None:
@@ -272,8 +305,6 @@ def test_speed_against_the_unquantized_file(formats: Path) -> None:
 
 _PEAK = """
 import sys
-import tempfile
-from itertools import chain
 from pathlib import Path
 from qwen35.evaluate.evaluation import run
 from qwen35.evaluate.job import Asked, prepare
@@ -328,6 +359,12 @@ def test_a_dry_run_touches_nothing(
     assert evaluate_cli(*shared, *files) == 0
     assert "peak memory at most about" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_counts_chunks(formats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = [gguf(formats, "F16"), "--text", str(formats / "text.txt"), "--chunks", "2"]
+    assert main(["evaluate", *shared, "--threads", "1"]) == 0
+    assert capsys.readouterr().err == "evaluating: 2 chunks\n"
 
 
 def test_refusals_are_sentences(formats: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import ASSET
-from evaluating import gguf, make_formats, measure
+from evaluating import gguf, measure
 from qwen35.engines.llama import Llama
 from qwen35.errors import InputError
 from qwen35.evaluate.cache import (
@@ -83,7 +83,7 @@ def test_fifty_times_smaller_at_the_published_vocabulary(slope: float) -> None:
 
 
 @given(
-    st.integers(70, 900), st.floats(0, 4), st.floats(0, 6), st.integers(0, 2**32 - 1)
+    st.integers(520, 1200), st.floats(0, 4), st.floats(0, 6), st.integers(0, 2**32 - 1)
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_the_bound_holds_for_any_pair(width: int, slope: float, far: float, seed: int) -> None:
@@ -138,11 +138,6 @@ def test_no_more_is_kept_than_needed() -> None:
     assert kept.rest[0] < REST
 
 
-@pytest.fixture(scope="module")
-def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_formats(tmp_path_factory.mktemp("formats"))
-
-
 def test_the_cache_on_the_embedded_checkpoint(formats: Path, tmp_path: Path) -> None:
     base, candidate = gguf(formats, "F16"), gguf(formats, "Q4_K_M")
     path = tmp_path / "reference"
@@ -158,7 +153,8 @@ def test_the_cache_on_the_embedded_checkpoint(formats: Path, tmp_path: Path) -> 
     columns = cached.to_json()["table"]["rows"]
     assert columns[1][0] == "Mean KLD, higher by at most"
     chunks = prepare(Asked(base, text=formats / "text.txt", chunks=2)).chunks
-    assert path.stat().st_size * 20 < kld_file_size(chunks, 4096)  # 64 tokens of 4096 are kept
+    assert path.stat().st_size * 3 < kld_file_size(chunks, 4096)  # 512 tokens of 4096 are kept
+    assert found.kld.value > 0.9 * exact.kld.value
 
 
 def test_the_embedded_checkpoints_logits_at_the_published_vocabulary(formats: Path) -> None:

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "candidates",
         metavar="CANDIDATE",
         nargs="*",
-        help="artifacts in any format; a folder of GGUF files is as many candidates",
+        help="artifacts in any format; a folder of GGUF files is as many candidates, "
+        "hf:owner/name/path is one on the Hub",
     )
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
     parser.add_argument("--text", metavar="FILE", type=Path, help="text to measure on")

@@ -18,7 +18,7 @@ __all__ = ["Runner", "runner_of", "running_memory"]
 F32 = npt.NDArray[np.float32]
 
 _PYTORCH_MEMORY = 700_000_000
-_LLAMA_MEMORY = 60_000_000
+_LLAMA_MEMORY = 150_000_000
 """What each engine takes beside weights and logits, measured on the embedded checkpoint."""
 
 

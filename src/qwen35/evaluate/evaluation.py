@@ -32,8 +32,8 @@ _LIBRARIES = ("bitsandbytes", "llama_cpp_python", "numba", "numpy", "torch", "tr
 
 
 def evaluate(
-    base: str,
-    candidates: Sequence[str] = (),
+    base: str | Path,
+    candidates: Sequence[str | Path] = (),
     text: Path | None = None,
     *,
     speed: bool = False,
@@ -45,7 +45,7 @@ def evaluate(
 
     Args:
         base: folder, Hub id or GGUF file of the unquantized model.
-        candidates: folders, Hub ids, GGUF files, folders of GGUF files.
+        candidates: folders, Hub ids, GGUF files, folders of them, ``hf:owner/name/path`` of one.
         text: a text file to measure on.
         speed: measure tokens a second of GGUF candidates too.
         state: a file that keeps what is measured until all is, to go on after an interruption.
@@ -56,7 +56,7 @@ def evaluate(
         InputError: something cannot be read, compared or run.
         UsageError: something is missing or contradicts.
     """
-    job = prepare(Asked(base, tuple(candidates), text, **asked))
+    job = prepare(Asked(str(base), tuple(map(str, candidates)), text, **asked))
     return run(job, speed=speed, state=state, progress=progress)
 
 

@@ -29,7 +29,7 @@ class Asked:
 
     Args:
         base: folder, Hub id or GGUF file of the unquantized model.
-        candidates: folders, Hub ids, GGUF files, folders of GGUF files.
+        candidates: folders, Hub ids, GGUF files, folders of them, ``hf:owner/name/path`` of one.
         text: what to measure on; may be left out where `kld_file` is read.
         context: tokens a chunk; that of `kld_file` where it is read.
         chunks: at most so many; 0 for the whole text.

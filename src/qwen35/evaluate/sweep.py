@@ -20,7 +20,7 @@ from qwen35.evaluate.records import Records
 from qwen35.evaluate.reference import Exact, Reference
 from qwen35.evaluate.statistics import Series
 from qwen35.progress import Progress, Silent
-from qwen35.sinks.staging import check_space, os_errors
+from qwen35.sinks.staging import check_space, locked, os_errors
 from qwen35.version import __version__
 
 __all__ = ["sweep"]
@@ -75,9 +75,7 @@ class _Results:
         self.parts: list[F64] = []
         self._records: Records | None = None
         if path is not None:
-            with os_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._records = Records(path, _MAGIC, _identity(job, models))
+            self._records = Records(path, _MAGIC, _identity(job, models))
             self.parts = [self._part(self._records.read(i)) for i in range(self._records.count)]
 
     def _part(self, data: bytes) -> F64:
@@ -143,19 +141,23 @@ def sweep(
 
     Raises:
         InputError: a model does not run, or computes NaN.
-        OutputError: a file cannot be written.
+        OutputError: a file cannot be written, or another run is writing it.
     """
     watched = progress or Silent()
     with ExitStack() as stack:
+        for path in filter(None, (state, *job.writes)):
+            with os_errors(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(path))
         results = stack.enter_context(closing(_Results(job, models, state)))
         writers = list(_writers(job, stack))
         done = len(results.parts)
         for writer in writers:
             done = min(done, writer.resume(done))
         results.cut(done)
-        watched.begin("evaluating", job.chunks.count)
+        before = f", {done} chunks were measured before" if done else ""
+        watched.begin(f"evaluating{before}", job.chunks.count - done)
         try:
-            watched.advance(done, "measured before")
             if done < job.chunks.count:
                 _run(job, models, device, results, writers, watched)
         finally:
@@ -234,7 +236,6 @@ def _writers(job: Job, stack: ExitStack) -> Iterator[_Writer]:
         if path is None:
             continue
         with os_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             if kind is KldWriter:
                 check_space(path.parent, kld_file_size(job.chunks, job.base.width))
             yield stack.enter_context(closing(kind(path, job.chunks, job.base.width)))

@@ -19,12 +19,12 @@ def _plain(value: float) -> str:
     return f"{value:.6f}"
 
 
-def _with_errors(found: Estimate, unit: float = 1.0, digits: int = 6, sign: str = "") -> str:
+def _with_errors(found: Estimate, unit: float = 1.0, digits: int = 6) -> str:
     """Write a figure, its error by tokens and, in brackets, by chunks."""
     text = f"{found.value * unit:.{digits}f} ± {found.error * unit:.{digits}f}"
     if found.block_error is not None:
         text += f" ({found.block_error * unit:.{digits}f})"
-    return text + sign
+    return text
 
 
 def _percentile(percent: float) -> tuple[str, Cell]:
@@ -39,9 +39,9 @@ _ROWS: tuple[tuple[str, Cell], ...] = (
     ("PPL", lambda c: _with_errors(c.perplexity, digits=4)),
     ("PPL of base", lambda c: _with_errors(c.base_perplexity, digits=4)),
     ("PPL ratio", lambda c: _with_errors(c.ratio)),
-    ("Mean Δp", lambda c: _with_errors(c.change, 100, 3, " %")),
-    ("RMS Δp", lambda c: _with_errors(c.change_rms, 100, 3, " %")),
-    ("Same top p", lambda c: _with_errors(c.same_top, 100, 3, " %")),
+    ("Mean Δp, %", lambda c: _with_errors(c.change, 100, 3)),
+    ("RMS Δp, %", lambda c: _with_errors(c.change_rms, 100, 3)),
+    ("Same top p, %", lambda c: _with_errors(c.same_top, 100, 3)),
 )
 _FASTER: tuple[tuple[str, Callable[[Measured], str]], ...] = (
     (

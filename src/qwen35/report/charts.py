@@ -55,25 +55,27 @@ def matplotlib_figure() -> Any:
     return Figure
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """Cut off what all names begin with, up to the last hyphen in it.
+def short_names(names: Sequence[str], base: str) -> list[str]:
+    """Cut off the base's name, and what all names begin with, up to the last hyphen in it.
 
-    >>> short_names(["Qwen3.5-4B-Q8_0", "Qwen3.5-4B-FP8"]), short_names(["a-b"])
-    (['Q8_0', 'FP8'], ['a-b'])
+    >>> short_names(["Qwen3.5-4B-Q8_0", "Qwen3.5-4B-FP8"], "Qwen3.5-4B-F16")
+    ['Q8_0', 'FP8']
+    >>> short_names(["nf4", "tiny-Q8_0"], "tiny")
+    ['nf4', 'Q8_0']
     """
+    names = [name.removeprefix(f"{base}-") or name for name in names]
     if len(names) < 2:
-        return list(names)
+        return names
     same = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))))
     cut = names[0][:same].rfind("-") + 1
     return [name[cut:] or name for name in names]
 
 
-def size_chart(rows: Sequence[Mapping[str, Any]]) -> str:
+def size_chart(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """Draw mean divergence over bytes, the Pareto front as a line; rows of report.json."""
     import matplotlib as mpl
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    names = short_names([row["name"] for row in rows])
     sizes, unit = _units([row["bytes"] for row in rows])
     klds = [max(row["figures"]["kld"]["value"], 1e-9) for row in rows]
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "size"}):
@@ -108,11 +110,12 @@ def _units(sizes: Sequence[int]) -> tuple[list[float], str]:
     return [size / factor for size in sizes], unit
 
 
-def distribution_chart(rows: Sequence[Mapping[str, Any]], bins: Sequence[float]) -> str:
+def distribution_chart(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], bins: Sequence[float]
+) -> str:
     """Draw how many tokens lie where on a logarithmic axis of divergence; rows of report.json."""
     import matplotlib as mpl
 
-    names = short_names([row["name"] for row in rows])
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "distribution"}):
         figure = matplotlib_figure()(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()

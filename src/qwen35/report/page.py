@@ -26,12 +26,24 @@ def page(report: Mapping[str, Any]) -> str:
     rows = report["candidates"]
     source = resources.files("qwen35.report").joinpath("report.html.jinja").read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["visible"] = _visible
+    names = short_names([row["name"] for row in rows], report["base"]["name"])
     charts = []
-    if rows:  # Matplotlib escapes the text that it draws
-        charts = [Markup(size_chart(rows)), Markup(distribution_chart(rows, report["bins"]))]  # noqa: S704
+    if rows:  # Matplotlib escapes what it draws
+        charts.append(Markup(size_chart(rows, names)))  # noqa: S704
+        charts.append(Markup(distribution_chart(rows, names, report["bins"])))  # noqa: S704
     return environment.from_string(source).render(
         report=report,
         charts=charts,
-        short=short_names([row["name"] for row in rows]),
+        short=names,
         series=SERIES,
     )
+
+
+def _visible(text: str) -> str:
+    r"""Show a token that is, or begins with, white space.
+
+    >>> _visible(" a"), _visible("\n")
+    ('␣a', '⏎')
+    """
+    return text.replace(" ", "␣").replace("\t", "⇥").replace("\n", "⏎")
