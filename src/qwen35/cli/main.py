@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "plan": "every output file and tensor, exact to the byte, before anything is read",
     "convert": "write a quantized or text-only checkpoint",
     "gguf": "write GGUF files for llama.cpp, quantized or not",
+    "calibrate": "activation statistics and an importance matrix, one layer in memory at a time",
     "verify": "check an artifact, alone or against its source",
     "publish": "make a Hub repository like a folder, or the other way round",
     "reproduce": "make an artifact again from its manifest and compare",
