@@ -20,11 +20,17 @@ from checkpoints import (
     tiny_config,
     write_checkpoint,
 )
-from gguf_models import sidecars
+from gguf_models import make_variant, sidecars
+from llama_importance import Importance
 from qwen35.calibrate.plan import Asked, CalibrationPlan, make_plan
 from qwen35.calibrate.run import calibrate
 from qwen35.calibrate.text import read_text
 from qwen35.checkpoint.source import open_folder
+from qwen35.gguf.imatrix import read_imatrix
+from qwen35.gguf.plan import Asked as GgufAsked
+from qwen35.gguf.plan import make_plan as make_gguf_plan
+from qwen35.gguf.rules import load_recipe
+from qwen35.gguf.write import write
 
 CONTEXT = 48
 
@@ -158,3 +164,35 @@ def test_statistics_are_those_of_the_whole_model(
     towers = {name for name in seen.squares if ".visual." in name}
     assert compared >= seen.squares.keys() - towers
     assert not towers
+
+
+# --- the importance matrix
+
+
+def gguf_of(folder: Path, out: Path) -> Path:
+    plan = make_gguf_plan(open_folder(folder), GgufAsked(("F32",), load_recipe("mix")))
+    return write(plan, out, threads=1).out / plan.files[0].name
+
+
+@pytest.mark.parametrize("variant", ["dense", "three-to-one", "moe", "moe-per-expert"])
+def test_importance_is_what_llama_cpp_multiplies_with(
+    variant: str, prose: Path, tmp_path: Path
+) -> None:
+    """Names, the order of value heads, experts and their counts, in llama.cpp's own forward."""
+    folder = make_variant(tmp_path, variant)
+    plan = plan_for(folder, prose, dtype="float32", floor=1)
+    out = calibrate(plan, tmp_path / "out", threads=1).result.out
+    theirs = Importance(gguf_of(folder, tmp_path / "gguf"), plan.text.windows)
+    ours = read_imatrix(out / "imatrix.gguf")
+    never = ("ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+    assert {name for name in theirs.squares if not name.endswith(never)} == {
+        name for name in ours.entries if not name.startswith("blk.4.")
+    }
+    for name, entry in ours.entries.items():
+        if name.startswith("blk.4."):  # MTP, which llama.cpp does not run here
+            continue
+        assert np.array_equal(np.maximum(1, theirs.counts[name]), entry.divisors), name
+        values = entry.values.reshape(theirs.squares[name].shape)
+        mean = theirs.squares[name] / np.maximum(1, theirs.counts[name])[:, None]
+        seen = theirs.counts[name] > 0
+        assert np.allclose(values[seen], mean[seen], rtol=2e-4, atol=1e-9 * mean.max()), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from typing import Any
 
 from qwen35.errors import UsageError
@@ -22,6 +24,7 @@ def libraries() -> tuple[Any, Any]:
         raise UsageError(
             "calibrate", f"{error.name} is not installed", hint="pip install 'qwen35[nf4]'"
         ) from error
+    atexit.unregister(gc.freeze)  # what torch brings in complains of objects left at the end
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return torch, transformers

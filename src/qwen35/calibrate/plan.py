@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any, Literal
 
 from qwen35.calibrate.blocks import Block, blocks
@@ -157,6 +158,7 @@ class CalibrationPlan:
         """What made the statistics, for the files."""
         return {
             "qwen35": __version__,
+            **{name: version(name) for name in ("torch", "transformers")},
             "source": source_json(self.checkpoint),
             "text": [{"name": name, "sha256": digest} for name, digest in self.text.files],
             "tokens": self.text.tokens,
