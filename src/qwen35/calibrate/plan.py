@@ -20,6 +20,7 @@ from qwen35.gguf.names import Tensor, text_tensors
 from qwen35.gguf.types import quantizable
 from qwen35.model.config import ModelConfig
 from qwen35.plan.manifest import source_json
+from qwen35.plan.show import size
 from qwen35.version import __version__
 
 __all__ = [
@@ -224,8 +225,8 @@ def make_plan(checkpoint: Checkpoint, text: Text, asked: Asked) -> CalibrationPl
     batch = min(max(1, _TOKENS_AT_ONCE // text.context), max(1, layer // 2 // window))
     if asked.memory is not None:
         if layer + window > asked.memory:
-            found = f"--memory {asked.memory / 1e6:.0f} MB"
-            raise UsageError(found, "too little", expected=f"{(layer + window) / 1e6:.0f} MB")
+            found, needed = size(asked.memory), size(layer + window)
+            raise UsageError(f"--memory {found}", "too little", expected=needed)
         batch = min(batch, (asked.memory - layer) // window)
     batch = min(batch, len(text.windows))
     return CalibrationPlan(checkpoint, text, asked, items, parts, batch)
