@@ -239,9 +239,9 @@ else:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight layers of 26 MB and an embedding of two, all zeros but the norms."""
-    config = tiny_config(text_only=True, layers=8, mtp=0)
-    config |= {"intermediate_size": 16384, "vocab_size": 100_000}
+    """Four layers of 51 MB and an embedding of as much, all zeros."""
+    config = tiny_config(text_only=True, mtp=0)
+    config |= {"intermediate_size": 32768, "vocab_size": 100_000}
     tensors = {
         spec.name: torch.zeros(spec.shape, dtype=torch.bfloat16)
         for spec in expected_tensors(parse_config(config), layout_of(config))
@@ -254,7 +254,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_layer_and_a_half_is_memory_enough(
     way: str, fits: bool, folder: Path, large: Path, prose: Path, tmp_path: Path
 ) -> None:
-    """The hidden states lie in files; loading the model, of eight layers, fails at this limit."""
+    """The hidden states lie in files; loading the model, of four layers, fails at this limit."""
     code = subprocess.run(
         [sys.executable, "-c", LIMITED, folder, large, tmp_path, prose, way],
         env={**os.environ, "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"},

@@ -18,6 +18,9 @@ from qwen35.model.config import ModelConfig
 
 __all__ = ["Block", "Builder", "Embedding", "blocks"]
 
+_ALIGNED = 64
+"""Elements to which a parameter's place is rounded, so that rows lie well for vector loads."""
+
 _TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
@@ -136,9 +139,16 @@ class Builder:
         return self._filled(module, block)
 
     def _filled(self, module: Any, block: Block) -> Any:
-        """Give a module on no device its weights."""
-        module = module.to(self.dtype).to_empty(device="cpu").requires_grad_(requires_grad=False)
-        parameters = dict(module.named_parameters())
+        """Give a module on no device its weights, in one piece of memory that goes with it."""
+        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        sizes = {name: -(-shape.numel() // _ALIGNED) * _ALIGNED for name, shape in shapes.items()}
+        memory = self.torch.empty(sum(sizes.values()), dtype=self.dtype)
+        parameters = {
+            name: piece[: shapes[name].numel()].view(shapes[name])
+            for name, piece in zip(sizes, memory.split(list(sizes.values())), strict=True)
+        }
+        module.load_state_dict(parameters, assign=True)
+        module.requires_grad_(requires_grad=False)
         left = sum(parameter.numel() for parameter in parameters.values())
         for item in block.items:
             target = _target(parameters, item, block.name)
