@@ -315,3 +315,46 @@ def test_entries_of_layers_beyond_the_model_are_refused(tmp_path: Path) -> None:
     beyond = read_imatrix(gguf_file(tmp_path / "deep.gguf", {"blk.9.ffn_up.weight": ones(1, 256)}))
     with pytest.raises(InputError, match=r"blk\.9\.ffn_up.*expected 8 layers.*another model"):
         beyond.check(geometry)
+
+
+def test_fp8_made_with_them_is_reproduced(
+    made: Calibrated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stats = str(made.result.out / "activation-stats.json")
+    out, plain = str(tmp_path / "fp8"), str(tmp_path / "plain")
+    convert = ["convert", str(ASSET), out, "--recipe", "fp8", "--skip-verify"]
+    assert main([*convert, "--activation-stats", stats]) == 0
+    assert main(["convert", str(ASSET), plain, "--recipe", "fp8", "--skip-verify"]) == 0
+    weighed, even = load_all(Path(out)), load_all(Path(plain))
+    names = [name for name in weighed if name.endswith("_scale_inv")]
+    assert any(not torch.equal(weighed[name], even[name]) for name in names)
+    reproduce = ["reproduce", out, "--source", str(ASSET)]
+    assert main(reproduce) == 2
+    assert main([*reproduce, "--activation-stats", stats]) == 0
+    assert "reproduced, byte for byte" in capsys.readouterr().out
+
+
+def squared_output_error(
+    source: dict[str, torch.Tensor], out: dict[str, torch.Tensor], table: dict[str, Any]
+) -> float:
+    """Sum over FP8 weights of the expected squared error of the outputs."""
+    total = 0.0
+    for name, weight in source.items():
+        scales = out.get(f"{name}_scale_inv")
+        if scales is None or name not in table:
+            continue
+        wide = scales.float().repeat_interleave(128, 0).repeat_interleave(128, 1)
+        errors = (out[name].float() * wide - weight.float()).double().square().sum(0)
+        squares = torch.tensor(table[name]["input_channel_mean_square"], dtype=torch.float64)
+        total += float((errors * squares).sum())
+    return total
+
+
+def test_fp8_errs_less_where_it_matters(made: Calibrated, tmp_path: Path) -> None:
+    stats = str(made.result.out / "activation-stats.json")
+    outs = []
+    for name, more in (("even", []), ("weighed", ["--activation-stats", stats])):
+        out = str(tmp_path / name)
+        assert main(["convert", str(ASSET), out, "--recipe", "fp8", "--skip-verify", *more]) == 0
+        outs.append(squared_output_error(load_all(ASSET), load_all(Path(out)), table_of(made)))
+    assert outs[1] < outs[0]
