@@ -12,8 +12,9 @@ with the standard error of their mean.
 
 Cost, on a random checkpoint of true shapes: processes that run `qwen35 calibrate` and that load the
 model in transformers and run it over the same windows, neither with logits. CPU time and peak
-memory are those of the whole process as the operating system counts them; start-up (importing
-torch and transformers) is measured apart and taken off. Only ratios within one run mean something.
+memory are those of the whole process as the operating system counts them; the same on one window
+and the embedded checkpoint is measured apart and taken off as start-up. Only ratios within one run
+mean something.
 """
 
 from __future__ import annotations
@@ -68,13 +69,12 @@ import sys
 import numpy as np
 import torch, transformers
 transformers.logging.disable_progress_bar()
-if sys.argv[1:]:
-    torch.set_num_threads(int(sys.argv[3]))
-    kind = transformers.AutoModelForImageTextToText
-    model = kind.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
-    with torch.inference_mode():
-        for window in np.load(sys.argv[2]):
-            model(input_ids=torch.from_numpy(window)[None].long(), logits_to_keep=1)
+torch.set_num_threads(int(sys.argv[4]))
+kind = transformers.AutoModelForImageTextToText
+model = kind.from_pretrained(sys.argv[1], dtype=torch.bfloat16).eval()
+with torch.inference_mode():
+    for window in np.load(sys.argv[2])[: int(sys.argv[3])]:
+        model(input_ids=torch.from_numpy(window)[None].long(), logits_to_keep=1)
 """
 
 
@@ -245,14 +245,20 @@ def cost(work: Path, size: str, windows: int, runs: int, threads: int) -> None:
     plan = make_plan(checkpoint, text, Asked())
     saved, out = work / "windows.npy", work / "speed"
     np.save(saved, text.windows)
-    ours = [sys.executable, "-m", "qwen35.cli.main", "calibrate", str(source), "--quiet"]
-    ours += ["--text", str(path), "--output", str(out), "--windows", str(windows)]
-    ours += ["--threads", str(threads), "--device", "cpu"]
-    theirs = [sys.executable, "-c", WHOLE]
+
+    def ours(model: Path, count: int) -> list[str]:
+        command = [sys.executable, "-m", "qwen35.cli.main", "calibrate", str(model), "--quiet"]
+        command += ["--text", str(path), "--output", str(out), "--windows", str(count)]
+        return [*command, "--threads", str(threads), "--device", "cpu"]
+
+    def whole(model: Path, count: int) -> list[str]:
+        return [sys.executable, "-c", WHOLE, *map(str, (model, saved, count, threads))]
+
     routes = {
-        "start-up of torch and transformers": theirs,
-        "qwen35 calibrate": ours,
-        "transformers, loaded whole": [*theirs, str(source), str(saved), str(threads)],
+        "start-up of qwen35 calibrate": ours(ASSET, 1),
+        "start-up of transformers": whole(ASSET, 1),
+        "qwen35 calibrate": ours(source, windows),
+        "transformers, loaded whole": whole(source, windows),
     }
     found: dict[str, list[Cost]] = {name: [] for name in routes}
     for _ in range(runs):
@@ -263,12 +269,12 @@ def cost(work: Path, size: str, windows: int, runs: int, threads: int) -> None:
     print(f"{'median of the runs':<40} {'wall s':>8} {'CPU s':>8} {'peak MB':>9}")
     for name, one in costs.items():
         print(f"{name:<40} {one.wall:>8.2f} {one.cpu:>8.2f} {one.memory:>9.0f}")
-    start, mine, whole = costs.values()
-    print(
-        f"CPU beyond start-up, ours / whole: {(mine.cpu - start.cpu) / (whole.cpu - start.cpu):.2f}"
-    )
-    print(f"memory beyond start-up: {mine.memory - start.memory:.0f} MB,", end=" ")
-    print(f"stated {plan.peak_bytes / 1e6:.0f} MB, whole {whole.memory - start.memory:.0f} MB")
+    before, theirs_before, mine, theirs = costs.values()
+    ratio = (mine.cpu - before.cpu) / (theirs.cpu - theirs_before.cpu)
+    print(f"CPU beyond start-up, ours / whole: {ratio:.2f}")
+    print(f"memory beyond start-up: {mine.memory - before.memory:.0f} MB,", end=" ")
+    print(f"stated {plan.peak_bytes / 1e6:.0f} MB,", end=" ")
+    print(f"whole {theirs.memory - theirs_before.memory:.0f} MB")
     (work / "calibrate.json").write_text(json.dumps({n: vars(c) for n, c in costs.items()}))
 
 
