@@ -136,6 +136,45 @@ def test_quantizers_use_all_of_it(made: Calibrated, tmp_path: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_reformatted_statistics_are_the_same(made: Calibrated, tmp_path: Path) -> None:
+    """A file of ours is read line by line, any other whole."""
+    ours = load_activations(made.result.out / "activation-stats.json")
+    file = tmp_path / "stats.json"
+    file.write_text(json.dumps(table_of(made), indent=1))
+    other = load_activations(file)
+    assert (ours.made, ours.columns.keys()) == (other.made, other.columns.keys())
+    for key, values in ours.columns.items():
+        assert np.array_equal(values, other.columns[key])
+        assert np.array_equal(ours.squares[key], other.squares[key])
+
+
+@pytest.mark.parametrize("damage", ["cut", "joined", "comma", "after", "two", "empty line"])
+def test_damaged_lines_are_refused(damage: str, made: Calibrated, tmp_path: Path) -> None:
+    lines = (made.result.out / "activation-stats.json").read_bytes().split(b"\n")
+    if damage == "cut":
+        lines = lines[:5]
+    elif damage == "joined":
+        lines[3] = lines[3].removesuffix(b",")
+    elif damage == "comma":
+        lines[-3] += b","
+    elif damage == "after":
+        lines += [b"more"]
+    elif damage == "two":
+        lines[3:5] = [lines[3] + lines[4]]
+    else:
+        lines[4:4] = [b""]
+    file = tmp_path / "stats.json"
+    file.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match=r"stats\.json"):
+        load_activations(file)
+
+
+def test_revision_of_a_repository_is_told(text: Path) -> None:
+    checkpoint = open_folder(ASSET, repo="owner/model", revision="a" * 40)
+    plan = make_plan(checkpoint, read_text(checkpoint, [text], windows=1), Asked())
+    assert plan.provenance["source"] == {"repo": "owner/model", "revision": "a" * 40}
+
+
 # --- multi-token prediction
 
 

@@ -392,7 +392,11 @@ def test_malformed_mean_squares_are_refused(value: Any, message: str, tmp_path: 
     file.write_text(json.dumps(table))
     with pytest.raises(InputError, match=message):
         load_activations(file)
-    file.write_text(json.dumps({"__metadata__": 3, **table}))
+
+
+def test_malformed_metadata_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "stats.json"
+    file.write_text(json.dumps({"__metadata__": 3, DOWN: {"input_channel_max": [1.0] * 512}}))
     with pytest.raises(InputError, match="malformed"):
         load_activations(file)
 

@@ -9,10 +9,11 @@ the file.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qwen35.checkpoint.header import strict_json
 from qwen35.checkpoint.inventory import Item
@@ -39,6 +40,9 @@ LARGEST, SQUARES, TOKENS = "input_channel_max", "input_channel_mean_square", "to
 MADE = "__metadata__"
 ANOTHER_MODEL = "these are statistics of another model: collect them from this one"
 _MAX_BYTES = 2**30
+_MAX_LINE = 2**26
+_BY_LINE = b"{\n" + json.dumps(MADE).encode()
+"""How a file of ours begins, which has a weight a line."""
 
 Key = tuple[str, int | None, int | None]
 """Role, layer and expert: the same weight has several names."""
@@ -131,33 +135,70 @@ def load_activations(path: Path) -> Activations:
     Raises:
         InputError: it cannot be read or is malformed.
     """
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(str(path), "larger than any statistics", expected="at most 1 GiB")
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
-    parsed = strict_json(data, path.name)
-    if not isinstance(parsed, dict) or not parsed:
-        raise InputError(path.name, "malformed", expected="a table of weights")
-    made = parsed.pop(MADE, {})
-    if not isinstance(made, dict) or not parsed:
-        raise InputError(path.name, "malformed", expected="a table of weights")
+    made: Any = {}
     columns: dict[Key, npt.NDArray[np.float32]] = {}
     squares: dict[Key, npt.NDArray[np.float32]] = {}
-    for name, entry in parsed.items():
-        role = _role(path.name, name)
-        key = role.name, role.layer, role.expert
-        if key in columns:
-            raise InputError(path.name, f"names {name} twice", hint="under two prefixes")
-        columns[key] = _values(path.name, name, entry, LARGEST)
-        if SQUARES in entry:
-            squares[key] = _values(path.name, name, entry, SQUARES)
-            if len(squares[key]) != len(columns[key]):
-                found = f"{len(squares[key])} mean squares for {name}"
-                raise InputError(path.name, found, expected=f"{len(columns[key])}")
-    digest = hashlib.sha256(data).hexdigest()
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            for name, entry in _entries(file, path):
+                if name == MADE:
+                    made = entry
+                    continue
+                role = _role(path.name, name)
+                key = role.name, role.layer, role.expert
+                if key in columns:
+                    raise InputError(path.name, f"names {name} twice", hint="under two prefixes")
+                columns[key] = _values(path.name, name, entry, LARGEST)
+                if SQUARES in entry:
+                    squares[key] = _values(path.name, name, entry, SQUARES)
+                    if len(squares[key]) != len(columns[key]):
+                        found = f"{len(squares[key])} mean squares for {name}"
+                        raise InputError(path.name, found, expected=f"{len(columns[key])}")
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    if not isinstance(made, dict) or not columns:
+        raise _malformed(path)
     return Activations(path.name, digest, columns, squares, made)
+
+
+def _malformed(path: Path) -> InputError:
+    return InputError(path.name, "malformed", expected="a table of weights")
+
+
+def _entries(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield what the file says of each weight.
+
+    A file of ours has a weight a line, and only one of them is in memory: those of large mixtures
+    of experts take gigabytes. Any other is read whole.
+    """
+    file.seek(0)
+    first = file.read(len(_BY_LINE))
+    file.seek(0)
+    if first == _BY_LINE:
+        yield from _lines(file, path)
+        return
+    if path.stat().st_size > _MAX_BYTES:
+        raise InputError(str(path), "larger than any statistics", expected="at most 1 GiB")
+    parsed = strict_json(file.read(), path.name)
+    if not isinstance(parsed, dict):
+        raise _malformed(path)
+    yield from parsed.items()
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+    file.readline()
+    last = b""
+    while (line := file.readline(_MAX_LINE)).strip() != b"}":
+        if last and not last.endswith(b","):
+            raise _malformed(path)
+        last = line.strip()
+        parsed = strict_json(b"{" + last.removesuffix(b",") + b"}", path.name)
+        if len(parsed) != 1:
+            raise _malformed(path)
+        yield from parsed.items()
+    if last.endswith(b",") or file.read(1):
+        raise _malformed(path)
 
 
 def _role(file: str, name: str) -> Role:
