@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from checkpoints import layout_of, tiny_config, write_checkpoint
+from fake_hub import FakeHub, serving
 from gguf_models import sidecars
 from hub_client import files_in
+from hub_store import COMMIT, Repo
 from qwen35.calibrate.blocks import Block
 from qwen35.calibrate.plan import Asked, CalibrationPlan, make_plan
 from qwen35.calibrate.run import calibrate
@@ -29,6 +31,7 @@ from qwen35.model.roles import expected_tensors
 from qwen35.progress import Silent
 from running import load_all
 from test_calibrate import source
+from test_hub import command as command_in
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +112,31 @@ def test_reading_ahead_changes_nothing(folder: Path, prose: Path, tmp_path: Path
         assert one.keys() == other.keys()
         for name in one:
             assert (one[name].squares == other[name].squares).all()
+
+
+def test_a_checkpoint_on_the_hub(folder: Path, prose: Path, tmp_path: Path) -> None:
+    """A dry run downloads no weights; the files tell repository and commit."""
+    asked = ("--text", str(prose), "--context", "32", "--device", "cpu", "--json")
+    with serving(FakeHub({"owner/Tiny": Repo.of(folder)})) as hub:
+        where: Any = {"home": tmp_path, "url": hub.url}
+        dry = command_in("calibrate", "owner/Tiny", "--output", "out", *asked, "--dry-run", **where)
+        assert dry.code == 0, dry.err
+        (weights,) = (path.name for path in folder.glob("*.safetensors"))
+        assert hub.sent(weights) < 100_000
+        done = command_in("calibrate", "owner/Tiny", "--output", "out", *asked, **where)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["coverage"]["floor"] == 128
+    first = (tmp_path / "out" / "activation-stats.json").read_text().splitlines()[1]
+    made = json.loads("{" + first.removesuffix(",") + "}")["__metadata__"]
+    assert made["source"] == {"repo": "owner/Tiny", "revision": COMMIT}
+
+
+def test_where_nothing_can_be_written(
+    folder: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert command(folder, prose, tmp_path / "file" / "below" / "out") == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 # --- interruption

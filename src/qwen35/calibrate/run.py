@@ -19,7 +19,7 @@ from qwen35.plan.documents import json_bytes
 from qwen35.plan.manifest import Made
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import flushed, write_file
-from qwen35.sinks.staging import Result, check_output, check_space, locked, staging
+from qwen35.sinks.staging import Result, check_output, check_space, locked, os_errors, staging
 
 __all__ = ["Calibrated", "calibrate", "check_before", "device_for"]
 
@@ -94,8 +94,9 @@ def calibrate(
         torch.set_num_threads(threads)
     progress = progress or Silent()
     folder = work_folder(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with os_errors(out), locked(folder):
         work = Work(folder, plan.digest, restart=overwrite)
         resumed = max(0, len(work.done) - 1)
         check_space(out.parent, plan.disk_bytes if not resumed else plan.output_bytes)

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,7 +99,7 @@ def _read(path: Path) -> bytes:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
 
 
-def _tokenizer(checkpoint: Checkpoint):  # type: ignore[no-untyped-def]
+def _tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
