@@ -99,6 +99,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/fp8.py
 	$(BIN)/python benchmarks/gguf.py
 	$(BIN)/python benchmarks/evaluate.py
+	$(BIN)/python benchmarks/calibrate.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -343,6 +343,64 @@ def test_statistics_weigh_the_columns_of_their_weight(
     assert any("7 of 32 FP8 weights have no statistics" in note for note in plan.notes)
 
 
+def with_squares(file: Path) -> dict[str, Any]:
+    """Add mean squares, unlike the largest magnitudes, to a file of statistics."""
+    table: dict[str, Any] = json.loads(file.read_text())
+    for entry in table.values():
+        values = entry["input_channel_max"]
+        entry["input_channel_mean_square"] = [value**2 for value in reversed(values)]
+        entry["tokens"] = 100
+    file.write_text(json.dumps({"__metadata__": {"tokens": 100}, **table}))
+    return table
+
+
+@pytest.mark.parametrize(
+    ("mode", "key"),
+    [
+        ("search", "input_channel_mean_square"),
+        ("mse", "input_channel_max"),
+        ("rms", "input_channel_max"),
+    ],
+)
+def test_search_weighs_by_mean_squares(mode: Any, key: str, dense: Path, tmp_path: Path) -> None:
+    file = statistics(dense, tmp_path)
+    table = with_squares(file)
+    _, out = with_statistics(dense, file, mode, tmp_path / "out")
+    source = load_all(dense)
+    for name in (QKV, DOWN):
+        scales = {
+            what: encode(
+                source[name], Calibration(mode, grid_size=9), torch.tensor(table[name][what])
+            )[1]
+            for what in ("input_channel_max", "input_channel_mean_square")
+        }
+        assert torch.equal(out[f"{name}_scale_inv"], scales.pop(key))
+        assert not torch.equal(out[f"{name}_scale_inv"], *scales.values())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1.0] * 511, "511 mean squares for .*expected 512"),
+        ([-1.0] * 512, "negative"),
+        ("many", "input_channel_mean_square: a number per column"),
+    ],
+)
+def test_malformed_mean_squares_are_refused(value: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "stats.json"
+    table = {DOWN: {"input_channel_max": [1.0] * 512, "input_channel_mean_square": value}}
+    file.write_text(json.dumps(table))
+    with pytest.raises(InputError, match=message):
+        load_activations(file)
+
+
+def test_malformed_metadata_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "stats.json"
+    file.write_text(json.dumps({"__metadata__": 3, DOWN: {"input_channel_max": [1.0] * 512}}))
+    with pytest.raises(InputError, match="malformed"):
+        load_activations(file)
+
+
 @pytest.mark.parametrize("mode", ["max", "percentile"])
 def test_statistics_are_ignored_with_a_message(mode: Any, dense: Path, tmp_path: Path) -> None:
     file = statistics(dense, tmp_path)

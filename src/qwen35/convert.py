@@ -165,7 +165,8 @@ class _Run:
         codes_spec, scales_spec = step.outputs
         calibration, columns = self.plan.calibration, step.spec.shape[1]
         assert calibration is not None  # the plan has FP8 steps
-        weights = self.plan.activations.of(step.role) if self.plan.activations else None
+        statistics = self.plan.activations
+        weights = statistics.weights(step.role, calibration.mode) if statistics else None
         done = 0
         for piece in decoded(self.reader, step.weight, step.spec, strip=tile_rows(step.spec)):
             if stop.is_set():

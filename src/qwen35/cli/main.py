@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "plan": "every output file and tensor, exact to the byte, before anything is read",
     "convert": "write a quantized or text-only checkpoint",
     "gguf": "write GGUF files for llama.cpp, quantized or not",
+    "calibrate": "activation statistics and an importance matrix, one layer in memory at a time",
     "verify": "check an artifact, alone or against its source",
     "evaluate": "perplexity and KL divergence of quantized models, in one table",
     "publish": "make a Hub repository like a folder, or the other way round",
@@ -86,7 +87,16 @@ def _tune_process() -> None:
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     gc.set_threshold(1_000_000)
-    atexit.register(gc.freeze)  # nor needs the end of the process a walk through all of them
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Spare the end of the process a walk through everything there is.
+
+    Not where torch was loaded: what it brings in complains of objects that are left.
+    """
+    if "torch" not in sys.modules:
+        gc.freeze()
 
 
 def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = "") -> int:

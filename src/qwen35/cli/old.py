@@ -7,7 +7,16 @@ from collections.abc import Sequence
 
 from qwen35.cli.main import run_verb
 
-__all__ = ["convert", "inspect", "quantize_fp8", "strip", "upload", "verify", "verify_qwen35"]
+__all__ = [
+    "collect_activation_stats",
+    "convert",
+    "inspect",
+    "quantize_fp8",
+    "strip",
+    "upload",
+    "verify",
+    "verify_qwen35",
+]
 
 
 def _run(name: str, module: str, argv: Sequence[str] | None) -> int:
@@ -32,6 +41,11 @@ def inspect(argv: Sequence[str] | None = None) -> int:
 def quantize_fp8(argv: Sequence[str] | None = None) -> int:
     """`qwen35-quantize-fp8`: a checkpoint to block-wise FP8."""
     return _run("qwen35-quantize-fp8", "old_quantize_fp8", argv)
+
+
+def collect_activation_stats(argv: Sequence[str] | None = None) -> int:
+    """`qwen35-collect-activation-stats`: statistics of a loaded model that continues prompts."""
+    return _run("qwen35-collect-activation-stats", "old_collect", argv)
 
 
 def verify(argv: Sequence[str] | None = None) -> int:

@@ -35,7 +35,8 @@ class Calibration:
     - ``search``: the bfloat16 value with the least squared error among 32 from m / 448 up to its
       double. It never clips: it moves the mantissas of the tile against the code's steps.
 
-    Statistics of activations weigh the columns in ``rms``, ``mse`` and ``search``.
+    Statistics of activations weigh the columns: in ``search`` their mean squares, where there are
+    any, in ``rms`` and ``mse`` their largest magnitudes, as documented.
 
     Raises:
         UsageError: a parameter makes no sense.

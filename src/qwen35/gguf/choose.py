@@ -144,6 +144,11 @@ def imatrix_notes(imatrix: Imatrix, tensors: Sequence[Tensor]) -> Iterator[str]:
     extra = sorted(set(imatrix.entries) - set(wanted))
     if extra:
         yield f"{imatrix.name} speaks of tensors that are not here: {_some(extra)}"
+    if filled := imatrix.made.get("experts_below_floor"):
+        yield (
+            f"{imatrix.name} saw fewer than {imatrix.made.get('floor')} tokens for {filled} "
+            "experts, which were filled up from the average of their layer"
+        )
     partial = [name for name in known if imatrix.entries[name].unseen]
     if partial:
         count = sum(imatrix.entries[name].unseen for name in partial)

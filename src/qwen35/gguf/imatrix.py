@@ -7,26 +7,33 @@ Source: llama.cpp 0c1e5709, ``common/imatrix-loader.cpp`` and ``tools/quantize/q
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen35.checkpoint.header import strict_json
 from qwen35.errors import InputError
 from qwen35.gguf.container import Container, is_gguf, read_container
 from qwen35.gguf.container import Entry as Listed
+from qwen35.plan.activations import ANOTHER_MODEL, other_geometry
 from qwen35.sinks.files import hash_file
 
-__all__ = ["Imatrix", "read_imatrix"]
+__all__ = ["COUNTS", "MADE", "SUMS", "Imatrix", "read_imatrix"]
 
 F32 = npt.NDArray[np.float32]
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+SUMS, COUNTS = ".in_sum2", ".counts"
+MADE = "qwen35.calibration"
+"""A key of ours: JSON of what made the file; other readers skip it."""
+
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.", re.ASCII)
 _KEY_BYTES = 127
 _MAX_NAME = 4096
 
@@ -94,6 +101,7 @@ class Imatrix:
         dataset: the text it was made of, if it says so.
         chunks: pieces of that text, 0 if it does not say.
         digest: SHA-256 of the file.
+        made: what made the file, if `qwen35 calibrate` did: its model's geometry among it.
     """
 
     name: str
@@ -101,6 +109,25 @@ class Imatrix:
     dataset: str
     chunks: int
     digest: str
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, geometry: Mapping[str, int]) -> None:
+        """Check that it is of a model with this geometry, as far as it tells.
+
+        Raises:
+            InputError: it is of another.
+        """
+        difference = other_geometry(self.made, geometry)
+        if difference is not None:
+            found, expected = difference
+            raise InputError(self.name, found, expected=expected, hint=ANOTHER_MODEL)
+        last = geometry["layers"]  # the MTP layer's block, whether the model has it or not
+        for name in self.entries:
+            match = _BLOCK.match(name)
+            if match and int(match[1]) > last:
+                raise InputError(
+                    self.name, f"an entry {name}", expected=f"{last} layers", hint=ANOTHER_MODEL
+                )
 
     def keys(self) -> dict[str, str | int]:
         """Return the keys that llama-quantize writes about it, in its order."""
@@ -133,16 +160,19 @@ def read_imatrix(path: Path, *, name: str = "") -> Imatrix:
     except OSError as error:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
     read = _from_gguf if is_gguf(path) else _from_dat
-    entries, dataset, chunks = read(path)
+    entries, dataset, chunks, made = read(path)
     for key, entry in entries.items():
         for i in range(len(entry.divisors)):
             values = entry.slice(i, entry.width)
             if not np.isfinite(values).all() or (values < 0).any():
                 raise InputError(str(path), f"{key} holds values that are no mean of squares")
-    return Imatrix(name or str(path), entries, dataset, chunks, digest)
+    return Imatrix(name or str(path), entries, dataset, chunks, digest, made)
 
 
-def _from_gguf(path: Path) -> tuple[dict[str, Entry], str, int]:
+_Contents = tuple[dict[str, Entry], str, int, Mapping[str, Any]]
+
+
+def _from_gguf(path: Path) -> _Contents:
     container = read_container(path)
     keys = container.keys
     wanted = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
@@ -150,9 +180,9 @@ def _from_gguf(path: Path) -> tuple[dict[str, Entry], str, int]:
     if missing:
         raise InputError(str(path), f"no {missing[0]} in it", expected="an importance matrix")
     entries = {}
-    names = {key.removesuffix(_SUMS).removesuffix(_COUNTS): None for key in container.tensors}
+    names = {key.removesuffix(SUMS).removesuffix(COUNTS): None for key in container.tensors}
     for name in names:
-        sums, counts = (_tensor(container, name + suffix) for suffix in (_SUMS, _COUNTS))
+        sums, counts = (_tensor(container, name + suffix) for suffix in (SUMS, COUNTS))
         size, slices = prod(sums.shape), prod(counts.shape)
         if size % slices:
             raise InputError(str(path), f"{size} sums and {slices} counts for {name}")
@@ -164,7 +194,10 @@ def _from_gguf(path: Path) -> tuple[dict[str, Entry], str, int]:
         raise InputError(str(path), "no entries in it")
     datasets = keys["imatrix.datasets"]
     first = datasets[0] if isinstance(datasets, list) and datasets else ""
-    return entries, str(first), int(keys["imatrix.chunk_count"])
+    made = strict_json(str(keys.get(MADE, "{}")).encode(), f"{MADE} of {path.name}")
+    if not isinstance(made, dict):
+        raise InputError(str(path), f"a malformed {MADE}")
+    return entries, str(first), int(keys["imatrix.chunk_count"]), made
 
 
 def _tensor(container: Container, name: str) -> Listed:
@@ -175,12 +208,12 @@ def _tensor(container: Container, name: str) -> Listed:
     return entry
 
 
-def _from_dat(path: Path) -> tuple[dict[str, Entry], str, int]:
+def _from_dat(path: Path) -> _Contents:
     with path.open("rb") as file:
         reader = _Dat(file, path)
         entries = dict(reader.entries())
         dataset, chunks = reader.trailer()
-    return entries, dataset, chunks
+    return entries, dataset, chunks, {}
 
 
 class _Dat:

@@ -241,7 +241,10 @@ class _Maker:
         chooser = self.chooser(tensors, self.asked.recipe)
         chooser.ruled()
         imatrix = self.asked.imatrix
-        notes = list(imatrix_notes(imatrix, tensors)) if imatrix else []
+        notes: list[str] = []
+        if imatrix is not None:
+            imatrix.check(self.checkpoint.config.geometry)
+            notes += imatrix_notes(imatrix, tensors)
         files = []
         for type_name in self.asked.types:
             file_type = FILE_TYPES[type_name]

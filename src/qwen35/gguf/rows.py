@@ -11,7 +11,7 @@ from qwen35.checkpoint.source import Reader
 from qwen35.codecs.floats import all_finite, empty, f32_from
 from qwen35.gguf.names import Tensor
 
-__all__ = ["Strip", "read_strip", "strips"]
+__all__ = ["Strip", "read_strip", "strips", "tiled_columns"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -77,7 +77,7 @@ def read_strip(reader: Reader, strip: Strip) -> F32:
         values = _plain(reader, strip, runs)
     values = values.reshape(strip.count, tensor.row)
     if tensor.head and (tensor.transform == "columns" or len(tensor.shape) == 1):
-        values = _tiled_columns(values, tensor)
+        values = tiled_columns(values, tensor)
     return _computed(values, tensor, item.spec.dtype)
 
 
@@ -134,7 +134,8 @@ def _runs(strip: Strip) -> Iterator[tuple[int, int]]:
         row = stop
 
 
-def _tiled_columns(values: F32, tensor: Tensor) -> F32:
+def tiled_columns(values: F32, tensor: Tensor) -> F32:
+    """Return [rows, row] with the columns of value heads in the order of the GGUF tensor."""
     rows, row = values.shape
     groups = row // tensor.head // tensor.keys
     heads = values.reshape(rows, tensor.keys, groups, tensor.head)

@@ -105,6 +105,12 @@ class ModelConfig:
         return text
 
     @property
+    def geometry(self) -> dict[str, int]:
+        """The sizes of the text model, the same with a vision tower and without."""
+        sizes = {name: n for name, n in self.dims.items() if not name.startswith("vision")}
+        return {"layers": len(self.layer_types), **sizes}
+
+    @property
     def quantization(self) -> dict[str, Any] | None:
         """``quantization_config`` of the checkpoint, if it has one."""
         for holder in (self.raw, self.text_raw):

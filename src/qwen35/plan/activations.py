@@ -1,16 +1,19 @@
 """Statistics of activations: how large the input of each weight's columns was in a forward pass.
 
-The file is one JSON object, ``{weight name: {"input_channel_max": [a number per column]}}``, as
-`qwen35-collect-activation-stats` writes it.
+The file is one JSON object, ``{weight name: {"input_channel_max": [a number per column]}}``.
+`qwen35 calibrate` and `qwen35-collect-activation-stats` add ``input_channel_mean_square``, in the
+same form, to each weight, ``tokens``, the number it saw, and the entry ``__metadata__``: what made
+the file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from qwen35.checkpoint.header import strict_json
 from qwen35.checkpoint.inventory import Item
@@ -21,10 +24,25 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["Activations", "Key", "load_activations"]
+__all__ = [
+    "ANOTHER_MODEL",
+    "LARGEST",
+    "MADE",
+    "SQUARES",
+    "TOKENS",
+    "Activations",
+    "Key",
+    "load_activations",
+    "other_geometry",
+]
 
-_KEY = "input_channel_max"
+LARGEST, SQUARES, TOKENS = "input_channel_max", "input_channel_mean_square", "tokens"
+MADE = "__metadata__"
+ANOTHER_MODEL = "these are statistics of another model: collect them from this one"
 _MAX_BYTES = 2**30
+_MAX_LINE = 2**26
+_BY_LINE = b"{\n" + json.dumps(MADE).encode()
+"""How a file of ours begins, which has a weight a line."""
 
 Key = tuple[str, int | None, int | None]
 """Role, layer and expert: the same weight has several names."""
@@ -32,28 +50,43 @@ Key = tuple[str, int | None, int | None]
 
 @dataclass(frozen=True)
 class Activations:
-    """Largest magnitudes of the inputs of weights, per column.
+    """What the inputs of weights were, per column.
 
     Args:
         name: of the file.
         sha256: of the file.
-        columns: for each weight, [columns] float32, not negative.
+        columns: for each weight, [columns] float32, not negative: the largest magnitudes.
+        squares: the same of mean squares, for the weights that have them.
+        made: what made the file, if it says so.
     """
 
     name: str
     sha256: str
     columns: Mapping[Key, npt.NDArray[np.float32]]
+    squares: Mapping[Key, npt.NDArray[np.float32]] = field(default_factory=dict)
+    made: Mapping[str, Any] = field(default_factory=dict)
 
-    def of(self, role: Role) -> npt.NDArray[np.float32] | None:
-        """Return the magnitudes of one weight, if there are any."""
-        return self.columns.get((role.name, role.layer, role.expert))
+    def weights(self, role: Role, mode: str) -> npt.NDArray[np.float32] | None:
+        """Return how much the error of each column of a weight matters, if it is known.
 
-    def check(self, items: Sequence[Item]) -> None:
+        Mode ``search`` weighs by mean squares where there are any: to first order, the squared
+        error of an output is the sum over columns of (error of the weight)^2 x^2. The other modes
+        are documented with the largest magnitudes.
+        """
+        key = role.name, role.layer, role.expert
+        found = self.squares.get(key) if mode == "search" else None
+        return self.columns.get(key) if found is None else found
+
+    def check(self, items: Sequence[Item], geometry: Mapping[str, int]) -> None:
         """Check that these are statistics of the model with the weights `items`.
 
         Raises:
-            InputError: a weight is not there, or has another number of columns.
+            InputError: a weight is not there or has another number of columns, or the file names
+                another geometry than `geometry`.
         """
+        difference = other_geometry(self.made, geometry)
+        if difference is not None:
+            raise self._foreign(*difference)
         shapes = {}
         for item in items:
             for one in (item, *item.experts()):
@@ -67,8 +100,33 @@ class Activations:
                 raise self._foreign(found, expected=f"{shapes[key][-1]}")
 
     def _foreign(self, found: str, expected: str = "") -> InputError:
-        hint = "these are statistics of another model: collect them from this one"
-        return InputError(self.name, found, expected=expected, hint=hint)
+        return InputError(self.name, found, expected=expected, hint=ANOTHER_MODEL)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what a user of the file should know."""
+        below = self.made.get("experts_below_floor")
+        if not below:
+            return ()
+        floor = self.made.get("floor")
+        return (
+            f"{self.name} saw fewer than {floor} tokens for {below} experts, which were filled up "
+            "from the average of their layer",
+        )
+
+
+def other_geometry(made: Mapping[str, Any], geometry: Mapping[str, int]) -> tuple[str, str] | None:
+    """Return what is found and what is expected, if statistics name another geometry.
+
+    Args:
+        made: what made the statistics; files of others say nothing.
+        geometry: `ModelConfig.geometry`.
+    """
+    theirs = made.get("geometry")
+    if not isinstance(theirs, dict) or theirs == dict(geometry):
+        return None
+    names = [name for name in {**theirs, **geometry} if theirs.get(name) != geometry.get(name)]
+    found, expected = (", ".join(f"{n} {g.get(n)}" for n in names[:3]) for g in (theirs, geometry))
+    return f"of a model with {found}"[:200], expected
 
 
 def load_activations(path: Path) -> Activations:
@@ -77,23 +135,70 @@ def load_activations(path: Path) -> Activations:
     Raises:
         InputError: it cannot be read or is malformed.
     """
+    made: Any = {}
+    columns: dict[Key, npt.NDArray[np.float32]] = {}
+    squares: dict[Key, npt.NDArray[np.float32]] = {}
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(str(path), "larger than any statistics", expected="at most 1 GiB")
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            for name, entry in _entries(file, path):
+                if name == MADE:
+                    made = entry
+                    continue
+                role = _role(path.name, name)
+                key = role.name, role.layer, role.expert
+                if key in columns:
+                    raise InputError(path.name, f"names {name} twice", hint="under two prefixes")
+                columns[key] = _values(path.name, name, entry, LARGEST)
+                if SQUARES in entry:
+                    squares[key] = _values(path.name, name, entry, SQUARES)
+                    if len(squares[key]) != len(columns[key]):
+                        found = f"{len(squares[key])} mean squares for {name}"
+                        raise InputError(path.name, found, expected=f"{len(columns[key])}")
     except OSError as error:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
-    parsed = strict_json(data, path.name)
-    if not isinstance(parsed, dict) or not parsed:
-        raise InputError(path.name, "malformed", expected="a table of weights")
-    columns: dict[Key, npt.NDArray[np.float32]] = {}
-    for name, entry in parsed.items():
-        role = _role(path.name, name)
-        key = role.name, role.layer, role.expert
-        if key in columns:
-            raise InputError(path.name, f"names {name} twice", hint="under two prefixes")
-        columns[key] = _values(path.name, name, entry)
-    return Activations(path.name, hashlib.sha256(data).hexdigest(), columns)
+    if not isinstance(made, dict) or not columns:
+        raise _malformed(path)
+    return Activations(path.name, digest, columns, squares, made)
+
+
+def _malformed(path: Path) -> InputError:
+    return InputError(path.name, "malformed", expected="a table of weights")
+
+
+def _entries(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield what the file says of each weight.
+
+    A file of ours has a weight a line, and only one of them is in memory: those of large mixtures
+    of experts take gigabytes. Any other is read whole.
+    """
+    file.seek(0)
+    first = file.read(len(_BY_LINE))
+    file.seek(0)
+    if first == _BY_LINE:
+        yield from _lines(file, path)
+        return
+    if path.stat().st_size > _MAX_BYTES:
+        raise InputError(str(path), "larger than any statistics", expected="at most 1 GiB")
+    parsed = strict_json(file.read(), path.name)
+    if not isinstance(parsed, dict):
+        raise _malformed(path)
+    yield from parsed.items()
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
+    file.readline()
+    last = b""
+    while (line := file.readline(_MAX_LINE)).strip() != b"}":
+        if last and not last.endswith(b","):
+            raise _malformed(path)
+        last = line.strip()
+        parsed = strict_json(b"{" + last.removesuffix(b",") + b"}", path.name)
+        if len(parsed) != 1:
+            raise _malformed(path)
+        yield from parsed.items()
+    if last.endswith(b",") or file.read(1):
+        raise _malformed(path)
 
 
 def _role(file: str, name: str) -> Role:
@@ -103,12 +208,12 @@ def _role(file: str, name: str) -> Role:
         raise InputError(file, f"names {name!r}", expected="weights of Qwen3.5") from error
 
 
-def _values(file: str, name: str, entry: Any) -> npt.NDArray[np.float32]:
+def _values(file: str, name: str, entry: Any, what: str) -> npt.NDArray[np.float32]:
     import numpy as np
 
-    values = entry.get(_KEY) if isinstance(entry, dict) else None
+    values = entry.get(what) if isinstance(entry, dict) else None
     if not isinstance(values, list) or not values:
-        raise InputError(file, f"{name} is malformed", expected=f"{_KEY}: a number per column")
+        raise InputError(file, f"{name} is malformed", expected=f"{what}: a number per column")
     if not all(type(value) in (int, float) for value in values):
         raise InputError(file, f"{name} holds what is not a number")
     try:

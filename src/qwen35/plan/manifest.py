@@ -30,6 +30,7 @@ __all__ = [
     "manifest_versions",
     "read_manifest",
     "recipe_of",
+    "source_json",
     "source_of",
 ]
 
@@ -67,7 +68,7 @@ class Made:
             {
                 "manifest": MANIFEST_VERSION,
                 "tool": manifest_versions(),
-                "source": _source(self.checkpoint),
+                "source": source_json(self.checkpoint),
                 "recipe": self.recipe,
                 "calibration": self.calibration,
                 "plan": self.digest,
@@ -141,7 +142,8 @@ def manifest_versions() -> dict[str, str]:
     return {"qwen35": __version__, "python": platform.python_version(), **libraries}
 
 
-def _source(checkpoint: Checkpoint) -> dict[str, Any]:
+def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return where a checkpoint comes from, as manifests say it."""
     if checkpoint.repo:
         return {"repo": checkpoint.repo, "revision": checkpoint.revision}
     folder = checkpoint.root.resolve() if checkpoint.root else PurePath(checkpoint.name)

@@ -166,7 +166,9 @@ def make_plan(
         documents[INDEX_NAME] = _index(files)
     names = [name for name in travelling(vision=vision) if name not in documents]
     copied = {name: checkpoint.sidecars[name] for name in names if name in checkpoint.sidecars}
-    calibration, activations, more = _calibrated(steps, items, calibration, activations)
+    calibration, activations, more = _calibrated(
+        steps, items, checkpoint.config, calibration, activations
+    )
     return Plan(
         checkpoint,
         recipe,
@@ -183,6 +185,7 @@ def make_plan(
 def _calibrated(
     steps: Sequence[Step],
     items: Sequence[Item],
+    config: ModelConfig,
     calibration: Calibration | None,
     activations: Activations | None,
 ) -> tuple[Calibration | None, Activations | None, tuple[str, ...]]:
@@ -196,13 +199,15 @@ def _calibrated(
     calibration = calibration or Calibration()
     if activations is None:
         return calibration, None, ()
-    activations.check(items)
+    activations.check(items, config.geometry)
     if not calibration.weighted:
         note = f"{activations.name} is ignored: mode {calibration.mode} weighs no columns"
         return calibration, None, (note,)
-    without = sum(activations.of(step.role) is None for step in encoded)
+    known = (activations.weights(step.role, calibration.mode) for step in encoded)
+    without = sum(weights is None for weights in known)
     share = f"{without} of {len(encoded)} FP8 weights have no statistics: their columns weigh alike"
-    return calibration, activations, ((share,) if without else ())
+    notes = (share,) if without else ()
+    return calibration, activations, (*notes, *activations.notes())
 
 
 def _drops_vision(recipe: Recipe, items: Sequence[Item]) -> bool:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["TensorFile", "hash_file", "write_file"]
+__all__ = ["TensorFile", "flushed", "hash_file", "write_file"]
 
 _PIECE = 2**20
 
@@ -76,6 +76,16 @@ def hash_file(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def flushed(path: Path) -> str:
+    """Flush a file that a library wrote to the disk and return its SHA-256."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return hash_file(path)
 
 
 def write_file(path: Path, content: bytes) -> str:

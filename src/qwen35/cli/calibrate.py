@@ -1,0 +1,109 @@
+"""Run text through a model and write statistics of what its weights read.
+
+Writes activation statistics (for --activation-stats of FP8) and an importance matrix (for --imatrix
+of GGUF). One decoder layer is in memory at a time; an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from qwen35.calibrate.plan import Asked, CalibrationPlan, Dtype, make_plan
+from qwen35.calibrate.show import coverage_text, plan_json, plan_text
+from qwen35.calibrate.sums import FLOOR
+from qwen35.calibrate.text import read_text
+from qwen35.checkpoint.open import describe, fetch
+from qwen35.cli.output import Output
+from qwen35.cli.shared import add_model, positive, size_of
+from qwen35.plan.show import size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    add_model(parser)
+    parser.add_argument(
+        "--text", nargs="+", required=True, type=Path, metavar="FILE", help="plain text, UTF-8"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--context",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens of a window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--windows", type=positive, metavar="N", help="windows at most (default: all of the text)"
+    )
+    parser.add_argument(
+        "--floor",
+        type=positive,
+        default=FLOOR,
+        metavar="N",
+        help="experts that fewer tokens reach are filled up from the average of their layer "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--dat", action="store_true", help="write the older imatrix.dat as well")
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(Dtype),
+        default="auto",
+        help="to compute in (auto: bfloat16 for a bfloat16 checkpoint, else float32)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N (auto: a GPU if there is one)"
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch")
+    parser.add_argument(
+        "--memory", type=size_of, metavar="SIZE", help="smaller batches to stay below, e.g. 4GB"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an output of qwen35, or the interrupted run of another command",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+
+
+def run(args: argparse.Namespace, output: Output) -> int:
+    """Run the verb."""
+    from qwen35.calibrate.run import calibrate, check_before
+
+    if args.dry_run:
+        plan = _plan(args, dry=True)
+        output.data(plan_text(plan), plan_json(plan))
+        return 0
+    check_before(args.output, overwrite=args.overwrite, device=args.device)
+    plan = _plan(args, dry=False)
+    done = calibrate(
+        plan,
+        args.output,
+        overwrite=args.overwrite,
+        threads=args.threads,
+        device=args.device,
+        progress=output.progress(),
+    )
+    if done.resumed:
+        output.info(f"went on after {done.resumed} blocks of an interrupted run")
+    lines = coverage_text(done.coverage)
+    result = done.result
+    lines.append(f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}")
+    output.data(
+        "\n".join(lines),
+        {
+            "out": str(result.out),
+            "bytes": result.nbytes,
+            "sha256": result.hashes,
+            "coverage": done.coverage,
+            "resumed": done.resumed,
+        },
+    )
+    return 0
+
+
+def _plan(args: argparse.Namespace, *, dry: bool) -> CalibrationPlan:
+    checkpoint = (describe if dry else fetch)(args.model, token=args.hf_token)
+    text = read_text(checkpoint, args.text, context=args.context, windows=args.windows)
+    return make_plan(checkpoint, text, Asked(args.dtype, args.floor, args.dat, args.memory))
