@@ -33,7 +33,7 @@ def recipe_text(
         explicit: a rule for every unit, rather than as few as will do.
     """
     lines = [f'format = "{kind}"', f'base = "{base}"', f'description = "{description}"']
-    for role, layers, action in _rules(units, chosen, explicit=explicit):
+    for role, layers, action in _rules(units, chosen, default, explicit=explicit):
         if action == default:
             continue
         lines += ["", "[[rules]]", f'match = "{role}"']
@@ -43,7 +43,7 @@ def recipe_text(
 
 
 def _rules(
-    units: Sequence[Unit], chosen: Allocation, *, explicit: bool
+    units: Sequence[Unit], chosen: Allocation, default: str, *, explicit: bool
 ) -> Iterator[tuple[str, str, str]]:
     """Yield role, layers (nothing for all of them) and action."""
     by_role: dict[str, list[Unit]] = defaultdict(list)
@@ -57,18 +57,20 @@ def _rules(
             for unit in members:
                 yield role, str(unit.layer), chosen[unit.name]
         else:
-            yield from _ranges(role, members, chosen)
+            yield from _ranges(role, members, chosen, default)
 
 
 def _ranges(
-    role: str, members: Sequence[Unit], chosen: Allocation
+    role: str, members: Sequence[Unit], chosen: Allocation, default: str
 ) -> Iterator[tuple[str, str, str]]:
+    """Yield a rule for each action; the last, without layers, is `default` or the most common."""
     layers: dict[str, list[int]] = defaultdict(list)
     for unit in members:
         assert unit.layer is not None  # asked before
         layers[chosen[unit.name]].append(unit.layer)
     [(usual, _)] = Counter({action: len(of) for action, of in layers.items()}).most_common(1)
+    last = default if default in layers else usual
     for action, of in layers.items():
-        if action != usual:
+        if action != last:
             yield role, spell_layers(of), action
-    yield role, "", usual
+    yield role, "", last
