@@ -67,7 +67,7 @@ def every(units: Sequence[Unit], costs: dict[str, dict[str, float]]) -> list[tup
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problem=problems(), share=st.floats(0, 1.1))
 def test_nearest_is_optimal(
     problem: tuple[list[Unit], dict[str, dict[str, float]]], share: float
@@ -85,7 +85,7 @@ def test_nearest_is_optimal(
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(problem=problems(), share=st.floats(0, 1))
 def test_cheapest_is_optimal(
     problem: tuple[list[Unit], dict[str, dict[str, float]]], share: float
@@ -167,7 +167,7 @@ def test_rank_correlation() -> None:
     assert rank_correlation([1], [1]) == 0
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.randoms(use_true_random=False), explicit=st.booleans())
 def test_a_recipe_says_what_was_chosen(
     gguf_space: GgufSpace, tmp_path_factory: pytest.TempPathFactory, seed: object, explicit: bool
@@ -204,7 +204,7 @@ def test_a_recipe_is_short(gguf_space: GgufSpace) -> None:
 def test_packed_recipes_say_what_was_chosen(kind: str, tmp_path: Path) -> None:
     """What stays as it is, is named by layers; matrices that engines join stay together."""
     space = PackedSpace(fetch(str(ASSET)), kind)
-    for keep in (lambda i: False, lambda i: i % 3 == 0, lambda i: True):
+    for keep in (lambda i: False, lambda i: i % 3 == 0, lambda i: i > 0):
         chosen = {unit.name: "plain" if keep(i) else kind for i, unit in enumerate(space.units)}
         path = tmp_path / "tuned.toml"
         path.write_text(space.recipe(chosen, "some stay"))
@@ -377,6 +377,8 @@ def test_tuning_packed(kind: str, text: Path, tmp_path: Path, capsys: Capture) -
         (("--format", "gguf", "--size", "much"), "expected bits per weight or bytes"),
         (("--format", "gguf", "--size", "1MB", "--types", "q9"), "type 'q9' is unknown"),
         (("--format", "gguf", "--size", "1MB", "--probes", "0"), "too small"),
+        (("--format", "gguf", "--size", "1GB", "--probes", "0"), "hold the whole model"),
+        (("--format", "fp8", "--size", "1GB", "--probes", "0"), "hold the whole model"),
         (("--format", "gguf", "--size", "1MB", "--probes", "-1"), "a number of groups"),
         (("--format", "gguf", "--max-kld", "0"), "expected nats"),
         (("--format", "gguf", "--max-kld", "1", "--probes", "0"), "nothing would measure"),

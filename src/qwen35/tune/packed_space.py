@@ -139,6 +139,8 @@ class PackedSpace:
         )
 
     def _planned(self, chosen: Allocation) -> Plan:
+        if self.format not in chosen.values():
+            return make_plan(self.checkpoint, load_recipe("bf16"))
         with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
             file.write(self.recipe(chosen, "a probe"))
             file.flush()

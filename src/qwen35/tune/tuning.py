@@ -181,6 +181,9 @@ def _within(space: Space, fitted: Fit, nbytes: int | None) -> Solution:
     room = nbytes
     while True:
         found = nearest(space.units, fitted.costs, room - _beside(space))
+        if set(found.choices.values()) == {space.exact}:
+            hint = "nothing needs to be quantized: give less"
+            raise UsageError("--size", f"{nbytes:,} bytes hold the whole model", hint=hint)
         over = space.size(found.choices) - nbytes
         if over <= 0:
             return found
