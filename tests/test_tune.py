@@ -209,7 +209,9 @@ def test_packed_recipes_say_what_was_chosen(kind: str, tmp_path: Path) -> None:
         path = tmp_path / "tuned.toml"
         path.write_text(space.recipe(chosen, "some stay"))
         plan = make_packed_plan(space.checkpoint, load_packed_recipe(str(path)))
-        packed = {step.weight.name for step in plan.steps if step.op == kind}
+        packed = {
+            step.weight.name for step in plan.steps if step.op == kind and step.role.scope == "text"
+        }
         wanted = {
             step.weight.name
             for name, steps in space._members.items()
@@ -250,7 +252,7 @@ def test_errors_of_packing(kind: str, least: float, most: float) -> None:
 
 def test_mixture_of_experts(tmp_path: Path) -> None:
     """Fused stacks are two tensors of one role, which get one type; all experts are one unit."""
-    space = GgufSpace(fetch(str(make_variant(tmp_path, "moe-fused"))), ("q8_0", "f16"))
+    space = GgufSpace(fetch(str(make_variant(tmp_path, "moe"))), ("q8_0", "f16"))
     fused = [unit for unit in space.units if unit.kind == "mlp.experts.gate_up_proj"]
     assert fused
     assert {len(space._members[unit.name]) for unit in fused} == {2}
