@@ -25,11 +25,11 @@ $(VENV)/.made:
 # torch first and by its exact version, so that pip takes a CPU build where one is at hand
 $(VENV)/.setup: $(VENV)/.made pyproject.toml constraints.txt
 	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install --quiet --editable '.[nf4,gguf,eval]'
+	$(PIP) install --quiet --editable '.[nf4,gguf,eval,tune]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.setup
-	$(PIP) install --quiet --editable '.[nf4,gguf,eval,test]'
+	$(PIP) install --quiet --editable '.[nf4,gguf,eval,tune,test]'
 	touch $@
 
 # llama.cpp's converter, from llama-cpp-python's source package: an oracle of the tests

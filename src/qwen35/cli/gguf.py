@@ -117,7 +117,7 @@ def _plan(checkpoint: Checkpoint, args: argparse.Namespace) -> GgufPlan:
         types=_types(args.types),
         recipe=load_recipe(args.recipe),
         rules=pattern_rules(args.tensor_type, args.tensor_type_file),
-        imatrix=_imatrix(args),
+        imatrix=imatrix_of(args),
         projector="F16" if args.mmproj else None,
         drop_mtp=args.drop_mtp,
         upstream_counters=args.upstream_counters,
@@ -136,7 +136,8 @@ def _types(text: str) -> tuple[str, ...]:
     return names
 
 
-def _imatrix(args: argparse.Namespace) -> Imatrix | None:
+def imatrix_of(args: argparse.Namespace) -> Imatrix | None:
+    """Read what --imatrix names: a file, or one on the Hub."""
     from qwen35.checkpoint.hub import download_file
     from qwen35.gguf.imatrix import read_imatrix
 

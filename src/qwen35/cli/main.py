@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "calibrate": "activation statistics and an importance matrix, one layer in memory at a time",
     "verify": "check an artifact, alone or against its source",
     "evaluate": "perplexity and KL divergence of quantized models, in one table",
+    "tune": "find the recipe that loses least under a budget",
     "publish": "make a Hub repository like a folder, or the other way round",
     "reproduce": "make an artifact again from its manifest and compare",
 }

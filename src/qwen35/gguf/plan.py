@@ -18,7 +18,7 @@ from qwen35.gguf.names import Tensor, text_tensors, vision_tensors
 from qwen35.gguf.rules import BUILT_IN, Recipe, Rule, load_recipe
 from qwen35.gguf.types import FILE_TYPES, GGML_TYPES, FileType, Geometry
 from qwen35.gguf.vocabulary import Vocabulary, read_vocabulary
-from qwen35.plan.manifest import Made
+from qwen35.plan.manifest import Made, rule_row
 
 __all__ = ["Asked", "GgufFile", "GgufPlan", "make_plan"]
 
@@ -131,7 +131,7 @@ class GgufPlan:
         recipe = {
             "name": self.asked.recipe.name,
             "format": "gguf",
-            "rules": [[rule.match, rule.kind, rule.reason] for rule in rules],
+            "rules": [rule_row(r.match, r.kind, r.reason, r.layers) for r in rules],
             "upstream_counters": self.asked.upstream_counters,
             "imatrix": self.asked.imatrix.digest if self.asked.imatrix else None,
         }

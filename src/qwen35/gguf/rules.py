@@ -12,7 +12,7 @@ from qwen35.errors import UsageError
 from qwen35.gguf.names import Tensor
 from qwen35.gguf.types import ggml_type
 from qwen35.model.roles import in_group
-from qwen35.plan.recipe import check_match, read_recipe
+from qwen35.plan.recipe import read_recipe, read_rule
 
 __all__ = ["BUILT_IN", "MIX", "Recipe", "Rule", "first_rule", "load_recipe", "pattern_rules"]
 
@@ -34,6 +34,7 @@ class Rule:
         reason: why, in a few words.
         pattern: `match` compiled, if it is one.
         required: whether it is an error if nothing is left for it.
+        layers: the layers it is for; None for all, and for what is in no layer.
     """
 
     subject: str
@@ -42,12 +43,15 @@ class Rule:
     reason: str
     pattern: re.Pattern[str] | None = None
     required: bool = True
+    layers: frozenset[int] | None = None
 
     def matches(self, tensor: Tensor) -> bool:
         """Whether the rule speaks of `tensor`."""
         if self.pattern is not None:
             return self.pattern.search(tensor.name) is not None
         role = tensor.slabs[0].item.role
+        if self.layers is not None and role.layer not in self.layers:
+            return False
         if self.match == "*":
             return True
         if self.match.startswith("kind:"):
@@ -101,14 +105,11 @@ def _parse(name: str, parsed: dict[str, Any], required: bool) -> Recipe:
 
 
 def _rule(subject: str, row: Any, required: bool) -> Rule:
-    keys = {"match", "action", "reason"}
-    if not isinstance(row, dict) or not {"match", "action"} <= set(row) <= keys:
-        raise UsageError(subject, "malformed", expected="match, action and, if you like, reason")
-    match, action = str(row["match"]), str(row["action"])
-    check_match(subject, match)
+    match, action, layers = read_rule(subject, row)
     kind = MIX if action == MIX else ggml_type(action, subject).name
     reason = str(row.get("reason", f"match = {match!r}"))
-    return Rule(subject, match, kind, reason, required=required and match != "*")
+    required = required and match != "*"
+    return Rule(subject, match, kind, reason, required=required, layers=layers)
 
 
 def pattern_rules(lines: Sequence[str], files: Sequence[Path]) -> tuple[Rule, ...]:

@@ -15,6 +15,7 @@ from qwen35.checkpoint.source import Checkpoint, read_json
 from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import InputError
 from qwen35.plan.documents import json_bytes
+from qwen35.plan.layers import parse_layers, spell_layers
 from qwen35.plan.plan import Plan
 from qwen35.plan.recipe import Recipe, Rule
 from qwen35.version import __version__
@@ -30,6 +31,7 @@ __all__ = [
     "manifest_versions",
     "read_manifest",
     "recipe_of",
+    "rule_row",
     "source_json",
     "source_of",
 ]
@@ -103,7 +105,7 @@ def _made(plan: Plan) -> Made:
         recipe={
             "name": plan.recipe.name,
             "format": plan.recipe.format,
-            "rules": [[r.match, r.action, r.reason] for r in plan.recipe.rules],
+            "rules": [rule_row(r.match, r.action, r.reason, r.layers) for r in plan.recipe.rules],
         },
         digest=plan.digest,
         sizes=dict(plan.file_sizes()),
@@ -204,10 +206,24 @@ def recipe_of(manifest: Mapping[str, Any]) -> Recipe:
     if not isinstance(recipe, dict) or not {"name", "format"} <= recipe.keys():
         raise InputError(MANIFEST_NAME, "names no recipe")
     rows = recipe.get("rules", [])
-    if not isinstance(rows, list) or not all(isinstance(r, list) and len(r) == 3 for r in rows):
+    if not isinstance(rows, list):
+        raise InputError(MANIFEST_NAME, "a malformed recipe", expected="a list of rules")
+    return Recipe(recipe["name"], recipe["format"], "", tuple(map(_rule_of, rows)))
+
+
+def _rule_of(row: Any) -> Rule:
+    if not isinstance(row, list) or len(row) not in (3, 4):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="match, action and reason")
-    rules = tuple(Rule(*row) for row in rows)
-    return Recipe(recipe["name"], recipe["format"], "", rules)
+    match, action, reason, *layers = row
+    only = parse_layers(MANIFEST_NAME, layers[0]) if layers else None
+    return Rule(match, action, reason, layers=only)
+
+
+def rule_row(
+    match: str, action: str, reason: str, layers: frozenset[int] | None = None
+) -> list[str]:
+    """Return a rule of a recipe as manifests list it; its layers last, if it is not for all."""
+    return [match, action, reason, *([] if layers is None else [spell_layers(layers)])]
 
 
 def calibration_of(manifest: Mapping[str, Any]) -> tuple[Calibration | None, str | None]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from qwen35.errors import UsageError
 from qwen35.model.roles import ROLES, Role, in_group
+from qwen35.plan.layers import parse_layers
 
 __all__ = [
     "ACTIONS",
@@ -21,6 +22,7 @@ __all__ = [
     "check_match",
     "load_recipe",
     "read_recipe",
+    "read_rule",
 ]
 
 Action = Literal["drop", "keep", "plain", "nf4", "fp8"]
@@ -65,15 +67,19 @@ class Rule:
         action: a key of `ACTIONS`.
         reason: why, in a few words; shown by ``plan``.
         required: whether it is an error if no tensor matches.
+        layers: the layers it is for; None for all, and for what is in no layer.
     """
 
     match: str
     action: Action
     reason: str
     required: bool = False
+    layers: frozenset[int] | None = None
 
     def matches(self, role: Role) -> bool:
         """Whether the rule speaks of tensors with `role`."""
+        if self.layers is not None and role.layer not in self.layers:
+            return False
         if self.match == "*":
             return True
         if self.match.startswith("kind:"):
@@ -188,8 +194,8 @@ def _parse(name: str, parsed: dict[str, Any], required: bool) -> Recipe:
         raise UsageError(
             f"recipe {name}", f"format {kind!r}", expected=" or ".join(get_args(Format))
         )
-    rules = parsed.get("rules")
-    if not isinstance(rules, list) or not rules:
+    rules = parsed.get("rules", [])
+    if not isinstance(rules, list) or not (rules or "base" in parsed):
         raise UsageError(f"recipe {name}", "no [[rules]] in it")
     for row in rules:
         action = row.get("action") if isinstance(row, dict) else None
@@ -214,18 +220,27 @@ def _base_rules(name: str, base: Any, kind: str) -> tuple[Rule, ...]:
 
 
 def _rule(subject: str, row: Any, required: bool) -> Rule:
-    if not isinstance(row, dict) or not {"match", "action"} <= set(row) <= {
-        "match",
-        "action",
-        "reason",
-    }:
-        raise UsageError(subject, "malformed", expected="match, action and, if you like, reason")
-    match, action = str(row["match"]), str(row["action"])
+    match, action, layers = read_rule(subject, row)
     if action not in ACTIONS:
         raise UsageError(subject, f"action {action!r}", expected=" or ".join(ACTIONS))
-    check_match(subject, match)
     reason = str(row.get("reason", f"match = {match!r}"))
-    return Rule(match, action, reason, required and match != "*")  # type: ignore[arg-type]
+    return Rule(match, action, reason, required and match != "*", layers)  # type: ignore[arg-type]
+
+
+def read_rule(subject: str, row: Any) -> tuple[str, str, frozenset[int] | None]:
+    """Return match, action and layers of a row of a recipe's rules, of any format.
+
+    Raises:
+        UsageError: the row is malformed, or names what the family has not.
+    """
+    known = {"match", "action", "layers", "reason"}
+    if not isinstance(row, dict) or not {"match", "action"} <= set(row) <= known:
+        expected = "match, action and, if you like, layers and reason"
+        raise UsageError(subject, "malformed", expected=expected)
+    match = str(row["match"])
+    check_match(subject, match)
+    layers = parse_layers(subject, row["layers"]) if "layers" in row else None
+    return match, str(row["action"]), layers
 
 
 def check_match(subject: str, match: str) -> None:

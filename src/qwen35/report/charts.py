@@ -13,7 +13,15 @@ from typing import Any
 
 from qwen35.errors import UsageError
 
-__all__ = ["SERIES", "distribution_chart", "matplotlib_figure", "short_names", "size_chart"]
+__all__ = [
+    "SERIES",
+    "distribution_chart",
+    "front_chart",
+    "matplotlib_figure",
+    "sensitivity_chart",
+    "short_names",
+    "size_chart",
+]
 
 SERIES = 8
 """Colours there are; a ninth candidate has the first again, with another dash."""
@@ -134,6 +142,48 @@ def distribution_chart(
         axes.set_ylabel("tokens, %")
         figure.legend(loc="outside upper left", ncols=3, handlelength=1.6, columnspacing=1.2)
         return _svg(figure, "Share of tokens by their KL divergence, a line for each candidate")
+
+
+def sensitivity_chart(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:
+    """Draw a disc for each unit, by layer and kind, whose area is its cost; rows of tune.json."""
+    import matplotlib as mpl
+
+    largest = max((row["nats_per_million"] for row in rows), default=0.0) or 1.0
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "sensitivity"}):
+        figure = matplotlib_figure()(figsize=(4.6, 0.7 + 0.26 * len(kinds)), layout="constrained")
+        axes = figure.subplots()
+        for row in rows:
+            place = -1 if row["layer"] is None else row["layer"]
+            area = 110 * row["nats_per_million"] / largest
+            axes.scatter([place], [kinds.index(row["kind"])], s=area + 1, color=_COLOURS[0])
+        axes.set_yticks(range(len(kinds)), kinds)
+        axes.invert_yaxis()
+        axes.grid(visible=True, axis="y")
+        axes.set_axisbelow(True)
+        axes.set_xlabel("layer (before 0: in no layer)")
+        return _svg(figure, "Cost of the smallest type by role and layer")
+
+
+def front_chart(value: Mapping[str, Any]) -> str:
+    """Draw predicted divergence over size, and what was chosen; the content of tune.json."""
+    import matplotlib as mpl
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    rows = [row for row in value["front"] if row["predicted_kld"] > 0]
+    sizes, unit = _units([*(row["bytes"] for row in rows), value["bytes"]])
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "front"}):
+        figure = matplotlib_figure()(figsize=_SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.set_yscale("log")
+        axes.plot(sizes[:-1], [r["predicted_kld"] for r in rows], color=_COLOURS[0], linewidth=1.8)
+        if value["measured_kld"]:
+            axes.plot([sizes[-1]], [value["measured_kld"]], "o", color=_COLOURS[1], markersize=8)
+        axes.grid(visible=True, axis="y")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(f"size, {unit}")
+        axes.set_ylabel("mean KLD, nats a token")
+        return _svg(figure, "Predicted mean KL divergence of the best allocation of each size")
 
 
 def _svg(figure: Any, label: str) -> str:

@@ -24,7 +24,8 @@ def page(report: Mapping[str, Any]) -> str:
     from markupsafe import Markup
 
     rows = report["candidates"]
-    source = resources.files("qwen35.report").joinpath("report.html.jinja").read_text("utf-8")
+    package = resources.files("qwen35.report")
+    source = package.joinpath("report.html.jinja").read_text("utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["visible"] = _visible
     names = short_names([row["name"] for row in rows], report["base"]["name"])
@@ -34,6 +35,7 @@ def page(report: Mapping[str, Any]) -> str:
         charts.append(Markup(distribution_chart(rows, names, report["bins"])))  # noqa: S704
     return environment.from_string(source).render(
         report=report,
+        style=Markup(package.joinpath("style.css").read_text("utf-8")),  # noqa: S704
         charts=charts,
         short=names,
         series=SERIES,

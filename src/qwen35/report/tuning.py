@@ -1,0 +1,104 @@
+"""The page of a tuning: how sensitive what is, and what each size costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qwen35.errors import OutputError
+from qwen35.plan.documents import json_bytes
+from qwen35.report.charts import front_chart, matplotlib_figure, sensitivity_chart
+from qwen35.sinks.staging import os_errors
+from qwen35.tune.measurements import Measurements
+from qwen35.tune.show import tuned_json
+from qwen35.tune.space import Space
+from qwen35.tune.tuning import Tuned
+from qwen35.tune.units import names_of
+
+__all__ = ["check_tuning", "write_tuning"]
+
+_NAMES = ("tune.json", "tune.html")
+
+
+def check_tuning(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a place for the page before any work.
+
+    Raises:
+        OutputError: it is no folder, or a page is in it and may not be replaced.
+        UsageError: what draws the charts is not installed.
+    """
+    matplotlib_figure()
+    with os_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(str(folder), "exists and is not a folder")
+        taken = [name for name in _NAMES if (folder / name).exists()]
+    if taken and not overwrite:
+        raise OutputError(
+            str(folder / taken[0]), "exists already", hint="give --overwrite to replace it"
+        )
+
+
+def write_tuning(
+    folder: Path, name: str, space: Space, tuned: Tuned, measured: Measurements
+) -> None:
+    """Write tune.json and tune.html into `folder`.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    value = {
+        "model": name,
+        "text": measured.key.text,
+        "imatrix": measured.key.imatrix,
+        "context": measured.key.context,
+        "chunks": measured.key.chunks,
+        "tool": measured.key.tool,
+        **tuned_json(space, tuned),
+        "sensitivity": _sensitivity(space, tuned),
+        "costs": tuned.fitted.costs,
+    }
+    files = dict(zip(_NAMES, (json_bytes(value), _page(value, space).encode()), strict=True))
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            partial = folder / f".{file}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / file)
+
+
+def _sensitivity(space: Space, tuned: Tuned) -> list[dict[str, Any]]:
+    """Return for each unit what its smallest choice costs, in nats for a million weights."""
+    rows = []
+    for unit in space.units:
+        smallest = min(unit.sizes, key=lambda choice: unit.sizes[choice])
+        cost = tuned.fitted.costs[unit.name][smallest]
+        rows.append(
+            {
+                "kind": unit.kind,
+                "layer": unit.layer,
+                "choice": smallest,
+                "nats": cost,
+                "nats_per_million": 1e6 * cost / unit.numel,
+                "chosen": tuned.chosen[unit.name],
+            }
+        )
+    return rows
+
+
+def _page(value: Mapping[str, Any], space: Space) -> str:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    package = resources.files("qwen35.report")
+    source = package.joinpath("tune.html.jinja").read_text("utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    rows: Sequence[Mapping[str, Any]] = value["sensitivity"]
+    charts = [sensitivity_chart(rows, list(names_of(space.units))), front_chart(value)]
+    return environment.from_string(source).render(
+        value=value,
+        rows=rows,
+        style=Markup(package.joinpath("style.css").read_text("utf-8")),  # noqa: S704
+        charts=[Markup(chart) for chart in charts],  # noqa: S704
+    )

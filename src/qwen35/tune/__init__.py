@@ -1,0 +1,1 @@
+"""Recipes under a budget: which weights deserve more bits, by measurement."""
