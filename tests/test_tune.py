@@ -306,7 +306,7 @@ def test_tuning_gguf(text: Path, tmp_path: Path, capsys: Capture) -> None:
     assert 0 < told["measured_kld"] < 0.1
     page = (tmp_path / "page" / "tune.html").read_text()
     assert page.count("<svg") == 2
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert "://" not in page.replace("http://www.w3.org", "")
     measured = load_measurements(tmp_path / "r.json")
     probes = measured.probes
 

@@ -110,7 +110,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     if args.report is not None:
         from qwen35.report.tuning import write_tuning
 
-        write_tuning(args.report, checkpoint.name, space, tuned, measured)
+        write_tuning(args.report, measured.name, space, tuned, measured)
         output.info(f"{args.report}: tune.json and tune.html")
     output.data(
         tuned_text(space, tuned, args.output),
@@ -211,7 +211,7 @@ def _measurements(
                 hint="give another --measurements, or it as --start-from",
             )
         return found
-    fresh = Measurements(key, checkpoint.name)
+    fresh = Measurements(key, Path(checkpoint.name).name)
     if args.start_from is not None:
         earlier = load_measurements(args.start_from)
         if earlier.key.format != args.format or not earlier.probes:
