@@ -58,7 +58,7 @@ def file_of(folder: Path, kind: str) -> Path:
 
 def make_hand_made(work: Path, imatrix: Path) -> dict[tuple[str, str], Path]:
     """Write the files to compare with, and F16."""
-    made = {}
+    made: dict[tuple[str, str], Path] = {}
     for recipe in ("mix", "q8-gates"):
         out = work / recipe
         command("gguf", EMBEDDED, out, "--types", TYPES, "--recipe", recipe, "--imatrix", imatrix)
@@ -121,17 +121,17 @@ def main() -> None:
         "--report", args.work / "report",
     )  # fmt: skip
     rows = {row["name"]: row["figures"] for row in report["candidates"]}
-    print(f"\n{'at the size of':<20} {'bytes':>9} {'hand-made':>10} {'tuned':>10} {'less':>7}")
+    print(f"\n{'at the size of':<24} {'bytes':>9} {'hand-made':>10} {'tuned':>10} {'less':>7}")
     for case in CASES:
         theirs, ours = (rows[names[path]] for path in (made[case], tuned[case]))
         size = tuned[case].stat().st_size
-        for figure, pick in (
-            ("mean", lambda row: row["kld"]["value"]),
-            ("99.9 %", lambda row: row["percentiles"]["99.9"]),
-        ):
-            a, b = pick(theirs), pick(ours)
+        pairs = {
+            "mean": (theirs["kld"]["value"], ours["kld"]["value"]),
+            "99.9 %": (theirs["percentiles"]["99.9"], ours["percentiles"]["99.9"]),
+        }
+        for figure, (a, b) in pairs.items():
             label = f"{' '.join(case)} {figure}"
-            print(f"{label:<20} {size:>9} {a:>10.6f} {b:>10.6f} {100 * (1 - b / a):>5.1f} %")
+            print(f"{label:<24} {size:>9} {a:>10.6f} {b:>10.6f} {100 * (1 - b / a):>5.1f} %")
 
 
 if __name__ == "__main__":
