@@ -70,9 +70,12 @@ class Entry:
         divisor = self.divisors[number * row // self.width]
         if divisor <= 0:
             return np.ones(row, np.float32)
-        with self.path.open("rb") as file:
-            file.seek(self.begin + 4 * row * number)
-            data = file.read(4 * row)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.begin + 4 * row * number)
+                data = file.read(4 * row)
+        except OSError as error:
+            raise InputError(str(self.path), f"cannot be read ({error.strerror})") from error
         if len(data) != 4 * row:
             raise InputError(str(self.path), "changed while it was read")
         values: F32 = np.frombuffer(data, "<f4") / divisor
