@@ -351,6 +351,7 @@ def _imatrix(sound: Path) -> Iterator[Case]:
         "a name of 2^31 - 1 letters": count(1) + count(2**31 - 1),
         "a name of minus one letters": count(1) + count(-1),
         "2^31 - 1 values": count(1) + count(1) + b"a" + count(1) + count(2**31 - 1),
+        "no values": count(1) + count(1) + b"a" + count(1) + count(0),
         "minus one values": count(1) + count(1) + b"a" + count(1) + count(-1),
         "a NaN": count(1) + count(1) + b"a" + count(1) + count(1) + struct.pack("<f", float("nan")),
         "negative": count(1) + count(1) + b"a" + count(1) + count(1) + struct.pack("<f", -1.0),

@@ -223,6 +223,8 @@ class _Dat:
             name = self._take(self._number(_MAX_NAME)).decode(errors="replace")
             calls = self._number(2**31 - 1)
             size = self._number(self._left // 4)
+            if size == 0:
+                raise InputError(str(self._path), f"no values for {name[:80]!r}")
             begin = self._file.tell()
             self._take(4 * size)
             yield name, Entry(self._path, begin, size, np.array([calls or 1], np.float32))
