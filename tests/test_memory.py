@@ -130,8 +130,8 @@ def test_experts_of_the_35b_at_their_true_shapes(tmp_path: Path, recipe: str) ->
     config["text_config"]["num_hidden_layers"] = 2
     config["text_config"]["layer_types"] = ["linear_attention", "full_attention"]
     source = hollow(tmp_path / "source", config)
-    header = (source / "model.safetensors").open("rb").read(2**20)
-    assert b'"shape":[256,1024,2048]' in header
+    with (source / "model.safetensors").open("rb") as file:
+        assert b'"shape":[256,1024,2048]' in file.read(2**20)
     promised = stated(source, recipe, 2)
     out = str(tmp_path / "out")
     said, used = command("convert", str(source), out, "--recipe", recipe, "--threads", "2")
