@@ -14,6 +14,7 @@ import pytest
 
 import qwen35
 from checkpoints import tiny_config
+from gguf_models import sidecars
 from qwen35.checkpoint.header import file_layout
 from qwen35.model.config import parse_config
 from qwen35.model.roles import Layout, expected_tensors
@@ -82,6 +83,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         config["text_config"].update(sizes)
         config["vision_config"]["out_hidden_size"] = sizes["hidden_size"]
         found[name] = hollow(root / name, config)
+        for side, text in sidecars().items():
+            (found[name] / side).write_text(text)
     for recipe in ("nf4", "fp8"):  # kernels are compiled once, which takes more
         command("convert", str(found["small"]), str(root / recipe), "--recipe", recipe)
     return found
@@ -97,6 +100,16 @@ def test_a_conversion_keeps_to_what_the_plan_states(
     out = str(tmp_path / "out")
     _, used = command("convert", str(source), out, "--recipe", recipe, "--threads", "2")
     assert used <= promised
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gguf_files_keep_to_what_their_plan_states(
+    sources: dict[str, Path], size: str, tmp_path: Path
+) -> None:
+    arguments = ["gguf", str(sources[size]), str(tmp_path / "out"), "--types", "F16,Q8_0"]
+    said, _ = command(*arguments, "--threads", "2", "--dry-run")
+    _, used = command(*arguments, "--threads", "2")
+    assert used <= json.loads(said)["peak_memory"]
 
 
 def test_the_limit_given_is_kept_by_fewer_threads(sources: dict[str, Path], tmp_path: Path) -> None:
