@@ -13,7 +13,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
 # make test-vllm   load the embedded checkpoint and its FP8 in vLLM, in an environment of its own
-.PHONY: help setup demo test test-all test-vllm golden golden-kld lint bench clean
+.PHONY: help setup demo test test-all test-vllm golden golden-kld lint fuzz bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -93,6 +93,16 @@ test-vllm: $(VENV)/.test $(VLLM)/.made
 	$(VLLM)/bin/python tests/vllm/compare.py build/vllm
 	VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=src $(VLLM)/bin/python -m qwen35.cli.main \
 		verify assets/qwen3.5-tiny --depth behaviour --engine vllm
+
+# make fuzz        fuzz the readers of untrusted files, a minute each (SECONDS=60)
+SECONDS ?= 60
+fuzz: $(VENV)/.test
+	$(PIP) install --quiet --editable '.[fuzz]'
+	mkdir -p build/fuzz
+	set -e; for target in header json_header index gguf imatrix recipe; do \
+		(cd build/fuzz && $(CURDIR)/$(BIN)/python $(CURDIR)/fuzz/fuzz.py $$target -max_total_time=$(SECONDS) \
+			-verbosity=0); \
+	done
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/nf4.py

@@ -77,9 +77,12 @@ class Entry:
         divisor = self.divisors[number * row // self.width]
         if divisor <= 0:
             return np.ones(row, np.float32)
-        with self.path.open("rb") as file:
-            file.seek(self.begin + 4 * row * number)
-            data = file.read(4 * row)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.begin + 4 * row * number)
+                data = file.read(4 * row)
+        except OSError as error:
+            raise InputError(str(self.path), f"cannot be read ({error.strerror})") from error
         if len(data) != 4 * row:
             raise InputError(str(self.path), "changed while it was read")
         values: F32 = np.frombuffer(data, "<f4") / divisor
@@ -155,6 +158,8 @@ def read_imatrix(path: Path, *, name: str = "") -> Imatrix:
     Raises:
         InputError: it is not one, or holds something that cannot be a mean of squares.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(str(path), "not a file", expected="an importance matrix")
     try:
         digest = hash_file(path)
     except OSError as error:
@@ -194,10 +199,13 @@ def _from_gguf(path: Path) -> _Contents:
         raise InputError(str(path), "no entries in it")
     datasets = keys["imatrix.datasets"]
     first = datasets[0] if isinstance(datasets, list) and datasets else ""
+    chunks = keys["imatrix.chunk_count"]
+    if type(chunks) is not int:
+        raise InputError(str(path), f"imatrix.chunk_count {str(chunks)[:80]!r}", expected="a count")
     made = strict_json(str(keys.get(MADE, "{}")).encode(), f"{MADE} of {path.name}")
     if not isinstance(made, dict):
         raise InputError(str(path), f"a malformed {MADE}")
-    return entries, str(first), int(keys["imatrix.chunk_count"]), made
+    return entries, str(first), chunks, made
 
 
 def _tensor(container: Container, name: str) -> Listed:
@@ -248,6 +256,8 @@ class _Dat:
             name = self._take(self._number(_MAX_NAME)).decode(errors="replace")
             calls = self._number(2**31 - 1)
             size = self._number(self._left // 4)
+            if size == 0:
+                raise InputError(str(self._path), f"no values for {name[:80]!r}")
             begin = self._file.tell()
             self._take(4 * size)
             yield name, Entry(self._path, begin, size, np.array([calls or 1], np.float32))

@@ -139,6 +139,8 @@ def load_activations(path: Path) -> Activations:
     columns: dict[Key, npt.NDArray[np.float32]] = {}
     squares: dict[Key, npt.NDArray[np.float32]] = {}
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(str(path), "not a file")
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             for name, entry in _entries(file, path):

@@ -22,11 +22,12 @@ __all__ = [
     "size",
 ]
 
-_BASE_MEMORY = 130_000_000
-"""The interpreter with NumPy and Numba, measured by benchmarks/nf4.py; torch is not loaded."""
+_BASE_MEMORY = 175_000_000
+"""The interpreter with NumPy and Numba (tests/test_memory.py); torch is not loaded. Where Numba's
+cache is empty, compiling the kernels takes twice as much, once."""
 
-_THREAD_MEMORY = 30_000_000
-"""Buffers of one thread: a piece of 2**22 weights, its codes and temporaries."""
+_THREAD_MEMORY = 20_000_000
+"""Buffers of one thread: a piece of `strips.STRIP` weights, its codes, temporaries, a heap."""
 
 
 def peak_memory(plan: Plan, threads: int) -> int:

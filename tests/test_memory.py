@@ -1,0 +1,152 @@
+"""The peak memory that a plan states is kept, whatever the size of the model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qwen35
+from checkpoints import tiny_config
+from gguf_models import sidecars
+from qwen35.checkpoint.header import file_layout
+from qwen35.model.config import parse_config
+from qwen35.model.roles import Layout, expected_tensors
+from qwen35.model.sizes import published_config
+
+SIZES = {
+    "small": {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 4096},
+    "middle": {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 32768},
+    "large": {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 65536},
+}
+
+
+def hollow(folder: Path, config: dict[str, Any]) -> Path:
+    """Write a checkpoint of zeros, which takes no disk."""
+    folder.mkdir(parents=True)
+    parsed = parse_config(config)
+    specs = list(expected_tensors(parsed, Layout.published(parsed)))
+    head, _ = file_layout(specs)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + sum(spec.nbytes for spec in specs))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from qwen35.cli.main import main
+code = main()
+status = Path("/proc/self/status").read_text()
+Path(sys.argv.pop()).write_text(status.partition("VmHWM:")[2].split()[0])
+sys.exit(code)
+"""
+"""The operating system's own figure for a child begins with what its parent takes."""
+
+
+def command(*arguments: str) -> tuple[str, int]:
+    """Run `qwen35` in a process of its own; returns its output and its peak memory in bytes."""
+    source = str(Path(qwen35.__file__).parent.parent)
+    with tempfile.NamedTemporaryFile("r") as peak:
+        script = SCRIPT.replace("sys.argv.pop()", repr(peak.name))
+        done = subprocess.run(
+            [sys.executable, "-c", script, *arguments, "--json", "--quiet"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": source},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout, int(peak.read()) * 1024
+
+
+def stated(source: Path, recipe: str, threads: int) -> int:
+    """Return the peak memory that the plan states."""
+    said, _ = command("plan", str(source), "--recipe", recipe, "--threads", str(threads))
+    peak: int = json.loads(said)["peak_memory"]
+    return peak
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("hollow")
+    found = {}
+    for name, sizes in SIZES.items():
+        config = tiny_config()
+        config["text_config"].update(sizes)
+        config["vision_config"]["out_hidden_size"] = sizes["hidden_size"]
+        found[name] = hollow(root / name, config)
+        for side, text in sidecars().items():
+            (found[name] / side).write_text(text)
+    for recipe in ("nf4", "fp8"):  # kernels are compiled once, which takes more
+        command("convert", str(found["small"]), str(root / recipe), "--recipe", recipe)
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["nf4", "fp8"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_conversion_keeps_to_what_the_plan_states(
+    sources: dict[str, Path], recipe: str, size: str, tmp_path: Path
+) -> None:
+    source = sources[size]
+    promised = stated(source, recipe, 2)
+    out = str(tmp_path / "out")
+    _, used = command("convert", str(source), out, "--recipe", recipe, "--threads", "2")
+    assert used <= promised
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_gguf_files_keep_to_what_their_plan_states(
+    sources: dict[str, Path], size: str, tmp_path: Path
+) -> None:
+    arguments = ["gguf", str(sources[size]), str(tmp_path / "out"), "--types", "F16,Q8_0"]
+    said, _ = command(*arguments, "--threads", "2", "--dry-run")
+    _, used = command(*arguments, "--threads", "2")
+    assert used <= json.loads(said)["peak_memory"]
+
+
+def test_the_limit_given_is_kept_by_fewer_threads(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = sources["large"]
+    limit = stated(source, "nf4", 1) + 1_000_000
+    assert stated(source, "nf4", 8) > limit
+    out = str(tmp_path / "out")
+    _, used = command("convert", str(source), out, "--threads", "8", "--memory", str(limit))
+    assert used <= limit
+
+
+def test_peak_memory_does_not_grow_with_the_weights(
+    sources: dict[str, Path], tmp_path: Path
+) -> None:
+    used = {
+        size: command("convert", str(source), str(tmp_path / size), "--threads", "2")[1]
+        for size, source in sources.items()
+    }
+    bytes_of = {
+        size: (source / "model.safetensors").stat().st_size for size, source in sources.items()
+    }
+    assert bytes_of["large"] > 10 * bytes_of["small"]
+    assert used["large"] < 1.25 * used["small"]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("recipe", ["fp8", "nf4"])
+def test_experts_of_the_35b_at_their_true_shapes(tmp_path: Path, recipe: str) -> None:
+    """Two layers, one of each kind, with fused experts of 256 x 1024 x 2048."""
+    config = published_config("Qwen3.5-35B-A3B")
+    config["text_config"]["num_hidden_layers"] = 2
+    config["text_config"]["layer_types"] = ["linear_attention", "full_attention"]
+    source = hollow(tmp_path / "source", config)
+    with (source / "model.safetensors").open("rb") as file:
+        assert b'"shape":[256,1024,2048]' in file.read(2**20)
+    promised = stated(source, recipe, 2)
+    out = str(tmp_path / "out")
+    said, used = command("convert", str(source), out, "--recipe", recipe, "--threads", "2")
+    assert json.loads(said)["bytes"] > 10**9
+    assert used <= promised < 10**9
