@@ -66,9 +66,9 @@ def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
     from qwen35.checkpoint.open import describe, fetch
     from qwen35.pipeline.graph import make_graph
+    from qwen35.pipeline.outcome import outcomes_json, outcomes_text, passed
     from qwen35.pipeline.planned import plan_artifacts, threads_within
     from qwen35.pipeline.run import Options, Runner
-    from qwen35.pipeline.show import outcomes_json, outcomes_text, passed
 
     job = _job(args)
     problems: Sequence[Qwen35Error] = job.problems
@@ -171,8 +171,8 @@ def _token_problems(args: argparse.Namespace, artifacts: Sequence[Artifact]) -> 
 def _forecast(
     job: Job, source: Checkpoint, artifacts: Sequence[Artifact], threads: int, output: Output
 ) -> int:
+    from qwen35.pipeline.fresh import up_to_date
     from qwen35.pipeline.graph import make_graph
-    from qwen35.pipeline.run import up_to_date
     from qwen35.pipeline.show import Forecast
 
     kept = up_to_date(job, source, artifacts)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qwen35.checkpoint.open import describe, fetch, gguf_files
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.checkpoint.source import INDEX_NAME, Checkpoint
+from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding, InputError, OutputError, Qwen35Error
+from qwen35.pipeline.fresh import foreign_files, is_made, make_key, source_identity
 from qwen35.pipeline.gates import artifact_gate, publish_gate, quantization_gate
-from qwen35.pipeline.graph import Gate, Step
+from qwen35.pipeline.graph import Step
 from qwen35.pipeline.job import Job
 from qwen35.pipeline.make import make_artifacts
 from qwen35.pipeline.measure import REPORT_FOLDER, candidates, evaluator
+from qwen35.pipeline.outcome import Outcome, Status, outcome_text
 from qwen35.pipeline.planned import Artifact
 from qwen35.pipeline.state import State, key_of
 from qwen35.plan.manifest import read_manifest
@@ -31,42 +33,7 @@ from qwen35.sinks.staging import check_output, check_space, locked, os_errors
 from qwen35.verify.artifact import Verdict, verify
 from qwen35.verify.gguf import verify_gguf
 
-__all__ = [
-    "Options",
-    "Outcome",
-    "Runner",
-    "is_made",
-    "outcome_text",
-    "source_identity",
-    "up_to_date",
-]
-
-State_ = Literal["done", "kept", "closed", "stopped", "skipped"]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a step.
-
-    Args:
-        step: which.
-        state: ``done``; ``kept``, as it was up to date; ``closed``: its gate is closed; ``stopped``
-            by a closed gate before it; ``skipped``, as nobody asked for it.
-        gate: that is closed.
-        reasons: why it is not done.
-        facts: what is worth knowing of it, as plain values.
-    """
-
-    step: Step
-    state: State_
-    gate: Gate | None = None
-    reasons: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def open(self) -> bool:
-        """Whether what needs the step may go on."""
-        return self.state in ("done", "kept")
+__all__ = ["Options", "Runner"]
 
 
 @dataclass(frozen=True)
@@ -84,50 +51,6 @@ class Options:
     device: str = "auto"
     overwrite: bool = False
     token: str | None = None
-
-
-def source_identity(checkpoint: Checkpoint, hasher: Hasher) -> Any:
-    """Return what the content of a source is known by: its commit, or the hash of each file.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    if checkpoint.repo:
-        return [checkpoint.repo, checkpoint.revision]
-    root = checkpoint.folder()
-    names = {*checkpoint.file_sizes, *checkpoint.sidecars, "config.json", INDEX_NAME, "README.md"}
-    paths = [root / name for name in sorted(names) if (root / name).is_file()]
-    return {path.name: digest.sha256 for path, digest in hasher.digests(paths).items()}
-
-
-def is_made(artifact: Artifact, key: str, state: State, hasher: Hasher) -> bool:
-    """Whether an earlier run made an artifact that would come out the same, and it is undamaged."""
-    if state.recorded(f"make {artifact.name}", key) is None or not artifact.out.is_dir():
-        return False
-    try:
-        manifest = read_manifest(Folder(artifact.out))
-    except InputError:
-        return False
-    if manifest is None or manifest.get("plan") != artifact.plan.digest:
-        return False
-    paths = {name: artifact.out / name for name in manifest["files"]}
-    if not all(path.is_file() for path in paths.values()):
-        return False
-    digests = hasher.digests(paths.values())
-    return all(
-        digests[path].sha256 == manifest["files"][name]["sha256"] for name, path in paths.items()
-    )
-
-
-def up_to_date(job: Job, source: Checkpoint, artifacts: Sequence[Artifact]) -> frozenset[str]:
-    """Return the names of the artifacts that a run would leave as they are; nothing is written."""
-    state = State.load(job.out)
-    if not state.steps or (source.repo is None and source.root is None):
-        return frozenset()
-    hasher = Hasher(remember=False)
-    identity = source_identity(source, hasher)
-    keys = {a.name: key_of("make", a.plan.digest, identity) for a in artifacts}
-    return frozenset(a.name for a in artifacts if is_made(a, keys[a.name], state, hasher))
 
 
 @dataclass
@@ -186,7 +109,7 @@ class Runner:
         needs = [self.outcomes[name] for name in step.needs]
         closed = [need for need in needs if not need.open]
         if closed and (not step.any_need or len(closed) == len(needs)):
-            return Outcome(step, "stopped", reasons=tuple(_blame(need) for need in closed))
+            return Outcome(step, "stopped", reasons=tuple(need.blame for need in closed))
         handler = {
             "make": self._gate_make,
             "verify": self._verify,
@@ -212,7 +135,7 @@ class Runner:
             self._check_out(name, artifact)
         check_space(self.job.out, sum(artifact.nbytes for artifact in todo.values()))
         for name, artifact in todo.items():
-            self._state.record(name, self._key(artifact))
+            self._state.record(name, make_key(artifact, self._identity))
         if not todo:
             return {}
         self.tell(f"making {', '.join(artifact.name for artifact in todo.values())}")
@@ -224,11 +147,8 @@ class Runner:
         )
         return {name: failed.get(artifact.name) for name, artifact in todo.items()}
 
-    def _key(self, artifact: Artifact) -> str:
-        return key_of("make", artifact.plan.digest, self._identity)
-
     def _is_made(self, artifact: Artifact) -> bool:
-        return is_made(artifact, self._key(artifact), self._state, self.hasher)
+        return is_made(artifact, self._identity, self._state, self.hasher)
 
     def _check_out(self, name: str, artifact: Artifact) -> None:
         """Refuse to replace what this run did not make, unless told to."""
@@ -236,7 +156,7 @@ class Runner:
         check_output(artifact.out, source=self.source.folder(), overwrite=ours)
         if self.options.overwrite or not artifact.out.is_dir():
             return
-        for path in sorted(_foreign(artifact.out)):
+        for path in sorted(foreign_files(artifact.out)):
             raise OutputError(
                 str(artifact.out),
                 f"holds {path}, which this run did not write, and has to be made again",
@@ -252,7 +172,7 @@ class Runner:
             return Outcome(step, "closed", "artifact", _sentences(found))
         if "quantization" in step.gates and (found := list(quantization_gate(artifact))):
             return Outcome(step, "closed", "quantization", _sentences(found))
-        state: State_ = "done" if step.name in self._made else "kept"
+        state: Status = "done" if step.name in self._made else "kept"
         facts = {"out": str(artifact.out), "bytes": artifact.nbytes, "plan": artifact.plan.digest}
         return Outcome(step, state, facts=facts)
 
@@ -365,37 +285,9 @@ class Runner:
         return Outcome(step, "done", facts=facts)
 
 
-def _foreign(folder: Path) -> Iterator[str]:
-    """Yield what lies in an artifact's folder and was not written by qwen35."""
-    manifest = read_manifest(Folder(folder)) or {}
-    known = {MANIFEST_NAME, *manifest.get("files", {}), *manifest.get("added", {})}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in known:
-            yield name
-
-
 def _hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in manifest["files"].items()}
 
 
 def _sentences(findings: Sequence[Finding]) -> tuple[str, ...]:
     return tuple(f"{finding.subject}: {finding.message}" for finding in findings)
-
-
-def _blame(need: Outcome) -> str:
-    """Say which closed gate stops a step."""
-    if need.gate:
-        return f"the {need.gate} gate of {need.step.artifact.name} is closed"
-    return f"{need.step.name} is not done"
-
-
-def outcome_text(outcome: Outcome) -> str:
-    """Say what became of a step, in a line."""
-    if outcome.state == "closed" and outcome.gate:
-        first = outcome.reasons[0] if outcome.reasons else ""
-        more = f" (and {len(outcome.reasons) - 1} more)" if len(outcome.reasons) > 1 else ""
-        return f"{outcome.gate} gate CLOSED: {first}{more}"
-    words = {"done": "done", "kept": "up to date", "closed": "FAILED"}
-    text = words.get(outcome.state, outcome.state)
-    return f"{text}: {'; '.join(outcome.reasons)}" if outcome.reasons else text

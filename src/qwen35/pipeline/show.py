@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.pipeline.graph import GATES, Step
 from qwen35.pipeline.job import Job
 from qwen35.pipeline.planned import Artifact, memory_of
-from qwen35.pipeline.run import Outcome, outcome_text
 from qwen35.plan.show import size
 
-__all__ = ["Forecast", "outcomes_json", "outcomes_text"]
+__all__ = ["Forecast"]
 
 
 class Forecast:
@@ -142,46 +141,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def outcomes_json(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return what became of a run as plain values."""
-    return {
-        "out": str(job.out),
-        "passed": passed(outcomes),
-        "steps": [
-            {
-                "step": outcome.step.name,
-                "state": outcome.state,
-                "gate": outcome.gate,
-                "reasons": list(outcome.reasons),
-                **dict(outcome.facts),
-            }
-            for outcome in outcomes
-        ],
-    }
-
-
-def passed(outcomes: Sequence[Outcome]) -> bool:
-    """Whether no gate is closed."""
-    return all(outcome.state not in ("closed", "stopped") for outcome in outcomes)
-
-
-def outcomes_text(outcomes: Sequence[Outcome]) -> str:
-    """Return what became of a run for people."""
-    width = max(len(outcome.step.name) for outcome in outcomes)
-    lines: list[str] = []
-    for outcome in outcomes:
-        lines.append(f"{outcome.step.name:<{width}}  {outcome_text(outcome)}")
-        if outcome.state == "closed":
-            lines += [f"{'':<{width}}  - {reason}" for reason in outcome.reasons[1:]]
-        facts: Mapping[str, Any] = outcome.facts
-        if outcome.open and "commit" in facts:
-            lines.append(f"{'':<{width}}  {facts['repo']}@{facts['commit'][:12]}")
-    closed = [outcome for outcome in outcomes if outcome.state == "closed"]
-    lines.append("")
-    if closed:
-        lines.append(f"{len(closed)} closed: what passed is kept, run again when it is mended")
-    else:
-        lines.append("all gates open")
-    return "\n".join(lines)
