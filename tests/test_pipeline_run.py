@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -599,3 +601,17 @@ def test_source_on_the_hub_is_known_by_its_commit(
     assert manifest(out / NF4)["source"]["repo"] == "owner/Tiny-dense-1B"
     said = [row["state"] for row in world.client.run(*command, "--json").json()["steps"]]
     assert said == ["kept", "kept", "kept", "skipped"]
+
+
+def test_runs_without_torch(original: Path, tmp_path: Path) -> None:
+    arguments = ["run", "--path", "A", "--path", "B", "--types", "Q8_0", "--depth", "numbers"]
+    arguments += [str(original), str(tmp_path / "out"), "--quiet"]
+    code = (
+        "import sys\nfrom qwen35.cli.main import main\n"
+        f"assert main({arguments!r}) == 0\n"
+        "assert not {'torch', 'transformers'} & sys.modules.keys()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
