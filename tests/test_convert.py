@@ -384,21 +384,26 @@ def test_a_source_that_shrinks_while_it_is_read_is_named(dense: Path, tmp_path: 
     plan = plan_of(source)
     shard = next(source.glob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size // 2)
-    with pytest.raises(TensorError, match="ends within it"):
+    with pytest.raises(TensorError, match="changed since its header was read; run again on files"):
         convert(plan, tmp_path / "out", threads=2)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_an_interrupt_leaves_nothing_behind(
+def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qwen35.convert.write_file", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         run(dense, tmp_path / "out")
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    (note,) = caught.value.__notes__
+    assert note.endswith(".out.partial: the same command continues")
+    monkeypatch.undo()
+    run(dense, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_killed_run_leaves_no_output_and_the_next_cleans_up(dense: Path, tmp_path: Path) -> None:

@@ -358,7 +358,7 @@ def test_file_that_shrinks_after_opening_names_the_tensor(sharded: Path) -> None
     os.truncate(sharded / LAST, last.main.begin + 1)
     with Reader(checkpoint) as reader, pytest.raises(TensorError) as caught:
         reader.read(last.main)
-    assert str(caught.value).startswith(f"{last.name}: {LAST} ends within it; the file changed")
+    assert str(caught.value).startswith(f"{last.name}: {LAST} ends within it: it changed")
 
 
 def test_file_that_vanishes_after_opening_is_named(sharded: Path) -> None:

@@ -177,7 +177,7 @@ def test_output_appears_whole_and_alone(tmp_path: Path) -> None:
     with staging(out) as folder:
         (folder / "a").write_text("1")
         assert not out.exists()
-        assert folder.parent == out.parent
+        assert folder.parent.parent == out.parent
     assert snapshot(tmp_path) == {
         "deep": None,
         "deep/er": None,
@@ -229,7 +229,7 @@ def test_failure_leaves_what_others_put_beside_it(tmp_path: Path) -> None:
 
 def test_failure_while_overwriting_leaves_the_old_output(ours: Path) -> None:
     before = snapshot(ours.parent)
-    with pytest.raises(RuntimeError), staging(ours) as folder:  # noqa: PT012
+    with pytest.raises(RuntimeError), staging(ours, overwrite=True) as folder:  # noqa: PT012
         (folder / "model.safetensors").write_text("new")
         raise RuntimeError
     assert snapshot(ours.parent) == before
@@ -242,41 +242,72 @@ def test_overwriting_replaces_and_leaves_no_trace(ours: Path) -> None:
     assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
 
 
+def leftovers(out: Path, *names: str) -> Path:
+    """Make the work folder that a killed run left, with files in the folders `names`."""
+    work = out.with_name(f".{out.name}.partial")
+    for name in names:
+        (work / name).mkdir(parents=True)
+        (work / name / "model.safetensors").write_text("left")
+    (work / ".qwen35-partial").write_text("")
+    return work
+
+
 def test_leftovers_of_a_killed_run_are_removed(ours: Path) -> None:
-    partial = ours.with_name(".out.partial")
-    (partial / "sub").mkdir(parents=True)
-    (partial / "sub" / "x").write_text("left")
-    (partial / "model.safetensors").write_text("left")
-    (partial / ".qwen35-partial").write_text("")
-    (partial / "link").symlink_to(ours)
+    work = leftovers(ours, "files", "files/sub", "strange")
+    (work / "files" / "link").symlink_to(ours)
     ours.with_name(".out.lock").write_text("")
     with staging(ours, overwrite=True) as folder:
-        assert folder == partial
-        assert [path.name for path in folder.iterdir()] == [".qwen35-partial"]
+        assert folder == work / "files"
+        assert [*folder.iterdir()] == []
         assert (ours / "model.safetensors").read_text() == "old"
         (folder / "b").write_text("new")
     assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
 
 
 def test_run_killed_after_the_renames_does_not_stop_the_next(ours: Path) -> None:
-    old = ours.with_name(".out.old")
-    old.mkdir()
-    (old / MANIFEST_NAME).write_text("{}")
-    (old / "model.safetensors").write_text("older")
+    leftovers(ours, "old")
     with staging(ours, overwrite=True) as folder:
         (folder / "b").write_text("new")
     assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
 
 
-def test_run_killed_between_the_renames_does_not_stop_the_next(ours: Path) -> None:
-    ours.rename(ours.with_name(".out.old"))
-    with staging(ours) as folder:
+def test_run_killed_after_the_renames_is_cleaned_up_though_the_next_is_refused(ours: Path) -> None:
+    before = snapshot(ours.parent)
+    leftovers(ours, "old")
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(ours, source=None, overwrite=False)
+    assert snapshot(ours.parent) == before
+
+
+def test_unfinished_run_is_not_cleaned_up_by_a_check(ours: Path) -> None:
+    leftovers(ours, "files")
+    before = snapshot(ours.parent)
+    check_output(ours, source=None, overwrite=True)
+    assert snapshot(ours.parent) == before
+
+
+def test_run_killed_between_the_renames_is_undone_by_the_next(ours: Path) -> None:
+    work = leftovers(ours, "files")
+    before = snapshot(ours)
+    ours.rename(work / "old")
+    with (
+        pytest.raises(OutputError, match="exists already; give --overwrite"),
+        staging(ours),
+    ):
+        raise AssertionError("it would replace the output that was put back")
+    assert snapshot(ours) == before
+    assert not work.exists()
+
+
+def test_run_killed_while_it_cleaned_up_does_not_stop_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    with staging(tmp_path / "out") as folder:
         (folder / "b").write_text("new")
-    assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
+    assert snapshot(tmp_path) == {"out": None, "out/b": b"new"}
 
 
-@pytest.mark.parametrize("name", [".out.partial", ".out.old"])
-def test_folder_of_somebody_else_is_never_removed(tmp_path: Path, name: str) -> None:
+def test_folder_of_somebody_else_is_never_removed(tmp_path: Path) -> None:
+    name = ".out.partial"
     (tmp_path / name).mkdir()
     (tmp_path / name / "precious").write_text("kept")
     with (
@@ -336,7 +367,7 @@ def test_failed_rename_brings_the_old_output_back(
     rename = os.rename
 
     def failing(source: Path, target: Path) -> None:
-        if Path(source).name == ".out.partial":
+        if Path(source).name == "files":
             raise OSError(errno.EXDEV, "Invalid cross-device link", str(target))
         rename(source, target)
 
@@ -374,7 +405,7 @@ def test_run_in_another_process_is_locked_out_until_it_is_killed(tmp_path: Path)
         with pytest.raises(OutputError, match="another run is writing it"), staging(out):
             raise AssertionError("two runs at once")
         process.send_signal(signal.SIGKILL)
-    assert (tmp_path / ".out.partial" / "half").exists()
+    assert (tmp_path / ".out.partial" / "files" / "half").exists()
     with staging(out) as folder:
         (folder / "a").write_text("1")
     assert snapshot(tmp_path) == {"out": None, "out/a": b"1"}

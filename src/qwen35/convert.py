@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +20,13 @@ from qwen35.checkpoint.storage import FP8_BLOCK
 from qwen35.codecs.devices import Encoders, encoders_for
 from qwen35.codecs.nf4 import BLOCK
 from qwen35.codecs.nf4_arrays import Statistics
-from qwen35.plan.manifest import manifest_bytes, manifest_size
+from qwen35.plan.manifest import manifest_bytes, manifest_size, work_key
 from qwen35.plan.plan import Plan, PlannedFile
 from qwen35.plan.step import Step
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import TensorFile, write_file
-from qwen35.sinks.staging import Result, check_output, check_space, staging
+from qwen35.sinks.staging import Result, check_output, check_space, resumable
+from qwen35.sinks.written import Written
 from qwen35.strips import decoded, fp8_scales, not_finite, stored, tile_rows
 from qwen35.threads import default_threads
 
@@ -56,7 +57,8 @@ def convert(
 ) -> Result:
     """Write the output that `plan` describes to the folder `out`.
 
-    The folder appears whole: everything is prepared beside it, flushed and hashed, and renamed.
+    The folder appears whole: everything is prepared beside it, flushed and hashed, and renamed. A
+    run that is killed or interrupted is continued by the next one of the same plan.
     Memory is a few pieces of 8 MB a thread, whatever the size of the model.
 
     Raises:
@@ -68,12 +70,16 @@ def convert(
     out = out.resolve() if not out.is_symlink() else out
     check_output(out, source=source, overwrite=overwrite)
     encoders = encoders_for(device)
-    check_space(out.absolute().parent, plan.nbytes + manifest_size(plan))
     progress = progress or Silent()
-    progress.begin(f"writing {out.name}", plan.read_bytes)
+    key = work_key(plan.digest, plan.checkpoint)
     try:
-        with staging(out, overwrite=overwrite) as folder, Reader(plan.checkpoint) as reader:
-            hashes = _Run(plan, folder, reader, encoders, progress).weights(threads)
+        with (
+            resumable(out, key, overwrite=overwrite) as (folder, journal),
+            Reader(plan.checkpoint) as reader,
+        ):
+            check_space(folder, plan.nbytes + manifest_size(plan), keeping=folder)
+            with Written(folder, journal) as written:
+                hashes = _Run(out.name, plan, written, reader, encoders, progress).weights(threads)
             for name, content in plan.documents.items():
                 hashes[name] = write_file(folder / name, content)
             for name, size in plan.copied.items():
@@ -89,8 +95,9 @@ def convert(
 class _Run:
     """One execution: everything its steps share."""
 
+    name: str
     plan: Plan
-    folder: Path
+    written: Written
     reader: Reader
     encoders: tuple[Encoders, ...]
     progress: Progress
@@ -98,28 +105,39 @@ class _Run:
     def weights(self, threads: int | None) -> dict[str, str]:
         """Write the safetensors files; a file is flushed and hashed while the next is filled."""
         stop = Event()
-        finishing: dict[str, Future[str]] = {}
         with ThreadPoolExecutor(threads or default_threads()) as pool:
+            hashes = self._finished(pool)
+            finishing: dict[str, Future[str]] = {}
+            left = [file for file in self.plan.files if hashes[file.name] is None]
+            self._begin(left)
             try:
-                for planned in self.plan.files:
-                    file = TensorFile(
-                        self.folder / planned.name, planned.head, planned.offsets, planned.nbytes
-                    )
-                    try:
-                        self._fill(pool, planned, file, stop)
-                    except BaseException:
-                        file.close()
-                        raise
-                    finishing[planned.name] = pool.submit(file.finish)
-                return {name: future.result() for name, future in finishing.items()}
+                for planned in left:
+                    self._fill(pool, planned, stop)
+                    finishing[planned.name] = pool.submit(self.written.finish, planned.name)
+                for name, future in finishing.items():
+                    hashes[name] = future.result()
             finally:
                 stop.set()
+        return {name: digest for name, digest in hashes.items() if digest is not None}
 
-    def _fill(
-        self, pool: ThreadPoolExecutor, planned: PlannedFile, file: TensorFile, stop: Event
-    ) -> None:
-        largest_first = sorted(planned.steps, key=lambda step: -step.weight.nbytes)
-        futures = [pool.submit(self._step, step, file, stop) for step in largest_first]
+    def _finished(self, pool: ThreadPoolExecutor) -> dict[str, str | None]:
+        """Return the SHA-256 of the files that an earlier run finished, None for the others."""
+        names, sizes = zip(*((file.name, file.nbytes) for file in self.plan.files), strict=True)
+        return dict(zip(names, pool.map(self.written.hash_of, names, sizes), strict=True))
+
+    def _begin(self, left: Sequence[PlannedFile]) -> None:
+        nbytes = sum(step.weight.nbytes for file in left for step in self._steps(file))
+        verb = "writing" if nbytes == self.plan.read_bytes else "continuing"
+        self.progress.begin(f"{verb} {self.name}", nbytes)
+
+    def _steps(self, planned: PlannedFile) -> list[Step]:
+        """Return the steps of a file that are still to be done."""
+        return [s for s in planned.steps if not self.written.has(planned.name, s.outputs[0].name)]
+
+    def _fill(self, pool: ThreadPoolExecutor, planned: PlannedFile, stop: Event) -> None:
+        file = self.written.open(planned.name, planned.head, planned.offsets, planned.nbytes)
+        largest_first = sorted(self._steps(planned), key=lambda step: -step.weight.nbytes)
+        futures = [pool.submit(self._step, step, planned, file, stop) for step in largest_first]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             if any(future.exception() for future in done):
@@ -135,7 +153,7 @@ class _Run:
             if not future.cancelled():
                 future.result()
 
-    def _step(self, step: Step, file: TensorFile, stop: Event) -> None:
+    def _step(self, step: Step, planned: PlannedFile, file: TensorFile, stop: Event) -> None:
         if stop.is_set():
             return
         encoders = self.encoders[zlib.crc32(step.weight.name.encode()) % len(self.encoders)]
@@ -151,6 +169,9 @@ class _Run:
                 fp8_scales(self.reader, step.weight)  # refuses what is no scale
             for part, out in zip(step.weight.parts, step.outputs, strict=True):
                 self._write(out.name, stored(self.reader, part), file, stop)
+        if stop.is_set():  # perhaps in the middle of it
+            return
+        self.written.done(step.outputs[0].name, [planned.name])
         self.progress.advance(step.weight.nbytes, step.weight.name)
 
     def _write(self, name: str, pieces: Iterable[Array], file: TensorFile, stop: Event) -> None:

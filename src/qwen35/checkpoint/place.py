@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,12 @@ from typing import Protocol
 
 from qwen35.errors import InputError
 
-__all__ = ["Folder", "Place"]
+__all__ = ["Folder", "Place", "stamp"]
+
+
+def stamp(status: os.stat_result) -> tuple[int, int]:
+    """Return size in bytes and time of the last change in ns: they tell that a file changed."""
+    return status.st_size, status.st_mtime_ns
 
 
 class Place(Protocol):
@@ -42,15 +48,19 @@ class Folder:
         return str(self._root)
 
     @cached_property
-    def _sizes(self) -> dict[str, int]:
+    def _stamps(self) -> dict[str, tuple[int, int]]:
         try:
-            return {p.name: p.stat().st_size for p in self._root.iterdir() if p.is_file()}
+            return {p.name: stamp(p.stat()) for p in self._root.iterdir() if p.is_file()}
         except OSError as error:
             raise InputError(str(self._root), f"cannot be read ({error.strerror})") from error
 
     def sizes(self) -> Mapping[str, int]:
         """Return the size in bytes of each file."""
-        return self._sizes
+        return {name: size for name, (size, _) in self._stamps.items()}
+
+    def stamps(self) -> Mapping[str, tuple[int, int]]:
+        """Return size and time of the last change of each file, as they first were."""
+        return self._stamps
 
     def read(self, name: str, start: int, count: int) -> bytes:
         """Return `count` bytes of a file from `start` on."""

@@ -11,7 +11,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from qwen35.checkpoint.header import Header, read_header, strict_json
-from qwen35.checkpoint.place import Folder, Place
+from qwen35.checkpoint.place import Folder, Place, stamp
 from qwen35.checkpoint.sidecars import SIDECARS
 from qwen35.checkpoint.storage import StoredTensor, Weight, group
 from qwen35.errors import ConfigError, HeaderError, InputError, TensorError
@@ -32,6 +32,8 @@ __all__ = [
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 256 * 2**20
+_CHANGED = "changed since its header was read"
+_AT_REST = "run again on files at rest"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Checkpoint:
         revision: commit of the Hub repository it came from, if it did.
         repo: that repository.
         file_sizes: size in bytes of each safetensors file.
+        stamps: size and time of the last change of every file used, if they are at hand.
         problems: what is wrong with the index or the packing; empty unless opened to be checked.
     """
 
@@ -63,6 +66,7 @@ class Checkpoint:
     revision: str | None = None
     file_sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     problems: tuple[InputError, ...] = ()
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +146,8 @@ def open_place(
     if problems and not lenient:
         raise problems[0]
     known = {row.name for row in SIDECARS}
+    stamps = place.stamps() if isinstance(place, Folder) else {}
+    used = {"config.json", INDEX_NAME, *shards, *known} & stamps.keys()
     return Checkpoint(
         name=name,
         config=config,
@@ -154,6 +160,7 @@ def open_place(
         revision=revision or None,
         file_sizes=MappingProxyType({shard: sizes[shard] for shard in shards}),
         problems=tuple(problems),
+        stamps=MappingProxyType({name: stamps[name] for name in sorted(used)}),
     )
 
 
@@ -248,11 +255,13 @@ class Reader:
     """Reads byte ranges of a checkpoint's files; safe to share between threads.
 
     Files are read with ``pread``, not mapped: memory stays bounded, and a file that shrinks while
-    it is read is an error sentence and not a signal.
+    it is read is an error sentence and not a signal. So is one that changes after its header was
+    read.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._root = checkpoint.folder()
+        self._stamps = checkpoint.stamps
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -296,10 +305,12 @@ class Reader:
             if count == 0:
                 raise TensorError(
                     tensor.spec.name,
-                    f"{tensor.file} ends within it",
-                    hint="the file changed while it was read: run again on a file at rest",
+                    f"{tensor.file} ends within it: it {_CHANGED}",
+                    hint=_AT_REST,
                 )
             done += count
+        if self._stamps and stamp(os.fstat(descriptor)) != self._stamps[tensor.file]:
+            raise TensorError(tensor.spec.name, f"{tensor.file} {_CHANGED}", hint=_AT_REST)
 
     def read(self, tensor: StoredTensor) -> bytearray:
         """Return all bytes of a (small) tensor."""

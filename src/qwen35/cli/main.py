@@ -114,11 +114,19 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
         code: int = implementation.run(args, output)
     except Qwen35Error as error:
         output.error(error)
+        _tell(error, output)
         return EXIT_USAGE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         output.info("interrupted")
+        _tell(error, output)
         return EXIT_INTERRUPTED
     return code
+
+
+def _tell(error: BaseException, output: Output) -> None:
+    """Say what was added to an error on its way: what can be continued."""
+    for note in getattr(error, "__notes__", ()):
+        output.info(f"note: {note}")
 
 
 if __name__ == "__main__":

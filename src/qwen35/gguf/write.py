@@ -18,9 +18,11 @@ from qwen35.gguf.names import Tensor
 from qwen35.gguf.plan import GgufFile, GgufPlan
 from qwen35.gguf.rows import Strip, read_strip, strips
 from qwen35.gguf.types import FLOATS, GGML_TYPES
+from qwen35.plan.manifest import work_key
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import TensorFile, write_file
-from qwen35.sinks.staging import Result, check_output, check_space, staging
+from qwen35.sinks.staging import Result, check_output, check_space, resumable
+from qwen35.sinks.written import Written
 from qwen35.threads import default_threads
 
 __all__ = ["Result", "write"]
@@ -38,6 +40,7 @@ def write(
 ) -> Result:
     """Write the files that `plan` describes to the folder `out`, which appears whole.
 
+    A run that is killed or interrupted is continued by the next one of the same plan.
     Memory is a strip of `rows.STRIP` elements for each thread and type, whatever the model's size;
     weights of a packed source are decoded whole.
 
@@ -51,13 +54,17 @@ def write(
     check_output(out, source=source, overwrite=overwrite)
     if any(kind not in FLOATS for file in plan.files for kind in file.kinds.values()):
         open_kernel()
-    check_space(out.absolute().parent, plan.nbytes)
     progress = progress or Silent()
-    progress.begin(f"writing {out.name}", plan.read_bytes)
-    threads = threads or default_threads()
+    key = work_key(plan.digest, plan.checkpoint, "gguf", "llama_cpp_python")
     try:
-        with staging(out, overwrite=overwrite) as folder, Reader(plan.checkpoint) as reader:
-            hashes = _Run(plan, folder, reader, progress).files(threads)
+        with (
+            resumable(out, key, overwrite=overwrite) as (folder, journal),
+            Reader(plan.checkpoint) as reader,
+        ):
+            check_space(folder, plan.nbytes, keeping=folder)
+            with Written(folder, journal) as written:
+                run = _Run(out.name, plan, written, reader, progress)
+                hashes = run.files(threads or default_threads())
             manifest = plan.made.render(hashes)
             write_file(folder / MANIFEST_NAME, manifest)
     finally:
@@ -65,15 +72,22 @@ def write(
     return Result(out, hashes, plan.nbytes)
 
 
-Job = tuple[Strip, dict[str, list[GgufFile]]]
+@dataclass
+class _Job:
+    """A tensor, the files that still want it by type, and its strips that are left to do."""
+
+    tensor: Tensor
+    kinds: dict[str, list[GgufFile]]
+    left: int
 
 
 @dataclass
 class _Run:
     """One execution: what its threads share."""
 
+    name: str
     plan: GgufPlan
-    folder: Path
+    written: Written
     reader: Reader
     progress: Progress
     lock: Lock = field(default_factory=Lock)
@@ -81,22 +95,26 @@ class _Run:
 
     def files(self, threads: int) -> dict[str, str]:
         """Write, flush and hash all files."""
-        opened: dict[str, TensorFile] = {}
-        try:
+        with ThreadPoolExecutor(threads) as pool:
+            found = pool.map(lambda f: self.written.hash_of(f.name, f.head.nbytes), self.plan.files)
+            hashes = {
+                file.name: digest for file, digest in zip(self.plan.files, found, strict=True)
+            }
+            opened = {}
             for file in self.plan.files:
-                head = file.head
-                path = self.folder / file.name
-                opened[file.name] = TensorFile(path, head.content, head.offsets, head.nbytes)
-            with ThreadPoolExecutor(threads) as pool:
-                self._fill(pool, threads, opened)
-                hashes = pool.map(lambda name: opened[name].finish(), opened)
-                return dict(zip(opened, hashes, strict=True))
-        finally:
-            for target in opened.values():
-                target.close()
+                if hashes[file.name] is None:
+                    head = file.head
+                    opened[file.name] = self.written.open(
+                        file.name, head.content, head.offsets, head.nbytes
+                    )
+            self._fill(pool, threads, opened)
+            hashes |= zip(opened, pool.map(self.written.finish, opened), strict=True)
+        return {name: digest for name, digest in hashes.items() if digest is not None}
 
     def _fill(self, pool: ThreadPoolExecutor, threads: int, opened: dict[str, TensorFile]) -> None:
-        jobs = self._jobs()
+        todo = self._todo()
+        self._begin(todo)
+        jobs = ((job, strip) for job in todo for strip in strips(job.tensor))
         futures = [pool.submit(self._work, jobs, opened) for _ in range(threads)]
         try:
             wait(futures)
@@ -106,31 +124,50 @@ class _Run:
         for future in futures:
             future.result()
 
-    def _jobs(self) -> Iterator[Job]:
+    def _todo(self) -> list[_Job]:
+        """Return every tensor that some file still wants."""
+        jobs = []
         for tensor, kinds in self.plan.jobs:
-            for strip in strips(tensor):
-                yield strip, kinds
+            left = {
+                kind: [file for file in files if not self.written.has(file.name, tensor.name)]
+                for kind, files in kinds.items()
+            }
+            left = {kind: files for kind, files in left.items() if files}
+            if left:
+                jobs.append(_Job(tensor, left, sum(1 for _ in strips(tensor))))
+        return jobs
 
-    def _work(self, jobs: Iterator[Job], opened: dict[str, TensorFile]) -> None:
+    def _begin(self, todo: list[_Job]) -> None:
+        weights = {slab.item.weight for job in todo for slab in job.tensor.slabs}
+        nbytes = sum(weight.nbytes for weight in weights)
+        verb = "writing" if nbytes == self.plan.read_bytes else "continuing"
+        self.progress.begin(f"{verb} {self.name}", nbytes)
+
+    def _work(self, jobs: Iterator[tuple[_Job, Strip]], opened: dict[str, TensorFile]) -> None:
         """Take strips until none is left."""
         try:
             while True:
                 with self.lock:
-                    job = None if self.stopped else next(jobs, None)
-                if job is None:
+                    taken = None if self.stopped else next(jobs, None)
+                if taken is None:
                     return
-                self._strip(*job, opened)
+                job, strip = taken
+                self._strip(job, strip, opened)
+                with self.lock:
+                    job.left -= 1
+                    complete = not job.left
+                if complete:
+                    files = [file.name for files in job.kinds.values() for file in files]
+                    self.written.done(job.tensor.name, files)
         except BaseException:
             self.stopped = True
             raise
 
-    def _strip(
-        self, strip: Strip, kinds: dict[str, list[GgufFile]], opened: dict[str, TensorFile]
-    ) -> None:
-        tensor = strip.tensor
+    def _strip(self, job: _Job, strip: Strip, opened: dict[str, TensorFile]) -> None:
+        tensor = job.tensor
         rows = read_strip(self.reader, strip)
         importance = self._importance(tensor, strip.slab)
-        for kind, files in kinds.items():
+        for kind, files in job.kinds.items():
             offset = GGML_TYPES[kind].size((strip.start, tensor.row))
             data = encode(tensor.name, rows, kind, importance)
             for file in files:

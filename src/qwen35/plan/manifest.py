@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "read_manifest",
     "recipe_of",
     "source_of",
+    "work_key",
 ]
 
 MANIFEST_VERSION = 1
@@ -139,6 +141,24 @@ def manifest_versions() -> dict[str, str]:
     """Return the versions of everything that a byte of the output passes through."""
     libraries = {name: version(name) for name in ("jinja2", "numba", "numpy")}
     return {"qwen35": __version__, "python": platform.python_version(), **libraries}
+
+
+def work_key(digest: str, checkpoint: Checkpoint, *libraries: str) -> dict[str, Any]:
+    """Return everything that decides an output's bytes, to tell whether a run can be continued.
+
+    Args:
+        digest: of the plan.
+        checkpoint: the source: a commit, or files by size and time of their last change.
+        libraries: what bytes pass through besides `manifest_versions`, if it is installed.
+    """
+    tool = manifest_versions()
+    for name in libraries:
+        with suppress(PackageNotFoundError):
+            tool[name] = version(name)
+    source = _source(checkpoint)
+    if not checkpoint.repo:
+        source["files"] = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
+    return {"plan": digest, "source": source, "tool version": tool}
 
 
 def _source(checkpoint: Checkpoint) -> dict[str, Any]:

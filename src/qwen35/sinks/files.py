@@ -14,19 +14,30 @@ _PIECE = 2**20
 
 
 class TensorFile:
-    """A safetensors file whose header is known before its data; tensors may come in any order.
+    """A file whose head and size are known before its data; tensors may come in any order.
 
     Args:
         path: where to create it.
         head: the bytes before the data.
         offsets: absolute offset of each tensor.
         nbytes: size of the whole file, reserved on the disk at once.
+        again: it is there, of this head and size, and keeps the data it has.
     """
 
-    def __init__(self, path: Path, head: bytes, offsets: Mapping[str, int], nbytes: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        head: bytes,
+        offsets: Mapping[str, int],
+        nbytes: int,
+        *,
+        again: bool = False,
+    ) -> None:
         self._path = path
         self._offsets = offsets
-        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        new = 0 if again else os.O_CREAT | os.O_EXCL
+        flags = new | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._descriptor = os.open(path, flags, 0o666)
         try:
             _reserve(self._descriptor, nbytes)
             self._write_at(0, memoryview(head))
@@ -43,10 +54,13 @@ class TensorFile:
         while done < len(data):
             done += os.pwrite(self._descriptor, data[done:], position + done)
 
+    def sync(self) -> None:
+        """Flush what was written to the disk; safe from several threads."""
+        os.fsync(self._descriptor)
+
     def finish(self) -> str:
         """Flush the file to the disk and return its SHA-256, read back from it."""
-        os.fsync(self._descriptor)
-        self.close()
+        self.sync()
         return hash_file(self._path)
 
     def close(self) -> None:

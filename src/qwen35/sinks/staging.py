@@ -6,17 +6,20 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.errors import OutputError
+from qwen35.errors import InputError, OutputError, UsageError
+from qwen35.sinks.journal import Journal, fsync_folder
 
-__all__ = ["Result", "check_output", "check_space", "locked", "os_errors", "staging"]
+__all__ = ["Result", "check_output", "check_space", "locked", "os_errors", "resumable", "staging"]
 
 _MARK_NAME = ".qwen35-partial"
+_FILES_NAME, _OLD_NAME, _JOURNAL_NAME = "files", "old", "journal"
 _SPARE_BYTES = 16 * 2**20
 
 
@@ -55,6 +58,7 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
         if os.path.ismount(out):
             raise OutputError(str(out), "is a mount point", hint="choose a folder in it")
         if any(out.iterdir()):
+            _clean_up(out)
             _check_replaceable(out, overwrite)
 
 
@@ -77,12 +81,24 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         )
 
 
-def check_space(folder: Path, needed: int) -> None:
+def _clean_up(out: Path) -> None:
+    """Remove what a run left that was killed between its last rename and its end."""
+    work = work_path(out)
+    if (work / _MARK_NAME).is_file() and not (work / _FILES_NAME).exists():
+        with suppress(OutputError), locked(out):
+            _discard(work)
+
+
+def check_space(folder: Path, needed: int, *, keeping: Path | None = None) -> None:
     """Refuse to start when the disk of `folder` has less than `needed` bytes free.
+
+    What the files in `keeping` take already is not needed again.
 
     Raises:
         OutputError: it has not.
     """
+    if keeping is not None:
+        needed -= sum(path.stat().st_blocks * 512 for path in keeping.iterdir())
     free = shutil.disk_usage(_existing(folder)).free
     if free < needed + _SPARE_BYTES:
         raise OutputError(
@@ -100,8 +116,8 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def staging_path(out: Path) -> Path:
-    """Return the folder beside `out` in which it is prepared."""
+def work_path(out: Path) -> Path:
+    """Return the folder beside `out` that everything unfinished is in."""
     absolute = out.absolute()
     return absolute.with_name(f".{absolute.name}.partial")
 
@@ -115,23 +131,92 @@ def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: another run is at it, something else took the name, or the disk refuses.
     """
+    with _working(out, overwrite) as work:
+        _remove(work.path / _JOURNAL_NAME)
+        yield work.fresh()
+
+
+@contextmanager
+def resumable(
+    out: Path, key: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[tuple[Path, Journal]]:
+    """Prepare `out` as `staging` does, in a folder that outlives a run which ends before its time.
+
+    Yields the folder and the journal of what is finished in it. When pieces are finished, the
+    folder stays after an interrupt or a failure, and the next run goes on with it. It does not
+    stay when it is the source that was found wrong: then there is nothing to go on with.
+
+    Args:
+        out: the output.
+        key: everything that decides the output's bytes, by names that a user understands.
+        overwrite: replace an output of ours.
+
+    Raises:
+        OutputError: as `staging`, or an unfinished run with another key is there.
+    """
+    with _working(out, overwrite) as work:
+        path = work.path / _JOURNAL_NAME
+        work.stays = path.exists()  # should it be of another run, which is refused
+        with Journal(path, key, home=work.path) as journal:
+            try:
+                with os_errors(out):
+                    yield work.path / _FILES_NAME if journal else work.fresh(), journal
+            except BaseException as error:
+                work.stays = bool(journal) and _may_continue(error)
+                if work.stays:
+                    hint = f"what is finished is in {work.path}: the same command continues"
+                    error.add_note(hint)
+                raise
+
+
+def _may_continue(error: BaseException) -> bool:
+    """Whether the same run could succeed later: not if the source or the arguments are wrong."""
+    if isinstance(error, InputError | UsageError):
+        return isinstance(error.__cause__, OSError)
+    return True
+
+
+@dataclass
+class _Work:
+    """The folder that everything unfinished is in.
+
+    Args:
+        path: where.
+        stays: whether it is kept when the run fails.
+    """
+
+    path: Path
+    stays: bool = False
+
+    def fresh(self) -> Path:
+        """Return an empty folder in it for the output's files."""
+        folder = self.path / _FILES_NAME
+        _remove(folder)
+        folder.mkdir()
+        fsync_folder(self.path)
+        return folder
+
+
+@contextmanager
+def _working(out: Path, overwrite: bool) -> Iterator[_Work]:
+    """Hold the lock and the work folder of `out`; put the files in place at the end."""
     out = out.resolve()
     made = _make_parents(out.parent)
+    work: _Work | None = None
     done = False
     try:
         with os_errors(out), locked(out):
-            folder = _fresh_folder(out)
             try:
-                yield folder
-                (folder / _MARK_NAME).unlink()
-                _fsync_folder(folder)
-                _replace(folder, out, overwrite)
+                work = _Work(_work_folder(out))
+                check_output(out, source=None, overwrite=overwrite)
+                yield work
+                _replace(work.path, out, overwrite)
                 done = True
             finally:
-                if not done:
-                    shutil.rmtree(folder, ignore_errors=True)
+                if work is not None and (done or not work.stays):
+                    _discard(work.path)
     finally:
-        if not done:
+        if not done and (work is None or not work.stays):
             for parent in made:
                 with suppress(OSError):
                     parent.rmdir()
@@ -214,28 +299,54 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _fresh_folder(out: Path) -> Path:
-    """Return an empty, marked staging folder; what a killed run left in it is removed."""
-    folder = staging_path(out)
-    if folder.is_symlink() or folder.exists():
-        if folder.is_symlink() or not (folder / _MARK_NAME).is_file():
-            raise OutputError(
-                str(folder), "is in the way and was not made by qwen35", hint="move it away"
-            )
-        shutil.rmtree(folder)
-    folder.mkdir()
+def _work_folder(out: Path) -> Path:
+    """Return the work folder, marked as ours; an output that was moved into it is put back."""
+    folder = work_path(out)
+    if not _is_ours(folder):
+        raise OutputError(
+            str(folder), "is in the way and was not made by qwen35", hint="move it away"
+        )
+    folder.mkdir(exist_ok=True)
     (folder / _MARK_NAME).touch()
+    fsync_folder(folder.parent)
+    old = folder / _OLD_NAME
+    if old.exists() and not out.exists():  # the run was killed between two renames
+        os.rename(old, out)
+    _remove(old)
     return folder
 
 
-def _replace(folder: Path, out: Path, overwrite: bool) -> None:
-    """Rename `folder` to `out`; an `out` of ours that is in the way is moved aside first."""
+def _is_ours(folder: Path) -> bool:
+    """Whether a work folder may be taken: ours, empty or not there."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        return False
+    return not folder.exists() or (folder / _MARK_NAME).is_file() or not any(folder.iterdir())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _discard(work: Path) -> None:
+    """Remove a work folder as far as the disk lets us, its mark last."""
+    for path in work.iterdir():
+        if path.name != _MARK_NAME:
+            with suppress(OSError):
+                _remove(path)
+    with suppress(OSError):
+        if len([*work.iterdir()]) == 1:
+            (work / _MARK_NAME).unlink()
+            work.rmdir()
+
+
+def _replace(work: Path, out: Path, overwrite: bool) -> None:
+    """Rename the prepared files to `out`; an `out` of ours that is in the way is moved aside."""
+    folder, old = work / _FILES_NAME, work / _OLD_NAME
+    fsync_folder(folder)
     check_output(out, source=None, overwrite=overwrite)
-    old = out.with_name(f".{out.name}.old")
-    if old.exists() or old.is_symlink():  # what a killed run moved aside and could not remove
-        if old.is_symlink() or not (old / MANIFEST_NAME).is_file():
-            raise OutputError(str(old), "is in the way and was not made by qwen35")
-        shutil.rmtree(old)
     moved = out.exists() and any(out.iterdir())
     if moved:
         os.rename(out, old)
@@ -245,14 +356,4 @@ def _replace(folder: Path, out: Path, overwrite: bool) -> None:
         if moved:
             os.rename(old, out)
         raise
-    _fsync_folder(out.parent)
-    if moved:
-        shutil.rmtree(old)
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_folder(out.parent)
