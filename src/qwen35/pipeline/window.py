@@ -111,7 +111,7 @@ class Window(Reader):
 def advance(
     works: Sequence[Work],
     window: Window,
-    failed: Callable[[int, Exception], None],
+    failed: Callable[[int, Qwen35Error], None],
     stopped: Callable[[int], bool],
 ) -> None:
     """Run the works of one group side by side.
