@@ -15,7 +15,7 @@ from qwen35.errors import UsageError
 from qwen35.gguf.kernel import open_kernel
 from qwen35.pipeline.graph import GATES, make_graph
 from qwen35.pipeline.job import Job, path_artifacts
-from qwen35.pipeline.planned import plan_artifacts, threads_within
+from qwen35.pipeline.planned import plan_artifacts, sweep_memory, threads_within
 from qwen35.pipeline.toml import read_job
 
 Capture = pytest.CaptureFixture[str]
@@ -297,6 +297,7 @@ def test_memory_takes_threads_away(source: Path, tmp_path: Path) -> None:
     artifacts, _ = plan_artifacts(describe(str(source)), job)
     assert threads_within(artifacts, 8, None) == 8
     needed = artifacts[0].peak_memory(2)
+    assert sweep_memory(artifacts * 2, 2) > needed
     assert threads_within(artifacts, 8, needed) == 2
     with pytest.raises(UsageError, match="too little"):
         threads_within(artifacts, 8, 1000)
@@ -320,6 +321,9 @@ def test_dry_run_shows_the_graph_and_touches_nothing(
     made = sum(artifact["bytes"] for artifact in said["artifacts"].values())
     assert said["disk_needed"] == made > 0
     assert said["disk_free"] > 0
+    assert said["source_read_bytes"] < sum(
+        row["read_bytes"] for row in said["steps"] if row["step"].startswith("make")
+    )
     assert said["peak_memory"] >= max(row["memory"] for row in said["steps"])
     assert {row["note"] for row in said["steps"] if row["step"].startswith("publish")} == {
         "skipped: no repository was named"

@@ -10,6 +10,7 @@ from pathlib import Path
 from qwen35.checkpoint.hub import download_file
 from qwen35.checkpoint.open import hub_token
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.checkpoint.storage import Weight
 from qwen35.errors import Qwen35Error, UsageError
 from qwen35.gguf import show as gguf_show
 from qwen35.gguf.imatrix import read_imatrix
@@ -28,7 +29,14 @@ from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.verify.artifact import Depth
 
-__all__ = ["Artifact", "memory_of", "plan_artifacts", "threads_within"]
+__all__ = [
+    "Artifact",
+    "memory_of",
+    "plan_artifacts",
+    "source_bytes",
+    "sweep_memory",
+    "threads_within",
+]
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,13 @@ class Artifact:
         if isinstance(self.plan, GgufPlan):
             return self.plan.nbytes
         return self.plan.nbytes + manifest_size(self.plan)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The weights of the source that making it reads."""
+        if isinstance(self.plan, GgufPlan):
+            return [slab.item.weight for tensor, _ in self.plan.jobs for slab in tensor.slabs]
+        return [step.weight for step in self.plan.steps if step.op != "drop"]
 
     def peak_memory(self, threads: int) -> int:
         """Return an upper estimate in bytes of the memory that making it needs."""
@@ -214,6 +229,31 @@ def _text_problems(text: Path) -> Iterator[UsageError]:
         yield UsageError(str(text), f"cannot be read ({error})", expected="text in UTF-8")
 
 
+def source_bytes(artifacts: Sequence[Artifact]) -> int:
+    """Return the bytes of the source that one sweep for `artifacts` reads."""
+    stretches: dict[str, set[tuple[int, int]]] = {}
+    for weight in (weight for artifact in artifacts for weight in artifact.weights):
+        for part in weight.parts:
+            stretch = part.begin, part.begin + part.spec.nbytes
+            stretches.setdefault(part.file, set()).add(stretch)
+    total = 0
+    for found in stretches.values():
+        reached = 0
+        for begin, end in sorted(found):
+            total += max(0, end - max(begin, reached))
+            reached = max(reached, end)
+    return total
+
+
+def sweep_memory(artifacts: Sequence[Artifact], threads: int) -> int:
+    """Return an upper estimate in bytes of the memory that one sweep for `artifacts` needs."""
+    peaks = [artifact.peak_memory(threads) for artifact in artifacts]
+    return sum(peaks) - _SHARED_MEMORY * max(0, len(peaks) - 1)
+
+
+_SHARED_MEMORY = 120_000_000
+"""What every estimate holds, and a sweep has once: the interpreter with its libraries."""
+
 _CHECK_MEMORY = 450_000_000
 """Reading and comparing every number, measured by benchmarks/verify.py."""
 
@@ -240,21 +280,17 @@ def _loaded(artifact: Artifact) -> int:
 
 
 def threads_within(artifacts: Sequence[Artifact], threads: int, memory: int | None) -> int:
-    """Return the number of threads with which making any of `artifacts` stays below `memory`.
+    """Return the number of threads with which a sweep for `artifacts` stays below `memory`.
 
     Raises:
         UsageError: one thread alone needs more.
     """
     if memory is None:
         return threads
-    while threads > 1 and _peak(artifacts, threads) > memory:
+    while threads > 1 and sweep_memory(artifacts, threads) > memory:
         threads -= 1
-    needed = _peak(artifacts, threads)
+    needed = sweep_memory(artifacts, threads)
     if needed > memory:
         found = f"--memory {show.size(memory)}"
         raise UsageError(found, "too little", expected=show.size(needed))
     return threads
-
-
-def _peak(artifacts: Sequence[Artifact], threads: int) -> int:
-    return max((artifact.peak_memory(threads) for artifact in artifacts), default=0)

@@ -10,7 +10,7 @@ from typing import Any
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.pipeline.graph import GATES, Step
 from qwen35.pipeline.job import Job
-from qwen35.pipeline.planned import Artifact, memory_of
+from qwen35.pipeline.planned import Artifact, memory_of, source_bytes, sweep_memory
 from qwen35.plan.show import size
 
 __all__ = ["Forecast"]
@@ -99,7 +99,10 @@ class Forecast:
                 for step in self._graph
                 if step.kind == "make"
             },
-            "peak_memory": max((row["memory"] for row in rows), default=0),
+            "source_read_bytes": source_bytes(self.artifacts),
+            "peak_memory": max(
+                sweep_memory(self.artifacts, self._threads), *(row["memory"] for row in rows)
+            ),
             "disk_needed": needed,
             "disk_free": shutil.disk_usage(_existing(self._job.out)).free,
             "threads": self._threads,
@@ -125,6 +128,7 @@ class Forecast:
         lines += ["", *(f"{gate} gate: {GATES[gate]}" for gate in GATES if gate in gates)]
         lines += [
             "",
+            f"making reads {size(said['source_read_bytes'])} of the source, each byte once",
             f"disk: needs {size(said['disk_needed'])}, {size(said['disk_free'])} are free; "
             f"memory: about {size(said['peak_memory'])} with {said['threads']} threads",
         ]
