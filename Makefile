@@ -11,7 +11,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # miscompiled by common compilers), and without the multimodal library
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
-# make test-vllm   load the embedded checkpoint's FP8 in vLLM, in an environment of its own
+# make test-vllm   load the embedded checkpoint and its FP8 in vLLM, in an environment of its own
 .PHONY: help setup demo test test-all test-vllm golden lint bench clean
 
 help:
@@ -74,6 +74,8 @@ test-vllm: $(VENV)/.test $(VLLM)/.made
 	mkdir -p build/vllm
 	$(BIN)/python tests/vllm/references.py build/vllm
 	$(VLLM)/bin/python tests/vllm/compare.py build/vllm
+	VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=src $(VLLM)/bin/python -m qwen35.cli.main \
+		verify assets/qwen3.5-tiny --depth behaviour --engine vllm
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/nf4.py

@@ -2,13 +2,15 @@
 
     python benchmarks/structure.py [--work DIR] [--runs 3]
 
-Writes the headers, index and config of FP8 and NF4 artifacts of published sizes, with holes where
-the weights would be, and measures `qwen35 verify` on them. The files take hardly any disk.
+Writes the headers, index and config of FP8 and NF4 artifacts of published sizes, and of a dense one
+with so many layers that it has 10,000 tensors, with holes where the weights would be, and measures
+`qwen35 verify` on them. The files take hardly any disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shutil
@@ -21,16 +23,47 @@ if sys.path[0] != str(ROOT):  # this folder has files with the names of librarie
 
 from benchmarks.nf4 import measure, median
 
+from qwen35.checkpoint.header import file_layout
 from qwen35.checkpoint.open import describe
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.model.config import parse_config
+from qwen35.model.roles import Layout, expected_tensors
+from qwen35.model.sizes import published_config
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 
-CASES = (("Qwen3.5-9B", "nf4"), ("Qwen3.5-35B-A3B", "fp8"), ("Qwen3.5-397B-A17B", "fp8"))
+DEEP = 188
+"""Layers that give the geometry of 9B about 10,000 tensors in NF4."""
+CASES = (
+    ("Qwen3.5-9B", "nf4"),
+    (f"Qwen3.5-9B of {DEEP} layers", "nf4"),
+    ("Qwen3.5-35B-A3B", "fp8"),
+    ("Qwen3.5-397B-A17B", "fp8"),
+)
 
 
-def write_hollow(size: str, recipe: str, folder: Path) -> int:
+def describe_deep(folder: Path) -> Checkpoint:
+    """Describe a checkpoint of 9B's geometry with more layers, written without its data."""
+    raw = published_config("Qwen3.5-9B")
+    text = raw["text_config"]
+    text["layer_types"] = (text["layer_types"] * DEEP)[:DEEP]
+    text["num_hidden_layers"] = DEEP
+    config = parse_config(raw)
+    specs = list(expected_tensors(config, Layout.published(config)))
+    head, offsets = file_layout(specs)
+    end = max(offsets[spec.name] + spec.nbytes for spec in specs)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    with (folder / "model.safetensors").open("wb") as out:
+        out.write(head)
+        out.truncate(end)
+    return describe(str(folder))
+
+
+def write_hollow(checkpoint: Checkpoint, recipe: str, folder: Path) -> int:
     """Write an artifact without its data; returns its number of tensors."""
-    plan = make_plan(describe(size), load_recipe(recipe))
+    plan = make_plan(checkpoint, load_recipe(recipe))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for file in plan.files:
@@ -48,14 +81,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
-    print(f"{'':<32} {'tensors':>8} {'wall s':>7} {'CPU s':>7} {'peak MB':>8}")
+    print(f"{'':<36} {'tensors':>8} {'wall s':>7} {'CPU s':>7} {'peak MB':>8}")
     for size, recipe in CASES:
         folder = args.work / "hollow"
-        tensors = write_hollow(size, recipe, folder)
+        deep = "layers" in size
+        source = describe_deep(args.work / "deep") if deep else describe(size)
+        tensors = write_hollow(source, recipe, folder)
         command = [sys.executable, "-m", "qwen35.cli.main", "verify", str(folder), "--quiet"]
         cost = median([measure(command, args.work / "nothing") for _ in range(args.runs)])
         print(
-            f"{f'{size} {recipe}':<32} {tensors:>8} {cost.wall:>7.2f} {cost.cpu:>7.2f} "
+            f"{f'{size} {recipe}':<36} {tensors:>8} {cost.wall:>7.2f} {cost.cpu:>7.2f} "
             f"{cost.memory:>8.0f}"
         )
         shutil.rmtree(folder)

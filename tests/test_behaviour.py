@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
+import io
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from checkpoints import ASSET, write_checkpoint
 from qwen35.checkpoint.inventory import inventory
@@ -18,7 +24,7 @@ from qwen35.checkpoint.open import describe
 from qwen35.cli import old
 from qwen35.cli.main import main
 from qwen35.errors import UsageError
-from qwen35.verify import asking, behaviour, placing
+from qwen35.verify import asking, asking_vllm, behaviour, placing
 from qwen35.verify.asking import Question, is_right
 from qwen35.verify.behaviour import IMAGE, TASKS, Answer, ask, behaviour_findings
 from qwen35.verify.placing import choose
@@ -429,3 +435,88 @@ def test_template_that_refuses_is_a_sentence(gguf: Path) -> None:
         _template(gguf, "{% if %}")
     with pytest.raises(InputError, match="refuses the question"):
         _template(gguf, "{{ raise_exception('no') }}").render()
+
+
+class FakeVllm:
+    """What `VllmAsker` calls of vLLM; answers as scripted and remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.scripted = Scripted()
+        self.options: dict[str, Any] = {}
+        self.asked: list[tuple[bool, bool, float]] = []
+
+    def llm(self, **options: Any) -> FakeVllm:
+        self.options = options
+        return self
+
+    def chat(
+        self, messages: Any, sampling: dict[str, Any], *, chat_template_kwargs: Any, **_: Any
+    ) -> list[Any]:
+        [message] = messages
+        parts = {part["type"]: part for part in message["content"]}
+        thinking = chat_template_kwargs["enable_thinking"]
+        self.asked.append((thinking, "image_url" in parts, sampling["repetition_penalty"]))
+        assert sampling["temperature"] == 0.0
+        if "image_url" in parts:
+            url = parts["image_url"]["image_url"]["url"]
+            png = base64.b64decode(url.removeprefix("data:image/png;base64,"))
+            pixels = Image.open(io.BytesIO(png))
+            assert [pixels.getpixel((x, 0)) for x in (0, 447)] == [(255, 0, 0), (0, 0, 255)]
+        question = Question(parts["text"]["text"], "", thinking=thinking)
+        said = self.scripted.ask(question)
+        return [SimpleNamespace(outputs=[SimpleNamespace(text=said)])]
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
+    fake = FakeVllm()
+    module = ModuleType("vllm")
+    module.__spec__ = ModuleSpec("vllm", None)
+    vars(module).update(LLM=fake.llm, SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return fake
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "text-nf4"])
+def test_vllm_is_asked_everything(
+    recipe: str, vllm: FakeVllm, tmp_path: Path, capsys: Capture
+) -> None:
+    """Every question, with the penalty, the template's switch and the picture where it sees."""
+    out = run(ASSET, tmp_path / "out", recipe=recipe).out
+    arguments = ["verify", str(out), "--depth", "behaviour", "--engine", "vllm", "--quiet"]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["notes"] == ["asked in vLLM"]
+    vision = recipe == "bf16"
+    assert len(told["answers"]) == len(vllm.asked) == 10 + vision
+    assert vllm.options["model"] == str(out)
+    assert vllm.options["limit_mm_per_prompt"] == {"image": int(vision), "video": 0}
+    assert [thinking for thinking, _, _ in vllm.asked].count(True) == 5
+    assert [image for _, image, _ in vllm.asked].count(True) == vision
+    assert {penalty for _, _, penalty in vllm.asked} == {1.15}
+    vllm.scripted.change = lambda _, said: said.replace("Paris", "Rome")
+    assert main(arguments) == 1
+    assert "capital of France" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "sentence"),
+    [
+        (ASSET, ("--depth", "behaviour"), "vllm is not installed"),
+        (ASSET, ("--depth", "numbers"), "is not used at depth numbers"),
+        (Path("x.gguf"), ("--depth", "behaviour"), "is for checkpoints"),
+    ],
+)
+def test_vllm_refused(
+    model: Path,
+    more: tuple[str, ...],
+    sentence: str,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(asking_vllm, "find_spec", lambda _: None)
+    assert main(["verify", str(model), "--engine", "vllm", *more]) == 2
+    assert sentence in capsys.readouterr().err

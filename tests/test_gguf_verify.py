@@ -14,6 +14,8 @@ from gguf.constants import GGUFValueType
 
 from checkpoints import ASSET
 from gguf_models import make_variant
+from qwen35.checkpoint.open import GgufFiles, gguf_files
+from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
 from qwen35.gguf.container import read_container
@@ -43,7 +45,7 @@ def out(good: Path, tmp_path: Path) -> Path:
 
 
 def check(folder: Path, source: Path | None = None, depth: Depth = "structure") -> Verdict:
-    files = tuple(sorted(folder.glob("*.gguf")))
+    files = gguf_files(str(folder)) or GgufFiles(Folder(folder), (), whole=True, root=folder)
     checkpoint = open_folder(source) if source else None
     return verify_gguf(str(folder), files, source=checkpoint, depth=depth, threads=1)
 

@@ -14,9 +14,10 @@ from qwen35.cli.main import main
 from qwen35.errors import UsageError
 from qwen35.gguf.kernel import open_kernel
 from qwen35.pipeline.graph import GATES, make_graph
-from qwen35.pipeline.job import Job, path_artifacts
+from qwen35.pipeline.job import Job, Measuring, Wanted, path_artifacts
 from qwen35.pipeline.planned import plan_artifacts, sweep_memory, threads_within
 from qwen35.pipeline.toml import read_job
+from running import run as converted
 
 Capture = pytest.CaptureFixture[str]
 
@@ -90,6 +91,7 @@ def test_file_is_read_relative_to_itself(tmp_path: Path) -> None:
         mmproj = true
         [evaluate]
         text = "eval.txt"
+        chunks = 3
         [publish]
         owner = "me"
         private = true
@@ -98,7 +100,7 @@ def test_file_is_read_relative_to_itself(tmp_path: Path) -> None:
     assert job.problems == ()
     assert (job.model, job.out) == (str(tmp_path / "model"), tmp_path / "made")
     assert (job.depth, job.owner, job.private) == ("numbers", "me", True)
-    assert job.text == tmp_path / "eval.txt"
+    assert job.measuring == Measuring(tmp_path / "eval.txt", 3)
     nf4, text, gguf, own, more = job.artifacts
     assert (nf4.recipe, text.recipe, gguf.types) == ("text-nf4", "text", ("F16", "Q4_K_M"))
     assert (own.recipe, own.name, own.repo) == (str(tmp_path / "mine.toml"), "own", "them/own")
@@ -128,6 +130,7 @@ HEAD = 'model = "m"\nout = "o"\n'
         (HEAD + 'path = "A"\ndepth = "deep"', "depth: 'deep', expected structure or numbers or"),
         (HEAD + 'path = "A"\nmodle = "x"', "modle: unknown key, expected model, out, path"),
         (HEAD + 'path = "A"\n[evaluate]', "evaluate.text: is missing"),
+        (HEAD + 'path = "A"\n[evaluate]\ntext = "t"\nchunks = -1', "evaluate.chunks: -1, expected"),
         (HEAD + 'path = "A"\n[evaluate]\ntext = true', "evaluate.text: True, expected a text"),
         (HEAD + 'path = "A"\n[publish]\nowner = "a/b"', "publish.owner: 'a/b', expected a user"),
         (HEAD + 'path = "A"\n[publish]\nprivate = 1', "publish.private: 1, expected true or false"),
@@ -273,7 +276,8 @@ def test_missing_library_is_told_before_anything(
 
 
 def test_graph_has_the_four_gates_in_their_places(source: Path, tmp_path: Path) -> None:
-    job = Job(str(source), tmp_path, path_artifacts(["B"]), text=tmp_path, owner="me")
+    wanted = path_artifacts(["B"])
+    job = Job(str(source), tmp_path, wanted, measuring=Measuring(tmp_path), owner="me")
     artifacts, _ = plan_artifacts(describe(str(source)), job)
     graph = {step.name: step for step in make_graph(job, artifacts)}
     text, gguf = (artifact.name for artifact in artifacts)
@@ -290,6 +294,16 @@ def test_graph_has_the_four_gates_in_their_places(source: Path, tmp_path: Path) 
     for name, step in graph.items():
         assert set(step.needs) <= seen
         seen.add(name)
+
+
+def test_quantized_source_cannot_be_measured_against(source: Path, tmp_path: Path) -> None:
+    nf4 = converted(source, tmp_path / "nf4").out
+    (tmp_path / "text.txt").write_text("Some text.")
+    measuring = Measuring(tmp_path / "text.txt")
+    wanted = (Wanted("text"),)
+    job = Job(str(nf4), tmp_path / "out", wanted, depth="numbers", measuring=measuring)
+    _, (problem,) = plan(nf4, job)
+    assert "quantized itself: there is nothing exact to measure against" in problem
 
 
 def test_memory_takes_threads_away(source: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from qwen35.cli.main import main
 from qwen35.errors import Finding
 from qwen35.pipeline import run
 from qwen35.pipeline.gates import artifact_gate, quantization_gate
-from qwen35.pipeline.job import Job, path_artifacts
+from qwen35.pipeline.job import Job, Measuring, path_artifacts
 from qwen35.pipeline.make import make_artifacts
 from qwen35.pipeline.planned import plan_artifacts
 from qwen35.pipeline.state import STATE_NAME
@@ -456,19 +456,24 @@ class Measured:
         self.calls: list[list[str]] = []
 
     def __call__(
-        self, base: Checkpoint, candidates: Sequence[Path], text: Path, report: Path, **_: Any
+        self,
+        source: Checkpoint,
+        compared: Sequence[Path],
+        measuring: Measuring,
+        folder: Path,
+        **_: Any,
     ) -> None:
-        self.calls.append([path.name for path in candidates])
-        report.mkdir(parents=True, exist_ok=True)
-        rows = [[path.name, 0.25] for path in candidates]
+        self.calls.append([path.name for path in compared])
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [[path.name, 0.25] for path in compared]
         table = {"columns": ["candidate", "mean KLD"], "rows": rows}
-        (report / "report.json").write_text(json.dumps({"table": table}))
+        (folder / "report.json").write_text(json.dumps({"table": table}))
 
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     fake = Measured()
-    monkeypatch.setattr("qwen35.pipeline.run.evaluator", lambda: fake)
+    monkeypatch.setattr("qwen35.pipeline.run.measure", fake)
     return fake
 
 
@@ -493,6 +498,27 @@ def test_measures_reach_card_and_manifest(
     text.write_text("Other text.")
     assert go(capsys, original, out, "--text", text).states("evaluate") == {"": "done"}
     assert len(measured.calls) == 2
+
+
+def test_real_measures(original: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The text-only strip is the source's text model: no divergence; Q8_0 has a little."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + i * i % 26) + " "[: i % 3] for i in range(700)))
+    out = tmp_path / "out"
+    said = go(capsys, original, out, "--text", text, "--chunks", 1, paths="B")
+    assert said.code == 0, said.steps
+    table = json.loads((out / "report" / "report.json").read_text())["table"]
+    assert (out / "report" / "report.html").is_file()
+    assert table["columns"][1:] == [TEXT, f"{STEM}-F16", f"{STEM}-Q8_0"]
+    mean = {row[0]: row[1:] for row in table["rows"]}["Mean KLD"]
+    strip, f16, q8 = (float(cell.split()[0]) for cell in mean)
+    assert abs(strip) < 1e-6
+    assert abs(f16) < 1e-5
+    assert 0 < q8 < 1e-2
+    assert "| Mean KLD |" in (out / GGUF / "README.md").read_text()
+    assert go(capsys, original, out, "--text", text, "--chunks", 1, paths="B").states(
+        "evaluate"
+    ) == {"": "kept"}
 
 
 def test_only_verified_artifacts_are_measured(

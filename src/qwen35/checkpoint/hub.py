@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,9 @@ __all__ = [
     "client_errors",
     "download",
     "download_file",
+    "download_files",
     "explain",
+    "parse_address",
     "status_of",
 ]
 
@@ -223,6 +225,18 @@ class HubPlace:
         return content[:count]
 
 
+def parse_address(address: str) -> tuple[HubId, str]:
+    """Parse ``owner/name[@revision]/path``.
+
+    Raises:
+        UsageError: it is malformed.
+    """
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+)", address, re.ASCII)
+    if match is None:
+        raise UsageError(f"hf:{address}", "malformed", expected="hf:owner/name/path")
+    return HubId(match[1], match[2]), match[3]
+
+
 def download_file(address: str, token: str | None = None) -> Path:
     """Download one file into the Hub's cache; return where it is.
 
@@ -237,16 +251,10 @@ def download_file(address: str, token: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
     bound_client()
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+)", address, re.ASCII)
-    if match is None:
-        raise UsageError(f"hf:{address}", "malformed", expected="hf:owner/name/path")
-    repo, revision, path = match.groups()
+    hub_id, path = parse_address(address)
+    options: dict[str, Any] = {"revision": hub_id.revision, "token": token}
     try:
-        return Path(
-            ask(
-                address, lambda: hf_hub_download(repo, path, revision=revision, token=token or None)
-            )
-        )
+        return Path(ask(address, lambda: hf_hub_download(hub_id.repo, path, **options)))
     except OSError as error:
         raise HubError(address, f"the download cannot be stored ({error.strerror})") from error
 
@@ -263,19 +271,34 @@ def download(place: HubPlace, shards: list[str], token: str | None = None) -> Pa
         HubError: the download failed.
         InputError: the snapshot is not complete.
     """
+    wanted = [row.name for row in SIDECARS]
+    wanted += ["config.json", "*.safetensors.index.json", MANIFEST_NAME, *shards]
+    return download_files(place, wanted, token)
+
+
+def download_files(place: HubPlace, wanted: Sequence[str], token: str | None = None) -> Path:
+    """Download files, if they are there, into the Hub's cache; return the snapshot's folder.
+
+    Args:
+        place: where from.
+        wanted: names, or patterns of names.
+        token: access token, or None for the one the Hub's client finds.
+
+    Raises:
+        HubError: the download failed.
+        InputError: the snapshot is not complete.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    wanted = [row.name for row in SIDECARS]
-    wanted += ["config.json", "*.safetensors.index.json", MANIFEST_NAME, *shards]
     options: dict[str, Any] = {"revision": place.revision, "token": token, "allow_patterns": wanted}
     try:
         folder = Path(ask(place.repo, lambda: snapshot_download(place.repo, **options)))
     except OSError as error:
         raise HubError(place.repo, f"the download cannot be stored ({error.strerror})") from error
-    missing = [name for name in shards if name in place.sizes() and not (folder / name).exists()]
+    missing = [name for name in wanted if name in place.sizes() and not (folder / name).exists()]
     if missing:
         raise InputError(str(place), f"{missing[0]} did not arrive", hint="run again")
     return folder

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from qwen35.checkpoint.hub import HubId, HubPlace, download
-from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.hub import HubId, HubPlace, download, download_files, parse_address
+from qwen35.checkpoint.place import Folder, Place
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import (
     Checkpoint,
     is_published,
@@ -16,7 +18,7 @@ from qwen35.checkpoint.source import (
 )
 from qwen35.errors import InputError, UsageError
 
-__all__ = ["describe", "fetch", "gguf_files", "hub_token", "looks_like_artifact"]
+__all__ = ["GgufFiles", "describe", "fetch", "gguf_files", "hub_token", "looks_like_artifact"]
 
 _LOCAL_STARTS = ("./", "../", "/", "~", ".")
 
@@ -84,17 +86,67 @@ def looks_like_artifact(model: str) -> bool:
     return "config.json" in names or any(name.endswith(".safetensors") for name in names)
 
 
-def gguf_files(model: str) -> tuple[Path, ...]:
-    """Return the GGUF files at `model`: itself, or those in a folder without safetensors."""
+@dataclass(frozen=True)
+class GgufFiles:
+    """GGUF files of one place.
+
+    Args:
+        place: the folder or repository.
+        names: the files.
+        whole: whether these are all that the place has, and not one picked out.
+        root: the folder, if they are on this machine.
+    """
+
+    place: Place
+    names: tuple[str, ...]
+    whole: bool
+    root: Path | None = None
+
+    def fetch(self, token: str | None = None) -> GgufFiles:
+        """Return the same files on this machine; those of the Hub are downloaded to its cache.
+
+        Raises:
+            HubError: the download failed.
+        """
+        if self.root is not None:
+            return self
+        assert isinstance(self.place, HubPlace)  # places are folders or on the Hub
+        wanted = [*self.names, MANIFEST_NAME]
+        root = download_files(self.place, wanted, hub_token(token))
+        return GgufFiles(Folder(root), self.names, self.whole, root)
+
+
+def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
+    """Find GGUF files: `model` itself, or those of a folder or repository without safetensors.
+
+    On the Hub ``owner/name[@revision]`` is a repository and ``hf:owner/name/path`` one file of it.
+
+    Raises:
+        HubError: the Hub refused, or was not reached.
+        UsageError: the address of a file is malformed.
+    """
+    if model.startswith("hf:"):
+        hub_id, name = parse_address(model.removeprefix("hf:"))
+        return GgufFiles(HubPlace(hub_id, hub_token(token)), (name,), whole=False)
     try:
         path = Path(model).expanduser()
         if path.is_file():
-            return (path,) if path.suffix == ".gguf" else ()
-        if not path.is_dir() or any(path.glob("*.safetensors")):
-            return ()
-        return tuple(sorted(path.glob("*.gguf")))
+            one = GgufFiles(Folder(path.parent), (path.name,), whole=False, root=path.parent)
+            return one if path.suffix == ".gguf" else None
     except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
-        return ()
+        return None
+    root = _folder(model)
+    place: Place
+    if root is not None:
+        place = Folder(root)
+    elif not is_published(model) and looks_like_artifact(model):
+        place = HubPlace(_hub_id(model), hub_token(token))
+    else:
+        return None
+    names = tuple(sorted(name for name in place.sizes() if name.endswith(".gguf")))
+    if not names or any(name.endswith(".safetensors") for name in place.sizes()):
+        return None
+    return GgufFiles(place, names, whole=True, root=root)
 
 
 def _folder(model: str) -> Path | None:

@@ -21,10 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
-    if files := gguf_files(args.model):
+    if files := gguf_files(args.model, token=args.hf_token):
+        from qwen35.gguf.container import read_gguf
         from qwen35.gguf.inspect import summarize_gguf, summary_text
 
-        summaries = [summarize_gguf(path) for path in files]
+        summaries = [summarize_gguf(read_gguf(files, name)) for name in files.names]
         output.data("\n\n".join(map(summary_text, summaries)), summaries)
         return 0
     summary = summarize(describe(args.model, token=args.hf_token))

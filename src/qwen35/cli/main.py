@@ -22,6 +22,7 @@ VERBS: dict[str, str] = {
     "convert": "write a quantized or text-only checkpoint",
     "gguf": "write GGUF files for llama.cpp, quantized or not",
     "verify": "check an artifact, alone or against its source",
+    "evaluate": "perplexity and KL divergence of quantized models, in one table",
     "run": "a path from checkpoint to repository: make, verify, measure, publish",
     "publish": "make a Hub repository like a folder, or the other way round",
     "reproduce": "make an artifact again from its manifest and compare",

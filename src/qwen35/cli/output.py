@@ -58,11 +58,15 @@ class Output:
         for error in errors:
             print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
 
-    def progress(self) -> Progress:
-        """Return progress fit for where stderr goes: a bar, plain lines, or nothing."""
+    def progress(self, unit: str = "") -> Progress:
+        """Return progress fit for where stderr goes: a bar, plain lines, or nothing.
+
+        Args:
+            unit: what is counted, if not bytes.
+        """
         if self.quiet:
             return Silent()
-        return _Bar() if sys.stderr.isatty() else _Lines()
+        return _Bar(unit) if sys.stderr.isatty() else _Lines(unit)
 
 
 def _print(text: str) -> None:
@@ -80,7 +84,8 @@ def _printable(text: str) -> str:
 class _Lines:
     """A line at the start and every ten seconds, for logs."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
         self._lock = threading.Lock()
         self._title = ""
         self._total = self._done = 0
@@ -89,7 +94,8 @@ class _Lines:
     def begin(self, title: str, nbytes: int) -> None:
         self._title, self._total, self._done = title, nbytes, 0
         self._started = self._last = time.monotonic()
-        print(f"{title}: {nbytes / 1e9:.2f} GB to read", file=sys.stderr, flush=True)
+        amount = f"{nbytes} {self._unit}" if self._unit else f"{nbytes / 1e9:.2f} GB to read"
+        print(f"{title}: {amount}", file=sys.stderr, flush=True)
 
     def advance(self, nbytes: int, item: str) -> None:
         with self._lock:
@@ -110,11 +116,12 @@ class _Lines:
 class _Bar:
     """A bar on a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
             DownloadColumn,
+            MofNCompleteColumn,
             TextColumn,
             TimeRemainingColumn,
         )
@@ -123,7 +130,7 @@ class _Bar:
         self._bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
-            DownloadColumn(),
+            MofNCompleteColumn() if unit else DownloadColumn(),
             TimeRemainingColumn(),
             console=Console(stderr=True),
             transient=True,

@@ -31,7 +31,7 @@ EXIT_CLOSED = 1
 EXIT_USAGE = 2
 PATHS = ("A", "B", "fp8")
 DEPTHS = ("structure", "numbers", "behaviour")
-_OF_A_PATH = ("types", "imatrix", "depth", "text", "repo", "private")
+_OF_A_PATH = ("types", "imatrix", "depth", "text", "chunks", "repo", "private")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--imatrix", metavar="FILE", help="path B: importance matrix")
     group.add_argument("--depth", choices=DEPTHS, help="of verification (default: behaviour)")
     group.add_argument("--text", type=Path, metavar="FILE", help="measure quality on this text")
+    group.add_argument("--chunks", type=positive, metavar="N", help="on so many chunks of it")
     group.add_argument(
         "--repo", metavar="OWNER[/NAME]", help="publish there; names are those of the folders"
     )
@@ -91,6 +92,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
         make_graph(job, artifacts),
         Options(threads, args.device, args.overwrite, args.hf_token),
         progress=output.progress(),
+        chunks=output.progress("chunks"),
         tell=output.info,
     )
     outcomes = runner.run()
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
 def _job(args: argparse.Namespace) -> Job:
     """Return what a file or the flags ask for."""
-    from qwen35.pipeline.job import Job, path_artifacts
+    from qwen35.pipeline.job import Job, Measuring, path_artifacts
     from qwen35.pipeline.toml import read_job
 
     if not args.path:
@@ -116,7 +118,10 @@ def _job(args: argparse.Namespace) -> Job:
     model, out = args.what
     types = [name.strip().upper() for name in (args.types or "").split(",") if name.strip()]
     wanted = path_artifacts(args.path, types=types, imatrix=args.imatrix or "")
-    job = Job(model, Path(out), wanted, args.depth or "behaviour", args.text)
+    if args.chunks and args.text is None:
+        raise UsageError("--chunks", "needs --text", hint="leave it out")
+    measuring = Measuring(args.text, args.chunks or 0) if args.text else None
+    job = Job(model, Path(out), wanted, args.depth or "behaviour", measuring)
     return _published(job, args)
 
 

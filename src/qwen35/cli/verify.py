@@ -9,14 +9,14 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from qwen35.checkpoint.open import describe, fetch, gguf_files, looks_like_artifact
+from qwen35.checkpoint.open import GgufFiles, describe, fetch, gguf_files, looks_like_artifact
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, positive
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.publish.documents import record_verdict
 from qwen35.publish.signing import SIGNATURE_NAME
-from qwen35.verify.artifact import Depth, Verdict, verify
+from qwen35.verify.artifact import Depth, Engine, Verdict, verify
 from qwen35.verify.show import verdict_text
 
 EXIT_FINDINGS = 1
@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(Depth),
         help="structure: headers only; numbers: every byte (default with --source); "
         "behaviour: also load it and ask it questions",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=get_args(Engine),
+        help="what a checkpoint is asked in at depth behaviour (default: transformers); "
+        "a GGUF file is asked in llama.cpp",
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
@@ -73,7 +79,12 @@ def _recorded(args: argparse.Namespace) -> Path:
 
 def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
     depth: Depth = args.depth or ("numbers" if args.source else "structure")
-    if files := gguf_files(args.model):
+    if args.engine and depth != "behaviour":
+        hint = "add --depth behaviour, or leave it out"
+        raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
+    if files := gguf_files(args.model, token=args.hf_token):
+        if args.engine:
+            raise UsageError("--engine", "is for checkpoints", expected="llama.cpp, for GGUF")
         return _gguf_verdict(args, files, depth, output)
     opened = describe if depth == "structure" else fetch
     if depth == "structure" and args.source:
@@ -94,12 +105,13 @@ def _verdict(args: argparse.Namespace, output: Output) -> Verdict:
         depth=depth,
         threads=args.threads,
         tensor_parallel=args.tensor_parallel,
+        engine=args.engine or "transformers",
         progress=None if depth == "structure" else output.progress(),
     )
 
 
 def _gguf_verdict(
-    args: argparse.Namespace, files: tuple[Path, ...], depth: Depth, output: Output
+    args: argparse.Namespace, files: GgufFiles, depth: Depth, output: Output
 ) -> Verdict:
     from qwen35.verify.gguf import verify_gguf
 
@@ -108,5 +120,11 @@ def _gguf_verdict(
     source = fetch(args.source, token=args.hf_token) if args.source else None
     progress = None if depth == "structure" else output.progress()
     return verify_gguf(
-        args.model, files, source=source, depth=depth, threads=args.threads, progress=progress
+        args.model,
+        files,
+        source=source,
+        depth=depth,
+        threads=args.threads,
+        token=args.hf_token,
+        progress=progress,
     )

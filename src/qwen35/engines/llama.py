@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -50,20 +51,29 @@ class Llama:
         path: the GGUF file.
         context: tokens at most.
         threads: of llama.cpp.
+        vocabulary_only: load the vocabulary alone, to encode and decode.
 
     Raises:
         InputError: llama.cpp does not load the file.
     """
 
-    def __init__(self, path: Path, *, context: int = 1024, threads: int = 1) -> None:
+    def __init__(
+        self, path: Path, *, context: int = 1024, threads: int = 1, vocabulary_only: bool = False
+    ) -> None:
         self._llama = llama_cpp()
         self._context: Any = None
         params = self._llama.llama_model_default_params()
+        params.vocab_only = vocabulary_only
         params.use_extra_bufts = False  # repacking brings in AMX code, which fails on some machines
         params.n_gpu_layers = 0
         self._model = self._llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise InputError(path.name, "llama.cpp does not load it", hint="qwen35 verify it first")
+        self.context = context
+        self._vocabulary = self._llama.llama_model_get_vocab(self._model)
+        self.tokens = int(self._llama.llama_vocab_n_tokens(self._vocabulary))
+        if vocabulary_only:
+            return
         options = self._llama.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_ubatch = context
         options.n_threads = options.n_threads_batch = threads
@@ -72,9 +82,6 @@ class Llama:
         if not self._context:
             self.close()
             raise InputError(path.name, f"llama.cpp makes no context of {context} tokens for it")
-        self.context = context
-        self._vocabulary = self._llama.llama_model_get_vocab(self._model)
-        self.tokens = int(self._llama.llama_vocab_n_tokens(self._vocabulary))
 
     def __enter__(self) -> Self:
         return self
@@ -119,23 +126,43 @@ class Llama:
         """Whether a token ends a turn."""
         return bool(self._llama.llama_vocab_is_eog(self._vocabulary, token))
 
-    def logits(self, ids: Sequence[int]) -> F32:
-        """Return the logits after each token, [len(ids), vocabulary]."""
+    def logits(self, ids: Sequence[int], first: int = 0) -> F32:
+        """Return the logits after each token from `first` on, [len(ids) - first, vocabulary]."""
+        return self.lend_logits(ids, first).copy()
+
+    def lend_logits(self, ids: Sequence[int], first: int) -> F32:
+        """Return `logits` in llama.cpp's own memory.
+
+        The next call of any method writes over them, and `close` frees them.
+        """
         self._clear()
-        self._feed(ids, 0, every=True)
-        rows = [self._llama.llama_get_logits_ith(self._context, i) for i in range(len(ids))]
-        return np.stack([np.ctypeslib.as_array(row, (self.tokens,)).copy() for row in rows])
+        self._feed(ids, 0, first)
+        pointer = self._llama.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, (len(ids) - first, self.tokens))
+
+    def seconds(self, prompt: int, generated: int) -> tuple[float, float]:
+        """Return how long a prompt of that many tokens takes, and as many tokens after it."""
+        self._clear()
+        begin = time.perf_counter()
+        self._feed([0] * prompt, 0, prompt - 1)
+        self._llama.llama_synchronize(self._context)
+        middle = time.perf_counter()
+        for i in range(generated):
+            self._feed([0], prompt + i, 0)
+            self._llama.llama_synchronize(self._context)
+        return middle - begin, time.perf_counter() - middle
 
     def _clear(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
-    def _feed(self, ids: Sequence[int], start: int, *, every: bool) -> None:
+    def _feed(self, ids: Sequence[int], start: int, first: int) -> None:
+        """Run tokens at places `start` on; logits are wanted after those from `first` on."""
         batch = self._llama.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
             batch.token[i], batch.pos[i] = token, start + i
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-            batch.logits[i] = every or i == len(ids) - 1
+            batch.logits[i] = i >= first
         status = self._llama.llama_decode(self._context, batch)
         self._llama.llama_batch_free(batch)
         if status:
@@ -155,7 +182,7 @@ class Llama:
             adjust: changes the logits, given all tokens so far.
         """
         self._clear()
-        self._feed(prompt, 0, every=False)
+        self._feed(prompt, 0, len(prompt) - 1)
         said: list[int] = []
         while len(said) < min(limit, self.context - len(prompt)):
             pointer = self._llama.llama_get_logits_ith(self._context, -1)
@@ -166,5 +193,5 @@ class Llama:
             if self.ends(token):
                 break
             said.append(token)
-            self._feed([token], len(prompt) + len(said) - 1, every=False)
+            self._feed([token], len(prompt) + len(said) - 1, 0)
         return said

@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
+from qwen35.checkpoint.open import GgufFiles
+from qwen35.checkpoint.place import Place
 from qwen35.errors import HeaderError, InputError
 from qwen35.gguf.types import GGML_TYPES, GgmlType
 
-__all__ = ["MAGIC", "Container", "Entry", "is_gguf", "read_container"]
+__all__ = ["MAGIC", "Container", "Entry", "is_gguf", "read_container", "read_gguf"]
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -45,7 +47,12 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
+_FIRST_PIECE = 256 * 1024
 _BY_CODE = {kind.code: kind for kind in GGML_TYPES.values()}
+
+
+class _Readable(Protocol):
+    def read(self, count: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,7 @@ class Container:
     """A checked head.
 
     Args:
-        path: the file.
+        path: the file; only its name, if it is on the Hub.
         nbytes: its size.
         keys: key to value, arrays as lists.
         tensors: in the order of the file.
@@ -110,18 +117,53 @@ def read_container(path: Path) -> Container:
     """
     try:
         with path.open("rb") as file:
-            return _Parser(file, path).parse()
+            return _Parser(file, path, path.stat().st_size).parse()
     except OSError as error:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+
+
+def read_gguf(files: GgufFiles, name: str) -> Container:
+    """Read and check the head of one of `files`; on the Hub by ranges, without what follows it.
+
+    Raises:
+        HeaderError: any rule of the format is broken.
+        HubError: the Hub refused, or was not reached.
+        InputError: the file is not there or cannot be read.
+    """
+    if files.root is not None:
+        return read_container(files.root / name)
+    size = files.place.sizes().get(name)
+    if size is None:
+        raise InputError(f"{files.place}, {name}", "no such file")
+    return _Parser(_Pieces(files.place, name, size), Path(name), size).parse()
+
+
+class _Pieces:
+    """A file of a place, read from its beginning in pieces that grow as more is wanted."""
+
+    def __init__(self, place: Place, name: str, size: int) -> None:
+        self._place, self._name, self._size = place, name, size
+        self._fetched = b""
+        self._begin = self._position = 0
+
+    def read(self, count: int) -> bytes:
+        at = self._position - self._begin
+        if at + count > len(self._fetched):
+            wanted = max(count, _FIRST_PIECE, self._position)
+            wanted = min(wanted, self._size - self._position)
+            self._fetched = self._place.read(self._name, self._position, wanted)
+            self._begin, at = self._position, 0
+        self._position += count
+        return self._fetched[at : at + count]
 
 
 class _Parser:
     """Reads a head from the beginning; knows how much of the file is left."""
 
-    def __init__(self, file: BinaryIO, path: Path) -> None:
+    def __init__(self, file: _Readable, path: Path, size: int) -> None:
         self._file = file
         self._path = path
-        self._size = path.stat().st_size
+        self._size = size
         self._limit = min(self._size, _MAX_HEAD)
         self._done = 0
 

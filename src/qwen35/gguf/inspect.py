@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-from qwen35.gguf.container import read_container
+from qwen35.gguf.container import Container
 from qwen35.gguf.types import FILE_TYPES
 
 __all__ = ["summarize_gguf", "summary_text"]
@@ -14,13 +13,8 @@ __all__ = ["summarize_gguf", "summary_text"]
 _LONG = 100
 
 
-def summarize_gguf(path: Path) -> dict[str, Any]:
-    """Return what a GGUF file is, as plain values.
-
-    Raises:
-        InputError: it cannot be read, or breaks the format's rules.
-    """
-    container = read_container(path)
+def summarize_gguf(container: Container) -> dict[str, Any]:
+    """Return what a GGUF file is, as plain values."""
     kinds: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     parameters = 0
@@ -31,7 +25,7 @@ def summarize_gguf(path: Path) -> dict[str, Any]:
     code = container.keys.get("general.file_type")
     named = {row.code: row.name for row in FILE_TYPES.values()}
     return {
-        "file": path.name,
+        "file": container.path.name,
         "bytes": container.nbytes,
         "architecture": container.architecture,
         "type": container.keys.get("general.type", ""),

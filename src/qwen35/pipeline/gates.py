@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from qwen35.checkpoint.open import describe, gguf_files
+from qwen35.checkpoint.open import GgufFiles, describe, gguf_files
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, InputError
@@ -17,7 +17,7 @@ from qwen35.publish.signing import SIGNATURE_NAME
 from qwen35.verify.artifact import Verdict, verify
 from qwen35.verify.gguf import verify_gguf
 
-__all__ = ["artifact_gate", "publish_gate", "quantization_gate"]
+__all__ = ["artifact_gate", "gguf_of", "publish_gate", "quantization_gate"]
 
 
 def artifact_gate(artifact: Artifact) -> Iterator[Finding]:
@@ -43,7 +43,19 @@ def artifact_gate(artifact: Artifact) -> Iterator[Finding]:
 
 def _gguf_structure(artifact: Artifact) -> Verdict:
     folder = str(artifact.out)
-    return verify_gguf(folder, gguf_files(folder), depth="structure")
+    return verify_gguf(folder, gguf_of(artifact), depth="structure")
+
+
+def gguf_of(artifact: Artifact) -> GgufFiles:
+    """Return the GGUF files of an artifact.
+
+    Raises:
+        InputError: there is none.
+    """
+    files = gguf_files(str(artifact.out.absolute()))
+    if files is None:
+        raise InputError(str(artifact.out), "no GGUF file in it", hint="run again")
+    return files
 
 
 def quantization_gate(artifact: Artifact) -> Iterator[Finding]:

@@ -62,9 +62,9 @@ def make_graph(job: Job, artifacts: Sequence[Artifact]) -> tuple[Step, ...]:
         needs = (f"make {artifact.name}",)
         steps.append(Step("verify", (artifact,), needs, ("verification",)))
     verified = tuple(f"verify {artifact.name}" for artifact in artifacts)
-    if job.text is not None and artifacts:
+    if job.measuring is not None and artifacts:
         steps.append(Step("evaluate", tuple(artifacts), verified, (), any_need=True))
-    measured = ("evaluate",) if job.text is not None else ()
+    measured = ("evaluate",) if job.measuring is not None else ()
     steps += [Step("document", (a,), (f"verify {a.name}", *measured)) for a in artifacts]
     steps += [Step("publish", (a,), (f"document {a.name}",), ("publish",)) for a in artifacts]
     return tuple(steps)

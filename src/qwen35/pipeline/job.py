@@ -12,9 +12,21 @@ from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import UsageError
 from qwen35.verify.artifact import Depth
 
-__all__ = ["DEFAULT_TYPES", "Job", "PathName", "Wanted", "path_artifacts", "repo_problem"]
+__all__ = [
+    "DEFAULT_TYPES",
+    "REPORT_FOLDER",
+    "Job",
+    "Measuring",
+    "PathName",
+    "Wanted",
+    "path_artifacts",
+    "repo_problem",
+]
 
 PathName = Literal["A", "B", "fp8"]
+
+REPORT_FOLDER = "report"
+"""The folder in a run's folder that holds report.json and report.html."""
 
 DEFAULT_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 """What Path B quantizes to beside its F16."""
@@ -57,6 +69,19 @@ class Wanted:
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """What quality is measured on.
+
+    Args:
+        text: a text file.
+        chunks: at most so many chunks of it; 0 for all.
+    """
+
+    text: Path
+    chunks: int = 0
+
+
+@dataclass(frozen=True)
 class Job:
     """A run.
 
@@ -65,7 +90,7 @@ class Job:
         out: the folder of all artifacts.
         artifacts: what is made.
         depth: how deep artifacts are verified.
-        text: what quality is measured on; nothing is measured without.
+        measuring: what quality is measured on; nothing is measured without.
         owner: under whose name artifacts without a repository of their own are published.
         private: whether repositories that are created are private.
     """
@@ -74,7 +99,7 @@ class Job:
     out: Path
     artifacts: tuple[Wanted, ...]
     depth: Depth = "behaviour"
-    text: Path | None = None
+    measuring: Measuring | None = None
     owner: str = ""
     private: bool = False
     problems: tuple[UsageError, ...] = field(default=(), compare=False)

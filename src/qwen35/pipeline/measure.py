@@ -1,36 +1,16 @@
-"""The seam to evaluation: what it is given, and what it must leave behind."""
+"""Evaluation as a step of a run: what is compared, and where the report goes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.errors import UsageError
+from qwen35.pipeline.job import Measuring
 from qwen35.pipeline.planned import Artifact
 from qwen35.progress import Progress
 
-__all__ = ["REPORT_FOLDER", "Evaluate", "candidates", "evaluator"]
-
-REPORT_FOLDER = "report"
-"""The folder in a run's folder that holds report.json and report.html."""
-
-
-class Evaluate(Protocol):
-    """Measures candidates against their base on a text, and writes report.json to a folder."""
-
-    def __call__(
-        self,
-        base: Checkpoint,
-        candidates: Sequence[Path],
-        text: Path,
-        report: Path,
-        *,
-        threads: int,
-        progress: Progress,
-    ) -> None:
-        """Measure; ``report`` is the folder to write to."""
+__all__ = ["candidates", "measure"]
 
 
 def candidates(artifacts: Sequence[Artifact]) -> list[Path]:
@@ -45,10 +25,48 @@ def candidates(artifacts: Sequence[Artifact]) -> list[Path]:
     return found
 
 
-def evaluator() -> Evaluate:
-    """Return what measures.
+def measure(
+    source: Checkpoint,
+    compared: Sequence[Path],
+    measuring: Measuring,
+    folder: Path,
+    *,
+    threads: int,
+    device: str,
+    token: str | None,
+    progress: Progress,
+) -> None:
+    """Measure how far artifacts are from their source; write report.json and report.html.
+
+    An interrupted measurement goes on where it was (a file beside `folder`).
+
+    Args:
+        source: what they were made from, unquantized.
+        compared: what `candidates` found.
+        measuring: on what.
+        folder: where the report goes.
+        threads: of engines and statistics.
+        device: for transformers; the first of several.
+        token: for the Hub.
+        progress: told of the chunks.
 
     Raises:
-        UsageError: this version has nothing that does.
+        InputError: something cannot be read, compared or run.
+        UsageError: a library is missing.
     """
-    raise UsageError("evaluate", "not a part of this version", hint="leave the text out")
+    from qwen35.evaluate.evaluation import evaluate
+    from qwen35.report.write import write_report
+
+    base = f"{source.repo}@{source.revision}" if source.repo else str(source.folder())
+    report = evaluate(
+        base,
+        [str(path) for path in compared],
+        measuring.text,
+        chunks=measuring.chunks,
+        state=folder.absolute().with_name(f".{folder.name}.evaluation"),
+        threads=threads,
+        device=device.split(",")[0],
+        token=token,
+        progress=progress,
+    )
+    write_report(report, folder)

@@ -21,7 +21,7 @@ from qwen35.gguf.plan import make_plan as make_gguf_plan
 from qwen35.gguf.rules import load_recipe as load_gguf_recipe
 from qwen35.gguf.types import FILE_TYPES, FLOATS
 from qwen35.model.naming import Kind, artifact_name
-from qwen35.pipeline.job import Job, Wanted
+from qwen35.pipeline.job import REPORT_FOLDER, Job, Wanted
 from qwen35.plan import show
 from qwen35.plan.activations import load_activations
 from qwen35.plan.manifest import manifest_size
@@ -119,9 +119,9 @@ def plan_artifacts(
             continue
         artifacts.append(artifact)
     problems += _clashes(artifacts)
-    problems += _missing_libraries(artifacts, job.depth)
-    if job.text is not None:
-        problems += _text_problems(job.text)
+    problems += _missing_libraries(artifacts, job)
+    if job.measuring is not None:
+        problems += _measuring_problems(checkpoint, job.measuring.text, job.out)
     return tuple(artifacts), tuple(problems)
 
 
@@ -190,15 +190,16 @@ _ASKING = {"gguf": ("llama_cpp",), "nf4": ("bitsandbytes", "accelerate")}
 _TRANSFORMERS = ("torch", "transformers")
 
 
-def _missing_libraries(artifacts: Sequence[Artifact], depth: Depth) -> Iterator[UsageError]:
+def _missing_libraries(artifacts: Sequence[Artifact], job: Job) -> Iterator[UsageError]:
     """Yield a problem for each library that an artifact will need and that is not installed."""
     if any(_quantizes(artifact.plan) for artifact in artifacts):
         try:
             open_kernel()
         except UsageError as error:
             yield error
-    if depth != "behaviour":
+    if job.depth != "behaviour" and job.measuring is None:
         return
+    what = "depth behaviour" if job.depth == "behaviour" else "evaluate"
     needed: dict[str, str] = {}
     for artifact in artifacts:
         names = _ASKING.get(artifact.kind, ())
@@ -209,9 +210,7 @@ def _missing_libraries(artifacts: Sequence[Artifact], depth: Depth) -> Iterator[
     for name, extra in needed.items():
         if importlib.util.find_spec(name) is None:
             yield UsageError(
-                "depth behaviour",
-                f"{name} is not installed",
-                hint=f"pip install 'qwen35[{extra}]', or verify at depth numbers",
+                what, f"{name} is not installed", hint=f"pip install 'qwen35[{extra}]'"
             )
 
 
@@ -221,7 +220,16 @@ def _quantizes(plan: Plan | GgufPlan) -> bool:
     )
 
 
-def _text_problems(text: Path) -> Iterator[UsageError]:
+def _measuring_problems(checkpoint: Checkpoint, text: Path, out: Path) -> Iterator[Qwen35Error]:
+    from qwen35.report.write import check_report
+
+    if any(weight.storage != "plain" for weight in checkpoint.weights):
+        found = "quantized itself: there is nothing exact to measure against"
+        yield UsageError(f"evaluate: {checkpoint.name}", found, hint="leave the text out")
+    try:
+        check_report(out / REPORT_FOLDER, overwrite=True)
+    except Qwen35Error as error:
+        yield error
     try:
         if not text.read_text("utf-8").strip():
             yield UsageError(str(text), "is empty", expected="text to measure on")

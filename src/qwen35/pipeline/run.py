@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.open import describe, fetch, gguf_files
+from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding, InputError, OutputError, Qwen35Error
 from qwen35.pipeline.fresh import foreign_files, is_made, make_key, source_identity
-from qwen35.pipeline.gates import artifact_gate, publish_gate, quantization_gate
+from qwen35.pipeline.gates import artifact_gate, gguf_of, publish_gate, quantization_gate
 from qwen35.pipeline.graph import Step
-from qwen35.pipeline.job import Job
+from qwen35.pipeline.job import REPORT_FOLDER, Job
 from qwen35.pipeline.make import make_artifacts
-from qwen35.pipeline.measure import REPORT_FOLDER, candidates, evaluator
+from qwen35.pipeline.measure import candidates, measure
 from qwen35.pipeline.outcome import Outcome, Status, outcome_text
 from qwen35.pipeline.planned import Artifact
 from qwen35.pipeline.state import State, key_of
@@ -63,6 +63,7 @@ class Runner:
         graph: its steps.
         options: how.
         progress: told of the bytes worked on.
+        chunks: told of the chunks of text that were measured on.
         tell: told what is going on.
         hasher: knows files that it has seen before.
     """
@@ -72,6 +73,7 @@ class Runner:
     graph: Sequence[Step]
     options: Options
     progress: Progress = field(default_factory=Silent)
+    chunks: Progress = field(default_factory=Silent)
     tell: Callable[[str], None] = lambda _: None
     hasher: Hasher = field(default_factory=Hasher)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -206,7 +208,7 @@ class Runner:
         options: Any = {"source": source, "depth": depth, "threads": self.options.threads}
         folder = str(artifact.out.absolute())
         if artifact.kind == "gguf":
-            return verify_gguf(folder, gguf_files(folder), progress=self.progress, **options)
+            return verify_gguf(folder, gguf_of(artifact), progress=self.progress, **options)
         opened = describe if depth == "structure" else fetch
         progress = None if depth == "structure" else self.progress
         return verify(opened(folder, lenient=True), progress=progress, **options)
@@ -220,24 +222,26 @@ class Runner:
     # --- evaluate
 
     def _evaluate(self, step: Step) -> Outcome:
-        text = self.job.text
-        assert text is not None  # there is such a step
+        measuring = self.job.measuring
+        assert measuring is not None  # there is such a step
         open_ones = [a for a in step.artifacts if self.outcomes[f"verify {a.name}"].open]
         hashes = {a.name: _hashes(self._manifest(a)) for a in open_ones}
-        key = key_of("evaluate", digest_file(text).sha256, self._identity, hashes)
+        text = digest_file(measuring.text).sha256
+        key = key_of("evaluate", text, measuring.chunks, self._identity, hashes)
         report = self.report / REPORT_NAME
         row = self._state.recorded(step.name, key)
         facts = {"report": str(report), "measured": [a.name for a in open_ones]}
         if row and report.is_file() and digest_file(report).sha256 == row.get("report"):
             return Outcome(step, "kept", facts=facts)
-        evaluate = evaluator()
-        evaluate(
+        measure(
             self.source,
             candidates(open_ones),
-            text,
+            measuring,
             self.report,
             threads=self.options.threads,
-            progress=self.progress,
+            device=self.options.device,
+            token=self.options.token,
+            progress=self.chunks,
         )
         self._state.record(step.name, key, report=digest_file(report).sha256)
         return Outcome(step, "done", facts=facts)
@@ -251,10 +255,10 @@ class Runner:
 
     def _document(self, step: Step) -> Outcome:
         artifact = step.artifact
-        if self.job.text is not None:
+        if self.job.measuring is not None:
             content = (self.report / REPORT_NAME).read_bytes()
             write_documents(artifact.out, {REPORT_NAME: content})
-        made = documents(artifact.out, artifact.repo or artifact.name)
+        made = documents(artifact.out, artifact.repo or f"OWNER/{artifact.name}")
         write_documents(artifact.out, made)
         return Outcome(step, "done" if made else "kept", facts={"written": sorted(made)})
 

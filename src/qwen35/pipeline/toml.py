@@ -11,7 +11,7 @@ from typing import Any, get_args
 from qwen35.checkpoint.hub import HubId
 from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import UsageError
-from qwen35.pipeline.job import Job, Wanted, path_artifacts, repo_problem
+from qwen35.pipeline.job import Job, Measuring, Wanted, path_artifacts, repo_problem
 from qwen35.verify.artifact import Depth
 
 __all__ = ["read_job"]
@@ -51,7 +51,7 @@ _ARTIFACT = _COMMON | {
     "activation_stats": "text",
 }
 _GGUF = _COMMON | {"types": "texts", "imatrix": "text", "mmproj": "flag"}
-_EVALUATE = {"text": "text"}
+_EVALUATE = {"text": "text", "chunks": "count"}
 _PUBLISH = {"owner": "text", "private": "flag"}
 
 
@@ -95,13 +95,15 @@ class _Reader:
         owner = publish.get("owner", "")
         if owner and HubId.parse(f"{owner}/name") is None:
             self._problem("publish.owner", repr(owner), expected="a user or an organization")
-        text = evaluate.get("text")
+        text, chunks = evaluate.get("text"), evaluate.get("chunks", 0)
+        if chunks < 0:
+            self._problem("evaluate.chunks", repr(chunks), expected="0 (all) or more")
         return Job(
             model=self._model(top.get("model", "")),
             out=self._near(top.get("out", ".")),
             artifacts=self._artifacts(top),
             depth=depth,
-            text=self._near(text) if text else None,
+            measuring=Measuring(self._near(text), chunks) if text else None,
             owner=owner,
             private=publish.get("private", False),
             problems=tuple(self.problems),

@@ -10,15 +10,17 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding, UsageError
 from qwen35.progress import Progress
 from qwen35.verify.asking import Asker
+from qwen35.verify.asking_vllm import VllmAsker, check_vllm
 from qwen35.verify.bands import WORST_ERROR
 from qwen35.verify.behaviour import Answer, ask, behaviour_findings
 from qwen35.verify.fp8 import tensor_parallel_findings
 from qwen35.verify.numbers import Numbers, RoleError, check_hashes, check_numbers
 from qwen35.verify.structure import check_structure
 
-__all__ = ["Depth", "Verdict", "verify"]
+__all__ = ["Depth", "Engine", "Verdict", "verify"]
 
 Depth = Literal["structure", "numbers", "behaviour"]
+Engine = Literal["transformers", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def verify(
     depth: Depth = "structure",
     threads: int | None = None,
     tensor_parallel: int | None = None,
+    engine: Engine = "transformers",
     progress: Progress | None = None,
 ) -> Verdict:
     """Check an artifact.
@@ -91,8 +94,14 @@ def verify(
         depth: ``structure`` reads headers, ``numbers`` every byte, ``behaviour`` asks it as well.
         threads: weights decoded at a time.
         tensor_parallel: GPUs that must be able to share every FP8 weight.
+        engine: what it is asked in.
         progress: told of the bytes read.
+
+    Raises:
+        UsageError: vLLM is asked for and not there.
     """
+    if engine == "vllm":
+        check_vllm()
     place = artifact.place
     if place is None:
         raise UsageError(artifact.name, "only a description, nothing to verify")
@@ -112,7 +121,8 @@ def verify(
     answers: list[Answer] = []
     notes: list[str] = []
     if depth == "behaviour" and not findings:
-        answers, more, notes = _behaviour(artifact)
+        asked = _in_vllm if engine == "vllm" else _in_transformers
+        answers, more, notes = asked(artifact)
         findings += more
     elif depth == "behaviour":
         notes.append("not asked anything: what was found must be repaired first")
@@ -134,7 +144,14 @@ def verify(
     )
 
 
-def _behaviour(artifact: Checkpoint) -> tuple[list[Answer], list[Finding], list[str]]:
+def _in_vllm(artifact: Checkpoint) -> tuple[list[Answer], list[Finding], list[str]]:
+    """Load the artifact in vLLM and ask it everything."""
+    vision = artifact.config.architecture.vision
+    answers = list(ask(VllmAsker(artifact.folder(), vision=vision), image=vision))
+    return answers, list(behaviour_findings(answers)), ["asked in vLLM"]
+
+
+def _in_transformers(artifact: Checkpoint) -> tuple[list[Answer], list[Finding], list[str]]:
     """Load the artifact in transformers and ask it everything."""
     asker = Asker(artifact.folder())
     findings = [

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from qwen35.engines.torch_model import TorchModel, torch_and_transformers
 from qwen35.errors import UsageError
 
-__all__ = ["COLORS", "Asker", "Halves", "Question", "is_right"]
+__all__ = ["COLORS", "Asker", "Halves", "Question", "drawn", "is_right"]
 
 MAX_NEW_TOKENS = 96
 COLORS: dict[str, tuple[int, int, int]] = {
@@ -138,31 +139,14 @@ class Asker:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise UsageError(
-                "asking the model",
-                f"{error.name} is not installed",
-                hint="pip install 'qwen35[nf4]'",
-            ) from error
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        self._torch = torch
-        config = transformers.AutoConfig.from_pretrained(folder)
-        self.vision = hasattr(config, "vision_config")
-        kind = "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
-        self.model, info = getattr(transformers, kind).from_pretrained(
-            folder, device_map="cpu", output_loading_info=True
-        )
-        self.missing = sorted({*info["missing_keys"], *info["unexpected_keys"]})
-        self.model.eval()
+        self._torch, transformers = torch_and_transformers("asking the model")
+        loaded = TorchModel(folder)
+        self.model, self.vision = loaded.model, loaded.vision
+        self.missing, self.settled = loaded.missing, loaded.settled
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
         self._images: Any = (
             transformers.AutoImageProcessor.from_pretrained(folder) if self.vision else None
         )
-        self.settled = _settle(self.model)
 
     def move(self, device: str, *, drop_tower: bool) -> bool:
         """Move the model to a device, without its vision tower if asked to; False if it is full.
@@ -209,7 +193,7 @@ class Asker:
         if question.image is None:
             row = torch.tensor([ids])
             return {"input_ids": row, "attention_mask": torch.ones_like(row)}
-        seen = self._images(images=_draw(question.image), return_tensors="pt")
+        seen = self._images(images=drawn(question.image), return_tensors="pt")
         pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         tokens = int(seen["image_grid_thw"].prod()) // self._images.merge_size**2
         at = ids.index(pad)
@@ -223,7 +207,12 @@ class Asker:
         }
 
 
-def _draw(halves: Halves) -> Any:
+def drawn(halves: Halves) -> Any:
+    """Return the picture as a Pillow image.
+
+    Raises:
+        UsageError: Pillow is not installed.
+    """
     try:
         from PIL import Image
     except ImportError as error:
@@ -235,17 +224,3 @@ def _draw(halves: Halves) -> Any:
     right = Image.new("RGB", (halves.width - middle, halves.height), COLORS[halves.right])
     image.paste(right, (middle, 0))
     return image
-
-
-def _settle(model: Any) -> int:
-    """Switch off bitsandbytes' packed path on CPUs with AVX512-BF16; return how many layers.
-
-    It asserts that a layer has a multiple of 32 outputs, which the gates of most sizes have not,
-    and rewrites the weights on first use (bitsandbytes 0.50 ``nn/modules.py``, `Linear4bit`).
-    """
-    count = 0
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False):
-            module.support_avx512bf16_for_cpu = False
-            count += 1
-    return count

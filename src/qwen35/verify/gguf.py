@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.inventory import inventory
-from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.open import GgufFiles
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint, Reader
 from qwen35.errors import Finding, InputError
-from qwen35.gguf.container import Container, read_container
+from qwen35.gguf.container import Container, read_gguf
 from qwen35.gguf.expected import KEYS, expected, missing_keys
 from qwen35.gguf.names import Tensor, text_tensors, vision_tensors
 from qwen35.gguf.types import FLOATS
@@ -31,11 +30,12 @@ __all__ = ["verify_gguf"]
 
 def verify_gguf(
     artifact: str,
-    files: tuple[Path, ...],
+    files: GgufFiles,
     *,
     source: Checkpoint | None = None,
     depth: Depth = "structure",
     threads: int | None = None,
+    token: str | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
     """Check GGUF files.
@@ -46,20 +46,26 @@ def verify_gguf(
         source: the checkpoint they were made from; needs depth ``numbers``.
         depth: ``structure`` reads heads, ``numbers`` every byte, ``behaviour`` asks as well.
         threads: tensors decoded at a time.
+        token: for files on the Hub: read by ranges for their structure, else downloaded.
         progress: told of the bytes read.
+
+    Raises:
+        HubError: the Hub refused, or was not reached.
     """
+    if depth != "structure":
+        files = files.fetch(token)
     progress = progress or Silent()
     findings: list[Finding] = []
     containers: list[Container] = []
-    for path in files:
+    for name in files.names:
         try:
-            containers.append(read_container(path))
+            containers.append(read_gguf(files, name))
         except InputError as error:
             message = str(error).removeprefix(f"{error.subject}: ")
-            findings.append(Finding("readable", path.name, message))
+            findings.append(Finding("readable", name, message))
     for container in containers:
         findings += _structure(container)
-    findings += _manifest_findings(Path(artifact), files, containers, hashes=depth != "structure")
+    findings += _manifest_findings(files, containers, hashes=depth != "structure")
     errors: list[RoleError] = []
     if depth != "structure":
         errors, more = _numbers(containers, source, threads, progress)
@@ -68,7 +74,7 @@ def verify_gguf(
     counts = {
         "weights": len(tensors),
         "packed": sum(entry.kind.name not in FLOATS for entry in tensors),
-        "files": len(files),
+        "files": len(files.names),
     }
     answers: list[Answer] = []
     notes: list[str] = []
@@ -169,40 +175,39 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _manifest_findings(
-    artifact: Path, files: tuple[Path, ...], containers: list[Container], *, hashes: bool
+    files: GgufFiles, containers: list[Container], *, hashes: bool
 ) -> Iterator[Finding]:
-    folder = artifact if artifact.is_dir() else artifact.parent
     try:
-        manifest = read_manifest(Folder(folder))
+        manifest = read_manifest(files.place)
     except InputError as error:
         yield Finding("manifest", MANIFEST_NAME, str(error).removeprefix(f"{error.subject}: "))
         return
     if manifest is None:
         return
-    if artifact.is_dir():
-        for name in manifest["files"].keys() - {path.name for path in files}:
+    if files.whole:
+        for name in manifest["files"].keys() - set(files.names):
             yield Finding("files", name, f"missing, but {MANIFEST_NAME} lists it")
-    for path in files:
-        yield from _entry_findings(path, manifest["files"].get(path.name), hashes=hashes)
+    for name in files.names:
+        yield from _entry_findings(files, name, manifest["files"].get(name), hashes=hashes)
     for container in containers:
         planned = manifest["tensors"].get(container.path.name, {})
         yield from _planned_findings(container, planned)
 
 
 def _entry_findings(
-    path: Path, entry: Mapping[str, Any] | None, *, hashes: bool
+    files: GgufFiles, name: str, entry: Mapping[str, Any] | None, *, hashes: bool
 ) -> Iterator[Finding]:
     if entry is None:
-        yield Finding("files", path.name, f"not listed in {MANIFEST_NAME}")
+        yield Finding("files", name, f"not listed in {MANIFEST_NAME}")
         return
-    size = path.stat().st_size
+    size = files.place.sizes().get(name, 0)
     if size != entry["size"]:
-        yield Finding("files", path.name, f"{size} bytes, expected {entry['size']}")
-    elif hashes:
-        digest = hash_file(path)
+        yield Finding("files", name, f"{size} bytes, expected {entry['size']}")
+    elif hashes and files.root is not None:
+        digest = hash_file(files.root / name)
         if digest != entry["sha256"]:
             message = f"sha256 {digest[:12]}..., written as {entry['sha256'][:12]}..."
-            yield Finding("hash", path.name, message)
+            yield Finding("hash", name, message)
 
 
 def _planned_findings(container: Container, planned: Mapping[str, str]) -> Iterator[Finding]:

@@ -1,0 +1,105 @@
+"""transformers: a checkpoint loaded as its users load it, around what fails on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.errors import UsageError
+
+__all__ = ["TorchModel", "torch_and_transformers"]
+
+F32 = npt.NDArray[np.float32]
+
+
+def torch_and_transformers(what: str) -> tuple[Any, Any]:
+    """Return both libraries, told to keep quiet.
+
+    Args:
+        what: what they are needed for, for the error sentence.
+
+    Raises:
+        UsageError: one is not installed.
+    """
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UsageError(
+            what, f"{error.name} is not installed", hint="pip install 'qwen35[nf4]'"
+        ) from error
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return torch, transformers
+
+
+class TorchModel:
+    """A loaded checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        exact: compute in float32 with whatever weights it has, instead of as its config says.
+        device: where to.
+
+    Attributes:
+        model: transformers' model.
+        vision: whether it sees pictures.
+        missing: weights that the model has and the files have not, or the other way round.
+        settled: 4-bit layers that were kept off a path which this processor cannot take.
+
+    Raises:
+        UsageError: transformers or torch is not installed.
+    """
+
+    def __init__(self, folder: Path, *, exact: bool = False, device: str = "cpu") -> None:
+        torch, transformers = torch_and_transformers(f"running {folder.name}")
+        self._torch = torch
+        config = transformers.AutoConfig.from_pretrained(folder)
+        self.vision = hasattr(config, "vision_config")
+        kind = "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
+        options = {"dtype": torch.float32} if exact else {}
+        self.model, info = getattr(transformers, kind).from_pretrained(
+            folder, device_map=device, output_loading_info=True, **options
+        )
+        self.missing = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        self.model.eval()
+        self.settled = _settle(self.model)
+        if exact:
+            self._widen()
+
+    def _widen(self) -> None:
+        """Bring what loading left in 16 bits to float32: FP8 decoded on a CPU, 4-bit arithmetic."""
+        torch = self._torch
+        for module in self.model.modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype = torch.float32
+            for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if own.dtype in (torch.bfloat16, torch.float16):
+                    own.data = own.data.float()
+
+    def logits(self, ids: Sequence[int], first: int = 0) -> F32:
+        """Return the logits after each token from `first` on, [len(ids) - first, vocabulary]."""
+        torch = self._torch
+        row = torch.tensor([list(ids)], device=self.model.device)
+        with torch.inference_mode():
+            out = self.model(input_ids=row, use_cache=False, logits_to_keep=len(ids) - first)
+        found: F32 = out.logits[0].float().cpu().numpy()
+        return found
+
+
+def _settle(model: Any) -> int:
+    """Switch off bitsandbytes' packed path on CPUs with AVX512-BF16; return how many layers.
+
+    It asserts that a layer has a multiple of 32 outputs, which the gates of most sizes have not,
+    and rewrites the weights on first use (bitsandbytes 0.50 ``nn/modules.py``, `Linear4bit`).
+    """
+    count = 0
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
+            count += 1
+    return count

@@ -1,0 +1,1 @@
+"""How far quantized models are from the unquantized one, token by token."""

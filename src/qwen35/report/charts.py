@@ -1,0 +1,153 @@
+"""Charts as SVG, drawn by Matplotlib; their colours are the page's, so that they follow its theme.
+
+Matplotlib knows no CSS variables: it is given colours that stand for them, replaced afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from typing import Any
+
+from qwen35.errors import UsageError
+
+__all__ = ["SERIES", "distribution_chart", "matplotlib_figure", "short_names", "size_chart"]
+
+SERIES = 8
+"""Colours there are; a ninth candidate has the first again, with another dash."""
+
+_INK, _RULE = "#010203", "#010204"
+_COLOURS = tuple(f"#0101{i:02x}" for i in range(0x10, 0x10 + SERIES))
+_DASHES = ("-", "--", ":")
+_MARKS = "os^Dv<>p"
+_SIZE = (4.6, 3.3)
+_STYLE = {
+    "axes.edgecolor": _RULE,
+    "axes.labelcolor": _INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+}
+
+
+def matplotlib_figure() -> Any:
+    """Return Matplotlib's `Figure`, which draws without a screen.
+
+    Raises:
+        UsageError: Matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError(
+            "--report", f"{error.name} is not installed", hint="pip install 'qwen35[eval]'"
+        ) from error
+    return Figure
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Cut off what all names begin with, up to the last hyphen in it.
+
+    >>> short_names(["Qwen3.5-4B-Q8_0", "Qwen3.5-4B-FP8"]), short_names(["a-b"])
+    (['Q8_0', 'FP8'], ['a-b'])
+    """
+    if len(names) < 2:
+        return list(names)
+    same = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))))
+    cut = names[0][:same].rfind("-") + 1
+    return [name[cut:] or name for name in names]
+
+
+def size_chart(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Draw mean divergence over bytes, the Pareto front as a line; rows of report.json."""
+    import matplotlib as mpl
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    names = short_names([row["name"] for row in rows])
+    sizes, unit = _units([row["bytes"] for row in rows])
+    klds = [max(row["figures"]["kld"]["value"], 1e-9) for row in rows]
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "size"}):
+        figure = matplotlib_figure()(figsize=_SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.set_yscale("log")
+        front = sorted((s, k) for s, k, row in zip(sizes, klds, rows, strict=True) if row["front"])
+        axes.plot(*zip(*front, strict=True), color=_RULE, linewidth=2, zorder=1)
+        order = sorted(range(len(rows)), key=lambda i: (sizes[i], klds[i]))
+        for place, i in enumerate(order):
+            colour, on = _COLOURS[i % SERIES], rows[i]["front"]
+            face = colour if on else "none"
+            axes.plot(
+                [sizes[i]], [klds[i]], _MARKS[i % SERIES], color=colour, markerfacecolor=face,
+                markersize=8, zorder=2, gid=f"point-{i}",
+            )  # fmt: skip
+            axes.annotate(
+                names[i], (sizes[i], klds[i]), xytext=(0, 8 if place % 2 == 0 else -17),
+                textcoords="offset points", ha="center", color=_INK,
+            )  # fmt: skip
+        axes.margins(x=0.18, y=0.2)
+        axes.grid(visible=True, axis="y")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(f"size, {unit}")
+        axes.set_ylabel("mean KLD, nats a token")
+        return _svg(figure, "Mean KL divergence over file size; the line joins the Pareto front")
+
+
+def _units(sizes: Sequence[int]) -> tuple[list[float], str]:
+    unit, factor = ("GB", 1e9) if max(sizes) >= 1e9 else ("MB", 1e6)
+    return [size / factor for size in sizes], unit
+
+
+def distribution_chart(rows: Sequence[Mapping[str, Any]], bins: Sequence[float]) -> str:
+    """Draw how many tokens lie where on a logarithmic axis of divergence; rows of report.json."""
+    import matplotlib as mpl
+
+    names = short_names([row["name"] for row in rows])
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": "distribution"}):
+        figure = matplotlib_figure()(figsize=_SIZE, layout="constrained")
+        axes = figure.subplots()
+        axes.set_xscale("log")
+        for i, (name, row) in enumerate(zip(names, rows, strict=True)):
+            counts, total = row["distribution"], max(1, sum(row["distribution"]))
+            axes.stairs(
+                [100 * count / total for count in counts], bins, label=name, linewidth=1.8,
+                color=_COLOURS[i % SERIES], linestyle=_DASHES[i // SERIES % 3], baseline=None,
+            )  # fmt: skip
+        held = [j for row in rows for j, count in enumerate(row["distribution"]) if count]
+        axes.set_xlim(bins[max(0, min(held) - 1)], bins[min(len(bins) - 1, max(held) + 2)])
+        axes.set_ylim(bottom=0)
+        axes.grid(visible=True, axis="y")
+        axes.set_xlabel("KLD of a token, nats")
+        axes.set_ylabel("tokens, %")
+        figure.legend(loc="outside upper left", ncols=3, handlelength=1.6, columnspacing=1.2)
+        return _svg(figure, "Share of tokens by their KL divergence, a line for each candidate")
+
+
+def _svg(figure: Any, label: str) -> str:
+    """Return a figure as an inline SVG element that scales and takes the page's colours."""
+    target = io.StringIO()
+    figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = target.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
+    for colour, name in (
+        (_INK, "ink"),
+        (_RULE, "rule"),
+        *((colour, f"series-{i}") for i, colour in enumerate(_COLOURS)),
+    ):
+        text = text.replace(colour, f"var(--{name})")
+    return text

@@ -1,0 +1,52 @@
+"""Write a report's files: each appears whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen35.errors import OutputError
+from qwen35.evaluate.result import Report
+from qwen35.plan.documents import json_bytes
+from qwen35.report.page import page
+from qwen35.sinks.staging import os_errors
+
+__all__ = ["HTML_NAME", "JSON_NAME", "check_report", "write_report"]
+
+JSON_NAME = "report.json"
+HTML_NAME = "report.html"
+
+
+def check_report(folder: Path, *, overwrite: bool) -> None:
+    """Refuse a place for a report before any work.
+
+    Raises:
+        OutputError: it is no folder, or a report is in it and may not be replaced.
+        UsageError: what draws the charts is not installed.
+    """
+    from qwen35.report.charts import matplotlib_figure
+
+    matplotlib_figure()
+    with os_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(str(folder), "exists and is not a folder")
+        taken = [name for name in (JSON_NAME, HTML_NAME) if (folder / name).exists()]
+    if taken and not overwrite:
+        raise OutputError(
+            str(folder / taken[0]), "exists already", hint="give --overwrite to replace it"
+        )
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Write report.json and report.html into `folder`.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    value = report.to_json()
+    files = {JSON_NAME: json_bytes(value), HTML_NAME: page(value).encode()}
+    with os_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            partial = folder / f".{name}.partial"
+            partial.write_bytes(content)
+            partial.replace(folder / name)
