@@ -8,6 +8,7 @@ last flush and every folder the names of its last flush.
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -38,6 +39,7 @@ class Trial:
         out: folder to write.
         asked: recipe, or file types.
         kill_at: number of the announcement after which it is killed; 0 to let it end.
+        fault: what the call announced then fails with, instead of a kill.
         power: whether it is the power that fails; `shadow` holds what was flushed.
         shadow: a folder for that.
         threads: of the run.
@@ -50,11 +52,12 @@ class Trial:
     out: str
     asked: str
     kill_at: int = 0
+    fault: int = 0
     power: bool = False
     shadow: str = ""
     threads: int = 2
     shard: int = 800_000
-    seconds: float = 0.0
+    seconds: float = 0.005
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def _trial(trial: Trial) -> Killed:
     with os.fdopen(reading) as lines, os.fdopen(told) as errors:
         for phase in lines:
             phases.append(phase.strip())
-            if len(phases) == trial.kill_at:
+            if len(phases) == trial.kill_at and not trial.fault:
                 os.kill(child, signal.SIGKILL)
         error = errors.read()
     _, status = os.waitpid(child, 0)
@@ -182,10 +185,13 @@ def _announce(pipe: int, trial: Trial) -> None:
     """Make calls of `os` that change the disk say so first."""
     root = str(Path(trial.out).parent)
     write = os.write
+    count = itertools.count(1)
 
     def say(name: str, path: str) -> None:
         if path.startswith(root):
             write(pipe, f"{name} {path.removeprefix(root)}\n".encode())
+            if next(count) == trial.kill_at and trial.fault:
+                raise OSError(trial.fault, os.strerror(trial.fault), path)
 
     def keep(path: str) -> None:
         if trial.power and path.startswith(root):

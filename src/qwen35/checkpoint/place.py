@@ -10,12 +10,30 @@ from typing import Protocol
 
 from qwen35.errors import InputError
 
-__all__ = ["Folder", "Place", "stamp"]
+__all__ = ["Folder", "Place", "read_bounded", "stamp"]
 
 
 def stamp(status: os.stat_result) -> tuple[int, int]:
     """Return size in bytes and time of the last change in ns: they tell that a file changed."""
     return status.st_size, status.st_mtime_ns
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return the content of a small file, reading no more than `limit` bytes of it.
+
+    Raises:
+        InputError: it is no regular file, cannot be read or is larger.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(str(path), "not a file")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise InputError(str(path), "far too large", expected=f"at most {limit} bytes")
+    return data
 
 
 class Place(Protocol):

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
@@ -32,6 +33,8 @@ __all__ = [
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 256 * 2**20
+_MAX_PROBLEMS = 1000
+_MAX_NAME = 255
 _CHANGED = "changed since its header was read"
 _AT_REST = "run again on files at rest"
 
@@ -213,7 +216,13 @@ def check_index(parsed: object) -> dict[str, str]:
         raise HeaderError(INDEX_NAME, "no weight_map in it")
     for shard in {str(value) for value in weight_map.values()}:
         path = PurePosixPath(shard)
-        if path.name != shard or "\\" in shard or "\0" in shard or path.suffix != ".safetensors":
+        if (
+            len(shard) > _MAX_NAME
+            or path.name != shard
+            or "\\" in shard
+            or "\0" in shard
+            or path.suffix != ".safetensors"
+        ):
             raise HeaderError(
                 INDEX_NAME,
                 f"shard name {shard[:80]!r}",
@@ -234,7 +243,7 @@ def _merge(
                 problems.append(HeaderError(name, found))
             tensors[name] = StoredTensor(spec, shard, begin)
     if weight_map is not None:
-        problems += _map_problems(tensors, weight_map)
+        problems += islice(_map_problems(tensors, weight_map), _MAX_PROBLEMS)
     return tensors, problems
 
 

@@ -39,6 +39,12 @@ MODEL is a folder, a Hub id (owner/name[@revision]) or, to plan, a published siz
 Exit codes: 0 fine, 1 findings, 2 wrong input or usage, 130 interrupted.
 """
 
+_OUT_OF_MEMORY = UsageError(
+    "memory",
+    "there is not enough of it",
+    hint="use fewer --threads, or name what there is with --memory; qwen35 plan says the need",
+)
+
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
@@ -115,6 +121,10 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
         code: int = implementation.run(args, output)
     except Qwen35Error as error:
         output.error(error)
+        _tell(error, output)
+        return EXIT_USAGE
+    except MemoryError as error:
+        output.error(_OUT_OF_MEMORY)
         _tell(error, output)
         return EXIT_USAGE
     except KeyboardInterrupt as error:

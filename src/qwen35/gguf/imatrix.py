@@ -70,9 +70,12 @@ class Entry:
         divisor = self.divisors[number * row // self.width]
         if divisor <= 0:
             return np.ones(row, np.float32)
-        with self.path.open("rb") as file:
-            file.seek(self.begin + 4 * row * number)
-            data = file.read(4 * row)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.begin + 4 * row * number)
+                data = file.read(4 * row)
+        except OSError as error:
+            raise InputError(str(self.path), f"cannot be read ({error.strerror})") from error
         if len(data) != 4 * row:
             raise InputError(str(self.path), "changed while it was read")
         values: F32 = np.frombuffer(data, "<f4") / divisor
@@ -128,6 +131,8 @@ def read_imatrix(path: Path, *, name: str = "") -> Imatrix:
     Raises:
         InputError: it is not one, or holds something that cannot be a mean of squares.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(str(path), "not a file", expected="an importance matrix")
     try:
         digest = hash_file(path)
     except OSError as error:
@@ -164,7 +169,10 @@ def _from_gguf(path: Path) -> tuple[dict[str, Entry], str, int]:
         raise InputError(str(path), "no entries in it")
     datasets = keys["imatrix.datasets"]
     first = datasets[0] if isinstance(datasets, list) and datasets else ""
-    return entries, str(first), int(keys["imatrix.chunk_count"])
+    chunks = keys["imatrix.chunk_count"]
+    if type(chunks) is not int:
+        raise InputError(str(path), f"imatrix.chunk_count {str(chunks)[:80]!r}", expected="a count")
+    return entries, str(first), chunks
 
 
 def _tensor(container: Container, name: str) -> Listed:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen35.errors import UsageError
+from qwen35.checkpoint.place import read_bounded
+from qwen35.errors import InputError, UsageError
 from qwen35.gguf.names import Tensor
 from qwen35.gguf.types import ggml_type
 from qwen35.model.roles import in_group
@@ -111,6 +112,9 @@ def _rule(subject: str, row: Any, required: bool) -> Rule:
     return Rule(subject, match, kind, reason, required=required and match != "*")
 
 
+_MAX_BYTES = 2**24
+
+
 def pattern_rules(lines: Sequence[str], files: Sequence[Path]) -> tuple[Rule, ...]:
     """Return the rules of ``--tensor-type`` lines, then those of ``--tensor-type-file`` files.
 
@@ -123,8 +127,8 @@ def pattern_rules(lines: Sequence[str], files: Sequence[Path]) -> tuple[Rule, ..
     rules = [_pattern(f"--tensor-type {line}", line) for line in lines]
     for path in files:
         try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bounded(path, _MAX_BYTES).decode()
+        except (InputError, UnicodeDecodeError) as error:
             raise UsageError(f"--tensor-type-file {path}", f"cannot be read ({error})") from error
         if not text.split():
             raise UsageError(f"--tensor-type-file {path}", "no rules in it")

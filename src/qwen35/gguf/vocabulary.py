@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ class Vocabulary:
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        self.special.add_to_gguf(writer, quiet=True)
+        with _library_errors():
+            self.special.add_to_gguf(writer, quiet=True)
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
@@ -70,15 +72,22 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         raise ConfigError("tokenizer.json", "not a BPE tokenizer", expected="that of Qwen3.5")
     vocabulary, added = _vocabulary(model), _added(tokenizer, settings)
     tokens, types = _tokens(vocabulary, added, size)
-    try:
+    with _library_errors():
         special = SpecialVocab(folder, load_merges=True)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        found = f"cannot be read ({type(error).__name__}: {error})"
-        raise ConfigError("tokenizer_config.json or a chat template", found) from error
     if any(step.get("type") == "ByteLevel" for step in _steps(tokenizer, "post_processor")):
         special.add_special_token = {"bos": False, "eos": False}
     nfc = any(step.get("type") == "NFC" for step in _steps(tokenizer, "normalizer"))
     return Vocabulary(_pre_tokenizer(tokenizer), tokens, types, special, nfc)
+
+
+@contextmanager
+def _library_errors() -> Iterator[None]:
+    """Turn what the gguf library says of malformed settings into a sentence."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        found = f"cannot be read ({type(error).__name__}: {error})"
+        raise ConfigError("tokenizer_config.json or a chat template", found) from error
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:
@@ -110,13 +119,17 @@ def _added(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[in
     ]
     rows += [row for row in tokenizer.get("added_tokens") or [] if isinstance(row, dict)]
     added = {row["id"]: row for row in rows if type(row.get("id")) is int and "content" in row}
+    if not all(isinstance(row["content"], str) for row in added.values()):
+        raise ConfigError("tokenizer.json", "an added token that is no text")
     return dict(sorted(added.items()))
 
 
 def _tokens(
     vocabulary: Mapping[int, str], added: Mapping[int, Mapping[str, Any]], size: int
 ) -> tuple[list[str], list[int]]:
-    highest = max((*vocabulary, *added))
+    highest = max((*vocabulary, *added), default=-1)
+    if highest < 0:
+        raise ConfigError("tokenizer.json", "no tokens in it")
     if highest >= size:
         raise ConfigError(
             "tokenizer.json", f"token id {highest}", expected=f"below vocab_size {size}"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen35.checkpoint.header import strict_json
 from qwen35.checkpoint.inventory import Item
+from qwen35.checkpoint.place import read_bounded
 from qwen35.errors import InputError, TensorError
 from qwen35.model.roles import Role, role_of
 
@@ -77,12 +78,7 @@ def load_activations(path: Path) -> Activations:
     Raises:
         InputError: it cannot be read or is malformed.
     """
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(str(path), "larger than any statistics", expected="at most 1 GiB")
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    data = read_bounded(path, _MAX_BYTES)
     parsed = strict_json(data, path.name)
     if not isinstance(parsed, dict) or not parsed:
         raise InputError(path.name, "malformed", expected="a table of weights")

@@ -9,7 +9,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qwen35.errors import UsageError
+from qwen35.checkpoint.place import read_bounded
+from qwen35.errors import InputError, UsageError
 from qwen35.model.roles import ROLES, Role, in_group
 
 __all__ = [
@@ -22,6 +23,10 @@ __all__ = [
     "load_recipe",
     "read_recipe",
 ]
+
+_MAX_BYTES = 2**20
+_MAX_DOTS = 100
+"""In a line: Python's TOML parser takes the square of a key's dots in time and memory."""
 
 Action = Literal["drop", "keep", "plain", "nf4", "fp8"]
 Format = Literal["stored", "nf4", "fp8"]
@@ -166,15 +171,17 @@ def read_recipe(
         raise UsageError(f"recipe {name!r}", f"not {known}", expected=expected)
     if own:
         try:
-            text = Path(name).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bounded(Path(name), _MAX_BYTES).decode()
+        except (InputError, UnicodeDecodeError) as error:
             raise UsageError(f"recipe {name}", f"cannot be read ({error})") from error
+        if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
+            raise UsageError(f"recipe {name}", f"a line of more than {_MAX_DOTS} dots")
         name = Path(name).name
     else:
         text = resources.files(package).joinpath(f"recipes/{name}.toml").read_text("utf-8")
     try:
         parsed = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"recipe {name}", f"not valid TOML ({error})") from error
     unknown = set(parsed) - {"format", "base", "description", "rules"}
     if unknown:

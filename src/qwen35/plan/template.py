@@ -21,6 +21,7 @@ from qwen35.errors import InputError
 
 __all__ = ["compiles", "text_only_template", "writes_vision"]
 
+_MAX_LENGTH = 2**17
 _VISION_WORDS = {"image", "image_url", "video", "video_url"}
 _ERROR = "{{- raise_exception('This is a text-only model: it takes no images and no videos.') }}"
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -227,8 +228,10 @@ def text_only_template(source: str, name: str) -> str:
         name: its file, for error sentences.
 
     Raises:
-        InputError: it is not valid Jinja.
+        InputError: it is not valid Jinja, or far longer than any chat template.
     """
+    if len(source) > _MAX_LENGTH:
+        raise InputError(name, f"{len(source)} letters", expected=f"at most {_MAX_LENGTH}")
     before = _read_names(_parse(source, name))
     edits = list(_branch_edits(source, name))
     if not edits:

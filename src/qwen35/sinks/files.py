@@ -94,8 +94,13 @@ def hash_file(path: Path) -> str:
 
 def write_file(path: Path, content: bytes) -> str:
     """Write a new file, flush it to the disk and return its SHA-256."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
     return hashlib.sha256(content).hexdigest()

@@ -84,7 +84,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 def _clean_up(out: Path) -> None:
     """Remove what a run left that was killed between its last rename and its end."""
     work = work_path(out)
-    if (work / _MARK_NAME).is_file() and not (work / _FILES_NAME).exists():
+    if work.is_dir() and _is_ours(work) and not (work / _FILES_NAME).exists():
         with suppress(OutputError), locked(out):
             _discard(work)
 
@@ -161,6 +161,7 @@ def resumable(
             try:
                 with os_errors(out):
                     yield work.path / _FILES_NAME if journal else work.fresh(), journal
+                    work.stays = True  # should it not come into place
             except BaseException as error:
                 work.stays = bool(journal) and _may_continue(error)
                 if work.stays:
@@ -337,8 +338,8 @@ def _discard(work: Path) -> None:
             with suppress(OSError):
                 _remove(path)
     with suppress(OSError):
-        if len([*work.iterdir()]) == 1:
-            (work / _MARK_NAME).unlink()
+        if not {path.name for path in work.iterdir()} - {_MARK_NAME}:
+            (work / _MARK_NAME).unlink(missing_ok=True)
             work.rmdir()
 
 
