@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from qwen35.gguf.kernel import open_kernel
 from qwen35.pipeline.graph import GATES, make_graph
 from qwen35.pipeline.job import Job, Measuring, Wanted, path_artifacts
 from qwen35.pipeline.planned import plan_artifacts, sweep_memory, threads_within
-from qwen35.pipeline.toml import read_job
+from qwen35.pipeline.toml import _ARTIFACT, _EVALUATE, _GGUF, _PUBLISH, _TOP, read_job
 from running import run as converted
 
 Capture = pytest.CaptureFixture[str]
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -353,3 +355,23 @@ def test_published_size_can_be_forecast(capsys: Capture, tmp_path: Path) -> None
     assert list(said["artifacts"]) == ["Qwen3.5-text-9B-bnb-4bit", "Qwen3.5-9B-FP8"]
     assert main(command[:-1]) == 2  # without weights there is nothing to run
     assert "without weights" in capsys.readouterr().err
+
+
+# --- the files that we show
+
+
+def test_file_in_the_documents_is_one(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "pipeline.md").read_text()
+    (shown,) = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    job = job_of(tmp_path, shown)
+    assert job.problems == ()
+    assert len(job.artifacts) == 5
+    assert all(key in text for key in (*_TOP, *_ARTIFACT, *_GGUF, *_EVALUATE, *_PUBLISH))
+
+
+def test_file_of_the_demo_is_one() -> None:
+    job = read_job(ROOT / "demo" / "run.toml")
+    assert job.problems == ()
+    assert Path(job.model).is_dir()
+    assert job.measuring is not None
+    assert job.measuring.text.is_file()
