@@ -1,4 +1,4 @@
-# make demo   install, convert the embedded checkpoint, check what came out
+# make demo   install, all paths on the embedded checkpoint: make, verify, measure, report
 # make test   install, then lint, types, import contract, tests
 # make golden record anew what llama.cpp's converter writes (tests/golden/gguf.json)
 # make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)

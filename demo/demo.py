@@ -1,8 +1,10 @@
-"""The main job on the embedded checkpoint: plan, convert to NF4, verify, load, ask.
+"""All paths on the embedded checkpoint, through their gates: make, verify, measure, document.
 
-    python demo/demo.py [OUT]
+    python demo/demo.py
 
-Writes OUT (default demo/out). Exit code 0 if everything was right.
+Writes demo/out, what demo/run.toml says; what is there already and up to date is left alone. Then
+asks the NF4 artifact every question that the checkpoint was made for, and ends with the report.
+Exit code 0 if everything was right.
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from qwen35.verify.asking import Asker, Question, is_right
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "assets" / "qwen3.5-tiny"
+RUN = ROOT / "demo" / "run.toml"
+OUT = ROOT / "demo" / "out"
+ASKED = OUT / "Qwen3.5-tiny-bnb-4bit"
 
 
 def command(*arguments: str | Path) -> None:
@@ -49,21 +54,39 @@ def ask_all(folder: Path) -> bool:
     return right == asked
 
 
+def show_made() -> None:
+    """Print every artifact with its size and what its manifest says of its verification."""
+    print("\nwritten and checked:")
+    for folder in sorted(OUT.glob("*/qwen35.json")):
+        nbytes = sum(path.stat().st_size for path in folder.parent.iterdir())
+        verified = json.loads(folder.read_text())["verified"]
+        answers = len(verified["answers"])
+        found = "nothing found" if verified["passed"] else f"{len(verified['findings'])} findings"
+        line = f"{found} by {verified['depth']}, {answers} answers"
+        print(f"  {folder.parent.name:<28} {nbytes / 1e6:>6.2f} MB  {line}")
+
+
+def show_report() -> None:
+    """Print the measured table, a line for each candidate."""
+    table = json.loads((OUT / "report" / "report.json").read_text())["table"]
+    cells = {row[0]: row[1:] for row in table["rows"]}
+    print(f"\n{'measured against bf16':<28} {'mean KLD':>10} {'PPL':>9} {'same top p':>11}")
+    for i, name in enumerate(table["columns"][1:]):
+        kld, ppl, top = (cells[key][i].split()[0] for key in ("Mean KLD", "PPL", "Same top p"))
+        print(f"{name:<28} {kld:>10} {ppl:>9} {top:>9} %")
+    print(f"report: {OUT.relative_to(ROOT)}/report/report.html")
+
+
 def main() -> int:
     """Run the demonstration."""
-    out = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "demo" / "out"
-    nf4, text = out / "Qwen3.5-tiny-bnb-4bit", out / "Qwen3.5-text-tiny-bnb-4bit"
     command("inspect", CHECKPOINT)
-    command("convert", CHECKPOINT, nf4, "--recipe", "nf4", "--overwrite")
-    command("verify", nf4, "--source", CHECKPOINT)
-    command("convert", nf4, text, "--recipe", "text", "--overwrite")
-    command("verify", text, "--source", CHECKPOINT)
-    print(f"\n{nf4.name} loaded in transformers and asked:", flush=True)
-    right = ask_all(nf4)
-    print("\nwritten and checked:")
-    for folder in (nf4, text):
-        nbytes = sum(path.stat().st_size for path in folder.iterdir())
-        print(f"  {folder.relative_to(out.parent)}  {nbytes / 1e6:.2f} MB")
+    command("run", RUN, "--dry-run")
+    command("run", RUN)
+    command("run", RUN, "--quiet")  # nothing is done twice
+    print(f"\n{ASKED.name} loaded in transformers and asked:", flush=True)
+    right = ask_all(ASKED)
+    show_made()
+    show_report()
     print("demo passed" if right else "demo FAILED: a question was answered wrongly")
     return 0 if right else 1
 

@@ -293,7 +293,7 @@ def test_gguf_folder_is_published_with_card_and_modelfile(world: World) -> None:
     text = world.repo.read("README.md").decode()
     assert f"ollama run hf.co/{REPO}" in text
     assert "from transformers" not in text
-    assert "qwen35 reproduce" not in text
+    assert "qwen35 reproduce" not in text  # this manifest, an older one, does not say enough
 
 
 # publishing a folder of ours

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -631,6 +633,37 @@ def test_hf_downloads_what_was_pushed_and_pushes_what_is_pulled(world: World) ->
     assert "0 to upload / 0 to delete / 6 unchanged" in done.out
     assert world.publish("--mode", "pull").code == 0
     assert files_in(world.folder) == {**CONTENT, "notes.md": b"by hf"}
+
+
+@pytest.mark.parametrize(
+    ("path", "method"),
+    [
+        (f"/api/models/{REPO}/tree", "GET"),
+        (f"/api/models/{REPO}", "GET"),
+        (f"/api/models/{REPO}/preupload", "POST"),
+        (f"/api/models/{REPO}/commit", "POST"),
+        ("/api/repos/create", "POST"),
+    ],
+)
+def test_hub_that_never_answers_is_given_up(
+    world: World, tmp_path: Path, path: str, method: str
+) -> None:
+    if "create" not in path:
+        world.pushed()
+        (world.folder / "notes.md").write_text("changed")
+    released = threading.Event()
+    hang = Fault(path, method=method, hook=lambda: released.wait(30), times=100)
+    world.hub.faults.append(hang)
+    with Client(world.hub, tmp_path / "home") as client:
+        try:
+            started = time.monotonic()
+            done = client.run("publish", world.folder, REPO, entry="impatient:main")
+            assert time.monotonic() - started < 20
+        finally:
+            released.set()
+    assert done.code == 2, done.out + done.err
+    assert "Timeout" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_publish_runs_without_torch(world: World, tmp_path: Path) -> None:

@@ -7,8 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGUFWriter
 
+from gguf_models import make_variant
 from hub_client import REPO, World, files_in
 from hub_store import COMMIT, Repo
 from qwen35.cli.main import main
@@ -23,6 +26,24 @@ SOURCE = "owner/source"
 
 def reproduce(*arguments: object) -> int:
     return main(["reproduce", *map(str, arguments), "--quiet"])
+
+
+def write_imatrix(path: Path, seed: int) -> Path:
+    """Write an importance matrix that knows one tensor of `gguf_models`' dense checkpoint."""
+    writer = GGUFWriter(path, "")
+    writer.kv_data[0].clear()
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["random"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 512)
+    sums = np.random.default_rng(seed).exponential(size=(1, 256)).astype(np.float32)
+    writer.add_tensor("blk.0.ffn_gate.weight.in_sum2", sums)
+    writer.add_tensor("blk.0.ffn_gate.weight.counts", np.ones((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -153,13 +174,67 @@ def test_folder_of_others(dense: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "no qwen35.json in it" in capsys.readouterr().err
 
 
-def test_artifact_of_another_format(
+def test_manifest_that_does_not_say_what_was_asked_for(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run(dense, tmp_path / "out").out
     edit(out / "qwen35.json", files={"x.gguf": {"size": 1, "sha256": "0"}})
     assert reproduce(out, "--source", dense) == 2
-    assert "not of safetensors files" in capsys.readouterr().err
+    assert "does not say what was asked for" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--mmproj", "--recipe", "q8-gates", "--drop-mtp"],
+        ["--tensor-type", "ffn_down=q8_0", "--upstream-counters"],
+    ],
+)
+def test_gguf_files_are_made_again(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_variant(tmp_path, "dense"), tmp_path / "out"
+    assert main(["gguf", str(source), str(out), "--types", "F16,Q4_K_M", *flags]) == 0
+    write_documents(out, documents(out, REPO))
+    assert "qwen35 reproduce" in (out / "README.md").read_text()
+    assert reproduce(out, "--source", source) == 0
+    assert "reproduced, byte for byte" in capsys.readouterr().out
+    file = out / f"{source.name}-Q4_K_M.gguf"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert reproduce(out, "--source", source) == 1
+    assert f"DIFFERS {file.name}: beside the manifest" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"types": "F16"}, {"types": ["Q9"]}, {"patterns": "1"}, {"projector": 3}, {"rules": [[1]]}],
+)
+def test_malformed_manifest_of_gguf_files(
+    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_variant(tmp_path, "text"), tmp_path / "out"
+    assert main(["gguf", str(source), str(out), "--types", "F16"]) == 0
+    manifest = json.loads((out / "qwen35.json").read_text())
+    edit(out / "qwen35.json", recipe={**manifest["recipe"], **change})
+    assert reproduce(out, "--source", source) == 2
+    assert "error: qwen35.json: " in capsys.readouterr().err
+
+
+def test_importance_matrix_must_be_the_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = make_variant(tmp_path, "dense"), tmp_path / "out"
+    mine, other = (write_imatrix(tmp_path / f"{n}.gguf", seed=n) for n in (1, 2))
+    flags = ["--types", "Q4_K_M", "--imatrix", str(mine)]
+    assert main(["gguf", str(source), str(out), *flags]) == 0
+    assert reproduce(out, "--source", source) == 2
+    assert "give it: --imatrix" in capsys.readouterr().err
+    assert reproduce(out, "--source", source, "--imatrix", other) == 2
+    assert "not the importance matrix that the manifest names" in capsys.readouterr().err
+    moved = mine.rename(tmp_path / "elsewhere.gguf")
+    assert reproduce(out, "--source", source, "--imatrix", moved) == 0
 
 
 def test_existing_output_is_kept(

@@ -13,6 +13,10 @@ from qwen35.checkpoint.place import Folder, Place
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.convert import Result, check_before, convert
 from qwen35.errors import Finding, InputError, UsageError
+from qwen35.gguf.again import asked_again
+from qwen35.gguf.plan import GgufPlan
+from qwen35.gguf.plan import make_plan as make_gguf_plan
+from qwen35.gguf.write import write
 from qwen35.plan.activations import Activations
 from qwen35.plan.manifest import (
     calibration_of,
@@ -104,7 +108,8 @@ def plan_again(
     source: str | None = None,
     token: str | None = None,
     activations: Activations | None = None,
-) -> Plan:
+    imatrix: Path | None = None,
+) -> Plan | GgufPlan:
     """Plan the artifact once more, from the manifest's source and recipe.
 
     Args:
@@ -112,10 +117,10 @@ def plan_again(
         source: where the source is, if not at the manifest's repository and commit.
         token: access token for the Hub.
         activations: the statistics it was made with, if any.
+        imatrix: the importance matrix it was made with, if any.
 
     Raises:
-        UsageError: the source is not known, the statistics are not given, or the artifact is not of
-            safetensors files.
+        UsageError: the source is not known, or the statistics or the matrix are not given.
         InputError: the source is damaged, or these are other statistics.
     """
     calibration, statistics = calibration_of(origin.manifest)
@@ -131,8 +136,11 @@ def plan_again(
         folder = origin.manifest["source"].get("folder")
         found = f"made from a folder called {folder}"
         raise UsageError(origin.name, found, hint="say where it is with --source")
-    if not any(name.endswith(".safetensors") for name in origin.manifest["files"]):
-        raise UsageError(origin.name, "not of safetensors files", hint="make it again by its verb")
+    if any(name.endswith(".gguf") for name in origin.manifest["files"]):
+        asked = asked_again(origin.manifest, imatrix)
+        return make_gguf_plan(fetch(model, token=token, extra=("README.md",)), asked)
+    if imatrix is not None:
+        raise UsageError("--imatrix", "is for GGUF files", hint="leave it out")
     recipe = recipe_of(origin.manifest)
     checkpoint = fetch(model, token=token)
     return make_plan(
@@ -146,7 +154,7 @@ def plan_again(
 
 def reproduce(
     origin: Origin,
-    plan: Plan,
+    plan: Plan | GgufPlan,
     out: Path,
     *,
     overwrite: bool = False,
@@ -162,7 +170,10 @@ def reproduce(
         TensorError: a weight of the source cannot be read.
     """
     check_before(out, overwrite=overwrite, device="auto")
-    result = convert(plan, out, overwrite=overwrite, threads=threads, progress=progress)
+    if isinstance(plan, GgufPlan):
+        result = write(plan, out, overwrite=overwrite, threads=threads, progress=progress)
+    else:
+        result = convert(plan, out, overwrite=overwrite, threads=threads, progress=progress)
     return Reproduction(
         tuple(origin.manifest["files"]),
         tuple(_findings(origin, plan, result)),
@@ -170,7 +181,7 @@ def reproduce(
     )
 
 
-def _findings(origin: Origin, plan: Plan, result: Result) -> Iterator[Finding]:
+def _findings(origin: Origin, plan: Plan | GgufPlan, result: Result) -> Iterator[Finding]:
     manifest = origin.manifest
     if manifest.get("plan") != plan.digest:
         yield Finding("plan", MANIFEST_NAME, "the plan made now is another")

@@ -16,6 +16,7 @@ __all__ = [
     "HubId",
     "HubPlace",
     "ask",
+    "bound_client",
     "client_errors",
     "download",
     "download_file",
@@ -26,6 +27,11 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+
+ANSWER_SECONDS = 300.0
+"""How long to wait for the next bytes of an answer; a commit of many files takes its time."""
+
+_CONNECT_SECONDS = 20.0
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?\Z", re.ASCII)
 
@@ -115,6 +121,35 @@ def ask(subject: str, call: Callable[[], _T]) -> _T:
         raise explain(subject, error) from error
 
 
+def bound_client() -> None:
+    """Make the Hub's client give up when no answer comes: by itself it waits for ever.
+
+    Some of its calls ask for no limit explicitly, so each request is given one as it leaves. A
+    limit that somebody has chosen stays.
+    """
+    from huggingface_hub.utils import get_session
+
+    hooks = get_session().event_hooks
+    if _limit in hooks["request"]:
+        return
+    import httpx2
+    from huggingface_hub import set_client_factory
+
+    hooks = {**hooks, "request": [*hooks["request"], _limit]}
+    set_client_factory(
+        lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None)
+    )
+
+
+def _limit(request: Any) -> None:
+    """Fill in the timeouts that a request of the client goes without."""
+    limits = {"connect": _CONNECT_SECONDS} | dict.fromkeys(
+        ("read", "write", "pool"), ANSWER_SECONDS
+    )
+    chosen = {n: v for n, v in request.extensions.get("timeout", {}).items() if v is not None}
+    request.extensions["timeout"] = limits | chosen
+
+
 class HubPlace:
     """The files of a repository at one commit, read by range requests; nothing is stored.
 
@@ -129,6 +164,7 @@ class HubPlace:
     def __init__(self, hub_id: HubId, token: str | None = None) -> None:
         from huggingface_hub import HfApi
 
+        bound_client()
         self._id = hub_id
         self._api = HfApi(token=token)
         info = ask(
@@ -214,6 +250,7 @@ def download_file(address: str, token: str | None = None) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
+    bound_client()
     hub_id, path = parse_address(address)
     options: dict[str, Any] = {"revision": hub_id.revision, "token": token}
     try:

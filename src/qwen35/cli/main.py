@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "verify": "check an artifact, alone or against its source",
     "evaluate": "perplexity and KL divergence of quantized models, in one table",
     "tune": "find the recipe that loses least under a budget",
+    "run": "a path from checkpoint to repository: make, verify, measure, publish",
     "publish": "make a Hub repository like a folder, or the other way round",
     "reproduce": "make an artifact again from its manifest and compare",
 }

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from qwen35.errors import Qwen35Error
@@ -48,6 +49,14 @@ class Output:
         if self.as_json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
+
+    def errors(self, errors: Sequence[Qwen35Error]) -> None:
+        """Print several expected failures, each as one sentence."""
+        if self.as_json:
+            said = [{"error": type(e).__name__, "message": str(e)} for e in errors]
+            print(json.dumps({**said[0], "errors": said}))
+        for error in errors:
+            print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
 
     def progress(self, unit: str = "") -> Progress:
         """Return progress fit for where stderr goes: a bar, plain lines, or nothing.

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--activation-stats", type=Path, metavar="FILE", help="FP8: the statistics it was made with"
     )
     parser.add_argument(
+        "--imatrix", type=Path, metavar="FILE", help="GGUF: the importance matrix it was made with"
+    )
+    parser.add_argument(
         "--output", type=Path, metavar="DIR", help="keep what is made here (default: in TMPDIR)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
@@ -43,7 +46,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     if args.output:
         check_before(args.output, overwrite=args.overwrite, device="cpu")
     statistics = load_activations(args.activation_stats) if args.activation_stats else None
-    plan = plan_again(origin, args.source, args.hf_token, statistics)
+    plan = plan_again(origin, args.source, args.hf_token, statistics, args.imatrix)
     with tempfile.TemporaryDirectory(prefix="qwen35-reproduce-") as scratch:
         made = reproduce(
             origin,

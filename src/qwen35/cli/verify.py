@@ -6,12 +6,16 @@ Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import get_args
 
 from qwen35.checkpoint.open import GgufFiles, describe, fetch, gguf_files, looks_like_artifact
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, positive
 from qwen35.errors import Finding, InputError, UsageError
+from qwen35.publish.documents import record_verdict
+from qwen35.publish.signing import SIGNATURE_NAME
 from qwen35.verify.artifact import Depth, Engine, Verdict, verify
 from qwen35.verify.show import verdict_text
 
@@ -43,13 +47,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="FP8: whether N GPUs can share every weight in whole tiles of 128",
     )
+    parser.add_argument(
+        "--record", action="store_true", help="write the result into the artifact's qwen35.json"
+    )
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
+    folder = _recorded(args) if args.record else None
     verdict = _verdict(args, output)
+    if folder is not None:
+        record_verdict(folder, verdict)
     output.data(verdict_text(verdict), verdict.to_json())
     return 0 if verdict.passed else EXIT_FINDINGS
+
+
+def _recorded(args: argparse.Namespace) -> Path:
+    """Return the folder whose manifest is to hold the verdict.
+
+    Raises:
+        UsageError: it has no manifest, or is signed: another byte would break the signature.
+    """
+    folder = Path(args.model).expanduser()
+    if not (folder / MANIFEST_NAME).is_file():
+        raise UsageError("--record", f"{args.model} holds no {MANIFEST_NAME}", hint="leave it out")
+    if (folder / SIGNATURE_NAME).is_file():
+        hint = "remove it, record, then sign again with `qwen35 publish --sign`"
+        raise UsageError("--record", f"{SIGNATURE_NAME} signs the manifest as it is", hint=hint)
+    return folder
 
 
 def _verdict(args: argparse.Namespace, output: Output) -> Verdict:

@@ -134,6 +134,11 @@ class GgufPlan:
             "rules": [rule_row(r.match, r.kind, r.reason, r.layers) for r in rules],
             "upstream_counters": self.asked.upstream_counters,
             "imatrix": self.asked.imatrix.digest if self.asked.imatrix else None,
+            "imatrix_name": self.asked.imatrix.name if self.asked.imatrix else None,
+            "patterns": len(self.asked.rules),
+            "types": list(self.asked.types),
+            "projector": self.asked.projector,
+            "drop_mtp": self.asked.drop_mtp,
         }
         tensors = {
             file.name: {t.name: f"{file.kinds[t.name]} {list(t.shape)}" for t in file.tensors}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from qwen35.checkpoint.source import Reader
 from qwen35.codecs.floats import all_finite, empty, f32_from
 from qwen35.gguf.names import Tensor
 
-__all__ = ["Strip", "read_strip", "strips", "tiled_columns"]
+__all__ = ["Strip", "read_strip", "source_end", "strips", "tiled_columns"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -44,9 +45,10 @@ class Strip:
 
 
 def strips(tensor: Tensor) -> Iterator[Strip]:
-    """Cut a tensor into strips; a strip has rows of one slab.
+    """Cut a tensor into strips, in the order of the source; a strip has rows of one slab.
 
-    A packed source is decoded whole, so its weights are not cut.
+    Rows that move in groups are cut where their groups end, so that a strip is one run of rows in
+    the source. A packed source is decoded whole, so its weights are not cut.
     """
     rows = tensor.rows
     step = max(1, STRIP // tensor.row)
@@ -55,8 +57,22 @@ def strips(tensor: Tensor) -> Iterator[Strip]:
         if whole or slab.item.weight.storage != "plain":
             yield Strip(tensor, number, 0, rows)
             continue
-        for first in range(0, rows, step):
-            yield Strip(tensor, number, first, min(step, rows - first))
+        runs = list(_runs(Strip(tensor, number, 0, rows)))
+        starts = accumulate((count for _, count in runs), initial=0)
+        for (_, count), begin in sorted(zip(runs, starts, strict=False)):
+            for first in range(begin, begin + count, step):
+                yield Strip(tensor, number, first, min(step, begin + count - first))
+
+
+def source_end(strip: Strip) -> int:
+    """Return how many elements of its weight lie before the end of a strip's rows.
+
+    Of a weight that is read whole, all of them do.
+    """
+    item = strip.tensor.slabs[strip.slab].item
+    if strip.tensor.transform == "frame" or item.weight.storage != "plain":
+        return item.spec.numel
+    return max(row + count for row, count in _runs(strip)) * strip.tensor.row
 
 
 def read_strip(reader: Reader, strip: Strip) -> F32:

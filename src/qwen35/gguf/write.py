@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -25,7 +26,7 @@ from qwen35.sinks.staging import Result, check_output, check_space, resumable
 from qwen35.sinks.written import Written
 from qwen35.threads import default_threads
 
-__all__ = ["Result", "write"]
+__all__ = ["Job", "Result", "Writing", "write", "writing"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -49,31 +50,40 @@ def write(
         TensorError: a weight cannot be read, holds NaN or infinity, or is out of a type's range.
         UsageError: llama-cpp-python is needed and not installed.
     """
+    progress = progress or Silent()
+    try:
+        with writing(plan, out, overwrite=overwrite, progress=progress) as run:
+            run.files(threads or default_threads())
+    finally:
+        progress.end()
+    return Result(run.out, run.hashes, plan.nbytes)
+
+
+@contextmanager
+def writing(plan: GgufPlan, out: Path, *, overwrite: bool, progress: Progress) -> Iterator[Writing]:
+    """Prepare the folder of `plan`, let the block fill its files, and complete it.
+
+    Arguments and errors are those of `write`.
+    """
     source = plan.checkpoint.folder()
     out = out.resolve() if not out.is_symlink() else out
     check_output(out, source=source, overwrite=overwrite)
     if any(kind not in FLOATS for file in plan.files for kind in file.kinds.values()):
         open_kernel()
-    progress = progress or Silent()
     key = work_key(plan.digest, plan.checkpoint, "gguf", "llama_cpp_python")
-    try:
-        with (
-            resumable(out, key, overwrite=overwrite) as (folder, journal),
-            Reader(plan.checkpoint) as reader,
-        ):
-            check_space(folder, plan.nbytes, keeping=folder)
-            with Written(folder, journal) as written:
-                run = _Run(out.name, plan, written, reader, progress)
-                hashes = run.files(threads or default_threads())
-            manifest = plan.made.render(hashes)
-            write_file(folder / MANIFEST_NAME, manifest)
-    finally:
-        progress.end()
-    return Result(out, hashes, plan.nbytes)
+    with (
+        resumable(out, key, overwrite=overwrite) as (folder, journal),
+        Reader(plan.checkpoint) as reader,
+    ):
+        check_space(folder, plan.nbytes, keeping=folder)
+        with Written(folder, journal) as written:
+            run = Writing(out, plan, written, reader, progress)
+            yield run
+        write_file(folder / MANIFEST_NAME, plan.made.render(run.hashes))
 
 
 @dataclass
-class _Job:
+class Job:
     """A tensor, the files that still want it by type, and its strips that are left to do."""
 
     tensor: Tensor
@@ -82,40 +92,59 @@ class _Job:
 
 
 @dataclass
-class _Run:
-    """One execution: what its threads share."""
+class Writing:
+    """One execution of a plan: what its threads share.
 
-    name: str
+    Args:
+        out: the output.
+        plan: what is executed.
+        written: its files.
+        reader: of the source.
+        progress: told of the bytes read.
+
+    Attributes:
+        hashes: SHA-256 of the finished files.
+    """
+
+    out: Path
     plan: GgufPlan
     written: Written
     reader: Reader
     progress: Progress
+    hashes: dict[str, str] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
+    opened: dict[str, TensorFile] = field(default_factory=dict)
     stopped: bool = False
 
-    def files(self, threads: int) -> dict[str, str]:
+    def files(self, threads: int) -> None:
         """Write, flush and hash all files."""
         with ThreadPoolExecutor(threads) as pool:
-            found = pool.map(lambda f: self.written.hash_of(f.name, f.head.nbytes), self.plan.files)
-            hashes = {
-                file.name: digest for file, digest in zip(self.plan.files, found, strict=True)
-            }
-            opened = {}
-            for file in self.plan.files:
-                if hashes[file.name] is None:
-                    head = file.head
-                    opened[file.name] = self.written.open(
-                        file.name, head.content, head.offsets, head.nbytes
-                    )
-            self._fill(pool, threads, opened)
-            hashes |= zip(opened, pool.map(self.written.finish, opened), strict=True)
-        return {name: digest for name, digest in hashes.items() if digest is not None}
+            todo = self.begin(pool)
+            self._announce(todo)
+            self._fill(pool, threads, todo)
+            self.finish(pool)
 
-    def _fill(self, pool: ThreadPoolExecutor, threads: int, opened: dict[str, TensorFile]) -> None:
-        todo = self._todo()
-        self._begin(todo)
+    def begin(self, pool: Executor) -> list[Job]:
+        """Open the files that are still to be filled; return what fills them."""
+        files = self.plan.files
+        found = pool.map(lambda f: self.written.hash_of(f.name, f.head.nbytes), files)
+        for file, digest in zip(files, found, strict=True):
+            if digest is not None:
+                self.hashes[file.name] = digest
+                continue
+            head = file.head
+            self.opened[file.name] = self.written.open(
+                file.name, head.content, head.offsets, head.nbytes
+            )
+        return self._todo()
+
+    def finish(self, pool: Executor) -> None:
+        """Flush and hash the files that `begin` opened."""
+        self.hashes |= zip(self.opened, pool.map(self.written.finish, self.opened), strict=True)
+
+    def _fill(self, pool: ThreadPoolExecutor, threads: int, todo: list[Job]) -> None:
         jobs = ((job, strip) for job in todo for strip in strips(job.tensor))
-        futures = [pool.submit(self._work, jobs, opened) for _ in range(threads)]
+        futures = [pool.submit(self._work, jobs) for _ in range(threads)]
         try:
             wait(futures)
         finally:
@@ -124,7 +153,7 @@ class _Run:
         for future in futures:
             future.result()
 
-    def _todo(self) -> list[_Job]:
+    def _todo(self) -> list[Job]:
         """Return every tensor that some file still wants."""
         jobs = []
         for tensor, kinds in self.plan.jobs:
@@ -134,16 +163,16 @@ class _Run:
             }
             left = {kind: files for kind, files in left.items() if files}
             if left:
-                jobs.append(_Job(tensor, left, sum(1 for _ in strips(tensor))))
+                jobs.append(Job(tensor, left, sum(1 for _ in strips(tensor))))
         return jobs
 
-    def _begin(self, todo: list[_Job]) -> None:
+    def _announce(self, todo: list[Job]) -> None:
         weights = {slab.item.weight for job in todo for slab in job.tensor.slabs}
         nbytes = sum(weight.nbytes for weight in weights)
         verb = "writing" if nbytes == self.plan.read_bytes else "continuing"
-        self.progress.begin(f"{verb} {self.name}", nbytes)
+        self.progress.begin(f"{verb} {self.out.name}", nbytes)
 
-    def _work(self, jobs: Iterator[tuple[_Job, Strip]], opened: dict[str, TensorFile]) -> None:
+    def _work(self, jobs: Iterator[tuple[Job, Strip]]) -> None:
         """Take strips until none is left."""
         try:
             while True:
@@ -151,27 +180,26 @@ class _Run:
                     taken = None if self.stopped else next(jobs, None)
                 if taken is None:
                     return
-                job, strip = taken
-                self._strip(job, strip, opened)
-                with self.lock:
-                    job.left -= 1
-                    complete = not job.left
-                if complete:
-                    files = [file.name for files in job.kinds.values() for file in files]
-                    self.written.done(job.tensor.name, files)
+                self.strip(*taken, self.reader)
         except BaseException:
             self.stopped = True
             raise
 
-    def _strip(self, job: _Job, strip: Strip, opened: dict[str, TensorFile]) -> None:
+    def strip(self, job: Job, strip: Strip, reader: Reader) -> None:
+        """Read a strip, encode it for every file that wants it, and write it."""
         tensor = job.tensor
-        rows = read_strip(self.reader, strip)
+        rows = read_strip(reader, strip)
         importance = self._importance(tensor, strip.slab)
         for kind, files in job.kinds.items():
             offset = GGML_TYPES[kind].size((strip.start, tensor.row))
             data = encode(tensor.name, rows, kind, importance)
             for file in files:
-                opened[file.name].write(tensor.name, offset, data)
+                self.opened[file.name].write(tensor.name, offset, data)
+        with self.lock:
+            job.left -= 1
+            complete = not job.left
+        if complete:
+            self.written.done(tensor.name, [f.name for files in job.kinds.values() for f in files])
         self.progress.advance(self._source_bytes(strip), tensor.name)
 
     def _importance(self, tensor: Tensor, slab: int) -> F32 | None:

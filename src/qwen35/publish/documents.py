@@ -19,7 +19,14 @@ from qwen35.sinks.files import write_file
 from qwen35.sinks.staging import os_errors
 from qwen35.verify.artifact import Verdict
 
-__all__ = ["CARD_NAME", "MODELFILE_NAME", "REPORT_NAME", "documents", "write_documents"]
+__all__ = [
+    "CARD_NAME",
+    "MODELFILE_NAME",
+    "REPORT_NAME",
+    "documents",
+    "record_verdict",
+    "write_documents",
+]
 
 CARD_NAME = "README.md"
 MODELFILE_NAME = "Modelfile"
@@ -61,16 +68,43 @@ def documents(
             added[name] = {"size": digest.size, "sha256": digest.sha256}
         else:
             added.pop(name, None)
+    if measures:
+        digest = digest_file(folder / REPORT_NAME)
+        added[REPORT_NAME] = {"size": digest.size, "sha256": digest.sha256}
     manifest["added"] = added
     if verdict:
-        said = verdict.to_json()
-        manifest["verified"] = {name: said[name] for name in said if name != "artifact"}
+        manifest["verified"] = _verified(verdict)
     if measures:
         manifest["measures"] = measures.to_json()
     else:
         manifest.pop("measures", None)
     made[MANIFEST_NAME] = json_bytes(manifest)
     return {name: made[name] for name in made if not _holds(folder / name, made[name])}
+
+
+def record_verdict(folder: Path, verdict: Verdict) -> bool:
+    """Write a verdict into the manifest of the artifact it is of, found faults included.
+
+    Returns:
+        Whether there is a manifest to hold it.
+
+    Raises:
+        InputError: the manifest cannot be read.
+        OutputError: the disk refuses.
+    """
+    manifest = read_manifest(Folder(folder))
+    if manifest is None:
+        return False
+    content = json_bytes({**manifest, "verified": _verified(verdict)})
+    if not _holds(folder / MANIFEST_NAME, content):
+        write_documents(folder, {MANIFEST_NAME: content})
+    return True
+
+
+def _verified(verdict: Verdict) -> dict[str, Any]:
+    """What the manifest says of a verdict: all of it but where the artifact lay."""
+    said = verdict.to_json()
+    return {name: said[name] for name in said if name != "artifact"}
 
 
 def write_documents(folder: Path, made: Mapping[str, bytes]) -> None:

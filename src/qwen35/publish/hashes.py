@@ -106,9 +106,17 @@ class Hasher:
     Args:
         cache: the database; the default is ``qwen35/hashes.sqlite`` in ``$XDG_CACHE_HOME``.
         progress: told of the bytes read, if they are many.
+        remember: whether new results are put into the cache.
     """
 
-    def __init__(self, cache: Path | None = None, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        cache: Path | None = None,
+        progress: Progress | None = None,
+        *,
+        remember: bool = True,
+    ) -> None:
+        self._remember = remember
         self._progress = progress or Silent()
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._cache = cache or home / "qwen35" / "hashes.sqlite"
@@ -163,6 +171,8 @@ class Hasher:
 
     def _store(self, results: list[tuple[Digest, os.stat_result]]) -> None:
         """Remember results; a home without room for a cache costs time, not the command."""
+        if not self._remember:
+            return
         rows = [(*_state(stat), digest.sha256, digest.blob) for digest, stat in results]
         with suppress(sqlite3.Error, OSError):
             self._cache.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.hub import ask
+from qwen35.checkpoint.hub import ask, bound_client
 from qwen35.errors import Finding, HubError, InputError
 from qwen35.publish.guard import bad_name, unwanted
 from qwen35.publish.hashes import Digest, Hasher, digest_bytes
@@ -152,6 +152,7 @@ def hub_api(token: str | None) -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars, logging
 
+    bound_client()
     disable_progress_bars()
     logging.set_verbosity_error()
     return HfApi(token=token)
@@ -169,7 +170,7 @@ def list_remote(repo: str, token: str | None, *, missing_ok: bool = False) -> Re
 
     api = hub_api(token)
     try:
-        info = ask(repo, lambda: api.model_info(repo, timeout=60))
+        info = ask(repo, lambda: api.model_info(repo))
     except HubError as error:
         absent = isinstance(error.__cause__, RepositoryNotFoundError)
         if absent and missing_ok:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qwen35.checkpoint.open import describe
 from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, InputError
 from qwen35.plan.manifest import read_manifest
 from qwen35.publish.listing import Local
@@ -27,6 +28,10 @@ def readiness(folder: Path, local: Local) -> list[Finding]:
     if manifest is None:
         return []
     findings: list[Finding] = []
+    verified = manifest.get("verified")
+    if isinstance(verified, dict) and verified.get("passed") is False:
+        message = "says that verification found faults: mend them, then verify with --record"
+        findings.append(Finding("verified", MANIFEST_NAME, message))
     for name, entry in manifest["files"].items():
         digest = local.files.get(name)
         if digest is None:

@@ -1,0 +1,70 @@
+"""The graph of a run: steps, what each needs, and the gates that stand behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from qwen35.pipeline.job import Job
+from qwen35.pipeline.planned import Artifact
+
+__all__ = ["GATES", "Gate", "Kind", "Step", "make_graph"]
+
+Gate = Literal["artifact", "verification", "quantization", "publish"]
+Kind = Literal["make", "verify", "evaluate", "document", "publish"]
+
+GATES: dict[Gate, str] = {
+    "artifact": "the folder is there, of the format asked for, and what its plan says",
+    "verification": "structure, numbers and behaviour, as deep as asked, without a finding",
+    "quantization": "the F16 (Path B) and every file of a type asked for are there, and open",
+    "publish": "what would be pushed is the artifact and nothing else; nothing would be deleted",
+}
+"""Gate to what must be true for it to open."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Args:
+        kind: what it does.
+        artifacts: to what; to all of a run if it is about all.
+        needs: names of the steps whose gates must be open.
+        gates: that are judged when it is done.
+        any_need: whether one open need is enough.
+    """
+
+    kind: Kind
+    artifacts: tuple[Artifact, ...]
+    needs: tuple[str, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    any_need: bool = False
+
+    @property
+    def name(self) -> str:
+        """What it is called in a run: ``verify Qwen3.5-text-0.8B``."""
+        return self.kind if self.kind == "evaluate" else f"{self.kind} {self.artifact.name}"
+
+    @property
+    def artifact(self) -> Artifact:
+        """The only artifact, or the first of all."""
+        return self.artifacts[0]
+
+
+def make_graph(job: Job, artifacts: Sequence[Artifact]) -> tuple[Step, ...]:
+    """Return the steps of a run, each after what it needs."""
+    steps: list[Step] = []
+    for artifact in artifacts:
+        gguf: tuple[Gate, ...] = ("quantization",) if artifact.kind == "gguf" else ()
+        steps.append(Step("make", (artifact,), (), ("artifact", *gguf)))
+    for artifact in artifacts:
+        needs = (f"make {artifact.name}",)
+        steps.append(Step("verify", (artifact,), needs, ("verification",)))
+    verified = tuple(f"verify {artifact.name}" for artifact in artifacts)
+    if job.measuring is not None and artifacts:
+        steps.append(Step("evaluate", tuple(artifacts), verified, (), any_need=True))
+    measured = ("evaluate",) if job.measuring is not None else ()
+    steps += [Step("document", (a,), (f"verify {a.name}", *measured)) for a in artifacts]
+    steps += [Step("publish", (a,), (f"document {a.name}",), ("publish",)) for a in artifacts]
+    return tuple(steps)

@@ -1,0 +1,72 @@
+"""Evaluation as a step of a run: what is compared, and where the report goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.pipeline.job import Measuring
+from qwen35.pipeline.planned import Artifact
+from qwen35.progress import Progress
+
+__all__ = ["candidates", "measure"]
+
+
+def candidates(artifacts: Sequence[Artifact]) -> list[Path]:
+    """Return what is measured: the folder of each artifact, or each of its GGUF models."""
+    found: list[Path] = []
+    for artifact in artifacts:
+        if artifact.kind != "gguf":
+            found.append(artifact.out)
+            continue
+        models = sorted(artifact.out.glob("*.gguf"))
+        found += [path for path in models if not path.name.startswith("mmproj-")]
+    return found
+
+
+def measure(
+    source: Checkpoint,
+    compared: Sequence[Path],
+    measuring: Measuring,
+    folder: Path,
+    *,
+    threads: int,
+    device: str,
+    token: str | None,
+    progress: Progress,
+) -> None:
+    """Measure how far artifacts are from their source; write report.json and report.html.
+
+    An interrupted measurement goes on where it was (a file beside `folder`).
+
+    Args:
+        source: what they were made from, unquantized.
+        compared: what `candidates` found.
+        measuring: on what.
+        folder: where the report goes.
+        threads: of engines and statistics.
+        device: for transformers; the first of several.
+        token: for the Hub.
+        progress: told of the chunks.
+
+    Raises:
+        InputError: something cannot be read, compared or run.
+        UsageError: a library is missing.
+    """
+    from qwen35.evaluate.evaluation import evaluate
+    from qwen35.report.write import write_report
+
+    base = f"{source.repo}@{source.revision}" if source.repo else str(source.folder())
+    report = evaluate(
+        base,
+        [str(path) for path in compared],
+        measuring.text,
+        chunks=measuring.chunks,
+        state=folder.absolute().with_name(f".{folder.name}.evaluation"),
+        threads=threads,
+        device=device.split(",")[0],
+        token=token,
+        progress=progress,
+    )
+    write_report(report, folder)

@@ -1,0 +1,304 @@
+"""The artifacts of a run with their plans, and everything that can be wrong before it starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen35.checkpoint.hub import download_file
+from qwen35.checkpoint.open import hub_token
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.checkpoint.storage import Weight
+from qwen35.errors import Qwen35Error, UsageError
+from qwen35.gguf import show as gguf_show
+from qwen35.gguf.imatrix import read_imatrix
+from qwen35.gguf.kernel import open_kernel
+from qwen35.gguf.metadata import model_name
+from qwen35.gguf.plan import Asked, GgufPlan
+from qwen35.gguf.plan import make_plan as make_gguf_plan
+from qwen35.gguf.rules import load_recipe as load_gguf_recipe
+from qwen35.gguf.types import FILE_TYPES, FLOATS
+from qwen35.model.naming import Kind, artifact_name
+from qwen35.pipeline.job import REPORT_FOLDER, Job, Wanted
+from qwen35.plan import show
+from qwen35.plan.activations import load_activations
+from qwen35.plan.manifest import manifest_size
+from qwen35.plan.plan import Plan, make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.verify.artifact import Depth
+
+__all__ = [
+    "Artifact",
+    "memory_of",
+    "plan_artifacts",
+    "source_bytes",
+    "sweep_memory",
+    "threads_within",
+]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One artifact of a run.
+
+    Args:
+        wanted: what was asked for.
+        name: of its folder, and of its repository.
+        out: its folder.
+        repo: where it is published, if it is.
+        plan: the whole of it.
+    """
+
+    wanted: Wanted
+    name: str
+    out: Path
+    repo: str | None
+    plan: Plan | GgufPlan
+
+    @property
+    def kind(self) -> Kind:
+        """How it holds its weights."""
+        return _kind(self.plan)
+
+    @property
+    def vision(self) -> bool:
+        """Whether it has a vision tower."""
+        return not _is_text(self.plan)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its files."""
+        if isinstance(self.plan, GgufPlan):
+            return self.plan.nbytes
+        return self.plan.nbytes + manifest_size(self.plan)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The weights of the source that making it reads."""
+        if isinstance(self.plan, GgufPlan):
+            return [slab.item.weight for tensor, _ in self.plan.jobs for slab in tensor.slabs]
+        return [step.weight for step in self.plan.steps if step.op != "drop"]
+
+    def peak_memory(self, threads: int) -> int:
+        """Return an upper estimate in bytes of the memory that making it needs."""
+        if isinstance(self.plan, GgufPlan):
+            return gguf_show.peak_memory(self.plan, threads)
+        return show.peak_memory(self.plan, threads)
+
+
+def _kind(plan: Plan | GgufPlan) -> Kind:
+    if isinstance(plan, GgufPlan):
+        return "gguf"
+    return min((s.packing for s in plan.steps if s.packing), default="plain")
+
+
+def _is_text(plan: Plan | GgufPlan) -> bool:
+    if isinstance(plan, GgufPlan):
+        return plan.asked.projector is None
+    return not any(step.role.scope == "visual" and step.outputs for step in plan.steps)
+
+
+def plan_artifacts(
+    checkpoint: Checkpoint, job: Job, token: str | None = None
+) -> tuple[tuple[Artifact, ...], tuple[Qwen35Error, ...]]:
+    """Plan everything that a job asks for.
+
+    Returns:
+        The artifacts that can be planned, and a problem for each thing that is wrong: a recipe
+        that does not fit, two artifacts of one name, a library that is not installed.
+    """
+    artifacts: list[Artifact] = []
+    problems: list[Qwen35Error] = []
+    for wanted in job.artifacts:
+        try:
+            artifact = _artifact(checkpoint, job, wanted, token)
+        except Qwen35Error as error:
+            problems.append(_of(wanted, error))
+            continue
+        artifacts.append(artifact)
+    problems += _clashes(artifacts)
+    problems += _missing_libraries(artifacts, job)
+    if job.measuring is not None:
+        problems += _measuring_problems(checkpoint, job.measuring.text, job.out)
+    return tuple(artifacts), tuple(problems)
+
+
+def _of(wanted: Wanted, error: Qwen35Error) -> Qwen35Error:
+    """Say which artifact a problem is of."""
+    return UsageError(
+        f"{wanted.label}: {error.subject}", error.found, expected=error.expected, hint=error.hint
+    )
+
+
+def _artifact(checkpoint: Checkpoint, job: Job, wanted: Wanted, token: str | None) -> Artifact:
+    plan = _gguf(checkpoint, wanted, token) if wanted.types else _safetensors(checkpoint, wanted)
+    name = wanted.name or artifact_name(
+        model_name(checkpoint), checkpoint.config, _kind(plan), text=_is_text(plan)
+    )
+    repo = wanted.repo or (f"{job.owner}/{name}" if job.owner else None)
+    return Artifact(wanted, name, job.out / name, repo, plan)
+
+
+def _safetensors(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
+    recipe = load_recipe(wanted.recipe).keeping(wanted.keep)
+    statistics = wanted.activation_stats
+    return make_plan(
+        checkpoint,
+        recipe.dropping_mtp() if wanted.drop_mtp else recipe,
+        keep_prefix=wanted.keep_prefix,
+        calibration=wanted.calibration,
+        activations=load_activations(statistics) if statistics else None,
+    )
+
+
+def _gguf(checkpoint: Checkpoint, wanted: Wanted, token: str | None) -> GgufPlan:
+    unknown = [name for name in wanted.types if name not in FILE_TYPES]
+    if unknown:
+        raise UsageError("types", f"{unknown[0]!r} is unknown", expected=", ".join(FILE_TYPES))
+    imatrix = None
+    if wanted.imatrix.startswith("hf:"):
+        path = download_file(wanted.imatrix.removeprefix("hf:"), hub_token(token))
+        imatrix = read_imatrix(path, name=wanted.imatrix)
+    elif wanted.imatrix:
+        imatrix = read_imatrix(Path(wanted.imatrix), name=wanted.imatrix)
+    asked = Asked(
+        types=wanted.types,
+        recipe=load_gguf_recipe(wanted.recipe),
+        imatrix=imatrix,
+        projector="F16" if wanted.mmproj else None,
+        drop_mtp=wanted.drop_mtp,
+    )
+    return make_gguf_plan(checkpoint, asked)
+
+
+def _clashes(artifacts: Sequence[Artifact]) -> Iterator[UsageError]:
+    for i, artifact in enumerate(artifacts):
+        before = artifacts[:i]
+        if any(other.name == artifact.name for other in before):
+            yield UsageError(
+                artifact.name, "two artifacts of this name", hint="give one a name of its own"
+            )
+        elif artifact.repo and any(other.repo == artifact.repo for other in before):
+            yield UsageError(
+                artifact.repo, "two artifacts for this repository", hint="one repository for each"
+            )
+
+
+_ASKING = {"gguf": ("llama_cpp",), "nf4": ("bitsandbytes", "accelerate")}
+_TRANSFORMERS = ("torch", "transformers")
+
+
+def _missing_libraries(artifacts: Sequence[Artifact], job: Job) -> Iterator[UsageError]:
+    """Yield a problem for each library that an artifact will need and that is not installed."""
+    if any(_quantizes(artifact.plan) for artifact in artifacts):
+        try:
+            open_kernel()
+        except UsageError as error:
+            yield error
+    if job.depth != "behaviour" and job.measuring is None:
+        return
+    what = "depth behaviour" if job.depth == "behaviour" else "evaluate"
+    needed: dict[str, str] = {}
+    for artifact in artifacts:
+        names = _ASKING.get(artifact.kind, ())
+        names = names if artifact.kind == "gguf" else (*_TRANSFORMERS, *names)
+        if artifact.vision and artifact.kind != "gguf":
+            names += ("PIL",)
+        needed |= dict.fromkeys(names, "gguf" if artifact.kind == "gguf" else "nf4")
+    for name, extra in needed.items():
+        if importlib.util.find_spec(name) is None:
+            yield UsageError(
+                what, f"{name} is not installed", hint=f"pip install 'qwen35[{extra}]'"
+            )
+
+
+def _quantizes(plan: Plan | GgufPlan) -> bool:
+    return isinstance(plan, GgufPlan) and any(
+        kind not in FLOATS for file in plan.files for kind in file.kinds.values()
+    )
+
+
+def _measuring_problems(checkpoint: Checkpoint, text: Path, out: Path) -> Iterator[Qwen35Error]:
+    from qwen35.report.write import check_report
+
+    if any(weight.storage != "plain" for weight in checkpoint.weights):
+        found = "quantized itself: there is nothing exact to measure against"
+        yield UsageError(f"evaluate: {checkpoint.name}", found, hint="leave the text out")
+    try:
+        check_report(out / REPORT_FOLDER, overwrite=True)
+    except Qwen35Error as error:
+        yield error
+    try:
+        if not text.read_text("utf-8").strip():
+            yield UsageError(str(text), "is empty", expected="text to measure on")
+    except (OSError, UnicodeDecodeError) as error:
+        yield UsageError(str(text), f"cannot be read ({error})", expected="text in UTF-8")
+
+
+def source_bytes(artifacts: Sequence[Artifact]) -> int:
+    """Return the bytes of the source that one sweep for `artifacts` reads."""
+    stretches: dict[str, set[tuple[int, int]]] = {}
+    for weight in (weight for artifact in artifacts for weight in artifact.weights):
+        for part in weight.parts:
+            stretch = part.begin, part.begin + part.spec.nbytes
+            stretches.setdefault(part.file, set()).add(stretch)
+    total = 0
+    for found in stretches.values():
+        reached = 0
+        for begin, end in sorted(found):
+            total += max(0, end - max(begin, reached))
+            reached = max(reached, end)
+    return total
+
+
+def sweep_memory(artifacts: Sequence[Artifact], threads: int) -> int:
+    """Return an upper estimate in bytes of the memory that one sweep for `artifacts` needs."""
+    peaks = [artifact.peak_memory(threads) for artifact in artifacts]
+    return sum(peaks) - _SHARED_MEMORY * max(0, len(peaks) - 1)
+
+
+_SHARED_MEMORY = 120_000_000
+"""What every estimate holds, and a sweep has once: the interpreter with its libraries."""
+
+_CHECK_MEMORY = 450_000_000
+"""Reading and comparing every number, measured by benchmarks/verify.py."""
+
+_ENGINE_MEMORY = 1_000_000_000
+"""PyTorch with transformers, or llama.cpp, beside the weights that they load."""
+
+
+def memory_of(kind: str, artifacts: Sequence[Artifact], depth: Depth, threads: int) -> int:
+    """Return an upper estimate in bytes of the memory that a step needs.
+
+    Making does not grow with the model; asking and measuring load the largest file or folder.
+    """
+    if kind == "make":
+        return artifacts[0].peak_memory(threads)
+    if kind == "evaluate" or (kind == "verify" and depth == "behaviour"):
+        return _ENGINE_MEMORY + max(_loaded(artifact) for artifact in artifacts)
+    return _CHECK_MEMORY if kind == "verify" else 0
+
+
+def _loaded(artifact: Artifact) -> int:
+    if isinstance(artifact.plan, GgufPlan):
+        return max(nbytes for _, nbytes in artifact.plan.file_sizes())
+    return artifact.nbytes
+
+
+def threads_within(artifacts: Sequence[Artifact], threads: int, memory: int | None) -> int:
+    """Return the number of threads with which a sweep for `artifacts` stays below `memory`.
+
+    Raises:
+        UsageError: one thread alone needs more.
+    """
+    if memory is None:
+        return threads
+    while threads > 1 and sweep_memory(artifacts, threads) > memory:
+        threads -= 1
+    needed = sweep_memory(artifacts, threads)
+    if needed > memory:
+        found = f"--memory {show.size(memory)}"
+        raise UsageError(found, "too little", expected=show.size(needed))
+    return threads
