@@ -5,7 +5,8 @@
 The embedded checkpoint's held-out text is cut into three: one for the importance matrix, one to
 tune on, one to measure on. The importance matrix is the same everywhere. For the sizes of plain
 Q4_K_M and of the recipe q8-gates at Q4_K_M, Q5_K_M and Q6_K the tuned file has at most as many
-bytes; mean divergence and its 99.9th percentile are against F16, in llama.cpp.
+bytes; mean divergence and its 99.9th percentile are against F16, in llama.cpp. Then each is tuned
+to at most the divergence of the hand-made file on the tuning text, for the bytes that saves.
 """
 
 from __future__ import annotations
@@ -67,18 +68,20 @@ def make_hand_made(work: Path, imatrix: Path) -> dict[tuple[str, str], Path]:
     return made
 
 
-def tune(work: Path, size: int, name: str, imatrix: Path, text: Path, args: Any) -> Path:
-    """Tune for a size and write the file; measurements are shared by all sizes."""
+def tune(
+    work: Path, budget: tuple[str, object], name: str, imatrix: Path, text: Path, args: Any
+) -> Path:
+    """Tune for a budget and write the file; measurements are shared by all."""
     recipe = work / f"{name}.toml"
     types = ("--types", args.types) if args.types else ()
     found = command(
-        "tune", EMBEDDED, "--format", "gguf", "--size", size, "--text", text, "--imatrix", imatrix,
+        "tune", EMBEDDED, "--format", "gguf", *budget, "--text", text, "--imatrix", imatrix,
         "--output", recipe, "--measurements", work / "measured.json", "--probes", args.probes,
         "--chunks", args.chunks, *types, "--report", work / f"report-{name}",
     )  # fmt: skip
     print(
-        f"{name}: {found['bytes']} of {size} bytes, {found['measured_kld']:.6f} nats on the tuning "
-        f"text, {found['predicted_kld']:.6f} predicted, {found['probes']} probes, rank correlation "
+        f"{name}: {' '.join(map(str, budget))}: {found['bytes']} bytes, "
+        f"{found['measured_kld']:.6f} nats on the tuning text, {found['predicted_kld']:.6f} predicted, {found['probes']} probes, rank correlation "
         f"{found['rank_correlation']:.2f}"
     )
     out = work / name
@@ -87,6 +90,13 @@ def tune(work: Path, size: int, name: str, imatrix: Path, text: Path, args: Any)
     path = out / f"{name}.gguf"
     file_of(out, "Q4_K_M").rename(path)
     return path
+
+
+def divergence(base: Path, path: Path, text: Path, chunks: int) -> float:
+    """Return the mean divergence of a file on the first chunks of a text."""
+    report = command("evaluate", base, path, "--text", text, "--chunks", chunks)
+    value: float = report["candidates"][0]["figures"]["kld"]["value"]
+    return value
 
 
 def main() -> None:
@@ -102,20 +112,38 @@ def main() -> None:
     command("calibrate", EMBEDDED, "--text", calibrate, "--output", args.work / "statistics")
     imatrix = args.work / "statistics" / "imatrix.gguf"
     made = make_hand_made(args.work, imatrix)
+    base = file_of(args.work / "f16", "F16")
     tuned = {
         case: tune(
-            args.work, made[case].stat().st_size, f"tuned-{'-'.join(case)}", imatrix, tuning, args
+            args.work,
+            ("--size", made[case].stat().st_size),
+            f"tuned-{'-'.join(case)}",
+            imatrix,
+            tuning,
+            args,
         )
         for case in CASES
     }
-    files = list(dict.fromkeys([*(made[case] for case in CASES), *tuned.values()]))
+    limits = {case: divergence(base, made[case], tuning, args.chunks) for case in CASES}
+    smaller = {
+        case: tune(
+            args.work,
+            ("--max-kld", limits[case]),
+            f"smaller-{'-'.join(case)}",
+            imatrix,
+            tuning,
+            args,
+        )
+        for case in CASES
+    }
+    made_so = [made[case] for case in CASES]
+    files = list(dict.fromkeys([*made_so, *tuned.values(), *smaller.values()]))
     # names of files may be the same: each gets its own
     links = args.work / "files"
     links.mkdir()
     names: dict[Path, str] = {path: f"{path.parent.name}-{path.stem}" for path in files}
     for path, name in names.items():
         (links / f"{name}.gguf").hardlink_to(path)
-    base = file_of(args.work / "f16", "F16")
     report = command(
         "evaluate", base, *sorted(links.glob("*.gguf")), "--text", measure,
         "--report", args.work / "report",
@@ -132,6 +160,18 @@ def main() -> None:
         for figure, (a, b) in pairs.items():
             label = f"{' '.join(case)} {figure}"
             print(f"{label:<24} {size:>9} {a:>10.6f} {b:>10.6f} {100 * (1 - b / a):>5.1f} %")
+    print(
+        f"\n{'no farther than':<24} {'bytes':>9} {'tuned':>9} {'less':>7} {'mean':>10} tuned mean"
+    )
+    for case in CASES:
+        sizes = [path.stat().st_size for path in (made[case], smaller[case])]
+        means = [rows[names[path]]["kld"]["value"] for path in (made[case], smaller[case])]
+        saved = 100 * (1 - sizes[1] / sizes[0])
+        label = " ".join(case)
+        print(
+            f"{label:<24} {sizes[0]:>9} {sizes[1]:>9} {saved:>5.1f} % {means[0]:>10.6f} "
+            f"{means[1]:>10.6f}"
+        )
 
 
 if __name__ == "__main__":

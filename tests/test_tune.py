@@ -5,18 +5,27 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import ASSET
 from gguf_models import make_variant
 from qwen35.checkpoint.open import fetch
+from qwen35.checkpoint.source import Reader
 from qwen35.cli.main import main
 from qwen35.errors import InputError, UsageError
+from qwen35.gguf.imatrix import read_imatrix
+from qwen35.gguf.kernel import encode
 from qwen35.gguf.plan import Asked, make_plan
+from qwen35.gguf.rows import read_strip, strips
 from qwen35.gguf.rules import load_recipe
 from qwen35.plan.layers import parse_layers, spell_layers
 from qwen35.plan.plan import make_plan as make_packed_plan
@@ -26,9 +35,13 @@ from qwen35.tune.fit import Group, Probe, fit, group_units, rank_correlation
 from qwen35.tune.gguf_space import GgufSpace
 from qwen35.tune.measurements import Key, Measurements, Trial, load_measurements
 from qwen35.tune.packed_space import PackedSpace
+from qwen35.tune.probing import Setting
 from qwen35.tune.solve import cheapest, nearest
 from qwen35.tune.space import Space
+from qwen35.tune.tuning import Budget
+from qwen35.tune.tuning import tune as tune_space
 from qwen35.tune.units import Unit
+from test_gguf_imatrix import gguf_file
 
 Capture = pytest.CaptureFixture[str]
 
@@ -342,6 +355,68 @@ def test_tuning_gguf(text: Path, tmp_path: Path, capsys: Capture) -> None:
     capsys.readouterr()
     assert tune(*common, "--chunks", "1", *few[2:], "--size", "6MB") == 2
     assert "measured with another chunks" in capsys.readouterr().err
+
+
+class Stopping(Silent):
+    """Progress that stops after the first probes, as Ctrl-C does."""
+
+    def advance(self, nbytes: int, item: str) -> None:
+        if "@" in item or item == "embed_tokens":
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_tuning_goes_on(text: Path, tmp_path: Path, gguf_space: GgufSpace) -> None:
+    """What was probed before is not probed again, and the result is the same."""
+    space = replace(gguf_space, types=("q8_0", "f16"))
+    setting = Setting(text, 512, 1, 1, "cpu")
+    budget = Budget(nbytes=9_000_000)
+    path = tmp_path / "m.json"
+    measured = Measurements(KEY, "tiny")
+    options: dict[str, Any] = {
+        "probes": 13,
+        "save": lambda found: found.save(path),
+        "work": tmp_path,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        tune_space(space, budget, setting, measured, progress=lambda _: Stopping(), **options)
+    kept = load_measurements(path)
+    assert 0 < len(kept.probes) < 13
+    assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
+    found = tune_space(space, budget, setting, kept, **options)
+    assert load_measurements(path).probes[: len(measured.probes)] == measured.probes
+    assert found.probes == 13
+    assert found.nbytes <= 9_000_000
+
+
+def test_only_types_that_rows_fit(tmp_path: Path) -> None:
+    """Rows that are no multiple of 256 have no k-quants to choose from; no fallback is needed."""
+    space = GgufSpace(fetch(str(make_variant(tmp_path, "odd-rows"))), TYPES)
+    for unit in space.units:
+        rows = {tensor.row for tensor in space._members[unit.name]}
+        fits = all(row % 256 == 0 for row in rows)
+        assert ("q4_K" in unit.sizes) == fits
+        assert "f16" in unit.sizes
+    assert any("q4_K" not in unit.sizes for unit in space.units)
+    with pytest.raises(UsageError, match="add q8_0 or f16"):
+        assert GgufSpace(space.checkpoint, ("q4_K",)).units
+
+
+def test_errors_count_by_the_importance_matrix(gguf_space: GgufSpace, tmp_path: Path) -> None:
+    """Columns that no input reaches may be as wrong as they like."""
+    name, width = "blk.0.ffn_down.weight", 768
+    values = np.zeros((1, width), np.float32)
+    values[0, :256] = 1.0
+    path = gguf_file(tmp_path / "imatrix.gguf_file", {name: (values, np.ones(1, np.float32))})
+    space = replace(gguf_space, types=("q4_K", "f16"), imatrix=read_imatrix(path))
+    weighted = space.errors(1, Silent())["mlp.down_proj@0"]["q4_K"]
+    [tensor] = space._members["mlp.down_proj@0"]
+    with Reader(space.checkpoint) as reader:
+        rows = np.concatenate([read_strip(reader, strip) for strip in strips(tensor)])
+    data = np.frombuffer(encode(name, rows, "q4_K", values[0]), np.uint8)
+    decoded = dequantize(data.reshape(len(rows), -1), GGMLQuantizationType.Q4_K)
+    seen, exact = decoded[:, :256].astype(np.float64), rows[:, :256].astype(np.float64)
+    expected = ((seen - exact) ** 2).sum() / (exact**2).sum()
+    assert weighted == pytest.approx(expected, rel=1e-5)
 
 
 def test_errors_alone(text: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -6,7 +6,10 @@ units and a handful of choices, which takes it well under a second.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -92,16 +95,17 @@ def _solve(
     count = len(of_unit)
     once = csr_array((np.ones(count), (of_unit, np.arange(count))), shape=(len(units), count))
     scale = _scale(limited)
-    found = milp(
-        objective / _scale(objective),
-        integrality=np.ones(count),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(once, 1, 1),
-            LinearConstraint((limited / scale)[None], -np.inf, limit / scale),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _stdout_unused():
+        found = milp(
+            objective / _scale(objective),
+            integrality=np.ones(count),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(once, 1, 1),
+                LinearConstraint((limited / scale)[None], -np.inf, limit / scale),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         raise RuntimeError(f"the solver found nothing: {found.message}")
     taken = np.rint(found.x).astype(bool)
@@ -112,6 +116,20 @@ def _solve(
         sum(unit.sizes[choices[unit.name]] for unit in units),
         sum(costs[unit.name][choices[unit.name]] for unit in units),
     )
+
+
+@contextmanager
+def _stdout_unused() -> Iterator[None]:
+    """Keep stdout, which is for data, from lines that HiGHS prints whatever it is told."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _scale(values: Any) -> float:
