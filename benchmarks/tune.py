@@ -81,8 +81,8 @@ def tune(
     )  # fmt: skip
     print(
         f"{name}: {' '.join(map(str, budget))}: {found['bytes']} bytes, "
-        f"{found['measured_kld']:.6f} nats on the tuning text, {found['predicted_kld']:.6f} predicted, {found['probes']} probes, rank correlation "
-        f"{found['rank_correlation']:.2f}"
+        f"{found['measured_kld']:.6f} nats on the tuning text, "
+        f"{found['predicted_kld']:.6f} predicted, {found['probes']} probes"
     )
     out = work / name
     asked = ("--types", "Q4_K_M", "--recipe", recipe, "--imatrix", imatrix)
@@ -160,9 +160,8 @@ def main() -> None:
         for figure, (a, b) in pairs.items():
             label = f"{' '.join(case)} {figure}"
             print(f"{label:<24} {size:>9} {a:>10.6f} {b:>10.6f} {100 * (1 - b / a):>5.1f} %")
-    print(
-        f"\n{'no farther than':<24} {'bytes':>9} {'tuned':>9} {'less':>7} {'mean':>10} tuned mean"
-    )
+    heads = f"{'bytes':>9} {'tuned':>9} {'less':>7} {'mean':>10} tuned mean"
+    print(f"\n{'no farther than':<24} {heads}")
     for case in CASES:
         sizes = [path.stat().st_size for path in (made[case], smaller[case])]
         means = [rows[names[path]]["kld"]["value"] for path in (made[case], smaller[case])]

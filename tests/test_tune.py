@@ -403,13 +403,13 @@ def test_only_types_that_rows_fit(tmp_path: Path) -> None:
 
 def test_errors_count_by_the_importance_matrix(gguf_space: GgufSpace, tmp_path: Path) -> None:
     """Columns that no input reaches may be as wrong as they like."""
-    name, width = "blk.0.ffn_down.weight", 768
+    [tensor] = gguf_space._members["mlp.down_proj@0"]
+    name, width = tensor.name, tensor.row
     values = np.zeros((1, width), np.float32)
     values[0, :256] = 1.0
     path = gguf_file(tmp_path / "imatrix.gguf_file", {name: (values, np.ones(1, np.float32))})
     space = replace(gguf_space, types=("q4_K", "f16"), imatrix=read_imatrix(path))
     weighted = space.errors(1, Silent())["mlp.down_proj@0"]["q4_K"]
-    [tensor] = space._members["mlp.down_proj@0"]
     with Reader(space.checkpoint) as reader:
         rows = np.concatenate([read_strip(reader, strip) for strip in strips(tensor)])
     data = np.frombuffer(encode(name, rows, "q4_K", values[0]), np.uint8)
