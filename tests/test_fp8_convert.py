@@ -548,7 +548,7 @@ def test_two_names_of_one_weight_are_refused(tmp_path: Path) -> None:
 def test_missing_statistics_are_refused(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         load_activations(tmp_path / "none.json")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="not a file"):
         load_activations(tmp_path)
 
 
