@@ -48,6 +48,8 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 _FIRST_PIECE = 256 * 1024
+_AHEAD = 64 * 1024
+_LENGTH = struct.Struct("<Q")
 _BY_CODE = {kind.code: kind for kind in GGML_TYPES.values()}
 
 
@@ -165,7 +167,13 @@ class _Parser:
         self._path = path
         self._size = size
         self._limit = min(self._size, _MAX_HEAD)
-        self._done = 0
+        self._buffer = b""
+        self._begin = self._at = 0
+
+    @property
+    def _left(self) -> int:
+        """Bytes that may still belong to the head."""
+        return self._limit - self._begin - self._at
 
     def parse(self) -> Container:
         if self._take(4) != MAGIC:
@@ -188,16 +196,28 @@ class _Parser:
         return HeaderError(self._path.name, found, expected=expected, hint=hint)
 
     def _take(self, count: int) -> bytes:
-        if count > self._limit - self._done:
+        end = self._at + count
+        if end > len(self._buffer):
+            self._fill(count)
+            end = count
+        data = self._buffer[self._at : end]
+        self._at = end
+        return data
+
+    def _fill(self, count: int) -> None:
+        """Read on, so that `count` bytes and as a rule many more are at the buffer's beginning."""
+        if count > self._left:
             raise self._error(
                 f"ends within its head ({self._size} bytes)",
                 hint="the file is truncated or damaged: write or download it again",
             )
-        data = self._file.read(count)
-        self._done += count
-        if len(data) != count:
+        rest = self._buffer[self._at :]
+        wanted = min(max(count, _AHEAD), self._left) - len(rest)
+        data = self._file.read(wanted)
+        if len(data) != wanted:
             raise self._error("changed while it was read")
-        return data
+        self._begin += self._at
+        self._buffer, self._at = rest + data, 0
 
     def _number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
@@ -205,12 +225,15 @@ class _Parser:
     def _count(self, limit: int, what: str, *, least: int) -> int:
         """Read a count of things that take `least` bytes each."""
         count = int(self._number("Q"))
-        if count > limit or count * least > self._limit - self._done:
+        if count > limit or count * least > self._left:
             raise self._error(f"promises {count} {what} in {self._size} bytes")
         return count
 
     def _string(self) -> str:
-        length = self._number("Q")
+        if self._at + 8 > len(self._buffer):
+            self._fill(8)
+        (length,) = _LENGTH.unpack_from(self._buffer, self._at)
+        self._at += 8
         if length > _MAX_STRING:
             raise self._error(f"a string of {length} bytes", expected=f"at most {_MAX_STRING}")
         return self._take(length).decode("utf-8", errors="replace")
@@ -227,6 +250,8 @@ class _Parser:
         count = self._count(_MAX_ITEMS, "array items", least=width)
         if item in _SCALARS:
             return list(struct.unpack(f"<{count}{_SCALARS[item]}", self._take(count * width)))
+        if item == _STRING:
+            return [self._string() for _ in range(count)]
         return [self._value(item, depth=depth + 1) for _ in range(count)]
 
     def _entry(self) -> Entry:
@@ -256,7 +281,8 @@ class _Parser:
         alignment = keys.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & alignment - 1:
             raise self._error(f"general.alignment {alignment!r}", expected="a power of two")
-        start = self._done + -self._done % alignment
+        done = self._begin + self._at
+        start = done + -done % alignment
         placed: dict[str, Entry] = {}
         position = 0
         for entry in entries:
