@@ -67,13 +67,13 @@ def show_made() -> None:
 
 
 def show_report() -> None:
-    """Print the measured table, a line for each candidate."""
-    table = json.loads((OUT / "report" / "report.json").read_text())["table"]
-    cells = {row[0]: row[1:] for row in table["rows"]}
+    """Print what was measured, a line for each candidate."""
+    report = json.loads((OUT / "report" / "report.json").read_text())
     print(f"\n{'measured against bf16':<28} {'mean KLD':>10} {'PPL':>9} {'same top p':>11}")
-    for i, name in enumerate(table["columns"][1:]):
-        kld, ppl, top = (cells[key][i].split()[0] for key in ("Mean KLD", "PPL", "Same top p"))
-        print(f"{name:<28} {kld:>10} {ppl:>9} {top:>9} %")
+    for row in report["candidates"]:
+        figures = row["figures"]
+        kld, ppl, top = (figures[key]["value"] for key in ("kld", "perplexity", "same_top"))
+        print(f"{row['name']:<28} {kld:>10.6f} {ppl:>9.3f} {100 * top:>9.2f} %")
     print(f"report: {OUT.relative_to(ROOT)}/report/report.html")
 
 
