@@ -146,9 +146,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.overwrite:
         raise UsageError("--output", f"{args.output} exists", hint="give --overwrite")
     if args.report is not None:
-        from qwen35.report.tuning import check_tuning
+        from qwen35.report.tuning import TUNE_NAMES
+        from qwen35.report.write import check_report
 
-        check_tuning(args.report, overwrite=args.overwrite)
+        check_report(args.report, overwrite=args.overwrite, names=TUNE_NAMES)
 
 
 def _space(checkpoint: Checkpoint, args: argparse.Namespace) -> Space:

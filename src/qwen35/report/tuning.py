@@ -7,37 +7,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qwen35.errors import OutputError
 from qwen35.plan.documents import json_bytes
-from qwen35.report.charts import front_chart, matplotlib_figure, sensitivity_chart
-from qwen35.sinks.staging import os_errors
+from qwen35.report.charts import front_chart, sensitivity_chart
+from qwen35.report.write import write_files
 from qwen35.tune.measurements import Measurements
 from qwen35.tune.show import tuned_json
 from qwen35.tune.space import Space
 from qwen35.tune.tuning import Tuned
 from qwen35.tune.units import names_of
 
-__all__ = ["check_tuning", "write_tuning"]
+__all__ = ["TUNE_NAMES", "write_tuning"]
 
-_NAMES = ("tune.json", "tune.html")
-
-
-def check_tuning(folder: Path, *, overwrite: bool) -> None:
-    """Refuse a place for the page before any work.
-
-    Raises:
-        OutputError: it is no folder, or a page is in it and may not be replaced.
-        UsageError: what draws the charts is not installed.
-    """
-    matplotlib_figure()
-    with os_errors(folder):
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(str(folder), "exists and is not a folder")
-        taken = [name for name in _NAMES if (folder / name).exists()]
-    if taken and not overwrite:
-        raise OutputError(
-            str(folder / taken[0]), "exists already", hint="give --overwrite to replace it"
-        )
+TUNE_NAMES = ("tune.json", "tune.html")
 
 
 def write_tuning(
@@ -59,13 +40,8 @@ def write_tuning(
         "sensitivity": _sensitivity(space, tuned),
         "costs": tuned.fitted.costs,
     }
-    files = dict(zip(_NAMES, (json_bytes(value), _page(value, space).encode()), strict=True))
-    with os_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for file, content in files.items():
-            partial = folder / f".{file}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / file)
+    files = (json_bytes(value), _page(value, space).encode())
+    write_files(folder, dict(zip(TUNE_NAMES, files, strict=True)))
 
 
 def _sensitivity(space: Space, tuned: Tuned) -> list[dict[str, Any]]:

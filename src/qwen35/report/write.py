@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen35.errors import OutputError
@@ -10,14 +11,21 @@ from qwen35.plan.documents import json_bytes
 from qwen35.report.page import page
 from qwen35.sinks.staging import os_errors
 
-__all__ = ["HTML_NAME", "JSON_NAME", "check_report", "write_report"]
+__all__ = ["HTML_NAME", "JSON_NAME", "check_report", "write_files", "write_report"]
 
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
 
 
-def check_report(folder: Path, *, overwrite: bool) -> None:
+def check_report(
+    folder: Path, *, overwrite: bool, names: Sequence[str] = (JSON_NAME, HTML_NAME)
+) -> None:
     """Refuse a place for a report before any work.
+
+    Args:
+        folder: the place.
+        overwrite: whether files there may be replaced.
+        names: the files.
 
     Raises:
         OutputError: it is no folder, or a report is in it and may not be replaced.
@@ -29,7 +37,7 @@ def check_report(folder: Path, *, overwrite: bool) -> None:
     with os_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise OutputError(str(folder), "exists and is not a folder")
-        taken = [name for name in (JSON_NAME, HTML_NAME) if (folder / name).exists()]
+        taken = [name for name in names if (folder / name).exists()]
     if taken and not overwrite:
         raise OutputError(
             str(folder / taken[0]), "exists already", hint="give --overwrite to replace it"
@@ -43,7 +51,15 @@ def write_report(report: Report, folder: Path) -> None:
         OutputError: the disk refuses.
     """
     value = report.to_json()
-    files = {JSON_NAME: json_bytes(value), HTML_NAME: page(value).encode()}
+    write_files(folder, {JSON_NAME: json_bytes(value), HTML_NAME: page(value).encode()})
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into `folder`, each whole.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
     with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
