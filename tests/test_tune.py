@@ -493,3 +493,13 @@ def test_dry_run(text: Path, capsys: Capture) -> None:
     told = json.loads(capsys.readouterr().out)
     assert told["units"] == told["groups"] == 63
     assert told["smallest"] < 5_000_000 < told["exact"]
+
+
+@pytest.mark.parametrize("kind", ["gguf", "nf4", "fp8"])
+def test_dry_run_needs_no_weights(kind: str, text: Path, capsys: Capture) -> None:
+    """A published size by name will do: nothing is downloaded to say what would be measured."""
+    asked = ["tune", "Qwen3.5-0.8B", "--format", kind, "--size", "6bpw", "--text", str(text)]
+    assert main([*asked, "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["smallest"] < told["exact"]
+    assert told["probes"] > 0

@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.checkpoint.open import fetch
+from qwen35.checkpoint.open import describe, fetch
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, positive
 from qwen35.errors import UsageError
@@ -86,7 +86,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
     _check(args)
     text = read_text(args.text)
-    checkpoint = fetch(args.model, token=args.hf_token)
+    opened = describe if args.dry_run else fetch
+    checkpoint = opened(args.model, token=args.hf_token)
     space = _space(checkpoint, args)
     budget = _budget(args, space)
     if args.dry_run:
