@@ -7,13 +7,13 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from qwen35.calibrate.sums import Sums, load_sums, save_sums
+from qwen35.closing import Closing
 from qwen35.errors import OutputError
 from qwen35.sinks.staging import os_errors
 
@@ -28,7 +28,7 @@ def work_folder(out: Path) -> Path:
     return absolute.with_name(f".{absolute.name}.calibrating")
 
 
-class Work:
+class Work(Closing):
     """The folder of one calibration: two files of hidden states, and the sums of finished blocks.
 
     A block reads one file and writes the other, so an interrupted block begins again.
@@ -81,15 +81,8 @@ class Work:
         new.write_text(json.dumps({"plan": self._digest, "done": self.done}))
         new.replace(self.folder / _STATE)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the files; harmless when closed."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any
 
 from qwen35.checkpoint.header import Header, read_header, strict_json
 from qwen35.checkpoint.place import Folder, Place, stamp
 from qwen35.checkpoint.sidecars import SIDECARS
 from qwen35.checkpoint.storage import StoredTensor, Weight, group
+from qwen35.closing import Closing
 from qwen35.errors import ConfigError, HeaderError, InputError, TensorError
 from qwen35.model.config import ModelConfig, parse_config
 from qwen35.model.roles import Layout, expected_tensors
@@ -260,7 +261,7 @@ def _map_problems(
             yield TensorError(name, f"in {stored.file} but not in {INDEX_NAME}")
 
 
-class Reader:
+class Reader(Closing):
     """Reads byte ranges of a checkpoint's files; safe to share between threads.
 
     Files are read with ``pread``, not mapped: memory stays bounded, and a file that shrinks while
@@ -274,15 +275,8 @@ class Reader:
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the files; they are opened anew when read."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()

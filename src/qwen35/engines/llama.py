@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen35.closing import Closing
 from qwen35.errors import InputError, UsageError
 
 __all__ = ["Llama", "llama_cpp"]
@@ -44,7 +44,7 @@ def llama_cpp() -> Any:
     return binding
 
 
-class Llama:
+class Llama(Closing):
     """A loaded model, with the kernels that some processors break switched off.
 
     Args:
@@ -82,17 +82,6 @@ class Llama:
         if not self._context:
             self.close()
             raise InputError(path.name, f"llama.cpp makes no context of {context} tokens for it")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Free the model; harmless when freed."""

@@ -14,15 +14,15 @@ import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from qwen35.closing import Closing
 from qwen35.errors import OutputError
 
 __all__ = ["Journal", "fsync_folder"]
 
 
-class Journal(Mapping[str, Any]):
+class Journal(Closing, Mapping[str, Any]):
     """The finished pieces of one piece of work: name to result, as plain JSON values.
 
     Args:
@@ -55,17 +55,6 @@ class Journal(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._pieces)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the file; harmless when closed."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qwen35.closing import Closing
 from qwen35.engines.llama import Llama
 from qwen35.errors import InputError
 from qwen35.gguf.container import Container
@@ -21,7 +21,7 @@ F32 = npt.NDArray[np.float32]
 _CONTEXT = 2048
 
 
-class LlamaAsker:
+class LlamaAsker(Closing):
     """A GGUF file that answers questions, greedily.
 
     Args:
@@ -37,15 +37,8 @@ class LlamaAsker:
         self._template = _template(container.path, container.keys["tokenizer.chat_template"])
         self._llama = Llama(container.path, context=_CONTEXT, threads=threads)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Free the model; harmless when freed."""
         self._llama.close()
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
