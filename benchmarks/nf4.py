@@ -101,7 +101,7 @@ def measure(command: list[str], out: Path, environment: dict[str, str] | None = 
         command,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, **(environment or {})},
+        env={**_environment(), **(environment or {})},
     )
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
@@ -109,6 +109,11 @@ def measure(command: list[str], out: Path, environment: dict[str, str] | None = 
     if process.returncode:
         raise SystemExit(f"failed: {' '.join(command)[:200]}")
     return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e3)
+
+
+def _environment() -> dict[str, str]:
+    """The environment, in which Python keeps compiled modules, as it does unless told not to."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
 def median(costs: list[Cost]) -> Cost:
