@@ -12,9 +12,11 @@ from qwen35.progress import Progress
 from qwen35.verify.asking import Asker
 from qwen35.verify.asking_vllm import VllmAsker, check_vllm
 from qwen35.verify.bands import WORST_ERROR
-from qwen35.verify.behaviour import Answer, ask, behaviour_findings
+from qwen35.verify.behaviour import NOT_ASKED, Answer, ask, behaviour_findings
+from qwen35.verify.compared import RoleError
 from qwen35.verify.fp8 import tensor_parallel_findings
-from qwen35.verify.numbers import Numbers, RoleError, check_hashes, check_numbers
+from qwen35.verify.memo import Memo, stamped
+from qwen35.verify.numbers import Numbers, check_hashes, check_numbers
 from qwen35.verify.structure import check_structure
 
 __all__ = ["Depth", "Engine", "Verdict", "verify"]
@@ -110,22 +112,26 @@ def verify(
     if tensor_parallel is not None:
         findings += tensor_parallel_findings(artifact.config, structure.items, tensor_parallel)
     errors: list[RoleError] = []
+    notes: list[str] = []
     if depth != "structure":
-        if structure.manifest is not None:
-            findings += check_hashes(artifact, structure.manifest)
-        numbers = check_numbers(
-            artifact, structure.items, source, threads=threads, progress=progress
-        )
+        what = {"artifact": stamped(artifact), "source": source and stamped(source)}
+        with Memo(what) as memo:
+            if structure.manifest is not None:
+                findings += check_hashes(artifact, structure.manifest, memo)
+            numbers = check_numbers(
+                artifact, structure.items, source, memo=memo, threads=threads, progress=progress
+            )
         errors = numbers.roles
         findings += [*numbers.findings, *_too_far(numbers)]
+        notes += memo.notes
     answers: list[Answer] = []
-    notes: list[str] = []
     if depth == "behaviour" and not findings:
         asked = _in_vllm if engine == "vllm" else _in_transformers
-        answers, more, notes = asked(artifact)
+        answers, more, how = asked(artifact)
         findings += more
+        notes += how
     elif depth == "behaviour":
-        notes.append("not asked anything: what was found must be repaired first")
+        notes.append(NOT_ASKED)
     items = structure.items
     counts = {
         "weights": len(items),

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from qwen35.errors import Finding
 from qwen35.verify.asking import Halves, Question, is_right
 
-__all__ = ["IMAGE", "TASKS", "Answer", "Answers", "ask", "behaviour_findings"]
+__all__ = ["IMAGE", "NOT_ASKED", "TASKS", "Answer", "Answers", "ask", "behaviour_findings"]
 
 REPETITION_PENALTY = 1.15
 """What the commands before us decode with."""
@@ -41,6 +41,9 @@ TASKS = (
     Question("What is the capital of France?", "Paris", "contains", tokens=512),
 )
 """Asked with thinking off and on."""
+
+NOT_ASKED = "not asked anything: what was found must be repaired first"
+"""A note on an artifact with other findings."""
 
 
 class Answers(Protocol):

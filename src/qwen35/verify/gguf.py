@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.open import GgufFiles
+from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint, Reader
 from qwen35.errors import Finding, InputError
@@ -17,13 +19,13 @@ from qwen35.gguf.names import Tensor, text_tensors, vision_tensors
 from qwen35.gguf.types import FLOATS
 from qwen35.plan.manifest import read_manifest
 from qwen35.progress import Progress, Silent
-from qwen35.sinks.files import hash_file
 from qwen35.threads import default_threads
 from qwen35.verify.artifact import Depth, Verdict
 from qwen35.verify.asking_llama import LlamaAsker
-from qwen35.verify.behaviour import Answer, ask, behaviour_findings
+from qwen35.verify.behaviour import NOT_ASKED, Answer, ask, behaviour_findings
+from qwen35.verify.compared import RoleError
 from qwen35.verify.gguf_numbers import compare
-from qwen35.verify.numbers import RoleError
+from qwen35.verify.memo import Memo, stamped
 
 __all__ = ["verify_gguf"]
 
@@ -65,11 +67,16 @@ def verify_gguf(
             findings.append(Finding("readable", name, message))
     for container in containers:
         findings += _structure(container)
-    findings += _manifest_findings(files, containers, hashes=depth != "structure")
     errors: list[RoleError] = []
-    if depth != "structure":
-        errors, more = _numbers(containers, source, threads, progress)
+    notes: list[str] = []
+    if depth == "structure":
+        findings += _manifest_findings(files, containers, None)
+    else:
+        with Memo(_stamped(files, source)) as memo:
+            findings += _manifest_findings(files, containers, memo)
+            errors, more = _numbers(containers, source, memo, threads, progress)
         findings += more
+        notes += memo.notes
     tensors = [entry for container in containers for entry in container.tensors.values()]
     counts = {
         "weights": len(tensors),
@@ -77,11 +84,11 @@ def verify_gguf(
         "files": len(files.names),
     }
     answers: list[Answer] = []
-    notes: list[str] = []
     if depth == "behaviour" and not findings:
-        answers, findings, notes = _behaviour(containers, threads)
+        answers, findings, how = _behaviour(containers, threads)
+        notes += how
     elif depth == "behaviour":
-        notes.append("not asked anything: what was found must be repaired first")
+        notes.append(NOT_ASKED)
     return Verdict(
         artifact,
         "gguf",
@@ -92,6 +99,13 @@ def verify_gguf(
         tuple(answers),
         tuple(notes),
     )
+
+
+def _stamped(files: GgufFiles, source: Checkpoint | None) -> dict[str, Any]:
+    assert files.root is not None  # fetched
+    stamps = Folder(files.root).stamps()
+    artifact = [str(files.root.resolve()), {name: list(stamps[name]) for name in files.names}]
+    return {"artifact": artifact, "source": source and stamped(source)}
 
 
 def _behaviour(
@@ -175,7 +189,7 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _manifest_findings(
-    files: GgufFiles, containers: list[Container], *, hashes: bool
+    files: GgufFiles, containers: list[Container], memo: Memo | None
 ) -> Iterator[Finding]:
     try:
         manifest = read_manifest(files.place)
@@ -188,14 +202,14 @@ def _manifest_findings(
         for name in manifest["files"].keys() - set(files.names):
             yield Finding("files", name, f"missing, but {MANIFEST_NAME} lists it")
     for name in files.names:
-        yield from _entry_findings(files, name, manifest["files"].get(name), hashes=hashes)
+        yield from _entry_findings(files, name, manifest["files"].get(name), memo)
     for container in containers:
         planned = manifest["tensors"].get(container.path.name, {})
         yield from _planned_findings(container, planned)
 
 
 def _entry_findings(
-    files: GgufFiles, name: str, entry: Mapping[str, Any] | None, *, hashes: bool
+    files: GgufFiles, name: str, entry: Mapping[str, Any] | None, memo: Memo | None
 ) -> Iterator[Finding]:
     if entry is None:
         yield Finding("files", name, f"not listed in {MANIFEST_NAME}")
@@ -203,8 +217,8 @@ def _entry_findings(
     size = files.place.sizes().get(name, 0)
     if size != entry["size"]:
         yield Finding("files", name, f"{size} bytes, expected {entry['size']}")
-    elif hashes and files.root is not None:
-        digest = hash_file(files.root / name)
+    elif memo is not None and files.root is not None:
+        digest = memo.sha256(files.root / name)
         if digest != entry["sha256"]:
             message = f"sha256 {digest[:12]}..., written as {entry['sha256'][:12]}..."
             yield Finding("hash", name, message)
@@ -230,39 +244,38 @@ def _planned_findings(container: Container, planned: Mapping[str, str]) -> Itera
 def _numbers(
     containers: list[Container],
     source: Checkpoint | None,
+    memo: Memo,
     threads: int | None,
     progress: Progress,
 ) -> tuple[list[RoleError], list[Finding]]:
     errors: list[RoleError] = []
     findings: list[Finding] = []
-    if source is None:
+    with Reader(source) if source else nullcontext() as reader:
         for container in containers:
-            progress.begin(f"checking {container.path.name}", container.nbytes)
-            try:
-                findings += compare(container, {}, None, threads=threads, progress=progress)[1]
-            finally:
-                progress.end()
-        return errors, findings
-    items = inventory(source)
-    with Reader(source) as reader:
-        for container in containers:
-            if container.architecture == "clip":
-                tensors = vision_tensors(items)
-            else:
-                tensors = text_tensors(items, source.config, mtp=_has_mtp(container))
-            table = {tensor.name: tensor for tensor in tensors}
-            mismatch = list(_source_findings(container, table))
+            table = _originals(container, source) if source else {}
+            mismatch = list(_source_findings(container, table)) if source else []
             findings += mismatch
             if mismatch:
                 continue
             progress.begin(f"checking {container.path.name}", container.nbytes)
             try:
-                rows, more = compare(container, table, reader, threads=threads, progress=progress)
+                rows, more = compare(
+                    container, table, reader, memo=memo, threads=threads, progress=progress
+                )
             finally:
                 progress.end()
             errors += rows
             findings += more
     return errors, findings
+
+
+def _originals(container: Container, source: Checkpoint) -> dict[str, Tensor]:
+    items = inventory(source)
+    if container.architecture == "clip":
+        tensors = vision_tensors(items)
+    else:
+        tensors = text_tensors(items, source.config, mtp=_has_mtp(container))
+    return {tensor.name: tensor for tensor in tensors}
 
 
 def _has_mtp(container: Container) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from qwen35.checkpoint.source import Reader
 from qwen35.errors import Finding, InputError
 from qwen35.gguf.container import Container, Entry
 from qwen35.gguf.names import Tensor
-from qwen35.gguf.rows import Strip, read_strip, strips
+from qwen35.gguf.rows import read_strip, strips
 from qwen35.gguf.types import FLOATS
 from qwen35.progress import Progress
 from qwen35.threads import default_threads
-from qwen35.verify.numbers import RoleError
+from qwen35.verify.compared import Compared, RoleError, by_role
+from qwen35.verify.memo import Memo
 
 __all__ = ["BOUNDS", "compare"]
 
@@ -55,16 +56,11 @@ _LOOSE = (1.1, 0.65)
 
 
 @dataclass
-class _Seen:
-    """One tensor of a file beside its source."""
+class _Faults:
+    """Values of one tensor that are not what they must be: floats, and packed blocks."""
 
-    tensor: Tensor
-    kind: str
-    squared: float = 0.0
-    norm: float = 0.0
-    wrong: int = 0
+    values: int = 0
     blocks: int = 0
-    findings: list[Finding] = field(default_factory=list)
 
 
 def compare(
@@ -72,6 +68,7 @@ def compare(
     tensors: Mapping[str, Tensor],
     reader: Reader | None,
     *,
+    memo: Memo,
     threads: int | None,
     progress: Progress,
 ) -> tuple[list[RoleError], list[Finding]]:
@@ -81,47 +78,58 @@ def compare(
         container: the file.
         tensors: name to where its values come from: of the source, or made up from the keys.
         reader: of the source, or None.
+        memo: what an unfinished check has seen, and where to note what this one sees.
         threads: tensors decoded at a time.
         progress: told of the bytes read.
 
     Returns:
         Errors for each role and type (none without a source), and findings.
     """
-    check = _Check(container, reader, progress)
+    check = _Check(container, reader, progress, memo)
     pairs = [(entry, tensors.get(name)) for name, entry in container.tensors.items()]
     with ThreadPoolExecutor(threads or default_threads()) as pool:
         seen = list(pool.map(lambda pair: check.tensor(*pair), pairs))
-    findings = [finding for one in seen for finding in one]
-    return (_by_role(check.compared) if reader is not None else []), findings
+    findings = [finding for one in seen for finding in one.findings]
+    judged = [
+        (tensor.slabs[0].item.role.name, entry.kind.name, one)
+        for (entry, tensor), one in sorted(zip(pairs, seen, strict=True), key=_name)
+        if tensor is not None and one.judged
+    ]
+    return by_role(judged), findings
 
 
-def _by_role(compared: Sequence[_Seen]) -> list[RoleError]:
-    rows: dict[tuple[str, str], RoleError] = {}
-    for one in sorted(compared, key=lambda row: row.tensor.name):
-        key = (one.tensor.slabs[0].item.role.name, one.kind)
-        rows.setdefault(key, RoleError(*key)).add(one.squared, one.norm)
-    return list(rows.values())
+def _name(row: tuple[tuple[Entry, Tensor | None], Compared]) -> str:
+    return row[0][0].name
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Check:
     container: Container
     reader: Reader | None
     progress: Progress
-    compared: list[_Seen] = field(default_factory=list)
+    memo: Memo
 
-    def tensor(self, entry: Entry, tensor: Tensor | None) -> list[Finding]:
+    def tensor(self, entry: Entry, tensor: Tensor | None) -> Compared:
+        """Check one tensor, unless an unfinished check has."""
+        name = f"{self.container.path.name}/{entry.name}"
+        seen = self.memo.get(name)
+        result = Compared.from_json(seen) if seen else self._tensor(entry, tensor)
+        self.memo.add(name, result.to_json())
+        self.progress.advance(entry.nbytes, entry.name)
+        return result
+
+    def _tensor(self, entry: Entry, tensor: Tensor | None) -> Compared:
         """Check one tensor; what cannot be read becomes a finding."""
+        result = Compared()
         try:
             if self.reader is None or tensor is None:
-                findings = list(self._decoded(entry))
+                result.findings += self._decoded(entry)
             else:
-                findings = self._compared(entry, tensor)
+                self._compared(result, entry, tensor, self.reader)
         except InputError as error:
             message = str(error).removeprefix(f"{error.subject}: ")
-            findings = [Finding("decode", error.subject, message)]
-        self.progress.advance(entry.nbytes, entry.name)
-        return findings
+            return Compared(findings=[Finding("decode", error.subject, message)])
+        return result
 
     def _decoded(self, entry: Entry) -> Iterator[Finding]:
         row = entry.shape[-1]
@@ -150,34 +158,31 @@ class _Check:
             values: F32 = dequantize(data.reshape(count, size), kind)
         return values
 
-    def _compared(self, entry: Entry, tensor: Tensor) -> list[Finding]:
-        assert self.reader is not None
-        seen = _Seen(tensor, entry.kind.name)
+    def _compared(self, result: Compared, entry: Entry, tensor: Tensor, reader: Reader) -> None:
+        faults = _Faults()
         for strip in strips(tensor):
-            self._strip(seen, entry, strip)
-            if seen.findings:
-                return seen.findings
-        self.compared.append(seen)
-        return list(_judged(self.container, entry, seen))
-
-    def _strip(self, seen: _Seen, entry: Entry, strip: Strip) -> None:
-        assert self.reader is not None
-        expected = read_strip(self.reader, strip)
-        found = self._read(entry, strip.start, strip.count)
-        if not np.isfinite(found).all():
-            seen.findings.append(self._finding("decode", entry, "a scale is not finite"))
-            return
-        seen.norm += float(np.square(expected, dtype=np.float64).sum())
-        if seen.kind in FLOATS:
-            expected = _rounded(expected, seen.kind)
-            seen.wrong += int(np.count_nonzero(expected != found))
-        difference = found - expected
-        seen.squared += float(np.square(difference, dtype=np.float64).sum())
-        if seen.kind not in FLOATS:
-            seen.blocks += _bad_blocks(expected, difference, seen.kind)
+            expected = read_strip(reader, strip)
+            found = self._read(entry, strip.start, strip.count)
+            if not np.isfinite(found).all():
+                result.findings.append(self._finding("decode", entry, "a scale is not finite"))
+                return
+            _accumulate(result, faults, entry.kind.name, found, expected)
+        result.judged = True
+        result.findings += _judged(self.container, entry, result, faults)
 
     def _finding(self, check: str, entry: Entry, message: str) -> Finding:
         return Finding(check, f"{self.container.path.name}: {entry.name}", message)
+
+
+def _accumulate(result: Compared, faults: _Faults, kind: str, found: F32, expected: F32) -> None:
+    result.norm += float(np.square(expected, dtype=np.float64).sum())
+    if kind in FLOATS:
+        expected = _rounded(expected, kind)
+        faults.values += int(np.count_nonzero(expected != found))
+    difference = found - expected
+    result.squared += float(np.square(difference, dtype=np.float64).sum())
+    if kind not in FLOATS:
+        faults.blocks += _bad_blocks(expected, difference, kind)
 
 
 def _rounded(values: F32, kind: str) -> F32:
@@ -199,16 +204,18 @@ def _bad_blocks(expected: F32, difference: F32, kind: str) -> int:
     return int(np.count_nonzero(error > bound * largest))
 
 
-def _judged(container: Container, entry: Entry, seen: _Seen) -> Iterator[Finding]:
-    subject = f"{container.path.name}: {entry.name}"
-    if seen.wrong:
-        yield Finding("values", subject, f"{seen.wrong} values differ from the source's")
+def _judged(
+    container: Container, entry: Entry, seen: Compared, faults: _Faults
+) -> Iterator[Finding]:
+    subject, kind = f"{container.path.name}: {entry.name}", entry.kind.name
+    if faults.values:
+        yield Finding("values", subject, f"{faults.values} values differ from the source's")
         return
     relative: Any = np.sqrt(seen.squared / seen.norm) if seen.norm else np.sqrt(seen.squared)
-    bound, _ = BOUNDS.get(seen.kind, _LOOSE)
-    if seen.kind not in FLOATS and relative > bound:
-        message = f"relative error {relative:.3f}, at most {bound} in {seen.kind}"
+    bound, _ = BOUNDS.get(kind, _LOOSE)
+    if kind not in FLOATS and relative > bound:
+        message = f"relative error {relative:.3f}, at most {bound} in {kind}"
         yield Finding("bound", subject, message)
-    elif seen.blocks:
-        message = f"{seen.blocks} blocks are farther from the source than {seen.kind} can be"
+    elif faults.blocks:
+        message = f"{faults.blocks} blocks are farther from the source than {kind} can be"
         yield Finding("bound", subject, message)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from qwen35.codecs.nf4_arrays import State, decode_blocks, encode_blocks
 from qwen35.codecs.nf4_tables import LEVELS, dynamic_map
 from qwen35.errors import Finding, InputError
 from qwen35.progress import Progress, Silent
-from qwen35.sinks.files import hash_file
 from qwen35.strips import (
     decoded,
     fp8_scales,
@@ -34,66 +32,14 @@ from qwen35.strips import (
     tile_rows,
 )
 from qwen35.threads import default_threads
+from qwen35.verify.compared import Compared, RoleError, by_role
+from qwen35.verify.memo import Memo
 from qwen35.verify.nf4 import same_mean, wrong_codes, wrong_scales
 
-__all__ = ["Numbers", "RoleError", "check_hashes", "check_numbers"]
+__all__ = ["Numbers", "check_hashes", "check_numbers"]
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
-
-
-@dataclass
-class RoleError:
-    """Errors of all weights of one role.
-
-    Args:
-        role: as recipes name it.
-        storage: how the artifact holds these weights.
-        count: number of weights.
-        squared: sum of squared differences.
-        norm: sum of squared weights of the source.
-        worst: largest relative error of one weight.
-    """
-
-    role: str
-    storage: str
-    count: int = 0
-    squared: float = 0.0
-    norm: float = 0.0
-    worst: float = 0.0
-
-    @property
-    def relative(self) -> float:
-        """Root of the summed squares over that of the source."""
-        return _ratio(self.squared, self.norm)
-
-    def add(self, squared: float, norm: float) -> None:
-        """Count one weight."""
-        self.count += 1
-        self.squared += squared
-        self.norm += norm
-        self.worst = max(self.worst, _ratio(squared, norm))
-
-
-def _ratio(squared: float, norm: float) -> float:
-    if norm == 0:
-        return 0.0 if squared == 0 else math.inf
-    return math.sqrt(squared / norm)
-
-
-@dataclass
-class _Compared:
-    """One weight of the artifact beside that of the source."""
-
-    item: Item
-    squared: float = 0.0
-    norm: float = 0.0
-    fp8: Errors | None = None
-    identical: bool = False
-    findings: list[Finding] = field(default_factory=list)
-
-    def error(self, check: str, message: str) -> None:
-        self.findings.append(Finding(check, self.item.weight.name, message))
 
 
 @dataclass(frozen=True)
@@ -113,14 +59,16 @@ class Numbers:
     findings: list[Finding]
 
 
-def check_hashes(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[Finding]:
+def check_hashes(
+    checkpoint: Checkpoint, manifest: Mapping[str, Any], memo: Memo
+) -> Iterator[Finding]:
     """Hash the safetensors files and compare with the manifest."""
     for name in checkpoint.file_sizes:
         entry = manifest["files"].get(name)
         if entry is None:
             yield Finding("hash", name, f"not listed in {MANIFEST_NAME}")
             continue
-        digest = hash_file(checkpoint.folder() / name)
+        digest = memo.sha256(checkpoint.folder() / name)
         if digest != entry["sha256"]:
             message = f"sha256 {digest[:12]}..., written as {entry['sha256'][:12]}..."
             yield Finding("hash", name, message)
@@ -139,6 +87,7 @@ def check_numbers(
     source: Checkpoint | None,
     *,
     only: Callable[[Item], bool] | None = None,
+    memo: Memo | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Numbers:
@@ -149,6 +98,7 @@ def check_numbers(
         items: its weights, as the structural check matched them.
         source: the checkpoint it was made from.
         only: which weights to decode; all when None.
+        memo: what an unfinished check has seen, and where to note what this one sees.
         threads: weights decoded at a time.
         progress: told of the bytes read.
     """
@@ -159,17 +109,17 @@ def check_numbers(
     progress.begin(f"checking {artifact.name}", sum(item.weight.nbytes for item in chosen))
     try:
         with Reader(artifact) as reader, Reader(source or artifact) as source_reader:
-            run = _Comparison(reader, source_reader, originals, progress)
+            run = _Comparison(reader, source_reader, originals, progress, memo)
             with ThreadPoolExecutor(threads or default_threads()) as pool:
-                compared = list(pool.map(run.compare, chosen))
+                compared = list(zip(chosen, pool.map(run.weight, chosen), strict=True))
     finally:
         progress.end()
-    for one in compared:
+    for _, one in compared:
         findings += one.findings
-    errors = {one.item.spec.name: one.fp8 for one in compared if one.fp8 is not None}
-    identical = sum(one.identical for one in compared if one.item.weight.storage != "fp8")
-    roles = _by_role(compared) if source is not None else []
-    return Numbers(roles, errors, identical, findings)
+    errors = {item.spec.name: one.fp8 for item, one in compared if one.fp8 is not None}
+    identical = sum(one.identical for item, one in compared if item.weight.storage != "fp8")
+    roles = by_role((item.role.name, item.weight.storage, one) for item, one in compared)
+    return Numbers(roles if source is not None else [], errors, identical, findings)
 
 
 def _originals(source: Checkpoint, wanted: Set[_Key]) -> dict[_Key, Item]:
@@ -199,40 +149,41 @@ def _unmatched(items: tuple[Item, ...], originals: Mapping[Any, Item]) -> list[F
     return findings
 
 
-def _by_role(compared: list[_Compared]) -> list[RoleError]:
-    rows: dict[tuple[str, str], RoleError] = {}
-    for one in compared:
-        key = (one.item.role.name, one.item.weight.storage)
-        rows.setdefault(key, RoleError(*key)).add(one.squared, one.norm)
-    return list(rows.values())
-
-
 @dataclass(frozen=True)
 class _Comparison:
     reader: Reader
     source_reader: Reader
     originals: Mapping[_Key, Item]
     progress: Progress
+    memo: Memo | None
 
-    def compare(self, item: Item) -> _Compared:
+    def weight(self, item: Item) -> Compared:
+        """Check one weight, unless an unfinished check has."""
+        seen = self.memo.get(item.weight.name) if self.memo else None
+        result = Compared.from_json(seen) if seen else self._weight(item)
+        if self.memo:
+            self.memo.add(item.weight.name, result.to_json())
+        self.progress.advance(item.weight.nbytes, item.weight.name)
+        return result
+
+    def _weight(self, item: Item) -> Compared:
         """Check one weight; what cannot be read or decoded becomes a finding."""
-        result = _Compared(item)
+        result = Compared()
         original = self.originals.get(_key(item))
         try:
             if original is None:
                 self._decode(item)
             elif _same_storage(item, original):
-                self._same(result, original)
+                self._same(result, item, original)
             elif item.weight.storage == "nf4":
-                self._nf4(result, original)
+                self._nf4(result, item, original)
             elif item.weight.storage == "fp8" and fits(item.spec.shape):
-                self._fp8(result, original)
+                self._fp8(result, item, original)
             else:
-                self._values(result, original)
+                self._values(result, item, original)
         except InputError as error:
             message = str(error).removeprefix(f"{error.subject}: ")
             result.findings.append(Finding("decode", error.subject, message))
-        self.progress.advance(item.weight.nbytes, item.weight.name)
         return result
 
     def _decode(self, item: Item) -> None:
@@ -243,9 +194,9 @@ class _Comparison:
             for _ in decoded(self.reader, item.weight, item.spec):
                 pass
 
-    def _same(self, result: _Compared, original: Item) -> None:
+    def _same(self, result: Compared, item: Item, original: Item) -> None:
         """Both are stored alike: the bytes must be the same."""
-        pairs = zip(result.item.weight.parts, original.weight.parts, strict=True)
+        pairs = zip(item.weight.parts, original.weight.parts, strict=True)
         for here, there in pairs:
             pieces = stored(self.reader, here), stored(self.source_reader, there, check=False)
             wrong = sum(
@@ -257,23 +208,23 @@ class _Comparison:
                 result.findings.append(Finding("bytes", here.spec.name, message))
         result.identical = not result.findings
         if result.findings:
-            self._values(result, original, report=False)
+            self._values(result, item, original, report=False)
 
-    def _values(self, result: _Compared, original: Item, *, report: bool = True) -> None:
+    def _values(self, result: Compared, item: Item, original: Item, *, report: bool = True) -> None:
         """Compare decoded values; they must be equal."""
-        here = decoded(self.reader, result.item.weight, result.item.spec)
+        here = decoded(self.reader, item.weight, item.spec)
         there = decoded(self.source_reader, original.weight, original.spec)
         wrong = 0
         for a, b in zip(here, there, strict=True):
-            got, expected = f32_from(a, result.item.spec.dtype), f32_from(b, original.spec.dtype)
+            got, expected = f32_from(a, item.spec.dtype), f32_from(b, original.spec.dtype)
             wrong += int(np.count_nonzero(got != expected))
             _accumulate(result, got, expected)
         if wrong and report:
-            result.error("values", f"{wrong} of {original.spec.numel} values differ")
+            _found(result, item, "values", f"{wrong} of {original.spec.numel} values differ")
 
-    def _fp8(self, result: _Compared, original: Item) -> None:
+    def _fp8(self, result: Compared, item: Item, original: Item) -> None:
         """Compare every code with what its scale can say at best."""
-        weight, spec = result.item.weight, result.item.spec
+        weight, spec = item.weight, item.spec
         scales = fp8_scales(self.reader, weight)
         result.fp8 = errors = Errors()
         row = done = 0
@@ -293,14 +244,14 @@ class _Comparison:
                 f"{errors.misplaced} of {spec.numel} values are further from the source than "
                 "rounding to E4M3 with these scales explains"
             )
-            result.error("codes", message)
+            _found(result, item, "codes", message)
 
-    def _nf4(self, result: _Compared, original: Item) -> None:
+    def _nf4(self, result: Compared, item: Item, original: Item) -> None:
         """Compare packed codes and decoded absmax with what the source's blocks must give."""
-        weight, spec = result.item.weight, result.item.spec
+        weight, spec = item.weight, item.spec
         state = nf4_state(self.reader, weight, spec)
         absmax = nf4_absmax(self.reader, weight, state)
-        self._constants(result)
+        self._constants(result, item)
         true_absmax = np.empty_like(absmax)
         done = wrong = 0
         for piece in decoded(self.source_reader, original.weight, original.spec):
@@ -315,32 +266,35 @@ class _Comparison:
             _accumulate(result, decode_blocks(packed, absmax[blocks], LEVELS), values)
             done += piece.size
         if wrong:
-            result.error("codes", f"{wrong} of {spec.numel} codes are not the nearest level")
-        self._scales(result, state, true_absmax)
+            message = f"{wrong} of {spec.numel} codes are not the nearest level"
+            _found(result, item, "codes", message)
+        self._scales(result, item, state, true_absmax)
 
-    def _scales(self, result: _Compared, state: State, true: F32) -> None:
+    def _scales(self, result: Compared, item: Item, state: State, true: F32) -> None:
         """Compare the stored scales with the largest magnitudes of the source's blocks."""
-        absmax = self._part(result, ".absmax")
+        absmax = self._part(item, ".absmax")
         if not state.nested:
             off = int(np.count_nonzero(absmax.view(np.float32) != true))
         elif not same_mean(state.offset, true):
             off = len(true)
         else:
-            nested = self._part(result, ".nested_absmax").view(np.float32)
+            nested = self._part(item, ".nested_absmax").view(np.float32)
             off = wrong_scales(absmax, nested, state.offset, true)
         if off:
-            result.error("absmax", f"{off} of {len(true)} scales are not those of the source")
+            message = f"{off} of {len(true)} scales are not those of the source"
+            _found(result, item, "absmax", message)
 
-    def _part(self, result: _Compared, suffix: str) -> Array:
-        part = result.item.weight.part(suffix)
+    def _part(self, item: Item, suffix: str) -> Array:
+        part = item.weight.part(suffix)
         assert part is not None  # checked by nf4_state
         return np.frombuffer(self.reader.read(part), np.uint8)
 
-    def _constants(self, result: _Compared) -> None:
+    def _constants(self, result: Compared, item: Item) -> None:
         for suffix, expected in ((".quant_map", LEVELS), (".nested_quant_map", dynamic_map())):
-            part = result.item.weight.part(suffix)
+            part = item.weight.part(suffix)
             if part is not None and bytes(self.reader.read(part)) != expected.tobytes():
-                result.error("constants", f"{part.spec.name} is not bitsandbytes' table")
+                message = f"{part.spec.name} is not bitsandbytes' table"
+                _found(result, item, "constants", message)
 
 
 def _same_storage(item: Item, original: Item) -> bool:
@@ -355,7 +309,11 @@ def _same_storage(item: Item, original: Item) -> bool:
     )
 
 
-def _accumulate(result: _Compared, got: F32, expected: F32) -> None:
+def _found(result: Compared, item: Item, check: str, message: str) -> None:
+    result.findings.append(Finding(check, item.weight.name, message))
+
+
+def _accumulate(result: Compared, got: F32, expected: F32) -> None:
     difference = (got - expected).astype(np.float64)
     result.squared += float(difference @ difference)
     wide = expected.astype(np.float64)

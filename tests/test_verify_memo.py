@@ -1,0 +1,245 @@
+"""A check of every number that is killed goes on where it was, and says the same in the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gguf_models import make_variant
+from qwen35.checkpoint.open import fetch, gguf_files
+from qwen35.gguf.plan import Asked, make_plan
+from qwen35.gguf.rules import load_recipe
+from qwen35.gguf.write import write
+from qwen35.progress import Progress, Silent
+from qwen35.verify import gguf_numbers, memo, numbers
+from qwen35.verify.artifact import Verdict, verify
+from qwen35.verify.gguf import verify_gguf
+from running import run
+
+KINDS = ("nf4", "fp8", "text", "gguf")
+
+
+class Stopping(Silent):
+    """Progress of a check that is interrupted after some weights."""
+
+    def __init__(self, weights: int, stop: Callable[[], None]) -> None:
+        self._left = weights
+        self._stop = stop
+
+    def advance(self, nbytes: int, item: str) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._stop()
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def artifacts(
+    dense: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, Path]]:
+    """Kind to artifact and source."""
+    folder = tmp_path_factory.mktemp("artifacts")
+    made = {kind: (run(dense, folder / kind, kind).out, dense) for kind in ("nf4", "fp8", "text")}
+    source = make_variant(folder, "dense")
+    asked = Asked(("F16", "Q4_K_M"), load_recipe("mix"), projector="F16")
+    made["gguf"] = (write(make_plan(fetch(str(source)), asked), folder / "gguf").out, source)
+    return made
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of unfinished checks, written at once."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(memo, "SECONDS", 0.0)
+    return tmp_path / "cache" / "qwen35"
+
+
+@pytest.fixture
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the weights that were really looked at."""
+    names: list[str] = []
+    weight, tensor = numbers._Comparison._weight, gguf_numbers._Check._tensor
+
+    def _weight(self, item):  # type: ignore[no-untyped-def]
+        names.append(item.weight.name)
+        return weight(self, item)
+
+    def _tensor(self, entry, original):  # type: ignore[no-untyped-def]
+        names.append(f"{self.container.path.name}/{entry.name}")
+        return tensor(self, entry, original)
+
+    monkeypatch.setattr(numbers._Comparison, "_weight", _weight)
+    monkeypatch.setattr(gguf_numbers._Check, "_tensor", _tensor)
+    return names
+
+
+def check(
+    artifact: Path, source: Path | None, progress: Progress | None = None, *, threads: int = 1
+) -> Verdict:
+    original = fetch(str(source)) if source else None
+    if files := gguf_files(str(artifact)):
+        return verify_gguf(
+            str(artifact), files, source=original, depth="numbers", threads=threads,
+            progress=progress,
+        )  # fmt: skip
+    opened = fetch(str(artifact), lenient=True)
+    return verify(opened, source=original, depth="numbers", threads=threads, progress=progress)
+
+
+def damage(artifact: Path) -> None:
+    """Flip bits in the middle of each weight file."""
+    for path in [*artifact.glob("*.safetensors"), *artifact.glob("*.gguf")]:
+        data = bytearray(path.read_bytes())
+        for position in (len(data) // 2, len(data) - 200):
+            data[position] ^= 0x55
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_check_goes_on_and_says_the_same(
+    kind: str,
+    damaged: bool,
+    artifacts: dict[str, tuple[Path, Path]],
+    cache: Path,
+    looked: list[str],
+    tmp_path: Path,
+) -> None:
+    made, source = artifacts[kind]
+    artifact = Path(shutil.copytree(made, tmp_path / made.name))
+    if damaged:
+        damage(artifact)
+    whole = check(artifact, source).to_json()
+    assert whole["passed"] is not damaged
+    assert not any(cache.iterdir())  # nothing stays of a check that ended
+    total = len(looked)
+    looked.clear()
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            check(artifact, source, Stopping(total // 3, interrupt))
+    seen = set(looked)
+    assert total // 4 <= len(looked) < total
+    looked.clear()
+    assert check(artifact, source).to_json() == whole
+    assert not seen & set(looked) or len(seen & set(looked)) == 1  # the one it was stopped in
+    assert len(looked) < total
+    assert not any(cache.iterdir())
+
+
+def test_without_a_source_as_well(
+    artifacts: dict[str, tuple[Path, Path]], cache: Path, looked: list[str]
+) -> None:
+    for kind in ("nf4", "gguf"):
+        looked.clear()
+        whole = check(artifacts[kind][0], None).to_json()
+        total = len(looked)
+        with pytest.raises(KeyboardInterrupt):
+            check(artifacts[kind][0], None, Stopping(total // 2, interrupt))
+        looked.clear()
+        assert check(artifacts[kind][0], None).to_json() == whole
+        assert 0 < len(looked) < total
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qwen35.verify import memo
+from test_verify_memo import Stopping, check
+memo.SECONDS = 0.0
+stop = lambda: os.kill(os.getpid(), signal.SIGKILL)
+check(Path(sys.argv[1]), Path(sys.argv[2]), Stopping(int(sys.argv[3]), stop), threads=2)
+"""
+
+
+def test_a_killed_check_is_continued(
+    artifacts: dict[str, tuple[Path, Path]], cache: Path, looked: list[str]
+) -> None:
+    artifact, source = artifacts["fp8"]
+    whole = check(artifact, source).to_json()
+    total = len(looked)
+    looked.clear()
+    command = [sys.executable, "-c", KILLED, str(artifact), str(source), str(total // 2)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr
+    assert check(artifact, source).to_json() == whole
+    assert len(looked) <= total - total // 2 + 2
+
+
+def test_what_changed_is_looked_at_again(
+    artifacts: dict[str, tuple[Path, Path]],
+    cache: Path,
+    looked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, source = artifacts["nf4"]
+    artifact = Path(shutil.copytree(made, tmp_path / "nf4"))
+    check(artifact, source)
+    total = len(looked)
+
+    def interrupted() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            check(artifact, source, Stopping(total // 2, interrupt))
+        looked.clear()
+
+    interrupted()
+    os.utime(artifact / "model.safetensors", ns=(1, 1))
+    check(artifact, source)
+    assert len(looked) == total
+    interrupted()
+    check(artifact, None)  # compared with nothing: other work
+    assert len(looked) == total
+    looked.clear()
+    monkeypatch.setattr(memo, "manifest_versions", lambda: {"qwen35": "another"})
+    check(artifact, source)
+    assert len(looked) == total
+
+
+def test_a_short_check_writes_nothing(
+    artifacts: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert check(*artifacts["text"]).passed
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_check_that_cannot_keep_anything_says_so_and_passes(
+    artifacts: dict[str, tuple[Path, Path]], cache: Path
+) -> None:
+    cache.parent.write_text("in the way")
+    verdict = check(*artifacts["nf4"])
+    assert verdict.passed
+    assert len(verdict.notes) == 1
+    assert verdict.notes[0].startswith("a check that is killed starts over: cannot write")
+
+
+def test_the_same_check_twice_at_once(artifacts: dict[str, tuple[Path, Path]], cache: Path) -> None:
+    inner: list[Verdict] = []
+    outer = check(*artifacts["nf4"], Stopping(3, lambda: inner.append(check(*artifacts["nf4"]))))
+    assert outer.passed
+    assert outer.notes == ()
+    assert inner[0].passed
+    assert "another run is writing it" in inner[0].notes[0]
+
+
+def test_leftovers_of_long_ago_are_removed(
+    artifacts: dict[str, tuple[Path, Path]], cache: Path
+) -> None:
+    cache.mkdir(parents=True)
+    old, young = cache / "verify-old", cache / "verify-young"
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (1e9, 1e9))
+    check(*artifacts["text"])
+    assert [path.name for path in cache.iterdir()] == ["verify-young"]
