@@ -18,7 +18,10 @@ from qwen35.cli.main import main
 from qwen35.convert import convert
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
+from qwen35.progress import Silent
 from qwen35.publish.documents import documents, write_documents
+from qwen35.reproduce import Origin, plan_again
+from qwen35.reproduce import reproduce as make_again
 from running import plan_of, run
 
 SOURCE = "owner/source"
@@ -48,6 +51,33 @@ def write_imatrix(path: Path, seed: int) -> Path:
 
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+class Interrupting(Silent):
+    """Progress that interrupts a run in its middle, and keeps its title."""
+
+    title = ""
+
+    def __init__(self, weights: int) -> None:
+        self._left = weights
+
+    def begin(self, title: str, nbytes: int) -> None:
+        self.title = title
+
+    def advance(self, nbytes: int, item: str) -> None:
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_one_is_continued(dense: Path, tmp_path: Path) -> None:
+    origin = Origin.find(str(run(dense, tmp_path / "out").out))
+    plan, again = plan_again(origin, str(dense)), tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        make_again(origin, plan, again, threads=1, progress=Interrupting(12))
+    rest = Interrupting(0)
+    assert make_again(origin, plan, again, threads=1, progress=rest).findings == ()
+    assert rest.title == "continuing again"
 
 
 @pytest.mark.parametrize("recipe", ["nf4", "text", "text-nf4", "fp8", "text-fp8"])
