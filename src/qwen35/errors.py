@@ -8,6 +8,7 @@
     |   +-- TensorError     a tensor: unknown, missing, of another shape, not finite
     +-- OutputError         where the output should go: exists, is full, is not writable
     +-- HubError            the Hub said no, or could not be reached
+    +-- WorkerError         what does the work failed: a process died, a GPU ran out of memory
 
 Only these become a sentence on the terminal (exit code 2). Any other exception keeps its traceback.
 """
@@ -26,6 +27,7 @@ __all__ = [
     "Qwen35Error",
     "TensorError",
     "UsageError",
+    "WorkerError",
 ]
 
 
@@ -79,6 +81,10 @@ class OutputError(Qwen35Error):
 
 class HubError(Qwen35Error):
     """The Hub refused, or could not be reached."""
+
+
+class WorkerError(Qwen35Error):
+    """A process died again and again, or a GPU ran out of memory: another try may succeed."""
 
 
 @dataclass(frozen=True)

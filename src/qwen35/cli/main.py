@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "run": "a path from checkpoint to repository: make, verify, measure, publish",
     "publish": "make a Hub repository like a folder, or the other way round",
     "reproduce": "make an artifact again from its manifest and compare",
+    "finalize": "put together what the slices of a conversion have written",
 }
 """Verb to what it does; the module is `qwen35.cli.<verb>`."""
 

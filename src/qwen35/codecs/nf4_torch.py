@@ -16,7 +16,7 @@ import numpy.typing as npt
 from qwen35.codecs.nf4 import BLOCK
 from qwen35.errors import UsageError
 
-__all__ = ["TorchEncoder"]
+__all__ = ["TorchEncoder", "gpu_count"]
 
 Array = npt.NDArray[Any]
 _ZERO_PAIR = 0x77
@@ -68,6 +68,15 @@ class TorchEncoder:
         packed[:] = codes.cpu().numpy().reshape(-1)
         packed.reshape(-1, BLOCK // 2)[absmax == 0] = _ZERO_PAIR
         return bool(tensor.isfinite().all())
+
+
+def gpu_count() -> int:
+    """Return how many GPUs torch sees."""
+    try:
+        import torch
+    except ImportError:
+        return 0
+    return int(torch.cuda.device_count()) if torch.cuda.is_available() else 0
 
 
 def _has_cuda(torch: Any, device: str) -> bool:

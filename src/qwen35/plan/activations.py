@@ -58,6 +58,7 @@ class Activations:
         columns: for each weight, [columns] float32, not negative: the largest magnitudes.
         squares: the same of mean squares, for the weights that have them.
         made: what made the file, if it says so.
+        path: where it is, if it was read from there.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Activations:
     columns: Mapping[Key, npt.NDArray[np.float32]]
     squares: Mapping[Key, npt.NDArray[np.float32]] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
 
     def weights(self, role: Role, mode: str) -> npt.NDArray[np.float32] | None:
         """Return how much the error of each column of a weight matters, if it is known.
@@ -161,7 +163,7 @@ def load_activations(path: Path) -> Activations:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
     if not isinstance(made, dict) or not columns:
         raise _malformed(path)
-    return Activations(path.name, digest, columns, squares, made)
+    return Activations(path.name, digest, columns, squares, made, path)
 
 
 def _malformed(path: Path) -> InputError:

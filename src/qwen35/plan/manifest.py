@@ -31,6 +31,7 @@ __all__ = [
     "manifest_size",
     "manifest_versions",
     "read_manifest",
+    "recipe_json",
     "recipe_of",
     "rule_row",
     "source_json",
@@ -104,11 +105,7 @@ def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
 def _made(plan: Plan) -> Made:
     return Made(
         checkpoint=plan.checkpoint,
-        recipe={
-            "name": plan.recipe.name,
-            "format": plan.recipe.format,
-            "rules": [rule_row(r.match, r.action, r.reason, r.layers) for r in plan.recipe.rules],
-        },
+        recipe=recipe_json(plan.recipe),
         digest=plan.digest,
         sizes=dict(plan.file_sizes()),
         tensors={
@@ -122,6 +119,12 @@ def _made(plan: Plan) -> Made:
         notes=plan.notes,
         calibration=calibration_json(plan),
     )
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain values; `recipe_of` reads them."""
+    rules = [rule_row(r.match, r.action, r.reason, r.layers) for r in recipe.rules]
+    return {"name": recipe.name, "format": recipe.format, "rules": rules}
 
 
 def calibration_json(plan: Plan) -> dict[str, Any] | None:

@@ -61,6 +61,8 @@ class Plan:
         notes: what the user should know and could not see in the table.
         calibration: how the scales of FP8 weights are chosen, if there are any to encode.
         activations: what weighs their columns, if asked for.
+        keep_prefix: whether text tensors of a text-only output were to keep their prefix.
+        shard_bytes: the most tensor bytes of a file.
     """
 
     checkpoint: Checkpoint
@@ -72,6 +74,8 @@ class Plan:
     notes: tuple[str, ...]
     calibration: Calibration | None = None
     activations: Activations | None = None
+    keep_prefix: bool = False
+    shard_bytes: int = MAX_SHARD_BYTES
 
     def file_sizes(self) -> Iterator[tuple[str, int]]:
         """Yield name and exact size of every file but the manifest, which describes the others."""
@@ -129,6 +133,7 @@ def make_plan(
     keep_prefix: bool = False,
     calibration: Calibration | None = None,
     activations: Activations | None = None,
+    shard_bytes: int | None = None,
 ) -> Plan:
     """Plan the output of `recipe` on `checkpoint`, reading nothing but its headers.
 
@@ -138,6 +143,7 @@ def make_plan(
         keep_prefix: leave text tensors of a text-only output under ``model.language_model.``.
         calibration: how FP8 scales are chosen; `Calibration`'s default if not given.
         activations: statistics that weigh the columns of FP8 weights.
+        shard_bytes: the most tensor bytes of a file, if not `MAX_SHARD_BYTES`.
 
     Raises:
         TensorError: the checkpoint does not have the weights that its config promises.
@@ -153,7 +159,8 @@ def make_plan(
     steps = make_steps(recipe, items, checkpoint.layout.prefix, prefix)
     _check_rules_used(recipe, steps)
     _check_format(recipe, steps)
-    files = _pack(steps)
+    shard_bytes = shard_bytes or MAX_SHARD_BYTES
+    files = _pack(steps, shard_bytes)
     config = output_config(checkpoint.config, steps, text_only=text_only, prefix=prefix)
     vision = not text_only and checkpoint.config.architecture.vision
     documents = {"config.json": json_bytes(config)}
@@ -179,6 +186,8 @@ def make_plan(
         (*notes, *more),
         calibration,
         activations,
+        keep_prefix,
+        shard_bytes,
     )
 
 
@@ -236,12 +245,12 @@ def _check_rules_used(recipe: Recipe, steps: Sequence[Step]) -> None:
             )
 
 
-def _pack(steps: Sequence[Step]) -> tuple[PlannedFile, ...]:
+def _pack(steps: Sequence[Step], shard_bytes: int) -> tuple[PlannedFile, ...]:
     """Fill files in model order; a weight and its companions share one."""
     groups: list[list[Step]] = [[]]
     size = 0
     for step in steps:
-        if step.outputs and groups[-1] and size + step.nbytes > MAX_SHARD_BYTES:
+        if step.outputs and groups[-1] and size + step.nbytes > shard_bytes:
             groups.append([])
             size = 0
         if step.outputs:

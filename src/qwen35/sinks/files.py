@@ -22,6 +22,7 @@ class TensorFile:
         offsets: absolute offset of each tensor.
         nbytes: size of the whole file, reserved on the disk at once.
         again: it is there, of this head and size, and keeps the data it has.
+        shared: other processes fill it as well; whoever comes first creates it.
     """
 
     def __init__(
@@ -32,18 +33,34 @@ class TensorFile:
         nbytes: int,
         *,
         again: bool = False,
+        shared: bool = False,
     ) -> None:
         self._path = path
         self._offsets = offsets
-        new = 0 if again else os.O_CREAT | os.O_EXCL
-        flags = new | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(path, flags, 0o666)
+        new = 0 if again else os.O_CREAT if shared else os.O_CREAT | os.O_EXCL
+        how = os.O_WRONLY if shared else os.O_RDWR
+        self._descriptor = os.open(path, new | how | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
-            _reserve(self._descriptor, nbytes)
+            if not shared:
+                _reserve(self._descriptor, nbytes)
+            elif os.fstat(self._descriptor).st_size < nbytes:
+                os.ftruncate(self._descriptor, nbytes)  # only ever to this size: harms no data
             self._write_at(0, memoryview(head))
         except OSError:
             self.close()
             raise
+
+    @classmethod
+    def join(cls, path: Path, offsets: Mapping[str, int]) -> TensorFile:
+        """Open a file that another process created and that several fill.
+
+        For writing alone: network file systems then send just the bytes that are written, and not
+        the whole pages they are on, which hold what others write.
+        """
+        file = cls.__new__(cls)
+        file._path, file._offsets = path, offsets
+        file._descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return file
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write `data` at byte `offset` of the tensor called `name`; safe from several threads."""

@@ -16,10 +16,28 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import InputError, OutputError, UsageError
 from qwen35.sinks.journal import Journal, fsync_folder
 
-__all__ = ["Result", "check_output", "check_space", "locked", "os_errors", "resumable", "staging"]
+__all__ = [
+    "FILES_NAME",
+    "JOURNAL_NAME",
+    "Result",
+    "check_output",
+    "check_space",
+    "claim",
+    "locked",
+    "make_folder",
+    "os_errors",
+    "resumable",
+    "slices_in",
+    "staging",
+    "work_path",
+]
+
+FILES_NAME, JOURNAL_NAME = "files", "journal"
+"""In a work folder: the output's files, and the journal of a run that fills them alone."""
 
 _MARK_NAME = ".qwen35-partial"
-_FILES_NAME, _OLD_NAME, _JOURNAL_NAME = "files", "old", "journal"
+_OLD_NAME = "old"
+_SLICES = "slice-*"
 _SPARE_BYTES = 16 * 2**20
 
 
@@ -84,7 +102,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 def _clean_up(out: Path) -> None:
     """Remove what a run left that was killed between its last rename and its end."""
     work = work_path(out)
-    if work.is_dir() and _is_ours(work) and not (work / _FILES_NAME).exists():
+    if work.is_dir() and _is_ours(work) and not (work / FILES_NAME).exists():
         with suppress(OutputError), locked(out):
             _discard(work)
 
@@ -132,7 +150,7 @@ def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputError: another run is at it, something else took the name, or the disk refuses.
     """
     with _working(out, overwrite) as work:
-        _remove(work.path / _JOURNAL_NAME)
+        _remove(work.path / JOURNAL_NAME)
         yield work.fresh()
 
 
@@ -155,12 +173,14 @@ def resumable(
         OutputError: as `staging`, or an unfinished run with another key is there.
     """
     with _working(out, overwrite) as work:
-        path = work.path / _JOURNAL_NAME
+        path = work.path / JOURNAL_NAME
         work.stays = path.exists()  # should it be of another run, which is refused
         with Journal(path, key, home=work.path) as journal:
+            if not journal:
+                _refuse_slices(work)
             try:
                 with os_errors(out):
-                    yield work.path / _FILES_NAME if journal else work.fresh(), journal
+                    yield work.path / FILES_NAME if journal else work.fresh(), journal
                     work.stays = True  # should it not come into place
             except BaseException as error:
                 work.stays = bool(journal) and _may_continue(error)
@@ -191,7 +211,7 @@ class _Work:
 
     def fresh(self) -> Path:
         """Return an empty folder in it for the output's files."""
-        folder = self.path / _FILES_NAME
+        folder = self.path / FILES_NAME
         _remove(folder)
         folder.mkdir()
         fsync_folder(self.path)
@@ -209,6 +229,8 @@ def _working(out: Path, overwrite: bool) -> Iterator[_Work]:
         with os_errors(out), locked(out):
             try:
                 work = _Work(_work_folder(out))
+                if not (work.path / JOURNAL_NAME).exists():
+                    _refuse_slices(work)
                 check_output(out, source=None, overwrite=overwrite)
                 yield work
                 _replace(work.path, out, overwrite)
@@ -258,11 +280,29 @@ def _make_parents(parent: Path) -> list[Path]:
         missing.append(folder)
         folder = folder.parent
     with os_errors(parent):
-        _make_folder(parent)
+        make_folder(parent)
     return missing
 
 
-def _make_folder(folder: Path) -> None:
+def _refuse_slices(work: _Work) -> None:
+    """Refuse to take a folder that slices of a run share."""
+    if slices_in(work.path):
+        work.stays = True
+        hint = "run those that are left and `qwen35 finalize`, or remove this to start over"
+        raise OutputError(str(work.path), "holds an unfinished run in slices", hint=hint)
+
+
+def slices_in(work: Path) -> list[str]:
+    """Return the names of the slices' journals in a work folder."""
+    return sorted(path.name for path in work.glob(_SLICES))
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it.
+
+    Raises:
+        OutputError: something else has the name.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -303,13 +343,7 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 def _work_folder(out: Path) -> Path:
     """Return the work folder, marked as ours; an output that was moved into it is put back."""
     folder = work_path(out)
-    if not _is_ours(folder):
-        raise OutputError(
-            str(folder), "is in the way and was not made by qwen35", hint="move it away"
-        )
-    folder.mkdir(exist_ok=True)
-    (folder / _MARK_NAME).touch()
-    fsync_folder(folder.parent)
+    claim(folder)
     old = folder / _OLD_NAME
     if old.exists() and not out.exists():  # the run was killed between two renames
         os.rename(old, out)
@@ -317,11 +351,26 @@ def _work_folder(out: Path) -> Path:
     return folder
 
 
+def claim(folder: Path) -> None:
+    """Make a work folder and mark it as ours; several runs may do so at once.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    if not _is_ours(folder):
+        raise OutputError(
+            str(folder), "is in the way and was not made by qwen35", hint="move it away"
+        )
+    folder.mkdir(exist_ok=True)
+    (folder / _MARK_NAME).touch()
+    fsync_folder(folder.parent)
+
+
 def _is_ours(folder: Path) -> bool:
     """Whether a work folder may be taken: ours, empty or not there."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return False
-    return not folder.exists() or (folder / _MARK_NAME).is_file() or not any(folder.iterdir())
+    return not folder.exists() or not any(folder.iterdir()) or (folder / _MARK_NAME).is_file()
 
 
 def _remove(path: Path) -> None:
@@ -345,7 +394,7 @@ def _discard(work: Path) -> None:
 
 def _replace(work: Path, out: Path, overwrite: bool) -> None:
     """Rename the prepared files to `out`; an `out` of ours that is in the way is moved aside."""
-    folder, old = work / _FILES_NAME, work / _OLD_NAME
+    folder, old = work / FILES_NAME, work / _OLD_NAME
     fsync_folder(folder)
     check_output(out, source=None, overwrite=overwrite)
     moved = out.exists() and any(out.iterdir())

@@ -11,6 +11,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Self
 
+from qwen35.errors import OutputError
 from qwen35.sinks.files import TensorFile, hash_file
 from qwen35.sinks.journal import Journal, fsync_folder
 
@@ -29,11 +30,13 @@ class Written:
     Args:
         folder: where the files are.
         journal: what is finished: ``FILE/TENSOR`` to 1, ``FILE`` to its SHA-256.
+        shared: other runs fill the same files: none is removed, whoever comes first creates it.
     """
 
-    def __init__(self, folder: Path, journal: Journal) -> None:
+    def __init__(self, folder: Path, journal: Journal, *, shared: bool = False) -> None:
         self._folder = folder
         self._journal = journal
+        self._shared = shared
         self._open: dict[str, TensorFile] = {}
         self._pending: dict[str, int] = {}
         self._lock = Lock()
@@ -42,6 +45,8 @@ class Written:
         self._due = time.monotonic() + SECONDS
 
     def __enter__(self) -> Self:
+        if self._shared:
+            return self
         noted = {entry.partition("/")[0] for entry, value in self._journal.items() if value}
         for path in self._folder.iterdir():
             if path.name not in noted:  # small files, and those that were only begun
@@ -79,13 +84,20 @@ class Written:
         return bool(self._journal.get(f"{file}/{tensor}") or self._journal.get(file))
 
     def open(self, name: str, head: bytes, offsets: Mapping[str, int], nbytes: int) -> TensorFile:
-        """Open a file to be filled; what an earlier run wrote of it stays (`has`)."""
+        """Open a file to be filled; what an earlier run wrote of it stays (`has`).
+
+        Raises:
+            OutputError: a file that others have written to is gone.
+        """
         path = self._folder / name
         begun = any(map(self._journal.get, self._entries(name)))
         again = begun and path.is_file() and path.stat().st_size == nbytes
-        if not again:
+        if begun and not again and self._shared:
+            hint = f"remove {self._folder.parent} to start over"
+            raise OutputError(str(path), "is gone, with what was finished in it", hint=hint)
+        if not again and not self._shared:
             self._forget(name)
-        file = TensorFile(path, head, offsets, nbytes, again=again)
+        file = TensorFile(path, head, offsets, nbytes, again=again, shared=self._shared)
         with self._lock:
             self._open[name] = file
         return file
@@ -121,6 +133,23 @@ class Written:
                 self._failed = False
             with self._lock:
                 self._due = time.monotonic() + SECONDS
+
+    def prepare(self, name: str, head: bytes, offsets: Mapping[str, int], nbytes: int) -> None:
+        """Create a file, as `open` does, for other processes to fill."""
+        file = self.open(name, head, offsets, nbytes)
+        file.sync()
+        with self._lock:
+            del self._open[name]
+        file.close()
+        fsync_folder(self._folder)
+
+    def filled(self, file: str, tensors: Iterable[str]) -> None:
+        """Note that another process wrote tensors to a file and flushed it."""
+        self._journal.record({f"{file}/{tensor}": 1 for tensor in tensors})
+
+    def hashed(self, name: str, digest: str) -> None:
+        """Note that a file is finished, which others filled, flushed and hashed."""
+        self._journal.record({name: digest})
 
     def finish(self, name: str) -> str:
         """Flush a file, note it as finished and return its SHA-256."""

@@ -1,0 +1,77 @@
+"""Tasks: what is handed to a worker at a time. Runs of steps of one file, balanced by bytes.
+
+They follow from the plan and a size alone, so that all who work on an output agree on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qwen35.plan.plan import Plan, PlannedFile
+from qwen35.plan.step import Step
+
+__all__ = ["Task", "make_tasks", "share", "task_bytes"]
+
+_MOST_BYTES = 10**9
+_PER_WORKER = 8
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run of steps of one file.
+
+    Args:
+        file: the output file that they fill.
+        begin: number of the first of its steps.
+        steps: the steps.
+    """
+
+    file: str
+    begin: int
+    steps: tuple[Step, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes read, which are what a task costs."""
+        return sum(step.weight.nbytes for step in self.steps)
+
+
+def task_bytes(plan: Plan, workers: int) -> int:
+    """Return the size of a task for so many workers: 1 GB, or an eighth of a worker's share."""
+    return max(1, min(_MOST_BYTES, plan.read_bytes // (_PER_WORKER * workers)))
+
+
+def make_tasks(files: Sequence[PlannedFile], nbytes: int) -> tuple[Task, ...]:
+    """Cut the steps of each file into tasks, in order.
+
+    A task reads at most `nbytes`, or is a single step that reads more. Two tasks that follow each
+    other in a file read more than `nbytes` together, so there are not many more than needed.
+    """
+    tasks = []
+    for file in files:
+        begin = size = 0
+        for end, step in enumerate(file.steps):
+            if end > begin and size + step.weight.nbytes > nbytes:
+                tasks.append(Task(file.name, begin, file.steps[begin:end]))
+                begin, size = end, 0
+            size += step.weight.nbytes
+        tasks.append(Task(file.name, begin, file.steps[begin:]))
+    return tuple(tasks)
+
+
+def share(tasks: Sequence[Task], count: int) -> tuple[tuple[Task, ...], ...]:
+    """Cut tasks into `count` runs of nearly the same bytes.
+
+    A task is in the run where its middle lies: no run exceeds its even share by more than the
+    largest task.
+    """
+    shares: list[list[Task]] = [[] for _ in range(count)]
+    total = sum(task.nbytes for task in tasks)
+    done = 0
+    for task in tasks:
+        middle = 2 * done + task.nbytes
+        number = middle * count // (2 * total) if total else 0
+        shares[min(number, count - 1)].append(task)
+        done += task.nbytes
+    return tuple(map(tuple, shares))

@@ -1,0 +1,107 @@
+"""Handing out jobs: to processes here or elsewhere, again when one dies, until all are done."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+from qwen35.errors import WorkerError
+from qwen35.work.failures import raise_failure
+
+__all__ = ["TRIES", "Ended", "Job", "Pool", "dispatch"]
+
+TRIES = 3
+"""How often a job is begun whose worker dies."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to be done by a worker.
+
+    Args:
+        name: what it is about, for people.
+        order: for the worker, plain JSON.
+        done: told of the worker's answer; returns jobs that can be done from now on.
+    """
+
+    name: str
+    order: Mapping[str, Any]
+    done: Callable[[Any], Sequence[Job]]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended.
+
+    Args:
+        number: of the job.
+        answer: of `qwen35.work.worker.answer`; None if the worker died.
+        lost: how it died.
+    """
+
+    number: int
+    answer: Mapping[str, Any] | None
+    lost: str = ""
+
+
+class Pool(Protocol):
+    """Workers, wherever they are; a context that leaves none behind."""
+
+    def __enter__(self) -> Pool:
+        """Return itself."""
+
+    def __exit__(self, *args: object) -> None:
+        """End all workers, whatever they are doing."""
+
+    @property
+    def slots(self) -> int:
+        """How many jobs are worth beginning at once."""
+
+    def begin(self, number: int, order: Mapping[str, Any]) -> None:
+        """Give a job to a worker."""
+
+    def wait(self) -> Iterable[Ended]:
+        """Wait until a job ends; return all that have."""
+
+
+def dispatch(pool: Pool, jobs: Iterable[Job]) -> None:
+    """Have all jobs done; no slot of the pool is idle while one is left to begin.
+
+    A job whose worker dies is begun again, `TRIES` times in all; that costs no other job.
+
+    Raises:
+        WorkerError: its workers died each time.
+        Qwen35Error: what went wrong in a worker; so are OSError and MemoryError.
+        WorkerBugError: a bug of ours in a worker.
+    """
+    todo = deque(jobs)
+    running: dict[int, Job] = {}
+    deaths: Counter[str] = Counter()
+    numbers = count()
+    while todo or running:
+        while todo and len(running) < pool.slots:
+            number = next(numbers)
+            running[number] = todo.popleft()
+            pool.begin(number, running[number].order)
+        for ended in pool.wait():
+            job = running.pop(ended.number)
+            if ended.answer is None:
+                deaths[job.name] += 1
+                if deaths[job.name] == TRIES:
+                    raise _hopeless(job, ended.lost)
+                todo.appendleft(job)
+            elif "failure" in ended.answer:
+                raise_failure(ended.answer["failure"])
+            else:
+                todo.extendleft(job.done(ended.answer["done"]))
+
+
+def _hopeless(job: Job, lost: str) -> WorkerError:
+    return WorkerError(
+        job.name,
+        f"its worker died {TRIES} times ({lost})",
+        hint="perhaps for want of memory: use fewer --workers or fewer --threads",
+    )

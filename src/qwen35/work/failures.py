@@ -1,0 +1,58 @@
+"""Failures as plain values, so that a worker's failure reads as if it had happened here."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from qwen35 import errors
+from qwen35.errors import Qwen35Error
+
+__all__ = ["WorkerBugError", "failure_json", "raise_failure"]
+
+
+class WorkerBugError(Exception):
+    """A bug that showed in another process, with the traceback from there."""
+
+
+def failure_json(error: BaseException) -> dict[str, Any]:
+    """Return a failure as plain values."""
+    if isinstance(error, Qwen35Error):
+        cause = error.__cause__
+        return {
+            "kind": type(error).__name__,
+            "said": [error.subject, error.found],
+            "more": {"expected": error.expected, "hint": error.hint},
+            "cause": failure_json(cause) if isinstance(cause, OSError) else None,
+        }
+    if isinstance(error, OSError) and error.errno is not None:
+        name = None if error.filename is None else str(error.filename)
+        return {"kind": "OSError", "said": [error.errno, error.strerror, name]}
+    if isinstance(error, MemoryError):
+        return {"kind": "MemoryError"}
+    return {"kind": "", "trace": "".join(traceback.format_exception(error))}
+
+
+def raise_failure(failure: Mapping[str, Any]) -> NoReturn:
+    """Raise what `failure_json` described.
+
+    Raises:
+        Qwen35Error: of the same kind and words.
+        OSError: of the same number and file.
+        MemoryError: the worker had too little memory.
+        WorkerBugError: anything else.
+    """
+    kind = failure["kind"]
+    if kind == "OSError":
+        raise _os_error(failure)
+    if kind == "MemoryError":
+        raise MemoryError
+    if not kind:
+        raise WorkerBugError(f"in a worker:\n{failure['trace']}")
+    error: Qwen35Error = getattr(errors, kind)(*failure["said"], **failure["more"])
+    raise error from (_os_error(failure["cause"]) if failure["cause"] else None)
+
+
+def _os_error(failure: Mapping[str, Any]) -> OSError:
+    return OSError(*failure["said"])
