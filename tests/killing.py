@@ -34,7 +34,7 @@ class Trial:
     """One run.
 
     Args:
-        sink: ``convert`` or ``gguf``.
+        sink: ``convert``, ``gguf``, ``slice`` (the first of two) or ``finalize``.
         source: folder of the checkpoint.
         out: folder to write.
         asked: recipe, or file types.
@@ -111,7 +111,7 @@ def killer() -> Iterator[Killer]:
 
 
 def _main() -> None:
-    for name in ("qwen35.convert", "qwen35.gguf.rules", "qwen35.gguf.write"):
+    for name in ("qwen35.slices", "qwen35.gguf.rules", "qwen35.gguf.write"):
         importlib.import_module(name)
     from qwen35.codecs.nf4_arrays import encode_blocks
     from qwen35.gguf.kernel import open_kernel
@@ -164,9 +164,13 @@ def _work(trial: Trial) -> None:
     from qwen35.plan import plan as planning
     from qwen35.plan.recipe import load_recipe
     from qwen35.sinks import written
+    from qwen35.slices import convert_slice, finalize
 
     planning.MAX_SHARD_BYTES = trial.shard
     written.SECONDS = trial.seconds
+    if trial.sink == "finalize":
+        finalize(Path(trial.out), threads=trial.threads)
+        return
     checkpoint = open_folder(Path(trial.source))
     if trial.sink == "gguf":
         types = tuple(trial.asked.split(","))
@@ -174,6 +178,9 @@ def _work(trial: Trial) -> None:
         write(gguf_plan(checkpoint, asked), Path(trial.out), threads=trial.threads)
         return
     plan = planning.make_plan(checkpoint, load_recipe(trial.asked))
+    if trial.sink == "slice":
+        convert_slice(plan, Path(trial.out), 1, 2, threads=trial.threads)
+        return
     convert(plan, Path(trial.out), threads=trial.threads)
 
 

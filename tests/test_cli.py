@@ -215,7 +215,7 @@ def test_sentence_of_an_error(error: Qwen35Error, text: str) -> None:
 
 
 def test_tree_of_errors() -> None:
-    assert len(OWN_ERRORS) == len({kind.__name__ for kind in OWN_ERRORS}) == 8
+    assert len(OWN_ERRORS) == len({kind.__name__ for kind in OWN_ERRORS}) == 9
     for name in ("HeaderError", "ConfigError", "TensorError"):
         assert getattr(errors, name).__base__ is errors.InputError
         assert f"+-- {name}" in str(errors.__doc__)

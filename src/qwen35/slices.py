@@ -125,6 +125,8 @@ def finalize(
     """
     out = out.resolve() if not out.is_symlink() else out
     work = work_path(out)
+    if not work.exists() and out.exists():
+        raise OutputError(str(out), "is there already", hint="there are no slices to finalize")
     order = read_order(work)
     if not isinstance(order.get("slices"), int):
         hint = "repeat the command that began it"

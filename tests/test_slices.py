@@ -1,0 +1,331 @@
+"""Slices of a conversion, in any order and at once, killed or not: finalized, the same bytes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import random_tensors, tiny_config, write_checkpoint
+from killing import Killer, Trial, killer
+from qwen35.cli.main import main
+from qwen35.convert import convert
+from qwen35.errors import OutputError, TensorError
+from qwen35.sinks.slices import joined
+from qwen35.slices import convert_slice, finalize
+from running import plan_of
+
+SHARD = 800_000
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", SHARD)
+
+
+@pytest.fixture(scope="module")
+def runs() -> Iterator[Killer]:
+    with killer() as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one run writes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", SHARD)
+        out = tmp_path_factory.mktemp("expected") / "out"
+        convert(plan_of(dense), out, threads=1)
+    return tree(out)
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_slices_in_any_order_give_the_same_bytes(
+    dense: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    plan = plan_of(dense)
+    for number, order in enumerate(itertools.permutations((1, 2, 3))):
+        out = tmp_path / f"out{number}"
+        done = [convert_slice(plan, out, i, 3, threads=1) for i in order]
+        assert not out.exists()
+        assert sum(part.weights for part in done) == sum(len(f.steps) for f in plan.files)
+        assert sum(part.nbytes for part in done) == sum(step.nbytes for step in plan.steps)
+        _, result = finalize(out, threads=1)
+        assert tree(out) == expected
+        assert result.hashes.keys() == dict(plan.file_sizes()).keys()
+    assert left(tmp_path) == {f"out{i}" for i in range(6)}
+
+
+def run_slice(source: Path, out: Path, number: int, count: int) -> None:
+    from qwen35.plan import plan as planning
+
+    planning.MAX_SHARD_BYTES = SHARD
+    convert_slice(plan_of(source), out, number, count, threads=1)
+
+
+def test_slices_at_the_same_time(dense: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
+    fork = multiprocessing.get_context("fork")
+    for attempt in range(3):  # they create folder and files by whoever comes first
+        out = tmp_path / f"out{attempt}"
+        slices = [fork.Process(target=run_slice, args=(dense, out, i, 4)) for i in range(1, 5)]
+        for process in slices:
+            process.start()
+        for process in slices:
+            process.join()
+            assert process.exitcode == 0
+        finalize(out)
+        assert tree(out) == expected
+
+
+def test_killed_slices_are_repeated_and_finalized_when_all_are_complete(
+    runs: Killer, dense: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    first = Trial("slice", str(dense), str(place / "out"), "nf4", shard=SHARD)
+    unharmed = runs.run(first)
+    assert (unharmed.code, unharmed.error) == (0, "")
+    total = len(unharmed.phases)
+    for power in (False, True):
+        for share in (0.05, 0.3, 0.6, 0.9):
+            shutil.rmtree(place)
+            place.mkdir()
+            convert_slice(plan_of(dense), place / "out", 2, 2)
+            shadow = tmp_path / f"shadow{power}{share}"
+            shadow.mkdir()
+            trial = Trial(
+                "slice",
+                str(dense),
+                str(place / "out"),
+                "nf4",
+                kill_at=max(1, int(total * share)),
+                shadow=str(shadow),
+                shard=SHARD,
+            )
+            assert runs.run(trial).code == -signal.SIGKILL
+            with pytest.raises(OutputError, match=r"slice 1/2 (lacks \d+ of \d+ weights|was not)"):
+                finalize(place / "out")
+            convert_slice(plan_of(dense), place / "out", 1, 2)
+            finalize(place / "out")
+            assert tree(place / "out") == expected
+            assert left(place) == {"out"}
+
+
+def test_killed_finalizing_is_repeated(
+    runs: Killer, dense: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    place = tmp_path / "place"
+    prepared = tmp_path / "prepared"
+    for i in (1, 2):
+        convert_slice(plan_of(dense), prepared / "out", i, 2)
+    trial = Trial("finalize", "", str(place / "out"), "", shard=SHARD)
+    shutil.copytree(prepared, place)
+    phases = runs.run(trial).phases
+    for kill_at in range(1, len(phases) + 1, max(1, len(phases) // 16)):
+        shutil.rmtree(place)
+        shutil.copytree(prepared, place)
+        again = Trial("finalize", "", str(place / "out"), "", kill_at=kill_at, shard=SHARD)
+        assert runs.run(again).code in (0, -signal.SIGKILL)
+        if not (place / "out").exists():
+            finalize(place / "out")
+        assert tree(place / "out") == expected, phases[kill_at - 1]
+
+
+def test_missing_slices_are_named_and_finalizing_again_is_refused(
+    dense: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="no order of slices in it"):
+        finalize(out)
+    plan = plan_of(dense)
+    convert_slice(plan, out, 2, 4)
+    words = "slice 1/4 was not run; slice 3/4 was not run; slice 4/4 was not run; run these"
+    with pytest.raises(OutputError, match=words):
+        finalize(out)
+    for i in (1, 3, 4):
+        convert_slice(plan, out, i, 4)
+    assert convert_slice(plan, out, 3, 4).weights > 0  # again, harmless
+    finalize(out)
+    assert tree(out) == expected
+    with pytest.raises(OutputError, match=r"out: is there already"):
+        finalize(out)
+    assert tree(out) == expected
+
+
+def test_an_interrupted_slice_continues(dense: Path, tmp_path: Path) -> None:
+    class Interrupted:
+        title = ""
+        total = done = 0
+
+        def begin(self, title: str, nbytes: int) -> None:
+            self.title, self.total = title, nbytes
+
+        def advance(self, nbytes: int, item: str) -> None:
+            self.done += nbytes
+            if self.done > self.total * self.limit:
+                raise KeyboardInterrupt
+
+        def end(self) -> None:
+            pass
+
+        def __init__(self, limit: float) -> None:
+            self.limit = limit
+
+    plan = plan_of(dense)
+    first, rest = Interrupted(0.5), Interrupted(1)
+    with pytest.raises(KeyboardInterrupt):
+        convert_slice(plan, tmp_path / "out", 1, 2, threads=1, progress=first)
+    assert first.title == "writing slice 1/2 of out"
+    convert_slice(plan, tmp_path / "out", 1, 2, threads=1, progress=rest)
+    assert rest.title == "continuing slice 1/2 of out"
+    assert 0 < rest.total == rest.done < first.total
+
+
+# --- what does not belong together
+
+
+def test_slices_and_other_runs_keep_out_of_each_others_way(dense: Path, tmp_path: Path) -> None:
+    plan, out = plan_of(dense), tmp_path / "out"
+    convert_slice(plan, out, 1, 2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match=r"holds an unfinished run in slices; run those"):
+        convert(plan, out)
+    with pytest.raises(OutputError, match=r"a run with another slices"):
+        convert_slice(plan, out, 1, 3)
+    with pytest.raises(OutputError, match=r"another plan and another recipe"):
+        convert_slice(plan_of(dense, "text"), out, 2, 2)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    convert_slice(plan, out, 2, 2)
+    finalize(out)
+
+
+def test_a_slice_does_not_join_a_run_without_slices(dense: Path, tmp_path: Path) -> None:
+    class Once:
+        def begin(self, title: str, nbytes: int) -> None:
+            pass
+
+        def advance(self, nbytes: int, item: str) -> None:
+            raise KeyboardInterrupt
+
+        def end(self) -> None:
+            pass
+
+    plan, out = plan_of(dense), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        convert(plan, out, threads=1, progress=Once())
+    with pytest.raises(OutputError, match="holds a run without slices"):
+        convert_slice(plan, out, 1, 2)
+    convert(plan, out)
+
+
+def test_the_same_slice_twice_at_once_is_refused(dense: Path, tmp_path: Path) -> None:
+    from qwen35.plan.order import order_of
+    from qwen35.plan.tasks import task_bytes
+
+    plan, out = plan_of(dense), tmp_path / "out"
+    order = order_of(plan, task_bytes(plan, 2), slices=2, overwrite=False)
+    with joined(out, 1, order):
+        with pytest.raises(OutputError, match="slice-1-of-2: another run is writing it"):
+            convert_slice(plan, out, 1, 2)
+        convert_slice(plan, out, 2, 2)
+        with pytest.raises(OutputError, match="slice-1-of-2: another run is writing it"):
+            finalize(out)
+    convert_slice(plan, out, 1, 2)
+    finalize(out)
+
+
+def test_a_file_that_is_gone_is_not_made_anew_with_holes(dense: Path, tmp_path: Path) -> None:
+    plan, out = plan_of(dense), tmp_path / "out"
+    convert_slice(plan, out, 1, 2)
+    victim = sorted((tmp_path / ".out.partial" / "files").iterdir())[0]
+    victim.unlink()
+    convert_slice(plan, out, 2, 2)
+    with pytest.raises(OutputError, match=r"is gone or was cut since; remove .*\.out\.partial"):
+        finalize(out)
+
+
+def test_a_bad_weight_fails_its_slice_alone_and_keeps_the_others(tmp_path: Path) -> None:
+    config = tiny_config()
+    tensors = random_tensors(config)
+    tensors["model.language_model.layers.0.mlp.up_proj.weight"][0, 0] = torch.inf
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    plan, out = plan_of(source), tmp_path / "out"
+    failed = 0
+    for i in range(1, 5):
+        try:
+            convert_slice(plan, out, i, 4)
+        except TensorError as error:
+            failed += 1
+            assert "holds NaN or infinity" in str(error)
+    assert failed == 1
+    with pytest.raises(OutputError, match=r"slice \d/4 lacks"):
+        finalize(out)
+
+
+def test_slices_replace_an_output_only_when_asked(
+    dense: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    plan, out = plan_of(dense), tmp_path / "out"
+    convert(plan_of(dense, "text"), out)
+    with pytest.raises(OutputError, match="exists already"):
+        convert_slice(plan, out, 1, 1)
+    convert_slice(plan, out, 1, 1, overwrite=True)
+    assert tree(out) != expected
+    finalize(out)
+    assert tree(out) == expected
+
+
+def test_the_commands(
+    dense: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = str(tmp_path / "out")
+    for part in ("2/2", "1/2"):
+        assert main(["convert", str(dense), out, "--slice", part, "--quiet"]) == 0
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"slice {part}: ")
+        assert f"qwen35 finalize {out}" in shown
+        if part == "2/2":
+            assert main(["finalize", out]) == 2
+            assert "error: " in (said := capsys.readouterr().err)
+            assert "slice 1/2 was not run" in said
+    assert main(["finalize", out, "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["out"] == out
+    assert tree(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2", ""])
+def test_a_slice_that_makes_no_sense_is_refused(
+    dense: Path, tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(dense), str(tmp_path / "out"), f"--slice={text}"])
+    assert stop.value.code == 2
+    assert "argument --slice: invalid slice value" in capsys.readouterr().err
+
+
+def test_files_of_slices_have_the_mode_that_umask_gives(dense: Path, tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        convert_slice(plan_of(dense), tmp_path / "out", 1, 1)
+        finalize(tmp_path / "out")
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}

@@ -1,0 +1,231 @@
+"""Tasks are balanced, cover every step once, and the dispatcher keeps all workers busy."""
+
+from __future__ import annotations
+
+import heapq
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen35.checkpoint.header import file_layout
+from qwen35.checkpoint.source import open_folder
+from qwen35.checkpoint.storage import StoredTensor, Weight
+from qwen35.closing import Closing
+from qwen35.errors import TensorError, WorkerError
+from qwen35.model.config import parse_config
+from qwen35.model.roles import Layout, expected_tensors, role_of
+from qwen35.model.sizes import published_config
+from qwen35.plan.plan import Plan, PlannedFile, make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.plan.step import Step
+from qwen35.plan.tasks import make_tasks, share, task_bytes
+from qwen35.progress import Silent
+from qwen35.sinks.journal import Journal
+from qwen35.sinks.written import Written
+from qwen35.tensors import TensorSpec
+from qwen35.work.dispatch import TRIES, Ended, Job, dispatch
+from qwen35.work.failures import failure_json
+from qwen35.work.fleet import fill
+
+EMBEDDING = role_of("model.language_model.embed_tokens.weight")
+
+
+def step_of(name: str, nbytes: int) -> Step:
+    spec = TensorSpec(name, "U8", (nbytes,))
+    weight = Weight(name, "plain", (StoredTensor(spec, "in", 0),))
+    return Step(weight, spec, EMBEDDING, "copy", "", (spec,))
+
+
+def file_of(name: str, sizes: list[int]) -> PlannedFile:
+    steps = tuple(step_of(f"{name}.{i}", size) for i, size in enumerate(sizes))
+    return PlannedFile(name, b"", {}, sum(sizes), steps)
+
+
+FILES = st.lists(st.lists(st.integers(1, 1000), min_size=1, max_size=30), min_size=1, max_size=8)
+
+
+@given(sizes=FILES, nbytes=st.integers(1, 3000))
+def test_tasks_cover_every_step_once_in_order_and_none_is_too_large(
+    sizes: list[list[int]], nbytes: int
+) -> None:
+    files = [file_of(f"f{i}", row) for i, row in enumerate(sizes)]
+    tasks = make_tasks(files, nbytes)
+    for file in files:
+        own = [task for task in tasks if task.file == file.name]
+        assert tuple(step for task in own for step in task.steps) == file.steps
+        assert [task.begin for task in own] == [
+            sum(len(t.steps) for t in own[:i]) for i in range(len(own))
+        ]
+        for first, second in zip(own, own[1:], strict=False):
+            assert first.nbytes + second.nbytes > nbytes  # not more tasks than needed
+    for task in tasks:
+        assert task.steps
+        assert task.nbytes <= nbytes or len(task.steps) == 1
+
+
+@given(sizes=FILES, nbytes=st.integers(1, 3000), count=st.integers(1, 20))
+def test_shares_are_balanced_by_bytes_and_complete(
+    sizes: list[list[int]], nbytes: int, count: int
+) -> None:
+    tasks = make_tasks([file_of(f"f{i}", row) for i, row in enumerate(sizes)], nbytes)
+    shares = share(tasks, count)
+    assert len(shares) == count
+    assert [task for part in shares for task in part] == list(tasks)
+    largest = max(task.nbytes for task in tasks)
+    even = sum(task.nbytes for task in tasks) / count
+    for part in shares:
+        assert even - largest <= sum(task.nbytes for task in part) <= even + largest
+
+
+# --- the scheduler, at the size of large models, on a clock of its own
+
+
+class Simulated(Closing):
+    """A pool in which a job takes as long as its bytes say; a byte read or hashed is a second."""
+
+    def __init__(self, plan: Plan, slots: int) -> None:
+        self.slots = slots
+        self.clock = 0
+        self.begun: list[Mapping[str, Any]] = []
+        self.idle_from = 0
+        self.work = 0
+        self._files = {file.name: file for file in plan.files}
+        self._running: list[tuple[int, int, Any]] = []
+
+    def close(self) -> None:
+        pass
+
+    def begin(self, number: int, order: Mapping[str, Any]) -> None:
+        file = self._files[order.get("file") or order["hash"]]
+        steps = [file.steps[i] for i in order.get("steps", ())]
+        takes = sum(step.weight.nbytes for step in steps) or file.nbytes
+        answer: Any = [step.outputs[0].name for step in steps] if steps else "0" * 64
+        heapq.heappush(self._running, (self.clock + takes, number, answer))
+        self.begun.append(order)
+        self.work += takes
+
+    def wait(self) -> Iterator[Ended]:
+        if len(self._running) < self.slots and not self.idle_from:
+            self.idle_from = len(self.begun)
+        self.clock, number, answer = heapq.heappop(self._running)
+        yield Ended(number, {"done": answer})
+
+
+def hollow_plan(folder: Path, size: str, recipe: str, shards: int) -> Plan:
+    """Plan a checkpoint of a published size, in so many files, without data."""
+    config = published_config(size)
+    parsed = parse_config(config)
+    specs = list(expected_tensors(parsed, Layout.published(parsed)))
+    per_file = -(-len(specs) // shards)
+    weight_map: dict[str, str] = {}
+    folder.mkdir()
+    for i in range(shards):
+        part = specs[i * per_file : (i + 1) * per_file]
+        name = f"model.safetensors-{i + 1:05d}-of-{shards:05d}.safetensors"
+        head, offsets = file_layout(part)
+        with (folder / name).open("wb") as file:
+            file.write(head)
+            file.truncate(len(head) + sum(spec.nbytes for spec in part))
+        weight_map |= dict.fromkeys(offsets, name)
+    import json
+
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    total = sum(spec.nbytes for spec in specs)
+    plan = make_plan(open_folder(folder), load_recipe(recipe), shard_bytes=total // 100)
+    assert len(plan.files) >= 50
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("size", "recipe"), [("Qwen3.5-397B-A17B", "nf4"), ("Qwen3.5-27B", "text-fp8")]
+)
+@pytest.mark.parametrize("slots", [1, 8, 64])
+def test_a_hundred_shards_keep_all_workers_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, recipe: str, slots: int
+) -> None:
+    monkeypatch.setattr("qwen35.sinks.files._reserve", os.ftruncate)
+    plan = hollow_plan(tmp_path / "source", size, recipe, shards=100)
+    folder = tmp_path / "work" / "files"
+    folder.mkdir(parents=True)
+    pool = Simulated(plan, slots)
+    with Journal(tmp_path / "journal", {}) as journal, Written(folder, journal) as written:
+        hashes = fill(plan, folder, written, plan.files, pool, Silent())
+    assert hashes.keys() == {file.name for file in plan.files}
+
+    done = Counter((o["file"], i) for o in pool.begun if "file" in o for i in o["steps"])
+    assert done == Counter((file.name, i) for file in plan.files for i in range(len(file.steps)))
+    # a worker was without work only when all tasks were begun
+    assert all("hash" in order for order in pool.begun[pool.idle_from :])
+    # Graham's bound for a schedule in which none idles while a job is ready (1969): the work, and
+    # the longest chain of jobs that wait for each other: a task and the hashing of its file
+    size_of = {file.name: file.nbytes for file in plan.files}
+    tasks = make_tasks(plan.files, task_bytes(plan, slots))
+    chain = max(task.nbytes + size_of[task.file] for task in tasks)
+    assert pool.work == plan.read_bytes + sum(size_of.values())
+    assert pool.clock <= pool.work / slots + (1 - 1 / slots) * chain
+    assert pool.clock <= max(pool.work / slots, chain) * 1.6
+
+
+# --- jobs whose workers die
+
+
+class Dying(Closing):
+    """A pool of one worker that dies at the job called ``bad``, so many times."""
+
+    slots = 1
+
+    def __init__(self, deaths: int, failure: BaseException | None = None) -> None:
+        self.deaths, self.failure = deaths, failure
+        self.begun: list[str] = []
+
+    def close(self) -> None:
+        pass
+
+    def begin(self, number: int, order: Mapping[str, Any]) -> None:
+        self.begun.append(order["name"])
+        self.number = number
+
+    def wait(self) -> list[Ended]:
+        name = self.begun[-1]
+        if name == "bad" and self.failure:
+            return [Ended(self.number, {"failure": failure_json(self.failure)})]
+        if name == "bad" and self.begun.count("bad") <= self.deaths:
+            return [Ended(self.number, None, "signal SIGKILL")]
+        return [Ended(self.number, {"done": name})]
+
+
+def jobs(done: list[str]) -> list[Job]:
+    def note(name: str) -> list[Job]:
+        done.append(name)
+        return []
+
+    return [Job(name, {"name": name}, note) for name in ("first", "bad", "last")]
+
+
+def test_a_job_is_begun_again_when_its_worker_dies_and_no_other_is() -> None:
+    done: list[str] = []
+    pool = Dying(TRIES - 1)
+    dispatch(pool, jobs(done))
+    assert pool.begun == ["first", *["bad"] * TRIES, "last"]
+    assert done == ["first", "bad", "last"]
+
+
+def test_a_job_whose_worker_always_dies_is_named() -> None:
+    with pytest.raises(WorkerError, match=r"bad: its worker died 3 times \(signal SIGKILL\)"):
+        dispatch(Dying(TRIES), jobs([]))
+
+
+def test_what_goes_wrong_in_a_worker_is_raised_once_and_never_tried_again() -> None:
+    error = TensorError("w", "is odd", expected="even", hint="mend it")
+    pool = Dying(0, error)
+    with pytest.raises(TensorError) as caught:
+        dispatch(pool, jobs([]))
+    assert str(caught.value) == str(error)
+    assert pool.begun == ["first", "bad"]
