@@ -1,13 +1,15 @@
-"""Workers that die: what `qwen35.work.process` runs, but for a file that says when.
+"""Workers that die or are slow: what the real ones run, but for files that say when.
 
-In the folder that ``QWEN35_DEADLY`` names, ``kill`` holds how many jobs kill their worker; each
-death leaves a file there.
+They lie in the folder that ``QWEN35_DEADLY`` names: ``kill`` holds how many jobs kill their worker
+(each death leaves a file), ``tensor``, if it is there, the tensor whose jobs do.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,11 @@ from qwen35.work.worker import answer
 
 
 def deadly(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a job, or die in the middle of it: when its bytes are written and nothing is told."""
+    """Do a job, or die when its bytes are written and nothing is told."""
     done = answer(job)
     folder = Path(os.environ["QWEN35_DEADLY"])
-    wanted = os.environ.get("QWEN35_DEADLY_TENSOR", "")
-    if "steps" in job and (not wanted or wanted in done["done"]):
+    tensor = folder / "tensor"
+    if "steps" in job and (not tensor.exists() or tensor.read_text() in done["done"]):
         for i in range(int((folder / "kill").read_text())):
             try:
                 (folder / f"death{i}").touch(exist_ok=False)
@@ -29,6 +31,18 @@ def deadly(job: Mapping[str, Any]) -> dict[str, Any]:
                 continue
             os.kill(os.getpid(), signal.SIGKILL)
     return done
+
+
+def slow(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a job on the processor, half a second late; note on which node of Ray, and its GPU."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    line = [node, os.environ.get("CUDA_VISIBLE_DEVICES"), job.get("file"), job.get("steps")]
+    with (Path(os.environ["QWEN35_DEADLY"]) / "log").open("a") as log:
+        log.write(f"{json.dumps(line)}\n")
+    time.sleep(0.5)
+    return answer({**job, "device": "cpu"})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import itertools
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -62,7 +64,7 @@ def test_tasks_cover_every_step_once_in_order_and_none_is_too_large(
         assert [task.begin for task in own] == [
             sum(len(t.steps) for t in own[:i]) for i in range(len(own))
         ]
-        for first, second in zip(own, own[1:], strict=False):
+        for first, second in itertools.pairwise(own):
             assert first.nbytes + second.nbytes > nbytes  # not more tasks than needed
     for task in tasks:
         assert task.steps
@@ -133,8 +135,6 @@ def hollow_plan(folder: Path, size: str, recipe: str, shards: int) -> Plan:
             file.write(head)
             file.truncate(len(head) + sum(spec.nbytes for spec in part))
         weight_map |= dict.fromkeys(offsets, name)
-    import json
-
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     total = sum(spec.nbytes for spec in specs)

@@ -1,4 +1,4 @@
-"""Processes that share a conversion: the same bytes as threads, whoever dies, and the same words."""
+"""Processes that share a conversion: the bytes of threads, whoever dies, and the same words."""
 
 from __future__ import annotations
 
@@ -60,7 +60,8 @@ def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], P
         folder.mkdir()
         (folder / "kill").write_text(str(count))
         monkeypatch.setenv("QWEN35_DEADLY", str(folder))
-        monkeypatch.setenv("QWEN35_DEADLY_TENSOR", tensor)
+        if tensor:
+            (folder / "tensor").write_text(tensor)
         monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
         monkeypatch.setattr("qwen35.work.processes.MODULE", "deadly")
         return folder
@@ -105,9 +106,9 @@ def test_processes_write_what_threads_write_and_progress_is_the_same(
 
 @pytest.mark.parametrize("recipe", ["fp8", "text-fp8"])
 def test_fp8_with_its_calibration_and_statistics(moe: Path, tmp_path: Path, recipe: str) -> None:
+    from qwen35.checkpoint.source import open_folder
     from qwen35.codecs.fp8 import Calibration
     from qwen35.plan.activations import load_activations
-    from qwen35.checkpoint.source import open_folder
 
     name = "model.language_model.layers.0.mlp.shared_expert.down_proj.weight"
     statistics = tmp_path / "statistics.json"

@@ -1,0 +1,260 @@
+"""Conversions on a Ray cluster of several nodes: the same bytes, whatever is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deadly
+import qwen35
+from checkpoints import random_tensors, tiny_config, write_checkpoint
+from qwen35.cli.main import main
+from qwen35.convert import convert
+from qwen35.errors import TensorError, UsageError, WorkerError
+from qwen35.work.on_ray import RayWorkers
+from running import plan_of
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.filterwarnings("default")
+
+SHARD = 800_000
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Two nodes with a processor each; their workers see `deadly`, and a folder for it."""
+    from ray.cluster_utils import Cluster
+
+    package = str(Path(qwen35.__file__).parent.parent)
+    path = os.pathsep.join([package, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        patch.setenv("QWEN35_DEADLY", str(tmp_path_factory.mktemp("deadly")))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_DISABLE_MEMORY_MONITOR", "1")
+        head = {**NODE, "node_ip_address": "127.0.0.1", "include_dashboard": False}
+        made = Cluster(initialize_head=True, head_node_args=head)
+        made.add_node(**NODE, node_ip_address="127.0.0.1")
+        ray.init(address=made.address, _node_ip_address="127.0.0.1", log_to_driver=False)
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture
+def folder(cluster: Any) -> Iterator[Path]:
+    """The folder that says when workers die; empty."""
+    found = Path(os.environ["QWEN35_DEADLY"])
+    for path in found.iterdir():
+        path.unlink()
+    (found / "kill").write_text("0")
+    yield found
+
+
+@pytest.fixture(autouse=True)
+def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", SHARD)
+
+
+@pytest.fixture
+def expected(dense: Path, tmp_path: Path) -> dict[str, bytes]:
+    convert(plan_of(dense), tmp_path / "unharmed", threads=1)
+    return tree(tmp_path / "unharmed")
+
+
+class Watching:
+    """Progress that counts, and calls something after each step."""
+
+    def __init__(self, act: Callable[[int], None] = lambda _: None) -> None:
+        self.act = act
+        self.total = self.done = self.steps = 0
+
+    def begin(self, title: str, nbytes: int) -> None:
+        self.total = nbytes
+
+    def advance(self, nbytes: int, item: str) -> None:
+        self.done += nbytes
+        self.steps += 1
+        self.act(self.steps)
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_cluster_writes_what_threads_write(
+    folder: Path,
+    dense: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.slow)
+    progress = Watching()
+    pool = RayWorkers("auto")
+    assert pool.slots == 2
+    convert(plan_of(dense), tmp_path / "out", pool=pool, progress=progress)
+    assert tree(tmp_path / "out") == expected
+    assert progress.done == progress.total == plan_of(dense).read_bytes
+    log = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    assert len({node for node, *_ in log}) == 2
+    assert len({json.dumps(rest) for _, *rest in log if rest[1]}) == sum(1 for l in log if l[2])
+
+
+def test_a_worker_that_dies_costs_only_its_task(
+    folder: Path,
+    dense: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.deadly)
+    (folder / "kill").write_text("2")
+    progress = Watching()
+    convert(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"), progress=progress)
+    assert len(list(folder.glob("death*"))) == 2
+    assert tree(tmp_path / "out") == expected
+    assert progress.done == progress.total
+
+
+def test_a_worker_that_always_dies_is_an_error_and_the_rest_is_kept(
+    folder: Path,
+    dense: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plan = plan_of(dense)
+    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.deadly)
+    (folder / "kill").write_text("9")
+    (folder / "tensor").write_text(plan.files[-1].steps[-1].outputs[0].name)
+    with pytest.raises(
+        WorkerError, match=r"its worker died 3 times \(WorkerCrashedError"
+    ) as caught:
+        convert(plan, tmp_path / "out", pool=RayWorkers("auto"))
+    assert len(list(folder.glob("death*"))) == 3
+    assert "the same command continues" in caught.value.__notes__[0]
+    monkeypatch.undo()
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", SHARD)
+    rest = Watching()
+    convert(plan, tmp_path / "out", pool=RayWorkers("auto"), progress=rest)
+    assert rest.total < plan.read_bytes / 2
+    assert tree(tmp_path / "out") == expected
+
+
+def test_a_node_that_dies_costs_only_its_tasks(
+    cluster: Any,
+    folder: Path,
+    dense: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.slow)
+    node = cluster.add_node(**NODE, node_ip_address="127.0.0.1")
+    cluster.wait_for_nodes()
+    removed: list[str] = []
+
+    def kill(_: int) -> None:
+        log = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+        if not removed and any(where == node.node_id for where, *_ in log):
+            removed.append(node.node_id)
+            cluster.remove_node(node, allow_graceful=False)
+
+    progress = Watching(kill)
+    convert(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"), progress=progress)
+    assert removed
+    assert tree(tmp_path / "out") == expected
+    assert progress.done == progress.total
+
+
+def test_a_bad_weight_is_the_same_sentence(cluster: Any, tmp_path: Path) -> None:
+    config = tiny_config()
+    tensors = random_tensors(config)
+    name = "model.language_model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4] = torch.nan
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    with pytest.raises(TensorError, match=f"^{name}: holds NaN or infinity"):
+        convert(plan_of(source), tmp_path / "out", pool=RayWorkers("auto"))
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_cluster_without_the_gpu_that_is_asked_for_is_refused_at_once(
+    cluster: Any, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--ray-address", cluster.address, "--device", "cuda", "--quiet"]
+    assert main(["convert", str(dense), str(tmp_path / "out"), *flags]) == 2
+    said = capsys.readouterr().err
+    assert "none of the 2 nodes of the cluster has a GPU; add one, or leave --device cuda" in said
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="no node has more than 1 processors; fewer --threads"):
+        RayWorkers("auto", threads=64)
+    with pytest.raises(UsageError, match="--device cuda:1: on Ray, expected cpu or cuda"):
+        RayWorkers("auto", device="cuda:1")
+
+
+def test_each_job_has_a_gpu_to_itself_where_there_are_some(
+    cluster: Any,
+    folder: Path,
+    dense: Path,
+    tmp_path: Path,
+    expected: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.slow)
+    resources = {**NODE, "num_cpus": 2, "num_gpus": 2}
+    node = cluster.add_node(**resources, node_ip_address="127.0.0.1")
+    cluster.wait_for_nodes()
+    try:
+        pool = RayWorkers("auto", device="cuda", threads=1)
+        assert pool.slots == 2
+        convert(plan_of(dense), tmp_path / "out", pool=pool)
+    finally:
+        cluster.remove_node(node)
+    assert tree(tmp_path / "out") == expected
+    log = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    assert {where for where, *_ in log} == {node.node_id}
+    assert {gpu for _, gpu, *_ in log} == {"0", "1"}
+
+
+def test_the_command_on_a_cluster(
+    cluster: Any, dense: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--ray-address", cluster.address, "--threads", "1", "--quiet"]
+    assert main(["convert", str(dense), str(out), *flags]) == 0
+    assert tree(out) == expected
+    shutil.rmtree(out)
+
+
+def test_no_ray_and_no_cluster_are_sentences(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(address: str) -> str:
+        arguments = ["convert", str(dense), str(tmp_path / "out"), "--ray-address", address]
+        assert main([*arguments, "--quiet"]) == 2
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "ray", None)
+        assert "--ray-address: Ray is not installed; pip install 'qwen35[ray]'" in said("auto")
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "is_initialized", lambda: False)
+
+        def refuse(**_: object) -> None:
+            raise ConnectionError("Could not find any running Ray instance.\nPlease specify")
+
+        patch.setattr(ray, "init", refuse)
+        words = "no Ray cluster answers (Could not find any running Ray instance.); start one with"
+        assert words in said("10.0.0.1:6379")
