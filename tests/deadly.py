@@ -38,7 +38,8 @@ def slow(job: Mapping[str, Any]) -> dict[str, Any]:
     import ray
 
     node = ray.get_runtime_context().get_node_id()
-    line = [node, os.environ.get("CUDA_VISIBLE_DEVICES"), job.get("file"), job.get("steps")]
+    what = job.get("file"), job.get("steps"), job.get("hash")
+    line = [node, os.environ.get("CUDA_VISIBLE_DEVICES"), *what]
     with (Path(os.environ["QWEN35_DEADLY"]) / "log").open("a") as log:
         log.write(f"{json.dumps(line)}\n")
     time.sleep(0.5)
