@@ -75,12 +75,13 @@ def pool_for(plan: Plan, args: argparse.Namespace) -> AbstractContextManager[Poo
 
 def _threads_each(plan: Plan, args: argparse.Namespace) -> int:
     """Return the threads of each worker, so that all keep within --memory."""
-    threads = args.threads or max(1, default_threads() // args.workers)
+    threads: int = args.threads or max(1, default_threads() // args.workers)
     if args.memory is None:
         return threads
 
     def needed() -> int:
-        return peak_memory(plan, 0) + args.workers * peak_memory(plan, threads)
+        every: int = args.workers * peak_memory(plan, threads)
+        return peak_memory(plan, 0) + every
 
     while threads > 1 and needed() > args.memory:
         threads -= 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qwen35.plan.plan import Plan, PlannedFile
 from qwen35.plan.step import Step
 
-__all__ = ["Task", "make_tasks", "share", "task_bytes"]
+__all__ = ["Task", "make_tasks", "scheduled", "share", "task_bytes"]
 
 _MOST_BYTES = 10**9
 _PER_WORKER = 8
@@ -58,6 +58,15 @@ def make_tasks(files: Sequence[PlannedFile], nbytes: int) -> tuple[Task, ...]:
             size += step.weight.nbytes
         tasks.append(Task(file.name, begin, file.steps[begin:]))
     return tuple(tasks)
+
+
+def scheduled(tasks: Sequence[Task], nbytes: int) -> list[Task]:
+    """Return tasks in the order in which to begin them.
+
+    Those of twice `nbytes` and more, single large weights, come first, so that none is left for the
+    end. The others stay in order, so that a file is hashed while the next ones are filled.
+    """
+    return sorted(tasks, key=lambda task: -(task.nbytes // (2 * nbytes)))
 
 
 def share(tasks: Sequence[Task], count: int) -> tuple[tuple[Task, ...], ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 
+from qwen35.closing import Closing
 from qwen35.errors import WorkerError
 from qwen35.work.failures import raise_failure
 
@@ -47,22 +49,19 @@ class Ended:
     lost: str = ""
 
 
-class Pool(Protocol):
-    """Workers, wherever they are; a context that leaves none behind."""
-
-    def __enter__(self) -> Pool:
-        """Return itself."""
-
-    def __exit__(self, *args: object) -> None:
-        """End all workers, whatever they are doing."""
+class Pool(Closing):
+    """Workers, wherever they are; closing it ends all of them, whatever they are doing."""
 
     @property
+    @abstractmethod
     def slots(self) -> int:
         """How many jobs are worth beginning at once."""
 
+    @abstractmethod
     def begin(self, number: int, order: Mapping[str, Any]) -> None:
         """Give a job to a worker."""
 
+    @abstractmethod
     def wait(self) -> Iterable[Ended]:
         """Wait until a job ends; return all that have."""
 

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from qwen35.plan.order import ORDER_NAME, order_bytes, order_of
 from qwen35.plan.plan import Plan, PlannedFile
-from qwen35.plan.tasks import Task, make_tasks, task_bytes
+from qwen35.plan.tasks import Task, make_tasks, scheduled, task_bytes
 from qwen35.progress import Progress
 from qwen35.sinks.files import write_file
 from qwen35.sinks.journal import fsync_folder
@@ -82,13 +82,9 @@ class _Fleet:
     unfilled: dict[str, int] = field(default_factory=dict)
 
     def jobs(self, left: Sequence[PlannedFile], size: int) -> list[Job]:
-        """Return what can be done at once, tasks of twice the size and more before the others.
-
-        Files are filled one after the other, so that most can be hashed while others are filled.
-        """
+        """Return what can be done at once, in the order in which to begin it."""
         jobs = []
-        tasks = sorted(make_tasks(left, size), key=lambda task: -(task.nbytes // (2 * size)))
-        for task in tasks:
+        for task in scheduled(make_tasks(left, size), size):
             steps = [i for i, _ in self._steps(task)]
             if steps:
                 self.unfilled[task.file] = self.unfilled.get(task.file, 0) + 1

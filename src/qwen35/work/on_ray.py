@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from qwen35.closing import Closing
 from qwen35.errors import UsageError
-from qwen35.work.dispatch import Ended
+from qwen35.work.dispatch import Ended, Pool
 from qwen35.work.worker import answer
 
 __all__ = ["RayWorkers"]
@@ -17,8 +16,8 @@ _THREADS = 4
 """Of a job, where machines have as many processors: each process makes the plan once."""
 
 
-class RayWorkers(Closing):
-    """A pool (`qwen35.work.dispatch.Pool`) on a Ray cluster.
+class RayWorkers(Pool):
+    """Workers on a Ray cluster.
 
     A job takes a processor for each thread, and with ``cuda`` a GPU. Ray itself repeats nothing:
     a lost job comes back to the dispatcher, which counts.

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import qwen35
-from qwen35.closing import Closing
 from qwen35.codecs.devices import gpu_numbers
 from qwen35.threads import default_threads
-from qwen35.work.dispatch import Ended
+from qwen35.work.dispatch import Ended, Pool
 
 __all__ = ["MODULE", "Processes"]
 
@@ -25,8 +24,8 @@ MODULE = "qwen35.work.process"
 """What a worker runs."""
 
 
-class Processes(Closing):
-    """A pool of processes (`qwen35.work.dispatch.Pool`), each begun when there is work for it.
+class Processes(Pool):
+    """Processes, each begun when there is work for it.
 
     Args:
         count: how many.
@@ -38,7 +37,6 @@ class Processes(Closing):
     """
 
     def __init__(self, count: int, *, device: str = "auto", threads: int | None = None) -> None:
-        self.slots = count
         self._threads = threads or max(1, default_threads() // count)
         gpus = gpu_numbers(device)
         self._device = "cuda" if gpus else "cpu"
@@ -49,6 +47,11 @@ class Processes(Closing):
         """Kill all processes."""
         for slot in (*self._free, *self._busy.values()):
             slot.end()
+
+    @property
+    def slots(self) -> int:
+        """One for each process."""
+        return len(self._free) + len(self._busy)
 
     @property
     def pids(self) -> list[int]:

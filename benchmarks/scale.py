@@ -1,0 +1,172 @@
+"""Large conversions on paper: the real planner, tasks and dispatcher, on a clock of its own.
+
+    python benchmarks/scale.py [--size Qwen3.5-397B-A17B] [--recipe fp8] [--times 1]
+        [--workers 1 8 64] [--threads 4] [--read 1.07] [--network 1.25]
+
+Plans a published size from its description, cuts the plan into tasks for each number of workers and
+runs the dispatcher with workers that take as long as their bytes say. Rates are in GB/s: `--read`
+of a thread that reads, encodes and writes (docs/benchmarks.md: 1.75 GB in 2.33 s of processor time
+less 0.7 s of start-up, `search`), `--network` of a worker to the shared file system; hashing is
+measured here, on one thread. `--times 6` makes every layer six times: 397B becomes 2.4T.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import heapq
+import os
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
+    sys.path[0] = str(ROOT)
+
+from qwen35.checkpoint.open import describe
+from qwen35.plan.plan import Plan, PlannedFile, make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.plan.show import peak_memory
+from qwen35.plan.tasks import Task, make_tasks, scheduled, task_bytes
+from qwen35.work.dispatch import Ended, Job, Pool, dispatch
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second: of a thread, of hashing, of a worker's network."""
+
+    read: float
+    hash: float
+    network: float
+
+
+class Clock(Pool):
+    """A pool whose workers take as long as their jobs' ``seconds``."""
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self.now = 0.0
+        self._running: list[tuple[float, int]] = []
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    @property
+    def slots(self) -> int:
+        """As many as there are workers."""
+        return self._slots
+
+    def begin(self, number: int, order: Mapping[str, Any]) -> None:
+        """Note when a job will end."""
+        heapq.heappush(self._running, (self.now + order["seconds"], number))
+
+    def wait(self) -> Iterator[Ended]:
+        """Move the clock on to the end of a job."""
+        self.now, number = heapq.heappop(self._running)
+        yield Ended(number, {"done": None})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run would take: seconds, the seconds of all its jobs, their number, the longest."""
+
+    seconds: float
+    work: float
+    jobs: int
+    longest: float
+
+
+def simulate(
+    files: Sequence[PlannedFile], size: int, slots: int, threads: int, rate: Rates
+) -> Outcome:
+    """Run the dispatcher over the tasks of `files`."""
+    tasks = make_tasks(files, size)
+    nbytes = {file.name: file.nbytes for file in files}
+    unfilled = Counter(task.file for task in tasks)
+    taken: list[float] = []
+
+    def job(name: str, seconds: float, file: str, last: bool) -> Job:
+        def done(_: object) -> list[Job]:
+            unfilled[file] -= not last
+            return [] if last or unfilled[file] else [hashing(file)]
+
+        taken.append(seconds)
+        return Job(name, {"seconds": seconds}, done)
+
+    def filling(task: Task) -> Job:
+        written = sum(step.nbytes for step in task.steps)
+        encoding = max(task.nbytes / threads, max(s.weight.nbytes for s in task.steps)) / rate.read
+        return job("", max(encoding, (task.nbytes + written) / rate.network), task.file, last=False)
+
+    def hashing(file: str) -> Job:
+        return job("", nbytes[file] / min(rate.hash, rate.network), file, last=True)
+
+    clock = Clock(slots)
+    dispatch(clock, [filling(task) for task in scheduled(tasks, size)])
+    assert not any(unfilled.values())
+    return Outcome(clock.now, sum(taken), len(taken), max(taken))
+
+
+def hash_rate() -> float:
+    """Return the bytes that one thread hashes a second."""
+    data = bytes(2**26)
+    began = time.perf_counter()
+    for _ in range(4):
+        hashlib.sha256(data).digest()
+    return 4 * len(data) / (time.perf_counter() - began)
+
+
+def several(plan: Plan, times: int) -> list[PlannedFile]:
+    """Return the files of a model with so many times the layers."""
+    return [replace(file, name=f"{i}-{file.name}") for i in range(times) for file in plan.files]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="Qwen3.5-397B-A17B")
+    parser.add_argument("--recipe", default="fp8")
+    parser.add_argument("--times", type=int, default=1)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--read", type=float, default=1.07)
+    parser.add_argument("--network", type=float, default=1.25)
+    args = parser.parse_args()
+    rates = Rates(args.read * GB, hash_rate(), args.network * GB)
+    began = time.perf_counter()
+    plan = make_plan(describe(args.size), load_recipe(args.recipe))
+    planning = time.perf_counter() - began
+    files = several(plan, args.times)
+    read, written = plan.read_bytes * args.times, sum(file.nbytes for file in files)
+    largest = max(step.weight.nbytes for step in plan.steps)
+    memory = peak_memory(plan, args.threads)
+    print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
+    print(
+        f"{args.size} x {args.times}, {args.recipe}: reads {read / GB:.0f} GB, writes "
+        f"{written / GB:.0f} GB in {len(files)} files, {len(plan.steps) * args.times} weights, the "
+        f"largest {largest / GB:.2f} GB\nplanned in {planning:.1f} s (of 1 x), hashing "
+        f"{rates.hash / GB:.2f} GB/s, a worker of {args.threads} threads {memory / GB:.2f} GB"
+    )
+    print(
+        f"{'workers':>8} {'jobs':>6} {'time':>9} {'ideal':>9} {'longest job':>12} "
+        f"{'all workers GB/s':>17} {'memory GB':>10}"
+    )
+    for workers in args.workers:
+        size = task_bytes(plan, workers)
+        found = simulate(files, size, workers, args.threads, rates)
+        traffic = (read + 2 * written) / found.seconds
+        print(
+            f"{workers:>8} {found.jobs:>6} {found.seconds:>8.0f}s {found.work / workers:>8.0f}s "
+            f"{found.longest:>11.1f}s {traffic / GB:>17.1f} {workers * memory / GB:>10.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
