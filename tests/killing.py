@@ -34,7 +34,7 @@ class Trial:
     """One run.
 
     Args:
-        sink: ``convert``, ``gguf``, ``slice`` (the first of two) or ``finalize``.
+        sink: ``convert``, ``gguf``, ``slice i/N`` or ``finalize``.
         source: folder of the checkpoint.
         out: folder to write.
         asked: recipe, or file types.
@@ -178,8 +178,9 @@ def _work(trial: Trial) -> None:
         write(gguf_plan(checkpoint, asked), Path(trial.out), threads=trial.threads)
         return
     plan = planning.make_plan(checkpoint, load_recipe(trial.asked))
-    if trial.sink == "slice":
-        convert_slice(plan, Path(trial.out), 1, 2, threads=trial.threads)
+    if trial.sink.startswith("slice "):
+        number, count = map(int, trial.sink.split()[1].split("/"))
+        convert_slice(plan, Path(trial.out), number, count, threads=trial.threads)
         return
     convert(plan, Path(trial.out), threads=trial.threads)
 
@@ -204,10 +205,25 @@ def _announce(pipe: int, trial: Trial) -> None:
         if trial.power and path.startswith(root):
             _keep(Path(path), Path(trial.shadow), root)
 
+    os.replace = _following(trial, root, say)  # type: ignore[assignment]
     for name in _ON_DESCRIPTORS:
         setattr(os, name, _on_descriptor(name, say, keep))
     for name in _ON_PATHS:
         setattr(os, name, _on_path(name, say))
+
+
+def _following(trial: Trial, root: str, say: Callable[[str, str], None]) -> Callable[..., None]:
+    """Return a renaming that announces itself, and takes along what is on the disk."""
+    real = os.replace
+
+    def replace(path: Any, to: Any) -> None:
+        say("replace", str(to))
+        real(path, to)
+        kept = Path(trial.shadow) / Path(path).relative_to(root)
+        if trial.power and kept.exists():
+            kept.rename(Path(trial.shadow) / Path(to).relative_to(root))
+
+    return replace
 
 
 def _on_descriptor(

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,8 @@ def test_killed_slices_are_repeated_and_finalized_when_all_are_complete(
 ) -> None:
     place = tmp_path / "place"
     place.mkdir()
-    first = Trial("slice", str(dense), str(place / "out"), "nf4", shard=SHARD)
+    second = Trial("slice 2/2", str(dense), str(place / "out"), "nf4", shard=SHARD)
+    first = replace(second, sink="slice 1/2")
     unharmed = runs.run(first)
     assert (unharmed.code, unharmed.error) == (0, "")
     total = len(unharmed.phases)
@@ -105,18 +107,11 @@ def test_killed_slices_are_repeated_and_finalized_when_all_are_complete(
         for share in (0.05, 0.3, 0.6, 0.9):
             shutil.rmtree(place)
             place.mkdir()
-            convert_slice(plan_of(dense), place / "out", 2, 2)
             shadow = tmp_path / f"shadow{power}{share}"
             shadow.mkdir()
-            trial = Trial(
-                "slice",
-                str(dense),
-                str(place / "out"),
-                "nf4",
-                kill_at=max(1, int(total * share)),
-                shadow=str(shadow),
-                shard=SHARD,
-            )
+            both = {"power": power, "shadow": str(shadow)}
+            assert runs.run(replace(second, **both)).code == 0
+            trial = replace(first, kill_at=max(1, int(total * share)), **both)
             assert runs.run(trial).code == -signal.SIGKILL
             with pytest.raises(OutputError, match=r"slice 1/2 (lacks \d+ of \d+ weights|was not)"):
                 finalize(place / "out")
@@ -205,9 +200,11 @@ def test_slices_and_other_runs_keep_out_of_each_others_way(dense: Path, tmp_path
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(OutputError, match=r"holds an unfinished run in slices; run those"):
         convert(plan, out)
-    with pytest.raises(OutputError, match=r"a run with another slices"):
+    with pytest.raises(
+        OutputError, match=r"slices of a run with another number of slices; give all"
+    ):
         convert_slice(plan, out, 1, 3)
-    with pytest.raises(OutputError, match=r"another plan and another recipe"):
+    with pytest.raises(OutputError, match=r"a run with another plan; give"):
         convert_slice(plan_of(dense, "text"), out, 2, 2)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     convert_slice(plan, out, 2, 2)

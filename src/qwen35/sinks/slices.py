@@ -86,18 +86,21 @@ def _agree(work: Path, order: Mapping[str, Any]) -> None:
     if found == order:
         return
     names = other_names(found, order["key"])
-    names += [
-        name.replace("_", " ") for name in order if name != "key" and _differ(found, order, name)
-    ]
+    names += [word for name, word in _WORDS.items() if found.get(name) != order[name]]
     raise OutputError(
         str(work),
-        f"holds a run with another {' and another '.join(names)}",
+        f"holds slices of a run with another {' and another '.join(names or ['order'])}",
         hint="give all slices the same arguments, or remove this to start over",
     )
 
 
-def _differ(first: Mapping[str, Any], second: Mapping[str, Any], name: str) -> bool:
-    return bool(first.get(name) != second.get(name))
+_WORDS = {
+    "slices": "number of slices",
+    "overwrite": "--overwrite",
+    "root": "path to the source",
+    "statistics": "path to the statistics",
+}
+"""What an order has beside the key of the work and what the plan tells already."""
 
 
 def read_order(work: Path) -> dict[str, Any]:
