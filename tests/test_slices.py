@@ -11,6 +11,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_killed_slices_are_repeated_and_finalized_when_all_are_complete(
             place.mkdir()
             shadow = tmp_path / f"shadow{power}{share}"
             shadow.mkdir()
-            both = {"power": power, "shadow": str(shadow)}
+            both: dict[str, Any] = {"power": power, "shadow": str(shadow)}
             assert runs.run(replace(second, **both)).code == 0
             trial = replace(first, kill_at=max(1, int(total * share)), **both)
             assert runs.run(trial).code == -signal.SIGKILL
