@@ -205,7 +205,7 @@ def _announce(pipe: int, trial: Trial) -> None:
         if trial.power and path.startswith(root):
             _keep(Path(path), Path(trial.shadow), root)
 
-    os.replace = _following(trial, root, say)  # type: ignore[assignment]
+    os.replace = _following(trial, root, say)
     for name in _ON_DESCRIPTORS:
         setattr(os, name, _on_descriptor(name, say, keep))
     for name in _ON_PATHS:

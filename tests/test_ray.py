@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,13 +47,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         patch.setenv("QWEN35_DEADLY", str(tmp_path_factory.mktemp("deadly")))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_DISABLE_MEMORY_MONITOR", "1")
-        head = {**NODE, "node_ip_address": "127.0.0.1", "include_dashboard": False}
-        made = Cluster(initialize_head=True, head_node_args=head)
-        made.add_node(**NODE, node_ip_address="127.0.0.1")
-        ray.init(address=made.address, _node_ip_address="127.0.0.1", log_to_driver=False)
-        yield made
-        ray.shutdown()
-        made.shutdown()
+        made = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
+        try:
+            made.add_node(**NODE)
+            ray.init(address=made.address, log_to_driver=False)
+            yield made
+        finally:
+            ray.shutdown()
+            made.shutdown()
 
 
 @pytest.fixture
@@ -163,7 +167,7 @@ def test_a_node_that_dies_costs_only_its_tasks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.slow)
-    node = cluster.add_node(**NODE, node_ip_address="127.0.0.1")
+    node = cluster.add_node(**NODE)
     cluster.wait_for_nodes()
     removed: list[str] = []
 
@@ -197,7 +201,7 @@ def test_a_cluster_without_the_gpu_that_is_asked_for_is_refused_at_once(
     flags = ["--ray-address", cluster.address, "--device", "cuda", "--quiet"]
     assert main(["convert", str(dense), str(tmp_path / "out"), *flags]) == 2
     said = capsys.readouterr().err
-    assert "none of the 2 nodes of the cluster has a GPU; add one, or leave --device cuda" in said
+    assert re.search(r"none of the \d nodes of the cluster has a GPU; add one, or leave", said)
     assert not any(tmp_path.iterdir())
     with pytest.raises(UsageError, match="no node has more than 1 processors; fewer --threads"):
         RayWorkers("auto", threads=64)
@@ -215,7 +219,7 @@ def test_each_job_has_a_gpu_to_itself_where_there_are_some(
 ) -> None:
     monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.slow)
     resources = {**NODE, "num_cpus": 2, "num_gpus": 2}
-    node = cluster.add_node(**resources, node_ip_address="127.0.0.1")
+    node = cluster.add_node(**resources)
     cluster.wait_for_nodes()
     try:
         pool = RayWorkers("auto", device="cuda", threads=1)
@@ -248,7 +252,7 @@ def test_no_ray_and_no_cluster_are_sentences(
         return capsys.readouterr().err
 
     with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "ray", None)
+        patch.setitem(sys.modules, "ray", None)
         assert "--ray-address: Ray is not installed; pip install 'qwen35[ray]'" in said("auto")
     with monkeypatch.context() as patch:
         patch.setattr(ray, "is_initialized", lambda: False)
@@ -258,4 +262,8 @@ def test_no_ray_and_no_cluster_are_sentences(
 
         patch.setattr(ray, "init", refuse)
         words = "no Ray cluster answers (Could not find any running Ray instance.); start one with"
-        assert words in said("10.0.0.1:6379")
+        assert words in said("auto")
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))  # and nobody listens
+            address = f"127.0.0.1:{closed.getsockname()[1]}"
+            assert f"--ray-address {address}: no Ray cluster answers (" in said(address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -61,8 +62,9 @@ class RayWorkers(Pool):
         if not self._ours:
             return
         try:
+            _reach(self._address)
             self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             first = str(error).strip().partition("\n")[0]
             raise UsageError(
                 f"--ray-address {self._address}",
@@ -136,6 +138,13 @@ class RayWorkers(Pool):
             ) from error
         except exceptions.RayError as error:
             return Ended(number, None, _first_words(error))
+
+
+def _reach(address: str) -> None:
+    """Try whether anything listens at HOST:PORT: Ray itself would try for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _first_words(error: Exception) -> str:
