@@ -34,7 +34,7 @@ def deadly(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def slow(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a job on the processor, half a second late; note on which node of Ray, and its GPU."""
+    """Do a job on the processor, a little late; note on which node of Ray, and its GPU."""
     import ray
 
     node = ray.get_runtime_context().get_node_id()
@@ -42,7 +42,7 @@ def slow(job: Mapping[str, Any]) -> dict[str, Any]:
     line = [node, os.environ.get("CUDA_VISIBLE_DEVICES"), *what]
     with (Path(os.environ["QWEN35_DEADLY"]) / "log").open("a") as log:
         log.write(f"{json.dumps(line)}\n")
-    time.sleep(0.5)
+    time.sleep(0.15)
     return answer({**job, "device": "cpu"})
 
 

@@ -56,7 +56,8 @@ class RayWorkers(Pool):
             self._disconnect()
             raise
         needs = {"num_cpus": self._threads, "num_gpus": self._gpus, "max_retries": 0}
-        self._remote = ray.remote(**needs)(answer)
+        # processes with GPUs too are used again: each has made the plan, and keeps its first GPU
+        self._remote = ray.remote(**needs, max_calls=0)(answer)
 
     def _connect(self) -> None:
         if not self._ours:
