@@ -34,7 +34,7 @@ class Trial:
     """One run.
 
     Args:
-        sink: ``convert``, ``gguf``, ``slice i/N`` or ``finalize``.
+        sink: ``convert``, ``workers``, ``gguf``, ``slice i/N`` or ``finalize``.
         source: folder of the checkpoint.
         out: folder to write.
         asked: recipe, or file types.
@@ -165,6 +165,7 @@ def _work(trial: Trial) -> None:
     from qwen35.plan.recipe import load_recipe
     from qwen35.sinks import written
     from qwen35.slices import convert_slice, finalize
+    from qwen35.work.processes import Processes
 
     planning.MAX_SHARD_BYTES = trial.shard
     written.SECONDS = trial.seconds
@@ -181,6 +182,9 @@ def _work(trial: Trial) -> None:
     if trial.sink.startswith("slice "):
         number, count = map(int, trial.sink.split()[1].split("/"))
         convert_slice(plan, Path(trial.out), number, count, threads=trial.threads)
+        return
+    if trial.sink == "workers":
+        convert(plan, Path(trial.out), pool=Processes(trial.threads, threads=1))
         return
     convert(plan, Path(trial.out), threads=trial.threads)
 

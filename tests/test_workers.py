@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 import qwen35
 from checkpoints import random_tensors, tiny_config, write_checkpoint
+from killing import Trial, killer
 from qwen35.cli.main import main
 from qwen35.codecs import devices
 from qwen35.convert import convert
@@ -306,6 +308,29 @@ def test_an_order_is_plain_and_gives_the_same_plan(moe: Path) -> None:
     assert [f.name for f in again.files] == [f.name for f in plan.files]
     kept = make_plan(plan.checkpoint, load_recipe("text"), keep_prefix=True)
     assert plan_from(order_of(kept, 5)).digest == kept.digest
+
+
+def test_a_killed_run_of_workers_is_continued(
+    dense: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    place = tmp_path / "place"
+    whole = Trial("workers", str(dense), str(place / "out"), "nf4")
+    phases = []
+    with killer() as runs:
+        place.mkdir()
+        unharmed = runs.run(whole)
+        assert (unharmed.code, unharmed.error) == (0, "")
+        assert tree(place / "out") == expected
+        for share in (0.1, 0.3, 0.45, 0.6, 0.75, 0.9):
+            shutil.rmtree(place)
+            place.mkdir()
+            killed = runs.run(replace(whole, kill_at=int(len(unharmed.phases) * share)))
+            assert killed.code == -signal.SIGKILL
+            phases.append(killed.phases[-1])
+            ended = runs.run(whole)
+            assert (ended.code, ended.error) == (0, ""), phases
+            assert tree(place / "out") == expected, phases
+    assert sum("journal" in phase for phase in phases) >= 2, phases
 
 
 def test_workers_end_with_the_run_that_began_them(dense: Path, tmp_path: Path) -> None:
