@@ -121,6 +121,31 @@ def test_the_limit_given_is_kept_by_fewer_threads(sources: dict[str, Path], tmp_
     assert used <= limit
 
 
+@pytest.mark.parametrize("recipe", ["nf4", "fp8"])
+def test_a_worker_keeps_to_what_the_plan_states(
+    sources: dict[str, Path], recipe: str, tmp_path: Path
+) -> None:
+    from qwen35.convert import convert
+    from qwen35.plan.show import peak_memory
+    from qwen35.progress import Silent
+    from qwen35.work.processes import Processes
+    from running import plan_of
+
+    plan = plan_of(sources["large"], recipe)
+    used: list[int] = []
+
+    class Watching(Silent):
+        def advance(self, nbytes: int, item: str) -> None:
+            for pid in pool.pids:
+                status = Path(f"/proc/{pid}/status").read_text()
+                used.append(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+
+    pool = Processes(1, threads=2)
+    convert(plan, tmp_path / "out", pool=pool, progress=Watching())
+    assert used
+    assert 10**8 < max(used) <= peak_memory(plan, 2)
+
+
 def test_peak_memory_does_not_grow_with_the_weights(
     sources: dict[str, Path], tmp_path: Path
 ) -> None:
