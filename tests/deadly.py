@@ -46,5 +46,10 @@ def slow(job: Mapping[str, Any]) -> dict[str, Any]:
     return answer({**job, "device": "cpu"})
 
 
+def absent(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Fail as where this package is not installed."""
+    raise ModuleNotFoundError("No module named 'qwen35'")
+
+
 if __name__ == "__main__":
     serve(deadly)

@@ -209,6 +209,15 @@ def test_a_cluster_without_the_gpu_that_is_asked_for_is_refused_at_once(
         RayWorkers("auto", device="cuda:1")
 
 
+def test_a_node_without_qwen35_is_a_sentence(
+    cluster: Any, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.absent)
+    with pytest.raises(UsageError, match="a node of the cluster cannot import qwen35; install"):
+        convert(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"))
+    assert not any(tmp_path.iterdir())
+
+
 def test_each_job_has_a_gpu_to_itself_where_there_are_some(
     cluster: Any,
     folder: Path,
