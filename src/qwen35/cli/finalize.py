@@ -29,6 +29,9 @@ def run(args: argparse.Namespace, output: Output) -> int:
     plan, result = finalize(args.out, threads=args.threads, progress=output.progress())
     for note in plan.notes:
         output.info(f"note: {note}")
+    if plan.calibration is not None:
+        check = f"qwen35 verify {result.out} --source {plan.checkpoint.name}"
+        output.info(f"note: FP8 weights are not checked here: {check}")
     output.data(
         f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}, {packed_text(plan)}",
         {"out": str(result.out), "bytes": result.nbytes, "sha256": result.hashes},
