@@ -224,6 +224,17 @@ def test_slices_and_other_runs_keep_out_of_each_others_way(dense: Path, tmp_path
     finalize(out)
 
 
+def test_a_place_that_is_no_folder_is_a_sentence(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="Not a directory"):
+        convert_slice(plan_of(dense), tmp_path / "file" / "below" / "out", 1, 1)
+    convert_slice(plan_of(dense), tmp_path / "new" / "below" / "out", 1, 1)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "precious").write_text("mine")
+    with pytest.raises(OutputError, match="was not made by qwen35"):
+        convert_slice(plan_of(dense), tmp_path / "out", 1, 1)
+
+
 def test_a_slice_does_not_join_a_run_without_slices(dense: Path, tmp_path: Path) -> None:
     class Once:
         def begin(self, title: str, nbytes: int) -> None:

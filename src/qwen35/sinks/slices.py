@@ -22,7 +22,6 @@ from qwen35.sinks.staging import (
     FILES_NAME,
     JOURNAL_NAME,
     claim,
-    make_folder,
     os_errors,
     work_path,
 )
@@ -51,7 +50,6 @@ def joined(out: Path, number: int, order: Mapping[str, Any]) -> Iterator[tuple[P
     """
     work = work_path(out)
     with os_errors(out):
-        make_folder(out.parent)
         files = _files_folder(work)
         _agree(work, order)
         path = work / slice_name(number, order["slices"])

@@ -24,10 +24,8 @@ __all__ = [
     "check_space",
     "claim",
     "locked",
-    "make_folder",
     "os_errors",
     "resumable",
-    "slices_in",
     "staging",
     "work_path",
 ]
@@ -280,29 +278,19 @@ def _make_parents(parent: Path) -> list[Path]:
         missing.append(folder)
         folder = folder.parent
     with os_errors(parent):
-        make_folder(parent)
+        _make_folder(parent)
     return missing
 
 
 def _refuse_slices(work: _Work) -> None:
     """Refuse to take a folder that slices of a run share."""
-    if slices_in(work.path):
+    if any(work.path.glob(_SLICES)):
         work.stays = True
         hint = "run those that are left and `qwen35 finalize`, or remove this to start over"
         raise OutputError(str(work.path), "holds an unfinished run in slices", hint=hint)
 
 
-def slices_in(work: Path) -> list[str]:
-    """Return the names of the slices' journals in a work folder."""
-    return sorted(path.name for path in work.glob(_SLICES))
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder and those above it.
-
-    Raises:
-        OutputError: something else has the name.
-    """
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -361,7 +349,7 @@ def claim(folder: Path) -> None:
         raise OutputError(
             str(folder), "is in the way and was not made by qwen35", hint="move it away"
         )
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / _MARK_NAME).touch()
     fsync_folder(folder.parent)
 
