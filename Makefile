@@ -1,5 +1,8 @@
 # make demo   install, all paths on the embedded checkpoint: make, verify, measure, report
 # make test   install, then lint, types, import contract, tests
+# make docs   build the documentation into build/docs; a warning, such as a dead link, is an error
+# make docs-pages   make the generated pages and the README's table again
+# make results   measure the README's table of formats anew (docs/results.json)
 # make golden record anew what llama.cpp's converter writes (tests/golden/gguf.json)
 # make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
 PYTHON ?= python3
@@ -13,7 +16,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
 # make test-vllm   load the embedded checkpoint and its FP8 in vLLM, in an environment of its own
-.PHONY: help setup demo test test-all test-vllm golden golden-kld lint fuzz bench clean
+.PHONY: help setup demo docs docs-pages results test test-all test-vllm golden golden-kld lint fuzz bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -29,7 +32,7 @@ $(VENV)/.setup: $(VENV)/.made pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.setup
-	$(PIP) install --quiet --editable '.[nf4,gguf,eval,tune,test]'
+	$(PIP) install --quiet --editable '.[nf4,gguf,eval,tune,test,docs]'
 	touch $@
 
 # llama.cpp's converter, from llama-cpp-python's source package: an oracle of the tests
@@ -54,10 +57,20 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: $(VENV)/.test lint
+docs: $(VENV)/.test
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --nitpicky -d build/doctrees docs build/docs
+
+docs-pages: $(VENV)/.test
+	$(BIN)/python docs/generate.py
+
+results: $(VENV)/.test
+	$(BIN)/python benchmarks/formats.py
+	$(BIN)/python docs/generate.py
+
+test: $(VENV)/.test lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not heavy'
 
-test-all: $(VENV)/.test lint $(LLAMA_CPP)/.made
+test-all: $(VENV)/.test lint docs $(LLAMA_CPP)/.made
 	QWEN35_LLAMA_CPP=$(CURDIR)/$(LLAMA_CPP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 golden: $(LLAMA_CPP)/.made

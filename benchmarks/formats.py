@@ -1,0 +1,126 @@
+"""Bytes and divergence of every format on the embedded checkpoint: the README's table.
+
+    python benchmarks/formats.py [--chunks 32]
+
+Makes each artifact text-only, measures all of them against the checkpoint on its held-out text,
+and writes docs/results.json; `python docs/generate.py` makes the table from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.source import open_folder
+from qwen35.convert import convert
+from qwen35.evaluate.evaluation import evaluate
+from qwen35.gguf.plan import Asked
+from qwen35.gguf.plan import make_plan as plan_gguf
+from qwen35.gguf.rules import load_recipe as load_gguf_recipe
+from qwen35.gguf.write import write
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+ASSET = ROOT / "assets" / "qwen3.5-tiny"
+RESULTS = ROOT / "docs" / "results.json"
+PACKED = {"NF4": "text-nf4", "FP8": "text-fp8"}
+"""Name of a row to the recipe of `qwen35 convert`."""
+GGUF = {"mix": ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"), "q8-gates-plus": ("Q4_K_M",)}
+"""Recipe of `qwen35 gguf` to its file types."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured.
+
+    Args:
+        name: of the row.
+        verb: of qwen35.
+        recipe: of the verb.
+        path: where it was written: a folder or a GGUF file.
+        files: weight files and their bytes.
+    """
+
+    name: str
+    verb: str
+    recipe: str
+    path: Path
+    files: dict[str, int]
+
+
+def packed(folder: Path) -> Iterator[Row]:
+    """Write and yield the safetensors artifacts."""
+    for name, recipe in PACKED.items():
+        plan = make_plan(open_folder(ASSET), load_recipe(recipe))
+        convert(plan, folder / recipe)
+        files = {file.name: file.nbytes for file in plan.files}
+        yield Row(name, "convert", recipe, folder / recipe, files)
+
+
+def gguf(folder: Path) -> Iterator[Row]:
+    """Write and yield the GGUF files."""
+    for recipe, types in GGUF.items():
+        plan = plan_gguf(open_folder(ASSET), Asked(types, load_gguf_recipe(recipe)))
+        write(plan, folder / recipe)
+        for kind, file in zip(types, plan.files, strict=True):
+            name = f"GGUF {kind}" + ("" if recipe == "mix" else f", {recipe}")
+            path = folder / recipe / file.name
+            yield Row(name, "gguf", recipe, path, {file.name: file.head.nbytes})
+
+
+def main() -> None:
+    """Measure everything and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--chunks", type=int, default=32)
+    chunks = parser.parse_args().chunks
+    text = ASSET / "eval.txt"
+    with tempfile.TemporaryDirectory(prefix="qwen35-formats-") as scratch:
+        rows = [*packed(Path(scratch)), *gguf(Path(scratch))]
+        report = evaluate(ASSET, [row.path for row in rows], text, chunks=chunks)
+    base = make_plan(open_folder(ASSET), load_recipe("text"))
+    measured: dict[str, Any] = {
+        "made_by": "benchmarks/formats.py",
+        "tool": dict(report.versions),
+        "text": {"name": text.name, "sha256": hashlib.sha256(text.read_bytes()).hexdigest()},
+        "tokens": {
+            "context": report.chunks.context,
+            "chunks": report.chunks.count,
+            "scored": report.chunks.count * report.chunks.scored,
+        },
+        "base": {
+            "name": "bf16",
+            "recipe": "text",
+            "files": {file.name: file.nbytes for file in base.files},
+            "bytes": sum(file.nbytes for file in base.files),
+            "perplexity": asdict(report.base_perplexity),
+        },
+        "rows": [
+            {
+                "name": row.name,
+                "verb": row.verb,
+                "recipe": row.recipe,
+                "files": row.files,
+                "bytes": sum(row.files.values()),
+                "kld": asdict(found.comparison.kld),
+                "same_top": asdict(found.comparison.same_top),
+                "perplexity": asdict(found.comparison.perplexity),
+            }
+            for row, found in zip(rows, report.candidates, strict=True)
+        ],
+        "noise_floor": {
+            floor.model.engine: asdict(floor.comparison.kld) for floor in report.floors
+        },
+    }
+    RESULTS.write_text(json.dumps(measured, indent=2) + "\n", "utf-8")
+    print(f"{RESULTS.relative_to(ROOT)}: {len(rows)} formats, {chunks} chunks")
+
+
+if __name__ == "__main__":
+    main()

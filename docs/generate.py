@@ -1,0 +1,59 @@
+"""Write the pages that are made from the code, and the tables made from committed figures.
+
+    python docs/generate.py            write what is stale
+    python docs/generate.py --check    only name it; exit code 1 if there is any
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from generating.commands import commands_page, old_commands_page
+from generating.keys import gguf_keys_page, manifest_page
+from generating.recipes import recipes_page, roles_page
+from generating.results import with_results
+from generating.runtime import runtime_page
+
+ROOT = Path(__file__).parent.parent
+
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/reference/commands.md": commands_page,
+    "docs/reference/old-commands.md": old_commands_page,
+    "docs/reference/recipes.md": recipes_page,
+    "docs/reference/roles.md": roles_page,
+    "docs/reference/gguf-keys.md": gguf_keys_page,
+    "docs/reference/manifest.md": manifest_page,
+    "docs/reference/runtime.md": runtime_page,
+    "README.md": lambda: with_results((ROOT / "README.md").read_text("utf-8")),
+}
+"""Page to what makes it."""
+
+
+def stale() -> dict[Path, str]:
+    """Return the pages whose text is not what the code gives now, with that text."""
+    made = {ROOT / name: make() for name, make in PAGES.items()}
+    return {
+        path: text
+        for path, text in made.items()
+        if not path.is_file() or path.read_text("utf-8") != text
+    }
+
+
+def main() -> int:
+    """Write or check the pages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    found = stale()
+    for path, text in found.items():
+        print(f"{'stale' if check else 'written'}: {path.relative_to(ROOT)}")
+        if not check:
+            path.write_text(text, "utf-8")
+    return 1 if check and found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Every built-in recipe as a table, the actions they use, and every role they can name."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from typing import Any, Protocol
+
+from generating.markdown import cell, code, heading, table
+from qwen35.gguf import rules as gguf_rules
+from qwen35.gguf.types import FILE_TYPES
+from qwen35.model.roles import ROLES
+from qwen35.plan.layers import spell_layers
+from qwen35.plan.recipe import ACTIONS, BUILT_IN, load_recipe
+
+__all__ = ["recipes_page", "roles_page"]
+
+_LEAD = (
+    "A recipe is a table from roles to actions; the first row that matches a tensor decides. "
+    "These come with the package. Your own is a TOML file of the same form "
+    "([how to write one](../tutorials/nf4-qlora.md#a-recipe-of-your-own)), and goes wherever a "
+    "name does. `match` is a [role](roles.md), a group of roles by its first segments, `kind:` "
+    "and a kind, or `*`."
+)
+_GGUF_LEAD = (
+    "For `qwen35 gguf`. A tensor that no row matches gets the type that llama-quantize's mix for "
+    "the file type gives it; norms, biases and other vectors are F32 in every file."
+)
+_ROLES_LEAD = (
+    "A role is what a tensor is: its name without prefix, layer and expert numbers and `.weight`. "
+    "`qwen35 plan --roles` prints this table; `--keep` and the `match` of recipes use these names. "
+    "`F32` is how the published checkpoints store three kinds of vectors; the dtype of everything "
+    "else is the checkpoint's own."
+)
+_PLACES = {
+    "root": "once",
+    "layer": "every layer",
+    "linear": "linear attention",
+    "full": "full attention",
+    "dense": "dense layers",
+    "moe": "mixture layers",
+    "fused": "fused experts",
+    "expert": "each expert",
+}
+
+
+class _Rule(Protocol):
+    @property
+    def match(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def layers(self) -> frozenset[int] | None: ...
+
+
+def recipes_page() -> str:
+    """Return the page of all recipes and actions."""
+    lines = [*heading("Recipes", _LEAD), "## Actions", ""]
+    lines += table(("action", "does"), ([code(a), cell(text)] for a, text in ACTIONS.items()))
+    for name in BUILT_IN:
+        recipe = load_recipe(name)
+        head = _head("qwen35.plan", name)
+        lines += _recipe(name, head, [(rule, rule.action) for rule in recipe.rules])
+    lines += ["## GGUF", "", _GGUF_LEAD, ""]
+    for name in gguf_rules.BUILT_IN:
+        found = gguf_rules.load_recipe(name)
+        head = _head("qwen35.gguf", name)
+        lines += _recipe(name, head, [(rule, rule.kind) for rule in found.rules])
+    lines += ["### File types", "", _file_types(), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _head(package: str, name: str) -> Mapping[str, Any]:
+    return tomllib.loads(resources.files(package).joinpath(f"recipes/{name}.toml").read_text())
+
+
+def _recipe(name: str, head: Mapping[str, Any], rules: Sequence[tuple[_Rule, str]]) -> Iterator[str]:
+    yield from (f"### {name}", "", f"{cell(head['description'])}. Format `{head['format']}`.")
+    if "base" in head:
+        own = len(head.get("rules", ()))
+        yield f"The first {own} rows are its own, the others those of `{head['base']}`."
+    yield ""
+    if rules:
+        rows = ([_match(rule), code(action), cell(rule.reason)] for rule, action in rules)
+        yield from table(("role", "action", "reason"), rows)
+
+
+def _match(rule: _Rule) -> str:
+    only = "" if rule.layers is None else f", layers {spell_layers(rule.layers)}"
+    return code(rule.match) + only
+
+
+def _file_types() -> str:
+    names = ", ".join(code(name) for name in FILE_TYPES)
+    return f"`--types` takes {names}."
+
+
+def roles_page() -> str:
+    """Return the page of all roles."""
+    rows = (
+        [
+            code(path.removesuffix(".weight")),
+            info.kind,
+            _PLACES[info.place],
+            code(" x ".join(info.shape)),
+            info.dtype,
+            cell(info.meaning),
+        ]
+        for path, info in ROLES.items()
+    )
+    columns = ("role", "kind", "where", "shape", "dtype", "meaning")
+    lines = [*heading("Roles", _ROLES_LEAD), *table(columns, rows)]
+    return "\n".join(lines).rstrip() + "\n"

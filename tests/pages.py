@@ -1,0 +1,141 @@
+"""Markdown pages as programs: the fences of a page, run in order in one shell."""
+
+from __future__ import annotations
+
+import doctest
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+import qwen35
+
+ROOT = Path(__file__).parent.parent
+RUN = ("bash", "python")
+DATA = ("json", "toml")
+OUTPUT = "text"
+EXTERNAL = "external"
+_CHECKER = doctest.OutputChecker()
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fence that is run, or that says it is not.
+
+    Args:
+        line: number of its first line in the page.
+        language: one of `RUN`.
+        content: what is in it.
+        external: whether it is tagged.
+        shown: what the page says it prints; None if it does not say.
+    """
+
+    line: int
+    language: str
+    content: str
+    external: bool
+    shown: str | None = None
+
+
+class PageError(Exception):
+    """A page that breaks the rules, or did not do what it says."""
+
+
+def tokens_of(text: str) -> list[Token]:
+    """Return all tokens of a Markdown text, those in lists and quotes too."""
+    return MarkdownIt("commonmark").enable("table").parse(text)
+
+
+def blocks_of(text: str) -> list[Block]:
+    """Return the fences of a page that are programs, each with the output that follows it.
+
+    Raises:
+        PageError: a fence has a language or a tag that is not known here, or hides.
+    """
+    found: list[Block] = []
+    for token in tokens_of(text):
+        if token.type == "code_block":
+            assert token.map is not None
+            raise PageError(f"line {token.map[0] + 1}: code by indentation; use a fence")
+        if token.type == "fence":
+            _add(found, token)
+    return found
+
+
+def _add(found: list[Block], token: Token) -> None:
+    assert token.map is not None
+    line = token.map[0] + 1
+    language, *tags = token.info.split() or [""]
+    if language in RUN and tags in ([], [EXTERNAL]):
+        found.append(Block(line, language, token.content, bool(tags)))
+    elif language == OUTPUT and not tags:
+        if not found or found[-1].shown is not None:
+            raise PageError(f"line {line}: output of no block")
+        found[-1] = replace(found[-1], shown=token.content)
+    elif language not in DATA or tags:
+        raise PageError(f"line {line}: a fence called {token.info!r}")
+
+
+def run_page(blocks: Sequence[Block], folder: Path) -> list[str]:
+    """Run the blocks that are not external in one shell; return what each printed to stdout.
+
+    Args:
+        blocks: of a page.
+        folder: an empty one: the shell begins in ``work`` in it, where ``assets`` lies.
+
+    Raises:
+        PageError: a block failed or was not reached, or printed something else than is shown.
+    """
+    wanted = [block for block in blocks if not block.external]
+    work = folder / "work"
+    work.mkdir()
+    (work / "assets").symlink_to(ROOT / "assets")
+    script = folder / "page.sh"
+    script.write_text("\n".join(_script(wanted, folder)) + "\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    source = str(Path(qwen35.__file__).parent.parent)
+    done = subprocess.run(
+        ["bash", str(script)],
+        cwd=work,
+        env=os.environ | {"PATH": path, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    printed = []
+    for number, block in enumerate(wanted):
+        if not (folder / f"{number}.done").exists():
+            said = _read(folder / f"{number}.err") or done.stderr
+            raise PageError(f"line {block.line}: failed or not reached\n{said[-3000:]}")
+        printed.append(_read(folder / f"{number}.out"))
+        _compare(block, printed[-1])
+    return printed
+
+
+def _script(blocks: Sequence[Block], folder: Path) -> Iterator[str]:
+    yield "set -euo pipefail"
+    for number, block in enumerate(blocks):
+        yield f"exec > {folder}/{number}.out 2> {folder}/{number}.err"
+        if block.language == "python":
+            yield f"python - <<'END OF BLOCK'\n{block.content}END OF BLOCK"
+        else:
+            yield block.content
+        yield f": > {folder}/{number}.done"
+
+
+def _read(path: Path) -> str:
+    return path.read_text("utf-8") if path.exists() else ""
+
+
+def _compare(block: Block, printed: str) -> None:
+    """Hold what was printed against what is shown, where ``...`` stands for anything."""
+    if block.shown is None or _CHECKER.check_output(block.shown, printed, doctest.ELLIPSIS):
+        return
+    raise PageError(f"line {block.line} prints\n{printed}\nand the page shows\n{block.shown}")

@@ -1,0 +1,209 @@
+"""Pages that are true: generated ones fresh, links alive, commands in them known, figures planned."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from markdown_it.token import Token
+
+from pages import ROOT, tokens_of
+from qwen35.checkpoint.source import open_folder
+from qwen35.gguf.plan import Asked
+from qwen35.gguf.plan import make_plan as plan_gguf
+from qwen35.gguf.rules import load_recipe as load_gguf_recipe
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+
+sys.path.insert(0, str(ROOT / "docs"))
+from generating.commands import old_commands, parsers  # noqa: E402
+
+DOCS = ROOT / "docs"
+TINY = ROOT / "assets" / "qwen3.5-tiny"
+SKIPPED = ("build", "dist", "demo/out")
+PAGES = sorted(
+    page
+    for page in ROOT.rglob("*.md")
+    if not any(part.startswith(".") for part in page.relative_to(ROOT).parts)
+    and not str(page.relative_to(ROOT)).startswith(SKIPPED)
+)
+GENERATED = "Made by docs/generate.py"
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def test_generated_pages_are_fresh() -> None:
+    done = subprocess.run(
+        [sys.executable, DOCS / "generate.py", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr + "make docs-pages mends it"
+
+
+def test_what_is_stale_is_told(tmp_path: Path) -> None:
+    page = DOCS / "reference" / "commands.md"
+    assert page.read_text("utf-8").splitlines()[0].startswith(f"<!-- {GENERATED}")
+    for verb in parsers():
+        assert f"\n## {verb}\n" in page.read_text("utf-8")
+
+
+# --- links
+
+
+@cache
+def anchors(page: Path) -> frozenset[str]:
+    """Return the anchors of a page's headings, as GitHub and MyST make them."""
+    found: list[str] = []
+    tokens = tokens_of(page.read_text("utf-8"))
+    for before, token in zip(tokens, tokens[1:], strict=False):
+        if before.type == "heading_open":
+            text = "".join(child.content for child in token.children or ())
+            slug = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
+            again = sum(name == slug or name.startswith(f"{slug}-") for name in found)
+            found.append(slug if slug not in found else f"{slug}-{again}")
+    return frozenset(found)
+
+
+def links(page: Path) -> Iterator[str]:
+    for token in tokens_of(page.read_text("utf-8")):
+        for child in token.children or ():
+            target = child.attrGet("href") or child.attrGet("src")
+            if target:
+                yield unquote(str(target))
+
+
+def dead(page: Path, target: str) -> str:
+    """Return what is wrong with a link, or nothing."""
+    parts = urlsplit(target)
+    if parts.scheme:
+        host = parts.hostname or ""
+        fine = parts.scheme == "https" and "." in host and not re.search(r"\s", target)
+        return "" if fine else "not the form of an address"
+    path = (page.parent / parts.path).resolve() if parts.path else page
+    if not path.is_relative_to(ROOT.resolve()) or not path.exists():
+        return "no such file"
+    if parts.fragment and (path.suffix != ".md" or parts.fragment not in anchors(path)):
+        return "no such heading"
+    return ""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    wrong = {target: dead(page, target) for target in links(page) if dead(page, target)}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    "target", ["nowhere.md", "../../etc/hosts", "#nothing", "http://example.org", "https://nodot/"]
+)
+def test_a_dead_link_is_found(target: str) -> None:
+    assert dead(ROOT / "README.md", target)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if DOCS in p.parents], ids=named)
+def test_pages_stay_within_the_documentation(page: Path) -> None:
+    for target in links(page):
+        if not urlsplit(target).scheme and (path := urlsplit(target).path):
+            assert (page.parent / path).resolve().is_relative_to(DOCS), target
+
+
+# --- commands
+
+
+def commands(tokens: list[Token]) -> Iterator[list[str]]:
+    """Yield the words of every command of ours in code, spans and fences alike."""
+    for token in tokens:
+        if token.type in ("fence", "code_block"):
+            whole = token.content.replace("\\\n", " ")
+            lines = [line.partition(" #")[0] for line in whole.splitlines()]
+        else:
+            spans = [c.content for c in token.children or () if c.type == "code_inline"]
+            lines = [" ".join(span.split()) for span in spans]
+        for line in lines:
+            for part in re.split(r"&&|\|\||[|;]|\$\(", line):
+                words = part.strip().removeprefix("$ ").split()
+                if words and re.fullmatch(r"qwen35(-[a-z0-9-]+)?", words[0]):
+                    yield words
+
+
+@cache
+def options() -> dict[str, frozenset[str]]:
+    known = {**parsers(), **old_commands()}
+    return {
+        name: frozenset(flag for action in parser._actions for flag in action.option_strings)
+        for name, parser in known.items()
+    }
+
+
+def unknown(words: list[str]) -> str:
+    """Return what a command has that our parsers do not, or nothing."""
+    own = words[1:2] if words[0] == "qwen35" else []
+    if words[0] == "qwen35" and (not own or not re.fullmatch(r"[a-z]+", own[0])):
+        return ""  # the name alone, or a placeholder
+    name = " ".join([words[0], *own])
+    if name not in options():
+        return f"no command {name}"
+    flags = {re.split(r"[=\]]", word)[0].strip("[]`'\"") for word in words if "--" in word[:3]}
+    return ", ".join(sorted(flag for flag in flags if flag not in options()[name]))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent != DOCS / "adr"], ids=named)
+def test_commands_in_pages_exist(page: Path) -> None:
+    every = list(commands(tokens_of(page.read_text("utf-8"))))
+    wrong = {" ".join(words): unknown(words) for words in every if unknown(words)}
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["`qwen35 converts A B`", "```bash\nqwen35 convert A B \\\n  --recipes nf4\n```"]
+)
+def test_a_command_that_does_not_exist_is_found(text: str) -> None:
+    (words,) = commands(tokens_of(text))
+    assert unknown(words)
+
+
+def test_migration_names_every_option_of_the_old_commands() -> None:
+    text = (DOCS / "migration.md").read_text("utf-8")
+    sections = {part.splitlines()[0]: part for part in re.split(r"^##+ ", text, flags=re.M)[1:]}
+    for name, parser in old_commands().items():
+        for action in parser._actions:
+            spelled = [flag for flag in action.option_strings if flag not in ("-h", "--help")]
+            if spelled:
+                assert any(f"`{flag}" in sections[name] for flag in spelled), (name, spelled)
+
+
+# --- figures
+
+
+def results() -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads((DOCS / "results.json").read_text("utf-8"))
+    return parsed
+
+
+@pytest.mark.parametrize("row", [results()["base"], *results()["rows"]], ids=lambda r: r["name"])
+def test_sizes_in_the_results_are_those_planned_today(row: dict[str, Any]) -> None:
+    assert row["bytes"] == sum(row["files"].values())
+    if row.get("verb") == "gguf":
+        kind = row["name"].removeprefix("GGUF ").partition(",")[0]
+        asked = Asked((kind,), load_gguf_recipe(row["recipe"]))
+        planned = {f.name: f.head.nbytes for f in plan_gguf(open_folder(TINY), asked).files}
+    else:
+        plan = make_plan(open_folder(TINY), load_recipe(row["recipe"]))
+        planned = {file.name: file.nbytes for file in plan.files}
+    assert row["files"] == planned
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150

@@ -1,0 +1,76 @@
+"""Every block of the README, the tutorials and the explanations runs, and prints what they show."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pages import ROOT, PageError, blocks_of, run_page
+
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
+    *sorted((ROOT / "docs" / "explanation").glob("*.md")),
+]
+PRINTS = "```bash\necho one; echo two\n```\nSome words.\n```text\none\n...\n```\n"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
+    text = page.read_text("utf-8")
+    blocks = blocks_of(text)
+    assert text.count("\n```") + text.startswith("```") == 2 * len(_fences(text))
+    printed = run_page(blocks, tmp_path)
+    untagged = re.findall(r"^```(?:bash|python)$", text, re.MULTILINE)
+    assert len(printed) == len(untagged)
+
+
+def _fences(text: str) -> list[str]:
+    return re.findall(r"^```\w.*$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "name", ["nf4-qlora", "fp8-vllm", "gguf-llama-cpp", "calibrate", "tune", "publish"]
+)
+def test_every_path_has_a_tutorial_that_runs(name: str) -> None:
+    blocks = blocks_of((ROOT / "docs" / "tutorials" / f"{name}.md").read_text("utf-8"))
+    assert sum(not block.external for block in blocks) >= 3
+    assert any(block.shown for block in blocks if not block.external)
+
+
+# --- the rules themselves
+
+
+def test_what_is_shown_is_compared(tmp_path: Path) -> None:
+    assert run_page(blocks_of(PRINTS), tmp_path) == ["one\ntwo\n"]
+
+
+def test_another_output_fails(tmp_path: Path) -> None:
+    with pytest.raises(PageError, match="and the page shows"):
+        run_page(blocks_of(PRINTS.replace("text\none", "text\nthree")), tmp_path)
+
+
+@pytest.mark.parametrize("command", ["false", "exit 0", "nosuchcommand", "python -c 'raise ValueError'"])
+def test_a_block_that_fails_or_is_not_reached_fails(command: str, tmp_path: Path) -> None:
+    page = f"```bash\n{command}\n```\n{PRINTS}"
+    with pytest.raises(PageError, match="failed or not reached"):
+        run_page(blocks_of(page), tmp_path)
+
+
+def test_blocks_share_a_shell_and_tagged_ones_are_left_out(tmp_path: Path) -> None:
+    page = "```bash\na=1\n```\n```bash external\nfalse\n```\n```bash\necho $a\n```\n"
+    page += "```python\nprint(2)\n```\n"
+    blocks = blocks_of(page)
+    assert [block.external for block in blocks] == [False, True, False, False]
+    assert run_page(blocks, tmp_path) == ["", "1\n", "2\n"]
+
+
+@pytest.mark.parametrize(
+    "fence",
+    ["```sh\ntrue\n```", "```bash extern\ntrue\n```", "```\ntrue\n```", "    true", "```text\na\n```"],
+)
+def test_a_fence_cannot_hide(fence: str) -> None:
+    with pytest.raises(PageError):
+        blocks_of(f"words\n\n{fence}\n")
