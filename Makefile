@@ -2,6 +2,7 @@
 # make test   install, then lint, types, import contract, tests
 # make docs   build the documentation into build/docs; a warning, such as a dead link, is an error
 # make docs-pages   make the generated pages and the README's table again
+# make docs-shown   write what the blocks of README and tutorials print into them
 # make results   measure the README's table of formats anew (docs/results.json)
 # make golden record anew what llama.cpp's converter writes (tests/golden/gguf.json)
 # make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
@@ -16,7 +17,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
 # make test-vllm   load the embedded checkpoint and its FP8 in vLLM, in an environment of its own
-.PHONY: help setup demo docs docs-pages results test test-all test-vllm golden golden-kld lint fuzz bench clean
+.PHONY: help setup demo docs docs-pages docs-shown results test test-all test-vllm golden golden-kld lint fuzz bench clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -62,6 +63,9 @@ docs: $(VENV)/.test
 
 docs-pages: $(VENV)/.test
 	$(BIN)/python docs/generate.py
+
+docs-shown: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python tests/pages.py README.md docs/tutorials/*.md docs/explanation/*.md
 
 results: $(VENV)/.test
 	$(BIN)/python benchmarks/formats.py

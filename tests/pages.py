@@ -1,11 +1,18 @@
-"""Markdown pages as programs: the fences of a page, run in order in one shell."""
+"""Markdown pages as programs: the fences of a page, run in order in one shell.
+
+    python tests/pages.py PAGE...
+
+writes into the pages what their blocks print, where they show something else.
+"""
 
 from __future__ import annotations
 
 import doctest
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +40,7 @@ class Block:
         content: what is in it.
         external: whether it is tagged.
         shown: what the page says it prints; None if it does not say.
+        shown_at: number of the line where that begins.
     """
 
     line: int
@@ -40,6 +48,11 @@ class Block:
     content: str
     external: bool
     shown: str | None = None
+    shown_at: int = 0
+
+    def agrees(self, printed: str) -> bool:
+        """Whether this is what the page shows, where ``...`` stands for anything."""
+        return self.shown is None or _CHECKER.check_output(self.shown, printed, doctest.ELLIPSIS)
 
 
 class PageError(Exception):
@@ -76,7 +89,7 @@ def _add(found: list[Block], token: Token) -> None:
     elif language == OUTPUT and not tags:
         if not found or found[-1].shown is not None:
             raise PageError(f"line {line}: output of no block")
-        found[-1] = replace(found[-1], shown=token.content)
+        found[-1] = replace(found[-1], shown=token.content, shown_at=line + 1)
     elif language not in DATA or tags:
         raise PageError(f"line {line}: a fence called {token.info!r}")
 
@@ -89,7 +102,7 @@ def run_page(blocks: Sequence[Block], folder: Path) -> list[str]:
         folder: an empty one: the shell begins in ``work`` in it, where ``assets`` lies.
 
     Raises:
-        PageError: a block failed or was not reached, or printed something else than is shown.
+        PageError: a block failed, or was not reached.
     """
     wanted = [block for block in blocks if not block.external]
     work = folder / "work"
@@ -115,8 +128,23 @@ def run_page(blocks: Sequence[Block], folder: Path) -> list[str]:
             said = _read(folder / f"{number}.err") or done.stderr
             raise PageError(f"line {block.line}: failed or not reached\n{said[-3000:]}")
         printed.append(_read(folder / f"{number}.out"))
-        _compare(block, printed[-1])
     return printed
+
+
+def check_page(text: str, folder: Path) -> int:
+    """Run a page in an empty folder, hold what it prints against what it shows; count its blocks.
+
+    Raises:
+        PageError: something failed, or printed something else.
+    """
+    blocks = blocks_of(text)
+    printed = run_page(blocks, folder)
+    ran = [block for block in blocks if not block.external]
+    for block, said in zip(ran, printed, strict=True):
+        if not block.agrees(said):
+            found = f"line {block.line} prints\n{said}\nand the page shows\n{block.shown}"
+            raise PageError(found)
+    return len(printed)
 
 
 def _script(blocks: Sequence[Block], folder: Path) -> Iterator[str]:
@@ -134,8 +162,29 @@ def _read(path: Path) -> str:
     return path.read_text("utf-8") if path.exists() else ""
 
 
-def _compare(block: Block, printed: str) -> None:
-    """Hold what was printed against what is shown, where ``...`` stands for anything."""
-    if block.shown is None or _CHECKER.check_output(block.shown, printed, doctest.ELLIPSIS):
-        return
-    raise PageError(f"line {block.line} prints\n{printed}\nand the page shows\n{block.shown}")
+def fill(page: Path, folder: Path) -> None:
+    """Write into a page what its blocks print, where it shows something else."""
+    text = page.read_text("utf-8")
+    blocks = blocks_of(text)
+    printed = run_page(blocks, folder)
+    lines = text.splitlines(keepends=True)
+    ran = [block for block in blocks if not block.external]
+    for block, said in reversed(list(zip(ran, printed, strict=True))):
+        if not block.agrees(said):
+            assert block.shown is not None
+            first = block.shown_at - 1
+            lines[first : first + len(block.shown.splitlines())] = [_portable(said, folder)]
+            print(f"{page}:{block.shown_at}: written")
+    page.write_text("".join(lines), "utf-8")
+
+
+def _portable(said: str, folder: Path) -> str:
+    """Put dots for what depends on the machine: its folders, and the size of our versions."""
+    said = said.replace(f"{folder.resolve()}/work/", ".../")
+    return re.sub(r"^((?:qwen35\.json|total) +)[\d,]+$", r"\1...", said, flags=re.MULTILINE)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as scratch:
+            fill(Path(name), Path(scratch))

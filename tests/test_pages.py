@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pages import ROOT, PageError, blocks_of, run_page
+from pages import ROOT, PageError, blocks_of, check_page, fill, run_page
 
 PAGES = [
     ROOT / "README.md",
@@ -20,15 +20,8 @@ PRINTS = "```bash\necho one; echo two\n```\nSome words.\n```text\none\n...\n```\
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
     text = page.read_text("utf-8")
-    blocks = blocks_of(text)
-    assert text.count("\n```") + text.startswith("```") == 2 * len(_fences(text))
-    printed = run_page(blocks, tmp_path)
-    untagged = re.findall(r"^```(?:bash|python)$", text, re.MULTILINE)
-    assert len(printed) == len(untagged)
-
-
-def _fences(text: str) -> list[str]:
-    return re.findall(r"^```\w.*$", text, re.MULTILINE)
+    ran = check_page(text, tmp_path)
+    assert ran == len(re.findall(r"^```(?:bash|python)$", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize(
@@ -44,12 +37,12 @@ def test_every_path_has_a_tutorial_that_runs(name: str) -> None:
 
 
 def test_what_is_shown_is_compared(tmp_path: Path) -> None:
-    assert run_page(blocks_of(PRINTS), tmp_path) == ["one\ntwo\n"]
+    assert check_page(PRINTS, tmp_path) == 1
 
 
 def test_another_output_fails(tmp_path: Path) -> None:
     with pytest.raises(PageError, match="and the page shows"):
-        run_page(blocks_of(PRINTS.replace("text\none", "text\nthree")), tmp_path)
+        check_page(PRINTS.replace("text\none", "text\nthree"), tmp_path)
 
 
 @pytest.mark.parametrize("command", ["false", "exit 0", "nosuchcommand", "python -c 'raise ValueError'"])
@@ -74,3 +67,12 @@ def test_blocks_share_a_shell_and_tagged_ones_are_left_out(tmp_path: Path) -> No
 def test_a_fence_cannot_hide(fence: str) -> None:
     with pytest.raises(PageError):
         blocks_of(f"words\n\n{fence}\n")
+
+
+def test_pages_are_filled_with_what_is_printed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```bash\necho a; echo $PWD/x\n```\n```text\nb\n```\n" + PRINTS)
+    (tmp_path / "first").mkdir()
+    fill(page, tmp_path / "first")
+    assert page.read_text().startswith("```bash\necho a; echo $PWD/x\n```\n```text\na\n.../x\n")
+    assert page.read_text().endswith(PRINTS)

@@ -175,7 +175,8 @@ def _paths(value: Any, prefix: str = "") -> Iterator[str]:
 def _named(prefix: str, key: str) -> str:
     if prefix in ("files", "added", "tensors"):
         return "FILE"
-    return "NAME" if prefix.startswith("tensors.") else key
+    open_ended = prefix in ("verified.counts", "recipe.geometry") or prefix.startswith("tensors.")
+    return "NAME" if open_ended else key
 
 
 def _manifests() -> Iterator[Mapping[str, Any]]:

@@ -30,7 +30,7 @@ _GGUF_LEAD = (
 _ROLES_LEAD = (
     "A role is what a tensor is: its name without prefix, layer and expert numbers and `.weight`. "
     "`qwen35 plan --roles` prints this table; `--keep` and the `match` of recipes use these names. "
-    "`F32` is how the published checkpoints store three kinds of vectors; the dtype of everything "
+    "`F32` is how the published checkpoints store two kinds of vectors; the dtype of everything "
     "else is the checkpoint's own."
 )
 _PLACES = {
@@ -58,6 +58,7 @@ def recipes_page() -> str:
     """Return the page of all recipes and actions."""
     lines = [*heading("Recipes", _LEAD), "## Actions", ""]
     lines += table(("action", "does"), ([code(a), cell(text)] for a, text in ACTIONS.items()))
+    lines += ["## Safetensors", "", "For `qwen35 plan` and `qwen35 convert`.", ""]
     for name in BUILT_IN:
         recipe = load_recipe(name)
         head = _head("qwen35.plan", name)
@@ -79,7 +80,8 @@ def _recipe(name: str, head: Mapping[str, Any], rules: Sequence[tuple[_Rule, str
     yield from (f"### {name}", "", f"{cell(head['description'])}. Format `{head['format']}`.")
     if "base" in head:
         own = len(head.get("rules", ()))
-        yield f"The first {own} rows are its own, the others those of `{head['base']}`."
+        rows = "row is" if own == 1 else f"{own} rows are"
+        yield f"The first {rows} its own, the others those of `{head['base']}`."
     yield ""
     if rules:
         rows = ([_match(rule), code(action), cell(rule.reason)] for rule, action in rules)
