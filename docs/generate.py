@@ -1,7 +1,7 @@
 """Write the pages that are made from the code, and the tables made from committed figures.
 
-    python docs/generate.py            write what is stale
-    python docs/generate.py --check    only name it; exit code 1 if there is any
+Run as it is, it writes what is stale; with ``--check`` it only names it, and the exit code is 1 if
+there is any.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pages that are true: generated ones fresh, links alive, commands in them known, figures planned."""
+"""Pages that are true: generated ones fresh, links alive, commands known, figures planned."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -24,7 +25,7 @@ from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 
 sys.path.insert(0, str(ROOT / "docs"))
-from generating.commands import old_commands, parsers  # noqa: E402
+from generating.commands import old_commands, parsers
 
 DOCS = ROOT / "docs"
 TINY = ROOT / "assets" / "qwen3.5-tiny"
@@ -70,7 +71,7 @@ def anchors(page: Path) -> frozenset[str]:
     """Return the anchors of a page's headings, as GitHub and MyST make them."""
     found: list[str] = []
     tokens = tokens_of(page.read_text("utf-8"))
-    for before, token in zip(tokens, tokens[1:], strict=False):
+    for before, token in pairwise(tokens):
         if before.type == "heading_open":
             text = "".join(child.content for child in token.children or ())
             slug = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
@@ -221,7 +222,9 @@ def test_speeds_in_the_readme_are_those_of_the_benchmarks() -> None:
         "0.2": 0.19,
         "0.9": 0.91,
     }
-    ratios = [row.split("|")[-2] for row in table.splitlines() if row.startswith(("| `", "| the same"))]
+    ratios = [
+        row.split("|")[-2] for row in table.splitlines() if row.startswith(("| `", "| the same"))
+    ]
     told = {number for cell in ratios for number in re.findall(r"\d+(?:\.\d+)?", cell)} - {"1"}
     assert len(told) >= 8
     for number in told:

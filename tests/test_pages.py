@@ -45,7 +45,9 @@ def test_another_output_fails(tmp_path: Path) -> None:
         check_page(PRINTS.replace("text\none", "text\nthree"), tmp_path)
 
 
-@pytest.mark.parametrize("command", ["false", "exit 0", "nosuchcommand", "python -c 'raise ValueError'"])
+@pytest.mark.parametrize(
+    "command", ["false", "exit 0", "nosuchcommand", "python -c 'raise ValueError'"]
+)
 def test_a_block_that_fails_or_is_not_reached_fails(command: str, tmp_path: Path) -> None:
     page = f"```bash\n{command}\n```\n{PRINTS}"
     with pytest.raises(PageError, match="failed or not reached"):
@@ -62,7 +64,13 @@ def test_blocks_share_a_shell_and_tagged_ones_are_left_out(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "fence",
-    ["```sh\ntrue\n```", "```bash extern\ntrue\n```", "```\ntrue\n```", "    true", "```text\na\n```"],
+    [
+        "```sh\ntrue\n```",
+        "```bash extern\ntrue\n```",
+        "```\ntrue\n```",
+        "    true",
+        "```text\na\n```",
+    ],
 )
 def test_a_fence_cannot_hide(fence: str) -> None:
     with pytest.raises(PageError):

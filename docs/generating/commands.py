@@ -27,7 +27,7 @@ _OLD_LEAD = (
 )
 
 
-class _Captured(Exception):
+class _CapturedError(Exception):
     """Carries a parser out of the command that made it."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
@@ -38,13 +38,13 @@ class _Captured(Exception):
 def _parser_of(run: Callable[[], Any]) -> argparse.ArgumentParser:
     """Return the parser that a command makes, without letting it parse."""
 
-    def stop(self: argparse.ArgumentParser, *args: object, **options: object) -> None:
-        raise _Captured(self)
+    def stop(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        raise _CapturedError(self)
 
     try:
         with mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop):
             run()
-    except _Captured as captured:
+    except _CapturedError as captured:
         return captured.parser
     raise AssertionError("a command that parses nothing")
 

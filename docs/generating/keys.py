@@ -24,7 +24,7 @@ from qwen35.gguf.container import read_container
 from qwen35.gguf.imatrix import Imatrix
 from qwen35.gguf.plan import Asked, GgufPlan, make_plan
 from qwen35.gguf.rules import load_recipe
-from qwen35.plan.manifest import Made, manifest_bytes, read_manifest
+from qwen35.plan.manifest import Made, manifest_bytes
 from qwen35.plan.plan import make_plan as plan_conversion
 from qwen35.plan.recipe import load_recipe as load_packing
 from qwen35.publish.documents import REPORT_NAME, documents
@@ -60,8 +60,8 @@ _CARD_LEAD = (
     "weights, where they say such a thing:"
 )
 _MANIFEST_LEAD = (
-    "Every folder that we write holds `qwen35.json`: what it was made from, how, and the SHA-256 of "
-    "every file. `qwen35 reproduce` makes the folder again from it. A dot descends into an object, "
+    "Every folder that we write holds `qwen35.json`: what it was made from, how, and the SHA-256 "
+    "of every file. `qwen35 reproduce` makes the folder again from it. A dot descends into an object, "
     "`[]` into a list, `NAME` and `FILE` stand for names."
 )
 

@@ -22,19 +22,19 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def cell(text: str) -> str:
-    """Return plain text as it can stand in a cell.
+    r"""Return plain text as it can stand in a cell.
 
     >>> cell("a|b <c> *d*")
-    'a\\\\|b &lt;c> \\\\*d\\\\*'
+    'a\\|b &lt;c> \\*d\\*'
     """
     flat = " ".join(text.split())
     return flat.replace("<", "&lt;").replace("|", "\\|").replace("*", "\\*")
 
 
 def code(text: str) -> str:
-    """Return text as code in a cell; empty stays empty.
+    r"""Return text as code in a cell; empty stays empty.
 
     >>> code("a|b"), code("")
-    ('`a\\\\|b`', '')
+    ('`a\\|b`', '')
     """
     return f"`{text}`".replace("|", "\\|") if text else ""

@@ -76,7 +76,9 @@ def _head(package: str, name: str) -> Mapping[str, Any]:
     return tomllib.loads(resources.files(package).joinpath(f"recipes/{name}.toml").read_text())
 
 
-def _recipe(name: str, head: Mapping[str, Any], rules: Sequence[tuple[_Rule, str]]) -> Iterator[str]:
+def _recipe(
+    name: str, head: Mapping[str, Any], rules: Sequence[tuple[_Rule, str]]
+) -> Iterator[str]:
     yield from (f"### {name}", "", f"{cell(head['description'])}. Format `{head['format']}`.")
     if "base" in head:
         own = len(head.get("rules", ()))

@@ -23,6 +23,7 @@ _LIBRARIES = {
     "OMP_NUM_THREADS": "PyTorch and llama.cpp: threads, where `--threads` does not say",
     "TMPDIR": "Python: folder for temporary files",
 }
+_EXTRAS_LEAD = "`pip install 'qwen35[NAME]'` brings what only some commands need."
 _EXTRAS = {
     "docs": "building these pages",
     "eval": "charts in reports",
@@ -47,7 +48,7 @@ def runtime_page() -> str:
     lines += table(("variable", "does"), ([code(v), cell(t)] for v, t in ENVIRONMENT.items()))
     lines += ["The libraries beneath have their own; these matter most:", ""]
     lines += table(("variable", "does"), ([code(v), cell(t)] for v, t in _LIBRARIES.items()))
-    lines += ["## Extras", "", "`pip install 'qwen35[NAME]'` brings what only some commands need.", ""]
+    lines += ["## Extras", "", _EXTRAS_LEAD, ""]
     rows = ([code(n), cell(_EXTRAS[n]), ", ".join(map(code, p))] for n, p in sorted(extras.items()))
     lines += table(("extra", "for", "packages"), rows)
     return "\n".join(lines).rstrip() + "\n"
