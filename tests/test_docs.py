@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -121,6 +122,22 @@ def test_pages_stay_within_the_documentation(page: Path) -> None:
     for target in links(page):
         if not urlsplit(target).scheme and (path := urlsplit(target).path):
             assert (page.parent / path).resolve().is_relative_to(DOCS), target
+
+
+@pytest.mark.parametrize(
+    ("link", "code"), [("#words", 0), ("#nothing", 1), ("nowhere.md", 1), ("index.md#nothing", 1)]
+)
+def test_the_generator_refuses_dead_links(link: str, code: int, tmp_path: Path) -> None:
+    shutil.copy(DOCS / "conf.py", tmp_path)
+    (tmp_path / "index.md").write_text(f"# Title\n\n## Words\n\n[a link]({link})\n")
+    strict = ["--fail-on-warning", "--quiet", "--nitpicky"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *strict, str(tmp_path), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
 
 
 # --- commands

@@ -61,8 +61,8 @@ _CARD_LEAD = (
 )
 _MANIFEST_LEAD = (
     "Every folder that we write holds `qwen35.json`: what it was made from, how, and the SHA-256 "
-    "of every file. `qwen35 reproduce` makes the folder again from it. A dot descends into an object, "
-    "`[]` into a list, `NAME` and `FILE` stand for names."
+    "of every file. `qwen35 reproduce` makes the folder again from it. A dot descends into an "
+    "object, `[]` into a list, `NAME` and `FILE` stand for names."
 )
 
 
