@@ -1,6 +1,6 @@
 """Bytes and divergence of every format on the embedded checkpoint: the README's table.
 
-    python benchmarks/formats.py [--chunks 32]
+    python benchmarks/formats.py [--chunks 8]
 
 Makes each artifact text-only, measures all of them against the checkpoint on its held-out text,
 and writes docs/results.json; `python docs/generate.py` makes the table from it.
@@ -11,11 +11,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT / "tests")  # a neighbour is called gguf
 
 from qwen35.checkpoint.source import open_folder
 from qwen35.convert import convert
@@ -27,7 +31,6 @@ from qwen35.gguf.write import write
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 
-ROOT = Path(__file__).resolve().parent.parent
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
 RESULTS = ROOT / "docs" / "results.json"
 PACKED = {"NF4": "text-nf4", "FP8": "text-fp8"}
@@ -78,7 +81,7 @@ def gguf(folder: Path) -> Iterator[Row]:
 def main() -> None:
     """Measure everything and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chunks", type=int, default=32)
+    parser.add_argument("--chunks", type=int, default=8)
     chunks = parser.parse_args().chunks
     text = ASSET / "eval.txt"
     with tempfile.TemporaryDirectory(prefix="qwen35-formats-") as scratch:

@@ -27,8 +27,13 @@ def with_results(readme: str) -> str:
 
 def results_lines(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the table."""
+    base, tokens = results["base"], results["tokens"]
+    yield (
+        f"{tokens['scored']:,} tokens in {tokens['chunks']} chunks of {tokens['context']}; ± takes "
+        "chunks as independent."
+    )
+    yield ""
     columns = ("format", "made by", "bytes of weights", "mean KLD", "same top token")
-    base = results["base"]
     rows = [[base["name"], "", f"{base['bytes']:,}", "", ""]]
     for row in results["rows"]:
         kld, top = row["kld"], row["same_top"]
@@ -37,7 +42,7 @@ def results_lines(results: Mapping[str, Any]) -> Iterator[str]:
                 row["name"],
                 f"`{row['verb']} --recipe {row['recipe']}`",
                 f"{row['bytes']:,}",
-                f"{kld['value']:.6f} ± {kld['error']:.6f}",
+                f"{kld['value']:.6f} ± {kld['block_error']:.6f}",
                 f"{100 * top['value']:.2f} %",
             ]
         )
