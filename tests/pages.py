@@ -28,6 +28,7 @@ DATA = ("json", "toml")
 OUTPUT = "text"
 EXTERNAL = "external"
 _CHECKER = doctest.OutputChecker()
+_ALIKE = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class Block:
     shown_at: int = 0
 
     def agrees(self, printed: str) -> bool:
-        """Whether this is what the page shows, where ``...`` stands for anything."""
-        return self.shown is None or _CHECKER.check_output(self.shown, printed, doctest.ELLIPSIS)
+        """Whether this is what the page shows; ``...`` stands for anything, spaces are alike."""
+        return self.shown is None or _CHECKER.check_output(self.shown, printed, _ALIKE)
 
 
 class PageError(Exception):

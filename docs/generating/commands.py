@@ -6,6 +6,7 @@ import argparse
 import importlib
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,7 +52,7 @@ def _parser_of(run: Callable[[], Any]) -> argparse.ArgumentParser:
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
     """Return the parser of every verb of `qwen35`, by ``qwen35 VERB``."""
-    return {f"qwen35 {verb}": _parser_of(lambda v=verb: run_verb(v, [])) for verb in VERBS}
+    return {f"qwen35 {verb}": _parser_of(partial(run_verb, verb, [])) for verb in VERBS}
 
 
 def old_commands() -> dict[str, argparse.ArgumentParser]:
@@ -63,7 +64,7 @@ def old_commands() -> dict[str, argparse.ArgumentParser]:
             continue
         module, _, function = target.partition(":")
         command = getattr(importlib.import_module(module), function)
-        found[name] = _parser_of(lambda c=command: c([]))
+        found[name] = _parser_of(partial(command, []))
     return found
 
 

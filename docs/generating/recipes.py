@@ -82,8 +82,8 @@ def _recipe(
     yield from (f"### {name}", "", f"{cell(head['description'])}. Format `{head['format']}`.")
     if "base" in head:
         own = len(head.get("rules", ()))
-        rows = "row is" if own == 1 else f"{own} rows are"
-        yield f"The first {rows} its own, the others those of `{head['base']}`."
+        which = "row is" if own == 1 else f"{own} rows are"
+        yield f"The first {which} its own, the others those of `{head['base']}`."
     yield ""
     if rules:
         rows = ([_match(rule), code(action), cell(rule.reason)] for rule, action in rules)
