@@ -12,8 +12,6 @@ extensions = ["myst_parser"]
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["generating"]
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]
-"""Globs in index.md take up pages that are added; there need not be any."""
 
 myst_heading_anchors = 4
 """Headings get the anchors that GitHub gives them, so that links work in both places."""

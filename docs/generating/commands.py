@@ -27,6 +27,9 @@ _OLD_LEAD = (
     "[migration](../migration.md) says how each is written now, and what differs."
 )
 
+_UNTITLED = ("positional arguments", "options")
+"""What argparse calls the groups that every command has."""
+
 
 class _CapturedError(Exception):
     """Carries a parser out of the command that made it."""
@@ -90,13 +93,15 @@ def _section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     yield from (f"`{name} {_synopsis(parser)}`".replace(" `", "`"), "")
     for text in (parser.description, parser.epilog):
         yield from _prose(text or "")
+    groups: dict[str, list[tuple[str, str]]] = {}
     for group in parser._action_groups:
+        title = "" if group.title in _UNTITLED else str(group.title)
         rows = [_row(action, parser) for action in group._group_actions if _shown(action)]
-        if not rows:
-            continue
-        if group.title not in ("positional arguments", "options"):
-            yield from (f"**{group.title}**", "")
-        yield from table(("argument", "meaning"), rows)
+        groups.setdefault(title, []).extend(rows)
+    for title, rows in groups.items():
+        if rows:
+            yield from (f"**{title}**", "") if title else ()
+            yield from table(("argument", "meaning"), rows)
 
 
 def _synopsis(parser: argparse.ArgumentParser) -> str:
