@@ -147,8 +147,8 @@ def _row(action: argparse.Action, parser: argparse.ArgumentParser) -> tuple[str,
 def _meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     text = (action.help or "") % {**vars(action), "prog": parser.prog}
     default = action.default
-    told = "default" in text or default in (None, False, argparse.SUPPRESS) or default == []
-    if not told:
+    none = default is None or default is False or default in ([], argparse.SUPPRESS)
+    if not none and "default" not in text and str(default) not in text.replace(",", " ").split():
         text = f"{text} (default: {default})"
     return cell(f"{text} (required)" if action.option_strings and action.required else text)
 

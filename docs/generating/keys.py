@@ -31,7 +31,7 @@ from qwen35.publish.documents import REPORT_NAME, documents
 from qwen35.verify.artifact import Verdict
 from qwen35.verify.asking import Halves, Question
 from qwen35.verify.behaviour import Answer
-from qwen35.verify.numbers import RoleError
+from qwen35.verify.compared import RoleError
 
 __all__ = ["ROOT", "TINY", "gguf_keys_page", "manifest_page"]
 
