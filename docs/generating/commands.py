@@ -148,7 +148,7 @@ def _meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     text = (action.help or "") % {**vars(action), "prog": parser.prog}
     default = action.default
     none = default is None or default is False or default in ([], argparse.SUPPRESS)
-    if not none and "default" not in text and str(default) not in text.replace(",", " ").split():
+    if not none and "default" not in text:
         text = f"{text} (default: {default})"
     return cell(f"{text} (required)" if action.option_strings and action.required else text)
 
