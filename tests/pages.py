@@ -113,10 +113,11 @@ def run_page(blocks: Sequence[Block], folder: Path) -> list[str]:
     script.write_text("\n".join(_script(wanted, folder)) + "\n")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     source = str(Path(qwen35.__file__).parent.parent)
+    kept = {name: v for name, v in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
     done = subprocess.run(
         ["bash", str(script)],
         cwd=work,
-        env=os.environ | {"PATH": path, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"},
+        env=kept | {"PATH": path, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -91,8 +91,7 @@ def old_commands_page() -> str:
 def _section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     yield from (f"## {name}", "")
     yield from (f"`{name} {_synopsis(parser)}`".replace(" `", "`"), "")
-    for text in (parser.description, parser.epilog):
-        yield from _prose(text or "")
+    yield from _prose(parser.description or "")
     groups: dict[str, list[tuple[str, str]]] = {}
     for group in parser._action_groups:
         title = "" if group.title in _UNTITLED else str(group.title)
@@ -102,6 +101,7 @@ def _section(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
         if rows:
             yield from (f"**{title}**", "") if title else ()
             yield from table(("argument", "meaning"), rows)
+    yield from _prose(parser.epilog or "")
 
 
 def _synopsis(parser: argparse.ArgumentParser) -> str:
