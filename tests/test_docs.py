@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import re
 import shutil
@@ -26,6 +27,7 @@ from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 
 sys.path.insert(0, str(ROOT / "docs"))
+from generating import markdown
 from generating.commands import old_commands, parsers
 
 DOCS = ROOT / "docs"
@@ -62,6 +64,10 @@ def test_every_command_has_a_section_with_every_option() -> None:
             for action in parser._actions[1:]:
                 spelled = ", ".join(action.option_strings) or action.metavar or action.dest
                 assert str(spelled) in section, (name, spelled)
+
+
+def test_examples_in_the_generator_are_true() -> None:
+    assert doctest.testmod(markdown) == (0, 2)
 
 
 # --- links
