@@ -211,6 +211,15 @@ def test_migration_names_every_option_of_the_old_commands() -> None:
                 assert any(f"`{flag}" in sections[name] for flag in spelled), (name, spelled)
 
 
+def test_what_migration_maps_to_exists() -> None:
+    text = (DOCS / "migration.md").read_text("utf-8")
+    ours = frozenset().union(*(options()[name] for name in parsers()))
+    rows = re.findall(r"^\| .+ \| (.+) \|$", text, re.MULTILINE)
+    told = {flag for cell in rows for flag in re.findall(r"`(--[a-z-]+)", cell)}
+    assert len(told) >= 30
+    assert told <= ours
+
+
 # --- figures
 
 
