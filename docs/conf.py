@@ -21,4 +21,5 @@ pygments_style = "default"
 html_theme = "furo"
 html_title = "qwen35"
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
