@@ -194,12 +194,12 @@ EXIT_CODES = {
 """Exit code to its meaning."""
 
 ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "GPUs that `--workers` hands out, one to each process",
     "HF_TOKEN": "token for the Hub, if `--hf-token` is not given; else the one `hf auth login` left",
+    "PYTHONPATH": "handed on to the processes of `--workers`",
     "XDG_CACHE_HOME": "where hashes of files are remembered between runs (default: `~/.cache`)",
     "OPENBLAS_NUM_THREADS": "set to 1 for our own process, unless you set it: its threads would spin",
     "VLLM_LOGGING_STREAM": "set to stderr where vLLM is asked, unless you set it",
-    "PYTHONPATH": "set for workers that are processes, so that they find this package",
-    "CUDA_VISIBLE_DEVICES": "set for workers that are processes: each sees one GPU of those visible",
     "VLLM_LOGGING_LEVEL": "set to ERROR where vLLM is asked, unless you set it",
 }
 """Variable that our code reads or sets, to what it does."""

@@ -30,7 +30,7 @@ _EXTRAS = {
     "fuzz": "fuzzing (`make fuzz`)",
     "gguf": "`gguf` with quantized types, `evaluate` and `verify --depth behaviour` of GGUF files",
     "nf4": "`calibrate`, `evaluate`, `verify --depth behaviour` of checkpoints, `--device cuda`",
-    "ray": "`--ray-address`",
+    "ray": "`convert --ray-address`",
     "sign": "`publish --sign`",
     "test": "the tests",
     "tune": "`tune`",
