@@ -100,15 +100,15 @@ def run_page(blocks: Sequence[Block], folder: Path) -> list[str]:
 
     Args:
         blocks: of a page.
-        folder: an empty one: the shell begins in ``work`` in it, where ``assets`` lies.
+        folder: an empty one: the shell begins in ``clone`` in it, where ``assets`` lies.
 
     Raises:
         PageError: a block failed, or was not reached.
     """
     wanted = [block for block in blocks if not block.external]
-    work = folder / "work"
-    work.mkdir()
-    (work / "assets").symlink_to(ROOT / "assets")
+    clone = folder / "clone"
+    clone.mkdir()
+    (clone / "assets").symlink_to(ROOT / "assets")
     script = folder / "page.sh"
     script.write_text("\n".join(_script(wanted, folder)) + "\n")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
@@ -116,7 +116,7 @@ def run_page(blocks: Sequence[Block], folder: Path) -> list[str]:
     kept = {name: v for name, v in os.environ.items() if name not in ("COLUMNS", "FORCE_COLOR")}
     done = subprocess.run(
         ["bash", str(script)],
-        cwd=work,
+        cwd=clone,
         env=kept | {"PATH": path, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -182,7 +182,7 @@ def fill(page: Path, folder: Path) -> None:
 
 def _portable(said: str, folder: Path) -> str:
     """Put dots for what depends on the machine: its folders, and the size of our versions."""
-    said = said.replace(f"{folder.resolve()}/work/", ".../")
+    said = said.replace(f"{folder.resolve()}/clone/", ".../")
     return re.sub(r"^((?:qwen35\.json|total) +)[\d,]+$", r"\1...", said, flags=re.MULTILINE)
 
 
