@@ -53,7 +53,8 @@ _SAMPLING = {"top_k": 20, "top_p": 0.95, "temperature": 1.0, "repetition_penalty
 _GGUF_LEAD = (
     "Keys, their order and their types are those of llama.cpp's converter and quantizer, so that "
     "files are theirs byte for byte; `qwen35.calibration` alone is ours. Examples are from the "
-    "embedded checkpoint, and for mixtures of experts from Qwen3.5-35B-A3B."
+    "embedded checkpoint, and for mixtures of experts from Qwen3.5-35B-A3B; theirs are all called "
+    "`qwen35moe` instead of `qwen35`, and have no `feed_forward_length`."
 )
 _CARD_LEAD = (
     "Further keys come from a model card (`README.md`) and `generation_config.json` beside the "
