@@ -1,5 +1,82 @@
-"""Ship Qwen3.5 checkpoints: quantized, verified, measured, published."""
+"""Ship Qwen3.5 checkpoints: quantized, verified, measured, published.
+
+Every verb of the command line is a function here, with the same name; a flag is a keyword:
+
+>>> import qwen35
+>>> plan = qwen35.plan("Qwen3.5-9B", recipe="nf4")
+>>> sum(step.op == "nf4" for step in plan.steps), plan.nbytes > 7 * 10**9
+(248, True)
+
+What is expected to go wrong raises `Qwen35Error` or a kind of it (`qwen35.errors`); nothing is
+printed. Importing this package loads none of its modules: each is imported when it is first used.
+Some verbs are called as modules are, so reach into those with ``from qwen35.plan.recipe import
+load_recipe``; ``qwen35.plan`` is the function, always.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from qwen35.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from qwen35.api.calibrate import calibrate as calibrate
+    from qwen35.api.convert import convert as convert
+    from qwen35.api.evaluate import evaluate as evaluate
+    from qwen35.api.gguf import gguf as gguf
+    from qwen35.api.inspect import inspect as inspect
+    from qwen35.api.plan import plan as plan
+    from qwen35.api.publish import publish as publish
+    from qwen35.api.reproduce import reproduce as reproduce
+    from qwen35.api.run import run as run
+    from qwen35.api.tune import tune as tune
+    from qwen35.api.verify import verify as verify
+    from qwen35.errors import Qwen35Error as Qwen35Error
+
+__all__ = [
+    "Qwen35Error",
+    "__version__",
+    "calibrate",
+    "convert",
+    "evaluate",
+    "gguf",
+    "inspect",
+    "plan",
+    "publish",
+    "reproduce",
+    "run",
+    "tune",
+    "verify",
+]
+
+_HOMES = {"Qwen35Error": "qwen35.errors"} | {
+    name: f"qwen35.api.{name}" for name in __all__ if name.islower() and name.isalpha()
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("qwen35.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qwen35' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "errors"]
+
+
+class _Package(ModuleType):
+    """Keeps the verbs: importing a module of the same name would put that in their place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,26 +1,16 @@
-"""What the commands that write FP8 share: calibration flags, and the report afterwards."""
+"""The flags of the commands that write FP8: how scales are chosen, and the check afterwards."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
-from qwen35.checkpoint.open import describe
-from qwen35.cli.output import Output
+from qwen35.api.fp8 import DEFAULTS, Bands
 from qwen35.cli.shared import count
-from qwen35.codecs.fp8 import Calibration, Mode
-from qwen35.errors import UsageError
-from qwen35.plan.activations import Activations, load_activations
-from qwen35.plan.plan import Plan
+from qwen35.codecs.fp8 import Mode
 
-if TYPE_CHECKING:
-    from qwen35.verify.fp8_report import Report
-
-__all__ = ["EXIT_FINDINGS", "activations_for", "add_calibration", "calibration_for", "report"]
-
-EXIT_FINDINGS = 1
-_DEFAULTS = Calibration()
+__all__ = ["add_calibration"]
 
 
 def add_calibration(
@@ -39,7 +29,7 @@ def add_calibration(
         spellings = dict.fromkeys((name, "--" + name[2:].replace("-", "_")))
         group.add_argument(*spellings, **options)  # type: ignore[arg-type]
 
-    shown = mode or f"{_DEFAULTS.mode} with an FP8 recipe"
+    shown = mode or f"{DEFAULTS.mode} with an FP8 recipe"
     add(
         "--calib-mode",
         choices=get_args(Mode),
@@ -49,21 +39,21 @@ def add_calibration(
     add(
         "--rms-factor",
         type=float,
-        default=_DEFAULTS.rms_factor,
+        default=DEFAULTS.rms_factor,
         metavar="K",
         help="mode rms: peak-to-RMS factor (default: %(default)s)",
     )
     add(
         "--calib-percentile",
         type=float,
-        default=_DEFAULTS.percentile,
+        default=DEFAULTS.percentile,
         metavar="P",
         help="mode percentile: what lies beyond saturates (default: %(default)s)",
     )
     add(
         "--mse-grid-size",
         type=int,
-        default=_DEFAULTS.grid_size,
+        default=DEFAULTS.grid_size,
         metavar="N",
         help="mode mse: scales tried (default: %(default)s)",
     )
@@ -85,46 +75,7 @@ def add_calibration(
     add("--skip-verify", action="store_true", help="do not check the output")
     add(
         "--bands",
-        choices=("derived", "documented"),
+        choices=get_args(Bands),
         default="derived",
         help="derived: from the format; documented: absolute limits (default: derived)",
-    )
-
-
-def calibration_for(args: argparse.Namespace) -> Calibration | None:
-    """Return the calibration asked for; None if no mode was.
-
-    Raises:
-        UsageError: a parameter makes no sense, or there is one without its mode.
-    """
-    parameters = args.rms_factor, args.calib_percentile, args.mse_grid_size
-    calibration = Calibration(args.calib_mode or _DEFAULTS.mode, *parameters)
-    if args.calib_mode is not None:
-        return calibration
-    if calibration != _DEFAULTS:
-        flags = "--rms-factor, --calib-percentile and --mse-grid-size"
-        raise UsageError(flags, "mean nothing without their mode", hint="add --calib-mode")
-    return None
-
-
-def activations_for(args: argparse.Namespace) -> Activations | None:
-    """Return the statistics asked for."""
-    return load_activations(args.activation_stats) if args.activation_stats else None
-
-
-def report(plan: Plan, out: Path, args: argparse.Namespace, output: Output) -> Report | None:
-    """Check an FP8 output against its source; None if it is not FP8, or if not asked to."""
-    from qwen35.verify.fp8_report import check_fp8
-
-    if plan.calibration is None or args.skip_verify:
-        return None
-    return check_fp8(
-        describe(str(out.absolute()), lenient=True),
-        plan.checkpoint,
-        plan.calibration,
-        bands=args.bands,
-        samples=args.verify_samples,
-        seed=args.verify_seed,
-        threads=args.threads,
-        progress=output.progress(),
     )

@@ -9,19 +9,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qwen35.checkpoint.open import fetch
-from qwen35.cli.fp8 import (
-    EXIT_FINDINGS,
-    activations_for,
-    add_calibration,
-    calibration_for,
-    report,
-)
+from qwen35.api.convert import convert
+from qwen35.cli.fp8 import add_calibration
 from qwen35.cli.output import Output
-from qwen35.cli.shared import positive
+from qwen35.cli.shared import EXIT_FINDINGS, keywords, positive
 from qwen35.errors import UsageError
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
 from qwen35.plan.show import packed_text, size
 
 
@@ -43,32 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the command."""
-    from qwen35.convert import check_before, convert
     from qwen35.verify.fp8_show import report_text
 
     if not Path(args.input_dir).is_dir():
         raise UsageError(f"--input_dir {args.input_dir}", "not a folder")
-    check_before(args.output_dir, overwrite=args.overwrite, device=args.device)
-    calibration, activations = calibration_for(args), activations_for(args)
-    source = fetch(str(Path(args.input_dir).absolute()))
-    plan = make_plan(
-        source, load_recipe("fp8-conservative"), calibration=calibration, activations=activations
+    asked = keywords(args, "input_dir", "output_dir")
+    source = str(Path(args.input_dir).absolute())
+    done = convert(
+        source, args.output_dir, recipe="fp8-conservative", **asked, progress=output.progress()
     )
-    result = convert(
-        plan,
-        args.output_dir,
-        overwrite=args.overwrite,
-        threads=args.threads,
-        device=args.device,
-        progress=output.progress(),
-    )
-    for note in plan.notes:
-        output.info(f"note: {note}")
-    made = {"out": str(result.out), "bytes": result.nbytes}
-    output.line(f"{result.out}: {size(result.nbytes)}, {packed_text(plan)}")
-    checked = report(plan, result.out, args, output)
-    if checked is None:
-        output.data("verification skipped", made)
-        return 0
-    output.data(report_text(checked), {**made, "report": checked.to_json()})
-    return EXIT_FINDINGS if checked.verdict == "FAIL" else 0
+    output.notes(done.plan.notes)
+    output.line(f"{done.out}: {size(done.nbytes)}, {packed_text(done.plan)}")
+    text = "verification skipped" if done.report is None else report_text(done.report)
+    output.data(text, done.to_json())
+    return 0 if done.passed else EXIT_FINDINGS

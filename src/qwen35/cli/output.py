@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qwen35.errors import Qwen35Error
@@ -43,6 +43,11 @@ class Output:
         """Tell what is going on."""
         if not self.quiet:
             print(text, file=sys.stderr, flush=True)
+
+    def notes(self, notes: Iterable[str]) -> None:
+        """Tell what the user should know of what was done."""
+        for note in notes:
+            self.info(f"note: {note}")
 
     def error(self, error: Qwen35Error) -> None:
         """Print an expected failure as one sentence."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 
-from qwen35.checkpoint.open import describe
+from qwen35.api.plan import plan
 from qwen35.cli.output import Output
-from qwen35.cli.shared import add_model, add_recipe, plan_for, threads_for
+from qwen35.cli.shared import add_model, add_recipe, keywords
 from qwen35.errors import UsageError
-from qwen35.plan.show import plan_json, plan_text, roles_json, roles_text
+from qwen35.plan.memory import threads_within
+from qwen35.plan.show import peak_memory, plan_json, plan_text, roles_json, roles_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
         return 0
     if args.model is None:
         raise UsageError("MODEL", "not given", hint="qwen35 plan MODEL --recipe NAME")
-    plan = plan_for(describe(args.model, token=args.hf_token), args)
-    threads = threads_for(plan, args)
-    output.data(plan_text(plan, threads), plan_json(plan, threads))
+    made = plan(**keywords(args, "roles", "threads", "memory"))
+    threads = threads_within(lambda n: peak_memory(made, n), args.threads, args.memory)
+    output.data(plan_text(made, threads), plan_json(made, threads))
     return 0

@@ -7,13 +7,11 @@ its commit. Exit code 0 if every file is the same, 1 if one is not.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
+from qwen35.api.reproduce import reproduce
 from qwen35.cli.output import Output
-from qwen35.cli.shared import positive
-
-EXIT_FINDINGS = 1
+from qwen35.cli.shared import EXIT_FINDINGS, keywords, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,28 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
-    from qwen35.convert import check_before
-    from qwen35.plan.activations import load_activations
-    from qwen35.reproduce import Origin, plan_again, reproduce
-
-    origin = Origin.find(args.manifest, args.hf_token)
-    if args.output:
-        check_before(args.output, overwrite=args.overwrite, device="cpu")
-    statistics = load_activations(args.activation_stats) if args.activation_stats else None
-    plan = plan_again(origin, args.source, args.hf_token, statistics, args.imatrix)
-    with tempfile.TemporaryDirectory(prefix="qwen35-reproduce-") as scratch:
-        made = reproduce(
-            origin,
-            plan,
-            args.output or Path(scratch) / "again",
-            overwrite=args.overwrite,
-            threads=args.threads,
-            progress=output.progress(),
-        )
+    made = reproduce(**keywords(args), progress=output.progress())
     lines = [f"DIFFERS {finding.subject}: {finding.message}" for finding in made.findings]
     if made.findings:
         lines += [f"note: {note}" for note in made.notes]
     result = "not reproduced" if made.findings else "reproduced, byte for byte"
-    lines.append(f"{origin.name}: {len(made.files)} files, {result}")
+    lines.append(f"{args.manifest}: {len(made.files)} files, {result}")
     output.data("\n".join(lines), made.to_json())
     return EXIT_FINDINGS if made.findings else 0

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from qwen35.checkpoint.source import Checkpoint
-from qwen35.codecs.fp8 import Calibration
-from qwen35.errors import UsageError
-from qwen35.plan.activations import Activations
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import BUILT_IN, load_recipe
-from qwen35.plan.show import peak_memory, size
-from qwen35.threads import default_threads
+from qwen35.plan.recipe import BUILT_IN
 
-__all__ = ["add_model", "add_recipe", "count", "plan_for", "positive", "size_of", "threads_for"]
+__all__ = [
+    "EXIT_FINDINGS",
+    "add_model",
+    "add_recipe",
+    "count",
+    "keywords",
+    "positive",
+    "size_of",
+]
+
+EXIT_FINDINGS = 1
+"""Something was found, or a gate is closed."""
 
 
 def positive(text: str) -> int:
@@ -45,21 +50,10 @@ def size_of(text: str) -> int:
     return int(text)
 
 
-def threads_for(plan: Plan, args: argparse.Namespace) -> int:
-    """Return the number of threads to use, within --memory if that was given.
-
-    Raises:
-        UsageError: one thread alone needs more memory.
-    """
-    threads = args.threads or default_threads()
-    if args.memory is None:
-        return threads
-    while threads > 1 and peak_memory(plan, threads) > args.memory:
-        threads -= 1
-    needed = peak_memory(plan, threads)
-    if needed > args.memory:
-        raise UsageError(f"--memory {size(args.memory)}", "too little", expected=f"{size(needed)}")
-    return threads
+def keywords(args: argparse.Namespace, *without: str) -> dict[str, Any]:
+    """Return a command's arguments as the keywords of the function of the same name."""
+    own = ("json", "quiet", *without)
+    return {name: value for name, value in vars(args).items() if name not in own}
 
 
 def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
@@ -96,23 +90,4 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory", type=size_of, metavar="SIZE", help="use fewer threads to stay below, e.g. 400MB"
-    )
-
-
-def plan_for(
-    checkpoint: Checkpoint,
-    args: argparse.Namespace,
-    calibration: Calibration | None = None,
-    activations: Activations | None = None,
-) -> Plan:
-    """Plan `checkpoint` as the arguments ask."""
-    recipe = load_recipe(args.recipe).keeping(tuple(args.keep))
-    if args.drop_mtp:
-        recipe = recipe.dropping_mtp()
-    return make_plan(
-        checkpoint,
-        recipe,
-        keep_prefix=args.keep_prefix,
-        calibration=calibration,
-        activations=activations,
     )

@@ -19,13 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen35.checkpoint.header import strict_json
+from qwen35.checkpoint.hub import download_file
+from qwen35.checkpoint.open import hub_token
 from qwen35.errors import InputError
 from qwen35.gguf.container import Container, is_gguf, read_container
 from qwen35.gguf.container import Entry as Listed
 from qwen35.plan.activations import ANOTHER_MODEL, other_geometry
 from qwen35.sinks.files import hash_file
 
-__all__ = ["COUNTS", "MADE", "SUMS", "Imatrix", "read_imatrix"]
+__all__ = ["COUNTS", "MADE", "SUMS", "Imatrix", "open_imatrix", "read_imatrix"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -146,6 +148,20 @@ class Imatrix:
 def _cut(text: str) -> str:
     """Shorten as llama-quantize does, but never within a character."""
     return text.encode()[:_KEY_BYTES].decode(errors="ignore")
+
+
+def open_imatrix(name: str, token: str | None = None) -> Imatrix:
+    """Read the importance matrix that `name` means: a file, or ``hf:owner/name/path`` of one.
+
+    Raises:
+        InputError: it is not one.
+        HubError: the Hub refused, or was not reached.
+    """
+    if name.startswith("hf:"):
+        path = download_file(name.removeprefix("hf:"), hub_token(token))
+    else:
+        path = Path(name)
+    return read_imatrix(path, name=name)
 
 
 def read_imatrix(path: Path, *, name: str = "") -> Imatrix:

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, TypedDict
 
 from qwen35.gguf.container import Container
 from qwen35.gguf.types import FILE_TYPES
 
-__all__ = ["summarize_gguf", "summary_text"]
+__all__ = ["GgufSummary", "summarize_gguf", "summary_text"]
 
 _LONG = 100
 
 
-def summarize_gguf(container: Container) -> dict[str, Any]:
-    """Return what a GGUF file is, as plain values."""
+class GgufSummary(TypedDict):
+    """What a GGUF file is, in plain values."""
+
+    file: str
+    bytes: int
+    architecture: str
+    type: str
+    file_type: str | int | None
+    tensors: int
+    parameters: int
+    bits_per_weight: float
+    types: dict[str, dict[str, int]]
+    keys: dict[str, Any]
+
+
+def summarize_gguf(container: Container) -> GgufSummary:
+    """Return what a GGUF file is."""
     kinds: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     parameters = 0
@@ -49,7 +64,7 @@ def _shown(value: Any) -> Any:
     return value
 
 
-def summary_text(summary: dict[str, Any]) -> str:
+def summary_text(summary: GgufSummary) -> str:
     """Render a summary as text."""
     lines = [
         f"{summary['file']}: {summary['bytes']:,} bytes",

@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen35.checkpoint.hub import download_file
-from qwen35.checkpoint.open import hub_token
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.checkpoint.storage import Weight
 from qwen35.errors import Qwen35Error, UsageError
 from qwen35.gguf import show as gguf_show
-from qwen35.gguf.imatrix import read_imatrix
+from qwen35.gguf.imatrix import open_imatrix
 from qwen35.gguf.kernel import open_kernel
 from qwen35.gguf.metadata import model_name
 from qwen35.gguf.plan import Asked, GgufPlan
@@ -25,6 +23,7 @@ from qwen35.pipeline.job import REPORT_FOLDER, Job, Wanted
 from qwen35.plan import show
 from qwen35.plan.activations import load_activations
 from qwen35.plan.manifest import manifest_size
+from qwen35.plan.memory import threads_within as threads_fitting
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.verify.artifact import Depth
@@ -157,16 +156,10 @@ def _gguf(checkpoint: Checkpoint, wanted: Wanted, token: str | None) -> GgufPlan
     unknown = [name for name in wanted.types if name not in FILE_TYPES]
     if unknown:
         raise UsageError("types", f"{unknown[0]!r} is unknown", expected=", ".join(FILE_TYPES))
-    imatrix = None
-    if wanted.imatrix.startswith("hf:"):
-        path = download_file(wanted.imatrix.removeprefix("hf:"), hub_token(token))
-        imatrix = read_imatrix(path, name=wanted.imatrix)
-    elif wanted.imatrix:
-        imatrix = read_imatrix(Path(wanted.imatrix), name=wanted.imatrix)
     asked = Asked(
         types=wanted.types,
         recipe=load_gguf_recipe(wanted.recipe),
-        imatrix=imatrix,
+        imatrix=open_imatrix(wanted.imatrix, token) if wanted.imatrix else None,
         projector="F16" if wanted.mmproj else None,
         drop_mtp=wanted.drop_mtp,
     )
@@ -293,12 +286,4 @@ def threads_within(artifacts: Sequence[Artifact], threads: int, memory: int | No
     Raises:
         UsageError: one thread alone needs more.
     """
-    if memory is None:
-        return threads
-    while threads > 1 and sweep_memory(artifacts, threads) > memory:
-        threads -= 1
-    needed = sweep_memory(artifacts, threads)
-    if needed > memory:
-        found = f"--memory {show.size(memory)}"
-        raise UsageError(found, "too little", expected=show.size(needed))
-    return threads
+    return threads_fitting(lambda n: sweep_memory(artifacts, n), threads, memory)

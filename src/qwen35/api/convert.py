@@ -1,0 +1,158 @@
+"""Write a quantized or text-only checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen35.api.fp8 import DEFAULTS, Bands, activations_of, calibration_of, check_made
+from qwen35.api.plan import plan_of
+from qwen35.checkpoint.open import describe, fetch
+from qwen35.codecs.fp8 import Mode
+from qwen35.plan.manifest import manifest_size
+from qwen35.plan.memory import threads_within
+from qwen35.plan.plan import Plan
+from qwen35.plan.show import peak_memory
+from qwen35.progress import Progress
+
+if TYPE_CHECKING:
+    from qwen35.verify.fp8_report import Report
+
+__all__ = ["Converted", "convert"]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What came of a conversion.
+
+    Args:
+        out: the folder.
+        plan: what was carried out, or would be.
+        threads: how many were used, or would be.
+        nbytes: of all files.
+        hashes: SHA-256 by name of file, without the manifest; empty after a dry run.
+        report: the check of an FP8 output against its source, unless it was left out.
+    """
+
+    out: Path
+    plan: Plan
+    threads: int
+    nbytes: int
+    hashes: Mapping[str, str]
+    report: Report | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the check, if there was one, found the output fit to be used."""
+        return self.report is None or self.report.verdict != "FAIL"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        packed = Counter(step.packing for step in self.plan.steps if step.packing)
+        made = {"out": str(self.out), "bytes": self.nbytes, "sha256": dict(self.hashes), **packed}
+        return made if self.report is None else {**made, "report": self.report.to_json()}
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path = "nf4",
+    keep: Sequence[str] = (),
+    drop_mtp: bool = False,
+    keep_prefix: bool = False,
+    calib_mode: Mode | None = None,
+    rms_factor: float = DEFAULTS.rms_factor,
+    calib_percentile: float = DEFAULTS.percentile,
+    mse_grid_size: int = DEFAULTS.grid_size,
+    activation_stats: str | Path | None = None,
+    verify_samples: int | None = None,
+    verify_seed: int = 0,
+    skip_verify: bool = False,
+    bands: Bands = "derived",
+    device: str = "auto",
+    threads: int | None = None,
+    memory: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    hf_token: str | None = None,
+    progress: Progress | None = None,
+) -> Converted:
+    """Write what `plan` describes; the folder appears whole, or not at all.
+
+    Args:
+        model: folder or Hub id (``owner/name[@revision]``).
+        out: folder to write.
+        recipe: a built-in recipe or a TOML file.
+        keep: roles, or groups of them, that stay unquantized as well.
+        drop_mtp: drop the MTP layer.
+        keep_prefix: text-only: leave tensors under ``model.language_model.``.
+        calib_mode: FP8: how the scale of a tile is chosen; ``search`` if None.
+        rms_factor: FP8, mode ``rms``: peak-to-RMS factor.
+        calib_percentile: FP8, mode ``percentile``: what lies beyond saturates.
+        mse_grid_size: FP8, mode ``mse``: scales tried.
+        activation_stats: FP8: JSON of statistics that weigh the columns.
+        verify_samples: FP8 weights to check in each file; all of them if None.
+        verify_seed: chooses the samples.
+        skip_verify: do not check an FP8 output.
+        bands: what the check judges by.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a list of GPUs; ``auto`` is the CPU.
+        threads: at most so many; all processors if None.
+        memory: use fewer threads to stay below so many bytes.
+        overwrite: replace an output of qwen35.
+        dry_run: write nothing; the result says what would be.
+        hf_token: for the Hub; by default HF_TOKEN.
+        progress: told of the bytes read.
+
+    Raises:
+        UsageError: something is unknown or does not fit together.
+        InputError: the model cannot be read, or a weight holds NaN or infinity.
+        OutputError: the output exists or overlaps the source, or the disk is full.
+        HubError: the Hub refused, or was not reached.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     made = convert("assets/qwen3.5-tiny", f"{folder}/out", recipe="text-nf4", threads=1)
+    ...     sorted(path.name for path in made.out.iterdir())[:3]
+    ['chat_template.jinja', 'config.json', 'generation_config.json']
+    >>> made.passed, len(made.hashes["config.json"])
+    (True, 64)
+    """
+    from qwen35.convert import check_before
+    from qwen35.convert import convert as carry_out
+
+    out = Path(out)
+    check_before(out, overwrite=overwrite, device=device)
+    calibration = calibration_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
+    activations = activations_of(activation_stats)
+    checkpoint = (describe if dry_run else fetch)(str(model), token=hf_token)
+    plan = plan_of(
+        checkpoint,
+        recipe,
+        keep,
+        drop_mtp=drop_mtp,
+        keep_prefix=keep_prefix,
+        calibration=calibration,
+        activations=activations,
+    )
+    threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
+    if dry_run:
+        return Converted(out, plan, threads, plan.nbytes + manifest_size(plan), {})
+    result = carry_out(
+        plan, out, overwrite=overwrite, threads=threads, device=device, progress=progress
+    )
+    report = None
+    if not skip_verify:
+        report = check_made(
+            plan,
+            result.out,
+            bands=bands,
+            samples=verify_samples,
+            seed=verify_seed,
+            threads=threads,
+            progress=progress,
+        )
+    return Converted(result.out, plan, threads, result.nbytes, result.hashes, report)

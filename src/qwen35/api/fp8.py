@@ -1,0 +1,74 @@
+"""What the verbs that write FP8 share: how scales are chosen, and the check afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qwen35.checkpoint.open import describe
+from qwen35.codecs.fp8 import Calibration, Mode
+from qwen35.errors import UsageError
+from qwen35.plan.activations import Activations, load_activations
+from qwen35.plan.plan import Plan
+from qwen35.progress import Progress
+
+if TYPE_CHECKING:
+    from qwen35.verify.fp8_report import Report
+
+__all__ = ["DEFAULTS", "Bands", "activations_of", "calibration_of", "check_made"]
+
+Bands = Literal["derived", "documented"]
+
+DEFAULTS = Calibration()
+
+
+def calibration_of(
+    mode: Mode | None, rms_factor: float, percentile: float, grid_size: int
+) -> Calibration | None:
+    """Return the calibration asked for; None if no mode was.
+
+    Raises:
+        UsageError: a parameter makes no sense, or there is one without its mode.
+    """
+    calibration = Calibration(mode or DEFAULTS.mode, rms_factor, percentile, grid_size)
+    if mode is not None:
+        return calibration
+    if calibration != DEFAULTS:
+        flags = "--rms-factor, --calib-percentile and --mse-grid-size"
+        raise UsageError(flags, "mean nothing without their mode", hint="add --calib-mode")
+    return None
+
+
+def activations_of(path: str | Path | None) -> Activations | None:
+    """Return the statistics in a file, if one was given."""
+    return load_activations(Path(path)) if path else None
+
+
+def check_made(
+    plan: Plan,
+    out: Path,
+    *,
+    bands: Bands,
+    samples: int | None,
+    seed: int,
+    threads: int | None,
+    progress: Progress | None,
+) -> Report | None:
+    """Check an FP8 output against its source; None if it is not FP8.
+
+    Arguments are those of `qwen35.verify.fp8_report.check_fp8`.
+    """
+    if plan.calibration is None:
+        return None
+    from qwen35.verify.fp8_report import check_fp8
+
+    return check_fp8(
+        describe(str(out.absolute()), lenient=True),
+        plan.checkpoint,
+        plan.calibration,
+        bands=bands,
+        samples=samples,
+        seed=seed,
+        threads=threads,
+        progress=progress,
+    )

@@ -1,0 +1,143 @@
+"""Check an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen35.checkpoint.open import GgufFiles, describe, fetch, gguf_files, looks_like_artifact
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.errors import Finding, InputError, UsageError
+from qwen35.progress import Progress
+from qwen35.publish.documents import record_verdict
+from qwen35.publish.signing import SIGNATURE_NAME
+from qwen35.verify.artifact import Depth, Engine, Verdict
+from qwen35.verify.artifact import verify as check
+
+__all__ = ["verify"]
+
+
+def verify(
+    model: str | Path,
+    *,
+    source: str | Path | None = None,
+    depth: Depth | None = None,
+    engine: Engine | None = None,
+    threads: int | None = None,
+    tensor_parallel: int | None = None,
+    record: bool = False,
+    hf_token: str | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Check an artifact, alone or against its source.
+
+    What is wrong with it is in the verdict; only what cannot be checked at all raises.
+
+    Args:
+        model: folder, GGUF file, Hub id or ``hf:owner/name/path``.
+        source: what it was made from.
+        depth: ``structure`` reads headers, ``numbers`` every byte, ``behaviour`` loads it and asks
+            it questions as well; ``numbers`` with a source, else ``structure``, if None.
+        engine: what a checkpoint is asked in at depth ``behaviour``; ``transformers`` if None.
+        threads: at most so many; all processors if None.
+        tensor_parallel: FP8: GPUs that must be able to share every weight in whole tiles of 128.
+        record: write the verdict into the artifact's qwen35.json.
+        hf_token: for the Hub; by default HF_TOKEN.
+        progress: told of the bytes read.
+
+    Raises:
+        UsageError: arguments that do not go together, or an engine that is not installed.
+        InputError: there is nothing that could be checked, or the source cannot be read.
+        HubError: the Hub refused, or was not reached.
+
+    >>> verify("assets/qwen3.5-tiny").passed
+    True
+    """
+    name = str(model)
+    folder = _recorded(name) if record else None
+    depth = depth or ("numbers" if source else "structure")
+    if engine and depth != "behaviour":
+        hint = "add --depth behaviour, or leave it out"
+        raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
+    files = gguf_files(name, token=hf_token)
+    if files and engine:
+        raise UsageError("--engine", "is for checkpoints", expected="llama.cpp, for GGUF")
+    if depth == "structure" and source:
+        raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
+    verdict = (
+        _gguf(name, files, source, depth, threads, hf_token, progress)
+        if files
+        else _checkpoint(
+            name, source, depth, engine, threads, tensor_parallel, hf_token, progress
+        )
+    )
+    if folder is not None:
+        record_verdict(folder, verdict)
+    return verdict
+
+
+def _recorded(name: str) -> Path:
+    """Return the folder whose manifest is to hold the verdict.
+
+    Raises:
+        UsageError: it has no manifest, or is signed: another byte would break the signature.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / MANIFEST_NAME).is_file():
+        raise UsageError("--record", f"{name} holds no {MANIFEST_NAME}", hint="leave it out")
+    if (folder / SIGNATURE_NAME).is_file():
+        hint = "remove it, record, then sign again with `qwen35 publish --sign`"
+        raise UsageError("--record", f"{SIGNATURE_NAME} signs the manifest as it is", hint=hint)
+    return folder
+
+
+def _checkpoint(
+    name: str,
+    source: str | Path | None,
+    depth: Depth,
+    engine: Engine | None,
+    threads: int | None,
+    tensor_parallel: int | None,
+    token: str | None,
+    progress: Progress | None,
+) -> Verdict:
+    opened = describe if depth == "structure" else fetch
+    try:
+        artifact = opened(name, token=token, lenient=True)
+    except InputError as error:
+        if not looks_like_artifact(name):
+            raise
+        message = str(error).removeprefix(f"{error.subject}: ")
+        finding = Finding("readable", error.subject, message)
+        counts = {"weights": 0, "packed": 0, "files": 0}
+        return Verdict(name, "unreadable", depth, counts, (), (finding,))
+    return check(
+        artifact,
+        source=fetch(str(source), token=token) if source else None,
+        depth=depth,
+        threads=threads,
+        tensor_parallel=tensor_parallel,
+        engine=engine or "transformers",
+        progress=None if depth == "structure" else progress,
+    )
+
+
+def _gguf(
+    name: str,
+    files: GgufFiles,
+    source: str | Path | None,
+    depth: Depth,
+    threads: int | None,
+    token: str | None,
+    progress: Progress | None,
+) -> Verdict:
+    from qwen35.verify.gguf import verify_gguf
+
+    return verify_gguf(
+        name,
+        files,
+        source=fetch(str(source), token=token) if source else None,
+        depth=depth,
+        threads=threads,
+        token=token,
+        progress=None if depth == "structure" else progress,
+    )
