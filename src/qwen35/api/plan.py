@@ -42,8 +42,8 @@ def plan(
     >>> described = plan("Qwen3.5-0.8B", recipe="text-nf4", keep=["self_attn"])
     >>> described.recipe.format, len(described.files)
     ('nf4', 1)
-    >>> [(step.op, step.reason) for step in described.steps if step.role.name == "self_attn.q_proj"][0]
-    ('copy', 'asked for by --keep')
+    >>> next(step.reason for step in described.steps if step.role.name == "self_attn.q_proj")
+    'asked for by --keep'
     """
     checkpoint = describe(str(model), token=hf_token)
     return plan_of(checkpoint, recipe, keep, drop_mtp=drop_mtp, keep_prefix=keep_prefix)

@@ -66,9 +66,7 @@ def verify(
     verdict = (
         _gguf(name, files, source, depth, threads, hf_token, progress)
         if files
-        else _checkpoint(
-            name, source, depth, engine, threads, tensor_parallel, hf_token, progress
-        )
+        else _checkpoint(name, source, depth, engine, threads, tensor_parallel, hf_token, progress)
     )
     if folder is not None:
         record_verdict(folder, verdict)

@@ -38,6 +38,16 @@ class Calibrated:
     coverage: dict[str, Any]
     resumed: int
 
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            "out": str(self.result.out),
+            "bytes": self.result.nbytes,
+            "sha256": self.result.hashes,
+            "coverage": self.coverage,
+            "resumed": self.resumed,
+        }
+
 
 def device_for(name: str) -> str:
     """Return the device that `name` means: ``auto`` is a GPU if there is one.

@@ -10,13 +10,12 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from qwen35.calibrate.plan import Asked, CalibrationPlan, Dtype, make_plan
+from qwen35.api.calibrate import calibrate, planned
+from qwen35.calibrate.plan import Asked, Dtype
 from qwen35.calibrate.show import coverage_text, plan_json, plan_text
 from qwen35.calibrate.sums import FLOOR
-from qwen35.calibrate.text import read_text
-from qwen35.checkpoint.open import describe, fetch
 from qwen35.cli.output import Output
-from qwen35.cli.shared import add_model, positive, size_of
+from qwen35.cli.shared import add_model, keywords, positive, size_of
 from qwen35.plan.show import size
 
 
@@ -69,41 +68,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
-    from qwen35.calibrate.run import calibrate, check_before
-
     if args.dry_run:
-        plan = _plan(args, dry=True)
+        asked = Asked(args.dtype, args.floor, args.dat, args.memory)
+        plan = planned(
+            args.model,
+            text=args.text,
+            context=args.context,
+            windows=args.windows,
+            asked=asked,
+            token=args.hf_token,
+            headers_only=True,
+        )
         output.data(plan_text(plan), plan_json(plan))
         return 0
-    check_before(args.output, overwrite=args.overwrite, device=args.device)
-    plan = _plan(args, dry=False)
-    done = calibrate(
-        plan,
-        args.output,
-        overwrite=args.overwrite,
-        threads=args.threads,
-        device=args.device,
-        progress=output.progress(),
-    )
+    done = calibrate(**keywords(args, "dry_run"), progress=output.progress())
     if done.resumed:
         output.info(f"went on after {done.resumed} blocks of an interrupted run")
     lines = coverage_text(done.coverage)
     result = done.result
     lines.append(f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}")
-    output.data(
-        "\n".join(lines),
-        {
-            "out": str(result.out),
-            "bytes": result.nbytes,
-            "sha256": result.hashes,
-            "coverage": done.coverage,
-            "resumed": done.resumed,
-        },
-    )
+    output.data("\n".join(lines), done.to_json())
     return 0
-
-
-def _plan(args: argparse.Namespace, *, dry: bool) -> CalibrationPlan:
-    checkpoint = (describe if dry else fetch)(args.model, token=args.hf_token)
-    text = read_text(checkpoint, args.text, context=args.context, windows=args.windows)
-    return make_plan(checkpoint, text, Asked(args.dtype, args.floor, args.dat, args.memory))

@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.checkpoint.open import hub_token
+from qwen35.api.evaluate import evaluate, prepared, state_beside
 from qwen35.cli.output import Output
-from qwen35.cli.shared import positive, size_of
+from qwen35.cli.shared import keywords, positive, size_of
 from qwen35.plan.show import size
 
 if TYPE_CHECKING:
@@ -73,42 +73,22 @@ _UNQUANTIZED_HELP = (
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
-    from qwen35.evaluate.evaluation import run as evaluate
-    from qwen35.evaluate.job import Asked, prepare
     from qwen35.evaluate.table import report_text
-    from qwen35.report.write import check_report, write_report
 
-    if args.report is not None:
-        check_report(args.report, overwrite=args.overwrite)
-    asked = Asked(
-        base=args.base,
-        candidates=tuple(args.candidates),
-        text=args.text,
-        context=args.context or 0,
-        chunks=args.chunks or 0,
-        threads=args.threads or 0,
-        device=args.device,
-        unquantized=args.unquantized,
-        kld_file=args.kl_divergence_base,
-        cache=args.cache,
-        memory=args.memory or 0,
-        token=hub_token(args.hf_token),
-    )
-    job = prepare(asked)
-    state = args.resume or _beside(args.report)
     if args.dry_run:
-        output.data(_job_text(job, state), _job_json(job, state))
-        return 0
-    report = evaluate(job, speed=args.speed, state=state, progress=output.progress("chunks"))
+        return _dry_run(args, output)
+    report = evaluate(**keywords(args, "dry_run"), progress=output.progress("chunks"))
     if args.report is not None:
-        write_report(report, args.report)
         output.info(f"{args.report}: report.json and report.html")
     output.data(report_text(report), report.to_json())
     return 0
 
 
-def _beside(report: Path | None) -> Path | None:
-    return None if report is None else report.absolute().with_name(f".{report.name}.evaluation")
+def _dry_run(args: argparse.Namespace, output: Output) -> int:
+    job = prepared(**keywords(args, "dry_run", "resume", "speed"))
+    state = args.resume or state_beside(args.report)
+    output.data(_job_text(job, state), _job_json(job, state))
+    return 0
 
 
 def _job_json(job: Job, state: Path | None) -> dict[str, object]:

@@ -6,9 +6,11 @@ import argparse
 from typing import Any
 
 from qwen35.plan.recipe import BUILT_IN
+from qwen35.plan.show import bytes_of
 
 __all__ = [
     "EXIT_FINDINGS",
+    "EXIT_USAGE",
     "add_model",
     "add_recipe",
     "count",
@@ -20,34 +22,37 @@ __all__ = [
 EXIT_FINDINGS = 1
 """Something was found, or a gate is closed."""
 
+EXIT_USAGE = 2
+"""The input or the usage is wrong."""
+
 
 def positive(text: str) -> int:
     """Parse a positive integer; argparse prints the refusal."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    return _number(text, 1, "a positive number")
 
 
 def count(text: str) -> int:
     """Parse an integer that is not negative; argparse prints the refusal."""
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
+    return _number(text, 0, "a number, or 0")
+
+
+def _number(text: str, least: int, expected: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
     return value
 
 
 def size_of(text: str) -> int:
-    """Parse a size such as ``400MB`` or ``1.5GiB``; argparse prints the refusal.
-
-    >>> size_of("400MB"), size_of("1.5GiB"), size_of("123")
-    (400000000, 1610612736, 123)
-    """
-    units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    for unit, factor in units.items():
-        if text.lower().endswith(unit.lower()):
-            return round(min(float(text[: -len(unit)]), 1e9) * factor)
-    return int(text)
+    """Parse a size such as ``400MB`` or ``1.5GiB``; argparse prints the refusal."""
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        expected = "a size such as 400MB or 1.5GiB"
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}") from error
 
 
 def keywords(args: argparse.Namespace, *without: str) -> dict[str, Any]:

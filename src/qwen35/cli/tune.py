@@ -8,18 +8,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qwen35.checkpoint.open import describe, fetch
+from qwen35.api.tune import carry_out, types_of
 from qwen35.cli.output import Output
-from qwen35.cli.shared import add_model, positive
+from qwen35.cli.shared import add_model, keywords, positive
 from qwen35.errors import UsageError
-
-if TYPE_CHECKING:
-    from qwen35.checkpoint.source import Checkpoint
-    from qwen35.tune.measurements import Measurements
-    from qwen35.tune.space import Space
-    from qwen35.tune.tuning import Budget, Tuned
 
 FORMATS = ("gguf", "nf4", "fp8")
 DEFAULT_PROBES = 120
@@ -78,157 +71,19 @@ _START_HELP = "measurements of the model that this one was tuned from: its probe
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
-    from qwen35.evaluate.text import read_text
-    from qwen35.threads import default_threads
-    from qwen35.tune.probing import Setting
-    from qwen35.tune.show import plan_text, tuned_json, tuned_text
-    from qwen35.tune.tuning import tune
+    from qwen35.tune.job import Asked, prepare
+    from qwen35.tune.show import plan_text, tuned_text
 
-    _check(args)
-    text = read_text(args.text)
-    opened = describe if args.dry_run else fetch
-    checkpoint = opened(args.model, token=args.hf_token)
-    space = _space(checkpoint, args)
-    budget = _budget(args, space)
+    given = keywords(args, "report", "dry_run", "hf_token")
+    given |= {"types": types_of(args.types), "token": args.hf_token}
     if args.dry_run:
-        output.data(*plan_text(space, budget, args.probes))
+        job = prepare(Asked(**{**given, "output": None}))
+        output.data(*plan_text(job.space, job.budget, args.probes))
         return 0
-    path: Path = args.measurements or args.output.with_suffix(".json")
-    threads = args.threads or default_threads()
-    setting = Setting(args.text, args.context, args.chunks, threads, args.device)
-    measured = _measurements(checkpoint, space, text.sha256, path, args)
-    tuned = tune(
-        space,
-        budget,
-        setting,
-        measured,
-        probes=args.probes,
-        save=lambda found: found.save(path),
-        work=args.output.parent,
-        progress=output.progress,
-    )
-    _write(args.output, space.recipe(tuned.chosen, _describe(tuned), explicit=args.explicit))
+    if args.output is None:
+        raise UsageError("--output", "missing", expected="a file to write, ending with .toml")
+    found = carry_out(Asked(**given), args.report, output.progress)
     if args.report is not None:
-        from qwen35.report.tuning import write_tuning
-
-        write_tuning(args.report, measured.name, space, tuned, measured)
         output.info(f"{args.report}: tune.json and tune.html")
-    output.data(
-        tuned_text(space, tuned, args.output),
-        {**tuned_json(space, tuned), "recipe": str(args.output)},
-    )
+    output.data(tuned_text(found.space, found.tuned, found.recipe), found.to_json())
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Check what can be checked before anything is read."""
-    if (args.size is None) == (args.max_kld is None):
-        raise UsageError("--size, --max-kld", "none or both", expected="one of them")
-    if args.max_kld is not None and not 0 < args.max_kld < 100:
-        raise UsageError("--max-kld", str(args.max_kld), expected="nats, such as 0.02")
-    if args.probes < 0:
-        raise UsageError("--probes", str(args.probes), expected="a number of groups, or 0")
-    if args.format != "gguf" and (args.types or args.imatrix):
-        option = "--types" if args.types else "--imatrix"
-        raise UsageError(option, f"given with --format {args.format}", expected="--format gguf")
-    if not args.dry_run:
-        _check_outputs(args)
-
-
-def _check_outputs(args: argparse.Namespace) -> None:
-    if args.output is None or args.output.suffix != ".toml":
-        raise UsageError(
-            "--output",
-            "missing" if args.output is None else str(args.output),
-            expected="a file to write, ending with .toml",
-        )
-    if not args.output.absolute().parent.is_dir():
-        raise UsageError("--output", f"{args.output.parent} is not a folder")
-    if args.output.exists() and not args.overwrite:
-        raise UsageError("--output", f"{args.output} exists", hint="give --overwrite")
-    if args.report is not None:
-        from qwen35.report.tuning import TUNE_NAMES
-        from qwen35.report.write import check_report
-
-        check_report(args.report, overwrite=args.overwrite, names=TUNE_NAMES)
-
-
-def _space(checkpoint: Checkpoint, args: argparse.Namespace) -> Space:
-    if args.format != "gguf":
-        from qwen35.tune.packed_space import PackedSpace
-
-        return PackedSpace(checkpoint, args.format)
-    from qwen35.cli.gguf import imatrix_of
-    from qwen35.gguf.types import GGML_TYPES, ggml_type
-    from qwen35.tune.gguf_space import DEFAULT_TYPES, GgufSpace
-
-    names = args.types.split(",") if args.types else DEFAULT_TYPES
-    types = {ggml_type(name.strip(), "--types").name for name in names} | {GgufSpace.exact}
-    by_size = sorted(types, key=lambda name: GGML_TYPES[name].nbytes / GGML_TYPES[name].block)
-    by_size.remove(GgufSpace.exact)
-    return GgufSpace(checkpoint, (*by_size, GgufSpace.exact), imatrix_of(args))
-
-
-def _budget(args: argparse.Namespace, space: Space) -> Budget:
-    from qwen35.cli.shared import size_of
-    from qwen35.tune.tuning import Budget
-
-    if args.size is None:
-        return Budget(kld=args.max_kld)
-    try:
-        if args.size.lower().endswith("bpw"):
-            return Budget(nbytes=int(float(args.size[:-3]) * space.weights / 8))
-        return Budget(nbytes=size_of(args.size))
-    except ValueError as error:
-        expected = "bits per weight or bytes: 4.5bpw, 3.2GB"
-        raise UsageError("--size", repr(args.size), expected=expected) from error
-
-
-def _measurements(
-    checkpoint: Checkpoint, space: Space, text: str, path: Path, args: argparse.Namespace
-) -> Measurements:
-    """Return what is in the file, if it is of this very case, or nothing measured yet.
-
-    Raises:
-        UsageError: the file is of another case, or there is nothing to start from.
-    """
-    from qwen35.tune.measurements import Key, Measurements, load_measurements, model_digest
-
-    imatrix = getattr(space, "imatrix", None)
-    key = Key(
-        args.format,
-        model_digest(checkpoint),
-        text,
-        args.context,
-        args.chunks,
-        imatrix.digest if imatrix else "",
-    )
-    if path.exists():
-        found = load_measurements(path)
-        if found.key != key:
-            differing = [n for n in vars(key) if getattr(key, n) != getattr(found.key, n)]
-            raise UsageError(
-                str(path),
-                f"measured with another {', '.join(differing)}",
-                hint="give another --measurements, or it as --start-from",
-            )
-        return found
-    fresh = Measurements(key, Path(checkpoint.name).name)
-    if args.start_from is not None:
-        earlier = load_measurements(args.start_from)
-        if earlier.key.format != args.format or not earlier.probes:
-            found_there = f"measurements of {earlier.key.format}" if earlier.probes else "no probes"
-            raise UsageError(str(args.start_from), found_there, expected=f"probes of {args.format}")
-        fresh.groups, fresh.probes = earlier.groups, earlier.probes
-    return fresh
-
-
-def _describe(tuned: Tuned) -> str:
-    measured = f"{tuned.kld:.3g} nats measured" if tuned.kld is not None else "not measured"
-    return f"tuned: {tuned.nbytes} bytes, {measured}"
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, "utf-8")
-    part.replace(path)

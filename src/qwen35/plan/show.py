@@ -13,6 +13,7 @@ from qwen35.plan.plan import Plan
 from qwen35.plan.step import Step
 
 __all__ = [
+    "bytes_of",
     "packed_text",
     "peak_memory",
     "plan_json",
@@ -51,6 +52,22 @@ def size(nbytes: int) -> str:
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
     return f"{nbytes} B"
+
+
+def bytes_of(text: str) -> int:
+    """Parse a size as people write it.
+
+    Raises:
+        ValueError: it is none.
+
+    >>> bytes_of("400MB"), bytes_of("1.5GiB"), bytes_of("123")
+    (400000000, 1610612736, 123)
+    """
+    units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    for unit, factor in units.items():
+        if text.lower().endswith(unit.lower()):
+            return round(min(float(text[: -len(unit)]), 1e9) * factor)
+    return int(text)
 
 
 def _groups(steps: Iterable[Step]) -> dict[tuple[str, str], dict[str, list[Step]]]:

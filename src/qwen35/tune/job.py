@@ -1,0 +1,253 @@
+"""What a tuning is asked for, checked and opened before anything is measured, and carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen35.checkpoint.open import describe, fetch
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import UsageError
+from qwen35.evaluate.text import Text, read_text
+from qwen35.plan.show import bytes_of
+from qwen35.progress import Progress, Silent
+from qwen35.threads import default_threads
+from qwen35.tune.measurements import Key, Measurements, load_measurements, model_digest
+from qwen35.tune.probing import Setting
+from qwen35.tune.show import tuned_json
+from qwen35.tune.space import Space
+from qwen35.tune.tuning import Budget, Tuned, tune
+
+__all__ = ["Asked", "Format", "Job", "Tuning", "prepare", "run"]
+
+Format = Literal["gguf", "nf4", "fp8"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asks for.
+
+    Args:
+        model: folder or Hub id.
+        format: of the artifact.
+        text: to measure on.
+        size: of the weight files, at most: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
+        max_kld: mean divergence on the text, at most, in nats; instead of a size.
+        output: recipe to write; None to only look.
+        types: GGUF: types to choose from; the usual ones if empty.
+        imatrix: GGUF: importance matrix, or ``hf:owner/name/path``.
+        measurements: file that keeps what is measured; by default the recipe's name with .json.
+        start_from: measurements of the model that this one was tuned from.
+        probes: groups to measure at most; 0 for squared errors alone.
+        chunks: of the text, to measure on.
+        context: tokens a chunk.
+        explicit: a rule for every role in every layer.
+        device: for transformers.
+        threads: at most so many; all processors if None.
+        overwrite: replace the recipe.
+        token: for the Hub.
+    """
+
+    model: str
+    format: Format
+    text: Path
+    size: str | int | None = None
+    max_kld: float | None = None
+    output: Path | None = None
+    types: tuple[str, ...] = ()
+    imatrix: str | None = None
+    measurements: Path | None = None
+    start_from: Path | None = None
+    probes: int = 120
+    chunks: int = 8
+    context: int = 512
+    explicit: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    overwrite: bool = False
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared tuning.
+
+    Args:
+        asked: what was asked for.
+        checkpoint: the model.
+        space: the choices.
+        budget: what must be kept to.
+        text: what is measured on.
+    """
+
+    asked: Asked
+    checkpoint: Checkpoint
+    space: Space
+    budget: Budget
+    text: Text
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What came of it.
+
+    Args:
+        recipe: the file that was written.
+        space: the choices that there were.
+        tuned: what was chosen, and what it costs.
+        measured: everything that was measured.
+    """
+
+    recipe: Path
+    space: Space
+    tuned: Tuned
+    measured: Measurements
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {**tuned_json(self.space, self.tuned), "recipe": str(self.recipe)}
+
+
+def prepare(asked: Asked) -> Job:
+    """Check what was asked for and open the model; without an output, from headers alone.
+
+    Raises:
+        UsageError: something is missing, contradicts or exists already.
+        InputError: the model, the text or the matrix cannot be read.
+        HubError: the Hub refused, or was not reached.
+    """
+    _check(asked)
+    text = read_text(asked.text)
+    checkpoint = (fetch if asked.output else describe)(asked.model, token=asked.token)
+    space = _space(checkpoint, asked)
+    return Job(asked, checkpoint, space, _budget(asked, space), text)
+
+
+def run(job: Job, progress: Callable[[str], Progress] = lambda _: Silent()) -> Tuning:
+    """Measure, choose, and write the recipe.
+
+    Args:
+        job: with an output.
+        progress: makes progress that counts a unit.
+
+    Raises:
+        UsageError: the budget cannot be kept to, or the measurements are of another case.
+    """
+    asked = job.asked
+    assert asked.output is not None  # or there would be nothing to write
+    path = asked.measurements or asked.output.with_suffix(".json")
+    threads = asked.threads or default_threads()
+    setting = Setting(asked.text, asked.context, asked.chunks, threads, asked.device)
+    measured = _measurements(job, path)
+    tuned = tune(
+        job.space,
+        job.budget,
+        setting,
+        measured,
+        probes=asked.probes,
+        save=lambda found: found.save(path),
+        work=asked.output.parent,
+        progress=progress,
+    )
+    text = job.space.recipe(tuned.chosen, _describe(tuned), explicit=asked.explicit)
+    part = asked.output.with_name(f".{asked.output.name}.part")
+    part.write_text(text, "utf-8")
+    part.replace(asked.output)
+    return Tuning(asked.output, job.space, tuned, measured)
+
+
+def _check(asked: Asked) -> None:
+    """Check what can be checked before anything is read."""
+    if (asked.size is None) == (asked.max_kld is None):
+        raise UsageError("--size, --max-kld", "none or both", expected="one of them")
+    if asked.max_kld is not None and not 0 < asked.max_kld < 100:
+        raise UsageError("--max-kld", str(asked.max_kld), expected="nats, such as 0.02")
+    if asked.probes < 0:
+        raise UsageError("--probes", str(asked.probes), expected="a number of groups, or 0")
+    if asked.format != "gguf" and (asked.types or asked.imatrix):
+        option = "--types" if asked.types else "--imatrix"
+        raise UsageError(option, f"given with --format {asked.format}", expected="--format gguf")
+    if asked.output is None:
+        return
+    if asked.output.suffix != ".toml":
+        expected = "a file to write, ending with .toml"
+        raise UsageError("--output", str(asked.output), expected=expected)
+    if not asked.output.absolute().parent.is_dir():
+        found = f"{asked.output.parent} is not a folder"
+        raise UsageError("--output", found, hint="make it first")
+    if asked.output.exists() and not asked.overwrite:
+        raise UsageError("--output", f"{asked.output} exists", hint="give --overwrite")
+
+
+def _space(checkpoint: Checkpoint, asked: Asked) -> Space:
+    if asked.format != "gguf":
+        from qwen35.tune.packed_space import PackedSpace
+
+        return PackedSpace(checkpoint, asked.format)
+    from qwen35.gguf.imatrix import open_imatrix
+    from qwen35.gguf.types import GGML_TYPES, ggml_type
+    from qwen35.tune.gguf_space import DEFAULT_TYPES, GgufSpace
+
+    names = asked.types or DEFAULT_TYPES
+    types = {ggml_type(name.strip(), "--types").name for name in names} | {GgufSpace.exact}
+    by_size = sorted(types, key=lambda name: GGML_TYPES[name].nbytes / GGML_TYPES[name].block)
+    by_size.remove(GgufSpace.exact)
+    imatrix = open_imatrix(asked.imatrix, asked.token) if asked.imatrix else None
+    return GgufSpace(checkpoint, (*by_size, GgufSpace.exact), imatrix)
+
+
+def _budget(asked: Asked, space: Space) -> Budget:
+    if asked.size is None:
+        return Budget(kld=asked.max_kld)
+    if isinstance(asked.size, int):
+        return Budget(nbytes=asked.size)
+    try:
+        if asked.size.lower().endswith("bpw"):
+            return Budget(nbytes=int(float(asked.size[:-3]) * space.weights / 8))
+        return Budget(nbytes=bytes_of(asked.size))
+    except ValueError as error:
+        expected = "bits per weight or bytes: 4.5bpw, 3.2GB"
+        raise UsageError("--size", repr(asked.size), expected=expected) from error
+
+
+def _measurements(job: Job, path: Path) -> Measurements:
+    """Return what is in the file, if it is of this very case, or nothing measured yet.
+
+    Raises:
+        UsageError: the file is of another case, or there is nothing to start from.
+    """
+    asked, imatrix = job.asked, getattr(job.space, "imatrix", None)
+    key = Key(
+        asked.format,
+        model_digest(job.checkpoint),
+        job.text.sha256,
+        asked.context,
+        asked.chunks,
+        imatrix.digest if imatrix else "",
+    )
+    if path.exists():
+        found = load_measurements(path)
+        if found.key != key:
+            differing = [n for n in vars(key) if getattr(key, n) != getattr(found.key, n)]
+            raise UsageError(
+                str(path),
+                f"measured with another {', '.join(differing)}",
+                hint="give another --measurements, or it as --start-from",
+            )
+        return found
+    fresh = Measurements(key, Path(job.checkpoint.name).name)
+    if asked.start_from is not None:
+        earlier = load_measurements(asked.start_from)
+        if earlier.key.format != asked.format or not earlier.probes:
+            there = f"measurements of {earlier.key.format}" if earlier.probes else "no probes"
+            expected = f"probes of {asked.format}"
+            raise UsageError(str(asked.start_from), there, expected=expected)
+        fresh.groups, fresh.probes = earlier.groups, earlier.probes
+    return fresh
+
+
+def _describe(tuned: Tuned) -> str:
+    measured = f"{tuned.kld:.3g} nats measured" if tuned.kld is not None else "not measured"
+    return f"tuned: {tuned.nbytes} bytes, {measured}"
