@@ -1,0 +1,27 @@
+"""Bytes of every recipe for a published size, from headers that need no download.
+
+    python examples/compare_plans.py [MODEL]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import qwen35
+from qwen35.plan.recipe import BUILT_IN
+
+
+def main(model: str = "Qwen3.5-9B") -> None:
+    """Print a line for each recipe."""
+    source = qwen35.inspect(model)
+    assert isinstance(source, dict)  # a list would be GGUF files
+    print(f"{model}: {source['parameters']:,} parameters, {source['bytes']:,} bytes")
+    for recipe in BUILT_IN:
+        plan = qwen35.plan(model, recipe=recipe)
+        packed = sum(step.packing is not None for step in plan.steps)
+        share = plan.nbytes / source["bytes"]
+        print(f"{recipe:<22} {plan.nbytes:>15,} bytes  {share:>6.1%}  {packed:>4} weights packed")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,33 @@
+"""GGUF files of several types, by size and by how far they are from the unquantized model.
+
+    python examples/gguf_by_quality.py [MODEL OUT TEXT]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import qwen35
+
+ASSETS = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
+
+
+def main(model: str, out: str, text: str, chunks: int | None = None) -> None:
+    """Write the files and compare them with F16."""
+    made = qwen35.gguf(model, out, types=["F16", "Q8_0", "Q4_K_M"])
+    base, *candidates = (made.out / file.name for file in made.plan.files)
+    report = qwen35.evaluate(base, candidates, text=text, chunks=chunks)
+    for row in report.candidates:
+        kld, same = row.comparison.kld.value, row.comparison.same_top.value
+        size = row.model.nbytes
+        print(f"{row.model.name:<28} {size:>13,} bytes  {kld:.6f} nats  same top {same:.1%}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(*sys.argv[1:])
+    else:
+        with TemporaryDirectory() as folder:
+            main(str(ASSETS), f"{folder}/gguf", str(ASSETS / "eval.txt"), chunks=1)

@@ -1,0 +1,32 @@
+"""The GGUF recipe that fits into a number of bits a weight, found by squared errors alone.
+
+    python examples/tuned.py [MODEL RECIPE TEXT SIZE]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import qwen35
+
+ASSETS = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
+
+
+def main(model: str, recipe: str, text: str, size: str = "5bpw") -> None:
+    """Tune, then plan with the recipe."""
+    found = qwen35.tune(model, format="gguf", size=size, text=text, output=recipe, probes=0)
+    bits = 8 * found.tuned.nbytes / found.space.weights
+    print(f"{found.recipe.name}: {found.tuned.nbytes:,} bytes, {bits:.2f} bits a weight")
+    planned = qwen35.gguf(model, "unused", types="Q4_K_M", recipe=recipe, dry_run=True)
+    kinds = sorted(set(planned.plan.files[0].kinds.values()))
+    print(f"types used: {', '.join(kinds)}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        main(*sys.argv[1:])
+    else:
+        with TemporaryDirectory() as folder:
+            main(str(ASSETS), f"{folder}/tuned.toml", str(ASSETS / "eval.txt"))
