@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -333,7 +334,7 @@ def test_an_output_that_is_taken_meanwhile_keeps_the_work(
         return b"{}"
 
     with monkeypatch.context() as patch:
-        patch.setattr("qwen35.convert.manifest_bytes", take)
+        patch.setattr(import_module("qwen35.convert"), "manifest_bytes", take)
         with pytest.raises(OutputError, match="exists already"):
             convert(plan_of(dense), out)
     assert (out / "precious").read_text() == "mine"

@@ -1,0 +1,247 @@
+"""`import qwen35`: the verbs of the command line, with their names, flags and results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, assert_type
+
+import pytest
+
+import qwen35
+from checkpoints import ASSET
+from evaluating import gguf as gguf_in
+from hub_client import REPO, World
+from qwen35.api.convert import Converted
+from qwen35.api.gguf import GgufMade
+from qwen35.api.run import Run
+from qwen35.calibrate.run import Calibrated
+from qwen35.cli.main import VERBS, parser_of
+from qwen35.errors import InputError, OutputError, UsageError
+from qwen35.evaluate.result import Report
+from qwen35.plan.plan import Plan
+from qwen35.reproduce import Reproduction
+from qwen35.tune.job import Tuning
+from qwen35.verify.artifact import Verdict
+
+TERMINAL = {"json", "quiet"}
+"""How results are shown: a program has the results."""
+
+ONLY_FLAGS = {
+    "plan": {"roles", "threads", "memory"},  # a table (ROLES); and peak memory, which is shown
+    "calibrate": {"dry_run"},
+    "evaluate": {"dry_run"},
+    "run": {"dry_run"},
+    "tune": {"dry_run"},
+}
+"""Flags that are no keywords: a dry run of these gives no result of the kind."""
+
+ONLY_KEYWORDS = {"run": {"tell"}}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_flags_are_keywords(verb: str) -> None:
+    flags = {a.dest for a in parser_of(verb)._actions if a.dest != argparse.SUPPRESS} - {"help"}
+    keywords = set(inspect.signature(getattr(qwen35, verb)).parameters)
+    assert flags - TERMINAL - ONLY_FLAGS.get(verb, set()) == (
+        keywords - {"progress"} - ONLY_KEYWORDS.get(verb, set())
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_defaults_are_the_flags(verb: str) -> None:
+    flags = {action.dest: action.default for action in parser_of(verb)._actions}
+    for name, parameter in inspect.signature(getattr(qwen35, verb)).parameters.items():
+        if parameter.default is inspect.Parameter.empty or name not in flags:
+            continue
+        if (verb, name) == ("gguf", "types"):
+            assert flags[name] == ",".join(parameter.default)
+        else:
+            empty = [None, (), [], False]
+            same = flags[name] == parameter.default
+            assert same or (flags[name] in empty and parameter.default in empty), name
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_says_what_it_takes_and_raises(verb: str) -> None:
+    function = getattr(qwen35, verb)
+    text = inspect.getdoc(function) or ""
+    for name in inspect.signature(function).parameters:
+        assert f"{name}: " in text, name
+    assert "Raises:" in text
+
+
+def test_public_names_are_the_verbs() -> None:
+    assert qwen35.__all__ == sorted(qwen35.__all__)
+    assert set(VERBS) == {name for name in qwen35.__all__ if name.islower()} - {"__version__"}
+    assert dir(qwen35) == sorted([*qwen35.__all__, "errors"])
+    for name in qwen35.__all__:
+        assert getattr(qwen35, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        qwen35.__getattr__("nonsense")
+
+
+def test_importing_a_module_of_a_verbs_name_leaves_the_verb() -> None:
+    for name in VERBS:
+        importlib.import_module(f"qwen35.api.{name}")
+    for module in ("plan.plan", "convert", "gguf.write", "verify.artifact", "reproduce", "tune"):
+        importlib.import_module(f"qwen35.{module}")
+    for verb in VERBS:
+        assert inspect.isfunction(getattr(qwen35, verb)), verb
+    program = (
+        "import qwen35.convert, qwen35.plan.plan\nimport qwen35\n"
+        "assert callable(qwen35.convert) and callable(qwen35.plan)\n"
+        "from qwen35 import plan\nfrom qwen35.plan import show\n"
+        "assert plan is qwen35.plan and show.size(1) == '1 B'\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_it_is_typed() -> None:
+    """Types that mypy checks where this file is checked; here only that they are at hand."""
+
+    def never(model: str, out: Path) -> None:
+        assert_type(qwen35.plan(model), Plan)
+        assert_type(qwen35.convert(model, out, recipe="fp8"), Converted)
+        assert_type(qwen35.gguf(model, out, types=["F16"]), GgufMade)
+        assert_type(qwen35.verify(out, source=model), Verdict)
+        assert_type(qwen35.evaluate(model, [out], text="x"), Report)
+        assert_type(qwen35.calibrate(model, text="x", output=out), Calibrated)
+        assert_type(qwen35.tune(model, format="gguf", text="x", output=out), Tuning)
+        assert_type(qwen35.run(model, out, path="A"), Run)
+        assert_type(qwen35.reproduce(out), Reproduction)
+
+    assert callable(never)
+    assert (Path(qwen35.__file__).parent / "py.typed").is_file()
+
+
+# --- what they return
+
+
+def test_convert_verify_and_reproduce(dense: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dry = qwen35.convert(dense, out, recipe="fp8", dry_run=True)
+    assert not out.exists()
+    assert (dry.hashes, dry.report) == ({}, None)
+    made = qwen35.convert(dense, out, recipe="fp8", threads=1)
+    assert made.plan.digest == dry.plan.digest
+    assert made.nbytes == dry.nbytes == sum(path.stat().st_size for path in out.iterdir())
+    assert made.report is not None
+    assert made.passed
+    assert made.threads == 1
+    verdict = qwen35.verify(out, source=dense)
+    assert verdict.passed
+    assert verdict.depth == "numbers"
+    again = qwen35.reproduce(out, source=dense)
+    assert set(again.files) == set(made.hashes)
+    assert again.findings == ()
+    (out / "config.json").write_text("{}")
+    assert not qwen35.verify(out).passed
+
+
+def test_plan_is_what_convert_carries_out(dense: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"recipe": "text-nf4", "keep": ["self_attn"], "drop_mtp": True}
+    plan = qwen35.plan(dense, **options)
+    assert qwen35.convert(dense, tmp_path / "out", **options).plan.digest == plan.digest
+
+
+def test_inspect_tells_checkpoints_from_gguf(formats: Path) -> None:
+    found = qwen35.inspect(ASSET)
+    assert isinstance(found, dict)
+    assert found["shards"] == 1
+    rows = qwen35.inspect(formats / "gguf")
+    assert isinstance(rows, list)
+    assert [row["file_type"] for row in rows] == ["F16", "Q4_K_M", "Q8_0"]
+
+
+def test_gguf_by_names_or_text(dense: Path, tmp_path: Path) -> None:
+    by_text = qwen35.gguf(ASSET, tmp_path / "o", types="q8_0, F16", dry_run=True)
+    by_names = qwen35.gguf(ASSET, tmp_path / "o", types=["Q8_0", "F16"], dry_run=True)
+    assert by_text.plan.digest == by_names.plan.digest
+    lines = tmp_path / "types.txt"
+    done = qwen35.gguf(ASSET, tmp_path / "o", types="Q4_K_M", export=lines)
+    assert done.exported is not None
+    assert done.exported[0] == lines
+    assert len(lines.read_text().splitlines()) == len(done.exported[1])
+    assert not (tmp_path / "o").exists()
+
+
+def test_evaluate_returns_and_writes_the_report(formats: Path, tmp_path: Path) -> None:
+    base, other = gguf_in(formats, "F16"), gguf_in(formats, "Q8_0")
+    text, folder = formats / "text.txt", tmp_path / "report"
+    report = qwen35.evaluate(base, [other], text=text, chunks=1, threads=1, report=folder)
+    assert 0 < report.candidates[0].comparison.kld.value < 0.1
+    written = json.loads((folder / "report.json").read_text())
+    assert written == json.loads(json.dumps(report.to_json()))
+    with pytest.raises(OutputError):
+        qwen35.evaluate(base, [other], text=text, report=folder)
+
+
+def test_publish_and_what_it_refuses(world: World) -> None:
+    done = world.client.run(world.folder, REPO, entry="api_publish:main")
+    assert done.code == 0, done.err
+    found = done.json()
+    looked, pushed, again = found["said"]
+    assert "commit" not in looked
+    assert looked["operations"] == pushed["operations"]
+    assert pushed["commit"] == again["commit"] == world.repo.head
+    assert again["counters"] == {"to upload": 0, "to delete": 0, "unchanged": 5, "kept": 1}
+    assert world.repo.titles[-1] == "By the API"
+    assert found["text"] == f"{REPO}@{world.repo.head[:12]}: holds all of it, verified"
+    assert found["refused"].startswith(".env: an environment file")
+
+
+# --- what they raise
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "words"),
+    [
+        (lambda: qwen35.plan("Qwen3.5-0.8B", recipe="nf5"), UsageError, "not a built-in recipe"),
+        (lambda: qwen35.inspect("./nowhere"), InputError, "no such folder"),
+        (lambda: qwen35.convert("Qwen3.5-0.8B", "out"), UsageError, "without weights"),
+        (lambda: qwen35.convert(ASSET, ASSET), OutputError, "exists already"),
+        (lambda: qwen35.gguf(ASSET, "out", types="Q9"), UsageError, "'Q9' is unknown"),
+        (lambda: qwen35.gguf(ASSET, "out", device="cuda"), UsageError, "auto or cpu"),
+        (lambda: qwen35.verify(ASSET, engine="vllm"), UsageError, "not used at depth"),
+        (lambda: qwen35.run("a", "b", path="A", chunks=1), UsageError, "needs --text"),
+        (lambda: qwen35.run("a.toml", repo="x"), UsageError, "is for --path"),
+        (lambda: qwen35.run(ASSET, "b", path="A", device="tpu"), UsageError, "unknown"),
+        (lambda: qwen35.publish(ASSET, "x"), UsageError, "expected owner/name"),
+        (lambda: qwen35.reproduce("./nowhere"), InputError, "no manifest"),
+        (
+            lambda: qwen35.tune(ASSET, format="gguf", text="x", output="x"),
+            UsageError,
+            "one of them",
+        ),
+    ],
+)
+def test_errors_are_ours_and_leave_nothing(
+    act: Callable[[], object],
+    kind: type[Exception],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=words):
+        act()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_all_problems_of_a_run_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as refused:
+        qwen35.run(ASSET, "out", path=["B"], types="Q9", device="tpu")
+    said = [str(refused.value), *getattr(refused.value, "__notes__", [])]
+    assert len(said) == 2
+    assert any("Q9" in line for line in said)
+    assert any("tpu" in line for line in said)
