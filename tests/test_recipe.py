@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import qwen35.plan
+import qwen35
 from checkpoints import make_checkpoint
 from qwen35.checkpoint.source import open_folder, open_published
 from qwen35.errors import UsageError
@@ -47,7 +47,7 @@ ALL_ROLES = [
 
 
 def test_built_in_recipes_are_the_files_of_the_package() -> None:
-    folder = Path(qwen35.plan.__file__).parent / "recipes"
+    folder = Path(qwen35.__file__).parent / "plan" / "recipes"
     assert sorted(path.stem for path in folder.glob("*")) == sorted(BUILT_IN)
 
 
@@ -334,7 +334,7 @@ def test_drop_mtp_of_a_checkpoint_without_it_is_fine() -> None:
 
 
 def test_recipes_of_the_package_have_only_known_keys() -> None:
-    folder = Path(qwen35.plan.__file__).parent / "recipes"
+    folder = Path(qwen35.__file__).parent / "plan" / "recipes"
     for path in folder.glob("*.toml"):
         keys = set(tomllib.loads(path.read_text()))
         assert {"format", "description", "rules"} <= keys
