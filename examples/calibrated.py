@@ -1,6 +1,6 @@
 """Statistics of a text's activations, and what they are good for.
 
-    python examples/calibrated.py [MODEL FOLDER TEXT]
+python examples/calibrated.py [MODEL FOLDER TEXT]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Bytes of every recipe for a published size, from headers that need no download.
 
-    python examples/compare_plans.py [MODEL]
+python examples/compare_plans.py [MODEL]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What is raised when something is wrong, and what a program can do with it.
 
-    python examples/errors.py
+python examples/errors.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """GGUF files of several types, by size and by how far they are from the unquantized model.
 
-    python examples/gguf_by_quality.py [MODEL OUT TEXT]
+python examples/gguf_by_quality.py [MODEL OUT TEXT]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A recipe of your own: NF4, but the last layers stay as they are.
 
-    python examples/own_recipe.py [MODEL]
+python examples/own_recipe.py [MODEL]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A path through its gates, and once more: what is up to date stays.
 
-    python examples/pipeline.py [MODEL OUT]
+python examples/pipeline.py [MODEL OUT]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Make NF4, check every number and byte of it, and make it again.
 
-    python examples/quantize_and_verify.py [MODEL OUT]
+python examples/quantize_and_verify.py [MODEL OUT]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The GGUF recipe that fits into a number of bits a weight, found by squared errors alone.
 
-    python examples/tuned.py [MODEL RECIPE TEXT SIZE]
+python examples/tuned.py [MODEL RECIPE TEXT SIZE]
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     report = evaluate(**keywords(args, "dry_run"), progress=output.progress("chunks"))
     if args.report is not None:
         output.info(f"{args.report}: report.json and report.html")
-    output.data(report_text(report), report.to_json())
+    output.data(report_text(report, output.width), report.to_json())
     return 0
 
 

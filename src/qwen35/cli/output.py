@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from qwen35.cli.screen import fit, printable, width_of
 from qwen35.errors import Qwen35Error
 from qwen35.progress import Progress, Silent
 
@@ -30,19 +31,27 @@ class Output:
         self.quiet = quiet
         self.as_json = as_json
 
+    @property
+    def width(self) -> int | None:
+        """Columns that data should fit into; None where nobody looks."""
+        return width_of(sys.stdout)
+
     def data(self, text: str, value: Any) -> None:
         """Print the result: `text` for people, or `value` as JSON."""
-        _print(json.dumps(value, indent=2, ensure_ascii=False) if self.as_json else text)
+        if self.as_json:
+            _print(json.dumps(value, indent=2, ensure_ascii=False))
+        else:
+            _print(fit(text, sys.stdout))
 
     def line(self, text: str) -> None:
         """Print a line of a report that is meant to be read as it grows."""
         if not self.quiet and not self.as_json:
-            _print(text)
+            _print(fit(text, sys.stdout))
 
     def info(self, text: str) -> None:
         """Tell what is going on."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(fit(text, sys.stderr), file=sys.stderr, flush=True)
 
     def notes(self, notes: Iterable[str]) -> None:
         """Tell what the user should know of what was done."""
@@ -53,7 +62,7 @@ class Output:
         """Print an expected failure as one sentence."""
         if self.as_json:
             print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-        print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
+        _print_error(error)
 
     def errors(self, errors: Sequence[Qwen35Error]) -> None:
         """Print several expected failures, each as one sentence."""
@@ -61,7 +70,7 @@ class Output:
             said = [{"error": type(e).__name__, "message": str(e)} for e in errors]
             print(json.dumps({**said[0], "errors": said}))
         for error in errors:
-            print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
+            _print_error(error)
 
     def progress(self, unit: str = "") -> Progress:
         """Return progress fit for where stderr goes: a bar, plain lines, or nothing.
@@ -81,9 +90,9 @@ def _print(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _printable(text: str) -> str:
-    """Escape what a hostile name could do to a terminal: control codes, line ends, surrogates."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def _print_error(error: Qwen35Error) -> None:
+    text = fit(f"error: {printable(str(error))}", sys.stderr)
+    print(text, file=sys.stderr, flush=True)
 
 
 class _Lines:

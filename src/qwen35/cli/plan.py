@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
     if args.roles:
-        output.data(roles_text(), roles_json())
+        output.data(roles_text(output.width), roles_json())
         return 0
     if args.model is None:
         raise UsageError("MODEL", "not given", hint="qwen35 plan MODEL --recipe NAME")

@@ -85,5 +85,6 @@ def run(args: argparse.Namespace, output: Output) -> int:
     found = carry_out(Asked(**given), args.report, output.progress)
     if args.report is not None:
         output.info(f"{args.report}: tune.json and tune.html")
-    output.data(tuned_text(found.space, found.tuned, found.recipe), found.to_json())
+    text = tuned_text(found.space, found.tuned, found.recipe, output.width)
+    output.data(text, found.to_json())
     return 0

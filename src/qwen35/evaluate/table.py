@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from qwen35.evaluate.result import Measured, Report
 from qwen35.evaluate.statistics import PERCENTILES, Comparison, Estimate
+from qwen35.table import table_lines
 
 __all__ = ["notes", "report_text", "table"]
 
@@ -72,23 +73,14 @@ def table(report: Report) -> tuple[list[str], list[list[str]]]:
     return ["KLD metric", *(m.model.name for m in every)], rows
 
 
-def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
-    shown = []
-    for row in (columns, *rows):
-        cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
-        shown.append("  ".join([f"{row[0]:<{widths[0]}}", *cells]).rstrip())
-    return shown
-
-
-def report_text(report: Report) -> str:
-    """Render a report for a terminal."""
+def report_text(report: Report, width: int | None = None) -> str:
+    """Render a report for a terminal of so many columns, or for none."""
     chunks = report.chunks
     lines = [
         f"{report.base.name}, {report.base.stored} in {report.base.engine}: {chunks.count} chunks "
         f"of {chunks.context} tokens, {chunks.count * chunks.scored} scored",
         "",
-        *_lines(*table(report)),
+        *table_lines(*table(report), width),
         "",
         "± takes tokens as independent, as llama-perplexity does; (in brackets) takes chunks",
         *notes(report),

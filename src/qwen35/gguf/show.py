@@ -12,11 +12,15 @@ from qwen35.gguf.plan import GgufFile, GgufPlan
 from qwen35.gguf.rows import STRIP
 from qwen35.gguf.types import GGML_TYPES
 from qwen35.plan.show import size
+from qwen35.table import table_lines
 
 __all__ = ["peak_memory", "plan_json", "plan_text"]
 
 _BASE_MEMORY = 120_000_000
 """The interpreter with NumPy and the gguf library, measured by benchmarks/gguf.py."""
+
+_WIDTH = 80
+"""Columns that the table of recipes takes at most."""
 
 _STRIP_BYTES = 24
 """Bytes for each element of a strip: stored, widened, masked, encoded."""
@@ -71,12 +75,15 @@ def _comparison_lines(plan: GgufPlan) -> Iterator[str]:
     types = [file.file_type.name for file in plan.files if file.file_type.quantized]
     if not types:
         return
+    rows = [
+        [
+            recipe + (" *" if recipe == plan.asked.recipe.name else ""),
+            *(f"{sizes[name]:,}" if name in sizes else "does not fit" for name in types),
+        ]
+        for recipe, sizes in plan.comparison.items()
+    ]
     yield ""
-    yield f"{'file sizes by recipe':<20}" + "".join(f"{name:>16}" for name in types)
-    for recipe, sizes in plan.comparison.items():
-        cells = [f"{sizes[name]:,}" if name in sizes else "does not fit" for name in types]
-        mark = " *" if recipe == plan.asked.recipe.name else ""
-        yield f"{recipe + mark:<20}" + "".join(f"{cell:>16}" for cell in cells)
+    yield from table_lines(["file sizes by recipe", *types], rows, _WIDTH)
 
 
 def plan_text(plan: GgufPlan, threads: int) -> str:

@@ -115,15 +115,15 @@ class Forecast:
         lines = [
             f"{said['model']} -> {said['out']}",
             "",
-            f"{'step':<{width}} {'reads':>10} {'writes':>10} {'memory':>10}  gates, notes",
+            f"{'step':<{width}} {'reads':>10} {'writes':>10} {'memory':>10}",
         ]
         for row in said["steps"]:
-            cells = [size(row[key]) if row[key] else "-" for key in _COLUMNS]
-            behind = ", ".join(f"{gate} gate" for gate in row["gates"])
-            notes = "; ".join(part for part in (behind, row["note"]) if part)
-            cells = [f"{cell:>10}" for cell in cells]
-            lines.append(f"{row['step']:<{width}} {' '.join(cells)}  {notes}".rstrip())
-            lines += [f"{'':<{width}}   after {', '.join(row['needs'])}"] if row["needs"] else []
+            cells = [f"{size(row[key]) if row[key] else '-':>10}" for key in _COLUMNS]
+            lines.append(f"{row['step']:<{width}} {' '.join(cells)}")
+            needs = [f"after {', '.join(row['needs'])}"] if row["needs"] else []
+            gates = [f"{gate} gate" for gate in row["gates"]]
+            notes = [*needs, *gates, *([row["note"]] if row["note"] else [])]
+            lines += [f"    {'; '.join(notes)}"] if notes else []
         gates = {gate for row in said["steps"] for gate in row["gates"]}
         lines += ["", *(f"{gate} gate: {GATES[gate]}" for gate in GATES if gate in gates)]
         lines += [

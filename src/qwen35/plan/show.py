@@ -11,6 +11,7 @@ from qwen35.model.roles import ROLES
 from qwen35.plan.manifest import calibration_json, manifest_size
 from qwen35.plan.plan import Plan
 from qwen35.plan.step import Step
+from qwen35.table import described_lines
 
 __all__ = [
     "bytes_of",
@@ -179,11 +180,7 @@ def roles_json() -> list[dict[str, Any]]:
     ]
 
 
-def roles_text() -> str:
+def roles_text(width: int | None = None) -> str:
     """Render the table of roles as text."""
-    lines = [f"{'role':<44} {'kind':<10} meaning"]
-    lines += [
-        f"{path.removesuffix('.weight'):<44} {info.kind:<10} {info.meaning}"
-        for path, info in ROLES.items()
-    ]
-    return "\n".join(lines)
+    rows = [[path.removesuffix(".weight"), info.kind, info.meaning] for path, info in ROLES.items()]
+    return "\n".join(described_lines(["role", "kind", "meaning"], rows, width))

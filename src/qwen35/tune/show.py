@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen35.plan.layers import spell_layers
 from qwen35.plan.show import size
+from qwen35.table import described_lines
 from qwen35.tune.fit import group_units
 from qwen35.tune.probing import probe_choices
 from qwen35.tune.space import Space
@@ -65,15 +66,14 @@ def tuned_json(space: Space, tuned: Tuned) -> dict[str, Any]:
     }
 
 
-def tuned_text(space: Space, tuned: Tuned, recipe: Path) -> str:
+def tuned_text(space: Space, tuned: Tuned, recipe: Path, width: int | None = None) -> str:
     """Render a result: a row for each kind of unit, then what it comes to."""
-    rows = [("role", "types", "share of loss")]
     of_kind = shares(tuned.fitted, tuned.chosen)
+    rows = []
     for kind, cell in _cells(space, tuned).items():
         share = of_kind[kind] / tuned.predicted if tuned.predicted else 0.0
-        rows.append((kind, cell, f"{100 * share:.1f} %"))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>13}" for a, b, c in rows]
+        rows.append((kind, f"{100 * share:>11.1f} %", cell))
+    lines = described_lines(("role", "share of loss", "types"), rows, width)
     lines += ["", f"{size(tuned.nbytes)}, {_bits(space, tuned.nbytes):.3f} bits a weight"]
     if tuned.kld is None:
         lines.append("no divergence measured: chosen by squared errors alone")
