@@ -71,12 +71,25 @@ def test_version(capsys: Capture) -> None:
     assert qwen35.__version__ == __version__
 
 
-@pytest.mark.parametrize("arguments", [["conver"], ["plam", "x"], [""], ["PLAN"], ["--bogus"]])
-def test_unknown_verb_is_refused_with_the_known_ones(capsys: Capture, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (["conver"], "convert"),
+        (["plam", "x"], "plan"),
+        ([""], ""),
+        (["PLAN"], "plan"),
+        (["-x"], ""),
+    ],
+)
+def test_unknown_verb_is_refused_with_the_known_ones(
+    capsys: Capture, arguments: list[str], near: str
+) -> None:
     assert main(arguments) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err == f"error: verb {arguments[0]!r}: unknown, expected {', '.join(VERBS)}\n"
+    hint = f"; did you mean {near}?" if near else ""
+    expected = f"error: verb {arguments[0]!r}: unknown, expected {', '.join(VERBS)}{hint}\n"
+    assert shown.err == expected
 
 
 @pytest.mark.parametrize("verb", VERBS)

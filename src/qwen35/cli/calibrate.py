@@ -18,6 +18,16 @@ from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, keywords, positive, size_of
 from qwen35.plan.show import size
 
+EXAMPLES = {
+    "statistics for FP8 scales and an importance matrix for k-quants": (
+        "qwen35 calibrate MODEL --text wiki.train.raw --output statistics"
+    ),
+    "on 128 windows, with less memory": (
+        "qwen35 calibrate MODEL --text a.txt b.txt --output statistics \\\n"
+        "      --windows 128 --memory 4GB"
+    ),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

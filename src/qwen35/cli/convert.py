@@ -16,6 +16,18 @@ from qwen35.cli.shared import EXIT_FINDINGS, add_model, add_recipe, keywords
 from qwen35.plan.show import packed_text, plan_json, plan_text, size
 from qwen35.threads import default_threads
 
+EXAMPLES = {
+    "NF4 for QLoRA": "qwen35 convert Qwen/Qwen3.5-0.8B Qwen3.5-0.8B-bnb-4bit --recipe nf4",
+    "FP8 for vLLM, its scales weighed by a calibration": (
+        "qwen35 convert MODEL OUT --recipe fp8 --calib-mode search \\\n"
+        "      --activation-stats statistics/activation_stats.json"
+    ),
+    "what would be written, and nothing else": (
+        "qwen35 convert MODEL OUT --recipe text-fp8 --dry-run"
+    ),
+    "back to bf16 what is packed": "qwen35 convert Qwen3.5-0.8B-bnb-4bit restored --recipe bf16",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

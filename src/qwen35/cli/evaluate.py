@@ -19,6 +19,16 @@ from qwen35.plan.show import size
 if TYPE_CHECKING:
     from qwen35.evaluate.job import Job
 
+EXAMPLES = {
+    "two artifacts against their source, with a page to look at": (
+        "qwen35 evaluate MODEL OUT-nf4 OUT-fp8 --text wiki.test.raw \\\n      --report report"
+    ),
+    "all GGUF files of a folder, on 20 chunks, with their speed": (
+        "qwen35 evaluate OUT/MODEL-F16.gguf OUT --text wiki.test.raw \\\n      --chunks 20 --speed"
+    ),
+    "the perplexity of one model": "qwen35 evaluate MODEL --text wiki.test.raw",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

@@ -14,6 +14,17 @@ from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, keywords, positive, size_of
 from qwen35.plan.show import size
 
+EXAMPLES = {
+    "three types in one pass, with an importance matrix": (
+        "qwen35 gguf MODEL OUT --types Q8_0,Q5_K_M,Q4_K_M \\\n"
+        "      --imatrix statistics/imatrix.gguf"
+    ),
+    "how large each type would be with each recipe": "qwen35 gguf MODEL OUT --dry-run",
+    "linear attention in Q8_0, and the vision tower beside it": (
+        "qwen35 gguf MODEL OUT --types Q4_K_M --recipe q8-gates --mmproj"
+    ),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

@@ -9,6 +9,14 @@ from qwen35.checkpoint.summary import summary_text
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, keywords
 
+EXAMPLES = {
+    "a checkpoint on the Hub, by reading its headers alone": "qwen35 inspect Qwen/Qwen3.5-0.8B",
+    "a published size, without a network": "qwen35 inspect Qwen3.5-35B-A3B",
+    "GGUF files, with their metadata, for a program": (
+        "qwen35 inspect Qwen3.5-text-0.8B-GGUF --json"
+    ),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

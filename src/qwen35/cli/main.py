@@ -9,36 +9,46 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
+from qwen35.cli.help import Formatter
 from qwen35.cli.output import Output
 from qwen35.errors import Qwen35Error, UsageError
 from qwen35.version import __version__
 
-__all__ = ["VERBS", "main", "run_verb"]
+__all__ = ["SHELLS", "VERBS", "main", "parser_of", "run_verb", "whole_parser"]
 
 VERBS: dict[str, str] = {
     "inspect": "what a checkpoint is, from its headers",
-    "plan": "every output file and tensor, exact to the byte, before anything is read",
+    "plan": "what would be written: every file and tensor, to the byte",
     "convert": "write a quantized or text-only checkpoint",
     "gguf": "write GGUF files for llama.cpp, quantized or not",
-    "calibrate": "activation statistics and an importance matrix, one layer in memory at a time",
+    "calibrate": "activation statistics and an importance matrix, layer by layer",
     "verify": "check an artifact, alone or against its source",
     "evaluate": "perplexity and KL divergence of quantized models, in one table",
     "tune": "find the recipe that loses least under a budget",
-    "run": "a path from checkpoint to repository: make, verify, measure, publish",
+    "run": "a path to a repository: make, verify, measure, publish",
     "publish": "make a Hub repository like a folder, or the other way round",
     "reproduce": "make an artifact again from its manifest and compare",
     "finalize": "put together what the slices of a conversion have written",
 }
 """Verb to what it does; the module is `qwen35.cli.<verb>`."""
 
-_EPILOG = """\
-start here:
-  qwen35 plan Qwen3.5-9B --recipe nf4        what would come out, no download
-  qwen35 convert MODEL OUT --recipe nf4      write it
-  qwen35 verify OUT --source MODEL           check every byte of it
+SHELLS = ("bash", "fish", "zsh")
 
-MODEL is a folder, a Hub id (owner/name[@revision]) or, to plan, a published size.
+_START = """\
+start here:
+  qwen35 plan Qwen3.5-9B --recipe nf4       what would come out, no download
+  qwen35 convert MODEL OUT --recipe nf4     write it
+  qwen35 verify OUT --source MODEL          check every byte of it
+  qwen35 VERB --help                        everything else, with examples
+"""
+
+_EPILOG = """\
+MODEL is a folder, a Hub id (owner/name[@revision]) or, to plan, a published
+size.
+
 Exit codes: 0 fine, 1 findings, 2 wrong input or usage, 130 interrupted.
 """
 
@@ -55,13 +65,21 @@ EXIT_INTERRUPTED = 130
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, VERBS)) + 2
     verbs = "\n".join(f"  {verb:<{width}}{text}" for verb, text in VERBS.items())
-    return argparse.ArgumentParser(
+    lead = "Ship Qwen3.5 checkpoints: quantized, verified, measured, published."
+    parser = argparse.ArgumentParser(
         prog="qwen35",
         usage="qwen35 [--version] VERB ...",
-        description=f"Ship Qwen3.5 checkpoints: quantized, verified, measured.\n\nverbs:\n{verbs}",
+        description=f"{lead}\n\n{_START}\nverbs:\n{verbs}",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=Formatter,
     )
+    parser.add_argument("--version", action="version", version=f"qwen35 {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        help="print a script that completes commands in this shell, and how to install it",
+    )
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,20 +90,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and arguments[0] in VERBS:
         return run_verb(arguments[0], arguments[1:])
     parser = _parser()
-    parser.add_argument("--version", action="version", version=f"qwen35 {__version__}")
     parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
     if not arguments:
         parser.print_help()
         return 0
     known, _ = parser.parse_known_args(arguments)
+    if known.print_completion and known.verb is None:
+        from qwen35.cli.completion import script
+
+        Output().script(script(known.print_completion))
+        return 0
     first = arguments[0]
     if known.verb in VERBS:
         error = UsageError(first, "comes before the verb", hint=f"put it after {known.verb}")
     else:
-        verb = known.verb or first
-        error = UsageError(f"verb {verb!r}", "unknown", expected=", ".join(VERBS))
+        error = _unknown(known.verb or first)
     Output().error(error)
     return EXIT_USAGE
+
+
+def _unknown(verb: str) -> UsageError:
+    import difflib
+
+    near = difflib.get_close_matches(verb.lower(), VERBS, n=1)
+    hint = f"did you mean {near[0]}?" if near else ""
+    return UsageError(f"verb {verb!r}", "unknown", expected=", ".join(VERBS), hint=hint)
 
 
 def _tune_process() -> None:
@@ -118,15 +147,8 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
         prog: what the usage line calls it.
     """
     implementation = importlib.import_module(f"qwen35.cli.{module or verb}")
-    parser = argparse.ArgumentParser(
-        prog=prog or f"qwen35 {verb}",
-        description=implementation.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    implementation.add_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print data as JSON")
-    parser.add_argument("--quiet", action="store_true", help="print only data and errors")
+    parser = argparse.ArgumentParser(**_options(implementation, prog or f"qwen35 {verb}"))
+    _fill(parser, implementation)
     args = parser.parse_args(argv)
     output = Output(quiet=args.quiet, as_json=args.json)
     try:
@@ -144,6 +166,42 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
         _tell(error, output)
         return EXIT_INTERRUPTED
     return code
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """Return the parser of a verb."""
+    implementation = importlib.import_module(f"qwen35.cli.{verb}")
+    parser = argparse.ArgumentParser(**_options(implementation, f"qwen35 {verb}"))
+    _fill(parser, implementation)
+    return parser
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """Return one parser for all verbs, for what generates from it; `main` needs no such thing."""
+    parser = _parser()
+    verbs = parser.add_subparsers(dest="verb", prog="qwen35")
+    for verb, text in VERBS.items():
+        implementation = importlib.import_module(f"qwen35.cli.{verb}")
+        _fill(verbs.add_parser(verb, help=text, **_options(implementation, "")), implementation)
+    return parser
+
+
+def _options(implementation: ModuleType, prog: str) -> dict[str, Any]:
+    examples = getattr(implementation, "EXAMPLES", {})
+    shown = "\n".join(f"  {what}:\n    {command}" for what, command in examples.items())
+    return {
+        **({"prog": prog} if prog else {}),
+        "description": implementation.__doc__,
+        "epilog": f"examples:\n{shown}" if examples else None,
+        "formatter_class": Formatter,
+        "allow_abbrev": False,
+    }
+
+
+def _fill(parser: argparse.ArgumentParser, implementation: ModuleType) -> None:
+    implementation.add_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print data as JSON (docs/schemas)")
+    parser.add_argument("--quiet", action="store_true", help="print only data and errors")
 
 
 def _tell(error: BaseException, output: Output) -> None:

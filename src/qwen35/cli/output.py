@@ -43,6 +43,10 @@ class Output:
         else:
             _print(fit(text, sys.stdout))
 
+    def script(self, text: str) -> None:
+        """Print a program for another one to read, as it is."""
+        _print(text)
+
     def line(self, text: str) -> None:
         """Print a line of a report that is meant to be read as it grows."""
         if not self.quiet and not self.as_json:

@@ -15,6 +15,16 @@ from qwen35.errors import UsageError
 from qwen35.plan.memory import threads_within
 from qwen35.plan.show import peak_memory, plan_json, plan_text, roles_json, roles_text
 
+EXAMPLES = {
+    "every file and tensor of NF4, to the byte, without a download": (
+        "qwen35 plan Qwen3.5-9B --recipe nf4"
+    ),
+    "the same without the vision tower, one group of weights left in bf16": (
+        "qwen35 plan Qwen/Qwen3.5-9B --recipe text-nf4 --keep self_attn"
+    ),
+    "the names that --keep and recipes know": "qwen35 plan --roles",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

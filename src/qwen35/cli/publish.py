@@ -2,13 +2,13 @@
 
   init    create the repository if needed; upload what is new or changed (default)
   files   upload the files named with --files
-  diff    upload what is new or changed; with --delete, delete what the folder does not have
+  diff    upload what is new or changed
   check   show what diff would do
-  pull    download what is new or changed; with --delete, remove what the repository does not have
+  pull    download what is new or changed
   fetch   show what pull would do
 
 A push is one commit on top of the state that was compared, or nothing. Nothing is deleted on either
-side without --delete. A folder of qwen35's gets a model card (README.md) unless it has its own.
+side without --delete, which goes with diff and pull. A folder of qwen35's gets a model card (README.md) unless it has its own.
 Exit code 0 if done, 1 if something in the folder must not be published, 2 for errors.
 """
 
@@ -22,6 +22,12 @@ from qwen35.api.publish import Asked, Mode, Published, prepare
 from qwen35.cli.output import Output
 from qwen35.cli.shared import EXIT_FINDINGS, keywords
 from qwen35.publish.show import diff_text, findings_text
+
+EXAMPLES = {
+    "what a push would do": "qwen35 publish OUT me/Qwen3.5-0.8B-bnb-4bit --mode check",
+    "do it, in one commit": "qwen35 publish OUT me/Qwen3.5-0.8B-bnb-4bit",
+    "make a folder like the repository": "qwen35 publish OUT me/Qwen3.5-0.8B-bnb-4bit --mode pull",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

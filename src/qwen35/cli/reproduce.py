@@ -13,6 +13,13 @@ from qwen35.api.reproduce import reproduce
 from qwen35.cli.output import Output
 from qwen35.cli.shared import EXIT_FINDINGS, keywords, positive
 
+EXAMPLES = {
+    "make an artifact of a repository again, and compare": (
+        "qwen35 reproduce me/Qwen3.5-0.8B-bnb-4bit"
+    ),
+    "one whose source is a folder here": "qwen35 reproduce OUT --source MODEL",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

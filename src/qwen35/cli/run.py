@@ -24,6 +24,18 @@ from qwen35.pipeline.job import PathName
 DEPTHS = ("structure", "numbers", "behaviour")
 _PATH_HELP = "may be given several times"
 
+EXAMPLES = {
+    "text-only NF4 and block FP8 in one pass, verified and documented": (
+        "qwen35 run --path A --path fp8 Qwen/Qwen3.5-0.8B made"
+    ),
+    "what that would read, write and need": (
+        "qwen35 run --path A --path fp8 Qwen/Qwen3.5-0.8B made --dry-run"
+    ),
+    "GGUF, measured on a text and published": (
+        "qwen35 run --path B MODEL made --types Q4_K_M --text wiki.test.raw \\\n      --repo me"
+    ),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

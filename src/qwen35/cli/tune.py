@@ -18,6 +18,18 @@ FORMATS = ("gguf", "nf4", "fp8")
 DEFAULT_PROBES = 120
 DEFAULT_CHUNKS = 8
 
+EXAMPLES = {
+    "the best mix of GGUF types of 4.5 bits a weight": (
+        "qwen35 tune MODEL --format gguf --size 4.5bpw --text other.txt \\\n"
+        "      --output tuned.toml"
+    ),
+    "the smallest NF4 that loses 0.02 nats at most": (
+        "qwen35 tune MODEL --format nf4 --max-kld 0.02 --text other.txt \\\n"
+        "      --output tuned.toml"
+    ),
+    "then write it": "qwen35 gguf MODEL OUT --types Q4_K_M --recipe tuned.toml",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""

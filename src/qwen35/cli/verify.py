@@ -14,6 +14,16 @@ from qwen35.cli.shared import EXIT_FINDINGS, add_model, keywords, positive
 from qwen35.verify.artifact import Depth, Engine
 from qwen35.verify.show import verdict_text
 
+EXAMPLES = {
+    "config, headers and hashes of an artifact, in seconds": "qwen35 verify OUT",
+    "every number and every kept byte against its source": (
+        "qwen35 verify OUT --source Qwen/Qwen3.5-0.8B"
+    ),
+    "and load it, and ask it what it must know": (
+        "qwen35 verify OUT --source Qwen/Qwen3.5-0.8B --depth behaviour"
+    ),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
