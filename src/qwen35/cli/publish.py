@@ -1,6 +1,6 @@
 """Make a Hub repository like a folder, or the other way round, safely.
 
-  init    create the repository if needed; upload what is new or changed (default)
+  init    create the repository if needed; upload what is new or changed
   files   upload the files named with --files
   diff    upload what is new or changed
   check   show what diff would do
@@ -8,7 +8,9 @@
   fetch   show what pull would do
 
 A push is one commit on top of the state that was compared, or nothing. Nothing is deleted on either
-side without --delete, which goes with diff and pull. A folder of qwen35's gets a model card (README.md) unless it has its own.
+side without --delete, which goes with diff and pull. A folder of qwen35's gets a model card
+(README.md) unless it has its own.
+
 Exit code 0 if done, 1 if something in the folder must not be published, 2 for errors.
 """
 
