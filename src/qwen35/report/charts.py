@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from itertools import takewhile
 from typing import Any
 
@@ -110,7 +111,10 @@ def size_chart(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"size, {unit}")
         axes.set_ylabel("mean KLD, nats a token")
-        return _svg(figure, "Mean KL divergence over file size; the line joins the Pareto front")
+        points = [
+            f"{n} {s:.3g} {unit} {k:.3g} nats" for n, s, k in zip(names, sizes, klds, strict=True)
+        ]
+        return _svg(figure, f"Mean KL divergence over file size: {', '.join(points)}")
 
 
 def _units(sizes: Sequence[int]) -> tuple[list[float], str]:
@@ -141,7 +145,10 @@ def distribution_chart(
         axes.set_xlabel("KLD of a token, nats")
         axes.set_ylabel("tokens, %")
         figure.legend(loc="outside upper left", ncols=3, handlelength=1.6, columnspacing=1.2)
-        return _svg(figure, "Share of tokens by their KL divergence, a line for each candidate")
+        medians = [row["figures"]["percentiles"].get("50") for row in rows]
+        half = [f"{n} {m:.2g} nats" for n, m in zip(names, medians, strict=True) if m is not None]
+        label = "Share of tokens by their KL divergence, a line for each candidate"
+        return _svg(figure, f"{label}; half of the tokens are below: {', '.join(half)}")
 
 
 def sensitivity_chart(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:
@@ -161,7 +168,12 @@ def sensitivity_chart(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -
         axes.grid(visible=True, axis="y")
         axes.set_axisbelow(True)
         axes.set_xlabel("layer (before 0: in no layer)")
-        return _svg(figure, "Cost of the smallest type by role and layer")
+        cost = dict.fromkeys(kinds, 0.0)
+        for row in rows:
+            cost[row["kind"]] = max(cost[row["kind"]], row["nats_per_million"])
+        dearest = sorted(cost, key=lambda kind: -cost[kind])[:3]
+        label = "Cost of the smallest type by role and layer, in nats for a million weights"
+        return _svg(figure, f"{label}; most in {', '.join(dearest)}")
 
 
 def front_chart(value: Mapping[str, Any]) -> str:
@@ -183,7 +195,12 @@ def front_chart(value: Mapping[str, Any]) -> str:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"size, {unit}")
         axes.set_ylabel("mean KLD, nats a token")
-        return _svg(figure, "Predicted mean KL divergence of the best allocation of each size")
+        ends = [
+            f"{s:.3g} {unit} {r['predicted_kld']:.2g} nats"
+            for s, r in zip(sizes, rows, strict=False)
+        ]
+        label = "Predicted mean KL divergence of the best allocation of each size"
+        return _svg(figure, f"{label}: from {ends[0]} to {ends[-1]}" if ends else label)
 
 
 def _svg(figure: Any, label: str) -> str:
@@ -194,7 +211,7 @@ def _svg(figure: Any, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
-    text = text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = text.replace("'DejaVu Sans'", "system-ui, sans-serif")
     for colour, name in (
