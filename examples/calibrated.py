@@ -37,7 +37,8 @@ def main(model: str, folder: str, text: str, windows: int | None = None) -> None
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        main(*sys.argv[1:])
+        model, out, text = sys.argv[1:]
+        main(model, out, text)
     else:
         with TemporaryDirectory() as temporary:
             main(str(ASSETS), temporary, str(ASSETS / "eval.txt"), windows=2)

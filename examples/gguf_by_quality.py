@@ -27,7 +27,8 @@ def main(model: str, out: str, text: str, chunks: int | None = None) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        main(*sys.argv[1:])
+        model, out, text = sys.argv[1:]
+        main(model, out, text)
     else:
         with TemporaryDirectory() as folder:
             main(str(ASSETS), f"{folder}/gguf", str(ASSETS / "eval.txt"), chunks=1)

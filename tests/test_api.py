@@ -63,7 +63,7 @@ def test_defaults_are_the_flags(verb: str) -> None:
         if (verb, name) == ("gguf", "types"):
             assert flags[name] == ",".join(parameter.default)
         else:
-            empty = [None, (), [], False]
+            empty: list[object] = [None, (), [], False]
             same = flags[name] == parameter.default
             assert same or (flags[name] in empty and parameter.default in empty), name
 

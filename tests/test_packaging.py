@@ -28,7 +28,7 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 DATA = (".css", ".jinja", ".toml", "py.typed")
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+def run(*command: object, cwd: Path, **environment: str) -> str:
     """Run a program that must succeed; return what it wrote to stdout."""
     kept = {key: os.environ[key] for key in ("HOME", "PATH", "TMPDIR") if key in os.environ}
     done = subprocess.run(

@@ -116,6 +116,8 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
 
+PATHS = ("--path", "A", "--path", "B", "--path", "fp8")
+TEXT = ("--text", ASSET / "eval.txt")
 WIDE: dict[str, Callable[[Path, Path], Sequence[object]]] = {
     "inspect": lambda made, _: ["inspect", made / "nf4"],
     "inspect GGUF": lambda made, _: ["inspect", made / "gguf"],
@@ -130,8 +132,6 @@ WIDE: dict[str, Callable[[Path, Path], Sequence[object]]] = {
     "reproduce": lambda made, _: ["reproduce", made / "text", "--source", ASSET],
     "calibrate": lambda made, to: ["calibrate", ASSET, *TEXT, "--dry-run", "--output", to / "x"],
 }
-PATHS = ("--path", "A", "--path", "B", "--path", "fp8")
-TEXT = ("--text", ASSET / "eval.txt")
 
 
 @pytest.fixture(scope="module")

@@ -571,7 +571,7 @@ def test_inspect_counts_what_is_there(packed: Path, capsys: pytest.CaptureFixtur
 
 
 def test_inspect_counts_parameters_once(dense: Path, packed: Path) -> None:
-    from qwen35.cli.inspect import summarize
+    from qwen35.checkpoint.summary import summarize
 
     total = sum(t.numel() for t in load_all(dense).values())
     assert summarize(describe(str(dense)))["parameters"] == total

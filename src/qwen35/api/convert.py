@@ -51,8 +51,9 @@ class Converted:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
-        packed = Counter(step.packing for step in self.plan.steps if step.packing)
-        made = {"out": str(self.out), "bytes": self.nbytes, "sha256": dict(self.hashes), **packed}
+        packed = Counter[str](step.packing for step in self.plan.steps if step.packing)
+        made: dict[str, Any] = {"out": str(self.out), "bytes": self.nbytes}
+        made |= {"sha256": dict(self.hashes), **packed}
         return made if self.report is None else {**made, "report": self.report.to_json()}
 
 
