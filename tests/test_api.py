@@ -194,7 +194,7 @@ def test_publish_and_what_it_refuses(world: World) -> None:
     assert again["counters"] == {"to upload": 0, "to delete": 0, "unchanged": 5, "kept": 1}
     assert world.repo.titles[-1] == "By the API"
     assert found["text"] == f"{REPO}@{world.repo.head[:12]}: holds all of it, verified"
-    assert found["refused"].startswith(".env: an environment file")
+    assert found["refused"].startswith(".env: looks like an environment file")
 
 
 # --- what they raise

@@ -63,7 +63,7 @@ class Origin:
         if path.is_dir():
             return cls(name, _manifest(Folder(path), name), folder=path)
         hub_id = HubId.parse(name)
-        if hub_id is None or path.exists():
+        if hub_id is None or path.exists() or name.startswith((".", "/", "~")):
             expected = f"a {MANIFEST_NAME}, its folder or a Hub id (owner/name)"
             raise InputError(name, "no manifest", expected=expected)
         place = HubPlace(hub_id, hub_token(token))

@@ -55,7 +55,7 @@ class Output:
     def info(self, text: str) -> None:
         """Tell what is going on."""
         if not self.quiet:
-            print(fit(text, sys.stderr), file=sys.stderr, flush=True)
+            _tell(text)
 
     def notes(self, notes: Iterable[str]) -> None:
         """Tell what the user should know of what was done."""
@@ -95,8 +95,11 @@ def _print(text: str) -> None:
 
 
 def _print_error(error: Qwen35Error) -> None:
-    text = fit(f"error: {printable(str(error))}", sys.stderr)
-    print(text, file=sys.stderr, flush=True)
+    _tell(f"error: {printable(str(error))}")
+
+
+def _tell(text: str) -> None:
+    print(fit(text, sys.stderr), file=sys.stderr, flush=True)
 
 
 class _Lines:
@@ -113,7 +116,7 @@ class _Lines:
         self._title, self._total, self._done = title, nbytes, 0
         self._started = self._last = time.monotonic()
         amount = f"{nbytes} {self._unit}" if self._unit else f"{nbytes / 1e9:.2f} GB to read"
-        print(f"{title}: {amount}", file=sys.stderr, flush=True)
+        _tell(f"{title}: {amount}")
 
     def advance(self, nbytes: int, item: str) -> None:
         with self._lock:
@@ -125,7 +128,7 @@ class _Lines:
             share = self._done / max(1, self._total)
             left = (now - self._started) * (1 - share) / max(share, 1e-9)
         line = f"{self._title}: {share:.0%}, about {left:.0f} s left, {item}"
-        print(line, file=sys.stderr, flush=True)
+        _tell(line)
 
     def end(self) -> None:
         """Nothing: the command says how it ended."""
