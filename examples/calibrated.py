@@ -25,7 +25,7 @@ def main(model: str, folder: str, text: str, windows: int | None = None) -> None
         f"{folder}/fp8",
         recipe="fp8",
         calib_mode="search",
-        activation_stats=statistics / "activation_stats.json",
+        activation_stats=statistics / "activation-stats.json",
     )
     assert fp8.report is not None
     print(f"FP8: {fp8.report.verdict}, {fp8.report.packed} weights")

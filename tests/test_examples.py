@@ -13,14 +13,14 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 SHOWN = {
     "calibrated": [
-        r"statistics: activation_stats\.json, imatrix\.gguf",
+        r"statistics: activation-stats\.json, imatrix\.gguf",
         r"FP8: GOOD, \d+ weights",
         r"GGUF: qwen3\.5-tiny-Q4_K_M\.gguf",
     ],
     "compare_plans": [
         r"Qwen3\.5-9B: 9,653,104,368 parameters, 19,306,216,416 bytes",
-        r"nf4 +\d,\d{3},\d{3},\d{3} bytes +46\.8%  248 weights packed",
-        r"text-fp8 +\d+,\d{3},\d{3},\d{3} bytes +58\.4%  207 weights packed",
+        r"nf4 +\d,\d{3},\d{3},\d{3} bytes +46\.8% +248 weights packed",
+        r"text-fp8 +\d+,\d{3},\d{3},\d{3} bytes +58\.4% +207 weights packed",
     ],
     "errors": [
         r"recipe 'nf5' \| not a built-in recipe \| nf4, .* or a \.toml file",

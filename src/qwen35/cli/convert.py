@@ -20,7 +20,7 @@ EXAMPLES = {
     "NF4 for QLoRA": "qwen35 convert Qwen/Qwen3.5-0.8B Qwen3.5-0.8B-bnb-4bit --recipe nf4",
     "FP8 for vLLM, its scales weighed by a calibration": (
         "qwen35 convert MODEL OUT --recipe fp8 --calib-mode search \\\n"
-        "      --activation-stats statistics/activation_stats.json"
+        "      --activation-stats statistics/activation-stats.json"
     ),
     "what would be written, and nothing else": (
         "qwen35 convert MODEL OUT --recipe text-fp8 --dry-run"
