@@ -62,6 +62,7 @@ def pages(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         text=text,
         output=folder / "tuned.toml",
         probes=0,
+        types="q4_K,q6_K",
         report=folder / "tune",
     )
     return {name: next((folder / name).glob("*.html")) for name in PAGES}
