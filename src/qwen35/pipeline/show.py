@@ -121,8 +121,8 @@ class Forecast:
             cells = [f"{size(row[key]) if row[key] else '-':>10}" for key in _COLUMNS]
             lines.append(f"{row['step']:<{width}} {' '.join(cells)}")
             needs = [f"after {', '.join(row['needs'])}"] if row["needs"] else []
-            behind = [f"{gate} gate" for gate in row["gates"]]
-            notes = [*needs, *behind, *([row["note"]] if row["note"] else [])]
+            behind = ", ".join(f"{gate} gate" for gate in row["gates"])
+            notes = [*needs, *(part for part in (behind, row["note"]) if part)]
             lines += [f"    {'; '.join(notes)}"] if notes else []
         gates = {gate for row in said["steps"] for gate in row["gates"]}
         lines += ["", *(f"{gate} gate: {GATES[gate]}" for gate in GATES if gate in gates)]
