@@ -261,8 +261,10 @@ def _check(asked: Asked, *, applies: bool) -> None:
     if asked.mode not in get_args(Mode):
         raise UsageError(f"--mode {asked.mode}", "unknown", expected=", ".join(get_args(Mode)))
     if (asked.mode == "files") != bool(asked.files):
-        found = "needs --files" if asked.mode == "files" else "takes no --files"
-        raise UsageError(f"--mode {asked.mode}", found)
+        needs = asked.mode == "files"
+        found = "needs --files" if needs else "takes no --files"
+        hint = "name them with --files" if needs else "leave them out, or use mode files"
+        raise UsageError(f"--mode {asked.mode}", found, hint=hint)
     if asked.delete and asked.mode in ("init", "files"):
         found = f"mode {asked.mode} deletes nothing"
         raise UsageError("--delete", found, hint="use diff or pull")

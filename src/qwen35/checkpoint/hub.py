@@ -256,7 +256,12 @@ def download_file(address: str, token: str | None = None) -> Path:
     try:
         return Path(ask(address, lambda: hf_hub_download(hub_id.repo, path, **options)))
     except OSError as error:
-        raise HubError(address, f"the download cannot be stored ({error.strerror})") from error
+        raise _not_stored(address, error) from error
+
+
+def _not_stored(subject: str, error: OSError) -> HubError:
+    hint = "make room in the Hub's cache (HF_HOME), or set HF_HOME to a folder on another disk"
+    return HubError(subject, f"the download cannot be stored ({error.strerror})", hint=hint)
 
 
 def download(place: HubPlace, shards: list[str], token: str | None = None) -> Path:
@@ -297,7 +302,7 @@ def download_files(place: HubPlace, wanted: Sequence[str], token: str | None = N
     try:
         folder = Path(ask(place.repo, lambda: snapshot_download(place.repo, **options)))
     except OSError as error:
-        raise HubError(place.repo, f"the download cannot be stored ({error.strerror})") from error
+        raise _not_stored(place.repo, error) from error
     missing = [name for name in wanted if name in place.sizes() and not (folder / name).exists()]
     if missing:
         raise InputError(str(place), f"{missing[0]} did not arrive", hint="run again")

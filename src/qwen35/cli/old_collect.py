@@ -54,7 +54,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
     from qwen35.sinks.staging import os_errors
 
     if not Path(args.model_dir).is_dir():
-        raise UsageError(f"--model_dir {args.model_dir}", "not a folder")
+        hint = "qwen35 calibrate takes Hub ids as well"
+        raise UsageError(f"--model_dir {args.model_dir}", "not a folder", hint=hint)
     _check(args.output, overwrite=args.overwrite)
     prompts = read_prompts(args.prompts_file) if args.prompts_file else PROMPTS
     checkpoint = fetch(str(Path(args.model_dir).absolute()))

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
     from qwen35.verify.fp8_show import report_text
 
     if not Path(args.input_dir).is_dir():
-        raise UsageError(f"--input_dir {args.input_dir}", "not a folder")
+        hint = "qwen35 convert takes Hub ids as well"
+        raise UsageError(f"--input_dir {args.input_dir}", "not a folder", hint=hint)
     asked = keywords(args, "input_dir", "output_dir")
     source = str(Path(args.input_dir).absolute())
     done = convert(

@@ -286,7 +286,8 @@ class _Maker:
             UsageError: there is none.
         """
         if not self.checkpoint.config.architecture.vision:
-            raise UsageError("--mmproj", f"{self.checkpoint.name} has no vision tower")
+            found = f"{self.checkpoint.name} has no vision tower"
+            raise UsageError("--mmproj", found, hint="leave it out")
         file_type = FILE_TYPES[type_name]
         tensors = vision_tensors(items)
         kinds = {tensor.name: float_kind(tensor, file_type) for tensor in tensors}

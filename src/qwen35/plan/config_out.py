@@ -51,7 +51,8 @@ def output_config(
         _set_mtp(raw, text, config.mtp_layers if _writes_mtp(steps) else 0)
     packings = {step.packing for step in steps} - {None}
     if len(packings) > 1:
-        raise UsageError("recipe", "would leave NF4 and FP8 weights in one checkpoint")
+        found = "would leave NF4 and FP8 weights in one checkpoint"
+        raise UsageError("recipe", found, hint="decode the source first, with --recipe bf16")
     if "nf4" in packings:
         raw["quantization_config"] = _nf4_config(config, steps, prefix)
     elif "fp8" in packings:

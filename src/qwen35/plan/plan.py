@@ -223,7 +223,9 @@ def _drops_vision(recipe: Recipe, items: Sequence[Item]) -> bool:
     """Whether the vision tower is dropped; dropping a part of it is refused."""
     actions = {recipe.rule_for(i.role).action for i in items if i.role.scope == "visual"}
     if "drop" in actions and len(actions) > 1:
-        raise UsageError(f"recipe {recipe.name}", "drops a part of the vision tower")
+        expected = 'all of it (match = "visual") or nothing'
+        found = "drops a part of the vision tower"
+        raise UsageError(f"recipe {recipe.name}", found, expected=expected)
     return actions <= {"drop"}
 
 
@@ -231,7 +233,9 @@ def _check_format(recipe: Recipe, steps: Sequence[Step]) -> None:
     if recipe.format == "stored" or any(step.packing == recipe.format for step in steps):
         return
     raise UsageError(
-        f"recipe {recipe.name}", f"leaves nothing to be packed as {recipe.format.upper()}"
+        f"recipe {recipe.name}",
+        f"leaves nothing to be packed as {recipe.format.upper()}",
+        hint="keep less, or use the recipe text or bf16",
     )
 
 

@@ -54,6 +54,7 @@ BUILT_IN = (
 )
 """Names of the recipes that come with the package."""
 
+_KEYS = {"format", "base", "description", "rules"}
 _PACKING = ("nf4", "fp8")
 _NEVER_PACKED = ("vector", "conv", "embedding", "router")
 _ROLES_HINT = "`qwen35 plan --roles` prints the roles"
@@ -189,9 +190,10 @@ def read_recipe(
         parsed = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"recipe {name}", f"not valid TOML ({error})") from error
-    unknown = set(parsed) - {"format", "base", "description", "rules"}
+    unknown = set(parsed) - _KEYS
     if unknown:
-        raise UsageError(f"recipe {name}", f"unknown key {min(unknown)!r}")
+        expected = ", ".join(sorted(_KEYS))
+        raise UsageError(f"recipe {name}", f"unknown key {min(unknown)!r}", expected=expected)
     return name, parsed, own
 
 
@@ -203,7 +205,8 @@ def _parse(name: str, parsed: dict[str, Any], required: bool) -> Recipe:
         )
     rules = parsed.get("rules", [])
     if not isinstance(rules, list) or not (rules or "base" in parsed):
-        raise UsageError(f"recipe {name}", "no [[rules]] in it")
+        hint = 'write some, or go on with those of a built-in one: base = "nf4"'
+        raise UsageError(f"recipe {name}", "no [[rules]] in it", hint=hint)
     for row in rules:
         action = row.get("action") if isinstance(row, dict) else None
         if action in _PACKING and action != kind:

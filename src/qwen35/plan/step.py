@@ -105,7 +105,8 @@ def _operation(rule: Rule, item: Item, unfit: Mapping[str, str]) -> tuple[Op, st
     storage, reason = item.weight.storage, rule.reason
     if rule.action == "drop":
         if item.role.scope == "text":
-            raise UsageError(f"rule {reason!r}", f"drops {item.spec.name}, which every model needs")
+            found = f"drops {item.spec.name}, which every model needs"
+            raise UsageError(f"rule {reason!r}", found, hint="only visual and mtp can be dropped")
         return "drop", reason
     if rule.action == "keep" or (rule.action == "plain" and storage == "plain"):
         return "copy", reason

@@ -36,7 +36,8 @@ def check_report(
     matplotlib_figure()
     with os_errors(folder):
         if folder.exists() and not folder.is_dir():
-            raise OutputError(str(folder), "exists and is not a folder")
+            hint = "choose another name"
+            raise OutputError(str(folder), "exists and is not a folder", hint=hint)
         taken = [name for name in names if (folder / name).exists()]
     if taken and not overwrite:
         raise OutputError(

@@ -70,7 +70,7 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
         if not out.exists():
             return
         if not out.is_dir():
-            raise OutputError(str(out), "exists and is not a folder")
+            raise OutputError(str(out), "exists and is not a folder", hint="choose another name")
         if os.path.ismount(out):
             raise OutputError(str(out), "is a mount point", hint="choose a folder in it")
         if any(out.iterdir()):
@@ -81,7 +81,8 @@ def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
 def _check_overlap(out: Path, source: Path) -> None:
     resolved, origin = out.resolve(), source.resolve()
     if resolved == origin:
-        raise OutputError(str(out), "output and input are the same folder")
+        hint = "choose another folder"
+        raise OutputError(str(out), "output and input are the same folder", hint=hint)
     if resolved.is_relative_to(origin) or origin.is_relative_to(resolved):
         raise OutputError(str(out), f"overlaps the input {source}", hint="choose another folder")
 
@@ -252,8 +253,18 @@ def os_errors(out: Path) -> Iterator[None]:
         if error.errno not in _DISK_ERRORS:
             raise
         subject = str(error.filename or out)
-        raise OutputError(subject, f"cannot be written ({error.strerror})") from error
+        found, hint = f"cannot be written ({error.strerror})", _NEXT.get(error.errno or 0, "")
+        raise OutputError(subject, found, hint=hint) from error
 
+
+_NEXT = {
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EDQUOT: "make room and run again",
+    errno.ENOSPC: "make room and run again",
+    errno.EPERM: "choose a folder that you may write to",
+    errno.EROFS: "choose a folder that you may write to",
+}
+"""What to do next, where that is plain."""
 
 _DISK_ERRORS = (
     errno.EACCES,
@@ -294,7 +305,8 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
-        raise OutputError(str(folder), "exists and is not a folder") from error
+        hint = "choose another name"
+        raise OutputError(str(folder), "exists and is not a folder", hint=hint) from error
 
 
 @contextmanager

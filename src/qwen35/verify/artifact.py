@@ -106,7 +106,8 @@ def verify(
         check_vllm()
     place = artifact.place
     if place is None:
-        raise UsageError(artifact.name, "only a description, nothing to verify")
+        hint = "give a folder or a Hub id"
+        raise UsageError(artifact.name, "only a description, nothing to verify", hint=hint)
     structure = check_structure(place, artifact)
     findings = list(structure.findings)
     if tensor_parallel is not None:

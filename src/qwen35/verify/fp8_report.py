@@ -172,7 +172,8 @@ def check_fp8(
         UsageError: the artifact has no files at hand.
     """
     if artifact.place is None:
-        raise UsageError(artifact.name, "only a description, nothing to verify")
+        hint = "give a folder or a Hub id"
+        raise UsageError(artifact.name, "only a description, nothing to verify", hint=hint)
     structure = check_structure(artifact.place, artifact)
     packed = [item for item in structure.items if item.weight.storage == "fp8"]
     chosen = {item.weight.name for item in _sample(packed, samples, seed)}
