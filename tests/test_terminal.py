@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import io
 import os
 import pty
@@ -391,3 +392,47 @@ def test_roles_fold_their_meaning_only(monkeypatch: pytest.MonkeyPatch, capsys: 
     starting = [line for line in shown if not line.startswith(" ")]
     assert len(starting) == len(ROLES) + 1
     assert max(map(len, shown)) <= 80
+
+
+# --- errors
+
+
+SAID_ALREADY = {
+    "calibrate/states.py: 'was changed by something else'",
+    "checkpoint/hub.py: 'the Hub named no commit'",
+    "cli/old_verify.py: 'only a description, nothing to verify'",
+    "gguf/kernel.py: f'cannot be opened ({error})'",
+    "gguf/rules.py: 'no rules in it'",
+    "gguf/rules.py: 'not a pattern that llama-quantize would read the same way'",
+    "gguf/rules.py: f'cannot be read ({error})'",
+    "gguf/rules.py: f'not a pattern ({error})'",
+    "pipeline/toml.py: f'cannot be read ({error})'",
+    "pipeline/toml.py: f'not valid TOML ({error})'",
+    "plan/recipe.py: f'a line of more than {_MAX_DOTS} dots'",
+    "plan/recipe.py: f'cannot be read ({error})'",
+    "plan/recipe.py: f'not valid TOML ({error})'",
+    "publish/listing.py: 'the Hub named no commit'",
+    "publish/pull.py: 'is a symbolic link: nothing is written through it'",
+    "publish/signing.py: f'cannot be read ({error.strerror})'",
+}
+"""Where what is wrong says what to mend, or nobody can know."""
+
+
+def bare_errors() -> set[str]:
+    """Return where an error about usage, output or the Hub ends without a next step."""
+    found = set()
+    package = Path(qwen35.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                continue
+            if node.func.id not in ("UsageError", "OutputError", "HubError", "WorkerError"):
+                continue
+            if not {"hint", "expected"} & {keyword.arg for keyword in node.keywords}:
+                where = path.relative_to(package)
+                found.add(f"{where}: {ast.unparse(node.args[1]) if node.args[1:] else '...'}")
+    return found
+
+
+def test_errors_end_with_what_to_do_next() -> None:
+    assert bare_errors() == SAID_ALREADY
