@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import doctest
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -245,3 +247,18 @@ def test_all_problems_of_a_run_are_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(said) == 2
     assert any("Q9" in line for line in said)
     assert any("tpu" in line for line in said)
+
+
+# --- the page
+
+
+def test_the_page_of_the_api_is_true() -> None:
+    page = Path(__file__).parent.parent / "docs" / "api.md"
+    done = doctest.testfile(str(page), module_relative=False)
+    assert done.attempted >= 5
+    assert done.failed == 0
+    rows = re.findall(r"^\| `(\w+)\(.*\| `?(\w+)", page.read_text(), re.MULTILINE)
+    assert {name for name, _ in rows} == set(VERBS)
+    for name, result in rows[1:]:
+        hints = inspect.signature(getattr(qwen35, name)).return_annotation
+        assert hints == result, name

@@ -27,7 +27,7 @@ def inspect(model: str | Path, *, hf_token: str | None = None) -> Summary | list
 
     >>> summary = inspect("assets/qwen3.5-tiny")
     >>> summary["architecture"], summary["format"], summary["shards"]
-    ('Qwen3_5ForConditionalGeneration', 'bfloat16', 1)
+    ('Qwen3_5ForConditionalGeneration', 'BF16', 1)
     """
     if files := gguf_files(str(model), token=hf_token):
         from qwen35.gguf.container import read_gguf
