@@ -98,11 +98,26 @@ def test_importing_a_module_of_a_verbs_name_leaves_the_verb() -> None:
         assert inspect.isfunction(getattr(qwen35, verb)), verb
     program = (
         "import qwen35.convert, qwen35.plan.plan\nimport qwen35\n"
-        "assert callable(qwen35.convert) and callable(qwen35.plan)\n"
-        "from qwen35 import plan\nfrom qwen35.plan import show\n"
-        "assert plan is qwen35.plan and show.size(1) == '1 B'\n"
+        "import qwen35.plan.recipe as recipes\nfrom qwen35.plan import show\n"
+        "from qwen35 import plan\n"
+        "assert callable(qwen35.convert) and plan is qwen35.plan\n"
+        "assert recipes.BUILT_IN is qwen35.plan.recipe.BUILT_IN and show.size(1) == '1 B'\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
+
+
+def test_what_is_set_on_a_verb_is_set_in_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests name what they replace by its dotted path."""
+    module = sys.modules["qwen35.convert"]
+    monkeypatch.setattr("qwen35.convert.write_file", "replaced")
+    assert vars(module)["write_file"] == "replaced"
+    monkeypatch.undo()
+    assert callable(vars(module)["write_file"])
+    for verb in VERBS:
+        function = getattr(qwen35, verb)
+        assert function.__name__ == verb
+        assert function.__module__ == f"qwen35.api.{verb}"
+        assert "Args:" in (function.__doc__ or "")
 
 
 def test_it_is_typed() -> None:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +142,7 @@ def test_source_in_shards_or_one_file_gives_the_same_weights(
 def test_output_in_several_shards_has_a_true_index(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("qwen35.plan.plan"), "MAX_SHARD_BYTES", 600_000)
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 600_000)
     run(dense, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     tensors = load_all(tmp_path / "out")
@@ -396,7 +395,7 @@ def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(
     def interrupt(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module("qwen35.convert"), "write_file", interrupt)
+    monkeypatch.setattr("qwen35.convert.write_file", interrupt)
     with pytest.raises(KeyboardInterrupt) as caught:
         run(dense, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
@@ -511,9 +510,7 @@ def test_bitsandbytes_encoder_gives_the_same_bytes(
     source = changed(dense, tmp_path / "in", {QKV: weight})
     expected = run(source, tmp_path / "expected").hashes
     monkeypatch.setattr(
-        import_module("qwen35.convert"),
-        "encoders_for",
-        lambda _: (Encoders(TorchEncoder("cpu"), encode_rows),),
+        "qwen35.convert.encoders_for", lambda _: (Encoders(TorchEncoder("cpu"), encode_rows),)
     )
     assert run(source, tmp_path / "out").hashes == expected
 

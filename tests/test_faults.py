@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +333,7 @@ def test_an_output_that_is_taken_meanwhile_keeps_the_work(
         return b"{}"
 
     with monkeypatch.context() as patch:
-        patch.setattr(import_module("qwen35.convert"), "manifest_bytes", take)
+        patch.setattr("qwen35.convert.manifest_bytes", take)
         with pytest.raises(OutputError, match="exists already"):
             convert(plan_of(dense), out)
     assert (out / "precious").read_text() == "mine"

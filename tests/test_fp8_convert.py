@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +225,7 @@ def test_several_shards_hold_a_weight_and_its_scale_together(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = load_all(run(moe, tmp_path / "whole", "fp8").out)
-    monkeypatch.setattr(import_module("qwen35.plan.plan"), "MAX_SHARD_BYTES", 300_000)
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 300_000)
     out = run(moe, tmp_path / "out", "fp8").out
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = index["weight_map"]

@@ -8,7 +8,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -238,11 +237,7 @@ def test_a_faulty_encoder_makes_convert_exit_with_one(
             codes[:] = codes[::-1].copy()
         return finite
 
-    monkeypatch.setattr(
-        import_module("qwen35.convert"),
-        "encoders_for",
-        lambda _: (Encoders(encode_blocks, broken),),
-    )
+    monkeypatch.setattr("qwen35.convert.encoders_for", lambda _: (Encoders(encode_blocks, broken),))
     out = tmp_path / "out"
     assert main(["convert", str(sources[0.02]), str(out), "--recipe", "fp8", "--quiet"]) == 1
     text = capsys.readouterr().out
@@ -322,7 +317,7 @@ def test_a_dropped_tensor_is_found(
 def test_samples_are_drawn_in_each_file_by_a_seed(
     sources: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("qwen35.plan.plan"), "MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 1_500_000)
     source = sources[0.02]
     out = packed(source, tmp_path / "out", Calibration("max"))
     files = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]

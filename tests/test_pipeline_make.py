@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +172,7 @@ def test_bug_ends_everything_and_leaves_no_output(
     def broken(*arguments: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(import_module("qwen35.convert").Conversion, "_nf4", broken)
+    monkeypatch.setattr("qwen35.convert.Conversion._nf4", broken)
     with pytest.raises(ZeroDivisionError):
         made(planned(dense, tmp_path / "out", ALL[:3]))
     left = [path for path in (tmp_path / "out").glob("*") if not path.name.startswith(".")]

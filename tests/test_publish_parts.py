@@ -7,7 +7,6 @@ import os
 import subprocess
 import time
 from collections.abc import Iterable
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -317,13 +316,13 @@ def test_digest_is_gits_and_sha256(tmp_path: Path) -> None:
 
 @pytest.fixture
 def rested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_module("qwen35.publish.hashes"), "_SETTLED_NS", -1)
+    monkeypatch.setattr("qwen35.publish.hashes._SETTLED_NS", -1)
 
 
 def test_large_file_is_known_by_its_sha256_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("qwen35.publish.hashes"), "BLOB_BYTES", 0)
+    monkeypatch.setattr("qwen35.publish.hashes.BLOB_BYTES", 0)
     path = tmp_path / "file"
     path.write_bytes(b"a")
     digest = digest_file(path)

@@ -10,7 +10,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -203,7 +202,7 @@ def test_another_version_of_the_tool_refuses_to_continue(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(plan_of(dense), tmp_path / "out")
-    monkeypatch.setattr(import_module("qwen35.plan.manifest"), "__version__", "99")
+    monkeypatch.setattr("qwen35.plan.manifest.__version__", "99")
     with pytest.raises(OutputError, match="unfinished run with another tool version;"):
         convert(plan_of(dense), tmp_path / "out")
 
@@ -229,7 +228,7 @@ def in_shards(plan: Plan, out: Path) -> list[Path]:
 def test_a_finished_file_that_was_damaged_since_is_written_again(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
-    monkeypatch.setattr(import_module("qwen35.plan.plan"), "MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 1_500_000)
     plan = plan_of(dense)
     expected = convert(plan, tmp_path / "unharmed", threads=1).hashes
     first, *_ = in_shards(plan, tmp_path / "out")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -435,7 +434,7 @@ def test_a_listed_file_that_is_gone_is_named(dense: Path, tmp_path: Path) -> Non
 def test_a_stale_index_and_swapped_shards_are_named(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(import_module("qwen35.plan.plan"), "MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 1_500_000)
     out = run(dense, tmp_path / "out").out
     first, second = sorted(out.glob("*.safetensors"))[:2]
     first.rename(tmp_path / "x")

@@ -9,8 +9,9 @@ Every verb of the command line is a function here, with the same name; a flag is
 
 What is expected to go wrong raises `Qwen35Error` or a kind of it (`qwen35.errors`); nothing is
 printed. Importing this package loads none of its modules: each is imported when it is first used.
-Some verbs are called as modules are, so reach into those with ``from qwen35.plan.recipe import
-load_recipe``; ``qwen35.plan`` is the function, always.
+
+Most verbs are called as a module is, where their work is done. ``qwen35.plan`` is the function,
+always; it has the attributes of the module too, so that ``qwen35.plan.recipe`` is what it seems.
 """
 
 from __future__ import annotations
@@ -56,6 +57,19 @@ _HOMES = {"Qwen35Error": "qwen35.errors"} | {
     name: f"qwen35.api.{name}" for name in __all__ if name.islower() and name.isalpha()
 }
 
+_MODULES = (
+    "calibrate",
+    "convert",
+    "evaluate",
+    "gguf",
+    "plan",
+    "publish",
+    "reproduce",
+    "tune",
+    "verify",
+)
+"""Verbs that modules are called as; reading and setting their attributes reaches the module."""
+
 
 def __getattr__(name: str) -> Any:
     if name == "errors":
@@ -63,6 +77,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qwen35' has no attribute {name!r}")
     found = getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        found.__dict__ = importlib.import_module(f"qwen35.{name}").__dict__
     globals()[name] = found
     return found
 
