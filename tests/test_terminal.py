@@ -320,11 +320,12 @@ def test_completion_knows_every_verb_and_flag(shell: str, capsys: Capture) -> No
         assert re.search(rf"\b{verb}\b", text)
         for action in parser_of(verb)._actions:
             for option in action.option_strings:
-                if option.startswith("--") and action.help != argparse.SUPPRESS:
+                if option.startswith("--") and "_" not in option:
                     name = option.removeprefix("--") if shell == "fish" else option
                     assert name in text, (verb, option)
     for recipe in BUILT_IN:
         assert recipe in text
+    assert "calib_mode" not in text
 
 
 def test_completion_of_another_shell_is_refused(capsys: Capture) -> None:
@@ -365,6 +366,29 @@ def test_other_shells_accept_their_script(shell: str, tmp_path: Path) -> None:
         pytest.skip(f"no {shell} here")
     (tmp_path / "script").write_text(script(shell))
     subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
+def test_fish_completes(tmp_path: Path) -> None:
+    (tmp_path / "qwen35.fish").write_text(script("fish"))
+    (tmp_path / "model").mkdir()
+
+    def offered(line: str) -> set[str]:
+        program = f"source {tmp_path}/qwen35.fish; complete -C '{line}'"
+        done = subprocess.run(
+            ["fish", "--no-config", "-c", program],
+            cwd=tmp_path,
+            env={**os.environ, "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return {row.partition("\t")[0] for row in done.stdout.splitlines()}
+
+    assert {"verify"} == offered("qwen35 ver")
+    assert offered("qwen35 convert --recipe ") == set(BUILT_IN)
+    assert offered("qwen35 verify --depth ") == {"structure", "numbers", "behaviour"}
+    assert "model/" in offered("qwen35 inspect m")
 
 
 def test_starting_does_not_load_what_completion_needs(tmp_path: Path) -> None:

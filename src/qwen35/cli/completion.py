@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
+from qwen35.cli.help import spellings
 from qwen35.cli.main import whole_parser
 from qwen35.gguf.rules import BUILT_IN as GGUF_RECIPES
 from qwen35.plan.recipe import BUILT_IN
@@ -23,6 +24,7 @@ def script(shell: str) -> str:
 
     parser = whole_parser()
     for action in _actions(parser):
+        action.option_strings = spellings(action)
         completed = _completed(shtab, action)
         if completed is not None:
             action.complete = completed  # type: ignore[attr-defined]
@@ -34,7 +36,7 @@ def _completed(shtab: Any, action: argparse.Action) -> dict[str, str] | None:
     """Return what completes an argument in each shell."""
     if action.dest == "recipe":
         names = GGUF_RECIPES if action.default in GGUF_RECIPES else BUILT_IN
-        found: dict[str, str] = shtab.cmd(f"echo {' '.join(names)}")
+        found: dict[str, str] = shtab.cmd(f"printf '%s\\n' {' '.join(names)}")
         return found
     if action.metavar in _FOLDERS:
         return dict(shtab.DIRECTORY)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-__all__ = ["Formatter"]
+__all__ = ["Formatter", "spellings"]
+
+
+def spellings(action: argparse.Action) -> list[str]:
+    """Return an option's names, without those with underscores beside the same with hyphens."""
+    known = action.option_strings
+    return [name for name in known if "_" not in name or name.replace("_", "-") not in known]
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
@@ -23,9 +29,8 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
         return "\n".join(paragraphs).rstrip()
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """Leave out spellings with underscores beside those with hyphens, and say values once."""
-        known = action.option_strings
-        names = [n for n in known if "_" not in n or n.replace("_", "-") not in known]
+        """Say values once, behind all names."""
+        names = spellings(action)
         if not names or action.nargs == 0:
             return ", ".join(names) or super()._format_action_invocation(action)
         value = self._format_args(action, self._get_default_metavar_for_optional(action))
