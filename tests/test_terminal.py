@@ -325,7 +325,7 @@ def test_completion_knows_every_verb_and_flag(shell: str, capsys: Capture) -> No
                     assert name in text, (verb, option)
     for recipe in BUILT_IN:
         assert recipe in text
-    assert "calib_mode" not in text
+    assert "--calib_mode" not in text
 
 
 def test_completion_of_another_shell_is_refused(capsys: Capture) -> None:
