@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import io
+import json
 import os
 import pty
 import re
@@ -270,6 +271,11 @@ def test_json_has_neither_colours_nor_folds(
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert max(map(len, shown.splitlines())) > 100
+
+
+def test_json_of_a_name_that_is_no_text(capsys: Capture) -> None:
+    Output(as_json=True).data("x", {"file": "a\udcff", "b": "é"})
+    assert json.loads(capsys.readouterr().out) == {"file": "a\udcff", "b": "é"}
 
 
 def in_terminal(columns: int, *words: object, **environment: str) -> str:

@@ -39,7 +39,7 @@ class Output:
     def data(self, text: str, value: Any) -> None:
         """Print the result: `text` for people, or `value` as JSON."""
         if self.as_json:
-            _print(json.dumps(value, indent=2, ensure_ascii=False))
+            _print(_json(value))
         else:
             _print(fit(text, sys.stdout))
 
@@ -92,6 +92,15 @@ def _print(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name that is no UTF-8
+        return json.dumps(value, indent=2)
+    return text
 
 
 def _print_error(error: Qwen35Error) -> None:
