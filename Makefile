@@ -34,6 +34,7 @@ $(VENV)/.setup: $(VENV)/.made pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.setup
 	$(PIP) install --quiet --editable '.[nf4,gguf,eval,tune,test,docs]'
+	$(PIP) install --quiet --no-deps axe-playwright-python  # for the axe-core in it alone
 	touch $@
 
 # llama.cpp's converter, from llama-cpp-python's source package: an oracle of the tests

@@ -17,7 +17,9 @@ ASSETS = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 def main(model: str, recipe: str, text: str, size: str = "5bpw") -> None:
     """Tune, then plan with the recipe."""
-    found = qwen35.tune(model, format="gguf", size=size, text=text, output=recipe, probes=0, types=TYPES)
+    found = qwen35.tune(
+        model, format="gguf", size=size, text=text, output=recipe, probes=0, types=TYPES
+    )
     bits = 8 * found.tuned.nbytes / found.space.weights
     print(f"{found.recipe.name}: {found.tuned.nbytes:,} bytes, {bits:.2f} bits a weight")
     planned = qwen35.gguf(model, "unused", types="Q4_K_M", recipe=recipe, dry_run=True)

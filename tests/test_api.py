@@ -162,6 +162,20 @@ def test_convert_verify_and_reproduce(dense: Path, tmp_path: Path) -> None:
     assert not qwen35.verify(out).passed
 
 
+def test_slices_come_to_what_one_run_writes(dense: Path, tmp_path: Path) -> None:
+    whole = qwen35.convert(dense, tmp_path / "whole", threads=1)
+    for number in (2, 1):
+        part = qwen35.convert(dense, tmp_path / "sliced", slice=(number, 2), threads=1)
+        assert (part.part, part.hashes) == ((number, 2), {})
+        assert part.weights > 0
+    assert not (tmp_path / "sliced").exists()
+    assert qwen35.finalize(tmp_path / "sliced").hashes == whole.hashes
+    with pytest.raises(UsageError, match="exclude each other"):
+        qwen35.convert(dense, tmp_path / "x", slice=(1, 2), workers=2)
+    with pytest.raises(UsageError, match="i from 1 to N"):
+        qwen35.convert(dense, tmp_path / "x", slice=(3, 2))
+
+
 def test_plan_is_what_convert_carries_out(dense: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"recipe": "text-nf4", "keep": ["self_attn"], "drop_mtp": True}
     plan = qwen35.plan(dense, **options)

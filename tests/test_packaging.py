@@ -171,7 +171,12 @@ def test_everything_imported_is_declared() -> None:
     distributions = packages_distributions()
     core = {name_of(row) for row in PROJECT["dependencies"]}
     extras = {name_of(row) for rows in PROJECT["optional-dependencies"].values() for row in rows}
-    behind = {"tokenizers", "torchvision", "vllm", "xxhash"}  # asked for by their own names, where used
+    behind = {
+        "tokenizers",
+        "torchvision",
+        "vllm",
+        "xxhash",
+    }  # asked for by their own names, where used
     behind |= {"cryptography", "httpx2", "hf-xet", "markupsafe"}  # parts of what is declared
     for path, name, _ in imports():
         if name in sys.stdlib_module_names or name in ("qwen35", "__future__"):

@@ -172,7 +172,7 @@ def test_bug_ends_everything_and_leaves_no_output(
     def broken(*arguments: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("qwen35.convert.Conversion._nf4", broken)
+    monkeypatch.setattr("qwen35.work.steps.Carrier._nf4", broken)
     with pytest.raises(ZeroDivisionError):
         made(planned(dense, tmp_path / "out", ALL[:3]))
     left = [path for path in (tmp_path / "out").glob("*") if not path.name.startswith(".")]

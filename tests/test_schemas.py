@@ -97,6 +97,12 @@ def test_plan_and_convert(held: Any, dense: Path, tmp_path: Path) -> None:
     assert held("convert", dense, tmp_path / "b", "--recipe", "nf4")["nf4"] > 0
 
 
+def test_slices(held: Any, dense: Path, tmp_path: Path) -> None:
+    for part in ("1/2", "2/2"):
+        held("convert", dense, tmp_path / "out", "--recipe", "nf4", "--slice", part)
+    assert held("finalize", tmp_path / "out")["nf4"] > 0
+
+
 def test_gguf(held: Any, tmp_path: Path) -> None:
     asked = ("gguf", ASSET, tmp_path / "out", "--types", "Q8_0")
     held(*asked, "--dry-run")
@@ -141,7 +147,18 @@ def test_evaluate(held: Any, formats: Path, tmp_path: Path) -> None:
 
 
 def test_tune(held: Any, formats: Path, tmp_path: Path) -> None:
-    asked = ("tune", ASSET, "--format", "gguf", "--size", "5bpw", "--probes", "0", "--types", "q4_K,q6_K")
+    asked = (
+        "tune",
+        ASSET,
+        "--format",
+        "gguf",
+        "--size",
+        "5bpw",
+        "--probes",
+        "0",
+        "--types",
+        "q4_K,q6_K",
+    )
     text = ("--text", formats / "text.txt", "--output", tmp_path / "t.toml")
     held(*asked, *text, "--dry-run")
     held(*asked, *text)

@@ -194,10 +194,14 @@ EXIT_CODES = {
 """Exit code to its meaning."""
 
 ENVIRONMENT = {
+    "COLUMNS": "width to fold text to, on a terminal or not; by default the terminal's",
     "CUDA_VISIBLE_DEVICES": "GPUs that `--workers` hands out, one to each process",
+    "FORCE_COLOR": "any value: colours where there is no terminal, too",
+    "NO_COLOR": "any value: no colours",
+    "TERM": "`dumb`: no colours",
     "HF_TOKEN": "token for the Hub, if `--hf-token` is not given; else the one `hf auth login` left",
     "PYTHONPATH": "handed on to the processes of `--workers`",
-    "XDG_CACHE_HOME": "where hashes of files are remembered between runs (default: `~/.cache`)",
+    "XDG_CACHE_HOME": "where hashes of files and unfinished checks are remembered (default: `~/.cache`)",
     "OPENBLAS_NUM_THREADS": "set to 1 for our own process, unless you set it: its threads would spin",
     "VLLM_LOGGING_STREAM": "set to stderr where vLLM is asked, unless you set it",
     "VLLM_LOGGING_LEVEL": "set to ERROR where vLLM is asked, unless you set it",

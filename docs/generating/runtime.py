@@ -25,6 +25,7 @@ _LIBRARIES = {
 }
 _EXTRAS_LEAD = "`pip install 'qwen35[NAME]'` brings what only some commands need."
 _EXTRAS = {
+    "cuda": "`--device cuda` with NF4 and FP8 recipes, without what loads a model",
     "docs": "building these pages",
     "eval": "charts in reports",
     "fuzz": "fuzzing (`make fuzz`)",

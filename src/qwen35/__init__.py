@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qwen35.api.calibrate import calibrate as calibrate
     from qwen35.api.convert import convert as convert
     from qwen35.api.evaluate import evaluate as evaluate
+    from qwen35.api.finalize import finalize as finalize
     from qwen35.api.gguf import gguf as gguf
     from qwen35.api.inspect import inspect as inspect
     from qwen35.api.plan import plan as plan
@@ -43,6 +44,7 @@ __all__ = [
     "calibrate",
     "convert",
     "evaluate",
+    "finalize",
     "gguf",
     "inspect",
     "plan",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen35.api.fp8 import DEFAULTS, Bands, activations_of, calibration_of, check_made
 from qwen35.api.plan import plan_of
+from qwen35.api.workers import check_workers, pool_for
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.codecs.fp8 import Mode
 from qwen35.plan.manifest import manifest_size
@@ -17,6 +18,7 @@ from qwen35.plan.memory import threads_within
 from qwen35.plan.plan import Plan
 from qwen35.plan.show import peak_memory
 from qwen35.progress import Progress
+from qwen35.threads import default_threads
 
 if TYPE_CHECKING:
     from qwen35.verify.fp8_report import Report
@@ -35,6 +37,8 @@ class Converted:
         nbytes: of all files.
         hashes: SHA-256 by name of file, without the manifest; empty after a dry run.
         report: the check of an FP8 output against its source, unless it was left out.
+        part: the slice that this was, ``(i, N)``, if it was one; `nbytes` are its own then.
+        weights: of the slice.
     """
 
     out: Path
@@ -43,6 +47,8 @@ class Converted:
     nbytes: int
     hashes: Mapping[str, str]
     report: Report | None = None
+    part: tuple[int, int] | None = None
+    weights: int = 0
 
     @property
     def passed(self) -> bool:
@@ -51,6 +57,10 @@ class Converted:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
+        if self.part is not None:
+            number, count = self.part
+            own = {"weights": self.weights, "bytes": self.nbytes}
+            return {"slice": number, "of": count, **own}
         packed = Counter[str](step.packing for step in self.plan.steps if step.packing)
         made: dict[str, Any] = {"out": str(self.out), "bytes": self.nbytes}
         made |= {"sha256": dict(self.hashes), **packed}
@@ -75,6 +85,9 @@ def convert(
     skip_verify: bool = False,
     bands: Bands = "derived",
     device: str = "auto",
+    workers: int | None = None,
+    ray_address: str | None = None,
+    slice: tuple[int, int] | None = None,  # noqa: A002 - the flag's name
     threads: int | None = None,
     memory: int | None = None,
     overwrite: bool = False,
@@ -101,6 +114,9 @@ def convert(
         skip_verify: do not check an FP8 output.
         bands: what the check judges by.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a list of GPUs; ``auto`` is the CPU.
+        workers: processes, each with so many threads.
+        ray_address: work on this Ray cluster: ``auto`` or ``HOST:PORT``.
+        slice: do one part, ``(i, N)``; then `finalize`.
         threads: at most so many; all processors if None.
         memory: use fewer threads to stay below so many bytes.
         overwrite: replace an output of qwen35.
@@ -112,6 +128,7 @@ def convert(
         UsageError: something is unknown or does not fit together.
         InputError: the model cannot be read, or a weight holds NaN or infinity.
         OutputError: the output exists or overlaps the source, or the disk is full.
+        WorkerError: workers died again and again.
         HubError: the Hub refused, or was not reached.
 
     >>> from tempfile import TemporaryDirectory
@@ -126,7 +143,9 @@ def convert(
     from qwen35.convert import convert as carry_out
 
     out = Path(out)
-    check_before(out, overwrite=overwrite, device=device)
+    check_workers(workers, ray_address, slice, memory)
+    here = "cpu" if ray_address else device
+    check_before(out, overwrite=overwrite, device=here)
     calibration = calibration_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
     activations = activations_of(activation_stats)
     checkpoint = (describe if dry_run else fetch)(str(model), token=hf_token)
@@ -139,12 +158,31 @@ def convert(
         calibration=calibration,
         activations=activations,
     )
-    threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
     if dry_run:
+        threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
         return Converted(out, plan, threads, plan.nbytes + manifest_size(plan), {})
-    result = carry_out(
-        plan, out, overwrite=overwrite, threads=threads, device=device, progress=progress
-    )
+    if slice is not None:
+        from qwen35.slices import convert_slice
+
+        threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
+        options: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "device": device}
+        done = convert_slice(plan, out, *slice, **options, progress=progress)
+        return Converted(out, plan, threads, done.nbytes, {}, part=slice, weights=done.weights)
+    pool = pool_for(plan, workers, ray_address, device=device, threads=threads, memory=memory)
+    with pool as others:
+        if others is None:
+            threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
+        else:
+            threads = default_threads()
+        result = carry_out(
+            plan,
+            out,
+            overwrite=overwrite,
+            threads=threads,
+            device=device,
+            progress=progress,
+            pool=others,
+        )
     report = None
     if not skip_verify:
         report = check_made(

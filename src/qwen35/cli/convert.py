@@ -13,8 +13,8 @@ from qwen35.api.convert import convert
 from qwen35.cli.fp8 import add_calibration
 from qwen35.cli.output import Output
 from qwen35.cli.shared import EXIT_FINDINGS, add_model, add_recipe, keywords
+from qwen35.cli.workers import add_workers
 from qwen35.plan.show import packed_text, plan_json, plan_text, size
-from qwen35.threads import default_threads
 
 EXAMPLES = {
     "NF4 for QLoRA": "qwen35 convert Qwen/Qwen3.5-0.8B Qwen3.5-0.8B-bnb-4bit --recipe nf4",
@@ -24,6 +24,9 @@ EXAMPLES = {
     ),
     "what would be written, and nothing else": (
         "qwen35 convert MODEL OUT --recipe text-fp8 --dry-run"
+    ),
+    "one of four parts, as a job of a batch scheduler": (
+        "qwen35 convert MODEL OUT --recipe fp8 --slice 1/4"
     ),
     "back to bf16 what is packed": "qwen35 convert Qwen3.5-0.8B-bnb-4bit restored --recipe bf16",
 }
@@ -48,6 +51,12 @@ def run(args: argparse.Namespace, output: Output) -> int:
     done = convert(**keywords(args), progress=None if args.dry_run else output.progress())
     if args.dry_run:
         output.data(plan_text(done.plan, done.threads), plan_json(done.plan, done.threads))
+        return 0
+    if done.part is not None:
+        number, count = done.part
+        text = f"slice {number}/{count}: {done.weights} weights, {size(done.nbytes)}"
+        text = f"{text}; when all slices are done: qwen35 finalize {args.out}"
+        output.data(text, done.to_json())
         return 0
     output.notes(done.plan.notes)
     text = f"{done.out}: {len(done.hashes) + 1} files, {size(done.nbytes)}"

@@ -9,9 +9,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from qwen35.api.finalize import finalize
 from qwen35.cli.output import Output
-from qwen35.cli.shared import positive
+from qwen35.cli.shared import keywords, positive
 from qwen35.plan.show import packed_text, size
+
+EXAMPLES = {
+    "put together what two jobs have made": "qwen35 finalize OUT",
+    "a job of its own": "qwen35 convert MODEL OUT --recipe nf4 --slice 1/2",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,16 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
-    from qwen35.slices import finalize
-
-    plan, result = finalize(args.out, threads=args.threads, progress=output.progress())
-    for note in plan.notes:
-        output.info(f"note: {note}")
-    if plan.calibration is not None:
-        check = f"qwen35 verify {result.out} --source {plan.checkpoint.name}"
-        output.info(f"note: FP8 weights are not checked here: {check}")
-    output.data(
-        f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}, {packed_text(plan)}",
-        {"out": str(result.out), "bytes": result.nbytes, "sha256": result.hashes},
-    )
+    done = finalize(**keywords(args), progress=output.progress())
+    output.notes(done.plan.notes)
+    if done.plan.calibration is not None:
+        check = f"qwen35 verify {done.out} --source {done.plan.checkpoint.name}"
+        output.notes([f"FP8 weights are not checked here: {check}"])
+    text = f"{done.out}: {len(done.hashes) + 1} files, {size(done.nbytes)}"
+    output.data(f"{text}, {packed_text(done.plan)}", done.to_json())
     return 0

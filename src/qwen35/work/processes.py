@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-import qwen35
 from qwen35.codecs.devices import gpu_numbers
 from qwen35.threads import default_threads
 from qwen35.work.dispatch import Ended, Pool
@@ -123,7 +122,7 @@ class _Slot:
 
 def _environment(gpus: Sequence[int], number: int) -> dict[str, str]:
     """Return the environment of a worker: this package, one thread of BLAS, its GPU."""
-    package = str(Path(qwen35.__file__).parent.parent)
+    package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
