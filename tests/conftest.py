@@ -15,6 +15,8 @@ from hub_client import Client, World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+for _name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):  # pytest-xdist sets the first in its workers
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(scope="session")
