@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,40 @@ def test_every_path_has_a_tutorial_that_runs(name: str) -> None:
     blocks = blocks_of((ROOT / "docs" / "tutorials" / f"{name}.md").read_text("utf-8"))
     assert sum(not block.external for block in blocks) >= 3
     assert any(block.shown for block in blocks if not block.external)
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-")
+
+
+def test_what_tutorials_import_is_what_setup_installs() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    recipe = re.search(r"^\$\(VENV\)/\.setup:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert recipe
+    extras = re.findall(r"'\.\[([a-z0-9,]+)\]'", recipe[1])
+    assert len(extras) == 1
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    rows = list(project["dependencies"])
+    for extra in extras[0].split(","):
+        rows += project["optional-dependencies"][extra]
+    installed = {name_of(row) for row in rows} | {"qwen35"}
+    owners = packages_distributions()
+    for page in sorted((ROOT / "docs" / "tutorials").glob("*.md")):
+        for block in blocks_of(page.read_text("utf-8")):
+            for name in imported(block.content) if block.language == "python" else ():
+                owning = {name_of(owner) for owner in owners.get(name, [name])}
+                assert owning & installed, f"{page.name} imports {name}: not in `make setup`"
+
+
+def imported(program: str) -> set[str]:
+    """Return the modules that a program imports and that are not Python's, by their first name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
 
 
 # --- the rules themselves

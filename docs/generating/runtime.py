@@ -30,7 +30,8 @@ _EXTRAS = {
     "eval": "charts in reports",
     "fuzz": "fuzzing (`make fuzz`)",
     "gguf": "`gguf` with quantized types, `evaluate` and `verify --depth behaviour` of GGUF files",
-    "nf4": "`calibrate`, `evaluate`, `verify --depth behaviour` of checkpoints, `--device cuda`",
+    "nf4": "`calibrate`, `evaluate`, `verify --depth behaviour` of checkpoints, `--device cuda`; "
+    "peft, because NF4 is for QLoRA",
     "ray": "`convert --ray-address`",
     "sign": "`publish --sign`",
     "test": "the tests",
