@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import qwen35
-from checkpoints import make_checkpoint
+from checkpoints import ASSET, make_checkpoint
+from pages import ROOT, tokens_of
 from qwen35.checkpoint.source import open_folder, open_published
 from qwen35.errors import UsageError
+from qwen35.gguf.plan import Asked
+from qwen35.gguf.plan import make_plan as plan_gguf
+from qwen35.gguf.rules import load_recipe as load_gguf_recipe
 from qwen35.model.roles import ROLES, Role, role_of
 from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import ACTIONS, BUILT_IN, Recipe, Rule, load_recipe
+from qwen35.plan.recipe import _KEYS, ACTIONS, BUILT_IN, Format, Recipe, Rule, load_recipe
 
 HEAD = 'format = "nf4"\n'
 REST = '[[rules]]\nmatch = "*"\naction = "plain"\n'
@@ -393,3 +399,42 @@ def test_roles_kept_twice_are_kept_once(dense: Path) -> None:
 def test_keep_takes_roles_only(name: str) -> None:
     with pytest.raises(UsageError, match="not a role"):
         load_recipe("nf4").keeping((name,))
+
+
+# --- what docs/recipes.md says
+
+
+GUIDE = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+
+
+def section(title: str) -> str:
+    """Return what stands under a heading of the guide."""
+    return GUIDE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def first_column(title: str) -> set[str]:
+    """Return the names in the first column of the table under a heading."""
+    rows = re.findall(r"^\| (`.+?) \|", section(title), re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_the_guide_has_every_key_format_and_action() -> None:
+    assert first_column("The file") == _KEYS
+    assert first_column("A rule") == {"match", "action", "layers", "reason"}
+    assert first_column("Actions in safetensors") == set(ACTIONS)
+    for name in (*get_args(Format), "gguf"):
+        assert f"`{name}`" in section("The file")
+    for key in ("match", "action", "layers", "reason"):
+        assert f"\n{key} = " in GUIDE
+
+
+def test_the_recipes_of_the_guide_decide_something(tmp_path: Path) -> None:
+    packed, typed = [token.content for token in tokens_of(GUIDE) if token.info == "toml"]
+    steps = make_plan(open_published("Qwen3.5-0.8B"), write(tmp_path, packed)).steps
+    kept = {step.reason for step in steps if step.op == "copy"}
+    assert {"attention stays as it is", "the first layer reads the embedding"} <= kept
+    (tmp_path / "typed.toml").write_text(typed)
+    recipe = load_gguf_recipe(str(tmp_path / "typed.toml"))
+    (file,) = plan_gguf(open_folder(ASSET), Asked(("Q4_K_M",), recipe=recipe)).files
+    kinds = file.kinds
+    assert kinds["blk.1.ffn_up.weight"] == "q8_0" != kinds["blk.2.ffn_up.weight"]

@@ -19,7 +19,7 @@ __all__ = ["recipes_page", "roles_page"]
 _LEAD = (
     "A recipe is a table from roles to actions; the first row that matches a tensor decides. "
     "These come with the package. Your own is a TOML file of the same form "
-    "([how to write one](../tutorials/nf4-qlora.md#a-recipe-of-your-own)), and goes wherever a "
+    "([every key of it](../recipes.md)), and goes wherever a "
     "name does. `match` is a [role](roles.md), a group of roles by its first segments, `kind:` "
     "and a kind, or `*`."
 )
