@@ -1,11 +1,19 @@
-# make demo   install, all paths on the embedded checkpoint: make, verify, measure, report
-# make test   install, then lint, types, import contract, tests
-# make docs   build the documentation into build/docs; a warning, such as a dead link, is an error
-# make docs-pages   make the generated pages and the README's table again
-# make docs-shown   write what the blocks of README and tutorials print into them
-# make results   measure the README's table of formats anew (docs/results.json)
-# make golden record anew what llama.cpp's converter writes (tests/golden/gguf.json)
-# make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
+## make setup        an environment in .venv for everything in README and tutorials
+## make demo         all paths on the embedded checkpoint: make, verify, ask, measure, report
+## make dev          the environment of `make setup`, and the tools of tests and documentation
+## make lint         ruff, mypy and the import contract
+## make test         lint, documentation and tests
+## make test-all     and the tests that take minutes each or gigabytes
+## make test-vllm    load the embedded checkpoint and its FP8 in vLLM, in an environment of its own
+## make fuzz         fuzz the readers of untrusted files, a minute each (SECONDS=60)
+## make docs         build the documentation into build/docs; a warning, such as a dead link, is an error
+## make docs-pages   make the generated pages and the README's table again
+## make docs-shown   write what the blocks of README and tutorials print into them
+## make results      measure the README's table of formats anew (docs/results.json)
+## make bench        the benchmarks
+## make golden       record anew what llama.cpp's converter writes (tests/golden/gguf.json)
+## make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
+## make clean        remove environments and everything that was built
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
@@ -16,11 +24,10 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # miscompiled by common compilers), and without the multimodal library
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
-# make test-vllm   load the embedded checkpoint and its FP8 in vLLM, in an environment of its own
-.PHONY: help setup demo docs docs-pages docs-shown results test test-all test-vllm golden golden-kld lint fuzz bench clean
+.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm golden golden-kld lint fuzz bench clean
 
 help:
-	@sed -n 's/^# //p' Makefile
+	@sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
 
 $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
@@ -52,6 +59,8 @@ setup: $(VENV)/.setup
 
 demo: setup
 	$(BIN)/python demo/demo.py
+
+dev: $(VENV)/.test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check
@@ -112,7 +121,6 @@ test-vllm: $(VENV)/.test $(VLLM)/.made
 	VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=src $(VLLM)/bin/python -m qwen35.cli.main \
 		verify assets/qwen3.5-tiny --depth behaviour --engine vllm
 
-# make fuzz        fuzz the readers of untrusted files, a minute each (SECONDS=60)
 SECONDS ?= 60
 fuzz: $(VENV)/.test
 	$(PIP) install --quiet --editable '.[fuzz]'

@@ -236,9 +236,9 @@ def test_tree_of_errors() -> None:
 
 
 def test_finding_is_plain_strings() -> None:
-    finding = errors.Finding("missing-companion", "w", "no absmax")
+    finding = errors.Finding("companions", "w", "no absmax")
     assert finding.to_json() == {
-        "check": "missing-companion",
+        "check": "companions",
         "subject": "w",
         "message": "no absmax",
     }

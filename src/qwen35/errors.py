@@ -92,7 +92,7 @@ class Finding:
     """One thing a check found.
 
     Args:
-        check: the short name of the check, stable for programs (``missing-companion``).
+        check: the short name of the check, stable for programs (``companions``).
         subject: the tensor or file.
         message: what was found and what was expected.
     """
