@@ -28,14 +28,20 @@ from qwen35.work.steps import Carrier, each
 __all__ = ["Conversion", "Result", "check_before", "convert", "converting"]
 
 
-def check_before(out: Path, *, overwrite: bool, device: str) -> None:
+def check_before(out: Path, *, overwrite: bool, device: str, source: Path | None = None) -> None:
     """Check what can be checked before the source is downloaded.
 
+    Args:
+        out: the output.
+        overwrite: replace an output of ours.
+        device: to encode on.
+        source: the folder of the source, if it is on this machine.
+
     Raises:
-        OutputError: the output exists.
+        OutputError: the output exists or overlaps the source.
         UsageError: there is no such device.
     """
-    check_output(out, source=None, overwrite=overwrite)
+    check_output(out, source=source, overwrite=overwrite)
     encoders_for(device)
 
 

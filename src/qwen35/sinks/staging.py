@@ -88,14 +88,14 @@ def _check_overlap(out: Path, source: Path) -> None:
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
-    if not overwrite:
-        raise OutputError(str(out), "exists already", hint="give --overwrite to replace it")
     if not (out / MANIFEST_NAME).is_file():
         raise OutputError(
             str(out),
-            f"holds no {MANIFEST_NAME}, so it was not written by qwen35",
+            f"exists already and holds no {MANIFEST_NAME}, so it was not written by qwen35",
             hint="remove it yourself or choose another folder",
         )
+    if not overwrite:
+        raise OutputError(str(out), "exists already", hint="give --overwrite to replace it")
 
 
 def _clean_up(out: Path) -> None:
