@@ -253,7 +253,7 @@ def test_finding_is_plain_strings() -> None:
         (["plan", "Qwen3.5-0.8B", "--keep", "mlp.experts"], "no tensor of this checkpoint"),
         (["convert", "Qwen3.5-0.8B", "out"], "published size, without weights; give a folder"),
         (["convert", "./nowhere", "out"], "no such folder"),
-        (["convert", ".", "out", "--device", "tpu"], "--device tpu: unknown, expected auto, cpu"),
+        (["convert", "./x", "out", "--device", "tpu"], "--device tpu: unknown, expected auto, cpu"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -408,6 +408,26 @@ def test_dry_run_of_convert_is_the_plan_and_writes_nothing(
     assert main(["plan", str(dense)]) == 0
     assert capsys.readouterr().out == dry
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_leaves_names_whole_and_tells_the_published_sizes(capsys: Capture) -> None:
+    for verb in VERBS:
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        words = capsys.readouterr().out.replace(",", " ").split()
+        assert not [word for word in words if word.endswith("-") and word.strip("-")]
+        assert ("Qwen3.5-397B-A17B" in words) == (verb in ("inspect", "plan"))
+
+
+@pytest.mark.parametrize("verb", [["convert"], ["gguf", "--types", "Q8_0"]], ids=["st", "gguf"])
+def test_output_that_is_the_input_is_called_so(
+    dense: Path, capsys: Capture, verb: list[str]
+) -> None:
+    for flag in ([], ["--overwrite"]):
+        assert main([*verb, str(dense), str(dense), *flag]) == 2
+        assert "output and input are the same folder" in capsys.readouterr().err
+        assert main([*verb, str(dense), str(dense.parent), *flag]) == 2
+        assert "overlaps the input" in capsys.readouterr().err
 
 
 def test_convert_tells_what_it_made(dense: Path, tmp_path: Path, capsys: Capture) -> None:

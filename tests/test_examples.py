@@ -24,8 +24,8 @@ SHOWN = {
     ],
     "errors": [
         r"recipe 'nf5' \| not a built-in recipe \| nf4, .* or a \.toml file",
-        r"HeaderError: config\.json: not valid JSON .*",
-        r"give --overwrite to replace it",
+        r"ConfigError: config\.json: not valid JSON .*",
+        r"remove it yourself or choose another folder",
         r"no such folder",
     ],
     "gguf_by_quality": [

@@ -173,8 +173,8 @@ def test_unknown_repository_is_one_sentence(hub: FakeHub, tmp_path: Path) -> Non
     for token in ("", TOKEN):
         sentence = refusal("plan", "owner/nothing", home=tmp_path, url=hub.url, token=token)
         assert sentence == (
-            "error: owner/nothing: no such repository, or it is private; check the name; for a "
-            "private one set HF_TOKEN or give --hf-token\n"
+            "error: owner/nothing: no such folder here, and no such repository, or it is private; "
+            "check the name; for a private one set HF_TOKEN or give --hf-token\n"
         )
 
 

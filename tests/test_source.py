@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import qwen35
 from checkpoints import make_checkpoint, random_tensors, tiny_config, write_checkpoint
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.place import Folder
@@ -27,7 +28,14 @@ from qwen35.checkpoint.source import (
     open_place,
     open_published,
 )
-from qwen35.errors import ConfigError, HeaderError, InputError, TensorError, UsageError
+from qwen35.errors import (
+    ConfigError,
+    HeaderError,
+    HubError,
+    InputError,
+    TensorError,
+    UsageError,
+)
 
 LAST = "model.safetensors-00003-of-00003.safetensors"
 EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -231,7 +239,7 @@ def test_missing_config_is_told(sharded: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "not json", '{"model_type": NaN}', "[" * 100_000])
 def test_config_that_is_not_json_is_refused(sharded: Path, text: str) -> None:
     (sharded / "config.json").write_text(text)
-    with pytest.raises(HeaderError, match=r"^config\.json: not valid JSON"):
+    with pytest.raises(ConfigError, match=r"^config\.json: not valid JSON"):
         open_folder(sharded)
 
 
@@ -271,7 +279,7 @@ def test_folder_of_a_checkpoint_is_described_and_fetched_the_same(dense: Path) -
 @pytest.mark.parametrize("model", ["./nowhere", "../x/y", "/nowhere/at/all", "~/nowhere", "word"])
 def test_path_that_is_not_there_never_asks_the_hub(model: str) -> None:
     for call in (describe, fetch):
-        with pytest.raises(InputError, match="no such folder, expected a folder, a Hub id"):
+        with pytest.raises(InputError, match="no such folder, expected a folder(,| or) a Hub id"):
             call(model)
 
 
@@ -393,3 +401,59 @@ def test_vision_sidecars_travel_only_with_the_tower() -> None:
     assert set(travelling(vision=True)) == {row.name for row in SIDECARS}
     assert "config.json" not in travelling(vision=True)
     assert INDEX_NAME not in travelling(vision=True)
+
+
+def test_wrong_path_below_a_folder_never_asks_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "build").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwen35.checkpoint.open.HubPlace", None)
+    for call in (describe, fetch, qwen35.verify):
+        with pytest.raises(InputError, match=r"^build/nfx: no such folder in build/ here; .*@main"):
+            call("build/nfx")
+
+
+def test_id_that_the_hub_does_not_have_may_be_a_wrong_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise HubError("a/b", "the Hub was not reached (ConnectError)", hint="check the network")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwen35.checkpoint.open.HubPlace", refuse)
+    for call in (describe, fetch, qwen35.verify):
+        with pytest.raises(HubError, match=r"^a/b: no such folder here, and the Hub was not rea"):
+            call("a/b")
+
+
+def test_revision_asks_the_hub_although_there_is_a_folder_of_the_owners_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner").mkdir()
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def refuse(hub_id: object, _: object) -> None:
+        asked.append(hub_id)
+        raise HubError("owner/name", "no")
+
+    monkeypatch.setattr("qwen35.checkpoint.open.HubPlace", refuse)
+    with pytest.raises(HubError):
+        describe("owner/name@main")
+    assert len(asked) == 1
+
+
+def test_size_that_nobody_published_is_told_those_that_are() -> None:
+    with pytest.raises(InputError, match="one of Qwen3.5-0.8B, Qwen3.5-2B, .*; did you mean Qwen3"):
+        describe("Qwen3.5-10B")
+    with pytest.raises(InputError, match=r"did you mean Qwen3\.5-35B-A3B\?$"):
+        describe("qwen3.5-35b_a3b")
+    with pytest.raises(InputError, match=r"no such folder, expected a folder or a Hub id \(.*\)$"):
+        fetch("Qwen3.5-10B")
+
+
+def test_file_in_place_of_a_model_is_called_a_file(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("")
+    with pytest.raises(InputError, match=r"README\.md: a file, expected a folder or a Hub id"):
+        describe(str(tmp_path / "README.md"))

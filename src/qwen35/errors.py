@@ -15,6 +15,7 @@ Only these become a sentence on the terminal (exit code 2). Any other exception 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 __all__ = [
@@ -28,7 +29,25 @@ __all__ = [
     "TensorError",
     "UsageError",
     "WorkerError",
+    "did_you_mean",
 ]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint at the one of `known` that is spelled most like `name`, or nothing.
+
+    >>> did_you_mean("Convrt", ["convert", "plan"])
+    'did you mean convert?'
+    """
+    import difflib
+
+    names = {_plain(one): one for one in known}
+    near = difflib.get_close_matches(_plain(name), names, n=1)
+    return f"did you mean {names[near[0]]}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
 
 
 class Qwen35Error(Exception):

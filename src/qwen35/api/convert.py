@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qwen35.api.fp8 import DEFAULTS, Bands, activations_of, calibration_of, check_made
 from qwen35.api.plan import plan_of
 from qwen35.api.workers import check_workers, pool_for
-from qwen35.checkpoint.open import describe, fetch
+from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.codecs.fp8 import Mode
 from qwen35.plan.manifest import manifest_size
 from qwen35.plan.memory import threads_within
@@ -145,7 +145,7 @@ def convert(
     out = Path(out)
     check_workers(workers, ray_address, slice, memory)
     here = "cpu" if ray_address else device
-    check_before(out, overwrite=overwrite, device=here)
+    check_before(out, overwrite=overwrite, device=here, source=folder_of(str(model)))
     calibration = calibration_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
     activations = activations_of(activation_stats)
     checkpoint = (describe if dry_run else fetch)(str(model), token=hf_token)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen35.checkpoint.open import describe, fetch
+from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.errors import UsageError
 from qwen35.plan.memory import threads_within
 from qwen35.progress import Progress
@@ -109,7 +109,7 @@ def gguf(
     if device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}", "not for GGUF", expected="auto or cpu")
     out = Path(out)
-    check_output(out, source=None, overwrite=overwrite)
+    check_output(out, source=folder_of(str(model)), overwrite=overwrite)
     if dry_run or export is not None:
         checkpoint = describe(str(model), token=hf_token)
     else:

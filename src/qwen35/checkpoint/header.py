@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen35.checkpoint.place import Place
-from qwen35.errors import HeaderError
+from qwen35.errors import HeaderError, InputError
 from qwen35.tensors import DTYPE_BITS, TensorSpec
 
 __all__ = [
@@ -65,11 +65,11 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def strict_json(raw: bytes, subject: str) -> Any:
+def strict_json(raw: bytes, subject: str, error: type[InputError] = HeaderError) -> Any:
     """Parse JSON, refusing repeated keys, NaN and bottomless nesting.
 
     Raises:
-        HeaderError: `raw` is not such JSON; `subject` names the file in the sentence.
+        InputError: `raw` is not such JSON; it is an `error`, and `subject` names the file in it.
     """
     try:
         return json.loads(
@@ -77,9 +77,9 @@ def strict_json(raw: bytes, subject: str) -> Any:
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
         )
-    except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise HeaderError(subject, f"not valid JSON ({reason})") from error
+    except (ValueError, RecursionError) as cause:
+        reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+        raise error(subject, f"not valid JSON ({reason})") from cause
 
 
 def _is_size(value: object) -> bool:

@@ -16,9 +16,18 @@ from qwen35.checkpoint.source import (
     open_place,
     open_published,
 )
-from qwen35.errors import InputError, UsageError
+from qwen35.errors import HubError, InputError, UsageError, did_you_mean
+from qwen35.model.sizes import PUBLISHED
 
-__all__ = ["GgufFiles", "describe", "fetch", "gguf_files", "hub_token", "looks_like_artifact"]
+__all__ = [
+    "GgufFiles",
+    "describe",
+    "fetch",
+    "folder_of",
+    "gguf_files",
+    "hub_token",
+    "looks_like_artifact",
+]
 
 _LOCAL_STARTS = ("./", "../", "/", "~", ".")
 
@@ -37,13 +46,12 @@ def describe(model: str, *, token: str | None = None, lenient: bool = False) -> 
         InputError: it is not a readable Qwen3.5 checkpoint.
         HubError: the Hub refused, or was not reached.
     """
-    path = _folder(model)
+    path = folder_of(model)
     if path is not None:
         return open_place(Folder(path), name=model, root=path, lenient=lenient)
     if is_published(model):
         return open_published(model)
-    hub_id = _hub_id(model)
-    place = HubPlace(hub_id, hub_token(token))
+    place = _hub_place(model, token, sizes=True)
     return open_place(place, name=model, repo=place.repo, revision=place.revision, lenient=lenient)
 
 
@@ -60,7 +68,7 @@ def fetch(
         HubError: the Hub refused, or was not reached.
         UsageError: it is a published size: a description without weights.
     """
-    path = _folder(model)
+    path = folder_of(model)
     if path is not None:
         return open_place(Folder(path), name=model, root=path, lenient=lenient)
     if is_published(model):
@@ -69,8 +77,7 @@ def fetch(
             "the name of a published size, without weights",
             hint=f"give a folder or a Hub id such as Qwen/{model}",
         )
-    hub_id = _hub_id(model)
-    place = HubPlace(hub_id, hub_token(token))
+    place = _hub_place(model, token)
     origin = {"name": model, "repo": place.repo, "revision": place.revision}
     remote = open_place(place, lenient=lenient, **origin)
     root = download(place, [*sorted(remote.file_sizes), *extra], hub_token(token))
@@ -79,9 +86,9 @@ def fetch(
 
 def looks_like_artifact(model: str) -> bool:
     """Whether there is something at MODEL that a check could find faults with."""
-    path = _folder(model)
+    path = folder_of(model)
     if path is None:
-        return HubId.parse(model) is not None and not model.startswith(_LOCAL_STARTS)
+        return _hub_id(model) is not None
     names = Folder(path).sizes()
     return "config.json" in names or any(name.endswith(".safetensors") for name in names)
 
@@ -135,12 +142,12 @@ def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
             return one if path.suffix == ".gguf" else None
     except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
         return None
-    root = _folder(model)
+    root = folder_of(model)
     place: Place
     if root is not None:
         place = Folder(root)
     elif not is_published(model) and looks_like_artifact(model):
-        place = HubPlace(_hub_id(model), hub_token(token))
+        place = _hub_place(model, token)
     else:
         return None
     names = tuple(sorted(name for name in place.sizes() if name.endswith(".gguf")))
@@ -149,7 +156,7 @@ def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
     return GgufFiles(place, names, whole=True, root=root)
 
 
-def _folder(model: str) -> Path | None:
+def folder_of(model: str) -> Path | None:
     """Return the folder that `model` names, if it names one."""
     try:
         path = Path(model).expanduser()
@@ -158,12 +165,55 @@ def _folder(model: str) -> Path | None:
         return None
 
 
-def _hub_id(model: str) -> HubId:
-    hub_id = None if model.startswith(_LOCAL_STARTS) else HubId.parse(model)
-    if hub_id is None:
-        raise InputError(
-            model,
-            "no such folder",
-            expected="a folder, a Hub id (owner/name) or, to plan, a published size",
-        )
+def _hub_id(model: str) -> HubId | None:
+    """Return the repository that `model` names; None if it can only be meant for a folder."""
+    if model.startswith(_LOCAL_STARTS):
+        return None
+    hub_id = HubId.parse(model)
+    if hub_id is not None and hub_id.revision is None and folder_of(model.partition("/")[0]):
+        return None
     return hub_id
+
+
+def _hub_place(model: str, token: str | None, *, sizes: bool = False) -> HubPlace:
+    """Ask the Hub for `model`, which is no folder here.
+
+    Args:
+        model: as the user gave it.
+        token: of the Hub.
+        sizes: whether the name of a published size would do as well.
+    """
+    hub_id = _hub_id(model)
+    if hub_id is None:
+        raise _not_there(model, sizes)
+    try:
+        return HubPlace(hub_id, hub_token(token))
+    except HubError as error:
+        if hub_id.revision is not None:  # no folder was meant
+            raise
+        found = f"no such folder here, and {error.found}"
+        raise HubError(error.subject, found, expected=error.expected, hint=error.hint) from error
+
+
+def _not_there(model: str, sizes: bool) -> InputError:
+    """Say that there is nothing at `model`, and what was likely meant."""
+    expected = "a folder or a Hub id (owner/name)"
+    try:
+        if Path(model).expanduser().is_file():
+            return InputError(model, "a file", expected=expected)
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
+        pass
+    if HubId.parse(model) and not model.startswith(_LOCAL_STARTS):
+        parent = model.partition("/")[0]
+        hint = f"should the repository on the Hub be meant, name a revision: {model}@main"
+        return InputError(model, f"no such folder in {parent}/ here", hint=hint)
+    near = did_you_mean(model, PUBLISHED)
+    if not sizes or not near:
+        also = "a folder, a Hub id (owner/name) or a published size (qwen35 plan --help)"
+        return InputError(model, "no such folder", expected=also if sizes else expected)
+    return InputError(
+        model,
+        "no such folder, and no published size",
+        expected=f"a folder, a Hub id (owner/name) or one of {', '.join(PUBLISHED)}",
+        hint=near,
+    )

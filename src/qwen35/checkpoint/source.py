@@ -179,7 +179,8 @@ def read_json(place: Place, name: str) -> Any:
         raise ConfigError(str(place), f"no {name} in it", hint="is this a checkpoint?")
     if size > _MAX_JSON_BYTES:
         raise ConfigError(name, f"{size} bytes", expected=f"at most {_MAX_JSON_BYTES}")
-    return strict_json(place.read(name, 0, size), name)
+    kind = HeaderError if name == INDEX_NAME else ConfigError
+    return strict_json(place.read(name, 0, size), name, kind)
 
 
 def _shards(place: Place) -> tuple[list[str], dict[str, str] | None]:

@@ -28,6 +28,10 @@ class Formatter(argparse.RawDescriptionHelpFormatter):
             paragraphs.append("")
         return "\n".join(paragraphs).rstrip()
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Fold an option's help; a name with hyphens stays whole."""
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
     def _format_action_invocation(self, action: argparse.Action) -> str:
         """Say values once, behind all names."""
         names = spellings(action)

@@ -20,7 +20,7 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser)
+    add_model(parser, sizes=True)
 
 
 def run(args: argparse.Namespace, output: Output) -> int:

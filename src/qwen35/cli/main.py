@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen35.cli.help import Formatter
 from qwen35.cli.output import Output
-from qwen35.errors import Qwen35Error, UsageError
+from qwen35.errors import Qwen35Error, UsageError, did_you_mean
 from qwen35.version import __version__
 
 __all__ = ["SHELLS", "VERBS", "main", "parser_of", "run_verb", "whole_parser"]
@@ -110,10 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _unknown(verb: str) -> UsageError:
-    import difflib
-
-    near = difflib.get_close_matches(verb.lower(), VERBS, n=1)
-    hint = f"did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(verb, VERBS)
     return UsageError(f"verb {verb!r}", "unknown", expected=", ".join(VERBS), hint=hint)
 
 

@@ -28,7 +28,7 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser, optional=True)
+    add_model(parser, optional=True, sizes=True)
     add_recipe(parser)
     parser.add_argument("--roles", action="store_true", help="print the table of roles instead")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from qwen35.model.sizes import PUBLISHED
 from qwen35.plan.recipe import BUILT_IN
 from qwen35.plan.show import bytes_of
 
@@ -61,13 +62,22 @@ def keywords(args: argparse.Namespace, *without: str) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in own}
 
 
-def add_model(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
-    """Add MODEL and --hf-token."""
+def add_model(
+    parser: argparse.ArgumentParser, *, optional: bool = False, sizes: bool = False
+) -> None:
+    """Add MODEL and --hf-token.
+
+    Args:
+        parser: to add to.
+        optional: whether MODEL may be left out.
+        sizes: whether it may be a published size, which has no weights.
+    """
+    published = f", or a published size: {', '.join(PUBLISHED)}" if sizes else ""
     parser.add_argument(
         "model",
         metavar="MODEL",
         nargs="?" if optional else None,
-        help="folder, Hub id (owner/name[@revision]) or, to plan, a published size",
+        help=f"folder or Hub id (owner/name[@revision]){published}",
     )
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
 
