@@ -30,9 +30,9 @@ if sys.path[0] != str(ROOT):  # this folder has files with the names of librarie
     sys.path[0] = str(ROOT)
 
 from qwen35.checkpoint.open import describe
+from qwen35.plan.memory import peak_memory
 from qwen35.plan.plan import Plan, PlannedFile, make_plan
 from qwen35.plan.recipe import load_recipe
-from qwen35.plan.show import peak_memory
 from qwen35.plan.tasks import Task, make_tasks, scheduled, task_bytes
 from qwen35.work.dispatch import Ended, Job, Pool, dispatch
 

@@ -738,7 +738,7 @@ def test_memory_stays_below_the_plans_estimate(tmp_path: Path) -> None:
         "from qwen35.convert import convert\n"
         "from qwen35.plan.plan import make_plan\n"
         "from qwen35.plan.recipe import load_recipe\n"
-        "from qwen35.plan.show import peak_memory\n"
+        "from qwen35.plan.memory import peak_memory\n"
         "plan = make_plan(open_folder(Path(sys.argv[1])), load_recipe('fp8'))\n"
         "convert(plan, Path(sys.argv[2]), threads=2)\n"
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"

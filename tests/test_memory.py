@@ -126,7 +126,7 @@ def test_a_worker_keeps_to_what_the_plan_states(
     sources: dict[str, Path], recipe: str, tmp_path: Path
 ) -> None:
     from qwen35.convert import convert
-    from qwen35.plan.show import peak_memory
+    from qwen35.plan.memory import peak_memory
     from qwen35.progress import Silent
     from qwen35.work.processes import Processes
     from running import plan_of

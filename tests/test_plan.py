@@ -34,9 +34,11 @@ from qwen35.model.roles import Layout, expected_tensors, role_of
 from qwen35.model.sizes import PUBLISHED
 from qwen35.plan import plan as plan_module
 from qwen35.plan.manifest import manifest_bytes, manifest_size
+from qwen35.plan.memory import peak_memory
 from qwen35.plan.plan import MAX_SHARD_BYTES, Plan, make_plan
 from qwen35.plan.recipe import BUILT_IN, Recipe, Rule, load_recipe
-from qwen35.plan.show import peak_memory, plan_json, plan_text, roles_json, size
+from qwen35.plan.show import plan_json, plan_text, roles_json
+from qwen35.shown import size
 from qwen35.tensors import TensorSpec
 
 Golden = tuple[int, int, int, int, int, int, str]

@@ -14,9 +14,8 @@ from qwen35.api.workers import check_workers, pool_for
 from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.codecs.fp8 import Mode
 from qwen35.plan.manifest import manifest_size
-from qwen35.plan.memory import threads_within
+from qwen35.plan.memory import peak_memory, threads_within
 from qwen35.plan.plan import Plan
-from qwen35.plan.show import peak_memory
 from qwen35.progress import Progress
 from qwen35.threads import default_threads
 

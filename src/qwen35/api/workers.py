@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from qwen35.errors import UsageError
+from qwen35.plan.memory import peak_memory
 from qwen35.plan.plan import Plan
-from qwen35.plan.show import peak_memory, size
+from qwen35.shown import size
 from qwen35.threads import default_threads
 from qwen35.work.dispatch import Pool
 

@@ -20,7 +20,7 @@ from qwen35.gguf.names import Tensor, text_tensors
 from qwen35.gguf.types import quantizable
 from qwen35.model.config import ModelConfig
 from qwen35.plan.manifest import source_json
-from qwen35.plan.show import size
+from qwen35.shown import size
 from qwen35.version import __version__
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen35.calibrate.plan import CalibrationPlan
-from qwen35.plan.show import size
+from qwen35.shown import size
 
 __all__ = ["coverage_text", "plan_json", "plan_text"]
 

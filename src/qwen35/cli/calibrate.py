@@ -16,7 +16,7 @@ from qwen35.calibrate.show import coverage_text, plan_json, plan_text
 from qwen35.calibrate.sums import FLOOR
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, keywords, positive, size_of
-from qwen35.plan.show import size
+from qwen35.shown import size
 
 EXAMPLES = {
     "statistics for FP8 scales and an importance matrix for k-quants": (

@@ -10,11 +10,13 @@ import argparse
 from pathlib import Path
 
 from qwen35.api.convert import convert
+from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.fp8 import add_calibration
 from qwen35.cli.output import Output
-from qwen35.cli.shared import EXIT_FINDINGS, add_model, add_recipe, keywords
+from qwen35.cli.shared import add_model, add_recipe, keywords
 from qwen35.cli.workers import add_workers
-from qwen35.plan.show import packed_text, plan_json, plan_text, size
+from qwen35.plan.show import packed_text, plan_json, plan_text
+from qwen35.shown import size
 
 EXAMPLES = {
     "NF4 for QLoRA": "qwen35 convert Qwen/Qwen3.5-0.8B Qwen3.5-0.8B-bnb-4bit --recipe nf4",

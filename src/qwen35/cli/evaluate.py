@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from qwen35.api.evaluate import evaluate, prepared, state_beside
 from qwen35.cli.output import Output
 from qwen35.cli.shared import keywords, positive, size_of
-from qwen35.plan.show import size
+from qwen35.shown import size
 
 if TYPE_CHECKING:
     from qwen35.evaluate.job import Job

@@ -12,7 +12,8 @@ from pathlib import Path
 from qwen35.api.finalize import finalize
 from qwen35.cli.output import Output
 from qwen35.cli.shared import keywords, positive
-from qwen35.plan.show import packed_text, size
+from qwen35.plan.show import packed_text
+from qwen35.shown import size
 
 EXAMPLES = {
     "put together what two jobs have made": "qwen35 finalize OUT",

@@ -12,7 +12,7 @@ from pathlib import Path
 from qwen35.api.gguf import DEFAULT_TYPES, gguf
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, keywords, positive, size_of
-from qwen35.plan.show import size
+from qwen35.shown import size
 
 EXAMPLES = {
     "three types in one pass, with an importance matrix": (

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from qwen35.cli.exits import EXIT_INTERRUPTED, EXIT_USAGE
 from qwen35.cli.help import Formatter
 from qwen35.cli.output import Output
 from qwen35.errors import Qwen35Error, UsageError, did_you_mean
@@ -57,9 +58,6 @@ _OUT_OF_MEMORY = UsageError(
     "there is not enough of it",
     hint="use fewer --threads, or name what there is with --memory; qwen35 plan says the need",
 )
-
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from qwen35.errors import ConfigError
 from qwen35.plan.config_out import skip_modules
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
-from qwen35.plan.show import size
+from qwen35.shown import size
 
 ROOTS = ("model.visual", "model.language_model.embed_tokens", "lm_head")
 

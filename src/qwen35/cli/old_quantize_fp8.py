@@ -10,11 +10,13 @@ import argparse
 from pathlib import Path
 
 from qwen35.api.convert import convert
+from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.fp8 import add_calibration
 from qwen35.cli.output import Output
-from qwen35.cli.shared import EXIT_FINDINGS, keywords, positive
+from qwen35.cli.shared import keywords, positive
 from qwen35.errors import UsageError
-from qwen35.plan.show import packed_text, size
+from qwen35.plan.show import packed_text
+from qwen35.shown import size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.output import Output
 from qwen35.errors import ConfigError, UsageError
 from qwen35.plan.plan import Plan, make_plan
@@ -18,7 +19,6 @@ from qwen35.plan.recipe import load_recipe
 from qwen35.verify.artifact import verify
 from qwen35.verify.asking import Asker, Question, is_right
 
-EXIT_FINDINGS = 1
 QUESTION = Question("What is the capital of France?", "Paris", "contains")
 
 

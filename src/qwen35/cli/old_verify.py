@@ -12,14 +12,13 @@ from pathlib import Path
 from qwen35.checkpoint.inventory import Item
 from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.output import Output
 from qwen35.errors import UsageError
 from qwen35.verify.asking import Asker
 from qwen35.verify.behaviour import Answer, ask
 from qwen35.verify.placing import Strategy, choose, free_gpu_bytes, sizes
 from qwen35.verify.structure import Structure, check_structure
-
-EXIT_FINDINGS = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from qwen35.cli.screen import fit, printable, width_of
+from qwen35.cli.screen import fit, width_of
 from qwen35.errors import Qwen35Error
 from qwen35.progress import Progress, Silent
+from qwen35.shown import printable, size
 
 __all__ = ["Output"]
 
@@ -124,7 +125,7 @@ class _Lines:
     def begin(self, title: str, nbytes: int) -> None:
         self._title, self._total, self._done = title, nbytes, 0
         self._started = self._last = time.monotonic()
-        amount = f"{nbytes} {self._unit}" if self._unit else f"{nbytes / 1e9:.2f} GB to read"
+        amount = f"{nbytes} {self._unit}" if self._unit else f"{size(nbytes)} to read"
         _tell(f"{title}: {amount}")
 
     def advance(self, nbytes: int, item: str) -> None:

@@ -12,8 +12,8 @@ from qwen35.api.plan import plan
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, add_recipe, keywords
 from qwen35.errors import UsageError
-from qwen35.plan.memory import threads_within
-from qwen35.plan.show import peak_memory, plan_json, plan_text, roles_json, roles_text
+from qwen35.plan.memory import peak_memory, threads_within
+from qwen35.plan.show import plan_json, plan_text, roles_json, roles_text
 
 EXAMPLES = {
     "every file and tensor of NF4, to the byte, without a download": (

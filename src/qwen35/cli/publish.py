@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import get_args
 
 from qwen35.api.publish import Asked, Mode, Published, prepare
+from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.output import Output
-from qwen35.cli.shared import EXIT_FINDINGS, keywords
+from qwen35.cli.shared import keywords
 from qwen35.publish.show import diff_text, findings_text
 
 EXAMPLES = {

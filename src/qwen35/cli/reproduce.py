@@ -10,8 +10,9 @@ import argparse
 from pathlib import Path
 
 from qwen35.api.reproduce import reproduce
+from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.output import Output
-from qwen35.cli.shared import EXIT_FINDINGS, keywords, positive
+from qwen35.cli.shared import keywords, positive
 
 EXAMPLES = {
     "make an artifact of a repository again, and compare": (

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import get_args
 
 from qwen35.api.run import Options, job_for, prepare
+from qwen35.cli.exits import EXIT_FINDINGS, EXIT_USAGE
 from qwen35.cli.output import Output
-from qwen35.cli.shared import EXIT_FINDINGS, EXIT_USAGE, keywords, positive, size_of
+from qwen35.cli.shared import keywords, positive, size_of
 from qwen35.pipeline.job import PathName
 
 DEPTHS = ("structure", "numbers", "behaviour")

@@ -11,7 +11,9 @@ import re
 import textwrap
 from typing import TextIO
 
-__all__ = ["coloured", "fit", "printable", "width_of"]
+from qwen35.shown import printable
+
+__all__ = ["coloured", "fit", "width_of"]
 
 _LEAST = 20
 _RESET = "\x1b[0m"
@@ -43,15 +45,6 @@ def coloured(stream: TextIO) -> bool:
     if os.environ.get("FORCE_COLOR"):
         return True
     return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def printable(text: str) -> str:
-    r"""Escape what a hostile name could do to a terminal: control codes, surrogates.
-
-    >>> printable("a\x1b[2J")
-    'a\\x1b[2J'
-    """
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def fit(text: str, stream: TextIO) -> str:

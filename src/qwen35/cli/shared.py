@@ -7,11 +7,9 @@ from typing import Any
 
 from qwen35.model.sizes import PUBLISHED
 from qwen35.plan.recipe import BUILT_IN
-from qwen35.plan.show import bytes_of
+from qwen35.shown import bytes_of
 
 __all__ = [
-    "EXIT_FINDINGS",
-    "EXIT_USAGE",
     "add_model",
     "add_recipe",
     "count",
@@ -19,12 +17,6 @@ __all__ = [
     "positive",
     "size_of",
 ]
-
-EXIT_FINDINGS = 1
-"""Something was found, or a gate is closed."""
-
-EXIT_USAGE = 2
-"""The input or the usage is wrong."""
 
 
 def positive(text: str) -> int:

@@ -9,8 +9,9 @@ import argparse
 from typing import get_args
 
 from qwen35.api.verify import verify
+from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.output import Output
-from qwen35.cli.shared import EXIT_FINDINGS, add_model, keywords, positive
+from qwen35.cli.shared import add_model, keywords, positive
 from qwen35.verify.artifact import Depth, Engine
 from qwen35.verify.show import verdict_text
 

@@ -11,7 +11,7 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.gguf.plan import GgufFile, GgufPlan
 from qwen35.gguf.rows import STRIP
 from qwen35.gguf.types import GGML_TYPES
-from qwen35.plan.show import size
+from qwen35.shown import size
 from qwen35.table import table_lines
 
 __all__ = ["peak_memory", "plan_json", "plan_text"]

@@ -20,7 +20,7 @@ from qwen35.gguf.rules import load_recipe as load_gguf_recipe
 from qwen35.gguf.types import FILE_TYPES, FLOATS
 from qwen35.model.naming import Kind, artifact_name
 from qwen35.pipeline.job import REPORT_FOLDER, Job, Wanted
-from qwen35.plan import show
+from qwen35.plan import memory
 from qwen35.plan.activations import load_activations
 from qwen35.plan.manifest import manifest_size
 from qwen35.plan.memory import threads_within as threads_fitting
@@ -84,7 +84,7 @@ class Artifact:
         """Return an upper estimate in bytes of the memory that making it needs."""
         if isinstance(self.plan, GgufPlan):
             return gguf_show.peak_memory(self.plan, threads)
-        return show.peak_memory(self.plan, threads)
+        return memory.peak_memory(self.plan, threads)
 
 
 def _kind(plan: Plan | GgufPlan) -> Kind:

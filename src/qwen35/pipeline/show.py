@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.pipeline.graph import GATES, Step
 from qwen35.pipeline.job import Job
 from qwen35.pipeline.planned import Artifact, memory_of, source_bytes, sweep_memory
-from qwen35.plan.show import size
+from qwen35.shown import size
+from qwen35.sinks.staging import existing
 
 __all__ = ["Forecast"]
 
@@ -104,7 +104,7 @@ class Forecast:
                 sweep_memory(self.artifacts, self._threads), *(row["memory"] for row in rows)
             ),
             "disk_needed": needed,
-            "disk_free": shutil.disk_usage(_existing(self._job.out)).free,
+            "disk_free": shutil.disk_usage(existing(self._job.out)).free,
             "threads": self._threads,
         }
 
@@ -138,10 +138,3 @@ class Forecast:
 
 
 _COLUMNS = ("read_bytes", "write_bytes", "memory")
-
-
-def _existing(folder: Path) -> Path:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -1,14 +1,33 @@
-"""How many threads fit into the memory that there is."""
+"""The memory that a plan needs, and how many threads fit into what there is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from qwen35.errors import UsageError
-from qwen35.plan.show import size
+from qwen35.plan.plan import Plan
+from qwen35.shown import size
 from qwen35.threads import default_threads
 
-__all__ = ["threads_within"]
+__all__ = ["peak_memory", "threads_within"]
+
+_BASE_MEMORY = 175_000_000
+"""The interpreter with NumPy and Numba (tests/test_memory.py); torch is not loaded. Where Numba's
+cache is empty, compiling the kernels takes twice as much, once."""
+
+_THREAD_MEMORY = 20_000_000
+"""Buffers of one thread: a piece of `strips.STRIP` weights, its codes, temporaries, a heap."""
+
+
+def peak_memory(plan: Plan, threads: int) -> int:
+    """Return an upper estimate in bytes of the memory that executing `plan` needs."""
+    largest = max((s.spec.numel for s in plan.steps if s.op == "nf4"), default=0)
+    decodes = any(s.op != "copy" and s.weight.storage != "plain" for s in plan.steps)
+    wide = any(s.op == "fp8" and s.spec.dtype != "BF16" for s in plan.steps)
+    piece = _THREAD_MEMORY * (3 if decodes or wide else 1)
+    statistics = largest // 64 * 4 * 8
+    headers = sum(len(file.head) for file in plan.files) * 8
+    return _BASE_MEMORY + threads * (piece + statistics) + headers
 
 
 def threads_within(

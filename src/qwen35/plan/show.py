@@ -9,66 +9,19 @@ from typing import Any
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.model.roles import ROLES
 from qwen35.plan.manifest import calibration_json, manifest_size
+from qwen35.plan.memory import peak_memory
 from qwen35.plan.plan import Plan
 from qwen35.plan.step import Step
+from qwen35.shown import size
 from qwen35.table import described_lines
 
 __all__ = [
-    "bytes_of",
     "packed_text",
-    "peak_memory",
     "plan_json",
     "plan_text",
     "roles_json",
     "roles_text",
-    "size",
 ]
-
-_BASE_MEMORY = 175_000_000
-"""The interpreter with NumPy and Numba (tests/test_memory.py); torch is not loaded. Where Numba's
-cache is empty, compiling the kernels takes twice as much, once."""
-
-_THREAD_MEMORY = 20_000_000
-"""Buffers of one thread: a piece of `strips.STRIP` weights, its codes, temporaries, a heap."""
-
-
-def peak_memory(plan: Plan, threads: int) -> int:
-    """Return an upper estimate in bytes of the memory that executing `plan` needs."""
-    largest = max((s.spec.numel for s in plan.steps if s.op == "nf4"), default=0)
-    decodes = any(s.op != "copy" and s.weight.storage != "plain" for s in plan.steps)
-    wide = any(s.op == "fp8" and s.spec.dtype != "BF16" for s in plan.steps)
-    piece = _THREAD_MEMORY * (3 if decodes or wide else 1)
-    statistics = largest // 64 * 4 * 8
-    headers = sum(len(file.head) for file in plan.files) * 8
-    return _BASE_MEMORY + threads * (piece + statistics) + headers
-
-
-def size(nbytes: int) -> str:
-    """Return a size in decimal units, for people.
-
-    >>> size(1_234_000_000)
-    '1.23 GB'
-    """
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes} B"
-
-
-def bytes_of(text: str) -> int:
-    """Parse a size as people write it.
-
-    Raises:
-        ValueError: it is none.
-
-    >>> bytes_of("400MB"), bytes_of("1.5GiB"), bytes_of("123")
-    (400000000, 1610612736, 123)
-    """
-    units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    for unit, factor in units.items():
-        if text.lower().endswith(unit.lower()):
-            return round(min(float(text[: -len(unit)]), 1e9) * factor)
-    return int(text)
 
 
 def _groups(steps: Iterable[Step]) -> dict[tuple[str, str], dict[str, list[Step]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qwen35.publish.diff import ATTRIBUTES, Diff, Kind, Operation
+from qwen35.shown import printable, size
 
 __all__ = ["counters", "diff_text", "findings_text"]
 
@@ -31,7 +32,7 @@ def counters(diff: Diff) -> dict[str, int]:
 
 def diff_text(diff: Diff) -> str:
     """Return the table FILE, SIZE, STATUS and the counters below it."""
-    rows = [(_printable(op.path), _size(op.size), _status(diff, op)) for op in diff.operations]
+    rows = [(printable(op.path), size(op.size), _status(diff, op)) for op in diff.operations]
     width = max([4, *(len(name) for name, _, _ in rows)])
     lines = [f"{'FILE':<{width}}  {'SIZE':>10}  STATUS"]
     lines += [f"{name:<{width}}  {size:>10}  {status}" for name, size, status in rows]
@@ -44,7 +45,7 @@ def diff_text(diff: Diff) -> str:
 def findings_text(diff: Diff) -> Iterator[str]:
     """Yield a line for each thing that stops the sync."""
     for finding in diff.findings:
-        yield f"STOPPED {_printable(finding.subject)}: {finding.message}"
+        yield f"STOPPED {printable(finding.subject)}: {finding.message}"
 
 
 def _status(diff: Diff, op: Operation) -> str:
@@ -53,15 +54,3 @@ def _status(diff: Diff, op: Operation) -> str:
         return "the Hub's own, kept" if op.path == ATTRIBUTES else f"only in the {side}, kept"
     large = op.remote is not None and len(op.remote) == _SHA256_DIGITS
     return _STATUS[op.kind] + (f" {str(op.remote)[:8]}" if op.kind == "same" and large else "")
-
-
-def _size(nbytes: int) -> str:
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes} B"
-
-
-def _printable(text: str) -> str:
-    """Escape what a hostile name could do to a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -23,6 +23,7 @@ __all__ = [
     "check_output",
     "check_space",
     "claim",
+    "existing",
     "locked",
     "os_errors",
     "resumable",
@@ -116,7 +117,7 @@ def check_space(folder: Path, needed: int, *, keeping: Path | None = None) -> No
     """
     if keeping is not None:
         needed -= sum(path.stat().st_blocks * 512 for path in keeping.iterdir())
-    free = shutil.disk_usage(_existing(folder)).free
+    free = shutil.disk_usage(existing(folder)).free
     if free < needed + _SPARE_BYTES:
         raise OutputError(
             str(folder),
@@ -125,7 +126,7 @@ def check_space(folder: Path, needed: int, *, keeping: Path | None = None) -> No
         )
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """Return `folder` or the nearest folder above it that exists."""
     folder = folder.absolute()
     while not folder.exists():

@@ -11,8 +11,8 @@ from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import UsageError
 from qwen35.evaluate.text import Text, read_text
-from qwen35.plan.show import bytes_of
 from qwen35.progress import Progress, Silent
+from qwen35.shown import bytes_of
 from qwen35.threads import default_threads
 from qwen35.tune.measurements import Key, Measurements, load_measurements, model_digest
 from qwen35.tune.probing import Setting

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.plan.layers import spell_layers
-from qwen35.plan.show import size
+from qwen35.shown import size
 from qwen35.table import described_lines
 from qwen35.tune.fit import group_units
 from qwen35.tune.probing import probe_choices
