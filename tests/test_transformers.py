@@ -75,10 +75,10 @@ def test_transformers_cannot_load_packed_experts(
     """Why the recipe leaves experts alone. When this fails, the recipe can pack them."""
     real = planning._operation
 
-    def pack_experts(rule: Any, item: Any, unfit: Any) -> Any:
+    def pack_experts(recipe: str, rule: Any, item: Any, unfit: Any) -> Any:
         if item.role.info.kind == "experts" and item.role.scope == "text":
             return "nf4", "packed for this test"
-        return real(rule, item, unfit)
+        return real(recipe, rule, item, unfit)
 
     monkeypatch.setattr(planning, "_operation", pack_experts)
     run(moe_per_expert, tmp_path / "out")

@@ -495,7 +495,7 @@ def test_exit_code_one_and_two(
     assert findings[0]["subject"] == QKV
     (broken / "model.safetensors").write_bytes(b"short")
     assert main(["verify", str(broken)]) == 1
-    assert "FAILED: 1 findings" in capsys.readouterr().out
+    assert "FAILED: 1 finding\n" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "nowhere")]) == 2
     assert main(["verify", "Qwen3.5-0.8B"]) == 2
 

@@ -80,6 +80,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'qwen35' has no attribute {name!r}")
     found = getattr(importlib.import_module(_HOMES[name]), name)
     if name in _MODULES:
+        # The function stands where `import qwen35.plan` would put the module of the same name.
+        # Sharing the module's dictionary (its own, not a copy) lets `qwen35.plan.recipe` and
+        # monkeypatching through that path reach the module; a function calls with its __globals__,
+        # which this does not touch.
         found.__dict__ = importlib.import_module(f"qwen35.{name}").__dict__
     globals()[name] = found
     return found

@@ -127,6 +127,9 @@ def finalize(
     work = work_path(out)
     if not work.exists() and out.exists():
         raise OutputError(str(out), "is there already", hint="there are no slices to finalize")
+    if not work.exists():
+        hint = "they are made by `qwen35 convert MODEL OUT --slice i/N`, of the same OUT"
+        raise OutputError(str(out), "there are no slices of it", hint=hint)
     order = read_order(work)
     if not isinstance(order.get("slices"), int):
         hint = "repeat the command that began it"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen35.api.fp8 import DEFAULTS, Bands, activations_of, calibration_of, check_made
+from qwen35.api.fp8 import DEFAULTS, Bands, activations_of, calibration_of, check_made, check_unused
 from qwen35.api.plan import plan_of
 from qwen35.api.workers import check_workers, pool_for
 from qwen35.checkpoint.open import describe, fetch, folder_of
@@ -82,7 +82,7 @@ def convert(
     verify_samples: int | None = None,
     verify_seed: int = 0,
     skip_verify: bool = False,
-    bands: Bands = "derived",
+    bands: Bands | None = None,
     device: str = "auto",
     workers: int | None = None,
     ray_address: str | None = None,
@@ -103,7 +103,8 @@ def convert(
         keep: roles, or groups of them, that stay unquantized as well.
         drop_mtp: drop the MTP layer.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
-        calib_mode: FP8: how the scale of a tile is chosen; ``search`` if None.
+        calib_mode: FP8: how the scale of a tile is chosen: ``max``, ``rms``, ``percentile``,
+            ``mse`` or ``search`` (if None); `qwen35.codecs.fp8.Calibration` has their formulas.
         rms_factor: FP8, mode ``rms``: peak-to-RMS factor.
         calib_percentile: FP8, mode ``percentile``: what lies beyond saturates.
         mse_grid_size: FP8, mode ``mse``: scales tried.
@@ -111,7 +112,8 @@ def convert(
         verify_samples: FP8 weights to check in each file; all of them if None.
         verify_seed: chooses the samples.
         skip_verify: do not check an FP8 output.
-        bands: what the check judges by.
+        bands: what the check judges by: ``derived`` from the format (if None), or ``documented``
+            absolute limits.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a list of GPUs; ``auto`` is the CPU.
         workers: processes, each with so many threads.
         ray_address: work on this Ray cluster: ``auto`` or ``HOST:PORT``.
@@ -157,6 +159,7 @@ def convert(
         calibration=calibration,
         activations=activations,
     )
+    check_unused(plan, bands=bands, samples=verify_samples, seed=verify_seed, skip=skip_verify)
     if dry_run:
         threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
         return Converted(out, plan, threads, plan.nbytes + manifest_size(plan), {})

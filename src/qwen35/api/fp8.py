@@ -15,7 +15,7 @@ from qwen35.progress import Progress
 if TYPE_CHECKING:
     from qwen35.verify.fp8_report import Report
 
-__all__ = ["DEFAULTS", "Bands", "activations_of", "calibration_of", "check_made"]
+__all__ = ["DEFAULTS", "Bands", "activations_of", "calibration_of", "check_made", "check_unused"]
 
 Bands = Literal["derived", "documented"]
 
@@ -44,11 +44,30 @@ def activations_of(path: str | Path | None) -> Activations | None:
     return load_activations(Path(path)) if path else None
 
 
+def check_unused(
+    plan: Plan, *, bands: Bands | None, samples: int | None, seed: int, skip: bool
+) -> None:
+    """Refuse what says how to check FP8 weights, where none are encoded.
+
+    Raises:
+        UsageError: something was asked for that would have no effect.
+    """
+    asked = {
+        "--bands": bands is not None,
+        "--verify-samples": samples is not None,
+        "--verify-seed": seed != 0,
+        "--skip-verify": skip,
+    }
+    for flag, given in asked.items():
+        if given and plan.calibration is None:
+            raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
+
+
 def check_made(
     plan: Plan,
     out: Path,
     *,
-    bands: Bands,
+    bands: Bands | None,
     samples: int | None,
     seed: int,
     threads: int | None,
@@ -66,7 +85,7 @@ def check_made(
         describe(str(out.absolute()), lenient=True),
         plan.checkpoint,
         plan.calibration,
-        bands=bands,
+        bands=bands or "derived",
         samples=samples,
         seed=seed,
         threads=threads,

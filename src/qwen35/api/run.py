@@ -238,7 +238,7 @@ def job_for(
             raise UsageError("run", " ".join(what), expected=expected)
         return read_job(Path(what[0]))
     if len(what) != 2:
-        raise UsageError("--path", f"{len(what)} names after it", expected="MODEL OUT")
+        raise UsageError("--path", f"given with {' '.join(what)!r}", expected="MODEL and OUT")
     names = types.split(",") if isinstance(types, str) else types or ()
     names = [name.strip().upper() for name in names if name.strip()]
     wanted = path_artifacts(path, types=names, imatrix=imatrix or "")

@@ -61,6 +61,9 @@ def verify(
     files = gguf_files(name, token=hf_token)
     if files and engine:
         raise UsageError("--engine", "is for checkpoints", expected="llama.cpp, for GGUF")
+    if files and tensor_parallel is not None:
+        found = "there are no FP8 weights in GGUF"
+        raise UsageError("--tensor-parallel", found, hint="leave it out")
     if depth == "structure" and source:
         raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
     verdict = (

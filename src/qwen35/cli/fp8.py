@@ -76,6 +76,5 @@ def add_calibration(
     add(
         "--bands",
         choices=get_args(Bands),
-        default="derived",
         help="derived: from the format; documented: absolute limits (default: derived)",
     )

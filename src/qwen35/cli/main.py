@@ -47,8 +47,8 @@ start here:
 """
 
 _EPILOG = """\
-MODEL is a folder, a Hub id (owner/name[@revision]) or, to plan, a published
-size.
+MODEL is a folder, a Hub id (owner/name[@revision]) or, to plan or inspect, a
+published size.
 
 Exit codes: 0 fine, 1 findings, 2 wrong input or usage, 130 interrupted.
 """
@@ -85,6 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         _tune_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["help"]:
+        asked = arguments[1:2]
+        if asked and asked[0] not in VERBS:
+            Output().error(_unknown(asked[0]))
+            return EXIT_USAGE
+        arguments = [*asked, "--help"]
     if arguments and arguments[0] in VERBS:
         return run_verb(arguments[0], arguments[1:])
     parser = _parser()
@@ -102,9 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if known.verb in VERBS:
         error = UsageError(first, "comes before the verb", hint=f"put it after {known.verb}")
     else:
-        error = _unknown(known.verb or first)
+        error = _unknown(known.verb) if known.verb or first == "" else _no_verb(first)
     Output().error(error)
     return EXIT_USAGE
+
+
+def _no_verb(option: str) -> UsageError:
+    return UsageError(option, "an option without a verb before it", expected=", ".join(VERBS))
 
 
 def _unknown(verb: str) -> UsageError:
@@ -187,6 +197,7 @@ def _options(implementation: ModuleType, prog: str) -> dict[str, Any]:
     return {
         **({"prog": prog} if prog else {}),
         "description": implementation.__doc__,
+        "usage": getattr(implementation, "USAGE", None),
         "epilog": f"examples:\n{shown}" if examples else None,
         "formatter_class": Formatter,
         "allow_abbrev": False,

@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
     if args.roles:
+        _check_alone(args)
         output.data(roles_text(output.width), roles_json())
         return 0
     if args.model is None:
@@ -44,3 +45,18 @@ def run(args: argparse.Namespace, output: Output) -> int:
     threads = threads_within(lambda n: peak_memory(made, n), args.threads, args.memory)
     output.data(plan_text(made, threads), plan_json(made, threads))
     return 0
+
+
+def _check_alone(args: argparse.Namespace) -> None:
+    """Refuse what would have no effect on the table of roles."""
+    asked = {
+        "MODEL": args.model is not None,
+        "--recipe": args.recipe != "nf4",
+        "--keep": bool(args.keep),
+        "--drop-mtp": args.drop_mtp,
+        "--keep-prefix": args.keep_prefix,
+    }
+    for name, given in asked.items():
+        if given:
+            found = f"prints all roles there are, whatever {name} says"
+            raise UsageError("--roles", found, hint="leave one of them out")

@@ -25,6 +25,10 @@ from qwen35.pipeline.job import PathName
 DEPTHS = ("structure", "numbers", "behaviour")
 _PATH_HELP = "may be given several times"
 
+USAGE = """\
+qwen35 run FILE.toml [options]
+       qwen35 run --path PATH [--path PATH ...] MODEL OUT [options]"""
+
 EXAMPLES = {
     "text-only NF4 and block FP8 in one pass, verified and documented": (
         "qwen35 run --path A --path fp8 Qwen/Qwen3.5-0.8B made"

@@ -77,7 +77,10 @@ def add_model(
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     """Add --recipe and what adjusts it."""
     parser.add_argument(
-        "--recipe", default="nf4", metavar="NAME", help=f"{', '.join(BUILT_IN)} or a .toml file"
+        "--recipe",
+        default="nf4",
+        metavar="NAME",
+        help=f"{', '.join(BUILT_IN)} or a .toml file (default: nf4)",
     )
     parser.add_argument(
         "--keep",

@@ -67,8 +67,8 @@ class Chooser:
         if file_type.quantized:
             return self._quantized(file_type)
         kinds = {tensor.name: float_kind(tensor, file_type) for tensor in self.tensors}
-        notes = [f"{file_type.name} has no mix: rules do not bear on it"] if self.rules else []
-        return kinds, notes
+        note = f"{file_type.name} is not quantized: rules and recipes do not change it"
+        return kinds, [note] if self.rules else []
 
     def _quantized(self, file_type: FileType) -> tuple[Kinds, list[str]]:
         chosen = self.ruled()

@@ -97,7 +97,8 @@ class _Sweep:
                 for owner, stack in enumerate(stacks):
                     ends.append(self._open(owner, stack, pool, works))
                 self.progress.begin(
-                    f"writing {len(self.artifacts)} artifacts", sum(w.end - w.begin for w in works)
+                    f"writing {len(self.artifacts)} artifacts in one sweep, counting for each",
+                    sum(w.end - w.begin for w in works),
                 )
                 self._sweep(pool, works)
                 for owner, end in enumerate(ends):

@@ -65,8 +65,10 @@ def read_job(path: Path) -> Job:
     """
     try:
         parsed = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(str(path), f"cannot be read ({error})") from error
+    except OSError as error:
+        raise UsageError(str(path), f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(str(path), "not UTF-8", expected="TOML") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(str(path), f"not valid TOML ({error})") from error
     return _Reader(path).job(parsed)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qwen35.checkpoint.place import read_bounded
-from qwen35.errors import InputError, UsageError
+from qwen35.errors import InputError, UsageError, did_you_mean
 from qwen35.model.roles import ROLES, Role, in_group
 from qwen35.plan.layers import parse_layers
 
@@ -53,6 +53,9 @@ BUILT_IN = (
     "bf16",
 )
 """Names of the recipes that come with the package."""
+
+_HOMES = {"convert": "qwen35.plan", "gguf": "qwen35.gguf"}
+"""Verb to the package that has its recipes."""
 
 _KEYS = {"format", "base", "description", "rules"}
 _PACKING = ("nf4", "fp8")
@@ -175,12 +178,15 @@ def read_recipe(
     own = name not in built_in
     if own and not name.endswith(".toml"):
         expected = f"{', '.join(built_in)} or a .toml file"
-        raise UsageError(f"recipe {name!r}", f"not {known}", expected=expected)
+        hint = _other_verb(name, package) or did_you_mean(name, built_in)
+        raise UsageError(f"recipe {name!r}", f"not {known}", expected=expected, hint=hint)
     if own:
         try:
             text = read_bounded(Path(name), _MAX_BYTES).decode()
-        except (InputError, UnicodeDecodeError) as error:
-            raise UsageError(f"recipe {name}", f"cannot be read ({error})") from error
+        except InputError as error:
+            raise UsageError(f"recipe {name}", error.found, expected=error.expected) from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"recipe {name}", "not UTF-8", expected="TOML") from error
         if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):
             raise UsageError(f"recipe {name}", f"a line of more than {_MAX_DOTS} dots")
         name = Path(name).name
@@ -195,6 +201,15 @@ def read_recipe(
         expected = ", ".join(sorted(_KEYS))
         raise UsageError(f"recipe {name}", f"unknown key {min(unknown)!r}", expected=expected)
     return name, parsed, own
+
+
+def _other_verb(name: str, package: str) -> str:
+    """Return a hint if `name` is a recipe of the other kind; `package` has those of this one."""
+    for verb, home in _HOMES.items():
+        known = name.replace("-", "").isalnum() and home != package
+        if known and resources.files(home).joinpath(f"recipes/{name}.toml").is_file():
+            return f"it is one of `qwen35 {verb}`"
+    return ""
 
 
 def _parse(name: str, parsed: dict[str, Any], required: bool) -> Recipe:

@@ -24,6 +24,11 @@ __all__ = [
 ]
 
 
+_ROLE_WIDTH = max(len(path.removesuffix(".weight")) for path in ROLES)
+_MANY = 4
+"""So many shards between the first and the last are folded to a line."""
+
+
 def _groups(steps: Iterable[Step]) -> dict[tuple[str, str], dict[str, list[Step]]]:
     groups: dict[tuple[str, str], dict[str, list[Step]]] = defaultdict(lambda: defaultdict(list))
     for step in steps:
@@ -38,7 +43,7 @@ def _group_lines(plan: Plan) -> Iterator[str]:
         for role, steps in roles.items():
             before = sum(step.weight.nbytes for step in steps)
             after = sum(step.nbytes for step in steps)
-            yield f"  {role:<36} {len(steps):>5} {before:>16,} {after:>16,}"
+            yield f"  {role:<{_ROLE_WIDTH}} {len(steps):>5} {before:>15,} {after:>15,}"
 
 
 def plan_text(plan: Plan, threads: int) -> str:
@@ -47,12 +52,12 @@ def plan_text(plan: Plan, threads: int) -> str:
     lines = [
         f"{plan.checkpoint.name} -> {plan.recipe.name}: {plan.recipe.description}",
         "",
-        f"{'  role':<38} {'count':>5} {'bytes in':>16} {'bytes out':>16}",
+        f"{'  role':<{_ROLE_WIDTH + 2}} {'count':>5} {'bytes in':>15} {'bytes out':>15}",
         *_group_lines(plan),
         "",
         f"{'file':<48} {'bytes':>29}",
     ]
-    lines += [f"{name:<48} {nbytes:>29,}" for name, nbytes in _files(plan)]
+    lines += [f"{name:<48} {nbytes:>29,}" for name, nbytes in _folded(plan)]
     total = sum(nbytes for _, nbytes in _files(plan))
     lines += [
         f"{'total':<48} {total:>29,}",
@@ -82,6 +87,21 @@ def packed_text(plan: Plan) -> str:
 def _files(plan: Plan) -> Iterator[tuple[str, int]]:
     yield from plan.file_sizes()
     yield MANIFEST_NAME, manifest_size(plan)
+
+
+def _folded(plan: Plan) -> Iterator[tuple[str, int]]:
+    """Yield the files; of many shards the first, the last, and what is between them as one."""
+    files = list(_files(plan))
+    shards = {file.name for file in plan.files}
+    between = [row for row in files if row[0] in shards][1:-1]
+    if len(between) < _MANY:
+        yield from files
+        return
+    for row in files:
+        if row == between[0]:
+            yield f"... {len(between)} more", sum(nbytes for _, nbytes in between)
+        if row not in between:
+            yield row
 
 
 def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
@@ -135,5 +155,8 @@ def roles_json() -> list[dict[str, Any]]:
 
 def roles_text(width: int | None = None) -> str:
     """Render the table of roles as text."""
-    rows = [[path.removesuffix(".weight"), info.kind, info.meaning] for path, info in ROLES.items()]
+    table: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for path, info in ROLES.items():  # experts have one name, in one stack or one by one
+        table[path.removesuffix(".weight"), info.kind].append(info.meaning)
+    rows = [[*names, "; or ".join(meanings)] for names, meanings in table.items()]
     return "\n".join(described_lines(["role", "kind", "meaning"], rows, width))

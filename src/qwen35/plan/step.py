@@ -75,7 +75,7 @@ def make_steps(
         if rule.action == "fp8" and item.weight.name not in unfit:
             parts = list(item.experts()) or parts
         for part in parts:
-            op, reason = _operation(rule, part, unfit)
+            op, reason = _operation(recipe.name, rule, part, unfit)
             name = part.spec.name
             if prefix != source_prefix and name.startswith(source_prefix):
                 name = prefix + name.removeprefix(source_prefix)
@@ -101,18 +101,20 @@ def _outputs(op: Op, item: Item, name: str) -> tuple[TensorSpec, ...]:
     return fp8.layout(renamed) if op == "fp8" else ()
 
 
-def _operation(rule: Rule, item: Item, unfit: Mapping[str, str]) -> tuple[Op, str]:
+def _operation(recipe: str, rule: Rule, item: Item, unfit: Mapping[str, str]) -> tuple[Op, str]:
     storage, reason = item.weight.storage, rule.reason
     if rule.action == "drop":
         if item.role.scope == "text":
             found = f"drops {item.spec.name}, which every model needs"
-            raise UsageError(f"rule {reason!r}", found, hint="only visual and mtp can be dropped")
+            raise UsageError(
+                _subject(recipe, rule), found, hint="only visual and mtp can be dropped"
+            )
         return "drop", reason
     if rule.action == "keep" or (rule.action == "plain" and storage == "plain"):
         return "copy", reason
     if rule.action == "plain":
         return "decode", f"{reason}; packed in the source ({storage}), restored"
-    _check_packable(rule, item)
+    _check_packable(recipe, rule, item)
     if storage == rule.action:
         return "copy", f"{reason}; {storage.upper()} already"
     if rule.action == "nf4" and item.spec.numel % nf4.BLOCK:
@@ -122,7 +124,11 @@ def _operation(rule: Rule, item: Item, unfit: Mapping[str, str]) -> tuple[Op, st
     return rule.action, reason
 
 
-def _check_packable(rule: Rule, item: Item) -> None:
+def _subject(recipe: str, rule: Rule) -> str:
+    return f"recipe {recipe}, rule for {rule.match!r} ({rule.reason})"
+
+
+def _check_packable(recipe: str, rule: Rule, item: Item) -> None:
     kind, scope = item.role.info.kind, item.role.scope
     if rule.action == "nf4" and (kind != "linear" or scope == "mtp"):
         expected = "linear layers of the text model or the vision tower"
@@ -130,7 +136,9 @@ def _check_packable(rule: Rule, item: Item) -> None:
         expected = "linear layers or experts"
     else:
         return
-    raise UsageError(f"rule {rule.reason!r}", f"packs {item.spec.name}", expected=expected)
+    hint = f'put a rule with match = "{item.role.name}" and action = "plain" before it'
+    found = f"packs {item.spec.name}"
+    raise UsageError(_subject(recipe, rule), found, expected=expected, hint=hint)
 
 
 def _unfit(recipe: Recipe, items: Sequence[Item]) -> dict[str, str]:

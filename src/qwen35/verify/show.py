@@ -38,5 +38,6 @@ def verdict_text(verdict: Verdict) -> str:
         lines += [f"error: {f.subject}: {f.message} [{f.check}]" for f in verdict.findings]
     lines += [f"note: {note}" for note in verdict.notes]
     errors = len(verdict.findings)
-    lines += ["", "passed: nothing found" if verdict.passed else f"FAILED: {errors} findings"]
+    found = "finding" if errors == 1 else "findings"
+    lines += ["", "passed: nothing found" if verdict.passed else f"FAILED: {errors} {found}"]
     return "\n".join(lines)

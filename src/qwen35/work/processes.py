@@ -54,7 +54,7 @@ class Processes(Pool):
 
     @property
     def pids(self) -> list[int]:
-        """The processes that were begun and did not end."""
+        """The processes that were begun and did not end, for whoever watches or kills them."""
         slots = (*self._free, *self._busy.values())
         return [slot.process.pid for slot in slots if slot.process and slot.process.poll() is None]
 
