@@ -189,7 +189,7 @@ def test_a_type_that_does_not_fit_is_refused_or_noted(tmp_path: Path) -> None:
 
 def test_files_that_are_not_quantized_ignore_rules_and_say_so(dense: Path) -> None:
     plan = plan_of(dense, "F16", rules=("ffn_up=q8_0",))
-    assert any("F16 has no mix" in note for note in plan.notes)
+    assert any("F16 is not quantized" in note for note in plan.notes)
 
 
 # What is refused before any work.

@@ -191,7 +191,7 @@ def test_file_that_is_not_toml(tmp_path: Path, text: str, capsys: Capture) -> No
         (["model"], "run: model, expected one FILE.toml"),
         (["run.toml", "--depth", "numbers"], "--depth: is for --path; say it in the file"),
         (["run.toml", "--private"], "--private: is for --path"),
-        (["--path", "A", "model"], "--path: 1 names after it, expected MODEL OUT"),
+        (["--path", "A", "model"], "--path: given with 'model', expected MODEL and OUT"),
         (["--path", "B", "m", "o", "--repo", "me/x"], "--repo me/x: one repository for 2 artif"),
         (["--path", "A", "m", "o", "--repo", "a b"], "--repo: 'a b/name' is malformed"),
         (["--path", "A", "m", "o", "--types", "Q8_0"], "types and imatrix: are for path B"),

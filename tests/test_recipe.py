@@ -212,7 +212,7 @@ def test_any_text_is_a_recipe_or_a_usage_error(
 
 def test_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UsageError, match=r"x\.toml: cannot be read"):
+    with pytest.raises(UsageError, match=r"x\.toml: not UTF-8, expected TOML"):
         load_recipe(str(tmp_path / "x.toml"))
 
 

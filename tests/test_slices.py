@@ -158,7 +158,7 @@ def test_missing_slices_are_named_and_finalizing_again_is_refused(
     dense: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="no order of slices in it"):
+    with pytest.raises(OutputError, match="out: there are no slices of it; they are made by"):
         finalize(out)
     plan = plan_of(dense)
     convert_slice(plan, out, 2, 4)
