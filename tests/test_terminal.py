@@ -420,7 +420,7 @@ def test_roles_fold_their_meaning_only(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert main(["plan", "--roles"]) == 0
     shown = capsys.readouterr().out.splitlines()
     starting = [line for line in shown if not line.startswith(" ")]
-    assert len(starting) == len(ROLES) + 1
+    assert len(starting) == len({path.removesuffix(".weight") for path in ROLES}) + 1
     assert max(map(len, shown)) <= 80
 
 
@@ -436,10 +436,9 @@ SAID_ALREADY = {
     "gguf/rules.py: 'not a pattern that llama-quantize would read the same way'",
     "gguf/rules.py: f'cannot be read ({error})'",
     "gguf/rules.py: f'not a pattern ({error})'",
-    "pipeline/toml.py: f'cannot be read ({error})'",
+    "pipeline/toml.py: f'cannot be read ({error.strerror})'",
     "pipeline/toml.py: f'not valid TOML ({error})'",
     "plan/recipe.py: f'a line of more than {_MAX_DOTS} dots'",
-    "plan/recipe.py: f'cannot be read ({error})'",
     "plan/recipe.py: f'not valid TOML ({error})'",
     "publish/listing.py: 'the Hub named no commit'",
     "publish/pull.py: 'is a symbolic link: nothing is written through it'",
