@@ -226,7 +226,8 @@ def test_all_files_named_are_there_and_all_that_know_a_codec_are_named() -> None
 def test_help_names_every_target() -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     (targets,) = re.findall(r"^\.PHONY: help (.+)$", makefile, re.MULTILINE)
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     told = [re.fullmatch(r"make (\S+)  +\S.*", line) for line in done.stdout.splitlines()]
     assert sorted(found[1] for found in told if found) == sorted(targets.split())
     assert all(told)
