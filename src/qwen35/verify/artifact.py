@@ -100,7 +100,7 @@ def verify(
         progress: told of the bytes read.
 
     Raises:
-        UsageError: vLLM is asked for and not there.
+        UsageError: vLLM is asked for and not there, or `tensor_parallel` of another format.
     """
     if engine == "vllm":
         check_vllm()
@@ -111,9 +111,6 @@ def verify(
     structure = check_structure(place, artifact)
     findings = list(structure.findings)
     if tensor_parallel is not None:
-        if not any(item.weight.storage == "fp8" for item in structure.items):
-            hint = "leave it out"
-            raise UsageError("--tensor-parallel", "there are no FP8 weights here", hint=hint)
         findings += tensor_parallel_findings(artifact.config, structure.items, tensor_parallel)
     errors: list[RoleError] = []
     notes: list[str] = []

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from qwen35.checkpoint.inventory import Item
 from qwen35.checkpoint.storage import FP8_BLOCK
-from qwen35.errors import Finding
+from qwen35.errors import Finding, UsageError
 from qwen35.model.config import ModelConfig
 from qwen35.model.fused import fused_group
 
@@ -85,7 +85,14 @@ def tensor_parallel_findings(
     must be a multiple of 128 (vLLM 0.32 ``fp8_utils.validate_fp8_block_shape``). Queries, keys and
     values of linear attention are parts of one matrix, each split by itself; key and value heads
     of full attention fewer than `ranks` are repeated instead.
+
+    Raises:
+        UsageError: the config does not say FP8, nor is any weight stored so.
     """
+    said = (config.quantization or {}).get("quant_method") == "fp8"
+    if not said and not any(item.weight.storage == "fp8" for item in items):
+        hint = "leave it out"
+        raise UsageError("--tensor-parallel", "there are no FP8 weights here", hint=hint)
     findings: dict[tuple[str, tuple[int, ...]], Finding] = {}
     for item in items:
         if item.weight.storage != "fp8" or item.role.scope == "visual":
