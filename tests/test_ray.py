@@ -8,7 +8,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qwen35.convert import convert
 from qwen35.errors import TensorError, UsageError, WorkerError
 from qwen35.work.on_ray import RayWorkers
 from running import plan_of
+from watching import Watching
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -76,25 +77,6 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 def expected(dense: Path, tmp_path: Path) -> dict[str, bytes]:
     convert(plan_of(dense), tmp_path / "unharmed", threads=1)
     return tree(tmp_path / "unharmed")
-
-
-class Watching:
-    """Progress that counts, and calls something after each step."""
-
-    def __init__(self, act: Callable[[int], None] = lambda _: None) -> None:
-        self.act = act
-        self.total = self.done = self.steps = 0
-
-    def begin(self, title: str, nbytes: int) -> None:
-        self.total = nbytes
-
-    def advance(self, nbytes: int, item: str) -> None:
-        self.done += nbytes
-        self.steps += 1
-        self.act(self.steps)
-
-    def end(self) -> None:
-        pass
 
 
 def test_a_cluster_writes_what_threads_write(

@@ -31,6 +31,7 @@ from qwen35.work import worker
 from qwen35.work.failures import WorkerBugError, failure_json, raise_failure
 from qwen35.work.processes import Processes
 from running import plan_of
+from watching import Watching
 
 SHARD = 800_000
 
@@ -69,26 +70,6 @@ def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], P
         return folder
 
     return kill
-
-
-class Watching:
-    """Progress that counts, and calls something after each step."""
-
-    def __init__(self, act: Callable[[int], None] = lambda _: None) -> None:
-        self.act = act
-        self.title = ""
-        self.total = self.done = self.steps = 0
-
-    def begin(self, title: str, nbytes: int) -> None:
-        self.title, self.total = title, nbytes
-
-    def advance(self, nbytes: int, item: str) -> None:
-        self.done += nbytes
-        self.steps += 1
-        self.act(self.steps)
-
-    def end(self) -> None:
-        pass
 
 
 def test_processes_write_what_threads_write_and_progress_is_the_same(
