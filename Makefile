@@ -13,6 +13,7 @@
 ## make bench        the benchmarks
 ## make golden       record anew what llama.cpp's converter writes (tests/golden/gguf.json)
 ## make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
+## make golden-sentences  and what users read when something is wrong (tests/golden/sentences.txt)
 ## make clean        remove environments and everything that was built
 PYTHON ?= python3
 VENV := .venv
@@ -24,7 +25,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # miscompiled by common compilers), and without the multimodal library
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
-.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm golden golden-kld lint fuzz bench clean
+.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm golden golden-kld \
+	golden-sentences lint fuzz bench clean
 
 help:
 	@sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
@@ -105,6 +107,11 @@ $(PROGRAMS)/.made: $(VENV)/.test
 
 golden-kld: $(PROGRAMS)/.made
 	PYTHONPATH=src:tests $(BIN)/python tests/golden_kld.py $(PROGRAMS)/build/bin/llama-perplexity
+
+golden-sentences: $(VENV)/.test
+	rm -f $(VENV)/sentences
+	QWEN35_SENTENCES=$(CURDIR)/$(VENV)/sentences $(BIN)/pytest -q -m "sentences and not heavy"
+	LC_ALL=C sort -u $(VENV)/sentences > tests/golden/sentences.txt
 
 # vLLM pins its own transformers, so it has an environment of its own
 $(VLLM)/.made: tests/vllm/requirements.txt

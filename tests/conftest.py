@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,25 @@ from checkpoints import make_checkpoint
 from evaluating import make_formats
 from fake_hub import FakeHub, serving
 from hub_client import Client, World
+from sentences import check, said
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 for _name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):  # pytest-xdist sets the first in its workers
     os.environ.pop(_name, None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """Compare what a test with the mark `sentences` provokes with the golden sentences."""
+    random = getattr(pyfuncitem.obj, "is_hypothesis_test", False)
+    if random or pyfuncitem.get_closest_marker("sentences") is None:
+        return (yield)
+    factory: pytest.TempPathFactory = pyfuncitem.config._tmp_path_factory  # type: ignore[attr-defined]
+    with said(factory.getbasetemp()) as seen:
+        result = yield
+    check(seen)
+    return result
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,8 @@ from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from running import load_all, plan_of, read_config, run
 
+pytestmark = pytest.mark.sentences
+
 LAYER = "model.language_model.layers"
 QKV = f"{LAYER}.0.linear_attn.in_proj_qkv.weight"
 DOWN = f"{LAYER}.1.mlp.down_proj.weight"

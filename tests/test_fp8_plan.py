@@ -28,6 +28,8 @@ from qwen35.plan.recipe import load_recipe
 from qwen35.plan.show import plan_json, plan_text
 from qwen35.tensors import TensorSpec
 
+pytestmark = pytest.mark.sentences
+
 FAMILY = {
     # name: (FP8 weights, tensors, bytes of tensors)
     "Qwen3.5-0.8B": (157, 645, 1_231_570_560),

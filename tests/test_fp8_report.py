@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from qwen35.cli.main import main
 from qwen35.codecs.devices import Encoders
 from qwen35.codecs.fp8 import Calibration
 from qwen35.codecs.fp8_arrays import encode_rows
+from qwen35.codecs.fp8_errors import Errors
 from qwen35.codecs.nf4_arrays import encode_blocks
 from qwen35.convert import convert
+from qwen35.errors import Finding
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.verify.bands import BANDS
@@ -32,9 +35,12 @@ from qwen35.verify.fp8_report import Report, check_fp8
 from qwen35.verify.fp8_show import report_text
 from running import load_all, run
 
+pytestmark = pytest.mark.sentences
+
 LAYER = "model.language_model.layers"
 QKV = f"{LAYER}.0.linear_attn.in_proj_qkv.weight"
 UP = f"{LAYER}.3.mlp.up_proj.weight"
+DOWN = UP.replace("up_proj", "down_proj")
 DEVIATIONS = (0.002, 0.02, 0.2)
 MODES = ("max", "search", "mse")
 
@@ -406,6 +412,181 @@ def test_degraded_summary_has_numbered_recommendations(tails: Path, tmp_path: Pa
     at = lines.index("  CALIBRATION RECOMMENDATIONS")
     assert lines[at - 1] == "-" * 64
     assert lines[at + 1].startswith("  1. ")
+
+
+# --- the whole of it, of errors by hand
+
+
+def errors(relative: float, *, clipped: int = 0, misplaced: int = 0) -> Errors:
+    """Return errors at right angles to four weights of one."""
+    return Errors(
+        count=4,
+        squared=4 * relative**2,
+        norm=4.0,
+        decoded_norm=4.0 + 4 * relative**2,
+        product=4.0,
+        absolute=4 * relative,
+        magnitude=4.0,
+        worst=relative,
+        largest=1.0,
+        clipped=clipped,
+        misplaced=misplaced,
+    )
+
+
+def report_of(mode: Any, found: dict[str, Errors], *findings: Finding, **more: Any) -> Report:
+    return Report(
+        calibration=Calibration(mode, **more),
+        bands="derived",
+        shards=3,
+        packed=5,
+        passthrough=7,
+        identical=6,
+        errors=found,
+        findings=findings,
+    )
+
+
+SEARCH = "Switch to --calib-mode search: it never saturates and has the least error."
+ASTRAY = (
+    "Codes and scales do not belong together, or not to this source: convert again from the "
+    "original."
+)
+
+
+@pytest.mark.parametrize(
+    ("report", "advice"),
+    [
+        (report_of("max", {UP: errors(0.02)}), []),
+        (report_of("max", {}, Finding("bytes", UP, "differ")), []),
+        (report_of("max", {UP: errors(0.04)}), [SEARCH]),
+        (report_of("search", {UP: errors(0.02), QKV: errors(0.04, misplaced=1)}), [ASTRAY]),
+        (
+            report_of("rms", {UP: errors(0.02), QKV: errors(0.04, clipped=9)}),
+            ["9 weights saturate: raise --rms-factor (now 3) until none does.", SEARCH],
+        ),
+        (
+            report_of("percentile", {UP: errors(0.04, clipped=2), QKV: errors(0.02, clipped=3)}),
+            [
+                "5 weights saturate: raise --calib-percentile (now 99.9; 100 saturates none).",
+                SEARCH,
+            ],
+        ),
+        (report_of("mse", {UP: errors(0.04, clipped=2)}), [SEARCH]),
+        (report_of("max", {UP: errors(0.02)}, Finding("bytes", QKV, "differ")), []),
+        (
+            report_of("search", {UP: errors(0.04), QKV: errors(0.07)}),
+            [
+                f"Leave the worst, {QKV}, in bf16: --keep linear_attn.in_proj_qkv "
+                "--keep linear_attn.in_proj_z"
+            ],
+        ),
+        (
+            report_of("search", {UP: errors(0.061), QKV: errors(0.02, clipped=1)}),
+            [f"Leave the worst, {UP}, in bf16: --keep mlp.gate_proj --keep mlp.up_proj"],
+        ),
+        (
+            report_of("search", {UP: errors(0.065), QKV: errors(0.064)}),
+            [f"Leave the worst, {UP}, in bf16: --keep mlp.gate_proj --keep mlp.up_proj"],
+        ),
+    ],
+)
+def test_advice_is_about_what_is_not_good(report: Report, advice: list[str]) -> None:
+    assert list(report.recommendations()) == advice
+
+
+def test_the_worst_is_in_the_worst_band_first_and_then_by_its_error() -> None:
+    """A code astray fails a weight of little error."""
+    report = report_of("search", {UP: errors(0.06), QKV: errors(0.01, clipped=0)})
+    assert UP in next(report.recommendations())
+    documented = replace(report, bands="documented", errors={UP: errors(0.02), QKV: errors(0.03)})
+    assert documented.judged == {"FAIL": 2}
+    assert QKV in next(documented.recommendations())
+
+
+def test_the_whole_summary() -> None:
+    report = report_of(
+        "rms",
+        {UP: errors(0.02), QKV: errors(0.05, clipped=9)},
+        Finding("hash", "model.safetensors", "changed"),
+        Finding("bytes", DOWN, "3 bytes differ from the source"),
+        Finding("plan", "model.safetensors", "not in the plan"),
+    )
+    assert (
+        report_text(report)
+        == f"""\
+{"=" * 64}
+  QUANTIZATION VERIFICATION SUMMARY
+  Calibration         : rms(k=3.0)
+{"-" * 64}
+  Shards processed    : 3  (1 failed)
+  FP8 weight tensors  : 5
+  Passthrough tensors : 7  (6 byte for byte the source's)
+  Spot-checked        : 2  (✔ 1 GOOD  ⚠ 1 WARN  ✘ 0 FAIL)
+{"-" * 64}
+  metric          mean value  typical range   band    hard limit
+  {"-" * 63}
+  cosine sim      0.999276    0.99955–...     ⚠ WARN  ≥ 0.99805
+  relative RMSE   0.035000    0.02–0.03       ⚠ WARN  ≤ 0.0625
+  mean abs err    0.035000    2–3% of |w|     ⚠ WARN  ≤ 6.25% of |w|
+  worst RMSE      0.050000                    ⚠ WARN  ≤ 0.0625
+  worst MaxAE     0.050000    no clipping     ⚠ WARN  no code astray
+✘  model.safetensors: changed
+✘  {DOWN}: 3 bytes differ from the source
+✘  model.safetensors: not in the plan
+{"-" * 64}
+✘  Outside hard limits. Do not deploy.
+{"-" * 64}
+  CALIBRATION RECOMMENDATIONS
+  1. 9 weights saturate: raise --rms-factor (now 3) until none does.
+  2. {SEARCH}
+{"=" * 64}"""
+    )
+
+
+def test_the_whole_json() -> None:
+    report = report_of("max", {QKV: errors(0.5, misplaced=2)}, Finding("hash", "x", "changed"))
+    assert report.to_json() == {
+        "calibration": "max",
+        "bands": "derived",
+        "verdict": "FAIL",
+        "shards": 3,
+        "fp8": 5,
+        "passthrough": 7,
+        "passthrough_identical": 6,
+        "checked": {"GOOD": 0, "WARN": 0, "FAIL": 1},
+        "metrics": {
+            "cosine sim": pytest.approx(0.8**0.5),
+            "relative RMSE": 0.5,
+            "mean abs err": 0.5,
+            "worst RMSE": 0.5,
+            "worst MaxAE": 0.5,
+        },
+        "tensors": {
+            QKV: {
+                "cosine": pytest.approx(0.8**0.5),
+                "mae": 0.5,
+                "max_ae": 0.5,
+                "relative_rmse": 0.5,
+                "clipped": 0,
+                "misplaced": 2,
+                "band": "FAIL",
+            }
+        },
+        "findings": [{"check": "hash", "subject": "x", "message": "changed"}],
+        "recommendations": [ASTRAY],
+    }
+    assert report_of("max", {}).to_json()["metrics"] == {}
+
+
+def test_metrics_of_zeros_and_of_what_became_of_them() -> None:
+    rows = {metric.name: metric for metric in BANDS["derived"]}
+    for found, band in ((Errors(count=4), "GOOD"), (Errors(count=4, absolute=1.0), "GOOD")):
+        assert rows["mean abs err"].band([found]) == band
+    astray = {1: "WARN", 2: "FAIL"}
+    for misplaced, clipped, worst in ((0, 0, 0), (0, 7, 1), (3, 0, 2), (1, 1, 2)):
+        found = errors(0.01, clipped=clipped, misplaced=misplaced)
+        assert rows["worst MaxAE"].band([found]) == astray.get(worst, "GOOD")
 
 
 # --- documented bands

@@ -14,15 +14,19 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints import Tensors, make_checkpoint, random_tensors, tiny_config, write_checkpoint
+from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
 from qwen35.codecs.fp8 import Calibration
 from qwen35.convert import convert
+from qwen35.errors import UsageError
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.verify.artifact import Verdict, verify
 from running import load_all, plan_of, read_config, run
+
+pytestmark = pytest.mark.sentences
 
 TEXT = "model.language_model"
 LAYER = f"{TEXT}.layers"
@@ -498,6 +502,69 @@ def test_shards_that_are_no_whole_tiles_are_named(packed: Path) -> None:
     assert not {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj"} & four
     eight = tensor_parallel(packed, 8)
     assert {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj"} <= eight
+
+
+def test_what_does_not_split_is_said_once_a_role_and_shape(packed: Path) -> None:
+    said = {f.subject: f.message for f in check(packed, tensor_parallel=8).findings}
+    every = "each, expected a multiple of 128"
+    assert said[f"{LAYER}.0.linear_attn.in_proj_qkv.weight"] == (
+        f"linear_attn.in_proj_qkv: 128 rows over 8 GPUs are 16 {every}"
+    )
+    assert said[f"{LAYER}.0.mlp.down_proj.weight"] == (
+        f"mlp.down_proj: 512 columns over 8 GPUs are 64 {every}"
+    )
+    assert said[f"{LAYER}.0.mlp.gate_proj.weight"] == (
+        f"mlp.gate_proj: 512 rows over 8 GPUs are 64 {every}"
+    )
+    assert not any(f"{LAYER}.1." in name for name in said)
+
+
+@pytest.mark.parametrize(("ranks", "found"), [(2, False), (3, True), (4, False), (8, False)])
+def test_heads_of_keys_and_values_are_repeated_not_split(
+    ranks: int, found: bool, tmp_path: Path
+) -> None:
+    """Four heads of 128: eight GPUs have one each, as four have."""
+    config = tiny_config()
+    config["text_config"] |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+    source = write_checkpoint(tmp_path / "in", config, random_tensors(config))
+    roles = tensor_parallel(run(source, tmp_path / "out", "fp8").out, ranks)
+    for name in ("k_proj", "v_proj"):
+        assert (f"self_attn.{name}" in roles) == found
+
+
+def test_a_packed_tower_is_not_split(tmp_path: Path) -> None:
+    """Engines keep the tower whole on every GPU."""
+    config = tiny_config()
+    config["vision_config"] |= {"hidden_size": 128}
+    source = write_checkpoint(tmp_path / "in", config, random_tensors(config))
+    recipe = tmp_path / "tower.toml"
+    rules = "".join(
+        f'[[rules]]\nmatch = "{match}"\naction = "{action}"\n'
+        for match, action in (("kind:linear", "fp8"), ("*", "plain"))
+    )
+    recipe.write_text(f'format = "fp8"\n{rules}')
+    out = run(source, tmp_path / "out", str(recipe)).out
+    packed = {f"{i.role.scope}" for i in inventory(fetch(str(out))) if i.weight.storage == "fp8"}
+    assert packed == {"text", "visual", "mtp"}
+    assert not any(role.startswith("visual") for role in tensor_parallel(out, 8))
+
+
+def test_gpus_are_asked_of_fp8_only(dense: Path, packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        check(dense, tensor_parallel=2)
+    assert str(caught.value) == "--tensor-parallel: there are no FP8 weights here; leave it out"
+
+    def silent(config: dict[str, Any]) -> None:
+        del config["quantization_config"]
+
+    unsaid = edited(packed, tmp_path / "unsaid", config=silent)
+    assert "tensor-parallel" in {f.check for f in check(unsaid, tensor_parallel=4).findings}
+    promised = Path(shutil.copytree(dense, tmp_path / "promised"))
+    config = read_config(promised)
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (promised / "config.json").write_text(json.dumps(config))
+    checks = {f.check for f in check(promised, tensor_parallel=2).findings}
+    assert "tensor-parallel" not in checks
 
 
 def test_parts_of_a_fused_projection_are_split_one_by_one(packed: Path) -> None:

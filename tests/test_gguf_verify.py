@@ -25,6 +25,8 @@ from qwen35.gguf.write import write
 from qwen35.verify.artifact import Depth, Verdict
 from qwen35.verify.gguf import verify_gguf
 
+pytestmark = pytest.mark.sentences
+
 TYPES = ("F16", "Q4_K_M")
 
 

@@ -17,6 +17,8 @@ from qwen35.cli.old_strip import add_arguments as strip_arguments
 from qwen35.cli.old_upload import add_arguments as upload_arguments
 from running import load_all, read_config, run
 
+pytestmark = pytest.mark.sentences
+
 
 def defaults(add: object) -> dict[str, object]:
     import argparse

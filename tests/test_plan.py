@@ -1,6 +1,7 @@
 """Plans: golden numbers of the family, config.json and the skip list, files, and no side effects.
 
-``python tests/test_plan.py --regenerate`` writes the golden table anew after a wanted change.
+``python tests/test_plan.py --regenerate`` writes the golden table and golden/plan.txt anew after a
+wanted change.
 """
 
 from __future__ import annotations
@@ -37,9 +38,11 @@ from qwen35.plan.manifest import manifest_bytes, manifest_size
 from qwen35.plan.memory import peak_memory
 from qwen35.plan.plan import MAX_SHARD_BYTES, Plan, make_plan
 from qwen35.plan.recipe import BUILT_IN, Recipe, Rule, load_recipe
-from qwen35.plan.show import plan_json, plan_text, roles_json
+from qwen35.plan.show import plan_json, plan_text, roles_json, roles_text
 from qwen35.shown import size
 from qwen35.tensors import TensorSpec
+
+pytestmark = pytest.mark.sentences
 
 Golden = tuple[int, int, int, int, int, int, str]
 
@@ -734,6 +737,38 @@ def test_text_of_a_plan_counts_up() -> None:
     assert sum(int(b.replace(",", "")) for *_, b in rows) == sum(s.nbytes for s in plan.steps)
 
 
+SHOWN = (("Qwen3.5-4B", "fp8"), ("Qwen3.5-0.8B", "text-nf4"), ("Qwen3.5-27B", "bf16"))
+SHOWN_AS = Path(__file__).parent / "golden" / "plan.txt"
+
+
+def shown_plans() -> str:
+    """Return some plans as `qwen35 plan` prints them, with the same versions in all manifests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwen35.plan.manifest.manifest_versions", lambda: {"qwen35": "1.2.3"})
+        return "\n\n".join(plan_text(published_plan(*names), 2) for names in SHOWN) + "\n"
+
+
+def test_plans_are_shown_as_they_were() -> None:
+    assert shown_plans() == SHOWN_AS.read_text("utf-8")
+
+
+@pytest.mark.parametrize(("shards", "lines"), [(5, 5), (6, 3), (7, 3)])
+def test_many_shards_are_shown_as_a_line(shards: int, lines: int, dense: Path) -> None:
+    checkpoint = open_folder(dense)
+    whole = make_plan(checkpoint, load_recipe("text")).files[0]
+    files = [replace(whole, name=f"model-{i}.safetensors", nbytes=i) for i in range(shards)]
+    plan = replace(make_plan(checkpoint, load_recipe("text")), files=tuple(files))
+    rows = [line.split() for line in plan_text(plan, 1).splitlines()]
+    found = [row for row in rows if row and (row[0] == "..." or row[0].endswith(".safetensors"))]
+    assert len(found) == lines
+    if lines == 3:
+        assert found == [
+            ["model-0.safetensors", "0"],
+            ["...", str(shards - 2), "more", str(sum(range(1, shards - 1)))],
+            [f"model-{shards - 1}.safetensors", str(shards - 1)],
+        ]
+
+
 @pytest.mark.parametrize(
     ("nbytes", "text"),
     [
@@ -764,6 +799,15 @@ def test_roles_are_shown_with_their_meaning() -> None:
         names
     )
     assert all(row["meaning"] and row["kind"] and row["shape"] for row in rows)
+
+
+def test_roles_are_a_table_that_folds() -> None:
+    wide = roles_text(200).splitlines()
+    assert wide[0].split() == ["role", "kind", "meaning"]
+    assert len(wide) == 1 + len({(row["role"], row["kind"]) for row in roles_json()})
+    (experts,) = (line for line in wide if line.startswith("mlp.experts.down_proj "))
+    assert "; or " in experts
+    assert max(map(len, roles_text(60).splitlines())) <= 60 < max(map(len, wide))
 
 
 def test_manifest_size_is_exact_whatever_the_hashes() -> None:
@@ -853,7 +897,8 @@ def test_heavy_modules_stay_out(arguments: list[str], tmp_path: Path) -> None:
 
 
 def regenerate() -> None:
-    """Write the golden table of this file anew."""
+    """Write the golden table of this file, and golden/plan.txt, anew."""
+    SHOWN_AS.write_text(shown_plans(), "utf-8")
     rows = []
     for name in SIZES:
         cells = {recipe: golden(published_plan(name, recipe)) for recipe in PLANNED}

@@ -23,6 +23,8 @@ from qwen35.model.roles import ROLES, Role, role_of
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import _KEYS, ACTIONS, BUILT_IN, Format, Recipe, Rule, load_recipe
 
+pytestmark = pytest.mark.sentences
+
 HEAD = 'format = "nf4"\n'
 REST = '[[rules]]\nmatch = "*"\naction = "plain"\n'
 

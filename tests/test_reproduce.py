@@ -24,6 +24,8 @@ from qwen35.reproduce import Origin, plan_again
 from qwen35.reproduce import reproduce as make_again
 from running import plan_of, run
 
+pytestmark = pytest.mark.sentences
+
 SOURCE = "owner/source"
 
 

@@ -7,7 +7,8 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from qwen35.model.sizes import published_config
 from qwen35.plan.plan import Plan, PlannedFile, make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.plan.step import Step
-from qwen35.plan.tasks import make_tasks, share, task_bytes
+from qwen35.plan.tasks import Task, make_tasks, share, task_bytes
 from qwen35.progress import Silent
 from qwen35.sinks.journal import Journal
 from qwen35.sinks.written import Written
@@ -82,6 +83,58 @@ def test_shares_are_balanced_by_bytes_and_complete(
     even = sum(task.nbytes for task in tasks) / count
     for part in shares:
         assert even - largest <= sum(task.nbytes for task in part) <= even + largest
+
+
+def sizes_of(tasks: Sequence[Task]) -> list[int]:
+    return [task.nbytes for task in tasks]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "nbytes", "tasks"),
+    [
+        ([4, 6, 5], 10, [10, 5]),  # exactly as much as a task may read
+        ([10, 1, 9], 10, [10, 10]),
+        ([11, 1], 10, [11, 1]),
+        ([5, 5, 5, 5], 10, [10, 10]),
+        ([1], 10, [1]),
+    ],
+)
+def test_a_task_reads_as_much_as_it_may(sizes: list[int], nbytes: int, tasks: list[int]) -> None:
+    assert sizes_of(make_tasks([file_of("f", sizes)], nbytes)) == tasks
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "shares"),
+    [
+        ([5, 5], 2, [[5], [5]]),
+        ([1, 8, 1], 2, [[1], [8, 1]]),  # the middle of the second is that of all
+        ([4, 4, 4], 2, [[4], [4, 4]]),
+        ([7], 3, [[], [7], []]),
+        ([0, 0], 2, [[0, 0], []]),
+        ([0, 5, 0], 1, [[0, 5, 0]]),
+        ([5, 0], 2, [[], [5, 0]]),  # what ends where all ends is in the last
+    ],
+)
+def test_a_task_is_in_the_share_of_its_middle(
+    sizes: list[int], count: int, shares: list[list[int]]
+) -> None:
+    tasks = make_tasks([file_of(f"f{i}", [size]) for i, size in enumerate(sizes)], 1)
+    assert [sizes_of(part) for part in share(tasks, count)] == shares
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "workers", "expected"),
+    [(1, 1, 1), (15, 1, 1), (16, 1, 2), (32, 2, 2), (47, 2, 2), (10**12, 2, 10**9)],
+)
+def test_a_worker_has_eight_tasks_of_at_most_a_gigabyte(
+    nbytes: int, workers: int, expected: int, dense: Path
+) -> None:
+    plan = replace(
+        make_plan(open_folder(dense), load_recipe("text")), steps=(step_of("w", nbytes),)
+    )
+    found = task_bytes(plan, workers)
+    assert found == expected
+    assert isinstance(found, int)
 
 
 # --- the scheduler, at the size of large models, on a clock of its own

@@ -17,6 +17,8 @@ from qwen35.plan.template import _tags, compiles, text_only_template
 from running import load_all, plan_of, read_config, run
 from templates import IMAGE_CONVERSATIONS, ITEM_LOOP, TEXT_CONVERSATIONS, VARIANTS, render
 
+pytestmark = pytest.mark.sentences
+
 
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("conversation", range(len(TEXT_CONVERSATIONS)))

@@ -16,6 +16,8 @@ from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from running import load_all, plan_of, read_config, run
 
+pytestmark = pytest.mark.sentences
+
 IDS = torch.arange(96).reshape(1, 96) * 5 % 500
 
 

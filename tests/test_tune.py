@@ -27,7 +27,6 @@ from qwen35.gguf.kernel import encode
 from qwen35.gguf.plan import Asked, make_plan
 from qwen35.gguf.rows import read_strip, strips
 from qwen35.gguf.rules import load_recipe
-from qwen35.plan.layers import parse_layers, spell_layers
 from qwen35.plan.plan import make_plan as make_packed_plan
 from qwen35.plan.recipe import load_recipe as load_packed_recipe
 from qwen35.progress import Silent
@@ -121,17 +120,6 @@ def test_budgets_that_cannot_be_kept() -> None:
         nearest(units, costs, 60)
     with pytest.raises(UsageError, match="expected at least 0.1"):
         cheapest(units, costs, 0.01)
-
-
-@given(st.sets(st.integers(0, 200), min_size=1))
-def test_layers_are_spelled_and_read(layers: set[int]) -> None:
-    assert parse_layers("x", spell_layers(layers)) == layers
-
-
-@pytest.mark.parametrize("text", ["", "3-1", "a", "1-", "1;2", "0-99999", "1.5", 3, None, "-1"])
-def test_layers_refused(text: object) -> None:
-    with pytest.raises(UsageError, match="expected numbers and ranges"):
-        parse_layers("rule", text)
 
 
 @given(count=st.integers(1, 40), kinds=st.integers(1, 5), most=st.integers(1, 100))

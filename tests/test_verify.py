@@ -25,6 +25,8 @@ from qwen35.verify.artifact import Verdict, verify
 from qwen35.verify.structure import is_skipped
 from running import load_all, read_config, run
 
+pytestmark = pytest.mark.sentences
+
 LAYER = "model.language_model.layers"
 QKV = f"{LAYER}.0.linear_attn.in_proj_qkv.weight"
 UP = f"{LAYER}.1.mlp.up_proj.weight"

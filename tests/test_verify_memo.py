@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,11 +23,13 @@ from qwen35.verify.artifact import Verdict, verify
 from qwen35.verify.gguf import verify_gguf
 from running import run
 
+pytestmark = pytest.mark.sentences
+
 KINDS = ("nf4", "fp8", "text", "gguf")
 
 
 class Stopping(Silent):
-    """Progress of a check that is interrupted after some weights."""
+    """Progress of a check that is interrupted after some weights; more are slow to come."""
 
     def __init__(self, weights: int, stop: Callable[[], None]) -> None:
         self._left = weights
@@ -36,6 +39,8 @@ class Stopping(Silent):
         self._left -= 1
         if self._left == 0:
             self._stop()
+        if self._left < 0:  # begun before the rest was called off
+            time.sleep(0.1)
 
 
 def interrupt() -> None:

@@ -14,7 +14,7 @@ from qwen35.checkpoint.place import Place
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint, read_json
 from qwen35.codecs.fp8 import Calibration
-from qwen35.errors import InputError
+from qwen35.errors import InputError, UsageError
 from qwen35.plan.documents import json_bytes
 from qwen35.plan.layers import parse_layers, spell_layers
 from qwen35.plan.plan import Plan
@@ -238,7 +238,10 @@ def _rule_of(row: Any) -> Rule:
     if not isinstance(row, list) or len(row) not in (3, 4):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="match, action and reason")
     match, action, reason, *layers = row
-    only = parse_layers(MANIFEST_NAME, layers[0]) if layers else None
+    try:
+        only = parse_layers(MANIFEST_NAME, layers[0]) if layers else None
+    except UsageError as error:
+        raise InputError(MANIFEST_NAME, error.found, expected=error.expected) from error
     return Rule(match, action, reason, layers=only)
 
 
@@ -266,7 +269,7 @@ def calibration_of(manifest: Mapping[str, Any]) -> tuple[Calibration | None, str
         raise InputError(MANIFEST_NAME, "a malformed calibration", expected="activations: a table")
     try:
         calibration = Calibration(**{name: found[name] for name in names})
-    except TypeError as error:
+    except (TypeError, UsageError) as error:
         raise InputError(MANIFEST_NAME, "a malformed calibration") from error
     return calibration, str(statistics.get("sha256")) if statistics else None
 

@@ -1,0 +1,190 @@
+"""What a manifest is read for: the source, the recipe, the calibration, the prefix."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen35.checkpoint.place import Folder
+from qwen35.codecs.fp8 import Calibration
+from qwen35.errors import InputError
+from qwen35.plan.manifest import (
+    calibration_of,
+    kept_prefix,
+    read_manifest,
+    recipe_json,
+    recipe_of,
+    rule_row,
+    source_of,
+)
+from qwen35.plan.recipe import Recipe, Rule
+
+MSE = Calibration("mse", grid_size=9)
+
+
+def test_source_is_a_repository_at_a_commit_or_a_folder() -> None:
+    assert source_of({"source": {"repo": "a/b", "revision": "0" * 40}}) == ("a/b", "0" * 40)
+    assert source_of({"source": {"folder": "x"}}) == (None, None)
+    assert source_of({"source": {"folder": "x", "revision": 3}}) == (None, None)
+
+
+def test_recipe_is_the_one_that_was_written() -> None:
+    rules = (
+        Rule("mlp", "nf4", "why", layers=frozenset({0, 1, 7})),
+        Rule("*", "plain", "rest"),
+    )
+    recipe = Recipe("mine.toml", "nf4", "", rules)
+    written = json.loads(json.dumps(recipe_json(recipe)))
+    assert written == {
+        "name": "mine.toml",
+        "format": "nf4",
+        "rules": [["mlp", "nf4", "why", "0-1, 7"], ["*", "plain", "rest"]],
+    }
+    assert recipe_of({"recipe": written}) == recipe
+    assert recipe_of({"recipe": {"name": "x", "format": "nf4"}}) == Recipe("x", "nf4", "", ())
+    assert rule_row("a", "b", "c") == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("activations", "sha256"),
+    [(None, None), ({}, None), ({"name": "s", "sha256": "ab"}, "ab")],
+)
+def test_calibration_is_the_one_that_was_written(activations: object, sha256: str | None) -> None:
+    written = {**asdict(MSE), "activations": activations}
+    assert calibration_of({"calibration": written}) == (MSE, sha256)
+    assert calibration_of({"calibration": asdict(MSE)}) == (MSE, None)
+    assert calibration_of({"calibration": None}) == calibration_of({}) == (None, None)
+
+
+SOURCE, RECIPE, CALIBRATION = "names no source", "names no recipe", "a malformed calibration"
+RULES = "a malformed recipe, expected a list of rules"
+RULE = "a malformed recipe, expected match, action and reason"
+REPO = "a malformed source, expected repo and revision"
+LAYERS = 'layers {!r}, expected numbers and ranges such as "0-3, 7"'
+
+
+@pytest.mark.parametrize(
+    ("manifest", "sentence"),
+    [
+        ({}, SOURCE),
+        ({"source": "a/b"}, SOURCE),
+        ({"source": {"repo": "a/b"}}, REPO),
+        ({"source": {"repo": 1, "revision": "main"}}, REPO),
+        ({"source": {"repo": "a/b", "revision": 1}}, REPO),
+        ({"source": {"repo": 1, "revision": 1}}, REPO),
+    ],
+)
+def test_malformed_source(manifest: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        source_of(manifest)
+    assert str(caught.value) == f"qwen35.json: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sentence"),
+    [
+        (None, RECIPE),
+        ("nf4", RECIPE),
+        ([["name", "format"]], RECIPE),
+        ({"name": "x"}, RECIPE),
+        ({"format": "nf4"}, RECIPE),
+        ({"name": "x", "format": "nf4", "rules": {}}, RULES),
+        ({"name": "x", "format": "nf4", "rules": None}, RULES),
+        ({"name": "x", "format": "nf4", "rules": ["mlp"]}, RULE),
+        ({"name": "x", "format": "nf4", "rules": [["mlp", "nf4"]]}, RULE),
+        ({"name": "x", "format": "nf4", "rules": [["a", "b", "c", "1", "d"]]}, RULE),
+        ({"name": "x", "format": "nf4", "rules": [["a", "b", "c", "x"]]}, LAYERS.format("x")),
+        ({"name": "x", "format": "nf4", "rules": [["a", "b", "c", 3]]}, LAYERS.format(3)),
+    ],
+)
+def test_malformed_recipe(recipe: object, sentence: str) -> None:
+    with pytest.raises(InputError) as caught:
+        recipe_of({"recipe": recipe})
+    assert str(caught.value) == f"qwen35.json: {sentence}"
+
+
+@pytest.mark.parametrize(
+    ("calibration", "expected"),
+    [
+        ("mse", ""),
+        ([], ""),
+        ({"mode": "mse"}, ""),
+        ({**asdict(MSE), "mode": []}, ""),
+        ({**asdict(MSE), "mode": "best"}, ""),
+        ({**asdict(MSE), "mode": "rms", "rms_factor": "x"}, ""),
+        ({**asdict(MSE), "mode": "rms", "rms_factor": -1}, ""),
+        ({**asdict(MSE), "activations": "s"}, ", expected activations: a table"),
+        ({**asdict(MSE), "activations": []}, ", expected activations: a table"),
+    ],
+)
+def test_malformed_calibration(calibration: object, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        calibration_of({"calibration": calibration})
+    assert str(caught.value) == f"qwen35.json: {CALIBRATION}{expected}"
+
+
+def written(folder: Path, manifest: object) -> Folder:
+    """Write a manifest."""
+    (folder / "qwen35.json").write_text(json.dumps(manifest))
+    return Folder(folder)
+
+
+GOOD: dict[str, Any] = {
+    "manifest": 1,
+    "files": {"a": {"size": 1, "sha256": "0"}},
+    "tensors": {"a": {"x": "BF16 [1]"}},
+}
+VERSION = "not a manifest of this version of qwen35"
+FILES = "malformed files, expected size and sha256 of each"
+TENSORS = "malformed tensors, expected a table for each file"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"manifest": 2}, VERSION),
+        ({"manifest": None}, VERSION),
+        ({"files": []}, FILES),
+        ({"files": None}, FILES),
+        ({"files": {"a": 1}}, FILES),
+        ({"files": {"a": {"size": 1}}}, FILES),
+        ({"files": {"a": {"sha256": "0"}}}, FILES),
+        ({"files": {"a": {"size": True, "sha256": "0"}}}, FILES),
+        ({"files": {"a": {"size": "1", "sha256": "0"}}}, FILES),
+        ({"files": {"a": {"size": 1, "sha256": 0}}}, FILES),
+        ({"files": {**GOOD["files"], "b": {}}}, FILES),
+        ({"tensors": []}, TENSORS),
+        ({"tensors": None}, TENSORS),
+        ({"tensors": {"a": {}, "b": []}}, TENSORS),
+    ],
+)
+def test_malformed_manifest(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    assert read_manifest(written(tmp_path, GOOD)) == GOOD
+    with pytest.raises(InputError) as caught:
+        read_manifest(written(tmp_path, {**GOOD, **change}))
+    assert str(caught.value) == f"qwen35.json: {sentence}"
+
+
+def test_a_list_or_nothing_is_no_manifest(tmp_path: Path) -> None:
+    assert read_manifest(Folder(tmp_path)) is None
+    with pytest.raises(InputError, match=VERSION):
+        read_manifest(written(tmp_path, [GOOD]))
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"),
+    [
+        (["model.language_model.norm.weight"], True),
+        (["model.norm.weight", "lm_head.weight"], False),
+        (["model.language_model.norm.weight", "model.visual.pos_embed.weight"], False),
+        (["mtp.norm.weight"], False),
+        (["x.model.language_model.norm.weight"], False),
+    ],
+)
+def test_prefix_was_kept_if_text_is_alone_under_it(names: list[str], kept: bool) -> None:
+    tables = {f"{number}.safetensors": {name: "BF16 [1]"} for number, name in enumerate(names)}
+    assert kept_prefix({"tensors": tables}) is kept

@@ -1,0 +1,71 @@
+"""NF4 codes beside the source: where two levels are equally near, and where one is not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qwen35.codecs.nf4 import BLOCK
+from qwen35.codecs.nf4_tables import BOUNDS
+from qwen35.verify.nf4 import same_mean, wrong_codes
+
+SCALE = np.float32(3.0)
+ON, NEAR, BEYOND = 0.0, 5e-6, 3e-5
+"""How far a quotient lies from a bound: rounding explains the first two, but not the last."""
+
+
+def count(codes: list[int], quotients: list[float], scale: float = SCALE) -> int:
+    """Count the wrong ones of some codes, in the first nibbles of a block that is right elsewhere.
+
+    The block before it has another scale, and no code of it is looked at.
+    """
+    packed = np.zeros(BLOCK, np.uint8)
+    expected = packed.copy()
+    for i in range(0, len(codes), 2):
+        packed[BLOCK // 2 + i // 2] = codes[i] << 4 | codes[i + 1]
+        expected[BLOCK // 2 + i // 2] = packed[BLOCK // 2 + i // 2] ^ 0xFF
+    values = np.full(2 * BLOCK, 7, np.float32)
+    values[BLOCK : BLOCK + len(quotients)] = np.array(quotients) * scale
+    return wrong_codes(packed, expected, values, np.array([1, scale], np.float32))
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 3])
+@pytest.mark.parametrize("lower", range(15))
+@pytest.mark.parametrize(
+    ("offset", "below", "above"),
+    [(ON, 0, 0), (NEAR, 0, 0), (-NEAR, 0, 0), (BEYOND, 1, 0), (-BEYOND, 0, 1)],
+)
+def test_a_code_is_wrong_beyond_the_bounds_of_its_level(
+    place: int, lower: int, offset: float, below: int, above: int
+) -> None:
+    """`below` and `above`: whether the level under the bound, and the one over it, is wrong."""
+    right = [3, 9, 12, 6]
+    middles = [float(BOUNDS[code - 1] + BOUNDS[code]) / 2 for code in right]
+    for code, wrong in ((lower, below), (lower + 1, above)):
+        codes, quotients = list(right), list(middles)
+        codes[place], quotients[place] = code, float(BOUNDS[lower]) + offset
+        assert count(codes, quotients) == wrong
+
+
+def test_every_wrong_code_counts() -> None:
+    far = [float(BOUNDS[0]) - 0.1] * 4
+    assert count([0, 0, 0, 0], far) == 0
+    assert count([1, 0, 5, 15], far) == 3
+    assert count([0, 15, 0, 0], [1.0, 1.0, -1.0, -1.0]) == 1
+
+
+def test_the_outermost_levels_have_one_bound() -> None:
+    assert count([0, 15], [-1.0, 1.0]) == 0
+    assert count([15, 0], [-1.0, 1.0]) == 2
+
+
+def test_a_block_of_zeros_may_hold_any_code() -> None:
+    assert count([0, 15, 7, 3], [0.0] * 4, scale=0.0) == 0
+
+
+@pytest.mark.parametrize(("off", "same"), [(0.0, True), (9e-6, True), (1.1e-5, False)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_mean_may_differ_by_rounding_of_the_largest(sign: int, off: float, same: bool) -> None:
+    true = np.array([1.0, 3.0, 2.0], np.float32)
+    assert same_mean(2.0 + sign * off * 3, true) is same
+    assert same_mean(-2.0 + sign * off * 3, -true) is same
