@@ -30,7 +30,7 @@ _CHANGING = (
     (_NAME, "NAME"),
     (r"(?<=not valid TOML )\(.*\)|(?<=does not compile )\(.*\)", "(WHY)"),
     (r"(?<=Jinja template, line )\d+: .*(?=; )", "N: WHY"),
-    (r"\b[0-9a-f]{12,64}\b", "HASH"),
+    (r"\b(?:[0-9a-f]{12}|[0-9a-f]{64})\b", "HASH"),
     (r"\b\d[\d,]* (?:of \d[\d,]* )?(?=bytes|codes|scales|values)", "N "),
     (r"(?<=relative error )[\d.]+|(?<=expected )\d{4,}", "N"),
     (rf"\b{re.escape(platform.node())}\b", "HOST"),

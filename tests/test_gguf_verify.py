@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from qwen35.gguf.container import read_container
 from qwen35.gguf.plan import Asked, make_plan
 from qwen35.gguf.rules import load_recipe
 from qwen35.gguf.write import write
+from qwen35.progress import Silent
 from qwen35.verify.artifact import Depth, Verdict
 from qwen35.verify.gguf import verify_gguf
 
@@ -235,6 +237,96 @@ def test_a_type_that_was_not_planned(out: Path) -> None:
     table["blk.0.ffn_up.weight"] = table["blk.0.ffn_up.weight"].replace("q4_K", "q8_0")
     path.write_text(json.dumps(manifest))
     assert checks(check(out)) == {"plan"}
+
+
+def test_a_tensor_that_was_planned_and_is_not_there(out: Path) -> None:
+    path = out / "qwen35.json"
+    manifest = json.loads(path.read_text())
+    name = "Tiny-dense-1B-F16.gguf"
+    manifest["tensors"][name] |= {"blk.9.norm.weight": "f32 [1, 256]"}
+    del manifest["tensors"][name]["blk.0.ffn_up.weight"]
+    path.write_text(json.dumps(manifest))
+    assert [(f.check, f.subject, f.message) for f in check(out).findings] == [
+        ("plan", f"{name}: blk.9.norm.weight", "planned as f32 [1, 256], but not there"),
+        ("plan", f"{name}: blk.0.ffn_up.weight", "not in the plan"),
+    ]
+
+
+def test_a_planned_tensor_of_another_shape(out: Path) -> None:
+    path = out / "qwen35.json"
+    manifest = json.loads(path.read_text())
+    name = "Tiny-dense-1B-F16.gguf"
+    for tensor, shape in (
+        ("blk.0.ffn_up.weight", "[256, 512]"),
+        ("output_norm.weight", "[1, 256]"),
+    ):
+        kind = manifest["tensors"][name][tensor].split()[0]
+        manifest["tensors"][name][tensor] = f"{kind} {shape}"
+    path.write_text(json.dumps(manifest))
+    assert [(f.subject, f.message) for f in check(out).findings] == [
+        (f"{name}: blk.0.ffn_up.weight", "f16 [512, 256], planned as f16 [256, 512]")
+    ]  # leading ones are not counted
+
+
+class Titles(Silent):
+    """Progress that notes what begins, and how much it is."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int]] = []
+
+    def begin(self, title: str, nbytes: int) -> None:
+        self.begun.append((title, nbytes))
+
+
+def test_a_file_with_other_tensors_is_not_compared_but_the_next_is(out: Path, source: Path) -> None:
+    first, *_ = sorted(out.glob("*.gguf"))
+
+    def change(writer: GGUFWriter) -> None:
+        del writer.tensors[0]["blk.1.ffn_up.weight"]
+        writer.add_tensor("blk.0.extra.weight", np.zeros((2, 32), np.float32))
+
+    rewrite(first, change)
+    poke(quantized(out), "output_norm.weight", 0, b"\x00\x00\x80\x3f")
+    files, progress = gguf_files(str(out)), Titles()
+    assert files is not None
+    assert files.names[0] == first.name
+    verdict = verify_gguf(
+        str(out), files, source=open_folder(source), depth="numbers", threads=1, progress=progress
+    )
+    assert [(f.check, f.subject, f.message) for f in verdict.findings] == [
+        ("tensors", f"{first.name}: blk.1.ffn_up.weight", "missing, but the keys promise it"),
+        (
+            "tensors",
+            f"{first.name}: blk.0.extra.weight",
+            "not a tensor that the keys promise",
+        ),
+        ("source", f"{first.name}: blk.1.ffn_up.weight", "in the source, but not here"),
+        ("source", f"{first.name}: blk.0.extra.weight", "not in the source"),
+        (
+            "values",
+            f"{quantized(out).name}: output_norm.weight",
+            "1 values differ from the source's",
+        ),
+    ]
+    containers = [read_container(out / name) for name in files.names[1:]]
+    assert progress.begun == [(f"checking {c.path.name}", c.nbytes) for c in containers]
+    assert {row.storage for row in verdict.errors} >= {"q4_K", "f16"}
+
+
+def test_as_many_threads_as_asked_for(
+    good: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def pool(threads: int) -> ThreadPoolExecutor:
+        asked.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    monkeypatch.setattr("qwen35.verify.gguf_numbers.ThreadPoolExecutor", pool)
+    files = gguf_files(str(good))
+    assert files is not None
+    assert verify_gguf(str(good), files, depth="numbers", threads=3).passed
+    assert asked == [3, 3, 3]
 
 
 def test_a_truncated_file_is_a_finding(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

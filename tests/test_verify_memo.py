@@ -181,26 +181,37 @@ def test_a_killed_check_is_continued(
     assert len(looked) <= total - total // 2 + 2
 
 
+@pytest.mark.parametrize(("kind", "file"), [("nf4", "model.safetensors"), ("gguf", "*F16.gguf")])
 def test_what_changed_is_looked_at_again(
+    kind: str,
+    file: str,
     artifacts: dict[str, tuple[Path, Path]],
     cache: Path,
     looked: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made, source = artifacts["nf4"]
-    artifact = Path(shutil.copytree(made, tmp_path / "nf4"))
+    made, original = artifacts[kind]
+    artifact = Path(shutil.copytree(made, tmp_path / kind))
+    source = Path(shutil.copytree(original, tmp_path / original.name))
     check(artifact, source)
     total = len(looked)
+    looked.clear()
 
     def interrupted() -> None:
         with pytest.raises(KeyboardInterrupt):
             check(artifact, source, Stopping(total // 2, interrupt))
         looked.clear()
 
+    for touched in (next(artifact.glob(file)), next(source.glob("*.safetensors"))):
+        interrupted()
+        os.utime(touched, ns=(1, 1))
+        check(artifact, source)
+        assert len(looked) == total
+        looked.clear()
     interrupted()
-    os.utime(artifact / "model.safetensors", ns=(1, 1))
-    check(artifact, source)
+    moved = Path(shutil.copytree(artifact, tmp_path / "moved"))
+    check(moved, source)  # the same files elsewhere
     assert len(looked) == total
     interrupted()
     check(artifact, None)  # compared with nothing: other work

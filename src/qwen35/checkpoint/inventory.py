@@ -165,12 +165,12 @@ def _has_dense(checkpoint: Checkpoint) -> bool:
 
 def _extra(checkpoint: Checkpoint, name: str) -> TensorError:
     try:
-        role = role_of(name)
+        role_of(name)
     except TensorError as error:
         return error
     return TensorError(
         name,
-        f"a {role.name} that config.json has no place for",
+        "config.json has no place for it",
         expected=f"what {checkpoint.config.model_type} with its sizes has",
         hint="config.json and weights belong to different models",
     )
