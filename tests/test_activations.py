@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import InputError
 from qwen35.model.roles import role_of
@@ -207,7 +208,16 @@ def test_what_is_not_a_table_of_weights_is_malformed(text: str, tmp_path: Path) 
     assert refusal(tmp_path, text) == MALFORMED
 
 
-@pytest.mark.parametrize("text", ["", "{", by_line({}, table(UP), end=""), by_line({}, {})[:-3]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        by_line({}, table(UP), end=""),
+        by_line({}, {})[:-3],
+        by_line({}, table(UP, DOWN)).replace("[1.0", "[1.0.0"),
+    ],
+)
 def test_what_is_not_json_is_refused(text: str, tmp_path: Path) -> None:
     assert refusal(tmp_path, text).startswith("stats.json: ")
 
@@ -271,3 +281,19 @@ def test_numbers_beyond_float64_are_rounded_once(tmp_path: Path) -> None:
     entry = {UP: {"input_channel_max": [2**24 + 1, 2**53 + 1, 0, 1e-46, 3.4e38]}}
     (columns,) = load_activations(stats(tmp_path, json.dumps(entry))).columns.values()
     assert columns.tolist() == [2**24, 2**53, 0.0, 0.0, float(np.float32(3.4e38))]
+    whole = {UP: {"input_channel_max": [2**54 + 2**30 + 1]}}  # float64 cannot tell it from a tie
+    (columns,) = load_activations(stats(tmp_path, json.dumps(whole))).columns.values()
+    assert columns.tolist() == [2**54]
+
+
+def test_columns_of_fused_experts_are_those_of_one(moe: Path, tmp_path: Path) -> None:
+    """[experts, hidden, intermediate]: the last is what an input has."""
+    for columns, fits in ((128, True), (256, False)):
+        table_of_all = table(f"{LAYER}.0.mlp.experts.down_proj", columns=columns)
+        file = load_activations(stats(tmp_path, json.dumps(table_of_all)))
+        checkpoint = open_folder(moe)
+        if fits:
+            file.check(inventory(checkpoint), checkpoint.config.geometry)
+            continue
+        with pytest.raises(InputError, match=r"256 columns for 0\.mlp\..*, expected 128"):
+            file.check(inventory(checkpoint), checkpoint.config.geometry)

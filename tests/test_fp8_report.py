@@ -343,7 +343,7 @@ def test_no_samples_is_no_verdict_on_fp8(
     text = report_text(report)
     assert "nan" not in text
     assert "Spot-checked        : 0 " in text
-    assert "No FP8 weight was compared" in text
+    assert "✔  No FP8 weight was compared; everything else is as planned." in text.splitlines()
     assert "Model ready" not in text
 
 
@@ -583,6 +583,10 @@ def test_metrics_of_zeros_and_of_what_became_of_them() -> None:
     rows = {metric.name: metric for metric in BANDS["derived"]}
     for found, band in ((Errors(count=4), "GOOD"), (Errors(count=4, absolute=1.0), "GOOD")):
         assert rows["mean abs err"].band([found]) == band
+    half = Errors(count=4, absolute=0.2, magnitude=8.0)  # 0.05 of weights of 2
+    assert rows["mean abs err"].band([half]) == "GOOD"
+    assert rows["mean abs err"].band([replace(half, absolute=0.3)]) == "WARN"
+    assert rows["mean abs err"].band([replace(half, absolute=0.6)]) == "FAIL"
     astray = {1: "WARN", 2: "FAIL"}
     for misplaced, clipped, worst in ((0, 0, 0), (0, 7, 1), (3, 0, 2), (1, 1, 2)):
         found = errors(0.01, clipped=clipped, misplaced=misplaced)

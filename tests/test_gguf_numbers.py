@@ -68,6 +68,10 @@ def test_a_file_that_shrinks_meanwhile_is_named(tmp_path: Path) -> None:
     ]
 
 
+def floats(*rows: list[float]) -> F32:
+    return np.array(rows, np.float32)
+
+
 def ones(*shape: int) -> F32:
     return np.ones(shape, np.float32)
 
@@ -123,7 +127,7 @@ def test_floats_are_rounded_as_the_file_holds_them(kind: str, value: float, roun
 def test_differences_add_up_strip_by_strip() -> None:
     result, faults = Compared(), _Faults()
     for _ in range(2):
-        _accumulate(result, faults, "f16", np.float32([[1.0, 2.5]]), np.float32([[1.0, 2.0]]))
+        _accumulate(result, faults, "f16", floats([1.0, 2.5]), floats([1.0, 2.0]))
     assert (result.norm, result.squared) == (10.0, 0.5)
     assert (faults.values, faults.blocks) == (2, 0)
     for _ in range(2):
@@ -134,9 +138,9 @@ def test_differences_add_up_strip_by_strip() -> None:
 
 def test_what_the_file_cannot_hold_is_not_held_against_it() -> None:
     """Rounding to f16 is no fault, but an error of what was measured."""
-    exact = np.float32([[1 + 2**-10 + 2**-12]])
+    exact = floats([1 + 2**-10 + 2**-12])
     result, faults = Compared(), _Faults()
-    _accumulate(result, faults, "f16", np.float32([[1 + 2**-10]]), exact)
+    _accumulate(result, faults, "f16", floats([1 + 2**-10]), exact)
     assert (faults.values, result.squared) == (0, 0.0)
     assert result.norm == pytest.approx(float(exact[0, 0]) ** 2)
 

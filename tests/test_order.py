@@ -13,7 +13,7 @@ import pytest
 from qwen35.checkpoint.source import open_folder
 from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import InputError
-from qwen35.plan.activations import Activations, load_activations
+from qwen35.plan.activations import Activations, Key, load_activations
 from qwen35.plan.order import order_of, other_names, plan_from
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
@@ -97,7 +97,7 @@ def test_a_source_keeps_its_repository_and_commit(repo: str, revision: str, dens
 def test_statistics_of_no_file_cannot_be_ordered(dense: Path) -> None:
     import numpy as np
 
-    columns = {("mlp.down_proj", 1, None): np.ones(512, np.float32)}
+    columns: dict[Key, Any] = {("mlp.down_proj", 1, None): np.ones(512, np.float32)}
     given = Activations("by hand", "0", columns)
     plan = make_plan(open_folder(dense), load_recipe("fp8"), activations=given)
     with pytest.raises(InputError) as caught:

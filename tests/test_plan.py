@@ -27,7 +27,7 @@ import qwen35
 from checkpoints import layout_of, random_tensors, tiny_config, write_checkpoint
 from qwen35.checkpoint.header import parse_header
 from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, open_folder, open_published
-from qwen35.checkpoint.storage import StoredTensor, group
+from qwen35.checkpoint.storage import Storage, StoredTensor, Weight, group
 from qwen35.codecs import nf4
 from qwen35.errors import UsageError
 from qwen35.model.config import parse_config
@@ -38,7 +38,8 @@ from qwen35.plan.manifest import manifest_bytes, manifest_size
 from qwen35.plan.memory import peak_memory
 from qwen35.plan.plan import MAX_SHARD_BYTES, Plan, make_plan
 from qwen35.plan.recipe import BUILT_IN, Recipe, Rule, load_recipe
-from qwen35.plan.show import plan_json, plan_text, roles_json, roles_text
+from qwen35.plan.show import packed_text, plan_json, plan_text, roles_json, roles_text
+from qwen35.plan.step import Op, Step
 from qwen35.shown import size
 from qwen35.tensors import TensorSpec
 
@@ -792,6 +793,49 @@ def test_peak_memory_hardly_grows_with_the_model() -> None:
     assert peak_memory(small, 2) < peak_memory(small, 8)
 
 
+def test_what_is_packed_is_counted_by_format() -> None:
+    nf4_plan, fp8_plan = (published_plan("Qwen3.5-0.8B", name) for name in ("nf4", "fp8"))
+    both = replace(nf4_plan, steps=(*nf4_plan.steps, *fp8_plan.steps))
+    assert packed_text(both) == "186 weights in NF4, 157 weights in FP8"
+    assert packed_text(published_plan("Qwen3.5-0.8B", "text")) == "none packed"
+
+
+def step_of(op: Op, storage: Storage, dtype: str, numel: int) -> Step:
+    """Return a step of which memory is asked."""
+    spec = TensorSpec("w", dtype, (numel,))
+    weight = Weight("w", storage, (StoredTensor(spec, "in", 0),))
+    return Step(weight, spec, role_of("lm_head.weight"), op, "", ())
+
+
+@pytest.mark.parametrize(
+    ("steps", "pieces", "numel"),
+    [
+        ([], 1, 0),
+        ([("copy", "plain", "BF16", 999)], 1, 0),
+        ([("copy", "nf4", "BF16", 999)], 1, 0),
+        ([("copy", "fp8", "F32", 999)], 1, 0),
+        ([("decode", "nf4", "BF16", 999)], 3, 0),
+        ([("nf4", "fp8", "BF16", 6400)], 3, 6400),
+        ([("nf4", "plain", "F32", 6400), ("nf4", "plain", "BF16", 64)], 1, 6400),
+        ([("fp8", "plain", "BF16", 999)], 1, 0),
+        ([("fp8", "plain", "F32", 999)], 3, 0),
+        ([("fp8", "plain", "F16", 999)], 3, 0),
+        ([("fp8", "nf4", "F16", 999)], 3, 0),
+    ],
+)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_memory_is_that_of_pieces_and_of_the_largest_statistics(
+    steps: list[tuple[Any, Any, str, int]], pieces: int, numel: int, threads: int
+) -> None:
+    """What decodes or widens needs three times a piece; NF4 keeps 32 bytes a block meanwhile."""
+    plan = published_plan("Qwen3.5-0.8B", "text")
+    heads = sum(len(file.head) for file in plan.files)
+    plan = replace(plan, steps=tuple(step_of(*step) for step in steps))
+    found = peak_memory(plan, threads)
+    assert found == 175_000_000 + threads * (pieces * 20_000_000 + numel // 64 * 32) + 8 * heads
+    assert isinstance(found, int)
+
+
 def test_roles_are_shown_with_their_meaning() -> None:
     rows = roles_json()
     names = [row["role"] for row in rows]
@@ -806,7 +850,9 @@ def test_roles_are_a_table_that_folds() -> None:
     assert wide[0].split() == ["role", "kind", "meaning"]
     assert len(wide) == 1 + len({(row["role"], row["kind"]) for row in roles_json()})
     (experts,) = (line for line in wide if line.startswith("mlp.experts.down_proj "))
-    assert "; or " in experts
+    meanings = [row["meaning"] for row in roles_json() if row["role"] == "mlp.experts.down_proj"]
+    assert experts.split(None, 2)[2] == "; or ".join(meanings)
+    assert len(meanings) == 2
     assert max(map(len, roles_text(60).splitlines())) <= 60 < max(map(len, wide))
 
 

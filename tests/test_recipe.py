@@ -231,6 +231,21 @@ def test_unknown_recipe_is_refused_with_the_known_ones(name: str) -> None:
     assert f"not a built-in recipe, expected {known} or a .toml file" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("text-nf4", "; it is one of `qwen35 convert`"),
+        ("text-nf5", ""),
+        ("../../plan/recipes/nf4", ""),
+        ("../recipes/nf4", ""),
+    ],
+)
+def test_a_recipe_of_another_verb_is_said_to_be_one(name: str, hint: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_gguf_recipe(name)
+    assert str(caught.value).endswith(f"or a .toml file{hint}")
+
+
 def test_recipe_without_a_last_rule_is_refused_when_a_tensor_needs_it(
     tmp_path: Path, dense: Path
 ) -> None:
@@ -336,6 +351,9 @@ def test_drop_mtp_drops_it_and_nothing_else(tmp_path: Path) -> None:
     dropped = [step.spec.name for step in plan.steps if step.op == "drop"]
     assert len(dropped) == 15
     assert all(name.startswith("mtp.") for name in dropped)
+    assert load_recipe("nf4").dropping_mtp().rules[0] == Rule(
+        "mtp", "drop", "asked for by --drop-mtp"
+    )
 
 
 def test_drop_mtp_of_a_checkpoint_without_it_is_fine() -> None:

@@ -107,6 +107,7 @@ def test_a_task_reads_as_much_as_it_may(sizes: list[int], nbytes: int, tasks: li
     ("sizes", "count", "shares"),
     [
         ([5, 5], 2, [[5], [5]]),
+        ([2, 2], 2, [[2], [2]]),
         ([1, 8, 1], 2, [[1], [8, 1]]),  # the middle of the second is that of all
         ([4, 4, 4], 2, [[4], [4, 4]]),
         ([7], 3, [[], [7], []]),

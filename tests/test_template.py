@@ -172,7 +172,7 @@ def test_every_place_that_stores_a_template_is_transformed(dense: Path, tmp_path
         "processor_class": "Qwen3VLProcessor",
         "eos_token": "<|im_end|>",
     }
-    named = {"chat_template": [{"name": "default", "template": ITEM_LOOP}, "odd"]}
+    named = {"chat_template": [{"name": "default", "template": ITEM_LOOP}, "odd template"]}
     source = write_checkpoint(
         tmp_path / "in",
         read_config(dense),
@@ -192,20 +192,30 @@ def test_every_place_that_stores_a_template_is_transformed(dense: Path, tmp_path
         "eos_token": "<|im_end|>",
     }
     stored = _settings(tmp_path / "out", "chat_template.json")["chat_template"]
-    assert stored == [{"name": "default", "template": expected}, "odd"]
+    assert stored == [{"name": "default", "template": expected}, "odd template"]
     assert not (tmp_path / "out" / "preprocessor_config.json").exists()
     run(source, tmp_path / "vision", "nf4")
     assert (tmp_path / "vision" / "chat_template.jinja").read_text() == ITEM_LOOP
     assert (tmp_path / "vision" / "preprocessor_config.json").exists()
 
 
-def test_a_broken_template_stops_a_text_only_conversion(dense: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("chat_template.jinja", "{% if %}"),
+        ("tokenizer_config.json", json.dumps({"chat_template": "{% if %}"})),
+        (
+            "tokenizer_config.json",
+            json.dumps({"chat_template": [{"name": "a", "template": "{% if %}"}]}),
+        ),
+    ],
+)
+def test_a_broken_template_stops_a_text_only_conversion(
+    name: str, content: str, dense: Path, tmp_path: Path
+) -> None:
     source = write_checkpoint(
-        tmp_path / "in",
-        read_config(dense),
-        load_all(dense),
-        sidecars={"chat_template.jinja": "{% if %}"},
+        tmp_path / "in", read_config(dense), load_all(dense), sidecars={name: content}
     )
-    with pytest.raises(InputError, match=r"chat_template.jinja: not a valid Jinja template"):
+    with pytest.raises(InputError, match=f"^{name}: not a valid Jinja template"):
         run(source, tmp_path / "out", "text")
     assert not (tmp_path / "out").exists()

@@ -659,6 +659,142 @@ def test_scales_of_bitsandbytes_on_cuda_are_accepted(packed: Path, dense: Path) 
     assert wrong_scales(ours.codes ^ 1, ours.nested, ours.offset, true) > 60000
 
 
+def random_scales(count: int = 65536, scale: float = 1.0) -> Any:
+    import numpy as np
+
+    return np.random.default_rng(0).random(count, dtype=np.float32) * np.float32(scale)
+
+
+def test_scales_are_judged_by_the_stored_offset() -> None:
+    """Which may differ from ours by the rounding of a sum."""
+    from qwen35.codecs.nf4_arrays import Statistics
+    from qwen35.verify.nf4 import wrong_scales
+
+    true = random_scales()
+    theirs = Statistics.of(true, float(Statistics.of(true).offset) + 9e-6)
+    assert wrong_scales(theirs.codes, theirs.nested, theirs.offset, true) == 0
+
+
+def test_the_least_scales_of_scales_must_fit_as_well() -> None:
+    from qwen35.codecs.nf4_arrays import Statistics
+    from qwen35.verify.nf4 import wrong_scales
+
+    true = random_scales(512, 1e-9)
+    ours = Statistics.of(true)
+    assert wrong_scales(ours.codes, ours.nested, ours.offset, true) == 0
+    assert wrong_scales(ours.codes, ours.nested * 2, ours.offset, true) == 512
+
+
+def test_scales_that_are_all_the_same_may_have_any_code() -> None:
+    """Nothing is left when their mean is taken off: a scale of zero decides."""
+    import numpy as np
+
+    from qwen35.codecs.nf4_arrays import Statistics
+    from qwen35.verify.nf4 import same_mean, wrong_scales
+
+    true = np.full(256, 0.25, np.float32)
+    ours = Statistics.of(true)
+    assert not ours.nested.any()
+    assert wrong_scales(ours.codes ^ 7, ours.nested, ours.offset, true) == 0
+    assert same_mean(0.0, np.zeros(256, np.float32))
+
+
+def test_weights_quantized_once_are_compared_scale_by_scale(dense: Path, tmp_path: Path) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    original = load_all(dense)
+    weight = original.pop(QKV)
+    codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=False)
+    parts = {f"{QKV}.{key}": value for key, value in state.as_dict(packed=True).items()}
+    config = read_config(dense) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    parts[f"{QKV}.absmax"][[3, 77]] *= 2
+    made = write_checkpoint(tmp_path / "once", config, {**original, QKV: codes, **parts})
+    messages = {f.subject: f.message for f in check(made, dense).findings if f.check == "absmax"}
+    assert messages == {QKV: f"2 of {weight.numel() // 64} scales are not those of the source"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_number_that_is_none_is_found_without_a_source(
+    packed: bool, value: float, dense: Path, tmp_path: Path
+) -> None:
+    out = run(dense, tmp_path / "out", "fp8" if packed else "text").out
+    scale = f"{LAYER}.0.mlp.up_proj.weight_scale_inv"
+    name = scale if packed else f"{LAYER}.0.mlp.up_proj.weight".replace("language_model.", "")
+
+    def break_it(tensors: Tensors) -> None:
+        tensors[name].view(-1)[-1] = value
+
+    rewrite(out, break_it)
+    verdict = verify(fetch(str(out), lenient=True), depth="numbers", threads=1)
+    assert [(f.check, f.subject) for f in verdict.findings] == [("decode", name)]
+
+
+PIECE = 64 * 256
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read in several pieces, as those of true size are."""
+    monkeypatch.setattr("qwen35.strips.STRIP", PIECE)
+
+
+@pytest.mark.usefixtures("pieces")
+@pytest.mark.parametrize("recipe", ["nf4", "fp8", "text"])
+def test_good_artifacts_pass_piece_by_piece(recipe: str, dense: Path, tmp_path: Path) -> None:
+    out = run(dense, tmp_path / "out", recipe).out
+    assert check(out, dense).findings == ()
+    assert verify(fetch(str(out)), depth="numbers", threads=1).findings == ()
+
+
+@pytest.mark.usefixtures("pieces")
+def test_faults_of_every_piece_are_counted(packed: Path, dense: Path, broken: Path) -> None:
+    def flip_some(tensors: Tensors) -> None:
+        codes = tensors[QKV].view(-1)
+        for piece in (0, 1, 3):
+            codes[piece * PIECE // 2 + 5] ^= 0x88
+        norm = tensors[f"{LAYER}.0.linear_attn.conv1d.weight"].view(-1)
+        norm[0] += 1
+        embedding = tensors["model.language_model.embed_tokens.weight"].view(-1)
+        embedding[[1, PIECE + 1, 4 * PIECE + 1]] += 1
+
+    whole = {row.role: (row.squared, row.norm) for row in check(packed, dense).errors}
+    rewrite(broken, flip_some)
+    verdict = check(broken, dense)
+    messages = {f.subject: f.message for f in verdict.findings}
+    assert messages[QKV] == "6 of 131072 codes are not the nearest level"
+    assert messages["model.language_model.embed_tokens.weight"].endswith(
+        "bytes differ from the source"
+    )
+    rows = {row.role: (row.squared, row.norm) for row in verdict.errors}
+    squared, norm = rows["embed_tokens"]
+    assert squared == pytest.approx(3, rel=0.1)
+    assert norm == pytest.approx(whole["embed_tokens"][1] or norm)
+
+
+@pytest.mark.usefixtures("pieces")
+def test_restored_values_of_every_piece_are_counted(
+    packed: Path, dense: Path, tmp_path: Path
+) -> None:
+    """bf16 made from NF4, beside the NF4: other values in the first, the second, the last piece."""
+    out = run(packed, tmp_path / "out", "bf16").out
+
+    def change(tensors: Tensors) -> None:
+        tensors[QKV].view(-1)[[0, 7, PIECE, -1]] += 1
+
+    rewrite(out, change)
+    found = {f.subject: f.message for f in check(out, packed).findings}
+    assert found == {QKV: "4 of 131072 values differ"}
+
+
+def test_nf4_of_an_fp8_source_is_compared_with_what_that_decodes_to(
+    dense: Path, tmp_path: Path
+) -> None:
+    middle = run(dense, tmp_path / "fp8", "fp8").out
+    out = run(middle, tmp_path / "nf4", "nf4").out
+    assert check(out, middle).findings == ()
+
+
 def test_two_packings_in_one_checkpoint_are_named(dense: Path, tmp_path: Path) -> None:
     tensors = load_all(dense)
     name = f"{LAYER}.0.mlp.up_proj.weight"

@@ -9,7 +9,7 @@ from qwen35.codecs.nf4 import BLOCK
 from qwen35.codecs.nf4_tables import BOUNDS
 from qwen35.verify.nf4 import same_mean, wrong_codes
 
-SCALE = np.float32(3.0)
+SCALE = 3.0
 ON, NEAR, BEYOND = 0.0, 5e-6, 3e-5
 """How far a quotient lies from a bound: rounding explains the first two, but not the last."""
 

@@ -26,14 +26,16 @@ Array = npt.NDArray[Any]
 
 
 def stored(
-    reader: Reader, tensor: StoredTensor, *, check: bool = True, strip: int = STRIP
+    reader: Reader, tensor: StoredTensor, *, check: bool = True, strip: int | None = None
 ) -> Iterator[Array]:
-    """Yield the elements of a stored tensor in flat pieces of `strip`, valid until the next.
+    """Yield the elements of a stored tensor in flat pieces, each valid until the next.
+
+    A piece has `strip` elements, or `STRIP`; the last one maybe fewer.
 
     Raises:
         TensorError: it cannot be read, or (with `check`) holds a NaN or an infinity.
     """
-    spec = tensor.spec
+    spec, strip = tensor.spec, strip or STRIP
     checked = check and (spec.dtype in FLOAT_DTYPES or spec.dtype == "F8_E4M3")
     buffer = empty(spec.dtype, min(strip, spec.numel)) if spec.dtype in _CARRIED else None
     for start in range(0, spec.numel, strip):
@@ -58,11 +60,11 @@ def not_finite(name: str) -> TensorError:
 
 
 def decoded(
-    reader: Reader, weight: Weight, spec: TensorSpec, *, strip: int = STRIP
+    reader: Reader, weight: Weight, spec: TensorSpec, *, strip: int | None = None
 ) -> Iterator[Array]:
     """Yield the elements of a weight in flat pieces of the dtype of `spec`.
 
-    A piece has `strip` elements, the last one maybe fewer; it is valid until the next.
+    A piece has `strip` elements, or `STRIP`; the last one maybe fewer. It is valid until the next.
 
     Raises:
         TensorError: it cannot be read or decoded, or holds a NaN or an infinity.
@@ -71,7 +73,7 @@ def decoded(
         yield from stored(reader, weight.main, check=False, strip=strip)
         return
     pieces = _nf4 if weight.storage == "nf4" else _fp8
-    for piece in _even(pieces(reader, weight, spec), spec.numel, strip):
+    for piece in _even(pieces(reader, weight, spec), spec.numel, strip or STRIP):
         with np.errstate(over="ignore"):
             values = from_f32(piece, spec.dtype)
         if not (all_finite(piece, "F32") and all_finite(values, spec.dtype)):

@@ -173,7 +173,7 @@ def check_groups(steps: Sequence[Step]) -> None:
     """
     first: dict[object, Step] = {}
     for step in steps:
-        key = fused_group(step.role) if step.outputs else None
+        key = fused_group(step.role)
         if key is None:
             continue
         other = first.setdefault(key, step)

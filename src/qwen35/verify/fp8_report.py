@@ -72,8 +72,6 @@ class Report:
 
     def recommendations(self) -> Iterator[str]:
         """Yield what would improve a metric that is not good."""
-        if self.verdict == "GOOD":
-            return
         if any(errors.misplaced for errors in self.errors.values()):
             yield (
                 "Codes and scales do not belong together, or not to this source: convert again "
@@ -140,8 +138,8 @@ def _loaded_together(role: Role) -> tuple[str, ...]:
     return tuple(prefix + part for part in parts)
 
 
-def _badness(errors: Errors, metrics: tuple[Metric, ...]) -> tuple[int, float]:
-    return ("GOOD", "WARN", "FAIL").index(judge(errors, metrics)), errors.relative_rmse
+def _badness(errors: Errors, metrics: tuple[Metric, ...]) -> tuple[bool, float]:
+    return judge(errors, metrics) == "FAIL", errors.relative_rmse
 
 
 def check_fp8(

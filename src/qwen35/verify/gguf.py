@@ -214,7 +214,7 @@ def _entry_findings(
     if entry is None:
         yield Finding("files", name, f"not listed in {MANIFEST_NAME}")
         return
-    size = files.place.sizes().get(name, 0)
+    size = files.place.sizes()[name]
     if size != entry["size"]:
         yield Finding("files", name, f"{size} bytes, expected {entry['size']}")
     elif memo is not None and files.root is not None:
