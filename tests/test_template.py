@@ -73,6 +73,121 @@ def test_unusual_but_legal_templates_are_read(source: str) -> None:
     assert ("V" in source) == ("raise_exception" in after)
 
 
+E = "{{- raise_exception('This is a text-only model: it takes no images and no videos.') }}"
+IF, END = "{% if 'image' in c %}", "{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # the white space of the body stays
+        (f"{IF}\n  x \n{END}", f"{IF}\n  {E} \n{END}"),
+        (f"{IF}{END}", f"{IF}{E}{END}"),
+        # the outermost branch only, and each of several
+        (f"{IF}a{{% if 'video' in d %}}b{END}c{END}d", f"{IF}{E}{END}d"),
+        (f"{IF}a{END}-{IF}b{END}", f"{IF}{E}{END}-{IF}{E}{END}"),
+        (f"{{% if x %}}{IF}a{END}{END}", f"{{% if x %}}{IF}{E}{END}{END}"),
+        (
+            f"{IF}{{% for d in c %}}a{{% else %}}b{{% endfor %}}{{% else %}}t{END}",
+            f"{IF}{E}{{% else %}}t{END}",
+        ),
+        (
+            f"{{% for d in c %}}{IF}a{END}{{% else %}}{IF}b{END}{{% endfor %}}",
+            f"{{% for d in c %}}{IF}{E}{END}{{% else %}}{IF}{E}{END}{{% endfor %}}",
+        ),
+        (
+            f"{{% if x %}}a{{% elif 'image' in c %}}b{{% else %}}c{END}",
+            f"{{% if x %}}a{{% elif 'image' in c %}}{E}{{% else %}}c{END}",
+        ),
+        # tags without white space, with signs, after braces that are none, beside comments
+        ("{%if c=='image'%}a{%endif%}", f"{{%if c=='image'%}}{E}{{%endif%}}"),
+        ("{%-if c=='image'-%}a{%-endif-%}", f"{{%-if c=='image'-%}}{E}{{%-endif-%}}"),
+        ("{%+if c=='image'+%}a{%+endif+%}", f"{{%+if c=='image'+%}}{E}{{%+endif+%}}"),
+        (f"{{x {IF}a{END}", f"{{x {IF}{E}{END}"),
+        (f"{{##}}{IF}a{END}", f"{{##}}{IF}{E}{END}"),
+        (f"{{# it's [ #}}{IF}a{END}", f"{{# it's [ #}}{IF}{E}{END}"),
+        # strings and brackets that hold tags
+        (
+            f"{{{{ {{'a': {{'b': {{}}}}}}['{{% if x %}}'] }}}}{IF}a{END}",
+            f"{{{{ {{'a': {{'b': {{}}}}}}['{{% if x %}}'] }}}}{IF}{E}{END}",
+        ),
+        (
+            f"{{{{ XXX[{{'a': {{}}}}]['{{% if x %}}'] }}}}{IF}a{END}",
+            f"{{{{ XXX[{{'a': {{}}}}]['{{% if x %}}'] }}}}{IF}{E}{END}",
+        ),
+        (
+            f"{{{{ 'it\\'s {{% if x %}}' }}}}{IF}a{END}",
+            f"{{{{ 'it\\'s {{% if x %}}' }}}}{IF}{E}{END}",
+        ),
+        # a `set` for those bodies alone goes, where no white space depends on it
+        (
+            "{%- set k = 0 -%}{%- set n = 1 -%}{%- if c == 'image' -%}{{ n }}{%- endif -%}{{ k }}",
+            f"{{%- set k = 0 -%}}{{%- if c == 'image' -%}}{E}{{%- endif -%}}{{{{ k }}}}",
+        ),
+        (
+            "{%- set n = 1 -%}x{%- if c == 'image' -%}{{ n }}{%- endif -%}",
+            f"{{%- set n = 1 -%}}x{{%- if c == 'image' -%}}{E}{{%- endif -%}}",
+        ),
+        (
+            "{% set n = 1 %} {% if c == 'image' %}{{ n }}{% endif %}",
+            f"{{% set n = 1 %}} {{% if c == 'image' %}}{E}{{% endif %}}",
+        ),
+        (
+            "{%- with n = 1 -%}{%- if c == 'image' -%}{{ n }}{%- endif -%}{%- endwith -%}",
+            f"{{%- with n = 1 -%}}{{%- if c == 'image' -%}}{E}{{%- endif -%}}{{%- endwith -%}}",
+        ),
+        (
+            "{%- set s = namespace(n=0) -%}{%- if c == 'image' -%}{%- set s.n = 1 -%}"
+            "{%- endif -%}{%- set s.n = 2 -%}",
+            "{%- set s = namespace(n=0) -%}{%- if c == 'image' -%}" + E + "{%- endif -%}"
+            "{%- set s.n = 2 -%}",
+        ),
+    ],
+)
+def test_bodies_of_vision_become_an_error_and_nothing_else_changes(before: str, after: str) -> None:
+    assert text_only_template(before, "t") == after
+
+
+@pytest.mark.parametrize(
+    ("condition", "vision"),
+    [
+        ("'image' in c", True),
+        ("'image_url' in c", True),
+        ("c.type == 'video'", True),
+        ("'video_url' == c.type", True),
+        ("c.type in ['image', 'video']", True),
+        ("c.type in ('image',)", True),
+        ("x and 'image' in c", True),
+        ("'image' in c and x", True),
+        ("'image' in c or 'video' in c", True),
+        ("'image' in c or x", False),
+        ("x or 'image' in c", False),
+        ("x and y", False),
+        ("c.type in ['image', 'text']", False),
+        ("c.type in ['image', x]", False),
+        ("c.type in []", False),
+        ("c.type in 'image'", False),
+        ("c.type != 'image'", False),
+        ("'image' not in c", False),
+        ("'text' in c", False),
+        ("not 'image' in c", False),
+        ("1 < c < 'image'", False),
+        ("'image'", False),
+    ],
+)
+def test_what_is_true_for_images_and_videos_alone(condition: str, vision: bool) -> None:
+    source = "{% if " + condition + " %}a{% endif %}"
+    assert (text_only_template(source, "t") != source) is vision
+
+
+def test_a_template_longer_than_any_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen35.plan.template._MAX_LENGTH", 5)
+    assert text_only_template("x" * 5, "t") == "x" * 5
+    with pytest.raises(InputError) as caught:
+        text_only_template("x" * 6, "t")
+    assert str(caught.value) == "t: 6 letters, expected at most 5"
+
+
 def test_a_template_nested_too_deeply_is_refused() -> None:
     with pytest.raises(InputError, match="nested too deeply|not a valid Jinja"):
         compiles("{{ " + "(" * 5000 + "x" + ")" * 5000 + " }}", "t")
@@ -91,6 +206,67 @@ def test_a_template_whose_test_for_images_is_not_recognized_is_noted(
     notes = plan_of(source, "text").notes
     assert any("was not recognized" in note for note in notes)
     assert not plan_of(source, "nf4").notes
+
+
+SETTINGS = "tokenizer_config.json"
+
+
+def with_settings(source: Path, folder: Path, content: bytes) -> Path:
+    """Write a checkpoint with this tokenizer_config.json."""
+    made = write_checkpoint(folder, read_config(source), load_all(source))
+    (made / SETTINGS).write_bytes(content)
+    return made
+
+
+@pytest.mark.parametrize("word", ["<|image_pad|>", "<|video_pad|>"])
+@pytest.mark.parametrize("place", ["chat_template", "extra_special_tokens"])
+def test_of_settings_the_template_is_looked_at_and_no_list_of_tokens(
+    place: str, word: str, dense: Path, tmp_path: Path
+) -> None:
+    content = json.dumps({"processor_class": "P", place: word}).encode()
+    notes = plan_of(with_settings(dense, tmp_path / "in", content), "text").notes
+    unrecognized = (
+        f"{SETTINGS}: its test for images or videos was not recognized, so it still writes their "
+        "tokens"
+    )
+    assert notes == ((unrecognized,) if place == "chat_template" else ())
+
+
+def test_settings_that_need_no_change_keep_their_bytes(dense: Path, tmp_path: Path) -> None:
+    content = b'{"b":1,   "a":"\\u00e9"}'
+    source = with_settings(dense, tmp_path / "in", content)
+    run(source, tmp_path / "out", "text")
+    assert (tmp_path / "out" / SETTINGS).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (SETTINGS, b"[]", "not a JSON object"),
+        (SETTINGS, b"{", "not valid JSON"),
+        ("chat_template.jinja", b"\xff", "not UTF-8 text"),
+    ],
+)
+def test_settings_that_are_none_are_named(
+    name: str, content: bytes, sentence: str, dense: Path, tmp_path: Path
+) -> None:
+    source = with_settings(dense, tmp_path / "in", b"{}")
+    (source / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        plan_of(source, "text")
+    assert str(caught.value).startswith(f"{name}: {sentence}")
+
+
+def test_settings_larger_than_any_are_refused(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen35.plan.documents._MAX_BYTES", 9)
+    source = with_settings(dense, tmp_path / "in", b'{"a": 12}')
+    assert plan_of(source, "text").steps
+    (source / SETTINGS).write_bytes(b'{"a": 123}')
+    with pytest.raises(InputError) as caught:
+        plan_of(source, "text")
+    assert str(caught.value) == f"{SETTINGS}: 10 bytes, expected at most 9"
 
 
 def test_a_template_without_vision_is_left_alone() -> None:

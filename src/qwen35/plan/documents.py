@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -81,8 +80,7 @@ def _settings(content: bytes, name: str) -> bytes:
     before = strict_json(content, name)
     if not isinstance(before, dict):
         raise InputError(name, "not a JSON object")
-    settings = copy.deepcopy(before)
-    settings.pop("processor_class", None)
+    settings = {key: value for key, value in before.items() if key != "processor_class"}
     if "chat_template" in settings:
         settings["chat_template"] = _stored_template(settings["chat_template"], name)
     return content if settings == before else json_bytes(settings)

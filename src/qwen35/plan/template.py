@@ -174,20 +174,17 @@ class _Edit:
 
 def _branch_edits(source: str, name: str) -> Iterator[_Edit]:
     """Yield a replacement for the body of each outermost vision branch."""
-    open_blocks: list[tuple[str, _Tag | None]] = []
+    branches: list[_Tag | None] = []  # those that are open; of vision, by their tag
     for tag in _tags(source):
-        top = open_blocks[-1][0] if open_blocks else ""
-        closes = tag.word in ("endif", "endfor") or (tag.word in ("elif", "else") and top == "if")
-        if closes:
-            _, begun = open_blocks.pop()
+        if tag.word in ("elif", "else", "endif", "endfor"):
+            begun = branches.pop()
             if begun is not None:
                 yield _Edit(begun.end, tag.start, _error_body(source[begun.end : tag.start]))
         if tag.word in ("if", "elif"):
-            inside = any(begun is not None for _, begun in open_blocks)
-            vision = not inside and _is_vision_test(_condition(tag.rest, name))
-            open_blocks.append(("if", tag if vision else None))
-        elif tag.word == "for" or (tag.word == "else" and closes):
-            open_blocks.append(("for" if tag.word == "for" else "if", None))
+            vision = not any(branches) and _is_vision_test(_condition(tag.rest, name))
+            branches.append(tag if vision else None)
+        elif tag.word in ("for", "else"):
+            branches.append(None)
 
 
 def _error_body(body: str) -> str:
