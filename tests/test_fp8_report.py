@@ -8,6 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,14 @@ from qwen35.codecs.fp8_arrays import encode_rows
 from qwen35.codecs.fp8_errors import Errors
 from qwen35.codecs.nf4_arrays import encode_blocks
 from qwen35.convert import convert
-from qwen35.errors import Finding
+from qwen35.errors import Finding, UsageError
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.verify.bands import BANDS
 from qwen35.verify.fp8_report import Report, check_fp8
 from qwen35.verify.fp8_show import report_text
 from running import load_all, run
+from watching import Watching
 
 pytestmark = pytest.mark.sentences
 
@@ -320,6 +322,46 @@ def test_a_dropped_tensor_is_found(
 # --- samples
 
 
+def test_a_description_is_refused(sources: dict[float, Path]) -> None:
+    with pytest.raises(UsageError) as caught:
+        check_fp8(describe("Qwen3.5-0.8B"), fetch(str(sources[0.02])), Calibration())
+    assert str(caught.value) == (
+        "Qwen3.5-0.8B: only a description, nothing to verify; give a folder or a Hub id"
+    )
+
+
+def test_weights_are_compared_by_as_many_threads_as_asked_for(
+    sources: dict[float, Path],
+    outputs: dict[tuple[float, str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def pool(threads: int) -> ThreadPoolExecutor:
+        asked.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    monkeypatch.setattr("qwen35.verify.numbers.ThreadPoolExecutor", pool)
+    progress = Watching()
+    artifact = describe(str(outputs[0.02, "max"]), lenient=True)
+    source = fetch(str(sources[0.02]))
+    assert (
+        check_fp8(artifact, source, Calibration(), threads=3, progress=progress).verdict == "GOOD"
+    )
+    assert asked == [3]
+    assert progress.done == progress.total == sum(weight.nbytes for weight in artifact.weights)
+
+
+def test_a_weight_astray_is_told_by_its_band_and_the_rest_by_findings(
+    sources: dict[float, Path], outputs: dict[tuple[float, str], Path], tmp_path: Path
+) -> None:
+    broken = edited(outputs[0.02, "max"], tmp_path / "broken", shuffle)
+    flip(broken, "mtp.fc.weight")
+    report = report_on(broken, sources[0.02])
+    assert [(f.check, f.subject) for f in report.findings] == [("bytes", "mtp.fc.weight")]
+    assert report.judged["FAIL"] == 1
+
+
 def test_samples_are_drawn_in_each_file_by_a_seed(
     sources: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -587,6 +629,9 @@ def test_metrics_of_zeros_and_of_what_became_of_them() -> None:
     assert rows["mean abs err"].band([half]) == "GOOD"
     assert rows["mean abs err"].band([replace(half, absolute=0.3)]) == "WARN"
     assert rows["mean abs err"].band([replace(half, absolute=0.6)]) == "FAIL"
+    pair = [errors(0.01), errors(0.08)]
+    assert rows["worst RMSE"].band(pair) == "FAIL"
+    assert rows["relative RMSE"].band(pair) == "WARN"
     astray = {1: "WARN", 2: "FAIL"}
     for misplaced, clipped, worst in ((0, 0, 0), (0, 7, 1), (3, 0, 2), (1, 1, 2)):
         found = errors(0.01, clipped=clipped, misplaced=misplaced)

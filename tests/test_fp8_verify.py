@@ -344,8 +344,8 @@ def test_half_a_fused_group_is_named_though_listed_correctly(
     )
     findings = check(broken).findings
     assert [f.check for f in findings] == ["fused-group"]
-    assert name in findings[0].subject + findings[0].message
-    assert group in findings[0].message
+    assert findings[0].subject != name  # it is plain: what is packed is wrong
+    assert findings[0].message == f"packed, but not {name}: engines load both as {group}"
 
 
 def test_experts_packed_by_half_are_named(
@@ -394,6 +394,26 @@ LISTS: dict[str, tuple[Callable[[list[str]], object], str]] = {
     ),
     "empty list": (lambda names: names.clear(), "lm_head"),
 }
+
+
+def test_experts_and_routers_are_listed_by_layer(
+    packed_moe: Path, moe: Path, tmp_path: Path
+) -> None:
+    """All experts of a layer are one module, of one name or of many."""
+    layer = f"{LAYER}.2.mlp"
+    original = load_all(moe)
+
+    def fuse(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.startswith(f"{layer}.experts.")]:
+            del tensors[name]
+        tensors |= {n: t for n, t in original.items() if n.startswith(f"{layer}.experts.")}
+
+    listed = edited(packed_moe, tmp_path / "listed", fuse, listing(f"{layer}.experts"))
+    assert check(listed).findings == ()
+    unlisted = edited(
+        packed_moe, tmp_path / "unlisted", config=lambda c: entries(c).remove(f"{layer}.gate")
+    )
+    assert found(check(unlisted)) == {("skip-list", f"{layer}.gate")}
 
 
 @pytest.mark.parametrize("fault", LISTS)

@@ -215,6 +215,97 @@ def test_too_few_token_types_and_no_template(out: Path) -> None:
     assert "no chat template" in messages
 
 
+BEYOND = "beyond the 512 tokens"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("eos_token_id", 512, [f"eos_token_id is 512, {BEYOND}"]),
+        ("eos_token_id", 511, []),
+        ("padding_token_id", 600, [f"padding_token_id is 600, {BEYOND}"]),
+        ("padding_token_id", 0, []),
+        ("bos_token_id", 512, [f"bos_token_id is 512, {BEYOND}"]),
+        ("bos_token_id", None, []),
+    ],
+)
+def test_special_tokens_are_in_the_vocabulary(
+    key: str, value: int | None, said: list[str], out: Path
+) -> None:
+    def change(writer: GGUFWriter) -> None:
+        name = f"tokenizer.ggml.{key}"
+        writer.kv_data[0].pop(name, None)
+        if value is not None:
+            writer.add_uint32(name, value)
+
+    rewrite(quantized(out), change)
+    name = quantized(out).name
+    found = [(f.check, f.subject, f.message) for f in check(out).findings]
+    assert found == [("metadata", name, message) for message in said]
+
+
+def test_a_token_that_occurs_twice(out: Path) -> None:
+    def change(writer: GGUFWriter) -> None:
+        tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        tokens[7] = tokens[8]
+
+    rewrite(quantized(out), change)
+    assert [(f.check, f.subject, f.message) for f in check(out).findings] == [
+        ("metadata", quantized(out).name, "a token occurs twice")
+    ]
+
+
+def test_keys_that_make_no_sense(out: Path) -> None:
+    def change(writer: GGUFWriter) -> None:
+        writer.kv_data[0]["qwen35.block_count"].value = 9
+
+    rewrite(quantized(out), change)
+    (finding,) = check(out).findings
+    assert (finding.check, finding.subject) == ("metadata", quantized(out).name)
+    assert finding.message.startswith("keys that make no sense (ValueError: ")
+
+
+def test_every_missing_tensor_and_what_must_be_f32(out: Path) -> None:
+    names = ("blk.0.ffn_up.weight", "blk.1.ffn_down.weight")
+    path = out / "Tiny-dense-1B-F16.gguf"
+
+    def change(writer: GGUFWriter) -> None:
+        for name in names:
+            del writer.tensors[0][name]
+        norm = writer.tensors[0].pop("blk.2.attn_norm.weight").tensor
+        writer.add_tensor("blk.2.attn_norm.weight", norm.astype(np.float16))
+
+    rewrite(path, change)
+    assert {(f.check, f.subject, f.message) for f in check(out).findings} == {
+        *(
+            ("tensors", f"{path.name}: {name}", "missing, but the keys promise it")
+            for name in names
+        ),
+        (
+            "tensors",
+            f"{path.name}: blk.2.attn_norm.weight",
+            "f16, but llama.cpp computes with it in f32",
+        ),
+    }
+
+
+def test_a_manifest_that_is_none(out: Path) -> None:
+    (out / "qwen35.json").write_text("{}")
+    assert [(f.check, f.subject, f.message) for f in check(out).findings] == [
+        ("manifest", "qwen35.json", "not a manifest of this version of qwen35")
+    ]
+
+
+def test_a_verdict_counts_what_was_looked_at(good: Path) -> None:
+    for depth in ("structure", "numbers"):
+        verdict = check(good, depth=depth)
+        assert (verdict.name, verdict.kind, verdict.depth) == (str(good), "gguf", depth)
+        entries = [e for f in good.glob("*.gguf") for e in read_container(f).tensors.values()]
+        packed = [entry for entry in entries if entry.kind.name not in ("f32", "f16", "bf16")]
+        assert verdict.counts == {"weights": len(entries), "packed": len(packed), "files": 3}
+        assert verdict.notes == ()
+
+
 def test_another_architecture(out: Path) -> None:
     def change(writer: GGUFWriter) -> None:
         writer.kv_data[0]["general.architecture"].value = "llama"

@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,12 @@ from checkpoints import Tensors, make_checkpoint, write_checkpoint
 from loading import quantize_with_transformers
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.cli.main import main
+from qwen35.errors import Finding
 from qwen35.verify.artifact import Verdict, verify
+from qwen35.verify.asking import Question
+from qwen35.verify.behaviour import Answer
+from qwen35.verify.compared import RoleError
+from qwen35.verify.show import verdict_text
 from qwen35.verify.structure import is_skipped
 from running import load_all, read_config, run
 
@@ -748,7 +754,7 @@ def test_good_artifacts_pass_piece_by_piece(recipe: str, dense: Path, tmp_path: 
 
 
 @pytest.mark.usefixtures("pieces")
-def test_faults_of_every_piece_are_counted(packed: Path, dense: Path, broken: Path) -> None:
+def test_faults_of_every_piece_are_counted(dense: Path, broken: Path) -> None:
     def flip_some(tensors: Tensors) -> None:
         codes = tensors[QKV].view(-1)
         for piece in (0, 1, 3):
@@ -758,7 +764,6 @@ def test_faults_of_every_piece_are_counted(packed: Path, dense: Path, broken: Pa
         embedding = tensors["model.language_model.embed_tokens.weight"].view(-1)
         embedding[[1, PIECE + 1, 4 * PIECE + 1]] += 1
 
-    whole = {row.role: (row.squared, row.norm) for row in check(packed, dense).errors}
     rewrite(broken, flip_some)
     verdict = check(broken, dense)
     messages = {f.subject: f.message for f in verdict.findings}
@@ -769,7 +774,20 @@ def test_faults_of_every_piece_are_counted(packed: Path, dense: Path, broken: Pa
     rows = {row.role: (row.squared, row.norm) for row in verdict.errors}
     squared, norm = rows["embed_tokens"]
     assert squared == pytest.approx(3, rel=0.1)
-    assert norm == pytest.approx(whole["embed_tokens"][1] or norm)
+    original = load_all(dense)["model.language_model.embed_tokens.weight"].double()
+    assert norm == pytest.approx(float(original.square().sum()))
+
+
+@pytest.mark.usefixtures("pieces")
+def test_errors_of_every_piece_are_summed(packed: Path, dense: Path) -> None:
+    small = {row.role: (row.squared, row.norm) for row in check(packed, dense).errors}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwen35.strips.STRIP", 2**19)
+        large = {row.role: (row.squared, row.norm) for row in check(packed, dense).errors}
+    assert small.keys() == large.keys()
+    for role, pair in small.items():
+        assert pair == pytest.approx(large[role], rel=1e-9)
+    assert large["linear_attn.in_proj_qkv"][0] > 0
 
 
 @pytest.mark.usefixtures("pieces")
@@ -787,12 +805,133 @@ def test_restored_values_of_every_piece_are_counted(
     assert found == {QKV: "4 of 131072 values differ"}
 
 
-def test_nf4_of_an_fp8_source_is_compared_with_what_that_decodes_to(
-    dense: Path, tmp_path: Path
+@pytest.mark.parametrize(("first", "second"), [("fp8", "nf4"), ("nf4", "fp8")])
+def test_what_was_packed_already_is_compared_with_what_that_decodes_to(
+    first: str, second: str, dense: Path, tmp_path: Path
 ) -> None:
-    middle = run(dense, tmp_path / "fp8", "fp8").out
-    out = run(middle, tmp_path / "nf4", "nf4").out
+    middle = run(dense, tmp_path / first, first).out
+    out = run(middle, tmp_path / second, second).out
     assert check(out, middle).findings == ()
+
+
+def test_files_that_the_manifest_does_not_list_are_named_and_the_others_hashed(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 1_500_000)
+    out = run(dense, tmp_path / "out", "text").out
+    first, *_, last = sorted(path.name for path in out.glob("*.safetensors"))
+    manifest = json.loads((out / "qwen35.json").read_text())
+    del manifest["files"][first]
+    manifest["files"][last]["sha256"] = "0" * 64
+    (out / "qwen35.json").write_text(json.dumps(manifest))
+    verdict = verify(fetch(str(out), lenient=True), depth="numbers", threads=1)
+    found = {f.subject: f.message for f in verdict.findings if f.check == "hash"}
+    assert found.keys() == {first, last}
+    assert found[first] == "not listed in qwen35.json"
+    assert found[last].endswith("..., written as 000000000000...")
+
+
+def test_a_weight_quantized_once_among_others_is_named(broken: Path) -> None:
+    def lose(tensors: Tensors) -> None:
+        for part in ("nested_absmax", "nested_quant_map"):
+            del tensors[f"{UP}.{part}"]
+        tensors[f"{UP}.absmax"] = tensors[f"{UP}.absmax"].float()
+
+    rewrite(broken, lose)
+    found = {(f.check, f.subject): f.message for f in check(broken).findings}
+    assert found == {
+        ("quantization-config", UP): "quantized once, but bnb_4bit_use_double_quant is True"
+    }
+
+
+def test_what_transformers_does_not_load_is_found(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of another kind of answer, in a stand-in for transformers."""
+    asker = SimpleNamespace(
+        missing=["a.weight"],
+        vision=False,
+        settled=7,
+        model=SimpleNamespace(device=SimpleNamespace(type="cpu")),
+    )
+    asked: list[bool] = []
+
+    def ask(_: object, *, image: bool) -> list[Answer]:
+        asked.append(image)
+        return []
+
+    monkeypatch.setattr("qwen35.verify.artifact.Asker", lambda _: asker)
+    monkeypatch.setattr("qwen35.verify.artifact.ask", ask)
+    verdict = verify(fetch(str(dense)), depth="behaviour", threads=1)
+    assert [(f.check, f.subject, f.message) for f in verdict.findings] == [
+        ("load", "a.weight", "missing or unexpected when transformers loads it")
+    ]
+    assert verdict.notes == (
+        "asked in transformers, on the cpu",
+        "7 layers kept off bitsandbytes' AVX512-BF16 path, which fails on them",
+    )
+    assert asked == [False]
+
+
+ASKED = Question("What is 2 + 2? " * 5, "4", thinking=True)
+
+
+def test_a_verdict_is_shown_whole() -> None:
+    verdict = Verdict(
+        "some/model",
+        "nf4",
+        "behaviour",
+        {"weights": 9, "packed": 5, "files": 2},
+        (
+            RoleError("norm", "plain", 3, 0.0, 1.0, 0.0),
+            RoleError("lm_head", "plain", 2, 0.0, 1.0, 0.0),
+            RoleError("mlp.up_proj", "nf4", 4, 0.04, 4.0, 0.25),
+        ),
+        (Finding("codes", "a.weight", "3 wrong"), Finding("files", "b", "missing")),
+        (
+            Answer(replace(ASKED, thinking=False), "4", "x.gguf"),
+            Answer(ASKED, "so\n</think>\n\n4", "x.gguf"),
+            Answer(ASKED, "no", "y.gguf"),
+        ),
+        ("a note",),
+    )
+    question = "What is 2 + 2? What is 2 + 2? What is 2 + 2? What is 2 + 2? "
+    assert (
+        verdict_text(verdict)
+        == f"""\
+some/model: nf4, 9 weights (5 packed) in 2 files, checked: behaviour
+5 weights are exactly those of the source
+
+  role                                 stored  count   rel. error        worst
+  mlp.up_proj                             nf4      4     0.100000     0.250000
+
+  asked                                                        thinking  answer
+x.gguf
+  {question}      off  right
+  {question}       on  right
+y.gguf
+  {question}       on  WRONG
+
+error: a.weight: 3 wrong [codes]
+error: b: missing [files]
+note: a note
+
+FAILED: 2 findings"""
+    )
+    one = replace(verdict, findings=verdict.findings[:1], answers=(), errors=())
+    assert verdict_text(one).splitlines()[1:] == [
+        "",
+        "error: a.weight: 3 wrong [codes]",
+        "note: a note",
+        "",
+        "FAILED: 1 finding",
+    ]
+    none = replace(one, findings=(), notes=(), errors=verdict.errors[:1])
+    assert verdict_text(none).splitlines()[1:] == [
+        "3 weights are exactly those of the source",
+        "",
+        "passed: nothing found",
+    ]
 
 
 def test_two_packings_in_one_checkpoint_are_named(dense: Path, tmp_path: Path) -> None:

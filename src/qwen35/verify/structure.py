@@ -118,8 +118,9 @@ def _companion_findings(packed: Iterable[Item], double: bool) -> Iterator[Findin
         expected |= nf4.parts_layout(item.spec, nested=nested)
         for suffix, (dtype, shape) in expected.items():
             part = item.weight.part(suffix)
-            if part is None or (part.spec.dtype, part.spec.shape) != (dtype, shape):
-                found = f"{part.spec.dtype} {list(part.spec.shape)}" if part else "missing"
+            assert part is not None  # grouped by them
+            if (part.spec.dtype, part.spec.shape) != (dtype, shape):
+                found = f"{part.spec.dtype} {list(part.spec.shape)}"
                 message = f"{found}, expected {dtype} {list(shape)}"
                 yield Finding("companions", f"{name}{suffix}", message)
 
