@@ -25,8 +25,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # miscompiled by common compilers), and without the multimodal library
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
-.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm golden golden-kld \
-	golden-sentences lint fuzz bench clean
+.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm golden golden-kld golden-sentences lint fuzz bench clean
 
 help:
 	@sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
