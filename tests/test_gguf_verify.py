@@ -273,6 +273,7 @@ def test_every_missing_tensor_and_what_must_be_f32(out: Path) -> None:
         for name in names:
             del writer.tensors[0][name]
         norm = writer.tensors[0].pop("blk.2.attn_norm.weight").tensor
+        assert norm is not None
         writer.add_tensor("blk.2.attn_norm.weight", norm.astype(np.float16))
 
     rewrite(path, change)

@@ -35,13 +35,14 @@ from qwen35.model.roles import Layout, expected_tensors, role_of
 from qwen35.model.sizes import PUBLISHED
 from qwen35.plan import plan as plan_module
 from qwen35.plan.manifest import manifest_bytes, manifest_size
-from qwen35.plan.memory import peak_memory
+from qwen35.plan.memory import peak_memory, threads_within
 from qwen35.plan.plan import MAX_SHARD_BYTES, Plan, make_plan
 from qwen35.plan.recipe import BUILT_IN, Recipe, Rule, load_recipe
 from qwen35.plan.show import packed_text, plan_json, plan_text, roles_json, roles_text
 from qwen35.plan.step import Op, Step
 from qwen35.shown import size
 from qwen35.tensors import TensorSpec
+from qwen35.threads import default_threads
 
 pytestmark = pytest.mark.sentences
 
@@ -834,6 +835,28 @@ def test_memory_is_that_of_pieces_and_of_the_largest_statistics(
     found = peak_memory(plan, threads)
     assert found == 175_000_000 + threads * (pieces * 20_000_000 + numel // 64 * 32) + 8 * heads
     assert isinstance(found, int)
+
+
+@pytest.mark.parametrize(
+    ("threads", "memory", "found"),
+    [(8, None, 8), (8, 10**9, 8), (8, 300, 4), (8, 299, 3), (4, 300, 4), (8, 150, 1), (1, 150, 1)],
+)
+def test_threads_are_as_many_as_memory_allows(threads: int, memory: int | None, found: int) -> None:
+    asked: list[int] = []
+
+    def needed(count: int) -> int:
+        asked.append(count)
+        return 100 + 50 * count
+
+    assert threads_within(needed, threads, memory) == found
+    assert all(count >= 1 for count in asked)
+    assert threads_within(lambda _: 0) == default_threads()
+
+
+def test_memory_too_small_for_one_thread_is_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        threads_within(lambda threads: 1_000 + 500 * threads, 8, 1_499)
+    assert str(caught.value) == "--memory 1.50 kB: too little, expected at least 1.50 kB"
 
 
 def test_roles_are_shown_with_their_meaning() -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +22,23 @@ from safetensors.torch import save_file
 from checkpoints import Tensors, make_checkpoint, write_checkpoint
 from loading import quantize_with_transformers
 from qwen35.checkpoint.open import describe, fetch
+from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
-from qwen35.errors import Finding
-from qwen35.verify.artifact import Verdict, verify
+from qwen35.codecs.fp8_errors import Errors
+from qwen35.convert import convert
+from qwen35.errors import Finding, UsageError
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.verify.artifact import Verdict, _too_far, verify
 from qwen35.verify.asking import Question
-from qwen35.verify.behaviour import Answer
+from qwen35.verify.bands import WORST_ERROR
+from qwen35.verify.behaviour import NOT_ASKED, Answer
 from qwen35.verify.compared import RoleError
+from qwen35.verify.numbers import Numbers
 from qwen35.verify.show import verdict_text
 from qwen35.verify.structure import is_skipped
 from running import load_all, read_config, run
+from watching import Watching
 
 pytestmark = pytest.mark.sentences
 
@@ -871,6 +880,190 @@ def test_what_transformers_does_not_load_is_found(
         "7 layers kept off bitsandbytes' AVX512-BF16 path, which fails on them",
     )
     assert asked == [False]
+
+
+def test_what_saturates_too_much_is_too_far() -> None:
+    """An error that rounding could explain, or that a code astray explains, is no more to say."""
+    sound = Errors(count=4, squared=4 * WORST_ERROR**2, norm=4.0, clipped=2)
+    beyond = replace(sound, squared=4 * 0.07**2, clipped=3)
+    fp8 = {"a": sound, "b": beyond, "c": replace(beyond, misplaced=1)}
+    assert list(_too_far(Numbers([], fp8, 0, []))) == [
+        Finding("error", "b", "relative error 0.0700, expected at most 0.0625 (3 weights saturate)")
+    ]
+
+
+class Spoken:
+    """What stands in for a model in an engine: it answers everything with one word."""
+
+    missing: tuple[str, ...] = ()
+    vision = False
+    settled = 0
+    model = SimpleNamespace(device=SimpleNamespace(type="cpu"))
+
+    def __init__(self, folder: Path, **more: object) -> None:
+        self.folder, self.more = folder, more
+
+    def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
+        return "no"
+
+
+def test_a_model_is_asked_when_nothing_was_found(
+    packed: Path, dense: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("qwen35.verify.artifact.Asker", Spoken)
+    verdict = verify(fetch(str(packed)), source=fetch(str(dense)), depth="behaviour", threads=1)
+    assert (verdict.name, verdict.kind, verdict.depth) == (str(packed), "nf4", "behaviour")
+    assert verdict.counts == {"weights": 103, "packed": 31, "files": 1}
+    assert {row.storage for row in verdict.errors} == {"plain", "nf4"}
+    assert len(verdict.answers) == len(verdict.findings) == 10
+    assert {finding.check for finding in verdict.findings} == {"behaviour"}
+    assert verdict.notes == ("asked in transformers, on the cpu",)
+    broken = Path(shutil.copytree(packed, tmp_path / "broken"))
+    (broken / "config.json").write_text((broken / "config.json").read_text() + " ")
+    found = verify(fetch(str(broken), lenient=True), depth="behaviour", threads=1)
+    assert found.answers == ()
+    assert [finding.check for finding in found.findings] != ["behaviour"]
+    assert found.notes == (NOT_ASKED,)
+
+
+def test_vllm_is_asked_when_asked_for(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Spoken] = []
+
+    def asker(folder: Path, **more: object) -> Spoken:
+        made.append(Spoken(folder, **more))
+        return made[-1]
+
+    monkeypatch.setattr("qwen35.verify.artifact.check_vllm", lambda: None)
+    monkeypatch.setattr("qwen35.verify.artifact.VllmAsker", asker)
+    opened = fetch(str(dense))
+    verdict = verify(opened, depth="behaviour", engine="vllm", threads=1)
+    assert verdict.notes == ("asked in vLLM",)
+    assert (made[0].folder, made[0].more) == (dense, {"vision": True})
+    assert any(answer.question.image for answer in verdict.answers)
+
+    def refuse() -> None:
+        raise UsageError("--engine vllm", "not here")
+
+    monkeypatch.setattr("qwen35.verify.artifact.check_vllm", refuse)
+    assert verify(opened).passed
+    with pytest.raises(UsageError, match="not here"):
+        verify(opened, engine="vllm")
+
+
+def test_all_of_a_check_is_told(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads, progress and the memo reach the numbers; what is told comes back."""
+    asked: list[int] = []
+
+    def pool(threads: int) -> ThreadPoolExecutor:
+        asked.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    monkeypatch.setattr("qwen35.verify.numbers.ThreadPoolExecutor", pool)
+    progress = Watching()
+    opened = fetch(str(packed))
+    assert verify(opened, depth="numbers", threads=3, progress=progress).passed
+    assert asked == [3]
+    assert progress.title == f"checking {packed}"
+    assert progress.done == progress.total == sum(weight.nbytes for weight in opened.weights)
+
+
+def test_a_verdict_is_plain_in_json() -> None:
+    question = Question("2 + 2?", "4")
+    verdict = Verdict(
+        "some/model",
+        "nf4",
+        "behaviour",
+        {"weights": 9},
+        (RoleError("mlp.up_proj", "nf4", 4, 0.04, 4.0, 0.25),),
+        (Finding("files", "b", "missing"),),
+        (Answer(question, "4"),),
+        ("a note",),
+    )
+    assert verdict.to_json() == {
+        "artifact": "some/model",
+        "kind": "nf4",
+        "depth": "behaviour",
+        "passed": False,
+        "counts": {"weights": 9},
+        "relative_error": [
+            {
+                "role": "mlp.up_proj",
+                "storage": "nf4",
+                "weights": 4,
+                "relative": pytest.approx(0.1),
+                "worst": 0.25,
+            }
+        ],
+        "answers": [Answer(question, "4").to_json()],
+        "findings": [{"check": "files", "subject": "b", "message": "missing"}],
+        "notes": ["a note"],
+    }
+
+
+def test_weights_that_one_side_alone_has_are_named(
+    packed: Path, dense: Path, tmp_path: Path
+) -> None:
+    """But for the tower and the MTP layer, which may be left out as a whole."""
+    one, two = (make_checkpoint(tmp_path / str(n), layers=n) for n in (1, 2))
+    layer = f"{LAYER}.1."
+    for artifact, source, message in (
+        (one, two, "in the source, but not here"),
+        (two, one, "the source has no such weight"),
+    ):
+        found = [f for f in check(artifact, source).findings if f.check == "source"]
+        assert {f.message for f in found} == {message}
+        assert all(f.subject.startswith(layer) for f in found)
+        assert len(found) == sum(name.startswith(layer) for name in load_all(two))
+    text = run(dense, tmp_path / "text", "text").out
+    assert check(text, dense).findings == ()
+    without = make_checkpoint(tmp_path / "without", mtp=0)
+    assert not any(f.check == "source" for f in check(without, dense).findings)
+
+
+def test_the_skip_list_of_a_text_model_names_modules_as_transformers_does(
+    dense: Path, tmp_path: Path
+) -> None:
+    """It has no ``language_model``, whatever prefix the tensors have; and it has no MTP layer."""
+    plan = make_plan(open_folder(dense), load_recipe("text-nf4"), keep_prefix=True)
+    out = convert(plan, tmp_path / "out", threads=1).out
+    (out / "qwen35.json").unlink()
+    assert check(out).findings == ()
+    config = read_config(out)
+    skip = config["quantization_config"]["llm_int8_skip_modules"]
+    skip[:] = [entry for entry in skip if "mtp" not in entry]
+    (out / "config.json").write_text(json.dumps(config))
+    assert check(out).findings == ()
+    skip.append("model.layers.0.mlp.up_proj")
+    (out / "config.json").write_text(json.dumps(config))
+    assert [(f.check, f.subject) for f in check(out).findings] == [
+        ("skip-list", "model.layers.0.mlp.up_proj")
+    ]
+
+
+def test_every_tensor_of_a_file_is_in_its_plan(broken: Path) -> None:
+    manifest = json.loads((broken / "qwen35.json").read_text())
+    table = manifest["tensors"]["model.safetensors"]
+    table["model.more.weight"] = "BF16 [1]"
+    del table[UP]
+    (broken / "qwen35.json").write_text(json.dumps(manifest))
+    assert [(f.check, f.subject, f.message) for f in check(broken).findings] == [
+        (
+            "plan",
+            "model.more.weight",
+            "planned for model.safetensors as BF16 [1], but not there",
+        ),
+        ("plan", UP, "not in the plan"),
+    ]
+
+
+def test_packed_data_of_another_form_is_named(broken: Path) -> None:
+    def flatten(tensors: Tensors) -> None:
+        tensors[QKV] = tensors[QKV].reshape(-1)
+
+    rewrite(broken, flatten)
+    assert [(f.check, f.subject, f.message) for f in check(broken).findings] == [
+        ("companions", QKV, "U8 [65536], expected U8 [65536, 1]")
+    ]
 
 
 ASKED = Question("What is 2 + 2? " * 5, "4", thinking=True)
