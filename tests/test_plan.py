@@ -40,7 +40,7 @@ from qwen35.plan.plan import MAX_SHARD_BYTES, Plan, make_plan
 from qwen35.plan.recipe import BUILT_IN, Recipe, Rule, load_recipe
 from qwen35.plan.show import packed_text, plan_json, plan_text, roles_json, roles_text
 from qwen35.plan.step import Op, Step
-from qwen35.shown import size
+from qwen35.shown import bytes_of, least, size
 from qwen35.tensors import TensorSpec
 from qwen35.threads import default_threads
 
@@ -787,6 +787,12 @@ def test_sizes_are_decimal(nbytes: int, text: str) -> None:
     assert size(nbytes) == text
 
 
+@given(st.integers(0, 10**13))
+def test_the_least_size_is_enough_when_it_is_typed(nbytes: int) -> None:
+    typed = bytes_of(least(nbytes).removesuffix(" B"))
+    assert nbytes <= typed <= nbytes * 1.0101
+
+
 def test_peak_memory_hardly_grows_with_the_model() -> None:
     small, large = (published_plan(f"Qwen3.5-{n}", "nf4") for n in ("0.8B", "397B-A17B"))
     assert peak_memory(small, 2) < 250_000_000
@@ -855,8 +861,8 @@ def test_threads_are_as_many_as_memory_allows(threads: int, memory: int | None, 
 
 def test_memory_too_small_for_one_thread_is_refused() -> None:
     with pytest.raises(UsageError) as caught:
-        threads_within(lambda threads: 1_000 + 500 * threads, 8, 1_499)
-    assert str(caught.value) == "--memory 1.50 kB: too little, expected at least 1.50 kB"
+        threads_within(lambda threads: 1_001 + 500 * threads, 8, 1_480, hint="or not")
+    assert str(caught.value) == "--memory 1.48 kB: too little, expected at least 1.51 kB; or not"
 
 
 def test_roles_are_shown_with_their_meaning() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bytes_of", "printable", "size"]
+__all__ = ["bytes_of", "least", "printable", "size"]
 
 
 def bytes_of(text: str) -> int:
@@ -30,6 +30,18 @@ def size(nbytes: int) -> str:
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if nbytes >= factor:
             return f"{nbytes / factor:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def least(nbytes: int) -> str:
+    """Return a size as `size` does, rounded up: so much is enough when it is typed.
+
+    >>> least(1_234_000_001)
+    '1.24 GB'
+    """
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if nbytes >= factor:
+            return f"{-(-100 * nbytes // factor) / 100:.2f} {unit}"
     return f"{nbytes} B"
 
 

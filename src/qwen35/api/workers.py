@@ -5,9 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 from qwen35.errors import UsageError
-from qwen35.plan.memory import peak_memory
+from qwen35.plan.memory import peak_memory, threads_within
 from qwen35.plan.plan import Plan
-from qwen35.shown import size
 from qwen35.threads import default_threads
 from qwen35.work.dispatch import Pool
 
@@ -65,16 +64,9 @@ def pool_for(
 
 def _threads_each(plan: Plan, workers: int, threads: int | None, memory: int | None) -> int:
     """Return the threads of each worker, so that all keep within `memory`."""
-    threads = threads or max(1, default_threads() // workers)
-    if memory is None:
-        return threads
 
     def needed(each: int) -> int:
         return peak_memory(plan, 0) + workers * peak_memory(plan, each)
 
-    while threads > 1 and needed(threads) > memory:
-        threads -= 1
-    if needed(threads) > memory:
-        found, least = f"--memory {size(memory)}", size(needed(threads))
-        raise UsageError(found, "too little", expected=least, hint="give fewer --workers")
-    return threads
+    threads = threads or max(1, default_threads() // workers)
+    return threads_within(needed, threads, memory, hint="give fewer --workers")

@@ -20,7 +20,7 @@ from qwen35.gguf.names import Tensor, text_tensors
 from qwen35.gguf.types import quantizable
 from qwen35.model.config import ModelConfig
 from qwen35.plan.manifest import source_json
-from qwen35.shown import size
+from qwen35.shown import least, size
 from qwen35.version import __version__
 
 __all__ = [
@@ -225,8 +225,8 @@ def make_plan(checkpoint: Checkpoint, text: Text, asked: Asked) -> CalibrationPl
     batch = min(max(1, _TOKENS_AT_ONCE // text.context), max(1, layer // 2 // window))
     if asked.memory is not None:
         if layer + window > asked.memory:
-            found, needed = size(asked.memory), size(layer + window)
-            raise UsageError(f"--memory {found}", "too little", expected=needed)
+            expected = f"at least {least(layer + window)}"
+            raise UsageError(f"--memory {size(asked.memory)}", "too little", expected=expected)
         batch = min(batch, (asked.memory - layer) // window)
     batch = min(batch, len(text.windows))
     return CalibrationPlan(checkpoint, text, asked, items, parts, batch)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from qwen35.errors import UsageError
 from qwen35.plan.plan import Plan
-from qwen35.shown import size
+from qwen35.shown import least, size
 from qwen35.threads import default_threads
 
 __all__ = ["peak_memory", "threads_within"]
@@ -31,7 +31,11 @@ def peak_memory(plan: Plan, threads: int) -> int:
 
 
 def threads_within(
-    needed: Callable[[int], int], threads: int | None = None, memory: int | None = None
+    needed: Callable[[int], int],
+    threads: int | None = None,
+    memory: int | None = None,
+    *,
+    hint: str = "",
 ) -> int:
     """Return how many threads to use.
 
@@ -39,6 +43,7 @@ def threads_within(
         needed: bytes that so many threads need.
         threads: at most so many; all processors if None.
         memory: bytes to stay below; no limit if None.
+        hint: what to do if one thread alone needs more.
 
     Raises:
         UsageError: one thread alone needs more.
@@ -52,6 +57,6 @@ def threads_within(
     while threads > 1 and needed(threads) > memory:
         threads -= 1
     if needed(threads) > memory:
-        least = size(needed(threads))
-        raise UsageError(f"--memory {size(memory)}", "too little", expected=f"at least {least}")
+        expected = f"at least {least(needed(threads))}"
+        raise UsageError(f"--memory {size(memory)}", "too little", expected=expected, hint=hint)
     return threads
