@@ -11,7 +11,8 @@ import pytest
 
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import open_folder
-from qwen35.errors import InputError
+from qwen35.codecs.fp8 import Calibration
+from qwen35.errors import InputError, UsageError
 from qwen35.model.roles import role_of
 from qwen35.plan import activations
 from qwen35.plan.activations import Activations, load_activations, other_geometry
@@ -149,6 +150,18 @@ def test_weights_without_statistics_are_counted_in_a_note(dense: Path, tmp_path:
     count = sum(step.op == "fp8" for step in plan.steps)
     without = f"{count - 1} of {count} FP8 weights have no statistics: their columns weigh alike"
     assert plan.notes == (without,)
+    whole = {s.spec.name: s.spec.shape[1] for s in plan.steps if s.op == "fp8"}
+    entries = [table(name, columns=columns) for name, columns in whole.items()]
+    every = {name: entry for one in entries for name, entry in one.items()}
+    known = load_activations(stats(tmp_path, json.dumps(every)))
+    assert make_plan(open_folder(dense), load_recipe("fp8"), activations=known).notes == ()
+    ignored = make_plan(
+        open_folder(dense), load_recipe("fp8"), activations=known, calibration=Calibration("max")
+    )
+    assert ignored.notes == ("stats.json is ignored: mode max weighs no columns",)
+    with pytest.raises(UsageError) as caught:
+        make_plan(open_folder(dense), load_recipe("nf4"), activations=known)
+    assert str(caught.value) == ("--activation-stats: nothing is encoded as FP8 here; leave it out")
 
 
 # --- reading

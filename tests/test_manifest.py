@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.source import open_folder
 from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import InputError
+from qwen35.plan.documents import json_bytes
 from qwen35.plan.manifest import (
     calibration_of,
     kept_prefix,
+    manifest_bytes,
+    manifest_versions,
     read_manifest,
     recipe_json,
     recipe_of,
     rule_row,
     source_of,
+    work_key,
 )
 from qwen35.plan.recipe import Recipe, Rule
+from running import plan_of
 
 MSE = Calibration("mse", grid_size=9)
 
@@ -58,6 +65,34 @@ def test_calibration_is_the_one_that_was_written(activations: object, sha256: st
     assert calibration_of({"calibration": written}) == (MSE, sha256)
     assert calibration_of({"calibration": asdict(MSE)}) == (MSE, None)
     assert calibration_of({"calibration": None}) == calibration_of({}) == (None, None)
+
+
+def test_versions_are_of_all_that_bytes_pass_through() -> None:
+    assert manifest_versions().keys() == {"qwen35", "python", "jinja2", "numba", "numpy"}
+
+
+def test_a_manifest_has_these_keys(dense: Path) -> None:
+    plan = plan_of(dense)
+    raw = manifest_bytes(plan, {name: "0" * 64 for name, _ in plan.file_sizes()})
+    keys = "manifest tool source recipe calibration plan files tensors notes"
+    assert list(json.loads(raw)) == keys.split()
+
+
+def test_a_run_is_known_by_plan_source_and_versions(dense: Path) -> None:
+    checkpoint = open_folder(dense)
+    key = work_key("0", checkpoint, "numpy", "no-such-library", "torch")
+    assert key["tool version"] == {**manifest_versions(), "torch": version("torch")}
+    stamps = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
+    assert key["source"] == {"folder": "source", "files": stamps}
+    assert "config.json" in stamps
+    remote = open_folder(dense, repo="a/b", revision="0" * 40)
+    assert work_key("0", remote)["source"] == {"repo": "a/b", "revision": "0" * 40}
+
+
+def test_json_is_in_utf8_and_survives_what_is_not() -> None:
+    assert json_bytes({"a": "\u00e9", "b": "\udc80"}) == (
+        b'{\n  "a": "\xc3\xa9",\n  "b": "\\udc80"\n}\n'
+    )
 
 
 SOURCE, RECIPE, CALIBRATION = "names no source", "names no recipe", "a malformed calibration"

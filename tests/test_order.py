@@ -15,7 +15,7 @@ from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import InputError
 from qwen35.plan.activations import Activations, Key, load_activations
 from qwen35.plan.order import order_of, other_names, plan_from
-from qwen35.plan.plan import Plan, make_plan
+from qwen35.plan.plan import MAX_SHARD_BYTES, Plan, make_plan
 from qwen35.plan.recipe import load_recipe
 from running import plan_of
 
@@ -68,7 +68,8 @@ def test_an_order_says_all_that_decides(dense: Path, tmp_path: Path) -> None:
     assert [file.head for file in again.files] == [file.head for file in plan.files]
     assert len(again.files) > 2
     assert (again.calibration, again.keep_prefix) == (plan.calibration, True)
-    assert again.shard_bytes == plan.shard_bytes
+    assert again.shard_bytes == plan.shard_bytes == 1_000_000
+    assert plan_of(dense).shard_bytes == MAX_SHARD_BYTES
     assert again.activations is not None
     assert again.activations.path == tmp_path / "stats.json"
 

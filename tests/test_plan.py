@@ -7,6 +7,7 @@ wanted change.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +31,7 @@ from qwen35.checkpoint.header import parse_header
 from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, open_folder, open_published
 from qwen35.checkpoint.storage import Storage, StoredTensor, Weight, group
 from qwen35.codecs import nf4
-from qwen35.errors import UsageError
+from qwen35.errors import TensorError, UsageError
 from qwen35.model.config import parse_config
 from qwen35.model.roles import Layout, expected_tensors, role_of
 from qwen35.model.sizes import PUBLISHED
@@ -39,7 +41,7 @@ from qwen35.plan.memory import peak_memory, threads_within
 from qwen35.plan.plan import MAX_SHARD_BYTES, Plan, make_plan
 from qwen35.plan.recipe import BUILT_IN, Recipe, Rule, load_recipe
 from qwen35.plan.show import packed_text, plan_json, plan_text, roles_json, roles_text
-from qwen35.plan.step import Op, Step
+from qwen35.plan.step import Op, Step, _operation
 from qwen35.shown import bytes_of, least, size
 from qwen35.tensors import TensorSpec
 from qwen35.threads import default_threads
@@ -798,6 +800,88 @@ def test_peak_memory_hardly_grows_with_the_model() -> None:
     assert peak_memory(small, 2) < 250_000_000
     assert peak_memory(large, 2) < 400_000_000
     assert peak_memory(small, 2) < peak_memory(small, 8)
+
+
+@pytest.mark.parametrize("recipe", ["nf4", "text"])
+def test_files_are_filled_in_order_as_full_as_they_may_be(recipe: str, dense: Path) -> None:
+    checkpoint = open_folder(dense)
+    steps = [s for s in make_plan(checkpoint, load_recipe(recipe)).steps if s.outputs]
+    sums = list(itertools.accumulate(step.nbytes for step in steps))
+    for most in (sums[4], sums[4] - 1, sums[9], sums[9] - sums[4], sums[-1], sums[-1] - 1):
+        files: list[list[str]] = [[]]
+        left = most
+        for step in steps:
+            if step.nbytes > left and files[-1]:
+                files.append([])
+                left = most
+            files[-1].append(step.spec.name)
+            left -= step.nbytes
+        planned = make_plan(checkpoint, load_recipe(recipe), shard_bytes=most).files
+        assert [[step.spec.name for step in file.steps] for file in planned] == files
+
+
+def test_two_weights_of_one_name_are_refused(dense: Path) -> None:
+    step = make_plan(open_folder(dense), load_recipe("text")).steps[0]
+    with pytest.raises(TensorError) as caught:
+        plan_module._file(2, 3, [step, step])
+    assert str(caught.value) == (
+        "model-00002-of-00003.safetensors: two weights would be written under one name"
+    )
+
+
+def test_notes_of_all_kinds_are_kept(moe: Path, tmp_path: Path) -> None:
+    config = tiny_config(moe=True, tied=False)
+    tensors = {n: t for n, t in random_tensors(config).items() if not n.startswith("mtp.")}
+    odd = {"chat_template.jinja": "{{ '<|image_pad|>' }}"}
+    source = write_checkpoint(tmp_path / "in", config, tensors, sidecars=odd)
+    promised, experts, template = make_plan(open_folder(source), load_recipe("text-nf4")).notes
+    assert promised.startswith("config.json promises 1 multi-token-prediction layer(s), but the ")
+    assert re.fullmatch(
+        r"experts stay in BF16: \d\d\.\d% of all parameters, because transformers cannot load "
+        "them packed",
+        experts,
+    )
+    assert template.startswith("chat_template.jinja: its test for images or videos was not")
+    assert len(make_plan(open_folder(source), load_recipe("fp8")).notes) == 1
+
+
+def item_of(storage: Storage, shape: tuple[int, ...]) -> Any:
+    """Return a linear layer that is stored so."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    return SimpleNamespace(
+        role=role_of(name),
+        weight=SimpleNamespace(storage=storage, name=name),
+        spec=TensorSpec(name, "BF16", shape),
+    )
+
+
+@pytest.mark.parametrize(
+    ("action", "storage", "shape", "op"),
+    [
+        ("nf4", "plain", (64, 64), "nf4"),
+        ("nf4", "fp8", (128, 128), "nf4"),
+        ("nf4", "nf4", (64, 64), "copy"),
+        ("nf4", "plain", (5, 5), "copy"),
+        ("nf4", "fp8", (5, 5), "decode"),
+        ("fp8", "plain", (128, 128), "fp8"),
+        ("fp8", "nf4", (128, 128), "fp8"),
+        ("fp8", "fp8", (128, 128), "copy"),
+        ("fp8", "plain", (64, 64), "copy"),
+        ("fp8", "nf4", (64, 64), "decode"),
+        ("plain", "plain", (5, 5), "copy"),
+        ("plain", "nf4", (64, 64), "decode"),
+        ("keep", "nf4", (64, 64), "copy"),
+    ],
+)
+def test_what_cannot_be_packed_is_copied_or_decoded(
+    action: Any, storage: Storage, shape: tuple[int, int], op: str
+) -> None:
+    item = item_of(storage, shape)
+    unfit = {item.weight.name: "not whole tiles"} if shape[0] % 128 else {}
+    found, reason = _operation("r", Rule("mlp", action, "why"), item, unfit)
+    assert found == op
+    if action in ("nf4", "fp8") and op in ("copy", "decode") and storage != action:
+        assert reason in ("not a multiple of 64 weights", "not whole tiles")
 
 
 def test_what_is_packed_is_counted_by_format() -> None:

@@ -189,6 +189,7 @@ def test_user_recipe_is_read(tmp_path: Path) -> None:
         (HEAD + rule("", "nf4"), "rule 1: '' is not a role"),
         (HEAD + rule("mlp.gate_pro", "nf4"), "'mlp.gate_pro' is not a role"),
         (HEAD + rule("layers.0", "nf4"), "'layers.0' is not a role"),
+        (HEAD + rule("mlp.up_proj.weight", "nf4"), "'mlp.up_proj.weight' is not a role"),
         (HEAD + rule("linear", "nf4"), "'linear' is not a role"),
         (HEAD + rule("mlp.*", "nf4"), "'mlp.*' is not a role"),
         (HEAD + rule("mtp.layers.linear_attn", "nf4"), "'mtp.layers.linear_attn' is not a role"),
@@ -200,6 +201,34 @@ def test_recipe_written_wrongly_is_refused(tmp_path: Path, text: str, words: str
     sentence = refusal(tmp_path, text)
     assert sentence.startswith("recipe mine.toml")
     assert words in sentence
+
+
+def test_a_rule_may_have_every_key_and_is_for_its_layers(tmp_path: Path) -> None:
+    recipe = write(tmp_path, HEAD, rule("mlp", "nf4"), 'layers = "0, 2"\nreason = "try"\n', REST)
+    assert recipe.rules[0] == Rule("mlp", "nf4", "try", True, frozenset({0, 2}))
+    for layer, action in ((0, "nf4"), (1, "plain"), (2, "nf4")):
+        role = role_of(f"model.layers.{layer}.mlp.up_proj.weight")
+        assert recipe.rule_for(role).action == action
+    with pytest.raises(UsageError, match=r"^recipe mine\.toml, rule 1: layers 'x', expected"):
+        write(tmp_path, HEAD, rule("mlp", "nf4"), 'layers = "x"\n', REST)
+
+
+def test_a_recipe_may_be_its_base_and_nothing_else(tmp_path: Path) -> None:
+    recipe = write(tmp_path, HEAD, 'base = "nf4"\n')
+    assert recipe == Recipe("mine.toml", "nf4", "", load_recipe("nf4").rules)
+
+
+def test_a_line_of_many_dots_is_refused(tmp_path: Path) -> None:
+    assert write(tmp_path, HEAD, "# " + "." * 100 + "\n", REST).rules
+    assert refusal(tmp_path, HEAD, "# " + "." * 101 + "\n", REST) == (
+        f"recipe {tmp_path / 'mine.toml'}: a line of more than 100 dots"
+    )
+
+
+def test_a_file_larger_than_any_recipe_is_refused(tmp_path: Path) -> None:
+    assert re.fullmatch(
+        r"recipe \S+mine\.toml: .*, expected at most \S+.*", refusal(tmp_path, HEAD, "#" * 2**20)
+    )
 
 
 @given(st.text(max_size=40))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from qwen35.verify.artifact import Verdict, _too_far, verify
 from qwen35.verify.asking import Question
 from qwen35.verify.bands import WORST_ERROR
 from qwen35.verify.behaviour import NOT_ASKED, Answer
-from qwen35.verify.compared import RoleError
+from qwen35.verify.compared import Compared, RoleError, by_role
 from qwen35.verify.numbers import Numbers
 from qwen35.verify.show import verdict_text
 from qwen35.verify.structure import is_skipped
@@ -880,6 +881,25 @@ def test_what_transformers_does_not_load_is_found(
         "7 layers kept off bitsandbytes' AVX512-BF16 path, which fails on them",
     )
     assert asked == [False]
+
+
+def test_errors_of_a_role_are_summed_and_the_worst_is_kept() -> None:
+    rows = by_role(
+        [
+            ("up", "nf4", Compared(squared=1.0, norm=4.0)),
+            ("norm", "plain", Compared(squared=0.0, norm=0.0)),
+            ("up", "nf4", Compared(squared=2.0, norm=32.0)),
+            ("up", "plain", Compared(squared=0.0, norm=9.0)),
+            ("down", "nf4", Compared(squared=1.0, norm=0.0)),
+        ]
+    )
+    assert [(r.role, r.storage, r.count, r.squared, r.norm, r.worst) for r in rows] == [
+        ("up", "nf4", 2, 3.0, 36.0, 0.5),
+        ("norm", "plain", 1, 0.0, 0.0, 0.0),
+        ("up", "plain", 1, 0.0, 9.0, 0.0),
+        ("down", "nf4", 1, 1.0, 0.0, math.inf),
+    ]
+    assert [row.relative for row in rows] == [(3 / 36) ** 0.5, 0.0, 0.0, math.inf]
 
 
 def test_what_saturates_too_much_is_too_far() -> None:

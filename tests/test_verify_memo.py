@@ -222,6 +222,18 @@ def test_what_changed_is_looked_at_again(
     assert len(looked) == total
 
 
+@pytest.mark.parametrize("home", [None, "", "relative", "/absolute"])
+def test_the_cache_is_where_the_specification_says(
+    home: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", home)
+    expected = Path("/absolute") if home == "/absolute" else tmp_path / ".cache"
+    assert memo._folder() == expected / "qwen35"
+
+
 def test_a_short_check_writes_nothing(
     artifacts: dict[str, tuple[Path, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
