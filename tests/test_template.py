@@ -108,16 +108,16 @@ IF, END = "{% if 'image' in c %}", "{% endif %}"
         (f"{{# it's [ #}}{IF}a{END}", f"{{# it's [ #}}{IF}{E}{END}"),
         # strings and brackets that hold tags
         (
-            f"{{{{ {{'a': {{'b': {{}}}}}}['{{% if x %}}'] }}}}{IF}a{END}",
-            f"{{{{ {{'a': {{'b': {{}}}}}}['{{% if x %}}'] }}}}{IF}{E}{END}",
+            f"{{{{ {{'a': {{'b': {{}}}}}}['{{% endif %}}'] }}}}{IF}a{END}",
+            f"{{{{ {{'a': {{'b': {{}}}}}}['{{% endif %}}'] }}}}{IF}{E}{END}",
         ),
         (
-            f"{{{{ XXX[{{'a': {{}}}}]['{{% if x %}}'] }}}}{IF}a{END}",
-            f"{{{{ XXX[{{'a': {{}}}}]['{{% if x %}}'] }}}}{IF}{E}{END}",
+            f"{{{{ XXX[{{'a': {{}}}}]['{{% endif %}}'] }}}}{IF}a{END}",
+            f"{{{{ XXX[{{'a': {{}}}}]['{{% endif %}}'] }}}}{IF}{E}{END}",
         ),
         (
-            f"{{{{ 'it\\'s {{% if x %}}' }}}}{IF}a{END}",
-            f"{{{{ 'it\\'s {{% if x %}}' }}}}{IF}{E}{END}",
+            f"{{{{ 'it\\'s {{% endif %}}' }}}}{IF}a{END}",
+            f"{{{{ 'it\\'s {{% endif %}}' }}}}{IF}{E}{END}",
         ),
         # a `set` for those bodies alone goes, where no white space depends on it
         (
