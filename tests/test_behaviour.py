@@ -157,11 +157,6 @@ def test_words_are_whole(match: str, expect: str, said: str, right: bool) -> Non
     assert is_right(Question("?", expect, match), said) is right
 
 
-def test_unknown_judgement_is_refused() -> None:
-    with pytest.raises(UsageError, match="match 'sometimes'"):
-        is_right(Question("?", "x", "sometimes"), "x")
-
-
 # --- where it runs
 
 
@@ -178,6 +173,63 @@ def test_unknown_judgement_is_refused() -> None:
 )
 def test_strategy_follows_bytes_on_disk(total: int, visual: int, free: int, strategy: str) -> None:
     assert choose(total, visual, free) == strategy
+
+
+FUNCTION = "```python\ndef add(a, b):\n    return a + b\n```"
+
+
+@pytest.mark.parametrize(
+    ("match", "expect", "said", "right"),
+    [
+        ("all", "fox dog", "Fox dog", True),
+        ("all", "fox dog", "a fox", False),
+        ("words", "fox dog", "Fox dog.", True),
+        ("words", "fox dog", "A fox. A dog.", False),
+        ("words", "fox dog", "A cat.", False),
+        ("contains", "a + b", "so A + B it is", True),
+        ("code", "a + b", FUNCTION, True),
+        ("code", "a + b", f"Sure: {FUNCTION}", False),
+        ("code", "a + b", FUNCTION.strip("`"), False),
+        ("code", "a + b", FUNCTION.replace("def add", "add ="), False),
+        ("code", "a - b", FUNCTION, False),
+    ],
+)
+def test_answers_are_matched_as_asked(match: str, expect: str, said: str, right: bool) -> None:
+    assert is_right(Question("?", expect, match), said) is right
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [
+        ("hm</think>four", True),
+        ("hm</think>no</think>four", False),
+        ("</think>four", False),
+        (" \n</think>four", False),
+        ("four", False),
+    ],
+)
+def test_reasoning_ends_once_and_is_not_empty(said: str, right: bool) -> None:
+    assert is_right(Question("?", "four", "word", thinking=True), said) is right
+
+
+def test_an_unknown_match_is_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        is_right(Question("2 + 2?", "4", "sometimes"), "4")
+    assert str(caught.value) == "2 + 2?: match 'sometimes', expected word, words, ..."
+
+
+def test_a_picture_is_two_halves() -> None:
+    image = asking.drawn(asking.Halves("red", "blue", 5, 3))
+    assert image.size == (5, 3)
+    red, blue = asking.COLORS["red"], asking.COLORS["blue"]
+    for y in range(3):
+        assert [image.getpixel((x, y)) for x in range(5)] == [red, red, blue, blue, blue]
+
+
+def test_an_answer_names_its_file_if_there_are_several() -> None:
+    one = Answer(Question("?", "4"), "4").to_json()
+    assert (one["said"], one["right"], "file" in one) == ("4", True, False)
+    assert Answer(Question("?", "4"), "4", "a.gguf").to_json() == {"file": "a.gguf", **one}
 
 
 def test_sizes_count_the_tower() -> None:

@@ -136,6 +136,20 @@ def test_differences_add_up_strip_by_strip() -> None:
     assert (faults.values, faults.blocks) == (2, 2)
 
 
+def test_sums_of_squares_hold_what_float32_cannot() -> None:
+    result = Compared()
+    _accumulate(result, _Faults(), "f32", floats([1e30, 0.0]), floats([1e30, 2e30]))
+    assert result.norm == pytest.approx(5e60)
+    assert result.squared == pytest.approx(4e60)
+
+
+def test_each_block_is_judged_beside_its_own_largest() -> None:
+    expected, difference = ones(2, 256), np.zeros((2, 256), np.float32)
+    expected[1] *= 1000
+    difference[0] = 0.0041
+    assert _bad_blocks(expected, difference, "q8_0") == 1
+
+
 def test_what_the_file_cannot_hold_is_not_held_against_it() -> None:
     """Rounding to f16 is no fault, but an error of what was measured."""
     exact = floats([1 + 2**-10 + 2**-12])

@@ -405,6 +405,27 @@ def test_a_file_with_other_tensors_is_not_compared_but_the_next_is(out: Path, so
     assert {row.storage for row in verdict.errors} >= {"q4_K", "f16"}
 
 
+def test_progress_tells_every_tensor(good: Path) -> None:
+    told: list[tuple[int, str]] = []
+
+    class Told(Silent):
+        def advance(self, nbytes: int, item: str) -> None:
+            told.append((nbytes, item))
+
+    files = gguf_files(str(good))
+    assert files is not None
+    assert verify_gguf(str(good), files, depth="numbers", threads=1, progress=Told()).passed
+    containers = [read_container(good / name) for name in files.names]
+    assert told == [(e.nbytes, e.name) for c in containers for e in c.tensors.values()]
+
+
+def test_what_cannot_be_decoded_has_no_error(out: Path, source: Path) -> None:
+    sound = {(r.role, r.storage): r.count for r in check(out, source, "numbers").errors}
+    poke(quantized(out), "blk.0.ffn_up.weight", 144 * 3, b"\x00\x7c")
+    found = {(r.role, r.storage): r.count for r in check(out, source, "numbers").errors}
+    assert found == {**sound, ("mlp.up_proj", "q4_K"): sound["mlp.up_proj", "q4_K"] - 1}
+
+
 def test_as_many_threads_as_asked_for(
     good: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

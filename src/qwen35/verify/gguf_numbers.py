@@ -51,6 +51,8 @@ largest weight. They are 1.5 times the worst that ggml's own quantizers give on 
 heavy-tailed, sparse and shifted weights, with and without importance matrices.
 """
 
+NOT_FINITE = "a scale or weight is not finite"
+
 _LOOSE = (1.1, 0.65)
 """For types of three bits and less, which a bound can only tell from noise."""
 
@@ -138,7 +140,7 @@ class _Check:
         for first in range(0, rows, step):
             values = self._read(entry, first, min(step, rows - first))
             if not np.isfinite(values).all():
-                yield self._finding("decode", entry, "a scale or weight is not finite")
+                yield self._finding("decode", entry, NOT_FINITE)
                 return
 
     def _read(self, entry: Entry, first: int, count: int) -> F32:
@@ -149,11 +151,7 @@ class _Check:
             data = np.frombuffer(file.read(count * size), np.uint8)
         if data.size != count * size:
             raise InputError(entry.name, "the file ends within it")
-        if entry.kind.name == "f32":
-            return data.view("<f4").reshape(count, -1)
         kind = GGMLQuantizationType(entry.kind.code)
-        if entry.kind.name == "f16":
-            return data.view("<f2").reshape(count, -1).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):
             values: F32 = dequantize(data.reshape(count, size), kind)
         return values
@@ -164,7 +162,7 @@ class _Check:
             expected = read_strip(reader, strip)
             found = self._read(entry, strip.start, strip.count)
             if not np.isfinite(found).all():
-                result.findings.append(self._finding("decode", entry, "a scale is not finite"))
+                result.findings.append(self._finding("decode", entry, NOT_FINITE))
                 return
             _accumulate(result, faults, entry.kind.name, found, expected)
         result.judged = True
