@@ -144,19 +144,6 @@ def test_a_function_that_adds_is_recognised_without_running_it(code: str, right:
     assert is_right(question, code) is right
 
 
-@pytest.mark.parametrize(
-    ("match", "expect", "said", "right"),
-    [
-        ("any", "4 four", "The answer is four.", True),
-        ("any", "4 four", "44", False),
-        ("all", "ciel bleu", "Le ciel est bleu", True),
-        ("all", "ciel bleu", "Le ciel", False),
-    ],
-)
-def test_words_are_whole(match: str, expect: str, said: str, right: bool) -> None:
-    assert is_right(Question("?", expect, match), said) is right
-
-
 # --- where it runs
 
 
@@ -181,6 +168,10 @@ FUNCTION = "```python\ndef add(a, b):\n    return a + b\n```"
 @pytest.mark.parametrize(
     ("match", "expect", "said", "right"),
     [
+        ("any", "4 four", "The answer is four.", True),
+        ("any", "4 four", "44", False),
+        ("all", "ciel bleu", "Le ciel est bleu", True),
+        ("all", "ciel bleu", "Le ciel", False),
         ("all", "fox dog", "Fox dog", True),
         ("all", "fox dog", "a fox", False),
         ("words", "fox dog", "Fox dog.", True),

@@ -8,7 +8,6 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from qwen35.verify.bands import BANDS
 from qwen35.verify.fp8_report import Report, check_fp8
 from qwen35.verify.fp8_show import report_text
 from running import load_all, run
-from watching import Watching
+from watching import Watching, watched_pools
 
 pytestmark = pytest.mark.sentences
 
@@ -335,13 +334,7 @@ def test_weights_are_compared_by_as_many_threads_as_asked_for(
     outputs: dict[tuple[float, str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[int] = []
-
-    def pool(threads: int) -> ThreadPoolExecutor:
-        asked.append(threads)
-        return ThreadPoolExecutor(threads)
-
-    monkeypatch.setattr("qwen35.verify.numbers.ThreadPoolExecutor", pool)
+    asked = watched_pools(monkeypatch, "qwen35.verify.numbers")
     progress = Watching()
     artifact = describe(str(outputs[0.02, "max"]), lenient=True)
     source = fetch(str(sources[0.02]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from qwen35.gguf.write import write
 from qwen35.progress import Silent
 from qwen35.verify.artifact import Depth, Verdict
 from qwen35.verify.gguf import verify_gguf
+from watching import watched_pools
 
 pytestmark = pytest.mark.sentences
 
@@ -429,13 +429,7 @@ def test_what_cannot_be_decoded_has_no_error(out: Path, source: Path) -> None:
 def test_as_many_threads_as_asked_for(
     good: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
-
-    def pool(threads: int) -> ThreadPoolExecutor:
-        asked.append(threads)
-        return ThreadPoolExecutor(threads)
-
-    monkeypatch.setattr("qwen35.verify.gguf_numbers.ThreadPoolExecutor", pool)
+    asked = watched_pools(monkeypatch, "qwen35.verify.gguf_numbers")
     files = gguf_files(str(good))
     assert files is not None
     assert verify_gguf(str(good), files, depth="numbers", threads=3).passed

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +38,7 @@ from qwen35.verify.numbers import Numbers
 from qwen35.verify.show import verdict_text
 from qwen35.verify.structure import is_skipped
 from running import load_all, read_config, run
-from watching import Watching
+from watching import Watching, watched_pools
 
 pytestmark = pytest.mark.sentences
 
@@ -972,13 +971,7 @@ def test_vllm_is_asked_when_asked_for(dense: Path, monkeypatch: pytest.MonkeyPat
 
 def test_all_of_a_check_is_told(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads, progress and the memo reach the numbers; what is told comes back."""
-    asked: list[int] = []
-
-    def pool(threads: int) -> ThreadPoolExecutor:
-        asked.append(threads)
-        return ThreadPoolExecutor(threads)
-
-    monkeypatch.setattr("qwen35.verify.numbers.ThreadPoolExecutor", pool)
+    asked = watched_pools(monkeypatch, "qwen35.verify.numbers")
     progress = Watching()
     opened = fetch(str(packed))
     assert verify(opened, depth="numbers", threads=3, progress=progress).passed

@@ -1,10 +1,25 @@
-"""Progress that tests look at, or act from."""
+"""Progress that tests look at, or act from; and how many threads were asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["Watching"]
+import pytest
+
+__all__ = ["Watching", "watched_pools"]
+
+
+def watched_pools(patch: pytest.MonkeyPatch, module: str) -> list[int]:
+    """Return where the threads of every pool that `module` makes from now on are noted."""
+    asked: list[int] = []
+
+    def pool(threads: int) -> ThreadPoolExecutor:
+        asked.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    patch.setattr(f"{module}.ThreadPoolExecutor", pool)
+    return asked
 
 
 class Watching:

@@ -27,10 +27,8 @@ def size(nbytes: int) -> str:
     >>> size(1_234_000_000)
     '1.23 GB'
     """
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}"
-    return f"{nbytes} B"
+    factor, unit = _unit(nbytes)
+    return f"{nbytes / factor:.2f} {unit}" if factor > 1 else f"{nbytes} B"
 
 
 def least(nbytes: int) -> str:
@@ -39,10 +37,14 @@ def least(nbytes: int) -> str:
     >>> least(1_234_000_001)
     '1.24 GB'
     """
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= factor:
-            return f"{-(-100 * nbytes // factor) / 100:.2f} {unit}"
-    return f"{nbytes} B"
+    factor, _ = _unit(nbytes)
+    return size(-(-100 * nbytes // factor) * factor // 100)
+
+
+def _unit(nbytes: int) -> tuple[int, str]:
+    """Return the bytes of the unit that a size is shown in, and its name."""
+    units = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+    return next((unit for unit in units if nbytes >= unit[0]), (1, "B"))
 
 
 def printable(text: str) -> str:
