@@ -6,6 +6,7 @@ import base64
 import builtins
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +15,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 from checkpoints import ASSET, write_checkpoint
 from qwen35.checkpoint.inventory import inventory
@@ -209,6 +212,17 @@ def test_an_unknown_match_is_refused() -> None:
     assert str(caught.value) == "2 + 2?: match 'sometimes', expected word, words, ..."
 
 
+def test_a_question_is_read_from_a_row() -> None:
+    row = {"id": "a", "prompt": "2 + 2?", "expect": "4", "match": "any", "thinking": 1}
+    assert Question.from_json(row) == Question("2 + 2?", "4", "any", thinking=True)
+    shown = {"left": "red", "right": "blue", "size": [8, 2]}
+    halves = asking.Halves("red", "blue", 8, 2)
+    question = Question("?", "4", "all", image=halves)
+    read = Question.from_json({"image": shown, **row, "prompt": "?", "match": "all", "thinking": 0})
+    assert read == question
+    assert read.thinking is False
+
+
 def test_a_picture_is_two_halves() -> None:
     image = asking.drawn(asking.Halves("red", "blue", 5, 3))
     assert image.size == (5, 3)
@@ -228,6 +242,15 @@ def test_sizes_count_the_tower() -> None:
     total, visual = placing.sizes(items)
     assert total == sum(i.weight.nbytes for i in items)
     assert 0 < visual < total
+
+
+@pytest.mark.parametrize(("there", "free"), [(True, 30), (False, 0)])
+def test_free_memory_is_that_of_the_first_gpu(
+    there: bool, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30, 100))
+    assert placing.free_gpu_bytes() == free
 
 
 def gpu(
@@ -289,6 +312,101 @@ def test_out_of_memory_leaves_the_model_on_the_cpu(tmp_path: Path) -> None:
     assert model.places == ["cuda", "cpu"]
 
 
+class FakeTransformers:
+    """The model, tokenizer and image processor that `Asker` calls: all on the meta device."""
+
+    device = torch.device("meta")
+    merge_size = 2
+
+    def __init__(self) -> None:
+        self.templates: list[tuple[Any, dict[str, Any]]] = []
+        self.given: dict[str, Any] = {}
+        self.model = SimpleNamespace(visual=self)
+
+    def to(self, place: str) -> None:
+        assert place == "cuda"
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> str:
+        self.templates.append((messages, options))
+        return "the prompt"
+
+    def __call__(self, text: str = "", **options: Any) -> dict[str, Any]:
+        if text:
+            assert (text, options) == ("the prompt", {})
+            return {"input_ids": [7, 8, 99, 9]}
+        assert options.pop("images").size == (448, 224)
+        assert options == {"return_tensors": "pt"}
+        return {
+            "pixel_values": torch.ones(24, 3),
+            "image_grid_thw": torch.tensor([[1, 4, 6]]),
+        }
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return {"<|image_pad|>": 99}[token]
+
+    def generate(self, **given: Any) -> Any:
+        self.given = given
+        return torch.tensor([[1] * given["input_ids"].shape[1] + [5, 6]])
+
+    def decode(self, turn: Any, *, skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return f"said {turn.tolist()}"
+
+
+@pytest.fixture
+def fake() -> tuple[asking.Asker, FakeTransformers]:
+    asker, engine = object.__new__(asking.Asker), FakeTransformers()
+    asker._torch, asker.vision = torch, True
+    asker.model = asker.tokenizer = asker._images = engine
+    return asker, engine
+
+
+def test_transformers_is_asked_greedily(fake: tuple[asking.Asker, FakeTransformers]) -> None:
+    asker, engine = fake
+    question = Question("2 + 2?", "4", thinking=True, tokens=5)
+    assert asker.ask(question) == "said [5, 6]"
+    rows = {name: engine.given.pop(name) for name in ("input_ids", "attention_mask")}
+    assert {(row.shape, row.device.type) for row in rows.values()} == {((1, 4), "meta")}
+    assert engine.given == {"max_new_tokens": 5, "do_sample": False, "repetition_penalty": 1.0}
+    asker.ask(question, repetition_penalty=1.5)
+    assert engine.given["repetition_penalty"] == 1.5
+    content = [{"type": "text", "text": "2 + 2?"}]
+    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
+    assert engine.templates == [([{"role": "user", "content": content}], options)] * 2
+
+
+def test_transformers_is_shown_a_picture(fake: tuple[asking.Asker, FakeTransformers]) -> None:
+    """One token for every 2 x 2 patches, where the template has one for the whole picture."""
+    asker, engine = fake
+    given = {name: part.tolist() for name, part in asker._inputs(IMAGE).items()}
+    assert given.pop("pixel_values") == [[1.0] * 3] * 24
+    assert given == {
+        "input_ids": [[7, 8, *[99] * 6, 9]],
+        "attention_mask": [[1] * 9],
+        "mm_token_type_ids": [[0, 0, *[1] * 6, 0]],
+        "image_grid_thw": [[1, 4, 6]],
+    }
+    [([message], options)] = engine.templates
+    content = [{"type": "image"}, {"type": "text", "text": IMAGE.prompt}]
+    assert message == {"role": "user", "content": content}
+    assert options["enable_thinking"] is False
+
+
+def test_a_dropped_tower_sees_nothing(fake: tuple[asking.Asker, FakeTransformers]) -> None:
+    asker, engine = fake
+    assert asker.move("cuda", drop_tower=False)
+    assert (asker.vision, engine.model.visual) == (True, engine)
+    assert asker.move("cuda", drop_tower=True)
+    assert (asker.vision, engine.model.visual) == (False, None)
+
+
+def test_without_transformers_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UsageError) as caught:
+        asking.Asker(ASSET)
+    assert str(caught.value).startswith("asking the model: transformers is not installed; pip")
+
+
 # --- the old commands
 
 
@@ -330,6 +448,7 @@ def test_broken_model_fails_the_old_command(tmp_path: Path, capsys: Capture) -> 
     assert sum(answer["right"] for answer in found["answers"]) < 3
 
 
+@pytest.mark.sentences
 def test_defect_is_reported_before_loading(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,6 +465,7 @@ def test_defect_is_reported_before_loading(
     assert "FAILED: do not use this checkpoint" in shown
 
 
+@pytest.mark.sentences
 def test_missing_image_library_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -460,6 +580,54 @@ def test_penalty_and_template_are_those_of_transformers(gguf: Path) -> None:
             assert said == theirs.ask(question, repetition_penalty=1.15)
 
 
+def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwen35.gguf.container import read_container
+    from qwen35.verify.asking_llama import LlamaAsker
+
+    class FakeLlama:
+        def __init__(self, path: Path, *, context: int, threads: int) -> None:
+            self.opened = path, context, threads
+
+        def encode(self, text: str) -> str:
+            return text
+
+        def answer(self, prompt: str, tokens: int, change: Callable[..., Any]) -> Any:
+            self.prompt, self.tokens, self.change = prompt, tokens, change
+            return "ids"
+
+        def decode(self, answered: str) -> str:
+            return f"said {answered}"
+
+    monkeypatch.setattr("qwen35.verify.asking_llama.Llama", FakeLlama)
+    path = gguf / "qwen3.5-tiny-F16.gguf"
+    asker = LlamaAsker(read_container(path), threads=3)
+    engine: Any = asker._llama
+    assert engine.opened == (path, 2048, 3)
+    question = Question("2 + 2?", "4", thinking=True, tokens=5)
+    assert asker.ask(question, repetition_penalty=1.5) == "said ids"
+    tokenizer = AutoTokenizer.from_pretrained(ASSET)
+    assert (engine.prompt, engine.tokens) == (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "2 + 2?"}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=True,
+        ),
+        5,
+    )
+    row = np.array([3, -3, 0, 6, -6, 9], np.float32)
+    theirs = RepetitionPenaltyLogitsProcessor(1.5)
+    for seen in ([0, 1, 1, 2], [5], [4, 3, 4]):
+        changed = theirs(torch.tensor([seen]), torch.tensor(row[None]))
+        assert engine.change(row, seen).tolist() == changed[0].tolist()
+    assert row.tolist() == [3, -3, 0, 6, -6, 9]
+    asker.ask(question)
+    assert engine.change(row, [0, 1]).tolist() == row.tolist()
+
+
+@pytest.mark.sentences
 def test_gguf_that_llama_cpp_does_not_load(tmp_path: Path) -> None:
     from qwen35.engines.llama import Llama
     from qwen35.errors import InputError
@@ -470,6 +638,20 @@ def test_gguf_that_llama_cpp_does_not_load(tmp_path: Path) -> None:
         Llama(path)
 
 
+def test_a_template_is_compiled_as_transformers_compiles_it() -> None:
+    """Blocks take their line with them; loops can be left (`render_jinja_template`)."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    from qwen35.verify.asking_llama import _template
+
+    source = "{% for x in 'abc' %}\n  {% if x == 'b' %}\n{% break %}{% endif %}\n-{{ x }}\n"
+    source += "{% endfor %}\n."
+    ours = _template(Path("x.gguf"), source).render()
+    [theirs], _ = render_jinja_template([[]], chat_template=source)
+    assert ours == theirs == "-a\n."
+
+
+@pytest.mark.sentences
 def test_template_that_refuses_is_a_sentence(gguf: Path) -> None:
     from qwen35.errors import InputError
     from qwen35.verify.asking_llama import _template
@@ -486,27 +668,36 @@ class FakeVllm:
     def __init__(self) -> None:
         self.scripted = Scripted()
         self.options: dict[str, Any] = {}
-        self.asked: list[tuple[bool, bool, float]] = []
+        self.asked: list[tuple[bool, bool]] = []
+        self.samplings: list[dict[str, Any]] = []
 
     def llm(self, **options: Any) -> FakeVllm:
         self.options = options
         return self
 
     def chat(
-        self, messages: Any, sampling: dict[str, Any], *, chat_template_kwargs: Any, **_: Any
+        self,
+        messages: Any,
+        sampling: dict[str, Any],
+        *,
+        use_tqdm: bool,
+        chat_template_kwargs: dict[str, bool],
     ) -> list[Any]:
+        assert use_tqdm is False
         [message] = messages
-        parts = {part["type"]: part for part in message["content"]}
-        thinking = chat_template_kwargs["enable_thinking"]
-        self.asked.append((thinking, "image_url" in parts, sampling["repetition_penalty"]))
-        assert sampling["temperature"] == 0.0
-        if "image_url" in parts:
-            url = parts["image_url"]["image_url"]["url"]
-            png = base64.b64decode(url.removeprefix("data:image/png;base64,"))
-            pixels = Image.open(io.BytesIO(png))
+        assert message["role"] == "user"
+        *picture, text = message["content"]
+        assert text["type"] == "text"
+        for part in picture:
+            assert part["type"] == "image_url"
+            png = part["image_url"]["url"].removeprefix("data:image/png;base64,")
+            pixels = Image.open(io.BytesIO(base64.b64decode(png)))
             assert [pixels.getpixel((x, 0)) for x in (0, 447)] == [(255, 0, 0), (0, 0, 255)]
-        question = Question(parts["text"]["text"], "", thinking=thinking)
-        said = self.scripted.ask(question)
+        [(switch, thinking)] = chat_template_kwargs.items()
+        assert switch == "enable_thinking"
+        self.asked.append((thinking, bool(picture)))
+        self.samplings.append(sampling)
+        said = self.scripted.ask(Question(text["text"], "", thinking=thinking))
         return [SimpleNamespace(outputs=[SimpleNamespace(text=said)])]
 
 
@@ -517,6 +708,9 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVllm:
     module.__spec__ = ModuleSpec("vllm", None)
     vars(module).update(LLM=fake.llm, SamplingParams=dict)
     monkeypatch.setitem(sys.modules, "vllm", module)
+    for name in ("VLLM_LOGGING_STREAM", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     return fake
 
 
@@ -532,16 +726,37 @@ def test_vllm_is_asked_everything(
     assert told["notes"] == ["asked in vLLM"]
     vision = recipe == "bf16"
     assert len(told["answers"]) == len(vllm.asked) == 10 + vision
-    assert vllm.options["model"] == str(out)
-    assert vllm.options["limit_mm_per_prompt"] == {"image": int(vision), "video": 0}
-    assert [thinking for thinking, _, _ in vllm.asked].count(True) == 5
-    assert [image for _, image, _ in vllm.asked].count(True) == vision
-    assert {penalty for _, _, penalty in vllm.asked} == {1.15}
+    assert vllm.options == {
+        "model": str(out),
+        "max_model_len": 2048,
+        "enforce_eager": True,
+        "limit_mm_per_prompt": {"image": int(vision), "video": 0},
+    }
+    assert vllm.asked == [(False, True)] * vision + [(False, False)] * 5 + [(True, False)] * 5
+    questions = [IMAGE] * vision + [*TASKS, *TASKS]
+    assert vllm.samplings == [
+        {"temperature": 0.0, "max_tokens": question.tokens, "repetition_penalty": 1.15}
+        for question in questions
+    ]
     vllm.scripted.change = lambda _, said: said.replace("Paris", "Rome")
     assert main(arguments) == 1
     assert "capital of France" in capsys.readouterr().out
 
 
+def test_vllm_speaks_to_stderr_unless_told_otherwise(
+    vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking_vllm.VllmAsker(ASSET, vision=False)
+    assert os.environ["VLLM_LOGGING_STREAM"] == "ext://sys.stderr"
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "ERROR"
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    asker = asking_vllm.VllmAsker(ASSET, vision=False)
+    assert os.environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
+    asker.ask(TASKS[0])
+    assert vllm.samplings[0]["repetition_penalty"] == 1.0
+
+
+@pytest.mark.sentences
 @pytest.mark.parametrize(
     ("model", "more", "sentence"),
     [

@@ -26,7 +26,7 @@ from qwen35.model.sizes import published_config
 from qwen35.plan.plan import Plan, PlannedFile, make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.plan.step import Step
-from qwen35.plan.tasks import Task, make_tasks, share, task_bytes
+from qwen35.plan.tasks import Task, make_tasks, scheduled, share, task_bytes
 from qwen35.progress import Silent
 from qwen35.sinks.journal import Journal
 from qwen35.sinks.written import Written
@@ -101,6 +101,12 @@ def sizes_of(tasks: Sequence[Task]) -> list[int]:
 )
 def test_a_task_reads_as_much_as_it_may(sizes: list[int], nbytes: int, tasks: list[int]) -> None:
     assert sizes_of(make_tasks([file_of("f", sizes)], nbytes)) == tasks
+
+
+def test_single_large_weights_are_begun_first() -> None:
+    sizes = [3, 20, 10, 19, 50, 9]
+    tasks = make_tasks([file_of(f"f{i}", [size]) for i, size in enumerate(sizes)], 10)
+    assert sizes_of(scheduled(tasks, 10)) == [50, 20, 3, 10, 19, 9]
 
 
 @pytest.mark.parametrize(
