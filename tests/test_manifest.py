@@ -24,6 +24,7 @@ from qwen35.plan.manifest import (
     recipe_json,
     recipe_of,
     rule_row,
+    source_json,
     source_of,
     work_key,
 )
@@ -37,6 +38,13 @@ def test_source_is_a_repository_at_a_commit_or_a_folder() -> None:
     assert source_of({"source": {"repo": "a/b", "revision": "0" * 40}}) == ("a/b", "0" * 40)
     assert source_of({"source": {"folder": "x"}}) == (None, None)
     assert source_of({"source": {"folder": "x", "revision": 3}}) == (None, None)
+
+
+def test_a_folder_is_told_by_its_name_wherever_one_stands(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(dense)
+    assert source_json(open_folder(Path())) == {"folder": dense.name}
 
 
 def test_recipe_is_the_one_that_was_written() -> None:

@@ -420,6 +420,18 @@ def test_a_flipped_byte_is_found_by_its_hash(
     assert (check_name, name) in [(f.check, f.subject) for f in verdict.findings]
 
 
+@pytest.mark.parametrize(
+    ("metadata", "size"),
+    [({}, "missing"), ([], "missing"), (None, "missing"), ({"total_size": 1}, 1)],
+)
+def test_an_index_without_the_size_is_named(metadata: object, size: object, broken: Path) -> None:
+    weight_map = dict.fromkeys(load_all(broken), "model.safetensors")
+    index = {"metadata": metadata, "weight_map": weight_map}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    [finding] = [f for f in check(broken).findings if f.check == "index"]
+    assert finding.message.startswith(f"total_size is {size}, the tensors have ")
+
+
 def test_files_missing_added_or_resized_are_named(broken: Path) -> None:
     (broken / "config.json").write_text((broken / "config.json").read_text() + "\n")
     shutil.copy(broken / "model.safetensors", broken / "extra.safetensors")

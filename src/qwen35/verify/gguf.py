@@ -177,7 +177,7 @@ def _tensors(container: Container, table: Mapping[str, Tensor]) -> Iterator[Find
         if tensor.storage == "f32" and entry.kind.name != "f32":
             message = f"{entry.kind.name}, but llama.cpp computes with it in f32"
             yield Finding("tensors", f"{file}: {name}", message)
-    for name in container.tensors.keys() - table.keys():
+    for name in sorted(container.tensors.keys() - table.keys()):
         yield Finding("tensors", f"{file}: {name}", "not a tensor that the keys promise")
 
 
@@ -199,7 +199,7 @@ def _manifest_findings(
     if manifest is None:
         return
     if files.whole:
-        for name in manifest["files"].keys() - set(files.names):
+        for name in sorted(manifest["files"].keys() - set(files.names)):
             yield Finding("files", name, f"missing, but {MANIFEST_NAME} lists it")
     for name in files.names:
         yield from _entry_findings(files, name, manifest["files"].get(name), memo)
@@ -237,7 +237,7 @@ def _planned_findings(container: Container, planned: Mapping[str, str]) -> Itera
         elif stored[name] != (kind, _squeezed(sizes)):
             found = f"{stored[name][0]} {list(stored[name][1])}"
             yield Finding("plan", f"{file}: {name}", f"{found}, planned as {text}")
-    for name in stored.keys() - planned.keys():
+    for name in sorted(stored.keys() - planned.keys()):
         yield Finding("plan", f"{file}: {name}", "not in the plan")
 
 
@@ -292,5 +292,5 @@ def _source_findings(container: Container, table: Mapping[str, Tensor]) -> Itera
         elif _squeezed(entry.shape) != _squeezed(tensor.shape):
             message = f"shape {list(entry.shape)}, the source has {list(tensor.shape)}"
             yield Finding("source", f"{file}: {name}", message)
-    for name in container.tensors.keys() - table.keys():
+    for name in sorted(container.tensors.keys() - table.keys()):
         yield Finding("source", f"{file}: {name}", "not in the source")

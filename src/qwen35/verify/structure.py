@@ -173,7 +173,7 @@ def _index_findings(place: Place, checkpoint: Checkpoint) -> Iterator[Finding]:
     if INDEX_NAME not in place.sizes():
         return
     metadata = read_json(place, INDEX_NAME).get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    total = metadata.get("total_size", "missing") if isinstance(metadata, dict) else "missing"
     nbytes = sum(part.spec.nbytes for w in checkpoint.weights for part in w.parts)
     if total != nbytes and not checkpoint.problems:
         yield Finding("index", INDEX_NAME, f"total_size is {total}, the tensors have {nbytes}")
@@ -226,5 +226,5 @@ def _table_findings(
         elif stored[name] != (file, text):
             found = " in ".join(reversed(stored[name]))
             yield Finding("plan", name, f"{found}, planned as {text} in {file}")
-    for name in stored.keys() - planned.keys():
+    for name in sorted(stored.keys() - planned.keys()):
         yield Finding("plan", name, "not in the plan")
