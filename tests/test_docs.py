@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import json
 import re
@@ -53,6 +54,25 @@ def test_generated_pages_are_fresh() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr + "make docs-pages mends it"
+
+
+def checks_of(module: Path) -> Iterator[str]:
+    """Yield what the findings made in a module are called."""
+    places = {"Finding": 0, "_finding": 0, "_found": 2}
+    for node in ast.walk(ast.parse(module.read_text("utf-8"))):
+        if isinstance(node, ast.Call):
+            place = places.get(ast.unparse(node.func).removeprefix("self."), len(node.args))
+            for name in node.args[place : place + 1]:
+                if isinstance(name, ast.Constant):
+                    yield str(name.value)
+
+
+def test_every_check_is_in_the_table() -> None:
+    package = ROOT / "src" / "qwen35"
+    modules = [*(package / "verify").glob("*.py"), package / "api" / "verify.py"]
+    told = re.findall(r"^\| `([\w-]+)` \|", (DOCS / "verify.md").read_text("utf-8"), re.MULTILINE)
+    assert len(told) == len(set(told))
+    assert set(told) == {check for module in modules for check in checks_of(module)}
 
 
 def test_every_command_has_a_section_with_every_option() -> None:
