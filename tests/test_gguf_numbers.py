@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 
+from qwen35.codecs.fp8_errors import Errors
+from qwen35.errors import Finding
 from qwen35.gguf.container import Container, Entry, read_container
 from qwen35.gguf.types import GGML_TYPES
 from qwen35.progress import Silent
@@ -29,11 +32,13 @@ ROW = 2**20
 """So many values are decoded at a time: each row of so many is a strip."""
 
 
-def written(folder: Path, values: np.ndarray) -> Container:
-    """Write a file of one tensor."""
+def written(
+    folder: Path, values: np.ndarray, kind: GGMLQuantizationType | None = None
+) -> Container:
+    """Write a file of one tensor, packed already if `kind` says so."""
     path = folder / "x.gguf"
     writer = GGUFWriter(path, "qwen35")
-    writer.add_tensor("a.weight", values)
+    writer.add_tensor("a.weight", values, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -56,6 +61,19 @@ def test_every_strip_is_decoded_to_its_end(
     assert [(f.check, f.subject, f.message) for f in found] == [
         ("decode", "x.gguf: a.weight", "a scale or weight is not finite")
     ] * (place is not None)
+
+
+@pytest.mark.parametrize(("exponent", "finite"), [(252, True), (253, False), (255, False)])
+def test_a_scale_that_is_beyond_float32_is_named(
+    exponent: int, finite: bool, tmp_path: Path
+) -> None:
+    """No warning of NumPy's, but a finding: 2^(exponent - 128) times the largest level, 12."""
+    block = np.full((2, 17), 0x77, np.uint8)
+    block[1, 0] = exponent
+    container = written(tmp_path, block, GGMLQuantizationType.MXFP4)
+    with Memo({}) as memo:
+        _, found = compare(container, {}, None, memo=memo, threads=1, progress=Silent())
+    assert [f.message for f in found] == ["a scale or weight is not finite"] * (not finite)
 
 
 def test_a_file_that_shrinks_meanwhile_is_named(tmp_path: Path) -> None:
@@ -134,6 +152,12 @@ def test_differences_add_up_strip_by_strip() -> None:
         _accumulate(result, faults, "q8_0", 1.5 * ones(1, 32), ones(1, 32))
     assert (result.norm, result.squared) == (74.0, 16.5)
     assert (faults.values, faults.blocks) == (2, 2)
+
+
+def test_a_comparison_is_the_same_when_it_was_noted() -> None:
+    compared = Compared(1.5, 2.5, Errors(count=3, worst=0.5), True, True, [Finding("a", "b", "c")])
+    assert Compared.from_json(json.loads(json.dumps(compared.to_json()))) == compared
+    assert Compared.from_json(json.loads(json.dumps(Compared().to_json()))) == Compared()
 
 
 def test_sums_of_squares_hold_what_float32_cannot() -> None:

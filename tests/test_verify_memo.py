@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -249,7 +252,43 @@ def test_a_check_that_cannot_keep_anything_says_so_and_passes(
     verdict = check(*artifacts["nf4"])
     assert verdict.passed
     assert len(verdict.notes) == 1
-    assert verdict.notes[0].startswith("a check that is killed starts over: cannot write")
+    said, _, path = verdict.notes[0].partition(f"{cache}/verify-")
+    assert said == "a check that is killed starts over: cannot write "
+    assert path.endswith(f" ({os.strerror(errno.ENOTDIR)})")
+
+
+def test_notes_of_the_check_and_of_the_model_are_both_told(
+    artifacts: dict[str, tuple[Path, Path]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.parent.write_text("in the way")
+    monkeypatch.setattr("qwen35.verify.artifact._in_transformers", lambda _: ([], [], ["asked"]))
+    verdict = verify(fetch(str(artifacts["text"][0]), lenient=True), depth="behaviour", threads=1)
+    assert [note.partition(":")[0] for note in verdict.notes] == [
+        "a check that is killed starts over",
+        "asked",
+    ]
+
+
+def test_files_of_one_check_have_hashes_of_their_own(cache: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_text(path.name)
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    with suppress(KeyboardInterrupt), memo.Memo({"of": "both"}) as first:
+        assert [first.sha256(path) for path in paths] == hashes
+        raise KeyboardInterrupt
+    for path in paths:
+        path.write_text("not read again")
+    with memo.Memo({"of": "both"}) as second:
+        assert [second.sha256(path) for path in paths] == hashes
+
+
+def test_checks_of_different_things_note_in_different_files(cache: Path) -> None:
+    with memo.Memo({"of": "one"}) as one, memo.Memo({"of": "another"}) as another:
+        one.add("piece", 1)
+        another.add("piece", 2)
+        assert len(list(cache.iterdir())) == 2
+        assert one.notes == another.notes == []
 
 
 def test_the_same_check_twice_at_once(artifacts: dict[str, tuple[Path, Path]], cache: Path) -> None:

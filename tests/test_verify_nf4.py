@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qwen35.codecs.nf4 import BLOCK
-from qwen35.codecs.nf4_tables import BOUNDS
-from qwen35.verify.nf4 import same_mean, wrong_codes
+from qwen35.codecs.nf4 import BLOCK, NESTED_BLOCK
+from qwen35.codecs.nf4_arrays import Statistics
+from qwen35.codecs.nf4_tables import BOUNDS, dynamic_map
+from qwen35.verify.nf4 import same_mean, wrong_codes, wrong_scales
 
 SCALE = 3.0
 ON, NEAR, BEYOND = 0.0, 5e-6, 3e-5
@@ -69,3 +70,45 @@ def test_a_mean_may_differ_by_rounding_of_the_largest(sign: int, off: float, sam
     true = np.array([1.0, 3.0, 2.0], np.float32)
     assert same_mean(2.0 + sign * off * 3, true) is same
     assert same_mean(-2.0 + sign * off * 3, -true) is same
+
+
+TRUE = np.abs(np.random.default_rng(0).normal(size=8 * NESTED_BLOCK - 9)).astype(np.float32)
+OFFSET = float(TRUE.mean())
+OURS = Statistics.of(TRUE, OFFSET)
+CENTRED = (TRUE - np.float32(OFFSET)) / np.repeat(OURS.nested, NESTED_BLOCK)[: len(TRUE)]
+NEAREST = np.abs(dynamic_map()[:, None] - CENTRED).argmin(axis=0).astype(np.uint8)
+"""What bitsandbytes gives on CUDA; `OURS` has what it gives on a CPU."""
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 64.0, 2**-6])
+def test_scales_are_those_of_a_cpu_or_of_cuda(magnitude: float) -> None:
+    assert 0 < np.count_nonzero(OURS.codes != NEAREST) < 20
+    true, nested, offset = TRUE * magnitude, OURS.nested * magnitude, OFFSET * magnitude
+    for codes in (OURS.codes, NEAREST):
+        assert wrong_scales(codes, nested, offset, true) == 0
+        for place in (0, len(TRUE) - 1):
+            for step in (-3, 3):
+                other = codes.copy()
+                other[place] = np.clip(int(other[place]) + step, 0, 255)
+                assert wrong_scales(other, nested, offset, true) == 1
+
+
+def test_another_code_is_wrong_on_either_side() -> None:
+    for step in (-1, 1):
+        other = np.clip(NEAREST.astype(int) + step, 0, 255).astype(np.uint8)
+        middle = (dynamic_map()[other] + dynamic_map()[NEAREST]) / 2
+        right = (other == NEAREST) | (other == OURS.codes) | (np.abs(CENTRED - middle) < 1e-6)
+        assert wrong_scales(other, OURS.nested, OFFSET, TRUE) == np.count_nonzero(~right)
+
+
+@pytest.mark.parametrize(("factor", "wrong"), [(1 + 5e-6, 0), (1 + 2e-5, len(TRUE))])
+def test_one_wrong_nested_scale_spoils_all(factor: float, wrong: int) -> None:
+    nested = OURS.nested.copy()
+    nested[3] *= np.float32(factor)
+    assert wrong_scales(OURS.codes, nested, OFFSET, TRUE) == wrong
+
+
+def test_scales_that_are_their_mean_may_have_any_code() -> None:
+    true = np.full(NESTED_BLOCK, 2, np.float32)
+    codes = np.arange(NESTED_BLOCK).astype(np.uint8)
+    assert wrong_scales(codes, np.zeros(1, np.float32), 2.0, true) == 0
