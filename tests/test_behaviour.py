@@ -23,13 +23,15 @@ from transformers import AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 from checkpoints import ASSET, write_checkpoint
 from qwen35.checkpoint.inventory import inventory
-from qwen35.checkpoint.open import describe
+from qwen35.checkpoint.open import describe, gguf_files
 from qwen35.cli import old
 from qwen35.cli.main import main
 from qwen35.errors import UsageError
+from qwen35.gguf.container import Container
 from qwen35.verify import asking, asking_vllm, behaviour, placing
 from qwen35.verify.asking import Question, is_right
 from qwen35.verify.behaviour import IMAGE, TASKS, Answer, ask, behaviour_findings
+from qwen35.verify.gguf import verify_gguf
 from qwen35.verify.placing import choose
 from running import load_all, read_config, run
 
@@ -555,6 +557,45 @@ def test_every_gguf_file_answers(gguf: Path, capsys: Capture) -> None:
     assert {answer["file"] for answer in found["answers"]} == files
     assert len(found["answers"]) == 60
     assert all(answer["right"] for answer in found["answers"])
+
+
+def test_wrong_answers_of_every_file_are_found(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(Scripted):
+        """Knows another capital."""
+
+        def __init__(self, container: Container, threads: int) -> None:
+            super().__init__(lambda _, said: said.replace("Paris", container.path.stem[-4:]))
+            opened.append((container.path.name, threads))
+
+        def __enter__(self) -> Wrong:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            opened.append(("closed", 0))
+
+    opened: list[tuple[str, int]] = []
+    monkeypatch.setattr("qwen35.verify.gguf.LlamaAsker", Wrong)
+    files = gguf_files(str(gguf))
+    assert files is not None
+    verdict = verify_gguf(str(gguf), files, depth="behaviour", threads=3)
+    asked = [name for name in files.names if not name.startswith("mmproj")]
+    assert opened == [entry for name in asked for entry in ((name, 3), ("closed", 0))]
+    capital = TASKS[-1]
+    assert [(f.check, f.subject, f.message) for f in verdict.findings] == [
+        (
+            "behaviour",
+            f"{name}: {capital.prompt}",
+            f"'The capital of France is **{Path(name).stem[-4:]}**.', expected 'Paris'",
+        )
+        for name in asked
+        for _ in ("off", "on")
+    ]
+    assert [answer.file for answer in verdict.answers] == [
+        name for name in asked for _ in range(10)
+    ]
+    assert verdict.notes == (
+        "asked in llama.cpp, without pictures: the binding is built without its vision part",
+    )
 
 
 def test_gguf_of_a_broken_model_is_found_by_what_it_says(tmp_path: Path, capsys: Capture) -> None:

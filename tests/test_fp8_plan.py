@@ -338,7 +338,8 @@ def test_partial_tiles_stay_and_are_listed() -> None:
     plan = planned(narrow(intermediate_size=192))
     stays(plan, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     assert len(packed(plan)) == 32 - 5 * 3
-    assert "not whole tiles of 128 x 128" in plan_text(plan, 1)
+    shown = plan_text(plan, 1)
+    assert "mlp.down_proj is [256, 192]: not whole tiles of 128 x 128" in shown
 
 
 def test_a_group_stays_whole_where_one_part_does_not_fit() -> None:

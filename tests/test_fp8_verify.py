@@ -539,6 +539,15 @@ def test_what_does_not_split_is_said_once_a_role_and_shape(packed: Path) -> None
     assert not any(f"{LAYER}.1." in name for name in said)
 
 
+def test_what_gpus_cannot_share_is_told_with_all_else(packed: Path, tmp_path: Path) -> None:
+    broken = edited(packed, tmp_path / "broken", lambda tensors: tensors.pop(f"{UP}_scale_inv"))
+    alone = check(broken).findings
+    assert alone
+    both = check(broken, tensor_parallel=4).findings
+    assert both[: len(alone)] == alone
+    assert {f.check for f in both[len(alone) :]} == {"tensor-parallel"}
+
+
 @pytest.mark.parametrize(("ranks", "found"), [(2, False), (3, True), (4, False), (8, False)])
 def test_heads_of_keys_and_values_are_repeated_not_split(
     ranks: int, found: bool, tmp_path: Path

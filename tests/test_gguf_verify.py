@@ -426,6 +426,24 @@ def test_what_cannot_be_decoded_has_no_error(out: Path, source: Path) -> None:
     assert found == {**sound, ("mlp.up_proj", "q4_K"): sound["mlp.up_proj", "q4_K"] - 1}
 
 
+def test_only_heads_are_read_unless_more_is_asked_for(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def fetch(files: GgufFiles, token: str | None) -> GgufFiles:
+        asked.append(token)
+        return files
+
+    monkeypatch.setattr(GgufFiles, "fetch", fetch)
+    files = gguf_files(str(good))
+    assert files is not None
+    assert verify_gguf(str(good), files, token="mine").depth == "structure"
+    assert asked == []
+    assert verify_gguf(str(good), files, depth="numbers", token="mine", threads=1).passed
+    assert asked == ["mine"]
+
+
 def test_as_many_threads_as_asked_for(
     good: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1144,6 +1144,13 @@ FAILED: 2 findings"""
         "",
         "FAILED: 1 finding",
     ]
+    alone = replace(one, findings=(), notes=(), answers=(Answer(ASKED, "no"),) * 2)
+    assert verdict_text(alone).splitlines()[3:] == [
+        f"  {question}       on  WRONG",
+        f"  {question}       on  WRONG",
+        "",
+        "passed: nothing found",
+    ]
     none = replace(one, findings=(), notes=(), errors=verdict.errors[:1])
     assert verdict_text(none).splitlines()[1:] == [
         "3 weights are exactly those of the source",
