@@ -500,6 +500,17 @@ def test_another_models_source_is_seen(packed: Path, tmp_path: Path) -> None:
     assert any(f.message == "in the source, but not here" for f in findings)
 
 
+def test_a_source_that_is_not_finite_is_just_another(
+    packed: Path, dense: Path, tmp_path: Path
+) -> None:
+    tensors = load_all(dense)
+    name = "model.language_model.norm.weight"
+    tensors[name][3] = float("nan")
+    other = write_checkpoint(tmp_path / "other", read_config(dense), tensors)
+    [finding] = check(packed, other).findings
+    assert (finding.check, finding.subject) == ("bytes", name)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [([], 0), (["--depth", "numbers"], 0), (["--json"], 0)],
