@@ -947,6 +947,9 @@ def test_memory_too_small_for_one_thread_is_refused() -> None:
     with pytest.raises(UsageError) as caught:
         threads_within(lambda threads: 1_001 + 500 * threads, 8, 1_480, hint="or not")
     assert str(caught.value) == "--memory 1.48 kB: too little, expected at least 1.51 kB; or not"
+    with pytest.raises(UsageError) as caught:
+        threads_within(lambda threads: 2_000, 8, 1_480)
+    assert str(caught.value) == "--memory 1.48 kB: too little, expected at least 2.00 kB"
 
 
 def test_roles_are_shown_with_their_meaning() -> None:
