@@ -26,7 +26,7 @@ from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.open import describe, gguf_files
 from qwen35.cli import old
 from qwen35.cli.main import main
-from qwen35.errors import UsageError
+from qwen35.errors import InputError, UsageError
 from qwen35.gguf.container import Container
 from qwen35.verify import asking, asking_vllm, behaviour, placing
 from qwen35.verify.asking import Question, is_right
@@ -241,9 +241,10 @@ def test_an_answer_names_its_file_if_there_are_several() -> None:
 
 def test_sizes_count_the_tower() -> None:
     items = inventory(describe(str(ASSET)))
-    total, visual = placing.sizes(items)
-    assert total == sum(i.weight.nbytes for i in items)
-    assert 0 < visual < total
+    tower = [i for i in items if i.weight.name.startswith("model.visual.")]
+    sizes = [sum(item.weight.nbytes for item in part) for part in (items, tower)]
+    assert placing.sizes(items) == tuple(sizes)
+    assert 0 < sizes[1] < sizes[0]
 
 
 @pytest.mark.parametrize(("there", "free"), [(True, 30), (False, 0)])
@@ -658,20 +659,25 @@ def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
         ),
         5,
     )
-    row = np.array([3, -3, 0, 6, -6, 9], np.float32)
+    row = np.array([3, -3, 0, 6, -6, 0.5], np.float32)
     theirs = RepetitionPenaltyLogitsProcessor(1.5)
     for seen in ([0, 1, 1, 2], [5], [4, 3, 4]):
         changed = theirs(torch.tensor([seen]), torch.tensor(row[None]))
         assert engine.change(row, seen).tolist() == changed[0].tolist()
-    assert row.tolist() == [3, -3, 0, 6, -6, 9]
+    assert row.tolist() == [3, -3, 0, 6, -6, 0.5]
     asker.ask(question)
     assert engine.change(row, [0, 1]).tolist() == row.tolist()
+    alone: Any = LlamaAsker(read_container(path))._llama
+    assert alone.opened == (path, 2048, 1)
+    container = read_container(path)
+    broken = replace(container, keys={**container.keys, "tokenizer.chat_template": "{% if %}"})
+    with pytest.raises(InputError, match=rf"^{path.name}: its chat template does not compile"):
+        LlamaAsker(broken)
 
 
 @pytest.mark.sentences
 def test_gguf_that_llama_cpp_does_not_load(tmp_path: Path) -> None:
     from qwen35.engines.llama import Llama
-    from qwen35.errors import InputError
 
     path = tmp_path / "none.gguf"
     path.write_bytes(b"GGUF")
@@ -694,7 +700,6 @@ def test_a_template_is_compiled_as_transformers_compiles_it() -> None:
 
 @pytest.mark.sentences
 def test_template_that_refuses_is_a_sentence(gguf: Path) -> None:
-    from qwen35.errors import InputError
     from qwen35.verify.asking_llama import _template
 
     with pytest.raises(InputError, match="does not compile"):

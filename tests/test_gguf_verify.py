@@ -24,6 +24,7 @@ from qwen35.gguf.rules import load_recipe
 from qwen35.gguf.write import write
 from qwen35.progress import Silent
 from qwen35.verify.artifact import Depth, Verdict
+from qwen35.verify.behaviour import NOT_ASKED
 from qwen35.verify.gguf import verify_gguf
 from watching import watched_pools
 
@@ -424,6 +425,14 @@ def test_what_cannot_be_decoded_has_no_error(out: Path, source: Path) -> None:
     poke(quantized(out), "blk.0.ffn_up.weight", 144 * 3, b"\x00\x7c")
     found = {(r.role, r.storage): r.count for r in check(out, source, "numbers").errors}
     assert found == {**sound, ("mlp.up_proj", "q4_K"): sound["mlp.up_proj", "q4_K"] - 1}
+
+
+def test_files_with_findings_are_not_asked(out: Path) -> None:
+    path = quantized(out)
+    path.write_bytes(path.read_bytes()[:-5000])
+    verdict = check(out, depth="behaviour")
+    assert "readable" in checks(verdict)
+    assert (verdict.answers, verdict.notes) == ((), (NOT_ASKED,))
 
 
 def test_only_heads_are_read_unless_more_is_asked_for(

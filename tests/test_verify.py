@@ -351,7 +351,7 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str, str, str
         lambda c: c["quantization_config"].update(load_in_4bit=False),
         "quantization-config",
         "config.json",
-        "load_in_4bit",
+        "load_in_4bit is False, expected True",
     ),
     "another layer count": (
         lambda c: c["text_config"].update(
@@ -711,6 +711,22 @@ def test_scales_are_judged_by_the_stored_offset() -> None:
     true = random_scales()
     theirs = Statistics.of(true, float(Statistics.of(true).offset) + 9e-6)
     assert wrong_scales(theirs.codes, theirs.nested, theirs.offset, true) == 0
+
+
+def test_the_stored_offset_is_the_one_of_the_file(
+    packed: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offsets: list[float] = []
+
+    def judged(codes: object, nested: object, offset: float, true: object) -> int:
+        offsets.append(offset)
+        return 0
+
+    monkeypatch.setattr("qwen35.verify.numbers.wrong_scales", judged)
+    assert check(packed, dense).passed
+    blobs = [t for name, t in load_all(packed).items() if "bitsandbytes__nf4" in name]
+    states = [json.loads(bytes(blob.tolist())) for blob in blobs]
+    assert sorted(offsets) == sorted(state["nested_offset"] for state in states)
 
 
 def test_the_least_scales_of_scales_must_fit_as_well() -> None:

@@ -300,6 +300,39 @@ def test_the_same_check_twice_at_once(artifacts: dict[str, tuple[Path, Path]], c
     assert "another run is writing it" in inner[0].notes[0]
 
 
+def test_a_note_that_someone_removed_is_not_missed(cache: Path) -> None:
+    with memo.Memo({}) as noted:
+        noted.add("piece", 1)
+        for path in cache.iterdir():
+            path.unlink()
+    assert noted.notes == []
+
+
+def test_a_disk_that_fills_up_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("qwen35.sinks.journal.Journal.record", full)
+    with memo.Memo({}) as noted:
+        noted.add("piece", 1)
+        noted.add("another", 2)
+    assert noted.notes[0].endswith(f"({os.strerror(errno.ENOSPC)})")
+
+
+def test_leftovers_that_cannot_be_removed_stay(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EPERM, "not yours", path)
+
+    cache.mkdir(parents=True)
+    (cache / "verify-old").touch()
+    os.utime(cache / "verify-old", (1e9, 1e9))
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with memo.Memo({}) as noted:
+        assert noted.get("piece") is None
+
+
 def test_leftovers_of_long_ago_are_removed(
     artifacts: dict[str, tuple[Path, Path]], cache: Path
 ) -> None:

@@ -106,9 +106,3 @@ def test_one_wrong_nested_scale_spoils_all(factor: float, wrong: int) -> None:
     nested = OURS.nested.copy()
     nested[3] *= np.float32(factor)
     assert wrong_scales(OURS.codes, nested, OFFSET, TRUE) == wrong
-
-
-def test_scales_that_are_their_mean_may_have_any_code() -> None:
-    true = np.full(NESTED_BLOCK, 2, np.float32)
-    codes = np.arange(NESTED_BLOCK).astype(np.uint8)
-    assert wrong_scales(codes, np.zeros(1, np.float32), 2.0, true) == 0
