@@ -423,7 +423,10 @@ def test_progress_tells_every_tensor(good: Path) -> None:
 def test_what_cannot_be_decoded_has_no_error(out: Path, source: Path) -> None:
     sound = {(r.role, r.storage): r.count for r in check(out, source, "numbers").errors}
     poke(quantized(out), "blk.0.ffn_up.weight", 144 * 3, b"\x00\x7c")
-    found = {(r.role, r.storage): r.count for r in check(out, source, "numbers").errors}
+    verdict = check(out, source, "numbers")
+    found = {(r.role, r.storage): r.count for r in verdict.errors}
+    [decoded] = [f for f in verdict.findings if f.check == "decode"]
+    assert decoded.subject == f"{quantized(out).name}: blk.0.ffn_up.weight"
     assert found == {**sound, ("mlp.up_proj", "q4_K"): sound["mlp.up_proj", "q4_K"] - 1}
 
 

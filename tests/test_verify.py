@@ -713,6 +713,32 @@ def test_scales_are_judged_by_the_stored_offset() -> None:
     assert wrong_scales(theirs.codes, theirs.nested, theirs.offset, true) == 0
 
 
+def test_another_offset_spoils_all_scales(broken: Path, dense: Path) -> None:
+    def shift(tensors: Tensors) -> None:
+        name = f"{QKV}.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(tensors[name].tolist()))
+        state["nested_offset"] *= 1.001
+        tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    blocks = load_all(dense)[QKV].numel() // 64
+    rewrite(broken, shift)
+    [finding] = check(broken, dense).findings
+    assert finding.check == "absmax"
+    assert finding.message.startswith(f"{blocks} of {blocks} scales")
+
+
+def test_the_same_values_in_another_type_are_the_same(dense: Path, tmp_path: Path) -> None:
+    tensors = load_all(dense)
+    name = "model.language_model.norm.weight"
+    wider = {**tensors, name: tensors[name].float()}
+    made = write_checkpoint(tmp_path / "wider", read_config(dense), wider)
+    assert check(made, dense).findings == ()
+    wider[name][0] += 1
+    made = write_checkpoint(tmp_path / "other", read_config(dense), wider)
+    [finding] = check(made, dense).findings
+    assert (finding.check, finding.subject) == ("values", name)
+
+
 def test_the_stored_offset_is_the_one_of_the_file(
     packed: Path, dense: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1013,8 +1039,10 @@ def test_all_of_a_check_is_told(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     asked = watched_pools(monkeypatch, "qwen35.verify.numbers")
     progress = Watching()
     opened = fetch(str(packed))
-    assert verify(opened, depth="numbers", threads=3, progress=progress).passed
+    verdict = verify(opened, depth="numbers", threads=3, progress=progress)
+    assert (verdict.passed, verdict.errors) == (True, ())
     assert asked == [3]
+    assert sorted(progress.items) == sorted(weight.name for weight in opened.weights)
     assert progress.title == f"checking {packed}"
     assert progress.done == progress.total == sum(weight.nbytes for weight in opened.weights)
 

@@ -9,9 +9,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from qwen35.gguf.plan import Asked, make_plan
 from qwen35.gguf.rules import load_recipe
 from qwen35.gguf.write import write
 from qwen35.progress import Progress, Silent
+from qwen35.sinks.journal import Journal
 from qwen35.verify import gguf_numbers, memo, numbers
 from qwen35.verify.artifact import Verdict, verify
 from qwen35.verify.gguf import verify_gguf
@@ -308,11 +310,33 @@ def test_a_note_that_someone_removed_is_not_missed(cache: Path) -> None:
     assert noted.notes == []
 
 
+def test_what_is_noted_goes_to_the_disk_now_and_then_and_at_the_end(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Journal.record
+    flushed: list[list[str]] = []
+
+    def recorded(journal: Journal, results: Mapping[str, Any]) -> None:
+        flushed.append(list(results))
+        record(journal, results)
+
+    monkeypatch.setattr(Journal, "record", recorded)
+    with suppress(KeyboardInterrupt), memo.Memo({}) as noted:
+        monkeypatch.setattr(memo, "SECONDS", 1e9)
+        for name in ("first", "second", "third"):
+            noted.add(name, name)
+        raise KeyboardInterrupt
+    assert flushed == [["first"], ["second", "third"]]
+    with memo.Memo({}) as again:
+        assert [again.get(name) for name in ("first", "third")] == ["first", "third"]
+    assert len(flushed) == 2
+
+
 def test_a_disk_that_fills_up_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("qwen35.sinks.journal.Journal.record", full)
+    monkeypatch.setattr(Journal, "record", full)
     with memo.Memo({}) as noted:
         noted.add("piece", 1)
         noted.add("another", 2)

@@ -29,6 +29,7 @@ class Watching:
         self.act = act
         self.title = ""
         self.total = self.done = self.steps = 0
+        self.items: list[str] = []
 
     def begin(self, title: str, nbytes: int) -> None:
         self.title, self.total = title, nbytes
@@ -36,6 +37,7 @@ class Watching:
     def advance(self, nbytes: int, item: str) -> None:
         self.done += nbytes
         self.steps += 1
+        self.items.append(item)
         self.act(self.steps)
 
     def end(self) -> None:
