@@ -375,6 +375,10 @@ LISTS: dict[str, tuple[Callable[[list[str]], object], str]] = {
         "model.visual.blocks.0.attn.qkv",
     ),
     "mtp.fc not listed": (lambda names: names.remove("mtp.fc"), "mtp.fc"),
+    "experts where there are none": (
+        lambda names: names.append(f"{LAYER}.3.self_attn.o_proj.mlp.experts"),
+        f"{LAYER}.3.self_attn.o_proj.mlp.experts",
+    ),
     "entry of another prefix": (
         lambda names: names.append("model.layers.0.linear_attn.in_proj_a"),
         "model.layers.0.linear_attn.in_proj_a",
@@ -559,6 +563,17 @@ def test_heads_of_keys_and_values_are_repeated_not_split(
     roles = tensor_parallel(run(source, tmp_path / "out", "fp8").out, ranks)
     for name in ("k_proj", "v_proj"):
         assert (f"self_attn.{name}" in roles) == found
+
+
+def test_heads_that_are_no_whole_tiles_are_told_as_they_are_split(tmp_path: Path) -> None:
+    """Two heads of 192 rows: four GPUs have one each, which are one tile and a half."""
+    config = tiny_config()
+    config["text_config"] |= {"num_key_value_heads": 2, "head_dim": 192}
+    source = write_checkpoint(tmp_path / "in", config, random_tensors(config))
+    out = run(source, tmp_path / "out", "fp8").out
+    told = {f.message for f in check(out, tensor_parallel=4).findings}
+    said = "384 rows over 2 GPUs are 192 each, expected a multiple of 128"
+    assert {f"self_attn.{name}: {said}" for name in ("k_proj", "v_proj")} <= told
 
 
 def test_a_packed_tower_is_not_split(tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ def test_a_second_pass_changes_nothing(name: str) -> None:
         "{% if(x) %}a{% endif %}",
         "{% raw %}endraw {% if %}{% endraw %}{{ x }}",
         "{%raw%}{%- endraw -%}",
+        "{% raw %}{% if %}{% endraw %}{% raw %}{% endif %}{% endraw %}{{ x }}",
         "{% for c in m %}{% if c.t in ['image', 'video'] %}V{% elif(c) %}b{% endif %}{% endfor %}",
     ],
 )

@@ -24,7 +24,7 @@ from qwen35.gguf.write import write
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.journal import Journal
 from qwen35.verify import gguf_numbers, memo, numbers
-from qwen35.verify.artifact import Verdict, verify
+from qwen35.verify.artifact import Depth, Verdict, verify
 from qwen35.verify.gguf import verify_gguf
 from running import run
 
@@ -93,16 +93,21 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def check(
-    artifact: Path, source: Path | None, progress: Progress | None = None, *, threads: int = 1
+    artifact: Path,
+    source: Path | None,
+    progress: Progress | None = None,
+    *,
+    threads: int = 1,
+    depth: Depth = "numbers",
 ) -> Verdict:
     original = fetch(str(source)) if source else None
     if files := gguf_files(str(artifact)):
         return verify_gguf(
-            str(artifact), files, source=original, depth="numbers", threads=threads,
+            str(artifact), files, source=original, depth=depth, threads=threads,
             progress=progress,
         )  # fmt: skip
     opened = fetch(str(artifact), lenient=True)
-    return verify(opened, source=original, depth="numbers", threads=threads, progress=progress)
+    return verify(opened, source=original, depth=depth, threads=threads, progress=progress)
 
 
 def damage(artifact: Path) -> None:
@@ -259,12 +264,17 @@ def test_a_check_that_cannot_keep_anything_says_so_and_passes(
     assert path.endswith(f" ({os.strerror(errno.ENOTDIR)})")
 
 
+@pytest.mark.parametrize("kind", ["text", "gguf"])
 def test_notes_of_the_check_and_of_the_model_are_both_told(
-    artifacts: dict[str, tuple[Path, Path]], cache: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    artifacts: dict[str, tuple[Path, Path]],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache.parent.write_text("in the way")
-    monkeypatch.setattr("qwen35.verify.artifact._in_transformers", lambda _: ([], [], ["asked"]))
-    verdict = verify(fetch(str(artifacts["text"][0]), lenient=True), depth="behaviour", threads=1)
+    for asking in ("artifact._in_transformers", "gguf._behaviour"):
+        monkeypatch.setattr(f"qwen35.verify.{asking}", lambda *_: ([], [], ["asked"]))
+    verdict = check(artifacts[kind][0], None, depth="behaviour")
     assert [note.partition(":")[0] for note in verdict.notes] == [
         "a check that is killed starts over",
         "asked",
