@@ -1,4 +1,4 @@
-"""NF4 codes beside the source: where two levels are equally near, and where one is not."""
+"""NF4 codes and scales beside the source: which are equally near, and which are wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from qwen35.codecs.nf4 import BLOCK, NESTED_BLOCK
 from qwen35.codecs.nf4_arrays import Statistics
 from qwen35.codecs.nf4_tables import BOUNDS, dynamic_map
-from qwen35.verify.nf4 import same_mean, wrong_codes, wrong_scales
+from qwen35.verify.nf4 import F32, same_mean, wrong_codes, wrong_scales
 
 SCALE = 3.0
 ON, NEAR, BEYOND = 0.0, 5e-6, 3e-5
@@ -106,3 +106,30 @@ def test_one_wrong_nested_scale_spoils_all(factor: float, wrong: int) -> None:
     nested = OURS.nested.copy()
     nested[3] *= np.float32(factor)
     assert wrong_scales(OURS.codes, nested, OFFSET, TRUE) == wrong
+
+
+def random_scales(count: int, scale: float = 1.0) -> F32:
+    return np.random.default_rng(0).random(count, dtype=np.float32) * np.float32(scale)
+
+
+def test_scales_are_judged_by_the_stored_offset() -> None:
+    """Which may differ from ours by the rounding of a sum."""
+    true = random_scales(65536)
+    theirs = Statistics.of(true, float(Statistics.of(true).offset) + 9e-6)
+    assert wrong_scales(theirs.codes, theirs.nested, theirs.offset, true) == 0
+
+
+def test_the_least_scales_of_scales_must_fit_as_well() -> None:
+    true = random_scales(512, 1e-9)
+    ours = Statistics.of(true)
+    assert wrong_scales(ours.codes, ours.nested, ours.offset, true) == 0
+    assert wrong_scales(ours.codes, ours.nested * 2, ours.offset, true) == 512
+
+
+def test_scales_that_are_all_the_same_may_have_any_code() -> None:
+    """Nothing is left when their mean is taken off: a scale of zero decides."""
+    true = np.full(256, 0.25, np.float32)
+    ours = Statistics.of(true)
+    assert not ours.nested.any()
+    assert wrong_scales(ours.codes ^ 7, ours.nested, ours.offset, true) == 0
+    assert same_mean(0.0, np.zeros(256, np.float32))
