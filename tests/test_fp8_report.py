@@ -355,6 +355,25 @@ def test_a_weight_astray_is_told_by_its_band_and_the_rest_by_findings(
     assert report.judged["FAIL"] == 1
 
 
+def test_a_weight_astray_that_cannot_be_decoded_to_its_end_is_told_twice(
+    sources: dict[float, Path],
+    outputs: dict[tuple[float, str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By its band, for the pieces that were compared, and by a finding for the one that was not."""
+
+    def spoil(tensors: Tensors) -> None:
+        shuffle(tensors)
+        tensors[QKV].view(torch.uint8)[-1, -1] = 0x7F
+
+    monkeypatch.setattr("qwen35.strips.STRIP", 1)
+    broken = edited(outputs[0.02, "max"], tmp_path / "broken", spoil)
+    report = report_on(broken, sources[0.02])
+    assert report.errors[QKV].misplaced
+    assert [(f.check, f.subject) for f in report.findings] == [("decode", QKV)]
+
+
 def test_samples_are_drawn_in_each_file_by_a_seed(
     sources: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
