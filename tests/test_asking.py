@@ -25,7 +25,7 @@ from checkpoints import ASSET
 from qwen35.cli.main import main
 from qwen35.errors import InputError, UsageError
 from qwen35.gguf.container import read_container
-from qwen35.verify import asking, asking_vllm
+from qwen35.verify import asking_vllm
 from qwen35.verify.asking import Asker, Question
 from qwen35.verify.asking_llama import LlamaAsker, _template
 from qwen35.verify.behaviour import IMAGE, TASKS
@@ -34,26 +34,6 @@ from running import run
 Capture = pytest.CaptureFixture[str]
 
 # --- transformers
-
-
-def test_out_of_memory_leaves_the_model_on_the_cpu(tmp_path: Path) -> None:
-    class Full:
-        device = torch.device("cpu")
-
-        def __init__(self) -> None:
-            self.places: list[str] = []
-
-        def to(self, place: str) -> None:
-            self.places.append(place)
-            if place != "cpu":
-                raise torch.OutOfMemoryError
-
-    asker = object.__new__(asking.Asker)
-    asker._torch = torch
-    model = Full()
-    asker.model = model
-    assert asker.move("cuda", drop_tower=False) is False
-    assert model.places == ["cuda", "cpu"]
 
 
 class FakeTransformers:
@@ -66,9 +46,13 @@ class FakeTransformers:
         self.templates: list[tuple[Any, dict[str, Any]]] = []
         self.given: dict[str, Any] = {}
         self.model = SimpleNamespace(visual=self)
+        self.full = False
+        self.places: list[str] = []
 
     def to(self, place: str) -> None:
-        assert place == "cuda"
+        self.places.append(place)
+        if self.full and place != "cpu":
+            raise torch.OutOfMemoryError
 
     def apply_chat_template(self, messages: Any, **options: Any) -> str:
         self.templates.append((messages, options))
@@ -98,14 +82,14 @@ class FakeTransformers:
 
 
 @pytest.fixture
-def fake() -> tuple[asking.Asker, FakeTransformers]:
-    asker, engine = object.__new__(asking.Asker), FakeTransformers()
+def fake() -> tuple[Asker, FakeTransformers]:
+    asker, engine = object.__new__(Asker), FakeTransformers()
     asker._torch, asker.vision = torch, True
     asker.model = asker.tokenizer = asker._images = engine
     return asker, engine
 
 
-def test_transformers_is_asked_greedily(fake: tuple[asking.Asker, FakeTransformers]) -> None:
+def test_transformers_is_asked_greedily(fake: tuple[Asker, FakeTransformers]) -> None:
     asker, engine = fake
     question = Question("2 + 2?", "4", thinking=True, tokens=5)
     assert asker.ask(question) == "said [5, 6]"
@@ -119,7 +103,7 @@ def test_transformers_is_asked_greedily(fake: tuple[asking.Asker, FakeTransforme
     assert engine.templates == [([{"role": "user", "content": content}], options)] * 2
 
 
-def test_transformers_is_shown_a_picture(fake: tuple[asking.Asker, FakeTransformers]) -> None:
+def test_transformers_is_shown_a_picture(fake: tuple[Asker, FakeTransformers]) -> None:
     """One token for every 2 x 2 patches, where the template has one for the whole picture."""
     asker, engine = fake
     given = {name: part.tolist() for name, part in asker._inputs(IMAGE).items()}
@@ -136,18 +120,28 @@ def test_transformers_is_shown_a_picture(fake: tuple[asking.Asker, FakeTransform
     assert options["enable_thinking"] is False
 
 
-def test_a_dropped_tower_sees_nothing(fake: tuple[asking.Asker, FakeTransformers]) -> None:
+def test_a_dropped_tower_sees_nothing(fake: tuple[Asker, FakeTransformers]) -> None:
     asker, engine = fake
     assert asker.move("cuda", drop_tower=False)
     assert (asker.vision, engine.model.visual) == (True, engine)
     assert asker.move("cuda", drop_tower=True)
     assert (asker.vision, engine.model.visual) == (False, None)
+    assert engine.places == ["cuda", "cuda"]
+
+
+def test_out_of_memory_leaves_the_model_on_the_cpu(
+    fake: tuple[Asker, FakeTransformers],
+) -> None:
+    asker, engine = fake
+    engine.full = True
+    assert asker.move("cuda", drop_tower=False) is False
+    assert engine.places == ["cuda", "cpu"]
 
 
 def test_without_transformers_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError) as caught:
-        asking.Asker(ASSET)
+        Asker(ASSET)
     assert str(caught.value).startswith("asking the model: transformers is not installed; pip")
 
 
@@ -164,7 +158,6 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_penalty_and_template_are_those_of_transformers(gguf: Path) -> None:
     """The same words from both engines, greedy with the penalty, on the unquantized file."""
-
     theirs = Asker(ASSET)
     questions = [replace(task, thinking=thinking) for task in TASKS for thinking in (False, True)]
     with LlamaAsker(read_container(gguf)) as ours:
@@ -176,7 +169,6 @@ def test_penalty_and_template_are_those_of_transformers(gguf: Path) -> None:
 def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
     gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     class FakeLlama:
         def __init__(self, path: Path, *, context: int, threads: int) -> None:
             self.opened = path, context, threads
@@ -192,10 +184,10 @@ def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
             return f"said {answered}"
 
     monkeypatch.setattr("qwen35.verify.asking_llama.Llama", FakeLlama)
-    path = gguf
-    asker = LlamaAsker(read_container(path), threads=3)
+    container = read_container(gguf)
+    asker = LlamaAsker(container, threads=3)
     engine: Any = asker._llama
-    assert engine.opened == (path, 2048, 3)
+    assert engine.opened == (gguf, 2048, 3)
     question = Question("2 + 2?", "4", thinking=True, tokens=5)
     assert asker.ask(question, repetition_penalty=1.5) == "said ids"
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
@@ -216,11 +208,10 @@ def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
     assert row.tolist() == [3, -3, 0, 6, -6, 0.5]
     asker.ask(question)
     assert engine.change(row, [0, 1]).tolist() == row.tolist()
-    alone: Any = LlamaAsker(read_container(path))._llama
-    assert alone.opened == (path, 2048, 1)
-    container = read_container(path)
+    alone: Any = LlamaAsker(container)._llama
+    assert alone.opened == (gguf, 2048, 1)
     broken = replace(container, keys={**container.keys, "tokenizer.chat_template": "{% if %}"})
-    with pytest.raises(InputError, match=rf"^{path.name}: its chat template does not compile"):
+    with pytest.raises(InputError, match=rf"^{gguf.name}: its chat template does not compile"):
         LlamaAsker(broken)
 
 

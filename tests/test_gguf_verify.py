@@ -26,7 +26,7 @@ from qwen35.progress import Silent
 from qwen35.verify.artifact import Depth, Verdict
 from qwen35.verify.behaviour import NOT_ASKED
 from qwen35.verify.gguf import verify_gguf
-from watching import watched_pools
+from watching import Watching, watched_pools
 
 pytestmark = pytest.mark.sentences
 
@@ -407,17 +407,12 @@ def test_a_file_with_other_tensors_is_not_compared_but_the_next_is(out: Path, so
 
 
 def test_progress_tells_every_tensor(good: Path) -> None:
-    told: list[tuple[int, str]] = []
-
-    class Told(Silent):
-        def advance(self, nbytes: int, item: str) -> None:
-            told.append((nbytes, item))
-
+    progress = Watching()
     files = gguf_files(str(good))
     assert files is not None
-    assert verify_gguf(str(good), files, depth="numbers", threads=1, progress=Told()).passed
+    assert verify_gguf(str(good), files, depth="numbers", threads=1, progress=progress).passed
     containers = [read_container(good / name) for name in files.names]
-    assert told == [(e.nbytes, e.name) for c in containers for e in c.tensors.values()]
+    assert progress.steps == [(e.nbytes, e.name) for c in containers for e in c.tensors.values()]
 
 
 def test_what_cannot_be_decoded_has_no_error(out: Path, source: Path) -> None:

@@ -46,6 +46,7 @@ LAYER = "model.language_model.layers"
 QKV = f"{LAYER}.0.linear_attn.in_proj_qkv.weight"
 UP = f"{LAYER}.1.mlp.up_proj.weight"
 STATE = "quant_state.bitsandbytes__nf4"
+NORM = "model.language_model.norm.weight"
 
 
 def check(artifact: Path, source: Path | None = None) -> Verdict:
@@ -169,9 +170,9 @@ TENSOR_FAULTS: dict[str, Fault] = {
         "weight it belongs to",
     ),
     "kept weight dropped": Fault(
-        lambda t: t.pop("model.language_model.norm.weight"),
+        lambda t: t.pop(NORM),
         "tensors",
-        "model.language_model.norm.weight",
+        NORM,
         "missing",
     ),
     "vision weight dropped": Fault(
@@ -220,9 +221,9 @@ TENSOR_FAULTS: dict[str, Fault] = {
         "shape [4]",
     ),
     "kept weight as integers": Fault(
-        lambda t: t.update({"model.language_model.norm.weight": torch.zeros(256).int()}),
+        lambda t: t.update({NORM: torch.zeros(256).int()}),
         "tensors",
-        "model.language_model.norm.weight",
+        NORM,
         "dtype I32",
     ),
     "vision packed nowhere listed": Fault(
@@ -273,9 +274,9 @@ TENSOR_FAULTS: dict[str, Fault] = {
         True,
     ),
     "a NaN": Fault(
-        lambda t: t["model.language_model.norm.weight"][0].fill_(float("nan")),
+        lambda t: t[NORM][0].fill_(float("nan")),
         "decode",
-        "model.language_model.norm.weight",
+        NORM,
         "NaN",
         True,
     ),
@@ -504,11 +505,10 @@ def test_a_source_that_is_not_finite_is_just_another(
     packed: Path, dense: Path, tmp_path: Path
 ) -> None:
     tensors = load_all(dense)
-    name = "model.language_model.norm.weight"
-    tensors[name][3] = float("nan")
+    tensors[NORM][3] = float("nan")
     other = write_checkpoint(tmp_path / "other", read_config(dense), tensors)
     [finding] = check(packed, other).findings
-    assert (finding.check, finding.subject) == ("bytes", name)
+    assert (finding.check, finding.subject) == ("bytes", NORM)
 
 
 @pytest.mark.parametrize(
@@ -678,7 +678,7 @@ def test_any_flipped_bit_of_a_scale_is_found(packed: Path, dense: Path, tmp_path
 
 def test_another_offset_spoils_all_scales(broken: Path, dense: Path) -> None:
     def shift(tensors: Tensors) -> None:
-        name = f"{QKV}.quant_state.bitsandbytes__nf4"
+        name = f"{QKV}.{STATE}"
         state = json.loads(bytes(tensors[name].tolist()))
         state["nested_offset"] *= 1.001
         tensors[name] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
@@ -692,14 +692,13 @@ def test_another_offset_spoils_all_scales(broken: Path, dense: Path) -> None:
 
 def test_the_same_values_in_another_type_are_the_same(dense: Path, tmp_path: Path) -> None:
     tensors = load_all(dense)
-    name = "model.language_model.norm.weight"
-    wider = {**tensors, name: tensors[name].float()}
+    wider = {**tensors, NORM: tensors[NORM].float()}
     made = write_checkpoint(tmp_path / "wider", read_config(dense), wider)
     assert check(made, dense).findings == ()
-    wider[name][0] += 1
+    wider[NORM][0] += 1
     made = write_checkpoint(tmp_path / "other", read_config(dense), wider)
     [finding] = check(made, dense).findings
-    assert (finding.check, finding.subject) == ("values", name)
+    assert (finding.check, finding.subject) == ("values", NORM)
 
 
 def test_the_stored_offset_is_the_one_of_the_file(
@@ -713,7 +712,7 @@ def test_the_stored_offset_is_the_one_of_the_file(
 
     monkeypatch.setattr("qwen35.verify.numbers.wrong_scales", judged)
     assert check(packed, dense).passed
-    blobs = [t for name, t in load_all(packed).items() if "bitsandbytes__nf4" in name]
+    blobs = [t for name, t in load_all(packed).items() if name.endswith(STATE)]
     states = [json.loads(bytes(blob.tolist())) for blob in blobs]
     assert sorted(offsets) == sorted(state["nested_offset"] for state in states)
 
@@ -981,9 +980,9 @@ def test_all_of_a_check_is_told(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     verdict = verify(opened, depth="numbers", threads=3, progress=progress)
     assert (verdict.passed, verdict.errors) == (True, ())
     assert asked == [3]
-    assert sorted(progress.items) == sorted(weight.name for weight in opened.weights)
+    assert sorted(progress.steps) == sorted((w.nbytes, w.name) for w in opened.weights)
     assert progress.title == f"checking {packed}"
-    assert progress.done == progress.total == sum(weight.nbytes for weight in opened.weights)
+    assert progress.done == progress.total
 
 
 def test_a_verdict_is_plain_in_json() -> None:

@@ -23,22 +23,24 @@ def watched_pools(patch: pytest.MonkeyPatch, module: str) -> list[int]:
 
 
 class Watching:
-    """Progress that counts, and calls something after each step."""
+    """Progress that remembers what it was told, and calls something after each step."""
 
     def __init__(self, act: Callable[[int], None] = lambda _: None) -> None:
         self.act = act
         self.title = ""
-        self.total = self.done = self.steps = 0
-        self.items: list[str] = []
+        self.total = 0
+        self.steps: list[tuple[int, str]] = []
 
     def begin(self, title: str, nbytes: int) -> None:
         self.title, self.total = title, nbytes
 
     def advance(self, nbytes: int, item: str) -> None:
-        self.done += nbytes
-        self.steps += 1
-        self.items.append(item)
-        self.act(self.steps)
+        self.steps.append((nbytes, item))
+        self.act(len(self.steps))
 
     def end(self) -> None:
         pass
+
+    @property
+    def done(self) -> int:
+        return sum(nbytes for nbytes, _ in self.steps)

@@ -170,7 +170,8 @@ def _index_findings(place: Place, checkpoint: Checkpoint) -> Iterator[Finding]:
     if INDEX_NAME not in place.sizes():
         return
     metadata = read_json(place, INDEX_NAME).get("metadata")
-    total = metadata.get("total_size", "missing") if isinstance(metadata, dict) else "missing"
+    stated = metadata if isinstance(metadata, dict) else {}
+    total = stated.get("total_size", "missing")
     nbytes = sum(part.spec.nbytes for w in checkpoint.weights for part in w.parts)
     if total != nbytes and not checkpoint.problems:
         yield Finding("index", INDEX_NAME, f"total_size is {total}, the tensors have {nbytes}")
