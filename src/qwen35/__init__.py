@@ -61,9 +61,7 @@ _HOMES = {"Qwen35Error": "qwen35.errors"} | {
 
 _MODULES = (
     "calibrate",
-    "convert",
     "evaluate",
-    "gguf",
     "plan",
     "publish",
     "reproduce",

@@ -68,9 +68,12 @@ class Qwen35Error(Exception):
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        text = f"{self.subject}: {self.found}"
-        if self.expected:
-            text += f", expected {self.expected}"
+        return f"{self.subject}: {self.message}"
+
+    @property
+    def message(self) -> str:
+        """The sentence without its subject, which a finding names by itself."""
+        text = f"{self.found}, expected {self.expected}" if self.expected else self.found
         return f"{text}; {self.hint}" if self.hint else text
 
 

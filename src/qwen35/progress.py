@@ -10,11 +10,11 @@ __all__ = ["Progress", "Silent"]
 class Progress(Protocol):
     """Receives events from a piece of long work; calls may come from several threads."""
 
-    def begin(self, title: str, nbytes: int) -> None:
-        """Work called `title` over `nbytes` bytes begins."""
+    def begin(self, title: str, total: int) -> None:
+        """Work called `title` begins; whoever made this progress says in what `total` counts."""
 
-    def advance(self, nbytes: int, item: str) -> None:
-        """`nbytes` more are done; the last thing worked on is `item`."""
+    def advance(self, amount: int, item: str) -> None:
+        """So much more is done; the last thing worked on is `item`."""
 
     def end(self) -> None:
         """The work is over, well or badly."""
@@ -23,10 +23,10 @@ class Progress(Protocol):
 class Silent:
     """Progress that nobody watches."""
 
-    def begin(self, title: str, nbytes: int) -> None:
+    def begin(self, title: str, total: int) -> None:
         """Ignore it."""
 
-    def advance(self, nbytes: int, item: str) -> None:
+    def advance(self, amount: int, item: str) -> None:
         """Ignore it."""
 
     def end(self) -> None:

@@ -11,25 +11,17 @@ from qwen35.checkpoint.hub import HubId, HubPlace
 from qwen35.checkpoint.open import fetch, hub_token
 from qwen35.checkpoint.place import Folder, Place
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.convert import Result, check_before, convert
 from qwen35.errors import Finding, InputError, UsageError
-from qwen35.gguf.again import asked_again
-from qwen35.gguf.plan import GgufPlan
-from qwen35.gguf.plan import make_plan as make_gguf_plan
-from qwen35.gguf.write import write
-from qwen35.plan.activations import Activations
-from qwen35.plan.manifest import (
-    calibration_of,
-    kept_prefix,
-    manifest_versions,
-    read_manifest,
-    recipe_of,
-    source_of,
-)
-from qwen35.plan.plan import Plan, make_plan
+from qwen35.plan.container import Inputs
+from qwen35.plan.containers import container_of
+from qwen35.plan.manifest import manifest_versions, read_manifest, source_of
+from qwen35.plan.order import plan_again as plan_from_manifest
+from qwen35.plan.plan import Plan
 from qwen35.progress import Progress
 from qwen35.publish.hashes import digest_file
 from qwen35.publish.listing import Remote, list_commit
+from qwen35.sinks.staging import Result
+from qwen35.writing.run import check_before, write
 
 __all__ = ["Origin", "Reproduction", "plan_again", "reproduce"]
 
@@ -107,54 +99,37 @@ def plan_again(
     origin: Origin,
     source: str | None = None,
     token: str | None = None,
-    activations: Activations | None = None,
-    imatrix: Path | None = None,
-) -> Plan | GgufPlan:
+    inputs: Inputs | None = None,
+) -> Plan:
     """Plan the artifact once more, from the manifest's source and recipe.
 
     Args:
         origin: the manifest.
         source: where the source is, if not at the manifest's repository and commit.
         token: access token for the Hub.
-        activations: the statistics it was made with, if any.
-        imatrix: the importance matrix it was made with, if any.
+        inputs: the files that it was made with, beside the source.
 
     Raises:
-        UsageError: the source is not known, or the statistics or the matrix are not given.
-        InputError: the source is damaged, or these are other statistics.
+        UsageError: the source is not known, or a file that it was made with is not given.
+        InputError: the source is damaged, or these are other files.
     """
-    calibration, statistics = calibration_of(origin.manifest)
-    if statistics is not None and activations is None:
-        raise UsageError(
-            origin.name, "made with activation statistics", hint="give them: --activation-stats"
-        )
-    if activations is not None and activations.sha256 != statistics:
-        raise InputError(activations.name, "not the statistics that the manifest names")
-    repo, revision = source_of(origin.manifest)
+    manifest, inputs = origin.manifest, inputs or Inputs()
+    recipe = manifest.get("recipe")
+    container = container_of(recipe.get("format") if isinstance(recipe, dict) else None)
+    container.asked_again(manifest, inputs)  # refuses what is wrong before anything is fetched
+    repo, revision = source_of(manifest)
     model = source or (f"{repo}@{revision}" if repo else None)
     if model is None:
-        folder = origin.manifest["source"].get("folder")
+        folder = manifest["source"].get("folder")
         found = f"made from a folder called {folder}"
         raise UsageError(origin.name, found, hint="say where it is with --source")
-    if any(name.endswith(".gguf") for name in origin.manifest["files"]):
-        asked = asked_again(origin.manifest, imatrix)
-        return make_gguf_plan(fetch(model, token=token, extra=("README.md",)), asked)
-    if imatrix is not None:
-        raise UsageError("--imatrix", "is for GGUF files", hint="leave it out")
-    recipe = recipe_of(origin.manifest)
-    checkpoint = fetch(model, token=token)
-    return make_plan(
-        checkpoint,
-        recipe,
-        keep_prefix=kept_prefix(origin.manifest),
-        calibration=calibration,
-        activations=activations,
-    )
+    checkpoint = fetch(model, token=token, extra=container.extra)
+    return plan_from_manifest(checkpoint, manifest, inputs)
 
 
 def reproduce(
     origin: Origin,
-    plan: Plan | GgufPlan,
+    plan: Plan,
     out: Path,
     *,
     overwrite: bool = False,
@@ -169,11 +144,8 @@ def reproduce(
         OutputError: `out` exists, or the disk is full.
         TensorError: a weight of the source cannot be read.
     """
-    check_before(out, overwrite=overwrite, device="auto")
-    if isinstance(plan, GgufPlan):
-        result = write(plan, out, overwrite=overwrite, threads=threads, progress=progress)
-    else:
-        result = convert(plan, out, overwrite=overwrite, threads=threads, progress=progress)
+    check_before(out, overwrite=overwrite)
+    result = write(plan, out, overwrite=overwrite, threads=threads, progress=progress)
     return Reproduction(
         tuple(origin.manifest["files"]),
         tuple(_findings(origin, plan, result)),
@@ -181,7 +153,7 @@ def reproduce(
     )
 
 
-def _findings(origin: Origin, plan: Plan | GgufPlan, result: Result) -> Iterator[Finding]:
+def _findings(origin: Origin, plan: Plan, result: Result) -> Iterator[Finding]:
     manifest = origin.manifest
     if manifest.get("plan") != plan.digest:
         yield Finding("plan", MANIFEST_NAME, "the plan made now is another")

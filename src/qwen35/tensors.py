@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from qwen35.errors import HeaderError
 
-__all__ = ["DTYPE_BITS", "DTYPE_NAMES", "FLOAT_DTYPES", "HUB_DTYPES", "TensorSpec"]
+__all__ = [
+    "DTYPE_BITS",
+    "DTYPE_NAMES",
+    "FLOAT_DTYPES",
+    "HUB_DTYPES",
+    "StoredTensor",
+    "TensorSpec",
+    "Weight",
+]
 
 DTYPE_BITS: dict[str, int] = {
     "BOOL": 8,
@@ -79,3 +87,54 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of the data."""
         return self.numel * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor as a file holds it.
+
+    Args:
+        spec: its description.
+        file: name of the file, relative to the checkpoint.
+        begin: offset of its first byte in the file.
+    """
+
+    spec: TensorSpec
+    file: str
+    begin: int
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight and the stored tensors that hold it.
+
+    Args:
+        name: the tensor's name in an unquantized checkpoint.
+        storage: how it is held: a key of `qwen35.codecs.registry.CODECS`.
+        parts: stored tensors, the one called `name` first.
+    """
+
+    name: str
+    storage: str
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def main(self) -> StoredTensor:
+        """The stored tensor that has the weight's own name."""
+        return self.parts[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read for all parts."""
+        return sum(part.spec.nbytes for part in self.parts)
+
+    def part(self, suffix: str) -> StoredTensor | None:
+        """Return the companion called ``{name}{suffix}``, if there is one."""
+        wanted = self.name + suffix
+        return next((part for part in self.parts if part.spec.name == wanted), None)
+
+    def need(self, suffix: str) -> StoredTensor:
+        """Return a companion that must be there: the weight was grouped by it."""
+        part = self.part(suffix)
+        assert part is not None, suffix
+        return part

@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from qwen35.api.fp8 import DEFAULTS, Bands, activations_of, calibration_of, check_made, check_unused
+from qwen35.api.made import How, Made, carry_out, fitting
 from qwen35.api.plan import plan_of
-from qwen35.api.workers import check_workers, pool_for
+from qwen35.api.workers import check_workers
 from qwen35.checkpoint.open import describe, fetch, folder_of
-from qwen35.codecs.fp8 import Mode
-from qwen35.plan.manifest import manifest_size
-from qwen35.plan.memory import peak_memory, threads_within
-from qwen35.plan.plan import Plan
+from qwen35.codecs.fp8.layout import Mode
 from qwen35.progress import Progress
-from qwen35.threads import default_threads
 
-if TYPE_CHECKING:
-    from qwen35.verify.fp8_report import Report
-
-__all__ = ["Converted", "convert"]
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What came of a conversion.
-
-    Args:
-        out: the folder.
-        plan: what was carried out, or would be.
-        threads: how many were used, or would be.
-        nbytes: of all files.
-        hashes: SHA-256 by name of file, without the manifest; empty after a dry run.
-        report: the check of an FP8 output against its source, unless it was left out.
-        part: the slice that this was, ``(i, N)``, if it was one; `nbytes` are its own then.
-        weights: of the slice.
-    """
-
-    out: Path
-    plan: Plan
-    threads: int
-    nbytes: int
-    hashes: Mapping[str, str]
-    report: Report | None = None
-    part: tuple[int, int] | None = None
-    weights: int = 0
-
-    @property
-    def passed(self) -> bool:
-        """Whether the check, if there was one, found the output fit to be used."""
-        return self.report is None or self.report.verdict != "FAIL"
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        if self.part is not None:
-            number, count = self.part
-            own = {"weights": self.weights, "bytes": self.nbytes}
-            return {"slice": number, "of": count, **own}
-        packed = Counter[str](step.packing for step in self.plan.steps if step.packing)
-        made: dict[str, Any] = {"out": str(self.out), "bytes": self.nbytes}
-        made |= {"sha256": dict(self.hashes), **packed}
-        return made if self.report is None else {**made, "report": self.report.to_json()}
+__all__ = ["convert"]
 
 
 def convert(
@@ -93,7 +44,7 @@ def convert(
     dry_run: bool = False,
     hf_token: str | None = None,
     progress: Progress | None = None,
-) -> Converted:
+) -> Made:
     """Write what `plan` describes; the folder appears whole, or not at all.
 
     Args:
@@ -140,8 +91,7 @@ def convert(
     >>> made.passed, len(made.hashes["config.json"])
     (True, 64)
     """
-    from qwen35.convert import check_before
-    from qwen35.convert import convert as carry_out
+    from qwen35.writing.run import check_before
 
     out = Path(out)
     check_workers(workers, ray_address, slice, memory)
@@ -160,40 +110,23 @@ def convert(
         activations=activations,
     )
     check_unused(plan, bands=bands, samples=verify_samples, seed=verify_seed, skip=skip_verify)
+    checked = plan.settings is not None and not skip_verify
+    how = How(
+        device,
+        workers,
+        ray_address,
+        slice,
+        threads,
+        memory,
+        overwrite,
+        check=checked and verify_samples is None,
+    )
     if dry_run:
-        threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
-        return Converted(out, plan, threads, plan.nbytes + manifest_size(plan), {})
-    if slice is not None:
-        from qwen35.slices import convert_slice
-
-        threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
-        options: dict[str, Any] = {"overwrite": overwrite, "threads": threads, "device": device}
-        done = convert_slice(plan, out, *slice, **options, progress=progress)
-        return Converted(out, plan, threads, done.nbytes, {}, part=slice, weights=done.weights)
-    pool = pool_for(plan, workers, ray_address, device=device, threads=threads, memory=memory)
-    with pool as others:
-        if others is None:
-            threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
-        else:
-            threads = default_threads()
-        result = carry_out(
-            plan,
-            out,
-            overwrite=overwrite,
-            threads=threads,
-            device=device,
-            progress=progress,
-            pool=others,
-        )
-    report = None
-    if not skip_verify:
-        report = check_made(
-            plan,
-            result.out,
-            bands=bands,
-            samples=verify_samples,
-            seed=verify_seed,
-            threads=threads,
-            progress=progress,
-        )
-    return Converted(result.out, plan, threads, result.nbytes, result.hashes, report)
+        return Made(out, plan, fitting(plan, how), plan.total_bytes)
+    made = carry_out(plan, out, how, progress)
+    if not checked or slice is not None:
+        return made
+    report = check_made(
+        made, bands=bands, samples=verify_samples, seed=verify_seed, progress=progress
+    )
+    return replace(made, report=report)

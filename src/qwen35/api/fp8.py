@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qwen35.checkpoint.open import describe
-from qwen35.codecs.fp8 import Calibration, Mode
+from qwen35.codecs.fp8.layout import Calibration, Mode
 from qwen35.errors import UsageError
 from qwen35.plan.activations import Activations, load_activations
 from qwen35.plan.plan import Plan
 from qwen35.progress import Progress
 
 if TYPE_CHECKING:
+    from qwen35.api.made import Made
     from qwen35.verify.fp8_report import Report
 
 __all__ = ["DEFAULTS", "Bands", "activations_of", "calibration_of", "check_made", "check_unused"]
@@ -59,35 +60,32 @@ def check_unused(
         "--skip-verify": skip,
     }
     for flag, given in asked.items():
-        if given and plan.calibration is None:
+        if given and plan.settings is None:
             raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
 
 
 def check_made(
-    plan: Plan,
-    out: Path,
+    made: Made,
     *,
     bands: Bands | None,
     samples: int | None,
     seed: int,
-    threads: int | None,
     progress: Progress | None,
-) -> Report | None:
-    """Check an FP8 output against its source; None if it is not FP8.
+) -> Report:
+    """Check an FP8 output against its source; what workers have checked is not read again.
 
     Arguments are those of `qwen35.verify.fp8_report.check_fp8`.
     """
-    if plan.calibration is None:
-        return None
     from qwen35.verify.fp8_report import check_fp8
 
     return check_fp8(
-        describe(str(out.absolute()), lenient=True),
-        plan.checkpoint,
-        plan.calibration,
+        describe(str(made.out.absolute()), lenient=True),
+        made.plan.checkpoint,
+        made.plan.settings,
         bands=bands or "derived",
         samples=samples,
         seed=seed,
-        threads=threads,
+        threads=made.threads,
         progress=progress,
+        seen=made.compared,
     )

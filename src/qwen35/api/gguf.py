@@ -3,48 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from qwen35.api.made import How, Made, carry_out, fitting
+from qwen35.api.workers import check_workers
 from qwen35.checkpoint.open import describe, fetch, folder_of
+from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import UsageError
-from qwen35.plan.memory import threads_within
+from qwen35.plan.plan import Plan, make_plan
+from qwen35.plan.recipe import Recipe, load_recipe
 from qwen35.progress import Progress
 
-if TYPE_CHECKING:
-    from qwen35.gguf.plan import GgufPlan
-
-__all__ = ["DEFAULT_TYPES", "GgufMade", "gguf"]
+__all__ = ["DEFAULT_TYPES", "asked_for", "gguf", "gguf_plan", "types_of"]
 
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
-
-
-@dataclass(frozen=True)
-class GgufMade:
-    """What came of writing GGUF files.
-
-    Args:
-        out: the folder.
-        plan: what was carried out, or would be.
-        threads: how many were used, or would be.
-        nbytes: of all files.
-        hashes: SHA-256 by name of file, without the manifest; empty if nothing was written.
-        exported: the file of an export, and the type of each tensor in it.
-    """
-
-    out: Path
-    plan: GgufPlan
-    threads: int
-    nbytes: int
-    hashes: Mapping[str, str] = field(default_factory=dict)
-    exported: tuple[Path, Mapping[str, str]] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
-        if self.exported is not None:
-            return {"file": str(self.exported[0]), "tensors": dict(self.exported[1])}
-        return {"out": str(self.out), "bytes": self.nbytes, "sha256": dict(self.hashes)}
 
 
 def gguf(
@@ -61,13 +33,16 @@ def gguf(
     drop_mtp: bool = False,
     export: str | Path | None = None,
     device: str = "auto",
+    workers: int | None = None,
+    ray_address: str | None = None,
+    slice: tuple[int, int] | None = None,  # noqa: A002 - the flag's name
     threads: int | None = None,
     memory: int | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     hf_token: str | None = None,
     progress: Progress | None = None,
-) -> GgufMade:
+) -> Made:
     """Write GGUF files, all in one pass over the checkpoint; the folder appears whole.
 
     Args:
@@ -83,6 +58,9 @@ def gguf(
         drop_mtp: drop the MTP layer.
         export: write the types of the one quantized file asked for here, and nothing else.
         device: ``auto`` or ``cpu``, which are the same.
+        workers: processes, each with so many threads.
+        ray_address: work on this Ray cluster: ``auto`` or ``HOST:PORT``.
+        slice: do one part, ``(i, N)``; then `finalize`.
         threads: at most so many; all processors if None.
         memory: use fewer threads to stay below so many bytes.
         overwrite: replace an output of qwen35.
@@ -94,50 +72,90 @@ def gguf(
         UsageError: something is unknown or does not fit, or llama-cpp-python is not installed.
         InputError: the model or the matrix cannot be read, or a weight holds NaN or infinity.
         OutputError: the output exists or overlaps the source, or the disk is full.
+        WorkerError: workers died again and again.
         HubError: the Hub refused, or was not reached.
 
     >>> planned = gguf("assets/qwen3.5-tiny", "out", types="Q8_0,Q4_K_M", dry_run=True)
     >>> [file.name for file in planned.plan.files]
     ['qwen3.5-tiny-Q8_0.gguf', 'qwen3.5-tiny-Q4_K_M.gguf']
     """
-    from qwen35.gguf.imatrix import open_imatrix
-    from qwen35.gguf.plan import Asked, make_plan
-    from qwen35.gguf.rules import load_recipe, pattern_rules
-    from qwen35.gguf.show import peak_memory
-    from qwen35.sinks.staging import check_output
+    from qwen35.writing.run import check_before
 
     if device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}", "not for GGUF", expected="auto or cpu")
+    check_workers(workers, ray_address, slice, memory)
     out = Path(out)
-    check_output(out, source=folder_of(str(model)), overwrite=overwrite)
+    check_before(out, overwrite=overwrite, source=folder_of(str(model)))
+    asked = asked_for(types, recipe, tensor_type, tensor_type_file)
     if dry_run or export is not None:
         checkpoint = describe(str(model), token=hf_token)
     else:
-        checkpoint = fetch(str(model), token=hf_token, extra=("README.md",))
-    asked = Asked(
-        types=_types(types),
-        recipe=load_recipe(str(recipe)),
-        rules=pattern_rules(tensor_type, [Path(file) for file in tensor_type_file]),
-        imatrix=None if imatrix is None else open_imatrix(str(imatrix), hf_token),
+        checkpoint = fetch(str(model), token=hf_token, extra=asked.container.extra)
+    plan = gguf_plan(
+        checkpoint,
+        asked,
+        types,
+        imatrix=imatrix,
+        upstream_counters=upstream_counters,
+        mmproj=mmproj,
+        drop_mtp=drop_mtp,
+        token=hf_token,
+    )
+    how = How(device, workers, ray_address, slice, threads, memory, overwrite)
+    if export is not None:
+        path = Path(export)
+        return Made(out, plan, fitting(plan, how), 0, exported=(path, _export(plan, path)))
+    if dry_run:
+        return Made(out, plan, fitting(plan, how), plan.total_bytes)
+    return carry_out(plan, out, how, progress)
+
+
+def asked_for(
+    types: str | Sequence[str],
+    recipe: str | Path,
+    tensor_type: Sequence[str],
+    tensor_type_file: Sequence[str | Path],
+) -> Recipe:
+    """Return the recipe with the rules given one by one before it; arguments as for `gguf`."""
+    from qwen35.plan.gguf.patterns import pattern_rules
+
+    types_of(types)
+    patterns = pattern_rules(tensor_type, [Path(file) for file in tensor_type_file])
+    return load_recipe(str(recipe), "gguf").preceded(patterns)
+
+
+def gguf_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    types: str | Sequence[str],
+    *,
+    imatrix: str | Path | None,
+    upstream_counters: bool,
+    mmproj: bool,
+    drop_mtp: bool,
+    token: str | None,
+) -> Plan:
+    """Plan GGUF files; arguments and errors as for `gguf`."""
+    from qwen35.plan.gguf.imatrix import open_imatrix
+
+    return make_plan(
+        checkpoint,
+        recipe,
+        types=types_of(types),
+        imatrix=None if imatrix is None else open_imatrix(str(imatrix), token),
         projector="F16" if mmproj else None,
         drop_mtp=drop_mtp,
         upstream_counters=upstream_counters,
     )
-    plan = make_plan(checkpoint, asked)
-    threads = threads_within(lambda n: peak_memory(plan, n), threads, memory)
-    if export is not None:
-        path = Path(export)
-        return GgufMade(out, plan, threads, 0, exported=(path, _export(plan, path)))
-    if dry_run:
-        return GgufMade(out, plan, threads, plan.nbytes)
-    from qwen35.gguf.write import write
-
-    result = write(plan, out, overwrite=overwrite, threads=threads, progress=progress)
-    return GgufMade(result.out, plan, threads, result.nbytes, result.hashes)
 
 
-def _types(given: str | Sequence[str]) -> tuple[str, ...]:
-    from qwen35.gguf.types import FILE_TYPES
+def types_of(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of file types.
+
+    Raises:
+        UsageError: one is unknown, or there is none.
+    """
+    from qwen35.plan.gguf.mixes import FILE_TYPES
 
     rows = given.split(",") if isinstance(given, str) else given
     names = tuple(dict.fromkeys(name.strip().upper() for name in rows if name.strip()))
@@ -148,13 +166,14 @@ def _types(given: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _export(plan: GgufPlan, path: Path) -> Mapping[str, str]:
+def _export(plan: Plan, path: Path) -> Mapping[str, str]:
     """Write the types of the one quantized file as stock llama-quantize reads them."""
-    from qwen35.gguf.rules import exported
-    from qwen35.gguf.types import quantizable
+    from qwen35.plan.gguf.making import files_of
+    from qwen35.plan.gguf.mixes import quantizable
+    from qwen35.plan.gguf.patterns import exported
     from qwen35.sinks.staging import os_errors
 
-    files = [file for file in plan.files if file.file_type.quantized]
+    files = [file for file in files_of(plan) if file.file_type.quantized]
     if len(files) != 1:
         raise UsageError("--export", f"{len(files)} quantized types", expected="--types with one")
     tensors = files[0].tensors

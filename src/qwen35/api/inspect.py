@@ -9,7 +9,7 @@ from qwen35.checkpoint.open import describe, gguf_files
 from qwen35.checkpoint.summary import Summary, summarize
 
 if TYPE_CHECKING:
-    from qwen35.gguf.inspect import GgufSummary
+    from qwen35.plan.gguf.summary import GgufSummary
 
 __all__ = ["inspect"]
 
@@ -30,8 +30,8 @@ def inspect(model: str | Path, *, hf_token: str | None = None) -> Summary | list
     ('Qwen3_5ForConditionalGeneration', 'BF16', 1)
     """
     if files := gguf_files(str(model), token=hf_token):
-        from qwen35.gguf.container import read_gguf
-        from qwen35.gguf.inspect import summarize_gguf
+        from qwen35.checkpoint.gguf import read_gguf
+        from qwen35.plan.gguf.summary import summarize_gguf
 
         return [summarize_gguf(read_gguf(files, name)) for name in files.names]
     return summarize(describe(str(model), token=hf_token))

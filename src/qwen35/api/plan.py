@@ -1,4 +1,4 @@
-"""What a conversion would write."""
+"""What would be written."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qwen35.checkpoint.open import describe
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.codecs.fp8 import Calibration
+from qwen35.codecs.fp8.layout import Calibration
+from qwen35.errors import UsageError
 from qwen35.plan.activations import Activations
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
@@ -18,20 +19,32 @@ __all__ = ["plan", "plan_of"]
 def plan(
     model: str | Path,
     *,
-    recipe: str | Path = "nf4",
+    recipe: str | Path | None = None,
     keep: Sequence[str] = (),
     drop_mtp: bool = False,
     keep_prefix: bool = False,
+    types: str | Sequence[str] | None = None,
+    imatrix: str | Path | None = None,
+    tensor_type: Sequence[str] = (),
+    tensor_type_file: Sequence[str | Path] = (),
+    upstream_counters: bool = False,
+    mmproj: bool = False,
     hf_token: str | None = None,
 ) -> Plan:
-    """Describe what `convert` would write, to the byte, from headers alone.
+    """Describe what `convert` or, with types, `gguf` would write, to the byte, from headers alone.
 
     Args:
         model: folder, Hub id (``owner/name[@revision]``) or a published size.
-        recipe: a built-in recipe or a TOML file.
+        recipe: a built-in recipe or a TOML file; ``nf4``, or ``mix`` with types, if None.
         keep: roles, or groups of them, that stay unquantized as well.
         drop_mtp: drop the MTP layer.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
+        types: GGUF: file types, as names or as one text with commas.
+        imatrix: GGUF: importance matrix, a file or ``hf:owner/name/path``.
+        tensor_type: GGUF: ``PATTERN=TYPE`` for tensors whose name the pattern matches.
+        tensor_type_file: GGUF: files of such lines.
+        upstream_counters: GGUF: let named tensors shift the mix, as llama-quantize does.
+        mmproj: GGUF: the vision tower too.
         hf_token: for the Hub; by default HF_TOKEN.
 
     Raises:
@@ -45,8 +58,35 @@ def plan(
     >>> next(step.reason for step in described.steps if step.role.name == "self_attn.q_proj")
     'asked for by --keep'
     """
-    checkpoint = describe(str(model), token=hf_token)
-    return plan_of(checkpoint, recipe, keep, drop_mtp=drop_mtp, keep_prefix=keep_prefix)
+    for_gguf = {
+        "--imatrix": imatrix,
+        "--tensor-type": tensor_type,
+        "--tensor-type-file": tensor_type_file,
+        "--upstream-counters": upstream_counters,
+        "--mmproj": mmproj,
+    }
+    for_others = {"--keep": keep, "--keep-prefix": keep_prefix}
+    for flag, given in (for_gguf if types is None else for_others).items():
+        if given:
+            expected = "--types" if types is None else "no --types"
+            raise UsageError(flag, "means nothing here", expected=expected, hint="leave it out")
+    if types is None:
+        checkpoint = describe(str(model), token=hf_token)
+        chosen = recipe or "nf4"
+        return plan_of(checkpoint, chosen, keep, drop_mtp=drop_mtp, keep_prefix=keep_prefix)
+    from qwen35.api.gguf import asked_for, gguf_plan
+
+    asked = asked_for(types, recipe or "mix", tensor_type, tensor_type_file)
+    return gguf_plan(
+        describe(str(model), token=hf_token),
+        asked,
+        types,
+        imatrix=imatrix,
+        upstream_counters=upstream_counters,
+        mmproj=mmproj,
+        drop_mtp=drop_mtp,
+        token=hf_token,
+    )
 
 
 def plan_of(

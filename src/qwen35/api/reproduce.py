@@ -45,10 +45,10 @@ def reproduce(
         OutputError: the output exists, or the disk is full.
         HubError: the Hub refused, or was not reached.
     """
-    from qwen35.convert import check_before
-    from qwen35.plan.activations import load_activations
+    from qwen35.plan.container import Inputs
     from qwen35.reproduce import Origin, plan_again
     from qwen35.reproduce import reproduce as carry_out
+    from qwen35.writing.run import check_before
 
     origin = Origin.find(str(manifest), hf_token)
     if output:
@@ -57,8 +57,10 @@ def reproduce(
         origin,
         str(source) if source else None,
         hf_token,
-        load_activations(Path(activation_stats)) if activation_stats else None,
-        Path(imatrix) if imatrix else None,
+        Inputs(
+            activations=Path(activation_stats) if activation_stats else None,
+            imatrix=Path(imatrix) if imatrix else None,
+        ),
     )
     with tempfile.TemporaryDirectory(prefix="qwen35-reproduce-") as scratch:
         return carry_out(

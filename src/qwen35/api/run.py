@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen35.errors import Qwen35Error, UsageError
-from qwen35.pipeline.job import Job, Measuring, PathName, path_artifacts, repo_problem
+from qwen35.pipeline.job import (
+    Job,
+    Measuring,
+    Options,
+    PathName,
+    path_artifacts,
+    repo_problem,
+)
 from qwen35.progress import Progress, Silent
 from qwen35.threads import default_threads
 
@@ -113,17 +120,6 @@ def run(
 
 
 @dataclass(frozen=True)
-class Options:
-    """How a run works; as `run` takes it."""
-
-    device: str = "auto"
-    threads: int | None = None
-    memory: int | None = None
-    overwrite: bool = False
-    token: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A run that was looked at.
 
@@ -161,16 +157,15 @@ class Prepared:
             OutputError: another run is at work, or an output is not this run's to replace.
         """
         from qwen35.pipeline.graph import make_graph
-        from qwen35.pipeline.run import Options as RunOptions
         from qwen35.pipeline.run import Runner
 
         assert self.source is not None  # there are no problems
-        options = self.options
         runner = Runner(
             self.job,
             self.source,
             make_graph(self.job, self.artifacts),
-            RunOptions(self.threads, options.device, options.overwrite, options.token),
+            self.options,
+            self.threads,
             progress=progress,
             chunks=chunks,
             tell=tell,
@@ -267,10 +262,10 @@ def _published(job: Job, repo: str | None) -> Job:
 
 
 def _device_problems(device: str) -> list[Qwen35Error]:
-    from qwen35.codecs.devices import encoders_for
+    from qwen35.codecs.devices import kernels_for
 
     try:
-        encoders_for(device)
+        kernels_for(device)
     except UsageError as error:
         return [error]
     return []

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen35.checkpoint.open import GgufFiles, describe, fetch, gguf_files, looks_like_artifact
+from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.errors import Finding, InputError, UsageError
+from qwen35.errors import UsageError
 from qwen35.progress import Progress
 from qwen35.publish.documents import record_verdict
 from qwen35.publish.signing import SIGNATURE_NAME
 from qwen35.verify.artifact import Depth, Engine, Verdict
 from qwen35.verify.artifact import verify as check
+from qwen35.verify.opening import open_artifact
 
 __all__ = ["verify"]
 
@@ -58,18 +59,19 @@ def verify(
     if engine and depth != "behaviour":
         hint = "add --depth behaviour, or leave it out"
         raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
-    files = gguf_files(name, token=hf_token)
-    if files and engine:
-        raise UsageError("--engine", "is for checkpoints", expected="llama.cpp, for GGUF")
-    if files and tensor_parallel is not None:
-        found = "there are no FP8 weights in GGUF"
-        raise UsageError("--tensor-parallel", found, hint="leave it out")
+    subject = open_artifact(
+        name, depth, engine=engine, tensor_parallel=tensor_parallel, token=hf_token
+    )
     if depth == "structure" and source:
         raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
-    verdict = (
-        _gguf(name, files, source, depth, threads, hf_token, progress)
-        if files
-        else _checkpoint(name, source, depth, engine, threads, tensor_parallel, hf_token, progress)
+    verdict = check(
+        subject,
+        source=fetch(str(source), token=hf_token) if source else None,
+        depth=depth,
+        threads=threads,
+        tensor_parallel=tensor_parallel,
+        engine=engine,
+        progress=None if depth == "structure" else progress,
     )
     if folder is not None:
         record_verdict(folder, verdict)
@@ -89,56 +91,3 @@ def _recorded(name: str) -> Path:
         hint = "remove it, record, then sign again with `qwen35 publish --sign`"
         raise UsageError("--record", f"{SIGNATURE_NAME} signs the manifest as it is", hint=hint)
     return folder
-
-
-def _checkpoint(
-    name: str,
-    source: str | Path | None,
-    depth: Depth,
-    engine: Engine | None,
-    threads: int | None,
-    tensor_parallel: int | None,
-    token: str | None,
-    progress: Progress | None,
-) -> Verdict:
-    opened = describe if depth == "structure" else fetch
-    try:
-        artifact = opened(name, token=token, lenient=True)
-    except InputError as error:
-        if not looks_like_artifact(name):
-            raise
-        message = str(error).removeprefix(f"{error.subject}: ")
-        finding = Finding("readable", error.subject, message)
-        counts = {"weights": 0, "packed": 0, "files": 0}
-        return Verdict(name, "unreadable", depth, counts, (), (finding,))
-    return check(
-        artifact,
-        source=fetch(str(source), token=token) if source else None,
-        depth=depth,
-        threads=threads,
-        tensor_parallel=tensor_parallel,
-        engine=engine or "transformers",
-        progress=None if depth == "structure" else progress,
-    )
-
-
-def _gguf(
-    name: str,
-    files: GgufFiles,
-    source: str | Path | None,
-    depth: Depth,
-    threads: int | None,
-    token: str | None,
-    progress: Progress | None,
-) -> Verdict:
-    from qwen35.verify.gguf import verify_gguf
-
-    return verify_gguf(
-        name,
-        files,
-        source=fetch(str(source), token=token) if source else None,
-        depth=depth,
-        threads=threads,
-        token=token,
-        progress=None if depth == "structure" else progress,
-    )

@@ -13,8 +13,10 @@ from qwen35.calibrate.inputs import HEAD, MTP
 from qwen35.calibrate.libraries import libraries
 from qwen35.checkpoint.inventory import Item
 from qwen35.checkpoint.source import Reader
+from qwen35.codecs.registry import is_packed
 from qwen35.errors import InputError, TensorError
 from qwen35.model.config import ModelConfig
+from qwen35.plan.rows import rows_of
 
 __all__ = ["Block", "Builder", "Embedding", "blocks"]
 
@@ -161,15 +163,14 @@ class Builder:
     def _read(self, item: Item, target: Any) -> None:
         """Fill flat `target` with a weight, decoded and rounded to its dtype."""
         torch, spec = self.torch, item.spec
-        if item.weight.storage == "plain" and getattr(torch, _TORCH[spec.dtype]) == self.dtype:
+        if not is_packed(item.weight) and getattr(torch, _TORCH[spec.dtype]) == self.dtype:
             self.reader.read_into(item.weight.main, 0, _bytes(torch, target))
             return
-        from qwen35.strips import decoded  # brings numba, which plain sources do not need
-
-        done = 0
-        for piece in decoded(self.reader, item.weight, spec):
-            target[done : done + piece.size].copy_(_tensor(torch, piece, spec.dtype))
-            done += piece.size
+        rows, done = rows_of(item), 0
+        for piece in rows.open(self.reader, check=False).pieces(rows.chunks()):
+            values = piece.values.reshape(-1)
+            target[done : done + values.size].copy_(_tensor(torch, values, piece.dtype))
+            done += values.size
 
 
 def _bytes(torch: Any, flat: Any) -> memoryview:
@@ -227,7 +228,7 @@ class Embedding:
     """
 
     def __init__(self, builder: Builder, item: Item) -> None:
-        if item.weight.storage != "plain":
+        if is_packed(item.weight):
             raise InputError(item.spec.name, f"packed as {item.weight.storage}", expected="plain")
         self._builder, self._item = builder, item
 

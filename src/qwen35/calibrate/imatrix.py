@@ -15,9 +15,8 @@ from qwen35.calibrate.inputs import input_of
 from qwen35.calibrate.plan import CalibrationPlan
 from qwen35.calibrate.statistics import Source
 from qwen35.calibrate.sums import F32, Sums
-from qwen35.gguf.imatrix import COUNTS, MADE, SUMS
-from qwen35.gguf.names import Tensor
-from qwen35.gguf.rows import tiled_columns
+from qwen35.plan.gguf.imatrix import COUNTS, MADE, SUMS
+from qwen35.plan.gguf.names import Tensor
 
 __all__ = ["write_imatrix", "write_legacy"]
 
@@ -39,7 +38,7 @@ def write_imatrix(
     writer.add_string(MADE, json.dumps(made, ensure_ascii=False))
     tensors = plan.tensors
     for tensor in tensors:
-        slices = len(tensor.slabs)
+        slices = len(tensor.rows.slabs)
         for suffix, shape in ((SUMS, (slices, tensor.row)), (COUNTS, (slices, 1))):
             writer.add_tensor_info(
                 tensor.name + suffix, shape, np.dtype(np.float32), 4 * shape[0] * shape[1]
@@ -59,15 +58,13 @@ def _entries(
     """Yield each tensor with sums of squares [slices, row] and counts [slices]."""
     held: dict[str, dict[str, Sums]] = {}
     for tensor in tensors:
-        found = input_of(tensor.slabs[0].item.role, plan.config)
+        found = input_of(tensor.rows.item.role, plan.config)
         assert found is not None  # what `CalibrationPlan.tensors` lists is measured
         block, name = found
         if block not in held:
             held = {block: dict(source.sums(block))}
         sums = held[block][name].filled(plan.asked.floor)
-        squares = sums.squares.astype(np.float32)
-        if tensor.transform == "columns":
-            squares = tiled_columns(squares, tensor)
+        squares = tensor.rows.columns(sums.squares.astype(np.float32))
         yield tensor, squares, sums.tokens.astype(np.float32)
 
 

@@ -16,9 +16,9 @@ from qwen35.calibrate.text import Text
 from qwen35.checkpoint.inventory import Item, inventory
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import InputError, UsageError
-from qwen35.gguf.names import Tensor, text_tensors
-from qwen35.gguf.types import quantizable
 from qwen35.model.config import ModelConfig
+from qwen35.plan.gguf.mixes import quantizable
+from qwen35.plan.gguf.names import Tensor, text_tensors
 from qwen35.plan.manifest import source_json
 from qwen35.shown import least, size
 from qwen35.version import __version__
@@ -128,7 +128,7 @@ class CalibrationPlan:
             tensor
             for tensor in text_tensors(self.items, self.config, mtp=mtp)
             if quantizable(tensor.name, tensor.shape)
-            and input_of(tensor.slabs[0].item.role, self.config) is not None
+            and input_of(tensor.rows.item.role, self.config) is not None
         ]
 
     @property
@@ -141,7 +141,7 @@ class CalibrationPlan:
     @property
     def output_bytes(self) -> int:
         """Bytes of the files, at most."""
-        values = sum(tensor.row * len(tensor.slabs) for tensor in self.tensors)
+        values = sum(tensor.row * len(tensor.rows.slabs) for tensor in self.tensors)
         return values * (2 * _LARGEST_TEXT + 8) + 2**20
 
     @property

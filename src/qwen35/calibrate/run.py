@@ -12,14 +12,22 @@ from qwen35.calibrate.plan import COVERAGE, IMATRIX, LEGACY, STATISTICS, Calibra
 from qwen35.calibrate.states import Work, work_folder
 from qwen35.calibrate.statistics import coverage, write_statistics
 from qwen35.calibrate.stream import Stream
+from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Reader
 from qwen35.errors import UsageError
-from qwen35.plan.documents import json_bytes
-from qwen35.plan.manifest import Made
+from qwen35.plan.manifest import made_bytes
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import flushed, write_file
-from qwen35.sinks.staging import Result, check_output, check_space, locked, os_errors, staging
+from qwen35.sinks.staging import (
+    Result,
+    check_output,
+    check_space,
+    locked,
+    os_errors,
+    resolved,
+    staging,
+)
 
 __all__ = ["Calibrated", "calibrate", "check_before", "device_for"]
 
@@ -96,7 +104,7 @@ def calibrate(
         OutputError: the output exists, or the disk is full.
         InputError: a weight cannot be read, or an input holds NaN.
     """
-    out = out.resolve() if not out.is_symlink() else out
+    out = resolved(out)
     check_output(out, source=plan.checkpoint.folder(), overwrite=overwrite)
     where = device_for(device)
     torch, _ = libraries()
@@ -144,7 +152,7 @@ def _write(
         sizes = {name: (folder / name).stat().st_size for name in plan.file_names}
         hashes = {name: flushed(folder / name) for name in plan.file_names}
         recipe = {"name": "calibrate", "format": "statistics", "rules": [], **plan.provenance}
-        manifest = Made(plan.checkpoint, recipe, plan.digest, sizes, {}, ()).render(hashes)
+        manifest = made_bytes(plan.checkpoint, recipe, plan.digest, sizes, hashes)
         write_file(folder / MANIFEST_NAME, manifest)
     return Result(out, hashes, sum(sizes.values()) + len(manifest))
 

@@ -26,6 +26,7 @@ __all__ = [
     "Header",
     "file_layout",
     "header_length",
+    "json_bytes",
     "parse_header",
     "read_header",
     "strict_json",
@@ -80,6 +81,12 @@ def strict_json(raw: bytes, subject: str, error: type[InputError] = HeaderError)
     except (ValueError, RecursionError) as cause:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
         raise error(subject, f"not valid JSON ({reason})") from cause
+
+
+def json_bytes(value: Any) -> bytes:
+    """Render a JSON document as the files of a checkpoint are: indented, in UTF-8, newline last."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def _is_size(value: object) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.checkpoint.storage import FP8_BLOCK, FP8_SCALE, StoredTensor, Weight
+from qwen35.codecs.registry import codec_of, is_packed
 from qwen35.errors import TensorError
 from qwen35.model.roles import Role, expected_tensors, role_of
-from qwen35.tensors import FLOAT_DTYPES, TensorSpec
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 __all__ = ["Item", "inventory", "match"]
 
@@ -28,6 +28,21 @@ class Item:
     role: Role
     spec: TensorSpec
 
+    @property
+    def module(self) -> str:
+        """Its name without ``.weight``."""
+        return self.spec.name.removesuffix(".weight")
+
+    @property
+    def codec(self) -> str:
+        """How it is held."""
+        return self.weight.storage
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """The tensors that hold it."""
+        return tuple(part.spec for part in self.weight.parts)
+
     def experts(self) -> Iterator[Item]:
         """Yield the matrices of a fused stack of experts, one by one; of anything else, nothing.
 
@@ -39,7 +54,7 @@ class Item:
         """
         if self.role.info.place != "fused":
             return
-        if self.weight.storage != "plain":
+        if is_packed(self.weight):
             raise TensorError(
                 self.weight.name, f"a stack of experts packed as {self.weight.storage}"
             )
@@ -52,7 +67,8 @@ class Item:
         for expert in range(count):
             for part, role in roles.items():
                 spec = TensorSpec(f"{stem}.{expert}.{part}.weight", self.spec.dtype, shape)
-                weight = Weight(spec.name, "plain", (StoredTensor(spec, file, begin),))
+                stored = StoredTensor(spec, file, begin)
+                weight = Weight(spec.name, self.weight.storage, (stored,))
                 yield Item(weight, Role(role.name, role.info, role.layer, expert), spec)
                 begin += spec.nbytes
 
@@ -84,7 +100,7 @@ def match(checkpoint: Checkpoint) -> tuple[tuple[Item, ...], list[TensorError]]:
         if weight is None:
             problems.append(_missing(checkpoint, expected))
             continue
-        problem = _mismatch(weight, expected)
+        problem = codec_of(weight).mismatch(weight, expected)
         if problem is not None:
             problems.append(problem)
             continue
@@ -104,43 +120,7 @@ def _first(problems: list[TensorError]) -> TensorError:
 
 
 def _decoded_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
-    return weight.main.spec.dtype if weight.storage == "plain" else checkpoint.config.dtype
-
-
-def _mismatch(weight: Weight, expected: TensorSpec) -> TensorError | None:
-    spec = weight.main.spec
-    if weight.storage == "nf4":
-        if spec.numel == (expected.numel + 1) // 2:
-            return None
-        return TensorError(
-            spec.name,
-            f"{spec.numel} packed bytes",
-            expected=f"{(expected.numel + 1) // 2} for shape {list(expected.shape)}",
-        )
-    if spec.shape != expected.shape:
-        return TensorError(
-            spec.name,
-            f"shape {list(spec.shape)}",
-            expected=f"{list(expected.shape)} by config.json",
-        )
-    if weight.storage == "fp8":
-        return _scale_mismatch(weight, expected)
-    if spec.dtype not in FLOAT_DTYPES:
-        return TensorError(spec.name, f"dtype {spec.dtype}", expected=" or ".join(FLOAT_DTYPES))
-    return None
-
-
-def _scale_mismatch(weight: Weight, expected: TensorSpec) -> TensorError | None:
-    scale = weight.part(FP8_SCALE)
-    shape = tuple(-(-size // FP8_BLOCK) for size in expected.shape)
-    if scale is None or len(expected.shape) != 2 or scale.spec.shape != shape:
-        found = list(scale.spec.shape) if scale else "none"
-        return TensorError(
-            weight.name + FP8_SCALE, f"shape {found}", expected=f"{list(shape)}, blocks of 128x128"
-        )
-    if scale.spec.dtype not in FLOAT_DTYPES:
-        return TensorError(scale.spec.name, f"dtype {scale.spec.dtype}", expected="BF16 or F32")
-    return None
+    return checkpoint.config.dtype if is_packed(weight) else weight.main.spec.dtype
 
 
 def _missing(checkpoint: Checkpoint, expected: TensorSpec) -> TensorError:

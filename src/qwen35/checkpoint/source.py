@@ -14,16 +14,18 @@ from typing import Any
 from qwen35.checkpoint.header import Header, read_header, strict_json
 from qwen35.checkpoint.place import Folder, Place, stamp
 from qwen35.checkpoint.sidecars import SIDECARS
-from qwen35.checkpoint.storage import StoredTensor, Weight, group
 from qwen35.closing import Closing
+from qwen35.codecs.registry import group
 from qwen35.errors import ConfigError, HeaderError, InputError, TensorError
 from qwen35.model.config import ModelConfig, parse_config
 from qwen35.model.roles import Layout, expected_tensors
 from qwen35.model.sizes import FUSED_MTP_EXPERTS, PUBLISHED, published_config
+from qwen35.tensors import StoredTensor, Weight
 
 __all__ = [
     "INDEX_NAME",
     "Checkpoint",
+    "FolderReader",
     "Reader",
     "check_index",
     "is_published",
@@ -262,17 +264,20 @@ def _map_problems(
             yield TensorError(name, f"in {stored.file} but not in {INDEX_NAME}")
 
 
-class Reader(Closing):
-    """Reads byte ranges of a checkpoint's files; safe to share between threads.
+class FolderReader(Closing):
+    """Reads byte ranges of the files in a folder; safe to share between threads.
 
     Files are read with ``pread``, not mapped: memory stays bounded, and a file that shrinks while
-    it is read is an error sentence and not a signal. So is one that changes after its header was
-    read.
+    it is read is an error sentence and not a signal.
+
+    Args:
+        root: the folder.
+        stamps: size and time of the last change of each file; one that differs from it is refused.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._root = checkpoint.folder()
-        self._stamps = checkpoint.stamps
+    def __init__(self, root: Path, stamps: Mapping[str, tuple[int, int]] | None = None) -> None:
+        self._root = root
+        self._stamps = stamps or {}
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -321,3 +326,10 @@ class Reader(Closing):
         data = bytearray(tensor.spec.nbytes)
         self.read_into(tensor, 0, memoryview(data))
         return data
+
+
+class Reader(FolderReader):
+    """Reads byte ranges of a checkpoint's files, as they were when their headers were read."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint.folder(), checkpoint.stamps)

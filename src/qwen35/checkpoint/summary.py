@@ -6,6 +6,7 @@ from collections import Counter
 from typing import TypedDict
 
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.registry import CODECS, codec_of
 
 __all__ = ["Summary", "summarize", "summary_text"]
 
@@ -39,8 +40,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
         row["tensors"] += len(weight.parts)
         row["bytes"] += weight.nbytes
         storages[weight.storage] += 1
-        numel = weight.main.spec.numel
-        parameters += 2 * numel if weight.storage == "nf4" else numel
+        parameters += codec_of(weight).numel(weight)
         for part in weight.parts:
             dtypes[part.spec.dtype] += part.spec.nbytes
     return {
@@ -63,9 +63,10 @@ def _prefix(name: str) -> str:
 
 
 def _format(storages: Counter[str], dtype: str) -> str:
-    for storage, name in (("nf4", "bitsandbytes NF4"), ("fp8", "block FP8")):
-        if storages[storage]:
-            return f"{name} ({storages[storage]} of {storages.total()} weights packed)"
+    for storage, count in storages.items():
+        if CODECS[storage].packed:
+            codec = CODECS[storage]
+            return f"{codec.title or codec.label} ({count} of {storages.total()} weights packed)"
     return dtype
 
 

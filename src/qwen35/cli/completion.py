@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen35.cli.help import spellings
-from qwen35.cli.main import whole_parser
-from qwen35.gguf.rules import BUILT_IN as GGUF_RECIPES
-from qwen35.plan.recipe import BUILT_IN
+from qwen35.plan.recipe import built_in
 
 __all__ = ["script"]
 
@@ -18,11 +16,10 @@ _FILES = ("BASE", "CANDIDATE", "FILE", "FILE.toml | MODEL OUT", "KEY", "MANIFEST
 """What arguments are, by their metavar; others are completed by their choices, or not at all."""
 
 
-def script(shell: str) -> str:
-    """Return the script for a shell, one of `qwen35.cli.main.SHELLS`."""
+def script(shell: str, parser: argparse.ArgumentParser) -> str:
+    """Return the script that completes the commands of a parser in a shell."""
     import shtab
 
-    parser = whole_parser()
     for action in _actions(parser):
         action.option_strings = spellings(action)
         completed = _completed(shtab, action)
@@ -35,7 +32,8 @@ def script(shell: str) -> str:
 def _completed(shtab: Any, action: argparse.Action) -> dict[str, str] | None:
     """Return what completes an argument in each shell."""
     if action.dest == "recipe":
-        names = GGUF_RECIPES if action.default in GGUF_RECIPES else BUILT_IN
+        kind = "gguf" if action.default in built_in("gguf") else "safetensors"
+        names = built_in(kind)
         found: dict[str, str] = shtab.cmd(f"printf '%s\\n' {' '.join(names)}")
         return found
     if action.metavar in _FOLDERS:

@@ -10,13 +10,11 @@ import argparse
 from pathlib import Path
 
 from qwen35.api.convert import convert
-from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.fp8 import add_calibration
+from qwen35.cli.made import show
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, add_recipe, keywords
 from qwen35.cli.workers import add_workers
-from qwen35.plan.show import packed_text, plan_json, plan_text
-from qwen35.shown import size
 
 EXAMPLES = {
     "NF4 for QLoRA": "qwen35 convert Qwen/Qwen3.5-0.8B Qwen3.5-0.8B-bnb-4bit --recipe nf4",
@@ -51,21 +49,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
     done = convert(**keywords(args), progress=None if args.dry_run else output.progress())
-    if args.dry_run:
-        output.data(plan_text(done.plan, done.threads), plan_json(done.plan, done.threads))
-        return 0
-    if done.part is not None:
-        number, count = done.part
-        text = f"slice {number}/{count}: {done.weights} weights, {size(done.nbytes)}"
-        text = f"{text}; when all slices are done: qwen35 finalize {args.out}"
-        output.data(text, done.to_json())
-        return 0
-    output.notes(done.plan.notes)
-    text = f"{done.out}: {len(done.hashes) + 1} files, {size(done.nbytes)}"
-    text = f"{text}, {packed_text(done.plan)}"
-    if done.report is not None:
-        from qwen35.verify.fp8_show import report_text
-
-        text = f"{report_text(done.report)}\n{text}"
-    output.data(text, done.to_json())
-    return 0 if done.passed else EXIT_FINDINGS
+    return show(done, output, dry_run=args.dry_run)

@@ -8,7 +8,7 @@ from typing import get_args
 
 from qwen35.api.fp8 import DEFAULTS, Bands
 from qwen35.cli.shared import count
-from qwen35.codecs.fp8 import Mode
+from qwen35.codecs.fp8.layout import Mode
 
 __all__ = ["add_calibration"]
 

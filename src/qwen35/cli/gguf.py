@@ -10,9 +10,10 @@ import argparse
 from pathlib import Path
 
 from qwen35.api.gguf import DEFAULT_TYPES, gguf
+from qwen35.cli.made import show
 from qwen35.cli.output import Output
-from qwen35.cli.shared import add_model, keywords, positive, size_of
-from qwen35.shown import size
+from qwen35.cli.shared import add_model, add_types, keywords, positive, size_of
+from qwen35.cli.workers import add_workers
 
 EXAMPLES = {
     "three types in one pass, with an importance matrix": (
@@ -20,6 +21,9 @@ EXAMPLES = {
         "      --imatrix statistics/imatrix.gguf"
     ),
     "how large each type would be with each recipe": "qwen35 gguf MODEL OUT --dry-run",
+    "one of four parts, as a job of a batch scheduler": (
+        "qwen35 gguf MODEL OUT --types Q4_K_M --slice 1/4"
+    ),
     "linear attention in Q8_0, and the vision tower beside it": (
         "qwen35 gguf MODEL OUT --types Q4_K_M --recipe q8-gates --mmproj"
     ),
@@ -30,42 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_model(parser)
     parser.add_argument("out", metavar="OUTDIR", type=Path, help="folder to write")
-    parser.add_argument(
-        "--types",
-        default=",".join(DEFAULT_TYPES),
-        metavar="T,...",
-        help="file types (default: %(default)s)",
-    )
+    add_types(parser, default=",".join(DEFAULT_TYPES))
     parser.add_argument(
         "--recipe", default="mix", metavar="NAME", help="mix, q8-gates, q8-gates-plus or a .toml"
     )
-    parser.add_argument(
-        "--imatrix", metavar="FILE", help="importance matrix, or hf:owner/name/path of one"
-    )
-    parser.add_argument(
-        "--tensor-type",
-        action="append",
-        default=[],
-        metavar="PATTERN=TYPE",
-        help="type for tensors whose name the pattern matches; may be given several times",
-    )
-    parser.add_argument(
-        "--tensor-type-file",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="FILE",
-        help="a file of such lines, as llama-quantize reads it",
-    )
-    parser.add_argument(
-        "--upstream-counters",
-        action="store_true",
-        help="let named tensors shift the mix of the others, as llama-quantize does",
-    )
-    parser.add_argument("--mmproj", action="store_true", help="write the vision tower too, as F16")
     parser.add_argument("--drop-mtp", action="store_true", help="drop the MTP layer")
     parser.add_argument("--export", type=Path, metavar="FILE", help=_EXPORT_HELP)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="the CPU")
+    add_workers(parser)
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
     )
@@ -87,16 +63,10 @@ def run(args: argparse.Namespace, output: Output) -> int:
     dry = args.dry_run or args.export is not None
     done = gguf(**keywords(args), progress=None if dry else output.progress())
     if done.exported is not None:
+        from qwen35.plan.gguf.making import files_of
+
         path, kinds = done.exported
-        (name,) = (file.name for file in done.plan.files if file.file_type.quantized)
+        (name,) = (file.name for file in files_of(done.plan) if file.file_type.quantized)
         output.data(f"{path}: types of {len(kinds)} tensors of {name}", done.to_json())
         return 0
-    if args.dry_run:
-        from qwen35.gguf.show import plan_json, plan_text
-
-        output.data(plan_text(done.plan, done.threads), plan_json(done.plan, done.threads))
-        return 0
-    output.notes(done.plan.notes)
-    text = f"{done.out}: {len(done.hashes) + 1} files, {size(done.nbytes)}"
-    output.data(text, done.to_json())
-    return 0
+    return show(done, output, dry_run=args.dry_run)

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     """Run the verb."""
     found = inspect(**keywords(args))
     if isinstance(found, list):
-        from qwen35.gguf.inspect import summary_text as gguf_text
+        from qwen35.plan.gguf.summary import summary_text as gguf_text
 
         output.data("\n\n".join(map(gguf_text, found)), found)
     else:

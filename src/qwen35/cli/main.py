@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if known.print_completion and known.verb is None:
         from qwen35.cli.completion import script
 
-        Output().script(script(known.print_completion))
+        Output().script(script(known.print_completion, whole_parser()))
         return 0
     first = arguments[0]
     if known.verb in VERBS:

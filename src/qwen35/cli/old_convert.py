@@ -13,8 +13,8 @@ from pathlib import Path
 
 from qwen35.checkpoint.open import fetch
 from qwen35.cli.output import Output
+from qwen35.codecs.nf4.config import skip_modules
 from qwen35.errors import ConfigError
-from qwen35.plan.config_out import skip_modules
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.shown import size
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the command."""
-    from qwen35.convert import check_before, convert
+    from qwen35.writing.run import check_before, write
 
     check_before(args.output, overwrite=args.overwrite, device="cpu")
     output.line(_resources("before load"))
@@ -62,10 +62,10 @@ def run(args: argparse.Namespace, output: Output) -> int:
     output.line("⏳ Replacing linear layers with BNB Linear4bit …")
     for line in _decisions(plan) if args.verbose else ():
         output.line(line)
-    output.line(f"   {sum(step.op == 'nf4' for step in plan.steps)} layers replaced\n")
+    output.line(f"   {sum(step.packing is not None for step in plan.steps)} layers replaced\n")
     output.line("⏳ Quantizing to nf4 on the CPU, layer by layer …")
     output.line(f"💾 Saving to '{args.output}' …")
-    convert(plan, args.output, overwrite=args.overwrite, progress=output.progress())
+    write(plan, args.output, overwrite=args.overwrite, progress=output.progress())
     output.line("✅ Model quantized; no GPU was used.\n")
     output.line(_resources("after quantize"))
     for note in plan.notes:
@@ -75,11 +75,11 @@ def run(args: argparse.Namespace, output: Output) -> int:
 
 
 def _decisions(plan: Plan) -> Iterator[str]:
-    skipped = skip_modules(plan.steps, plan.checkpoint.layout.prefix)
+    skipped = skip_modules(plan.written, plan.checkpoint.layout.prefix)
     for root in [*ROOTS, *(name for name in skipped if name not in ROOTS)]:
         yield f"   └── skipped      {root}"
     for step in plan.steps:
-        if step.op == "nf4":
+        if step.packing is not None:
             yield f"   └── replaced     {step.weight.name.removesuffix('.weight')}"
 
 

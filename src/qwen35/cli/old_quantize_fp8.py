@@ -15,7 +15,7 @@ from qwen35.cli.fp8 import add_calibration
 from qwen35.cli.output import Output
 from qwen35.cli.shared import keywords, positive
 from qwen35.errors import UsageError
-from qwen35.plan.show import packed_text
+from qwen35.plan.safetensors.show import packed_text
 from qwen35.shown import size
 
 

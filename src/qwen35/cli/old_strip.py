@@ -13,12 +13,16 @@ from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.output import Output
+from qwen35.codecs.registry import CODECS
 from qwen35.errors import ConfigError, UsageError
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.verify.artifact import verify
 from qwen35.verify.asking import Asker, Question, is_right
+from qwen35.verify.safetensors import CheckpointSubject
 
+MODES = ("bnb", "f16")
+PLAIN = "f16"
 QUESTION = Question("What is the capital of France?", "Paris", "contains")
 
 
@@ -26,16 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--model", required=True, help="Hub id or folder")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
-    parser.add_argument(
-        "--mode", choices=("bnb", "f16"), default="bnb", help="what MODEL is (default: bnb)"
-    )
+    parser.add_argument("--mode", choices=MODES, default="bnb", help="what MODEL is (default: bnb)")
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
 
 
 def run(args: argparse.Namespace, output: Output) -> int:
     """Run the command."""
-    from qwen35.convert import check_before, convert
+    from qwen35.writing.run import check_before, write
 
     check_before(args.output, overwrite=args.overwrite, device="cpu")
     source = fetch(args.model, token=args.hf_token)
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace, output: Output) -> int:
     nbytes = sum(step.weight.nbytes for step in dropped)
     output.line("Strip")
     output.line(f"   dropped {keys} visual keys, removed {nbytes / 1e9:.2f} GB")
-    convert(plan, args.output, overwrite=args.overwrite, progress=output.progress())
+    write(plan, args.output, overwrite=args.overwrite, progress=output.progress())
     output.line("Config rebuilt from text_config\n")
     passed = _check(plan, args.output, output)
     done = f"Done. Saved to: {args.output}" if passed else "FAILED: do not use this output"
@@ -60,12 +62,14 @@ def _check_mode(source: Checkpoint, mode: str) -> None:
     if not source.config.architecture.vision:
         raise ConfigError(source.name, "a text-only checkpoint already")
     storages = {weight.storage for weight in source.weights}
-    found = "bnb" if "nf4" in storages else "fp8" if "fp8" in storages else "f16"
+    packed = [CODECS[name] for name in CODECS if name in storages and CODECS[name].packed]
+    found = packed[0].toolkit if packed else PLAIN
     if found != mode:
+        known = found in MODES
         raise UsageError(
             f"--mode {mode}",
             f"{source.name} is {found}",
-            hint=f"give --mode {found}" if found != "fp8" else "use qwen35 convert --recipe text",
+            hint=f"give --mode {found}" if known else "use qwen35 convert --recipe text",
         )
 
 
@@ -73,7 +77,7 @@ def _check(plan: Plan, out: Path, output: Output) -> bool:
     """Verify the output against its source and ask it a question; print what was checked."""
     output.line("Verification")
     artifact = describe(str(out.absolute()), lenient=True)
-    verdict = verify(artifact, source=plan.checkpoint, depth="numbers")
+    verdict = verify(CheckpointSubject(artifact), source=plan.checkpoint, depth="numbers")
     config = artifact.config.raw
     visual = sum("visual" in weight.name for weight in artifact.weights)
     output.line(f"   architectures: {config['architectures']}")

@@ -7,6 +7,7 @@ code is 1 if anything is wrong.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from qwen35.checkpoint.inventory import Item
@@ -14,11 +15,13 @@ from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.output import Output
-from qwen35.errors import UsageError
+from qwen35.codecs.registry import CODECS, is_packed
+from qwen35.errors import Finding
 from qwen35.verify.asking import Asker
 from qwen35.verify.behaviour import Answer, ask
 from qwen35.verify.placing import Strategy, choose, free_gpu_bytes, sizes
-from qwen35.verify.structure import Structure, check_structure
+from qwen35.verify.safetensors import CheckpointSubject
+from qwen35.verify.structure import check_structure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,42 +39,40 @@ def stages(args: argparse.Namespace, output: Output, *, image: bool) -> int:
     """Go through the stages; the first that finds something is the last but for its report."""
     local = _is_local(args.model)
     checkpoint = fetch(args.model, token=args.hf_token, lenient=True)
-    place = checkpoint.place
-    if place is None:
-        raise UsageError(args.model, "only a description, nothing to verify")
-    structure = check_structure(place, checkpoint)
-    kind = {"nf4": "bnb", "fp8": "fp8", "plain": "f16"}[structure.kind]
+    subject = CheckpointSubject(checkpoint)
+    findings = check_structure(subject).findings
+    kind = CODECS[subject.kind].toolkit
     vision = checkpoint.config.architecture.vision
     where, sees = ("local" if local else "hub"), ("vlm" if vision else "text")
     output.line(f"[Qwen3.5 · {where} · {sees} · {kind}] {args.model}")
-    total, visual = sizes(structure.items)
+    total, visual = sizes(subject.items)
     output.line(f"Size on disk: {total / 1e9:.2f} GB\n")
     result = {"model": args.model, "kind": kind, "vision": vision}
-    if not _config(structure, checkpoint, output):
-        return _end(output, result, structure, [])
+    if not _config(findings, checkpoint, output):
+        return _end(output, result, findings, [])
     strategy = choose(total, visual if image else 0, free_gpu_bytes())
     asker = _load(checkpoint.folder(), strategy, output)
-    right = _precision(structure, checkpoint, output)
+    right = _precision(subject, output)
     answers = _inference(asker, strategy, output, image=image and vision)
-    return _end(output, result, structure, answers, passed=right and not asker.missing)
+    return _end(output, result, findings, answers, passed=right and not asker.missing)
 
 
 def _is_local(model: str) -> bool:
     return model.startswith(("./", "../", "/", "~")) or Path(model).is_dir()
 
 
-def _config(structure: Structure, checkpoint: Checkpoint, output: Output) -> bool:
+def _config(findings: Sequence[Finding], checkpoint: Checkpoint, output: Output) -> bool:
     output.line("1 Config")
     output.line(f"   architectures: {checkpoint.config.raw.get('architectures')}")
     quantization = checkpoint.config.quantization or {}
     for key in ("quant_method", "bnb_4bit_quant_type", "bnb_4bit_compute_dtype"):
         if key in quantization:
             output.line(f"   {key}: {quantization[key]}")
-    for finding in structure.findings:
+    for finding in findings:
         output.line(f"   FAILED {finding.subject}: {finding.message}")
-    if not structure.findings:
+    if not findings:
         output.line("   ok: headers, config and lists agree")
-    return not structure.findings
+    return not findings
 
 
 def _load(folder: Path, strategy: Strategy, output: Output) -> Asker:
@@ -88,22 +89,23 @@ def _load(folder: Path, strategy: Strategy, output: Output) -> Asker:
     return asker
 
 
-def _precision(structure: Structure, checkpoint: Checkpoint, output: Output) -> bool:
+def _precision(subject: CheckpointSubject, output: Output) -> bool:
     """Print how many linear layers are packed, as the files have it; nothing was repaired."""
     output.line("3 Precision")
-    linear = [item for item in structure.items if _is_module(item)]
-    packed = sum(item.weight.storage != "plain" for item in linear)
-    count = len(linear) + (not checkpoint.layout.head)  # a tied head is a module without a tensor
+    linear = [item for item in subject.items if _is_module(item)]
+    packed = sum(is_packed(item.weight) for item in linear)
+    tied = not subject.checkpoint.layout.head  # the head is then a module without a tensor
+    count = len(linear) + tied
     output.line(f"   {packed}/{count} linear layers quantized ({packed / max(1, count):.0%})")
     tower = [item for item in linear if item.role.scope == "visual"]
-    wrong = [item for item in tower if item.weight.storage != "plain"]
+    wrong = [item for item in tower if is_packed(item.weight)]
     if not tower:
         output.line("   no visual tower")
     elif wrong:
         output.line(f"   FAILED {len(wrong)} of {len(tower)} visual tower layers are quantized")
     else:
         output.line(f"   {len(tower)} visual tower layers at full precision")
-    empty = structure.kind == "nf4" and not packed
+    empty = CODECS[subject.kind].packed and not packed
     if empty:
         output.line("   FAILED no layer is quantized")
     return not wrong and not empty
@@ -145,16 +147,16 @@ def _show(answers: list[Answer], output: Output) -> list[Answer]:
 def _end(
     output: Output,
     result: dict[str, object],
-    structure: Structure,
+    findings: Sequence[Finding],
     answers: list[Answer],
     *,
     passed: bool = True,
 ) -> int:
-    passed = passed and not structure.findings and all(answer.right for answer in answers)
+    passed = passed and not findings and all(answer.right for answer in answers)
     found = {
         **result,
         "passed": passed,
-        "findings": [finding.to_json() for finding in structure.findings],
+        "findings": [finding.to_json() for finding in findings],
         "answers": [answer.to_json() for answer in answers],
     }
     output.data("\nALL CHECKS PASSED" if passed else "\nFAILED: do not use this checkpoint", found)

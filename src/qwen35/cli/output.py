@@ -122,15 +122,15 @@ class _Lines:
         self._total = self._done = 0
         self._started = self._last = 0.0
 
-    def begin(self, title: str, nbytes: int) -> None:
-        self._title, self._total, self._done = title, nbytes, 0
+    def begin(self, title: str, total: int) -> None:
+        self._title, self._total, self._done = title, total, 0
         self._started = self._last = time.monotonic()
-        amount = f"{nbytes} {self._unit}" if self._unit else f"{size(nbytes)} to read"
+        amount = f"{total} {self._unit}" if self._unit else f"{size(total)} to read"
         _tell(f"{title}: {amount}")
 
-    def advance(self, nbytes: int, item: str) -> None:
+    def advance(self, amount: int, item: str) -> None:
         with self._lock:
-            self._done += nbytes
+            self._done += amount
             now = time.monotonic()
             if now - self._last < _HEARTBEAT_SECONDS:
                 return
@@ -168,13 +168,13 @@ class _Bar:
         )
         self._task = self._bar.add_task("", total=None)
 
-    def begin(self, title: str, nbytes: int) -> None:
-        self._bar.update(self._task, description=title, total=nbytes, completed=0)
+    def begin(self, title: str, total: int) -> None:
+        self._bar.update(self._task, description=title, total=total, completed=0)
         self._bar.start()
 
-    def advance(self, nbytes: int, item: str) -> None:
+    def advance(self, amount: int, item: str) -> None:
         del item
-        self._bar.advance(self._task, nbytes)
+        self._bar.advance(self._task, amount)
 
     def end(self) -> None:
         self._bar.stop()

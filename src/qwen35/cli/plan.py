@@ -1,7 +1,7 @@
-"""Print what a conversion would write, from headers alone.
+"""Print what `convert` would write, or `gguf` if types are given, from headers alone.
 
-Every output file with its exact bytes, every group of tensors with its role, action and reason.
-Nothing is downloaded but headers.
+Every output file with its exact bytes, every group of tensors with its role, action and reason; of
+GGUF files, every tensor's type. Nothing is downloaded but headers and small files.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import argparse
 
 from qwen35.api.plan import plan
 from qwen35.cli.output import Output
-from qwen35.cli.shared import add_model, add_recipe, keywords
+from qwen35.cli.shared import add_model, add_recipe, add_types, keywords
 from qwen35.errors import UsageError
 from qwen35.plan.memory import peak_memory, threads_within
-from qwen35.plan.show import plan_json, plan_text, roles_json, roles_text
+from qwen35.plan.safetensors.show import roles_json, roles_text
 
 EXAMPLES = {
     "every file and tensor of NF4, to the byte, without a download": (
@@ -22,6 +22,9 @@ EXAMPLES = {
     "the same without the vision tower, one group of weights left in bf16": (
         "qwen35 plan Qwen/Qwen3.5-9B --recipe text-nf4 --keep self_attn"
     ),
+    "GGUF files, and what the other built-in recipes would take": (
+        "qwen35 plan Qwen3.5-9B --types Q8_0,Q4_K_M"
+    ),
     "the names that --keep and recipes know": "qwen35 plan --roles",
 }
 
@@ -29,7 +32,8 @@ EXAMPLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_model(parser, optional=True, sizes=True)
-    add_recipe(parser)
+    add_recipe(parser, default=None)
+    add_types(parser, default=None)
     parser.add_argument("--roles", action="store_true", help="print the table of roles instead")
 
 
@@ -43,7 +47,8 @@ def run(args: argparse.Namespace, output: Output) -> int:
         raise UsageError("MODEL", "not given", hint="qwen35 plan MODEL --recipe NAME")
     made = plan(**keywords(args, "roles", "threads", "memory"))
     threads = threads_within(lambda n: peak_memory(made, n), args.threads, args.memory)
-    output.data(plan_text(made, threads), plan_json(made, threads))
+    container = made.container
+    output.data(container.text(made, threads), container.json(made, threads))
     return 0
 
 
@@ -51,7 +56,8 @@ def _check_alone(args: argparse.Namespace) -> None:
     """Refuse what would have no effect on the table of roles."""
     asked = {
         "MODEL": args.model is not None,
-        "--recipe": args.recipe != "nf4",
+        "--recipe": args.recipe is not None,
+        "--types": args.types is not None,
         "--keep": bool(args.keep),
         "--drop-mtp": args.drop_mtp,
         "--keep-prefix": args.keep_prefix,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from qwen35.model.sizes import PUBLISHED
-from qwen35.plan.recipe import BUILT_IN
+from qwen35.plan.recipe import built_in
 from qwen35.shown import bytes_of
 
 __all__ = [
     "add_model",
     "add_recipe",
+    "add_types",
     "count",
     "keywords",
     "positive",
@@ -74,13 +76,49 @@ def add_model(
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Add the flags that say what GGUF files are to hold.
+
+    Args:
+        parser: to add to.
+        default: of --types.
+    """
+    group = parser.add_argument_group("GGUF") if default is None else parser
+    shown = "" if default is None else " (default: %(default)s)"
+    group.add_argument("--types", default=default, metavar="T,...", help=f"file types{shown}")
+    group.add_argument(
+        "--imatrix", metavar="FILE", help="importance matrix, or hf:owner/name/path of one"
+    )
+    group.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        metavar="PATTERN=TYPE",
+        help="type for tensors whose name the pattern matches; may be given several times",
+    )
+    group.add_argument(
+        "--tensor-type-file",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a file of such lines, as llama-quantize reads it",
+    )
+    group.add_argument(
+        "--upstream-counters",
+        action="store_true",
+        help="let named tensors shift the mix of the others, as llama-quantize does",
+    )
+    group.add_argument("--mmproj", action="store_true", help="write the vision tower too, as F16")
+
+
+def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> None:
     """Add --recipe and what adjusts it."""
     parser.add_argument(
         "--recipe",
-        default="nf4",
+        default=default,
         metavar="NAME",
-        help=f"{', '.join(BUILT_IN)} or a .toml file (default: nf4)",
+        help=f"{', '.join(built_in('safetensors'))} or a .toml file (default: nf4)",
     )
     parser.add_argument(
         "--keep",

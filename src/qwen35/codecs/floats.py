@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["all_finite", "bf16_from_f32", "empty", "f32_from", "from_f32"]
+__all__ = ["CARRIED", "all_finite", "bf16_from_f32", "empty", "f32_from", "from_f32"]
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -23,6 +23,9 @@ _CARRIER: dict[str, type[np.generic]] = {
     "U8": np.uint8,
     "F8_E4M3": np.uint8,
 }
+CARRIED = tuple(_CARRIER)
+"""The dtypes that `empty` knows."""
+
 _EXPONENT = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qwen35.errors import UsageError
+from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.source import Checkpoint, open_place
+from qwen35.codecs.registry import codec_of
+from qwen35.errors import InputError, UsageError
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 
 __all__ = ["TorchModel", "torch_and_transformers"]
+
+_DECODED = "bf16"
+"""The recipe by which nothing stays packed."""
 
 F32 = npt.NDArray[np.float32]
 
@@ -41,7 +52,7 @@ class TorchModel:
     """A loaded checkpoint.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint; one that transformers cannot load is decoded first.
         exact: compute in float32 with whatever weights it has, instead of as its config says.
         device: where to.
 
@@ -52,24 +63,28 @@ class TorchModel:
         settled: 4-bit layers that were kept off a path which this processor cannot take.
 
     Raises:
+        InputError: it must be decoded first, and a weight of it cannot be.
         UsageError: transformers or torch is not installed.
     """
 
     def __init__(self, folder: Path, *, exact: bool = False, device: str = "cpu") -> None:
-        torch, transformers = torch_and_transformers(f"running {folder.name}")
-        self._torch = torch
-        config = transformers.AutoConfig.from_pretrained(folder)
-        self.vision = hasattr(config, "vision_config")
-        kind = "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
-        options = {"dtype": torch.float32} if exact else {}
-        self.model, info = getattr(transformers, kind).from_pretrained(
-            folder, device_map=device, output_loading_info=True, **options
-        )
-        self.missing = sorted({*info["missing_keys"], *info["unexpected_keys"]})
+        self._torch, transformers = torch_and_transformers(f"running {folder.name}")
+        with _loadable(folder) as path:
+            self._load(path, transformers, exact=exact, device=device)
         self.model.eval()
         self.settled = _settle(self.model)
         if exact:
             self._widen()
+
+    def _load(self, folder: Path, transformers: Any, *, exact: bool, device: str) -> None:
+        config = transformers.AutoConfig.from_pretrained(folder)
+        self.vision = hasattr(config, "vision_config")
+        kind = "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
+        options = {"dtype": self._torch.float32} if exact else {}
+        self.model, info = getattr(transformers, kind).from_pretrained(
+            folder, device_map=device, output_loading_info=True, **options
+        )
+        self.missing = sorted({*info["missing_keys"], *info["unexpected_keys"]})
 
     def _widen(self) -> None:
         """Bring what loading left in 16 bits to float32: FP8 decoded on a CPU, 4-bit arithmetic."""
@@ -89,6 +104,28 @@ class TorchModel:
             out = self.model(input_ids=row, use_cache=False, logits_to_keep=len(ids) - first)
         found: F32 = out.logits[0].float().cpu().numpy()
         return found
+
+
+@contextmanager
+def _loadable(folder: Path) -> Iterator[Path]:
+    """Yield the folder, or one of its weights decoded where transformers does not know a codec.
+
+    What is no checkpoint to us is for transformers to judge.
+    """
+    checkpoint = _opened(folder)
+    if checkpoint is None or all(codec_of(weight).loads for weight in checkpoint.weights):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="qwen35-") as temporary:
+        plan = make_plan(checkpoint, load_recipe(_DECODED))
+        yield write(plan, Path(temporary) / "decoded").out
+
+
+def _opened(folder: Path) -> Checkpoint | None:
+    try:
+        return open_place(Folder(folder), name=str(folder), root=folder, lenient=True)
+    except InputError:
+        return None
 
 
 def _settle(model: Any) -> int:

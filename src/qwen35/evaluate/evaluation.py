@@ -14,17 +14,17 @@ from typing import Any
 from qwen35.checkpoint.open import fetch
 from qwen35.errors import UsageError
 from qwen35.evaluate.job import Asked, Job, prepare
+from qwen35.evaluate.measured import Measured, distribution, front, worst
 from qwen35.evaluate.models import Model, open_base
-from qwen35.evaluate.result import Measured, Report, distribution, front, worst
+from qwen35.evaluate.result import Report
 from qwen35.evaluate.speed import Speed, measure_speed
 from qwen35.evaluate.statistics import Series, compare_series, perplexity
 from qwen35.evaluate.sweep import sweep
-from qwen35.gguf.plan import Asked as AskedGguf
-from qwen35.gguf.plan import make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
 from qwen35.progress import Progress
 from qwen35.version import __version__
+from qwen35.writing.run import write
 
 __all__ = ["evaluate", "run"]
 
@@ -130,7 +130,7 @@ def _floor(job: Job) -> Iterator[tuple[Model, ...]]:
         return
     with tempfile.TemporaryDirectory(prefix="qwen35-") as folder:
         checkpoint = fetch(str(job.base.path))
-        plan = make_plan(checkpoint, AskedGguf(("F16",), load_recipe("mix"), drop_mtp=True))
+        plan = make_plan(checkpoint, load_recipe("mix", "gguf"), types=("F16",), drop_mtp=True)
         out = write(plan, Path(folder) / "floor", threads=job.threads).out
         made = open_base(str(out / plan.files[0].name))
         yield (replace(made, name=f"{job.base.name} in llama.cpp", plan=None, sha256=None),)

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Literal
 
+from qwen35.checkpoint.gguf import Container, Entry, read_gguf
 from qwen35.checkpoint.open import fetch, gguf_files
 from qwen35.checkpoint.place import Folder
+from qwen35.codecs.codec import Codec
+from qwen35.codecs.ggml.codec import codec_name
+from qwen35.codecs.registry import CODECS, codec_of, is_packed
 from qwen35.errors import InputError
-from qwen35.gguf.container import Container, read_gguf
-from qwen35.gguf.types import FILE_TYPES, FLOATS
-from qwen35.gguf.vocabulary import read_vocabulary
+from qwen35.plan.gguf.mixes import FILE_TYPES
+from qwen35.plan.gguf.vocabulary import read_vocabulary
 from qwen35.plan.manifest import read_manifest
+from qwen35.tensors import Weight
 
 __all__ = ["Alphabet", "Engine", "Model", "check_same_tokens", "open_base", "open_candidates"]
 
@@ -56,7 +59,7 @@ class Model:
         name: what it is called in tables.
         path: a GGUF file or the folder of a checkpoint.
         engine: what runs it.
-        stored: how its weights are stored: a GGUF file type, ``NF4``, ``FP8`` or ``BF16``.
+        stored: how its weights are stored: a GGUF file type, a codec's label or a dtype.
         exact: whether nothing in it is quantized.
         nbytes: bytes of its weight files.
         loaded: bytes that its weights take in memory.
@@ -177,7 +180,7 @@ def _gguf(container: Container) -> Model:
         path=path,
         engine="llama.cpp",
         stored=stored,
-        exact={entry.kind.name for entry in container.tensors.values()} <= set(FLOATS),
+        exact=not any(_codec(entry).packed for entry in container.tensors.values()),
         nbytes=container.nbytes,
         loaded=container.nbytes,
         alphabet=Alphabet(str(keys.get("tokenizer.ggml.pre", "")), tokens, merges),
@@ -186,26 +189,32 @@ def _gguf(container: Container) -> Model:
     )
 
 
+def _codec(entry: Entry) -> Codec:
+    return CODECS[codec_name(entry.kind.name)]
+
+
 def _checkpoint(given: str, token: str | None) -> Model:
     checkpoint = fetch(given, token=token)
     folder = checkpoint.folder()
-    storages = {weight.storage for weight in checkpoint.weights} - {"plain"}
+    packed = [weight for weight in checkpoint.weights if is_packed(weight)]
     width = checkpoint.config.dims["vocab"]
     vocabulary = read_vocabulary(folder, width)
     manifest = read_manifest(Folder(folder))
     name = checkpoint.repo.split("/")[-1] if checkpoint.repo else folder.resolve().name
-    widened = sum(
-        weight.nbytes if weight.storage == "nf4" else 4 * prod(weight.main.spec.shape)
-        for weight in checkpoint.weights
-    )
     return Model(
         name=name,
         path=folder,
         engine="transformers",
-        stored=min(storages).upper() if storages else checkpoint.config.dtype,
-        exact=not storages,
+        stored=min((codec_of(w).label for w in packed), default=checkpoint.config.dtype),
+        exact=not packed,
         nbytes=sum(checkpoint.file_sizes.values()),
-        loaded=widened,
+        loaded=sum(map(_in_memory, checkpoint.weights)),
         alphabet=Alphabet(vocabulary.pre, vocabulary.tokens, list(vocabulary.special.merges)),
         plan=str(manifest["plan"]) if manifest else None,
     )
+
+
+def _in_memory(weight: Weight) -> int:
+    """Return what a weight takes in transformers: as stored, or decoded to float32."""
+    codec = codec_of(weight)
+    return weight.nbytes if codec.in_memory else 4 * codec.numel(weight)

@@ -56,8 +56,9 @@ def make_graph(job: Job, artifacts: Sequence[Artifact]) -> tuple[Step, ...]:
     """Return the steps of a run, each after what it needs."""
     steps: list[Step] = []
     for artifact in artifacts:
-        gguf: tuple[Gate, ...] = ("quantization",) if artifact.kind == "gguf" else ()
-        steps.append(Step("make", (artifact,), (), ("artifact", *gguf)))
+        separate = artifact.plan.container.separate
+        gates: tuple[Gate, ...] = ("artifact", "quantization") if separate else ("artifact",)
+        steps.append(Step("make", (artifact,), (), gates))
     for artifact in artifacts:
         needs = (f"make {artifact.name}",)
         steps.append(Step("verify", (artifact,), needs, ("verification",)))

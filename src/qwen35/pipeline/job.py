@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qwen35.checkpoint.hub import HubId
-from qwen35.codecs.fp8 import Calibration
+from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import UsageError
 from qwen35.verify.artifact import Depth
 
@@ -17,6 +17,7 @@ __all__ = [
     "REPORT_FOLDER",
     "Job",
     "Measuring",
+    "Options",
     "PathName",
     "Wanted",
     "path_artifacts",
@@ -103,6 +104,25 @@ class Job:
     owner: str = ""
     private: bool = False
     problems: tuple[UsageError, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run works, which does not change what comes out.
+
+    Args:
+        device: where weights are encoded.
+        threads: at most so many; all processors if None.
+        memory: use fewer threads to stay below so many bytes.
+        overwrite: whether outputs that this run did not make may be replaced.
+        token: access token for the Hub.
+    """
+
+    device: str = "auto"
+    threads: int | None = None
+    memory: int | None = None
+    overwrite: bool = False
+    token: str | None = field(default=None, repr=False)
 
 
 _PATHS: dict[PathName, tuple[Wanted, ...]] = {

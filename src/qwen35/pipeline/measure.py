@@ -15,14 +15,7 @@ __all__ = ["candidates", "measure"]
 
 def candidates(artifacts: Sequence[Artifact]) -> list[Path]:
     """Return what is measured: the folder of each artifact, or each of its GGUF models."""
-    found: list[Path] = []
-    for artifact in artifacts:
-        if artifact.kind != "gguf":
-            found.append(artifact.out)
-            continue
-        models = sorted(artifact.out.glob("*.gguf"))
-        found += [path for path in models if not path.name.startswith("mmproj-")]
-    return found
+    return [path for a in artifacts for path in a.plan.container.models(a.out)]
 
 
 def measure(

@@ -8,24 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.checkpoint.storage import Weight
+from qwen35.codecs.registry import CODECS, is_packed
 from qwen35.errors import Qwen35Error, UsageError
-from qwen35.gguf import show as gguf_show
-from qwen35.gguf.imatrix import open_imatrix
-from qwen35.gguf.kernel import open_kernel
-from qwen35.gguf.metadata import model_name
-from qwen35.gguf.plan import Asked, GgufPlan
-from qwen35.gguf.plan import make_plan as make_gguf_plan
-from qwen35.gguf.rules import load_recipe as load_gguf_recipe
-from qwen35.gguf.types import FILE_TYPES, FLOATS
-from qwen35.model.naming import Kind, artifact_name
 from qwen35.pipeline.job import REPORT_FOLDER, Job, Wanted
-from qwen35.plan import memory
 from qwen35.plan.activations import load_activations
-from qwen35.plan.manifest import manifest_size
+from qwen35.plan.gguf.imatrix import open_imatrix
+from qwen35.plan.gguf.metadata import model_name
+from qwen35.plan.gguf.mixes import FILE_TYPES
+from qwen35.plan.memory import peak_memory
 from qwen35.plan.memory import threads_within as threads_fitting
+from qwen35.plan.naming import artifact_name
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
+from qwen35.tensors import Weight
 from qwen35.verify.artifact import Depth
 
 __all__ = [
@@ -54,49 +49,31 @@ class Artifact:
     name: str
     out: Path
     repo: str | None
-    plan: Plan | GgufPlan
+    plan: Plan
 
     @property
-    def kind(self) -> Kind:
-        """How it holds its weights."""
-        return _kind(self.plan)
+    def kind(self) -> str:
+        """How it holds its weights: a codec, or the container of many."""
+        return self.plan.kind
 
     @property
     def vision(self) -> bool:
         """Whether it has a vision tower."""
-        return not _is_text(self.plan)
+        return self.plan.container.has_vision(self.plan)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its files."""
-        if isinstance(self.plan, GgufPlan):
-            return self.plan.nbytes
-        return self.plan.nbytes + manifest_size(self.plan)
+        return self.plan.total_bytes
 
     @property
     def weights(self) -> list[Weight]:
         """The weights of the source that making it reads."""
-        if isinstance(self.plan, GgufPlan):
-            return [slab.item.weight for tensor, _ in self.plan.jobs for slab in tensor.slabs]
-        return [step.weight for step in self.plan.steps if step.op != "drop"]
+        return [slab.item.weight for step in self.plan.written for slab in step.rows.slabs]
 
     def peak_memory(self, threads: int) -> int:
         """Return an upper estimate in bytes of the memory that making it needs."""
-        if isinstance(self.plan, GgufPlan):
-            return gguf_show.peak_memory(self.plan, threads)
-        return memory.peak_memory(self.plan, threads)
-
-
-def _kind(plan: Plan | GgufPlan) -> Kind:
-    if isinstance(plan, GgufPlan):
-        return "gguf"
-    return min((s.packing for s in plan.steps if s.packing), default="plain")
-
-
-def _is_text(plan: Plan | GgufPlan) -> bool:
-    if isinstance(plan, GgufPlan):
-        return plan.asked.projector is None
-    return not any(step.role.scope == "visual" and step.outputs for step in plan.steps)
+        return peak_memory(self.plan, threads)
 
 
 def plan_artifacts(
@@ -134,10 +111,14 @@ def _of(wanted: Wanted, error: Qwen35Error) -> Qwen35Error:
 def _artifact(checkpoint: Checkpoint, job: Job, wanted: Wanted, token: str | None) -> Artifact:
     plan = _gguf(checkpoint, wanted, token) if wanted.types else _safetensors(checkpoint, wanted)
     name = wanted.name or artifact_name(
-        model_name(checkpoint), checkpoint.config, _kind(plan), text=_is_text(plan)
+        model_name(checkpoint), checkpoint.config, plan.container.suffix(plan), text=_is_text(plan)
     )
     repo = wanted.repo or (f"{job.owner}/{name}" if job.owner else None)
     return Artifact(wanted, name, job.out / name, repo, plan)
+
+
+def _is_text(plan: Plan) -> bool:
+    return not plan.container.has_vision(plan)
 
 
 def _safetensors(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
@@ -152,18 +133,18 @@ def _safetensors(checkpoint: Checkpoint, wanted: Wanted) -> Plan:
     )
 
 
-def _gguf(checkpoint: Checkpoint, wanted: Wanted, token: str | None) -> GgufPlan:
+def _gguf(checkpoint: Checkpoint, wanted: Wanted, token: str | None) -> Plan:
     unknown = [name for name in wanted.types if name not in FILE_TYPES]
     if unknown:
         raise UsageError("types", f"{unknown[0]!r} is unknown", expected=", ".join(FILE_TYPES))
-    asked = Asked(
+    return make_plan(
+        checkpoint,
+        load_recipe(wanted.recipe, "gguf"),
         types=wanted.types,
-        recipe=load_gguf_recipe(wanted.recipe),
         imatrix=open_imatrix(wanted.imatrix, token) if wanted.imatrix else None,
         projector="F16" if wanted.mmproj else None,
         drop_mtp=wanted.drop_mtp,
     )
-    return make_gguf_plan(checkpoint, asked)
 
 
 def _clashes(artifacts: Sequence[Artifact]) -> Iterator[UsageError]:
@@ -179,27 +160,14 @@ def _clashes(artifacts: Sequence[Artifact]) -> Iterator[UsageError]:
             )
 
 
-_ASKING = {"gguf": ("llama_cpp",), "nf4": ("bitsandbytes", "accelerate")}
-_TRANSFORMERS = ("torch", "transformers")
-
-
 def _missing_libraries(artifacts: Sequence[Artifact], job: Job) -> Iterator[UsageError]:
     """Yield a problem for each library that an artifact will need and that is not installed."""
-    if any(_quantizes(artifact.plan) for artifact in artifacts):
-        try:
-            open_kernel()
-        except UsageError as error:
-            yield error
+    problems = [problem for a in artifacts if (problem := _unprepared(a.plan)) is not None]
+    yield from {str(problem): problem for problem in problems}.values()
     if job.depth != "behaviour" and job.measuring is None:
         return
     what = "depth behaviour" if job.depth == "behaviour" else "evaluate"
-    needed: dict[str, str] = {}
-    for artifact in artifacts:
-        names = _ASKING.get(artifact.kind, ())
-        names = names if artifact.kind == "gguf" else (*_TRANSFORMERS, *names)
-        if artifact.vision and artifact.kind != "gguf":
-            names += ("PIL",)
-        needed |= dict.fromkeys(names, "gguf" if artifact.kind == "gguf" else "nf4")
+    needed = {name: extra for artifact in artifacts for name, extra in _asked_in(artifact)}
     for name, extra in needed.items():
         if importlib.util.find_spec(name) is None:
             yield UsageError(
@@ -207,16 +175,30 @@ def _missing_libraries(artifacts: Sequence[Artifact], job: Job) -> Iterator[Usag
             )
 
 
-def _quantizes(plan: Plan | GgufPlan) -> bool:
-    return isinstance(plan, GgufPlan) and any(
-        kind not in FLOATS for file in plan.files for kind in file.kinds.values()
-    )
+def _unprepared(plan: Plan) -> UsageError | None:
+    """Return what writing lacks, if anything."""
+    try:
+        plan.container.prepare(plan)
+    except UsageError as error:
+        return error
+    return None
+
+
+def _asked_in(artifact: Artifact) -> Iterator[tuple[str, str]]:
+    """Yield what an artifact is asked and measured in: a module, and the extra that brings it."""
+    container = artifact.plan.container
+    modules, extra = container.engine
+    if not container.separate:
+        codec = CODECS[artifact.kind]
+        modules = (*modules, *codec.libraries, *(("PIL",) if artifact.vision else ()))
+    for name in modules:
+        yield name, extra
 
 
 def _measuring_problems(checkpoint: Checkpoint, text: Path, out: Path) -> Iterator[Qwen35Error]:
     from qwen35.report.write import check_report
 
-    if any(weight.storage != "plain" for weight in checkpoint.weights):
+    if any(map(is_packed, checkpoint.weights)):
         found = "quantized itself: there is nothing exact to measure against"
         yield UsageError(f"evaluate: {checkpoint.name}", found, hint="leave the text out")
     try:
@@ -275,7 +257,7 @@ def memory_of(kind: str, artifacts: Sequence[Artifact], depth: Depth, threads: i
 
 
 def _loaded(artifact: Artifact) -> int:
-    if isinstance(artifact.plan, GgufPlan):
+    if artifact.plan.container.separate:
         return max(nbytes for _, nbytes in artifact.plan.file_sizes())
     return artifact.nbytes
 

@@ -9,15 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding, InputError, OutputError, Qwen35Error
 from qwen35.pipeline.fresh import foreign_files, is_made, make_key, source_identity
-from qwen35.pipeline.gates import artifact_gate, gguf_of, publish_gate, quantization_gate
+from qwen35.pipeline.gates import artifact_gate, publish_gate, quantization_gate
 from qwen35.pipeline.graph import Step
-from qwen35.pipeline.job import REPORT_FOLDER, Job
+from qwen35.pipeline.job import REPORT_FOLDER, Job, Options
 from qwen35.pipeline.make import make_artifacts
 from qwen35.pipeline.measure import candidates, measure
 from qwen35.pipeline.outcome import Outcome, Status, outcome_text
@@ -31,26 +30,9 @@ from qwen35.publish.push import apply_push
 from qwen35.publish.sync import Target, diff_push
 from qwen35.sinks.staging import check_output, check_space, locked, os_errors
 from qwen35.verify.artifact import Verdict, verify
-from qwen35.verify.gguf import verify_gguf
+from qwen35.verify.opening import open_artifact
 
-__all__ = ["Options", "Runner"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a run works, which does not change what comes out.
-
-    Args:
-        threads: threads.
-        device: where weights are encoded.
-        overwrite: whether outputs that this run did not make may be replaced.
-        token: access token for the Hub.
-    """
-
-    threads: int = 1
-    device: str = "auto"
-    overwrite: bool = False
-    token: str | None = None
+__all__ = ["Runner"]
 
 
 @dataclass
@@ -62,6 +44,7 @@ class Runner:
         source: with its weights at hand.
         graph: its steps.
         options: how.
+        threads: how many to use; the options may allow more than fit into memory.
         progress: told of the bytes worked on.
         chunks: told of the chunks of text that were measured on.
         tell: told what is going on.
@@ -72,6 +55,7 @@ class Runner:
     source: Checkpoint
     graph: Sequence[Step]
     options: Options
+    threads: int = 1
     progress: Progress = field(default_factory=Silent)
     chunks: Progress = field(default_factory=Silent)
     tell: Callable[[str], None] = lambda _: None
@@ -143,7 +127,7 @@ class Runner:
         self.tell(f"making {', '.join(artifact.name for artifact in todo.values())}")
         failed = make_artifacts(
             list(todo.values()),
-            threads=self.options.threads,
+            threads=self.threads,
             device=self.options.device,
             progress=self.progress,
         )
@@ -205,13 +189,10 @@ class Runner:
     def _verdict(self, artifact: Artifact) -> Verdict:
         depth = self.job.depth
         source = None if depth == "structure" else self.source
-        options: Any = {"source": source, "depth": depth, "threads": self.options.threads}
-        folder = str(artifact.out.absolute())
-        if artifact.kind == "gguf":
-            return verify_gguf(folder, gguf_of(artifact), progress=self.progress, **options)
-        opened = describe if depth == "structure" else fetch
+        options: Any = {"source": source, "depth": depth, "threads": self.threads}
+        subject = open_artifact(str(artifact.out.absolute()), depth)
         progress = None if depth == "structure" else self.progress
-        return verify(opened(folder, lenient=True), progress=progress, **options)
+        return verify(subject, progress=progress, **options)
 
     def _manifest(self, artifact: Artifact) -> Mapping[str, Any]:
         manifest = read_manifest(Folder(artifact.out))
@@ -238,7 +219,7 @@ class Runner:
             candidates(open_ones),
             measuring,
             self.report,
-            threads=self.options.threads,
+            threads=self.threads,
             device=self.options.device,
             token=self.options.token,
             progress=self.chunks,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.plan.documents import json_bytes
+from qwen35.checkpoint.header import json_bytes
 from qwen35.sinks.files import write_file
 from qwen35.sinks.staging import os_errors
 from qwen35.version import __version__

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qwen35.checkpoint.hub import HubId
-from qwen35.codecs.fp8 import Calibration
+from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import UsageError
 from qwen35.pipeline.job import Job, Measuring, Wanted, path_artifacts, repo_problem
 from qwen35.verify.artifact import Depth

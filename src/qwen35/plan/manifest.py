@@ -5,17 +5,15 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import Any
 
+from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.place import Place
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint, read_json
-from qwen35.codecs.fp8 import Calibration
 from qwen35.errors import InputError, UsageError
-from qwen35.plan.documents import json_bytes
 from qwen35.plan.layers import parse_layers, spell_layers
 from qwen35.plan.plan import Plan
 from qwen35.plan.recipe import Recipe, Rule
@@ -23,17 +21,13 @@ from qwen35.version import __version__
 
 __all__ = [
     "MANIFEST_VERSION",
-    "Made",
-    "calibration_json",
-    "calibration_of",
-    "kept_prefix",
+    "made_bytes",
     "manifest_bytes",
     "manifest_size",
     "manifest_versions",
     "read_manifest",
     "recipe_json",
     "recipe_of",
-    "rule_row",
     "source_json",
     "source_of",
     "work_key",
@@ -45,53 +39,6 @@ MANIFEST_VERSION = 1
 _NO_HASH = "0" * 64
 
 
-@dataclass(frozen=True)
-class Made:
-    """What a manifest says of an output.
-
-    Args:
-        checkpoint: the source.
-        recipe: name, format and rules, as plain values.
-        digest: of the plan.
-        sizes: bytes of every file but the manifest.
-        tensors: file to tensor to type and shape.
-        notes: of the plan.
-        calibration: how FP8 scales were chosen, as plain values.
-    """
-
-    checkpoint: Checkpoint
-    recipe: Mapping[str, Any]
-    digest: str
-    sizes: Mapping[str, int]
-    tensors: Mapping[str, Mapping[str, str]]
-    notes: Sequence[str]
-    calibration: Mapping[str, Any] | None = None
-
-    def render(self, hashes: Mapping[str, str]) -> bytes:
-        """Render the manifest; `hashes` holds the SHA-256 of every file in `sizes`."""
-        return json_bytes(
-            {
-                "manifest": MANIFEST_VERSION,
-                "tool": manifest_versions(),
-                "source": source_json(self.checkpoint),
-                "recipe": self.recipe,
-                "calibration": self.calibration,
-                "plan": self.digest,
-                "files": {
-                    name: {"size": size, "sha256": hashes[name]}
-                    for name, size in self.sizes.items()
-                },
-                "tensors": self.tensors,
-                "notes": list(self.notes),
-            }
-        )
-
-    @property
-    def nbytes(self) -> int:
-        """The manifest's exact size, before there is anything to hash."""
-        return len(self.render(dict.fromkeys(self.sizes, _NO_HASH)))
-
-
 def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
     """Render the manifest.
 
@@ -99,48 +46,72 @@ def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
         plan: what was executed.
         hashes: SHA-256 of every file in `Plan.file_sizes`.
     """
-    return _made(plan).render(hashes)
-
-
-def _made(plan: Plan) -> Made:
-    return Made(
-        checkpoint=plan.checkpoint,
-        recipe=recipe_json(plan.recipe),
-        digest=plan.digest,
-        sizes=dict(plan.file_sizes()),
-        tensors={
-            file.name: {
-                out.name: f"{out.dtype} {list(out.shape)}"
-                for step in file.steps
-                for out in step.outputs
-            }
-            for file in plan.files
-        },
+    asked = plan.container.asked_json(plan)
+    return made_bytes(
+        plan.checkpoint,
+        asked["recipe"],
+        plan.digest,
+        dict(plan.file_sizes()),
+        hashes,
+        calibration=asked.get("calibration"),
+        tensors=plan.container.tensors_json(plan),
         notes=plan.notes,
-        calibration=calibration_json(plan),
     )
 
 
-def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain values; `recipe_of` reads them."""
-    rules = [rule_row(r.match, r.action, r.reason, r.layers) for r in recipe.rules]
-    return {"name": recipe.name, "format": recipe.format, "rules": rules}
+def made_bytes(
+    checkpoint: Checkpoint,
+    recipe: Mapping[str, Any],
+    digest: str,
+    sizes: Mapping[str, int],
+    hashes: Mapping[str, str],
+    *,
+    calibration: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Mapping[str, str]] | None = None,
+    notes: Sequence[str] = (),
+) -> bytes:
+    """Render the manifest of an output, by whatever plan it was made.
 
-
-def calibration_json(plan: Plan) -> dict[str, Any] | None:
-    """Return how FP8 scales are chosen, as plain values; None if nothing is encoded as FP8."""
-    if plan.calibration is None:
-        return None
-    statistics = plan.activations
-    return {
-        **asdict(plan.calibration),
-        "activations": statistics and {"name": statistics.name, "sha256": statistics.sha256},
-    }
+    Args:
+        checkpoint: the source.
+        recipe: name, format and rules, as plain values.
+        digest: of the plan.
+        sizes: bytes of every file but the manifest.
+        hashes: SHA-256 of each.
+        calibration: how scales were chosen, as plain values.
+        tensors: file to tensor to type and shape.
+        notes: of the plan.
+    """
+    return json_bytes(
+        {
+            "manifest": MANIFEST_VERSION,
+            "tool": manifest_versions(),
+            "source": source_json(checkpoint),
+            "recipe": recipe,
+            "calibration": calibration,
+            "plan": digest,
+            "files": {name: {"size": size, "sha256": hashes[name]} for name, size in sizes.items()},
+            "tensors": tensors or {},
+            "notes": list(notes),
+        }
+    )
 
 
 def manifest_size(plan: Plan) -> int:
     """Return the manifest's exact size before there is anything to hash."""
-    return _made(plan).nbytes
+    return len(manifest_bytes(plan, {name: _NO_HASH for name, _ in plan.file_sizes()}))
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain values; `recipe_of` reads them."""
+    rules = [_rule_row(rule) for rule in recipe.rules]
+    return {"name": recipe.name, "format": recipe.format, "rules": rules}
+
+
+def _rule_row(rule: Rule) -> list[str]:
+    """Return a rule as manifests list it; its layers last, if it is not for all."""
+    layers = [] if rule.layers is None else [spell_layers(rule.layers)]
+    return [rule.match, rule.action, rule.reason, *layers]
 
 
 def manifest_versions() -> dict[str, str]:
@@ -149,22 +120,21 @@ def manifest_versions() -> dict[str, str]:
     return {"qwen35": __version__, "python": platform.python_version(), **libraries}
 
 
-def work_key(digest: str, checkpoint: Checkpoint, *libraries: str) -> dict[str, Any]:
+def work_key(plan: Plan) -> dict[str, Any]:
     """Return everything that decides an output's bytes, to tell whether a run can be continued.
 
-    Args:
-        digest: of the plan.
-        checkpoint: the source: a commit, or files by size and time of their last change.
-        libraries: what bytes pass through besides `manifest_versions`, if it is installed.
+    That is the plan, the source (a commit, or files by size and time of their last change) and the
+    versions of what bytes pass through.
     """
     tool = manifest_versions()
-    for name in libraries:
+    for name in plan.container.libraries:
         with suppress(PackageNotFoundError):
             tool[name] = version(name)
+    checkpoint = plan.checkpoint
     source = source_json(checkpoint)
     if not checkpoint.repo:
         source["files"] = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
-    return {"plan": digest, "source": source, "tool version": tool}
+    return {"plan": plan.digest, "source": source, "tool version": tool}
 
 
 def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -235,7 +205,7 @@ def recipe_of(manifest: Mapping[str, Any]) -> Recipe:
 
 
 def _rule_of(row: Any) -> Rule:
-    if not isinstance(row, list) or len(row) not in (3, 4):
+    if not isinstance(row, list) or len(row) not in (3, 4) or not all(map(_is_text, row[:3])):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="match, action and reason")
     match, action, reason, *layers = row
     try:
@@ -245,37 +215,5 @@ def _rule_of(row: Any) -> Rule:
     return Rule(match, action, reason, layers=only)
 
 
-def rule_row(
-    match: str, action: str, reason: str, layers: frozenset[int] | None = None
-) -> list[str]:
-    """Return a rule of a recipe as manifests list it; its layers last, if it is not for all."""
-    return [match, action, reason, *([] if layers is None else [spell_layers(layers)])]
-
-
-def calibration_of(manifest: Mapping[str, Any]) -> tuple[Calibration | None, str | None]:
-    """Return how FP8 scales were chosen, and the SHA-256 of the statistics; None where unused.
-
-    Raises:
-        InputError: the manifest is malformed.
-    """
-    found = manifest.get("calibration")
-    if found is None:
-        return None, None
-    names = {field.name for field in fields(Calibration)}
-    if not isinstance(found, dict) or not names <= found.keys():
-        raise InputError(MANIFEST_NAME, "a malformed calibration")
-    statistics = found.get("activations")
-    if statistics is not None and not isinstance(statistics, dict):
-        raise InputError(MANIFEST_NAME, "a malformed calibration", expected="activations: a table")
-    try:
-        calibration = Calibration(**{name: found[name] for name in names})
-    except (TypeError, UsageError) as error:
-        raise InputError(MANIFEST_NAME, "a malformed calibration") from error
-    return calibration, str(statistics.get("sha256")) if statistics else None
-
-
-def kept_prefix(manifest: Mapping[str, Any]) -> bool:
-    """Whether a text-only output has its tensors under ``model.language_model.`` all the same."""
-    names = {name for tensors in manifest["tensors"].values() for name in tensors}
-    long = any(name.startswith("model.language_model.") for name in names)
-    return long and not any(name.startswith("model.visual.") for name in names)
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qwen35.codecs.registry import CODECS, is_packed
 from qwen35.errors import UsageError
 from qwen35.plan.plan import Plan
 from qwen35.shown import least, size
@@ -11,23 +12,30 @@ from qwen35.threads import default_threads
 
 __all__ = ["peak_memory", "threads_within"]
 
-_BASE_MEMORY = 175_000_000
-"""The interpreter with NumPy and Numba (tests/test_memory.py); torch is not loaded. Where Numba's
-cache is empty, compiling the kernels takes twice as much, once."""
-
 _THREAD_MEMORY = 20_000_000
-"""Buffers of one thread: a piece of `strips.STRIP` weights, its codes, temporaries, a heap."""
+"""Buffers of one thread: a piece of `pieces.PIECE` weights, its codes, temporaries, a heap."""
+
+_WIDE = 3
+"""Times as many where values are decoded or widened before they are encoded."""
 
 
 def peak_memory(plan: Plan, threads: int) -> int:
-    """Return an upper estimate in bytes of the memory that executing `plan` needs."""
-    largest = max((s.spec.numel for s in plan.steps if s.op == "nf4"), default=0)
-    decodes = any(s.op != "copy" and s.weight.storage != "plain" for s in plan.steps)
-    wide = any(s.op == "fp8" and s.spec.dtype != "BF16" for s in plan.steps)
-    piece = _THREAD_MEMORY * (3 if decodes or wide else 1)
-    statistics = largest // 64 * 4 * 8
-    headers = sum(len(file.head) for file in plan.files) * 8
-    return _BASE_MEMORY + threads * (piece + statistics) + headers
+    """Return an upper estimate in bytes of the memory that executing `plan` needs.
+
+    tests/test_memory.py holds it to what is measured. Where Numba's cache is empty, compiling its
+    kernels takes twice as much, once.
+    """
+    beside, wide = 0, False
+    for step in plan.steps:
+        for target in step.targets:
+            if target.copied:
+                continue
+            item, codec = step.rows.item, CODECS[target.codec]
+            wide = wide or is_packed(item.weight) or (codec.widens and item.spec.dtype != "BF16")
+            beside = max(beside, codec.memory(item.spec))
+    piece = _THREAD_MEMORY * (_WIDE if wide else 1)
+    container = plan.container
+    return container.base_memory + threads * (piece + beside) + container.head_memory(plan)
 
 
 def threads_within(

@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.source import open_folder
+from qwen35.checkpoint.header import json_bytes
+from qwen35.checkpoint.source import Checkpoint, open_folder
 from qwen35.errors import InputError
-from qwen35.plan.activations import load_activations
-from qwen35.plan.documents import json_bytes
-from qwen35.plan.manifest import calibration_json, calibration_of, recipe_json, recipe_of, work_key
+from qwen35.plan.container import Inputs
+from qwen35.plan.containers import container_of
+from qwen35.plan.manifest import work_key
 from qwen35.plan.plan import Plan, make_plan
 
-__all__ = ["ORDER_NAME", "order_bytes", "order_of", "other_names", "plan_from"]
+__all__ = ["ORDER_NAME", "order_bytes", "order_of", "other_names", "plan_again", "plan_from"]
 
 ORDER_NAME = "order"
 """Its file, in the work folder."""
@@ -24,7 +25,7 @@ SHARED = "workers need the source and the output on a file system that all of th
 
 
 def order_of(plan: Plan, task_bytes: int, **more: Any) -> dict[str, Any]:
-    """Return the work order of a plan: the recipe and calibration as manifests have them.
+    """Return the work order of a plan: what was asked for, as manifests have it.
 
     Args:
         plan: to be executed.
@@ -32,23 +33,17 @@ def order_of(plan: Plan, task_bytes: int, **more: Any) -> dict[str, Any]:
         more: further plain values.
 
     Raises:
-        InputError: the source has no weights at hand, or the statistics come from no file.
+        InputError: the source has no weights at hand, or an input comes from no file.
     """
-    statistics = plan.activations
-    if statistics is not None and statistics.path is None:
-        raise InputError(statistics.name, "workers cannot read it", expected="a file")
     checkpoint = plan.checkpoint
     order = {
         "root": str(checkpoint.folder().absolute()),
         "repo": checkpoint.repo,
         "revision": checkpoint.revision,
-        "recipe": recipe_json(plan.recipe),
-        "calibration": calibration_json(plan),
-        "statistics": str(statistics.path.absolute()) if statistics and statistics.path else None,
-        "keep_prefix": plan.keep_prefix,
-        "shard_bytes": plan.shard_bytes,
+        **plan.container.asked_json(plan, whole=True),
+        "inputs": plan.options.inputs.to_json(),
         "task_bytes": task_bytes,
-        "key": work_key(plan.digest, checkpoint),
+        "key": work_key(plan),
         **more,
     }
     plain: dict[str, Any] = json.loads(json.dumps(order))
@@ -70,17 +65,9 @@ def plan_from(order: Mapping[str, Any]) -> Plan:
     root = Path(order["root"])
     if not root.is_dir():
         raise InputError(str(root), f"not there on {platform.node()}", hint=SHARED)
-    calibration, _ = calibration_of(order)
-    statistics = order["statistics"]
-    plan = make_plan(
-        open_folder(root, repo=order["repo"] or "", revision=order["revision"] or ""),
-        recipe_of(order),
-        keep_prefix=order["keep_prefix"],
-        calibration=calibration,
-        activations=load_activations(Path(statistics)) if statistics else None,
-        shard_bytes=order["shard_bytes"],
-    )
-    key = json.loads(json.dumps(work_key(plan.digest, plan.checkpoint)))
+    checkpoint = open_folder(root, repo=order["repo"] or "", revision=order["revision"] or "")
+    plan = plan_again(checkpoint, order, Inputs.of(order["inputs"]))
+    key = json.loads(json.dumps(work_key(plan)))
     if key != order["key"]:
         raise InputError(
             str(root),
@@ -89,6 +76,23 @@ def plan_from(order: Mapping[str, Any]) -> Plan:
             hint="use the same files and the same versions everywhere",
         )
     return plan
+
+
+def plan_again(checkpoint: Checkpoint, asked: Mapping[str, Any], inputs: Inputs) -> Plan:
+    """Plan an output once more, from what a manifest or a work order says of it.
+
+    Args:
+        checkpoint: the source.
+        asked: the manifest or the order.
+        inputs: the files that it was made with, beside the source.
+
+    Raises:
+        InputError: it is malformed, or these are other files or another source.
+        UsageError: a file is not given, or there was none.
+    """
+    recipe = asked.get("recipe")
+    container = container_of(recipe.get("format") if isinstance(recipe, dict) else None)
+    return make_plan(checkpoint, *container.asked_again(asked, inputs))
 
 
 def other_names(order: Mapping[str, Any], key: Mapping[str, Any]) -> list[str]:

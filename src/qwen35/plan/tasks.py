@@ -1,4 +1,4 @@
-"""Tasks: what is handed to a worker at a time. Runs of steps of one file, balanced by bytes.
+"""Tasks: what is handed to a worker at a time. Runs of steps, balanced by bytes.
 
 They follow from the plan and a size alone, so that all who work on an output agree on them.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen35.plan.plan import Plan, PlannedFile
+from qwen35.plan.plan import Plan
 from qwen35.plan.step import Step
 
 __all__ = ["Task", "make_tasks", "scheduled", "share", "task_bytes"]
@@ -19,22 +19,22 @@ _PER_WORKER = 8
 
 @dataclass(frozen=True)
 class Task:
-    """A run of steps of one file.
+    """A run of steps that write to the same files.
 
     Args:
-        file: the output file that they fill.
-        begin: number of the first of its steps.
+        files: the output files that they fill.
+        begin: number of the first of its steps among those of the plan that write something.
         steps: the steps.
     """
 
-    file: str
+    files: tuple[str, ...]
     begin: int
     steps: tuple[Step, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes read, which are what a task costs."""
-        return sum(step.weight.nbytes for step in self.steps)
+        return sum(step.read_bytes for step in self.steps)
 
 
 def task_bytes(plan: Plan, workers: int) -> int:
@@ -42,21 +42,28 @@ def task_bytes(plan: Plan, workers: int) -> int:
     return max(1, min(_MOST_BYTES, plan.read_bytes // (_PER_WORKER * workers)))
 
 
-def make_tasks(files: Sequence[PlannedFile], nbytes: int) -> tuple[Task, ...]:
-    """Cut the steps of each file into tasks, in order.
+def make_tasks(steps: Sequence[Step], nbytes: int) -> tuple[Task, ...]:
+    """Cut steps into tasks, in order.
 
     A task reads at most `nbytes`, or is a single step that reads more. Two tasks that follow each
-    other in a file read more than `nbytes` together, so there are not many more than needed.
+    other with the same files read more than `nbytes` together, so there are not many more than
+    needed.
+
+    Args:
+        steps: those of a plan that write something (`Plan.written`).
+        nbytes: that a task may read.
     """
-    tasks = []
-    for file in files:
-        begin = size = 0
-        for end, step in enumerate(file.steps):
-            if end > begin and size + step.weight.nbytes > nbytes:
-                tasks.append(Task(file.name, begin, file.steps[begin:end]))
+    tasks: list[Task] = []
+    begin = size = 0
+    for end, step in enumerate(steps):
+        if end > begin:
+            other = steps[begin].files != step.files
+            if other or size + step.read_bytes > nbytes:
+                tasks.append(Task(steps[begin].files, begin, tuple(steps[begin:end])))
                 begin, size = end, 0
-            size += step.weight.nbytes
-        tasks.append(Task(file.name, begin, file.steps[begin:]))
+        size += step.read_bytes
+    if steps:
+        tasks.append(Task(steps[begin].files, begin, tuple(steps[begin:])))
     return tuple(tasks)
 
 

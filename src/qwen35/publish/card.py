@@ -10,25 +10,23 @@ from typing import Any, Self
 
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import read_json
-from qwen35.checkpoint.storage import StoredTensor, Weight, group
+from qwen35.codecs.codec import Codec
+from qwen35.codecs.plain.codec import Plain
+from qwen35.codecs.registry import CODECS, codec_of, group, is_packed, packings
 from qwen35.model.roles import role_of
-from qwen35.plan.manifest import kept_prefix, recipe_of, source_of
-from qwen35.plan.recipe import BUILT_IN, Recipe, Rule, load_recipe
+from qwen35.plan.gguf.container import GgufContainer
+from qwen35.plan.manifest import recipe_of, source_of
+from qwen35.plan.recipe import Recipe, Rule, built_in, load_recipe
 from qwen35.publish.modelfile import gguf_models
-from qwen35.tensors import TensorSpec
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 __all__ = ["Measures", "card_text"]
 
 _LICENSES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 """How a LICENSE file begins, to what the Hub calls it."""
 
-_TAGS = {"nf4": ("bitsandbytes", "4-bit", "nf4", "qlora"), "fp8": ("fp8",), "gguf": ("gguf",)}
-_TITLES = {
-    "nf4": "bitsandbytes NF4 (4-bit, double quantization)",
-    "fp8": "block-wise FP8 (E4M3, blocks of 128 x 128)",
-    "gguf": "GGUF",
-    "plain": "unquantized",
-}
+_ALONE = {"name", "format", "rules"}
+"""What a manifest says of a recipe where nothing was asked for beside it."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +92,11 @@ def card_text(
     facts = _Facts(place, manifest, base_model)
     data = ModelCardData(
         base_model=facts.base_model,
-        base_model_relation="quantized" if facts.base_model and facts.kind != "plain" else None,
-        library_name="gguf" if facts.kind == "gguf" else "transformers",
+        base_model_relation="quantized" if facts.base_model and facts.codec.packed else None,
+        library_name=facts.codec.library,
         license=facts.license,
         pipeline_tag="image-text-to-text" if facts.vision else "text-generation",
-        tags=["qwen3_5", *_TAGS.get(facts.kind, ())],
+        tags=["qwen3_5", *facts.codec.tags],
     )
     template = resources.files("qwen35.publish").joinpath("card.md.jinja").read_text("utf-8")
     card = ModelCard.from_template(
@@ -107,7 +105,7 @@ def card_text(
         repo=repo,
         name=repo.split("/")[-1],
         facts=facts,
-        title=_TITLES[facts.kind],
+        title=facts.codec.described or facts.codec.label,
         measures=asdict(measures) if measures else None,
         manifest=manifest,
     )
@@ -127,9 +125,7 @@ class _Facts:
         self.gguf = gguf_models(place)
         self.mmproj = sorted(n for n in place.sizes() if n.startswith("mmproj-"))
         self.weights = _weights(manifest)
-        storages = {weight.storage for weight in self.weights}
-        packed = storages - {"plain"}
-        self.kind = "gguf" if self.gguf else min(packed) if packed else "plain"
+        self.codec = _codec(self.weights, gguf=bool(self.gguf))
         self.vision = bool(self.mmproj) or any(
             role_of(weight.name).scope == "visual" for weight in self.weights
         )
@@ -163,11 +159,14 @@ class _Facts:
     def command(self) -> str:
         """The command that converts the source so, if a built-in recipe alone says it."""
         name = self._recipe.name
-        if not self.source or name not in BUILT_IN or kept_prefix(self._manifest):
+        if not self.source or self._manifest["recipe"].keys() != _ALONE:
             return ""
-        if load_recipe(name).rules != self._recipe.rules:
+        container = self._recipe.container
+        if name not in built_in(container.name):
             return ""
-        return f"qwen35 convert {self.source}@{self.revision} OUT --recipe {name}"
+        if load_recipe(name, container.name).rules != self._recipe.rules:
+            return ""
+        return f"qwen35 {container.verb} {self.source}@{self.revision} OUT --recipe {name}"
 
     @property
     def model_class(self) -> str:
@@ -197,11 +196,19 @@ def _weights(manifest: Mapping[str, Any]) -> tuple[Weight, ...]:
     return group(stored)[0]
 
 
+def _codec(weights: tuple[Weight, ...], *, gguf: bool) -> Codec:
+    """Return the codec that speaks for an artifact: types of ggml say the same of themselves."""
+    if gguf:
+        return next(iter(packings(GgufContainer.name).values()))
+    packed = {weight.storage for weight in weights if is_packed(weight)}
+    return CODECS[min(packed, default=Plain.name)]
+
+
 def _treatments(recipe: Recipe, weights: tuple[Weight, ...]) -> Iterator[_Treatment]:
     counts: Counter[tuple[Rule, str]] = Counter()
     for weight in weights:
         rule = recipe.rule_for(role_of(weight.name))
-        stored = weight.main.spec.dtype if weight.storage == "plain" else weight.storage.upper()
+        stored = codec_of(weight).label if is_packed(weight) else weight.main.spec.dtype
         counts[rule, stored] += 1
     for rule in recipe.rules:
         if rule.action == "drop":

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import read_json
 from qwen35.errors import InputError
-from qwen35.plan.documents import json_bytes
 from qwen35.plan.manifest import read_manifest
 from qwen35.publish.card import Measures, card_text
 from qwen35.publish.hashes import digest_bytes, digest_file
-from qwen35.publish.modelfile import modelfile_text
+from qwen35.publish.modelfile import is_gguf, modelfile_text
 from qwen35.sinks.files import write_file
 from qwen35.sinks.staging import os_errors
 from qwen35.verify.artifact import Verdict
@@ -57,7 +57,7 @@ def documents(
     manifest = dict(found)
     measures = _measures(place)
     texts = {CARD_NAME: card_text(place, manifest, repo, base_model, measures)}
-    if any(name.endswith(".gguf") for name in place.sizes()):
+    if any(map(is_gguf, place.sizes())):
         texts[MODELFILE_NAME] = modelfile_text(place)
     added = dict(manifest.get("added", {}))
     made = {}

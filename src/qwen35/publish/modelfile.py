@@ -6,11 +6,12 @@ from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import read_json
 from qwen35.errors import InputError
 
-__all__ = ["gguf_models", "modelfile_text"]
+__all__ = ["gguf_models", "is_gguf", "modelfile_text"]
 
 PREFERRED = ("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q6_K", "Q8_0")
 """What Ollama loads if there is a choice: its own library's default first."""
 
+_SUFFIX = ".gguf"
 _PROJECTOR = "mmproj-"
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _OLLAMA_NAMES = {"repetition_penalty": "repeat_penalty"}
@@ -22,14 +23,19 @@ _TEMPLATE = '''TEMPLATE """{{- range $i, $_ := .Messages }}<|im_start|>{{ .Role 
 """ChatML, the frame of Qwen3.5's chat template, in Go's template language."""
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a file called so is a GGUF file."""
+    return name.endswith(_SUFFIX)
+
+
 def gguf_models(place: Folder) -> list[str]:
     """Return the GGUF files that are models, the preferred one first."""
-    names = [name for name in place.sizes() if name.endswith(".gguf")]
+    names = [name for name in place.sizes() if is_gguf(name)]
     return sorted((name for name in names if not name.startswith(_PROJECTOR)), key=_preference)
 
 
 def _preference(name: str) -> tuple[int, str]:
-    stem = name.removesuffix(".gguf")
+    stem = name.removesuffix(_SUFFIX)
     ranks = [i for i, kind in enumerate(PREFERRED) if stem.endswith(f"-{kind}")]
     return (ranks[0] if ranks else len(PREFERRED)), name
 

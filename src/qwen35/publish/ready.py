@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen35.checkpoint.open import describe
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.errors import Finding, InputError
+from qwen35.errors import Finding
 from qwen35.plan.manifest import read_manifest
 from qwen35.publish.listing import Local
 from qwen35.verify.artifact import verify
+from qwen35.verify.opening import open_artifact
 
 __all__ = ["readiness"]
 
@@ -40,9 +40,4 @@ def readiness(folder: Path, local: Local) -> list[Finding]:
             findings.append(Finding("changed", name, "not the file that the manifest lists"))
     if findings or not any(name.endswith(".safetensors") for name in local.files):
         return findings
-    try:
-        artifact = describe(str(folder.absolute()), lenient=True)
-    except InputError as error:
-        message = str(error).removeprefix(f"{error.subject}: ")
-        return [Finding("readable", error.subject, message)]
-    return list(verify(artifact, depth="structure").findings)
+    return list(verify(open_artifact(str(folder.absolute()))).findings)

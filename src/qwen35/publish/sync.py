@@ -6,17 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.hub import HubId
 from qwen35.checkpoint.open import hub_token
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, HubError, InputError, UsageError
-from qwen35.plan.documents import json_bytes
 from qwen35.progress import Progress
 from qwen35.publish.diff import Diff, pull_diff, push_diff
 from qwen35.publish.documents import documents, write_documents
 from qwen35.publish.guard import secrets
 from qwen35.publish.hashes import Hasher
 from qwen35.publish.listing import Local, list_local, list_remote
+from qwen35.publish.modelfile import is_gguf
 from qwen35.publish.ready import readiness
 from qwen35.publish.signing import sign
 from qwen35.sinks.staging import os_errors
@@ -168,7 +169,7 @@ def _check_folder(folder: Path) -> None:
         raise InputError(str(folder), "not a folder" if folder.exists() else "no such folder")
     names = {path.name for path in folder.iterdir()}
     known = {"config.json", MANIFEST_NAME}
-    if not known & names and not any(name.endswith(".gguf") for name in names):
+    if not known & names and not any(map(is_gguf, names)):
         expected = "config.json, or GGUF files"
         raise InputError(str(folder), "holds no model", expected=expected, hint="check its name")
 

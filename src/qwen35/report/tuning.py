@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from qwen35.plan.documents import json_bytes
+from qwen35.checkpoint.header import json_bytes
 from qwen35.report.charts import front_chart, sensitivity_chart
 from qwen35.report.write import write_files
 from qwen35.tune.measurements import Measurements

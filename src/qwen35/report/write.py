@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qwen35.checkpoint.header import json_bytes
 from qwen35.errors import OutputError
 from qwen35.evaluate.result import Report
-from qwen35.plan.documents import json_bytes
 from qwen35.report.page import page
 from qwen35.sinks.staging import os_errors
 

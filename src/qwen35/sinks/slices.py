@@ -85,6 +85,8 @@ def _agree(work: Path, order: Mapping[str, Any]) -> None:
         return
     names = other_names(found, order["key"])
     names += [word for name, word in _WORDS.items() if found.get(name) != order[name]]
+    before, now = _inputs(found), _inputs(order)
+    names += [word for name, word in _INPUTS.items() if before.get(name) != now.get(name)]
     raise OutputError(
         str(work),
         f"holds slices of a run with another {' and another '.join(names or ['order'])}",
@@ -96,9 +98,15 @@ _WORDS = {
     "slices": "number of slices",
     "overwrite": "--overwrite",
     "root": "path to the source",
-    "statistics": "path to the statistics",
 }
 """What an order has beside the key of the work and what the plan tells already."""
+
+_INPUTS = {"activations": "path to the statistics", "imatrix": "path to the importance matrix"}
+
+
+def _inputs(order: Mapping[str, Any]) -> Mapping[str, Any]:
+    inputs = order.get("inputs")
+    return inputs if isinstance(inputs, dict) else {}
 
 
 def read_order(work: Path) -> dict[str, Any]:

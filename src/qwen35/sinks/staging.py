@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
     "existing",
     "locked",
     "os_errors",
+    "resolved",
     "resumable",
     "staging",
     "work_path",
@@ -48,11 +49,18 @@ class Result:
         out: the folder.
         hashes: SHA-256 of every file but the manifest, by name.
         nbytes: bytes of all files.
+        compared: weight to what a check of it found, as plain values, where workers checked it.
     """
 
     out: Path
     hashes: dict[str, str]
     nbytes: int
+    compared: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resolved(out: Path) -> Path:
+    """Return the folder that an output is; a link stays one, to be refused."""
+    return out.resolve() if not out.is_symlink() else out
 
 
 def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:

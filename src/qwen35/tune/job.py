@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.source import Checkpoint
@@ -18,11 +18,13 @@ from qwen35.tune.measurements import Key, Measurements, load_measurements, model
 from qwen35.tune.probing import Setting
 from qwen35.tune.show import tuned_json
 from qwen35.tune.space import Space
+from qwen35.tune.tunable import FORMATS, TUNABLE, tunable_of
 from qwen35.tune.tuning import Budget, Tuned, tune
 
 __all__ = ["Asked", "Format", "Job", "Tuning", "prepare", "run"]
 
-Format = Literal["gguf", "nf4", "fp8"]
+Format = str
+"""A format of recipes that can be tuned: one of `qwen35.tune.tunable.FORMATS`."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Asked:
         size: of the weight files, at most: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
         max_kld: mean divergence on the text, at most, in nats; instead of a size.
         output: recipe to write; None to only look.
-        types: GGUF: types to choose from; the usual ones if empty.
-        imatrix: GGUF: importance matrix, or ``hf:owner/name/path``.
+        types: to choose from, in GGUF files; the usual ones if empty.
+        imatrix: for GGUF files: importance matrix, or ``hf:owner/name/path``.
         measurements: file that keeps what is measured; by default the recipe's name with .json.
         start_from: measurements of the model that this one was tuned from.
         probes: groups to measure at most; 0 for squared errors alone.
@@ -166,9 +168,7 @@ def _check(asked: Asked) -> None:
         raise UsageError("--max-kld", str(asked.max_kld), expected="nats, such as 0.02")
     if asked.probes < 0:
         raise UsageError("--probes", str(asked.probes), expected="a number of groups, or 0")
-    if asked.format != "gguf" and (asked.types or asked.imatrix):
-        option = "--types" if asked.types else "--imatrix"
-        raise UsageError(option, f"given with --format {asked.format}", expected="--format gguf")
+    _check_format(asked)
     if asked.output is None:
         return
     if asked.output.suffix != ".toml":
@@ -181,21 +181,22 @@ def _check(asked: Asked) -> None:
         raise UsageError("--output", f"{asked.output} exists", hint="give --overwrite")
 
 
+def _check_format(asked: Asked) -> None:
+    if asked.format not in FORMATS:
+        raise UsageError("--format", asked.format, expected=", ".join(FORMATS))
+    if (asked.types or asked.imatrix) and not tunable_of(asked.format).typed:
+        option = "--types" if asked.types else "--imatrix"
+        typed = (kind for one in TUNABLE.values() if one.typed for kind in one.formats)
+        expected = f"--format {' or '.join(typed)}"
+        raise UsageError(option, f"given with --format {asked.format}", expected=expected)
+
+
 def _space(checkpoint: Checkpoint, asked: Asked) -> Space:
-    if asked.format != "gguf":
-        from qwen35.tune.packed_space import PackedSpace
+    from qwen35.plan.gguf.imatrix import open_imatrix
 
-        return PackedSpace(checkpoint, asked.format)
-    from qwen35.gguf.imatrix import open_imatrix
-    from qwen35.gguf.types import GGML_TYPES, ggml_type
-    from qwen35.tune.gguf_space import DEFAULT_TYPES, GgufSpace
-
-    names = asked.types or DEFAULT_TYPES
-    types = {ggml_type(name.strip(), "--types").name for name in names} | {GgufSpace.exact}
-    by_size = sorted(types, key=lambda name: GGML_TYPES[name].nbytes / GGML_TYPES[name].block)
-    by_size.remove(GgufSpace.exact)
+    choices = tunable_of(asked.format).choices(asked.format, asked.types)
     imatrix = open_imatrix(asked.imatrix, asked.token) if asked.imatrix else None
-    return GgufSpace(checkpoint, (*by_size, GgufSpace.exact), imatrix)
+    return Space(checkpoint, asked.format, choices, imatrix)
 
 
 def _budget(asked: Asked, space: Space) -> Budget:
@@ -218,7 +219,7 @@ def _measurements(job: Job, path: Path) -> Measurements:
     Raises:
         UsageError: the file is of another case, or there is nothing to start from.
     """
-    asked, imatrix = job.asked, getattr(job.space, "imatrix", None)
+    asked, imatrix = job.asked, job.space.imatrix
     key = Key(
         asked.format,
         model_digest(job.checkpoint),

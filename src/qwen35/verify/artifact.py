@@ -1,28 +1,23 @@
-"""One call that checks an artifact at the depth asked for."""
+"""One call that checks an artifact at the depth asked for, whatever container holds it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.errors import Finding, UsageError
+from qwen35.codecs.registry import is_packed
+from qwen35.errors import Finding
 from qwen35.progress import Progress
-from qwen35.verify.asking import Asker
-from qwen35.verify.asking_vllm import VllmAsker, check_vllm
-from qwen35.verify.bands import WORST_ERROR
-from qwen35.verify.behaviour import NOT_ASKED, Answer, ask, behaviour_findings
+from qwen35.verify.behaviour import NOT_ASKED, Answer
 from qwen35.verify.compared import RoleError
-from qwen35.verify.fp8 import tensor_parallel_findings
 from qwen35.verify.memo import Memo, stamped
-from qwen35.verify.numbers import Numbers, check_hashes, check_numbers
-from qwen35.verify.structure import check_structure
+from qwen35.verify.numbers import check_numbers
+from qwen35.verify.structure import check_hashes, check_structure
+from qwen35.verify.subject import Depth, Engine, Subject
 
 __all__ = ["Depth", "Engine", "Verdict", "verify"]
-
-Depth = Literal["structure", "numbers", "behaviour"]
-Engine = Literal["transformers", "vllm"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Verdict:
 
     Args:
         name: what was checked.
-        kind: ``plain``, ``nf4`` or ``fp8``.
+        kind: how its weights are held: a codec's name, or a container's.
         depth: how deep.
         counts: what was looked at (weights, packed weights, files).
         errors: relative error per role; empty without a source.
@@ -79,107 +74,67 @@ class Verdict:
 
 
 def verify(
-    artifact: Checkpoint,
+    subject: Subject,
     *,
     source: Checkpoint | None = None,
     depth: Depth = "structure",
     threads: int | None = None,
     tensor_parallel: int | None = None,
-    engine: Engine = "transformers",
+    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
     """Check an artifact.
 
     Args:
-        artifact: opened leniently (`qwen35.checkpoint.open`).
+        subject: opened for this depth (`qwen35.verify.opening.open_artifact`).
         source: the checkpoint it was made from; needs depth ``numbers`` or more.
         depth: ``structure`` reads headers, ``numbers`` every byte, ``behaviour`` asks it as well.
         threads: weights decoded at a time.
-        tensor_parallel: GPUs that must be able to share every FP8 weight.
-        engine: what it is asked in.
+        tensor_parallel: GPUs that must be able to share every weight of a codec with tiles.
+        engine: what it is asked in; the container's own if None.
         progress: told of the bytes read.
 
     Raises:
-        UsageError: vLLM is asked for and not there, or `tensor_parallel` of another format.
+        UsageError: an engine is asked for and not there, or `tensor_parallel` of another format.
+        InputError: the source cannot be read, or only headers are at hand.
     """
-    if engine == "vllm":
-        check_vllm()
-    place = artifact.place
-    if place is None:
-        hint = "give a folder or a Hub id"
-        raise UsageError(artifact.name, "only a description, nothing to verify", hint=hint)
-    structure = check_structure(place, artifact)
+    subject.refuse(engine, tensor_parallel)
+    structure = check_structure(subject)
     findings = list(structure.findings)
     if tensor_parallel is not None:
-        findings += tensor_parallel_findings(artifact.config, structure.items, tensor_parallel)
-    errors: list[RoleError] = []
+        findings += subject.shared(tensor_parallel)
+    errors: Sequence[RoleError] = ()
     notes: list[str] = []
+    answers: tuple[Answer, ...] = ()
     if depth != "structure":
-        what = {"artifact": stamped(artifact), "source": source and stamped(source)}
+        what = {"artifact": subject.stamps(), "source": source and stamped(source)}
         with Memo(what) as memo:
             if structure.manifest is not None:
-                findings += check_hashes(artifact, structure.manifest, memo)
-            numbers = check_numbers(
-                artifact, structure.items, source, memo=memo, threads=threads, progress=progress
-            )
+                findings += check_hashes(subject, structure.manifest, memo)
+            numbers = check_numbers(subject, source, memo=memo, threads=threads, progress=progress)
         errors = numbers.roles
-        findings += [*numbers.findings, *_too_far(numbers)]
+        findings += [*numbers.findings, *numbers.too_far()]
         notes += memo.notes
-    answers: list[Answer] = []
     if depth == "behaviour" and not findings:
-        asked = _in_vllm if engine == "vllm" else _in_transformers
-        answers, more, how = asked(artifact)
-        findings += more
-        notes += how
+        asked = subject.ask(engine, threads)
+        answers = asked.answers
+        findings += asked.findings
+        notes += asked.notes
     elif depth == "behaviour":
         notes.append(NOT_ASKED)
-    items = structure.items
+    weights = [held.weight for part in subject.parts for held in part.weights]
     counts = {
-        "weights": len(items),
-        "packed": sum(item.weight.storage != "plain" for item in items),
-        "files": len(artifact.file_sizes),
+        "weights": len(weights),
+        "packed": sum(map(is_packed, weights)),
+        "files": len(subject.files),
     }
     return Verdict(
-        artifact.name,
-        structure.kind,
+        subject.name,
+        subject.kind,
         depth,
         counts,
         tuple(errors),
         tuple(findings),
-        tuple(answers),
+        answers,
         tuple(notes),
     )
-
-
-def _in_vllm(artifact: Checkpoint) -> tuple[list[Answer], list[Finding], list[str]]:
-    """Load the artifact in vLLM and ask it everything."""
-    vision = artifact.config.architecture.vision
-    answers = list(ask(VllmAsker(artifact.folder(), vision=vision), image=vision))
-    return answers, list(behaviour_findings(answers)), ["asked in vLLM"]
-
-
-def _in_transformers(artifact: Checkpoint) -> tuple[list[Answer], list[Finding], list[str]]:
-    """Load the artifact in transformers and ask it everything."""
-    asker = Asker(artifact.folder())
-    findings = [
-        Finding("load", name, "missing or unexpected when transformers loads it")
-        for name in asker.missing
-    ]
-    answers = list(ask(asker, image=asker.vision))
-    notes = [f"asked in transformers, on the {asker.model.device.type}"]
-    if asker.settled:
-        notes.append(
-            f"{asker.settled} layers kept off bitsandbytes' AVX512-BF16 path, which fails on them"
-        )
-    return answers, [*findings, *behaviour_findings(answers)], notes
-
-
-def _too_far(numbers: Numbers) -> Iterator[Finding]:
-    """Yield FP8 weights that saturate so much that no rounding explains their error."""
-    for name, errors in numbers.fp8.items():
-        if not errors.misplaced and errors.relative_rmse > WORST_ERROR:
-            message = (
-                f"relative error {errors.relative_rmse:.4f}, expected at most {WORST_ERROR} "
-                f"({errors.clipped} weights saturate)"
-            )
-            yield Finding("error", name, message)

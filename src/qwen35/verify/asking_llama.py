@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen35.checkpoint.gguf import Container
 from qwen35.closing import Closing
 from qwen35.engines.llama import Llama
 from qwen35.errors import InputError
-from qwen35.gguf.container import Container
 from qwen35.verify.asking import Question
 
 __all__ = ["LlamaAsker"]

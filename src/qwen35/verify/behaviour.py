@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from qwen35.errors import Finding
 from qwen35.verify.asking import Halves, Question, is_right
 
-__all__ = ["IMAGE", "NOT_ASKED", "TASKS", "Answer", "Answers", "ask", "behaviour_findings"]
+__all__ = ["IMAGE", "NOT_ASKED", "TASKS", "Answer", "Answers", "Asked", "ask", "behaviour_findings"]
 
 REPETITION_PENALTY = 1.15
 """What the commands before us decode with."""
@@ -91,6 +91,21 @@ class Answer:
         return {"file": self.file, **asked} if self.file else asked
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What came of asking an artifact everything.
+
+    Args:
+        answers: what it said.
+        findings: what is wrong with that.
+        notes: how it was asked.
+    """
+
+    answers: tuple[Answer, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
 def ask(
     engine: Answers, *, image: bool, thinking: tuple[bool, ...] = (False, True)
 ) -> Iterator[Answer]:
@@ -106,7 +121,7 @@ def _ask(engine: Answers, question: Question) -> Answer:
     return Answer(question, engine.ask(question, repetition_penalty=REPETITION_PENALTY))
 
 
-def behaviour_findings(answers: list[Answer]) -> Iterator[Finding]:
+def behaviour_findings(answers: Iterable[Answer]) -> Iterator[Finding]:
     """Yield a finding for each wrong answer."""
     for answer in answers:
         if not answer.right:

@@ -1,48 +1,14 @@
-"""What a comparison with the source comes to: for one weight, and for all weights of a role."""
+"""What comparisons with the source come to, for all weights of a role."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from dataclasses import dataclass
 
-from qwen35.codecs.fp8_errors import Errors
-from qwen35.errors import Finding
+from qwen35.codecs.compared import Compared
 
-__all__ = ["Compared", "RoleError", "by_role"]
-
-
-@dataclass
-class Compared:
-    """One weight beside its original.
-
-    Args:
-        squared: sum of squared differences.
-        norm: sum of squared weights of the original.
-        fp8: more of an FP8 weight's differences.
-        identical: whether the stored bytes are those of the source.
-        judged: whether it was compared to the end.
-        findings: what is wrong with it.
-    """
-
-    squared: float = 0.0
-    norm: float = 0.0
-    fp8: Errors | None = None
-    identical: bool = False
-    judged: bool = False
-    findings: list[Finding] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values, floats exact."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        """Return what `to_json` was called on."""
-        fp8 = value["fp8"]
-        findings = [Finding(**row) for row in value["findings"]]
-        return cls(**{**value, "fp8": fp8 and Errors(**fp8), "findings": findings})
+__all__ = ["RoleError", "by_role"]
 
 
 @dataclass

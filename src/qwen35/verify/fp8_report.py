@@ -8,17 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from qwen35.checkpoint.inventory import Item
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.codecs.fp8 import Calibration
-from qwen35.codecs.fp8_errors import Errors
-from qwen35.errors import Finding, UsageError
+from qwen35.codecs.fp8.errors import Errors
+from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.registry import codec_of
+from qwen35.errors import Finding
 from qwen35.model.fused import FUSED, fused_group
 from qwen35.model.roles import Role, role_of
 from qwen35.progress import Progress
 from qwen35.verify.bands import BANDS, Band, Metric, judge, worse
+from qwen35.verify.memo import Seen
 from qwen35.verify.numbers import check_numbers
+from qwen35.verify.safetensors import CheckpointSubject
 from qwen35.verify.structure import check_structure
+from qwen35.verify.subject import Held
 
 __all__ = ["BandsName", "Report", "check_fp8"]
 
@@ -152,6 +155,7 @@ def check_fp8(
     seed: int = _SEED,
     threads: int | None = None,
     progress: Progress | None = None,
+    seen: Mapping[str, Any] | None = None,
 ) -> Report:
     """Compare an FP8 conversion with its source.
 
@@ -165,33 +169,39 @@ def check_fp8(
         seed: of the choice.
         threads: weights compared at a time.
         progress: told of the bytes read.
+        seen: weights that were compared as they were written, and what was found, as plain values
+            (`qwen35.work.judging.compare_steps`); they are not read again.
 
     Raises:
         UsageError: the artifact has no files at hand.
     """
-    if artifact.place is None:
-        hint = "give a folder or a Hub id"
-        raise UsageError(artifact.name, "only a description, nothing to verify", hint=hint)
-    structure = check_structure(artifact.place, artifact)
-    packed = [item for item in structure.items if item.weight.storage == "fp8"]
-    chosen = {item.weight.name for item in _sample(packed, samples, seed)}
+    subject = CheckpointSubject(artifact)
+    structure = check_structure(subject)
+    weights = [held for part in subject.parts for held in part.weights]
+    packed = [held for held in weights if _is_judged(held)]
+    chosen = {held.subject for held in _sample(packed, samples, seed)}
     numbers = check_numbers(
-        artifact,
-        structure.items,
+        subject,
         source,
-        only=lambda item: item.weight.storage != "fp8" or item.weight.name in chosen,
+        only=lambda held: not _is_judged(held) or held.subject in chosen,
+        memo=Seen(seen or {}),
         threads=threads,
         progress=progress,
     )
-    misplaced = {name for name, errors in numbers.fp8.items() if errors.misplaced}
+    errors = {
+        held.subject: Errors(**one.errors)  # type: ignore[arg-type]  # counts are whole numbers
+        for held, one in numbers.compared
+        if _is_judged(held) and one.errors is not None
+    }
+    misplaced = {name for name, found in errors.items() if found.misplaced}
     return Report(
         calibration=calibration,
         bands=bands,
-        shards=len(artifact.file_sizes),
+        shards=len(subject.files),
         packed=len(packed),
-        passthrough=len(structure.items) - len(packed),
-        identical=numbers.identical,
-        errors=numbers.fp8,
+        passthrough=len(weights) - len(packed),
+        identical=sum(one.identical for held, one in numbers.compared if not _is_judged(held)),
+        errors=errors,
         findings=[
             *structure.findings,
             *(f for f in numbers.findings if f.check != "codes" or f.subject not in misplaced),
@@ -199,10 +209,15 @@ def check_fp8(
     )
 
 
-def _sample(items: Sequence[Item], count: int | None, seed: int) -> Iterator[Item]:
-    files: dict[str, list[Item]] = {}
-    for item in items:
-        files.setdefault(item.weight.main.file, []).append(item)
+def _is_judged(held: Held) -> bool:
+    """Whether bands are for it: its codec chooses scales, well or badly."""
+    return codec_of(held.weight).calibrated
+
+
+def _sample(weights: Sequence[Held], count: int | None, seed: int) -> Iterator[Held]:
+    files: dict[str, list[Held]] = {}
+    for held in weights:
+        files.setdefault(held.weight.main.file, []).append(held)
     generator = random.Random(seed)
     for _, members in sorted(files.items()):
         yield from members if count is None else generator.sample(members, min(count, len(members)))

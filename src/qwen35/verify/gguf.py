@@ -1,131 +1,173 @@
-"""GGUF files checked: the container, its keys and tensors, the manifest, and every number."""
+"""GGUF files: keys and tensors of each agree; where originals are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.inventory import inventory
-from qwen35.checkpoint.open import GgufFiles
+from qwen35.checkpoint.gguf import Container, Entry, read_gguf
+from qwen35.checkpoint.inventory import Item
+from qwen35.checkpoint.open import GgufFiles, gguf_files
 from qwen35.checkpoint.place import Folder
-from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.checkpoint.source import Checkpoint, Reader
-from qwen35.errors import Finding, InputError
-from qwen35.gguf.container import Container, read_gguf
-from qwen35.gguf.expected import KEYS, expected, missing_keys
-from qwen35.gguf.names import Tensor, text_tensors, vision_tensors
-from qwen35.gguf.types import FLOATS
-from qwen35.plan.manifest import read_manifest
-from qwen35.progress import Progress, Silent
+from qwen35.checkpoint.source import Checkpoint, FolderReader
+from qwen35.codecs.ggml.codec import BlockSpec, codec_name
+from qwen35.errors import Finding, InputError, UsageError
+from qwen35.plan.gguf.expected import KEYS, expected, missing_keys
+from qwen35.plan.gguf.names import Tensor, text_tensors, vision_tensors
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
 from qwen35.threads import default_threads
-from qwen35.verify.artifact import Depth, Verdict
-from qwen35.verify.asking_llama import LlamaAsker
-from qwen35.verify.behaviour import NOT_ASKED, Answer, ask, behaviour_findings
-from qwen35.verify.compared import RoleError
-from qwen35.verify.gguf_numbers import compare
-from qwen35.verify.memo import Memo, stamped
+from qwen35.verify.asked import in_llama
+from qwen35.verify.behaviour import Asked
+from qwen35.verify.subject import Engine, Held, Originals, Part, Subject, Table
 
-__all__ = ["verify_gguf"]
+__all__ = ["GgufSubject"]
+
+_VISION = "clip"
+"""The architecture of a file that holds the vision tower."""
+_COMPUTED_IN_F32 = "f32"
 
 
-def verify_gguf(
-    artifact: str,
-    files: GgufFiles,
-    *,
-    source: Checkpoint | None = None,
-    depth: Depth = "structure",
-    threads: int | None = None,
-    token: str | None = None,
-    progress: Progress | None = None,
-) -> Verdict:
-    """Check GGUF files.
+class GgufSubject(Subject):
+    """GGUF files of one place, each a model by itself.
 
     Args:
-        artifact: what the user called them.
+        name: what the user called them.
         files: what `qwen35.checkpoint.open.gguf_files` found.
-        source: the checkpoint they were made from; needs depth ``numbers``.
-        depth: ``structure`` reads heads, ``numbers`` every byte, ``behaviour`` asks as well.
-        threads: tensors decoded at a time.
-        token: for files on the Hub: read by ranges for their structure, else downloaded.
-        progress: told of the bytes read.
 
     Raises:
         HubError: the Hub refused, or was not reached.
     """
-    if depth != "structure":
-        files = files.fetch(token)
-    progress = progress or Silent()
-    findings: list[Finding] = []
-    containers: list[Container] = []
-    for name in files.names:
-        try:
-            containers.append(read_gguf(files, name))
-        except InputError as error:
-            message = str(error).removeprefix(f"{error.subject}: ")
-            findings.append(Finding("readable", name, message))
-    for container in containers:
-        findings += _structure(container)
-    errors: list[RoleError] = []
-    notes: list[str] = []
-    if depth == "structure":
-        findings += _manifest_findings(files, containers, None)
-    else:
-        with Memo(_stamped(files, source)) as memo:
-            findings += _manifest_findings(files, containers, memo)
-            errors, more = _numbers(containers, source, memo, threads, progress)
-        findings += more
-        notes += memo.notes
-    tensors = [entry for container in containers for entry in container.tensors.values()]
-    counts = {
-        "weights": len(tensors),
-        "packed": sum(entry.kind.name not in FLOATS for entry in tensors),
-        "files": len(files.names),
-    }
-    answers: list[Answer] = []
-    if depth == "behaviour" and not findings:
-        answers, findings, how = _behaviour(containers, threads)
-        notes += how
-    elif depth == "behaviour":
-        notes.append(NOT_ASKED)
-    return Verdict(
-        artifact,
-        "gguf",
-        depth,
-        counts,
-        tuple(errors),
-        tuple(findings),
-        tuple(answers),
-        tuple(notes),
-    )
 
+    suffix = ".gguf"
 
-def _stamped(files: GgufFiles, source: Checkpoint | None) -> dict[str, Any]:
-    assert files.root is not None  # fetched
-    stamps = Folder(files.root).stamps()
-    artifact = [str(files.root.resolve()), {name: list(stamps[name]) for name in files.names}]
-    return {"artifact": artifact, "source": source and stamped(source)}
+    def __init__(self, name: str, files: GgufFiles) -> None:
+        super().__init__(name, files.place)
+        self._found = files
+        self._containers: dict[str, Container] = {}
+        self._unreadable: list[Finding] = []
+        for file in files.names:
+            try:
+                container = read_gguf(files, file)
+            except InputError as error:
+                self._unreadable.append(Finding("readable", file, error.message))
+            else:
+                self._containers[container.path.name] = container
 
+    # --- opened
 
-def _behaviour(
-    containers: Sequence[Container], threads: int | None
-) -> tuple[list[Answer], list[Finding], list[str]]:
-    """Load every text model in llama.cpp and ask it everything but pictures."""
-    answers: list[Answer] = []
-    findings: list[Finding] = []
-    notes = ["asked in llama.cpp, without pictures: the binding is built without its vision part"]
-    for container in containers:
-        if container.architecture == "clip":
-            continue
-        with LlamaAsker(container, threads or default_threads()) as asker:
-            said = list(ask(asker, image=False))
-        answers += [replace(answer, file=container.path.name) for answer in said]
-        findings += [
-            Finding(f.check, f"{container.path.name}: {f.subject}", f.message)
-            for f in behaviour_findings(said)
+    @classmethod
+    def find(cls, name: str, token: str | None) -> Any:
+        """Return the files, if there are some."""
+        return gguf_files(name, token=token)
+
+    @classmethod
+    def refuse(cls, engine: Engine | None, tensor_parallel: int | None) -> None:
+        """Refuse every engine but llama.cpp, and GPUs."""
+        if engine:
+            raise UsageError("--engine", "is for checkpoints", expected="llama.cpp, for GGUF")
+        if tensor_parallel is not None:
+            found = "there are no FP8 weights in GGUF"
+            raise UsageError("--tensor-parallel", found, hint="leave it out")
+
+    @classmethod
+    def open(cls, name: str, found: Any, *, weights: bool, token: str | None) -> Subject:
+        """Read the heads; on the Hub by ranges, unless weights are wanted too."""
+        return cls(name, found.fetch(token) if weights else found)
+
+    # --- structure
+
+    @property
+    def kind(self) -> str:
+        """Say the container: a file has many types."""
+        return "gguf"
+
+    @property
+    def vision(self) -> bool:
+        """Whether a file holds the tower."""
+        return any(one.architecture == _VISION for one in self._containers.values())
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The GGUF files, those included that cannot be read."""
+        return self._found.names
+
+    @property
+    def whole(self) -> bool:
+        """Whether no file was picked out."""
+        return self._found.whole
+
+    def structure(self) -> Iterator[Finding]:
+        """Yield what is wrong with each file by itself."""
+        yield from self._unreadable
+        for container in self._containers.values():
+            yield from _structure(container)
+
+    def tables(self, manifest: Mapping[str, Any]) -> Iterator[Table]:
+        """Yield a table for each file: they have tensors of the same names."""
+        for file, container in self._containers.items():
+            stored = {
+                f"{file}: {name}": (f"{entry.kind.name} {list(_squeezed(entry.shape))}", "")
+                for name, entry in container.tensors.items()
+            }
+            planned = manifest["tensors"].get(file, {})
+            texts = {f"{file}: {name}": (str(text), "") for name, text in planned.items()}
+            yield Table(stored, texts, _meaning)
+
+    # --- numbers
+
+    @cached_property
+    def parts(self) -> Sequence[Part]:
+        """The tensors of each file."""
+        return [
+            Part(file, one.nbytes, tuple(_held(file, e) for e in one.tensors.values()), True)
+            for file, one in self._containers.items()
         ]
-    return answers, findings, notes
+
+    def folder(self) -> Path:
+        """Return the folder of the files."""
+        if self._found.root is None:
+            hint = "open them with their weights"
+            raise InputError(self.name, "only the heads of its files are here", hint=hint)
+        return self._found.root
+
+    def stamps(self) -> list[Any]:
+        """Return folder, sizes and times of the files."""
+        return [str(self.folder().resolve()), {n: list(s) for n, s in self._stamps.items()}]
+
+    @cached_property
+    def _stamps(self) -> dict[str, tuple[int, int]]:
+        stamps = Folder(self.folder()).stamps()
+        return {name: stamps[name] for name in self.files if name in stamps}
+
+    def reader(self) -> FolderReader:
+        """Return what reads the files as they are now."""
+        return FolderReader(self.folder(), self._stamps)
+
+    def originals(self, part: Part, source: Checkpoint, items: Sequence[Item]) -> Originals:
+        """Match tensors by what the converter makes of the source; all must be there."""
+        container = self._containers[part.name]
+        tensors = {tensor.name: tensor for tensor in _made_of(container, source, items)}
+        findings = tuple(_source_findings(container, tensors))
+        rows = {f"{part.name}: {name}": tensor.rows for name, tensor in tensors.items()}
+        return Originals(rows, findings, comparable=not findings)
+
+    # --- behaviour
+
+    def ask(self, engine: Engine | None, threads: int | None) -> Asked:
+        """Ask every text model in llama.cpp."""
+        del engine
+        texts = [one for one in self._containers.values() if one.architecture != _VISION]
+        return in_llama(texts, threads or default_threads())
+
+
+def _held(file: str, entry: Entry) -> Held:
+    spec = BlockSpec(entry.name, entry.kind.name, entry.shape)
+    stored = StoredTensor(spec, file, entry.begin)
+    weight = Weight(entry.name, codec_name(entry.kind.name), (stored,))
+    decoded = TensorSpec(entry.name, "F32", entry.shape)
+    return Held(weight, decoded, f"{file}: {entry.name}", entry.kind.name)
 
 
 def _structure(container: Container) -> Iterator[Finding]:
@@ -142,13 +184,13 @@ def _structure(container: Container) -> Iterator[Finding]:
     try:
         table = expected(container)
     except InputError as error:
-        yield Finding("metadata", name, str(error).removeprefix(f"{error.subject}: "))
+        yield Finding("metadata", name, error.message)
         return
     yield from _tensors(container, table)
 
 
 def _vocabulary(container: Container) -> Iterator[Finding]:
-    if container.architecture == "clip":
+    if container.architecture == _VISION:
         return
     keys, name = container.keys, container.path.name
     tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
@@ -174,7 +216,7 @@ def _tensors(container: Container, table: Mapping[str, Tensor]) -> Iterator[Find
         if _squeezed(entry.shape) != _squeezed(tensor.shape):
             message = f"shape {list(entry.shape)}, expected {list(tensor.shape)} by the keys"
             yield Finding("tensors", f"{file}: {name}", message)
-        if tensor.storage == "f32" and entry.kind.name != "f32":
+        if tensor.storage == _COMPUTED_IN_F32 and entry.kind.name != tensor.storage:
             message = f"{entry.kind.name}, but llama.cpp computes with it in f32"
             yield Finding("tensors", f"{file}: {name}", message)
     for name in sorted(container.tensors.keys() - table.keys()):
@@ -188,98 +230,19 @@ def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape
 
 
-def _manifest_findings(
-    files: GgufFiles, containers: list[Container], memo: Memo | None
-) -> Iterator[Finding]:
-    try:
-        manifest = read_manifest(files.place)
-    except InputError as error:
-        yield Finding("manifest", MANIFEST_NAME, str(error).removeprefix(f"{error.subject}: "))
-        return
-    if manifest is None:
-        return
-    if files.whole:
-        for name in sorted(manifest["files"].keys() - set(files.names)):
-            yield Finding("files", name, f"missing, but {MANIFEST_NAME} lists it")
-    for name in files.names:
-        yield from _entry_findings(files, name, manifest["files"].get(name), memo)
-    for container in containers:
-        planned = manifest["tensors"].get(container.path.name, {})
-        yield from _planned_findings(container, planned)
+def _meaning(text: str) -> str:
+    """Return a tensor's type and shape as a manifest has them, leading ones not counted."""
+    kind, _, shape = text.partition(" ")
+    sizes = tuple(int(size) for size in shape.strip("[]").split(",") if size.strip().isdigit())
+    return f"{kind} {list(_squeezed(sizes))}"
 
 
-def _entry_findings(
-    files: GgufFiles, name: str, entry: Mapping[str, Any] | None, memo: Memo | None
-) -> Iterator[Finding]:
-    if entry is None:
-        yield Finding("files", name, f"not listed in {MANIFEST_NAME}")
-        return
-    size = files.place.sizes()[name]
-    if size != entry["size"]:
-        yield Finding("files", name, f"{size} bytes, expected {entry['size']}")
-    elif memo is not None and files.root is not None:
-        digest = memo.sha256(files.root / name)
-        if digest != entry["sha256"]:
-            message = f"sha256 {digest[:12]}..., written as {entry['sha256'][:12]}..."
-            yield Finding("hash", name, message)
-
-
-def _planned_findings(container: Container, planned: Mapping[str, str]) -> Iterator[Finding]:
-    file = container.path.name
-    stored = {
-        name: (entry.kind.name, _squeezed(entry.shape)) for name, entry in container.tensors.items()
-    }
-    for name, text in planned.items():
-        kind, _, shape = text.partition(" ")
-        sizes = tuple(int(size) for size in shape.strip("[]").split(",") if size.strip().isdigit())
-        if name not in stored:
-            yield Finding("plan", f"{file}: {name}", f"planned as {text}, but not there")
-        elif stored[name] != (kind, _squeezed(sizes)):
-            found = f"{stored[name][0]} {list(stored[name][1])}"
-            yield Finding("plan", f"{file}: {name}", f"{found}, planned as {text}")
-    for name in sorted(stored.keys() - planned.keys()):
-        yield Finding("plan", f"{file}: {name}", "not in the plan")
-
-
-def _numbers(
-    containers: list[Container],
-    source: Checkpoint | None,
-    memo: Memo,
-    threads: int | None,
-    progress: Progress,
-) -> tuple[list[RoleError], list[Finding]]:
-    errors: list[RoleError] = []
-    findings: list[Finding] = []
-    with Reader(source) if source else nullcontext() as reader:
-        for container in containers:
-            table = _originals(container, source) if source else {}
-            mismatch = list(_source_findings(container, table)) if source else []
-            findings += mismatch
-            if mismatch:
-                continue
-            progress.begin(f"checking {container.path.name}", container.nbytes)
-            try:
-                rows, more = compare(
-                    container, table, reader, memo=memo, threads=threads, progress=progress
-                )
-            finally:
-                progress.end()
-            errors += rows
-            findings += more
-    return errors, findings
-
-
-def _originals(container: Container, source: Checkpoint) -> dict[str, Tensor]:
-    items = inventory(source)
-    if container.architecture == "clip":
-        tensors = vision_tensors(items)
-    else:
-        tensors = text_tensors(items, source.config, mtp=_has_mtp(container))
-    return {tensor.name: tensor for tensor in tensors}
-
-
-def _has_mtp(container: Container) -> bool:
-    return bool(container.keys.get(f"{container.architecture}.nextn_predict_layers"))
+def _made_of(container: Container, source: Checkpoint, items: Sequence[Item]) -> list[Tensor]:
+    """Return the tensors that the converter would write into such a file."""
+    if container.architecture == _VISION:
+        return vision_tensors(items)
+    mtp = bool(container.keys.get(f"{container.architecture}.nextn_predict_layers"))
+    return text_tensors(items, source.config, mtp=mtp)
 
 
 def _source_findings(container: Container, table: Mapping[str, Tensor]) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import OutputError
@@ -23,7 +23,7 @@ from qwen35.plan.manifest import manifest_versions
 from qwen35.sinks.files import hash_file
 from qwen35.sinks.journal import Journal
 
-__all__ = ["Memo", "stamped"]
+__all__ = ["Memo", "Seeing", "Seen", "stamped"]
 
 SECONDS = 10.0
 """Between two flushes; a killed check has to do that much again."""
@@ -35,6 +35,34 @@ def stamped(checkpoint: Checkpoint) -> list[Any]:
     """Return what tells a checkpoint's files from all others, and from themselves once changed."""
     stamps = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
     return [str(checkpoint.folder().resolve()), stamps]
+
+
+class Seeing(Protocol):
+    """Results of finished pieces, by name, as plain JSON values."""
+
+    def get(self, name: str) -> Any:
+        """Return the result of a piece that was finished before, None if it was not."""
+
+    def add(self, name: str, result: Any) -> None:
+        """Remember the result of a piece."""
+
+
+class Seen:
+    """What others have seen; nothing is added to it.
+
+    Args:
+        results: name of the piece to its result.
+    """
+
+    def __init__(self, results: Mapping[str, Any]) -> None:
+        self._results = results
+
+    def get(self, name: str) -> Any:
+        """Return the result of a piece, None if nobody has seen it."""
+        return self._results.get(name)
+
+    def add(self, name: str, result: Any) -> None:
+        """Forget it: whoever asked has it."""
 
 
 class Memo:

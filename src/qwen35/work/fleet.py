@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from qwen35.plan.order import ORDER_NAME, order_bytes, order_of
 from qwen35.plan.plan import Plan, PlannedFile
+from qwen35.plan.step import Step
 from qwen35.plan.tasks import Task, make_tasks, scheduled, task_bytes
 from qwen35.progress import Progress
 from qwen35.sinks.files import write_file
@@ -19,46 +21,46 @@ from qwen35.sinks.journal import fsync_folder
 from qwen35.sinks.written import Written
 from qwen35.work.dispatch import Job, Pool, dispatch
 
-__all__ = ["fill"]
+__all__ = ["Filled", "fill"]
 
 
-def fill(
-    plan: Plan,
-    folder: Path,
-    written: Written,
-    left: Sequence[PlannedFile],
-    pool: Pool,
-    progress: Progress,
-) -> dict[str, str]:
+class Filled(Protocol):
+    """The output that is filled (`qwen35.writing.output.Output`)."""
+
+    plan: Plan
+    folder: Path
+    written: Written
+    progress: Progress
+    hashes: dict[str, str]
+    compared: dict[str, Any]
+
+
+def fill(output: Filled, left: Sequence[PlannedFile], pool: Pool, *, check: bool = False) -> None:
     """Have workers carry out what is left of a plan's steps, and hash the files.
 
     Args:
-        plan: what is executed.
-        folder: the output's files, in a folder that all workers see.
-        written: the same files, and the journal.
-        left: those that are not finished.
+        output: what is filled, in a folder that all workers see; gets the SHA-256 of each of
+            `left`, and what checks found.
+        left: files that are not finished.
         pool: the workers.
-        progress: told of the bytes that finished tasks have read.
-
-    Returns:
-        SHA-256 of each of `left`.
+        check: whether they compare what they write with the source.
 
     Raises:
         InputError: a worker does not see the source or the folder, or would make other bytes.
         WorkerError: workers died at a task again and again.
     """
+    plan, folder, written = output.plan, output.folder, output.written
     size = task_bytes(plan, pool.slots)
-    order = order_bytes(order_of(plan, size, run=uuid4().hex))
+    order = order_bytes(order_of(plan, size, check=check, run=uuid4().hex))
     (folder.parent / ORDER_NAME).unlink(missing_ok=True)
     write_file(folder.parent / ORDER_NAME, order)
     fsync_folder(folder.parent)
     for file in left:
         written.prepare(file.name, file.head, file.offsets, file.nbytes)
     common = {"work": os.fspath(folder.parent), "order": hashlib.sha256(order).hexdigest()}
-    fleet = _Fleet(common, written, progress)
+    fleet = _Fleet(common, output)
     with pool:
         dispatch(pool, fleet.jobs(left, size))
-    return fleet.hashes
 
 
 @dataclass
@@ -67,56 +69,59 @@ class _Fleet:
 
     Args:
         common: what all of them tell a worker.
-        written: the files.
-        progress: of the run.
+        output: what is filled.
 
     Attributes:
-        hashes: of the files that are finished.
         unfilled: tasks that are left of each file.
     """
 
     common: Mapping[str, Any]
-    written: Written
-    progress: Progress
-    hashes: dict[str, str] = field(default_factory=dict)
-    unfilled: dict[str, int] = field(default_factory=dict)
+    output: Filled
+    unfilled: Counter[str] = field(default_factory=Counter)
 
     def jobs(self, left: Sequence[PlannedFile], size: int) -> list[Job]:
         """Return what can be done at once, in the order in which to begin it."""
         jobs = []
-        for task in scheduled(make_tasks(left, size), size):
-            steps = [i for i, _ in self._steps(task)]
+        for task in scheduled(make_tasks(self.output.plan.written, size), size):
+            steps = list(self._steps(task))
             if steps:
-                self.unfilled[task.file] = self.unfilled.get(task.file, 0) + 1
+                self.unfilled.update(task.files)
                 jobs.append(self._task(task, steps))
-        return [self._hashing(f.name) for f in left if f.name not in self.unfilled] + jobs
+        return [self._hashing(f.name) for f in left if not self.unfilled[f.name]] + jobs
 
-    def _steps(self, task: Task) -> Iterator[tuple[int, str]]:
-        """Yield the steps that are left of a task: number in the file, and first tensor."""
+    def _steps(self, task: Task) -> Iterator[int]:
+        """Yield the numbers, among those that write, of the steps that are left of a task."""
         for number, step in enumerate(task.steps, task.begin):
-            tensor = step.outputs[0].name
-            if not self.written.has(task.file, tensor):
-                yield number, tensor
+            if not all(self.output.written.has(*entry) for entry in _entries(step)):
+                yield number
 
     def _task(self, task: Task, steps: Sequence[int]) -> Job:
         chosen = [task.steps[i - task.begin] for i in steps]
         first = chosen[0].weight.name
         more = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
 
-        def done(tensors: Sequence[str]) -> list[Job]:
-            self.written.filled(task.file, tensors)
+        def done(answer: Mapping[str, Any]) -> list[Job]:
+            for file, tensors in answer["tensors"].items():
+                self.output.written.filled(file, tensors)
+            self.output.compared.update(answer["compared"])
             for step in chosen:
-                self.progress.advance(step.weight.nbytes, step.weight.name)
-            self.unfilled[task.file] -= 1
-            return [] if self.unfilled[task.file] else [self._hashing(task.file)]
+                self.output.progress.advance(step.read_bytes, step.weight.name)
+            self.unfilled.subtract(task.files)
+            return [self._hashing(file) for file in task.files if not self.unfilled[file]]
 
-        order = {**self.common, "file": task.file, "steps": list(steps)}
-        return Job(f"{first}{more}", order, done)
+        return Job(f"{first}{more}", {**self.common, "steps": list(steps)}, done)
 
     def _hashing(self, name: str) -> Job:
         def done(digest: str) -> list[Job]:
-            self.written.hashed(name, digest)
-            self.hashes[name] = digest
+            self.output.written.hashed(name, digest)
+            self.output.hashes[name] = digest
             return []
 
         return Job(f"{name} (being hashed)", {**self.common, "hash": name}, done)
+
+
+def _entries(step: Step) -> Iterator[tuple[str, str]]:
+    """Yield what a step writes: each file, and the first tensor in it."""
+    for target in step.targets:
+        for file in target.files:
+            yield file, target.outputs[0].name

@@ -1,67 +1,34 @@
-"""Carrying out steps: read, encode, write, in pieces of bounded size."""
+"""Carrying out steps: read rows, encode them for every target, write, in pieces of bounded size."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Executor, Future, wait
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from threading import Event
-from typing import Any
+from threading import Event, Lock
 
-import numpy as np
-import numpy.typing as npt
-
-from qwen35.checkpoint.source import Reader
-from qwen35.checkpoint.storage import FP8_BLOCK
-from qwen35.codecs.devices import Encoders
-from qwen35.codecs.nf4 import BLOCK
-from qwen35.codecs.nf4_arrays import Statistics
+from qwen35.checkpoint.source import FolderReader
+from qwen35.codecs import pieces
+from qwen35.codecs.codec import Encoding, Order
+from qwen35.codecs.devices import Kernels
+from qwen35.codecs.pieces import stored
+from qwen35.codecs.registry import CODECS, codec_of
+from qwen35.errors import Qwen35Error
 from qwen35.plan.plan import Plan
-from qwen35.plan.step import Step
-from qwen35.sinks.files import TensorFile
-from qwen35.strips import decoded, fp8_scales, not_finite, stored, tile_rows
+from qwen35.plan.rows import Span
+from qwen35.plan.step import Step, Target
+from qwen35.tensors import TensorSpec
+from qwen35.work.window import Work, advance, groups
 
-__all__ = ["Carrier", "each"]
+__all__ = ["Carrier", "Crew", "Write"]
 
-Array = npt.NDArray[Any]
+Write = Callable[[Target, str, int, memoryview], None]
+"""Writes to the files of a target: tensor, offset in bytes, data."""
 
-
-def each(
-    pool: Executor, steps: Iterable[Step], pieces: Callable[[Step], Iterator[int]], stop: Event
-) -> None:
-    """Carry out steps in the threads of `pool`, the largest first.
-
-    The first failure, and `stop`, end all of them between two pieces; when this returns, nobody
-    writes any more.
-    """
-
-    def carry_out(step: Step) -> None:
-        if not stop.is_set():
-            for _ in pieces(step):
-                if stop.is_set():  # perhaps in the middle of it
-                    return
-
-    largest_first = sorted(steps, key=lambda step: -step.weight.nbytes)
-    _all_of([pool.submit(carry_out, step) for step in largest_first], stop)
-
-
-def _all_of(futures: Sequence[Future[None]], stop: Event) -> None:
-    """Wait for all; after a failure `stop` the others, and raise it."""
-    try:
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        if any(future.exception() for future in done):
-            stop.set()
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
-    for future in futures:
-        if not future.cancelled():
-            future.result()
+_SPAN = 32
+"""Pieces after which a weight is handed to another thread, where its codec lets it be cut."""
 
 
 @dataclass(frozen=True)
@@ -70,85 +37,138 @@ class Carrier:
 
     Args:
         plan: what they are of.
-        encoders: one for each device.
+        kernels: for each device.
     """
 
     plan: Plan
-    encoders: tuple[Encoders, ...]
+    kernels: tuple[Kernels, ...]
 
-    def pieces(self, step: Step, file: TensorFile, reader: Reader) -> Iterator[int]:
-        """Carry out a step; yield after each piece how far into its source file it has read.
+    def spans(self, step: Step) -> list[Span]:
+        """Cut a step into parts that need nothing of each other, for several threads."""
+        rows = step.rows
+        if any(target.copied or not CODECS[target.codec].independent for target in step.targets):
+            return [rows.whole_span]
+        return list(rows.spans(self._grain(step), _SPAN * pieces.PIECE))
+
+    def _grain(self, step: Step) -> int:
+        return max(CODECS[target.codec].grain(step.spec) for target in step.targets)
+
+    def carry(self, step: Step, span: Span, write: Write, reader: FolderReader) -> Iterator[int]:
+        """Carry out a span; yield after each piece how far into its source file it has read.
 
         Raises:
-            TensorError: the weight cannot be read, or holds NaN or infinity.
+            TensorError: a weight cannot be read, holds NaN or infinity, or what a codec cannot say.
         """
-        encoders = self.encoders[zlib.crc32(step.weight.name.encode()) % len(self.encoders)]
-        if step.op == "nf4":
-            yield from self._nf4(step, file, reader, encoders)
-        elif step.op == "fp8":
-            yield from self._fp8(step, file, reader, encoders)
-        elif step.op == "decode":
-            pieces = decoded(reader, step.weight, step.spec)
-            for done in _write(step.outputs[0].name, pieces, file):
-                yield _reached(step, done // step.spec.itemsize)
-        else:
-            if step.weight.storage == "fp8":
-                fp8_scales(reader, step.weight)  # refuses what is no scale
-            for part, out in zip(step.weight.parts, step.outputs, strict=True):
-                for done in _write(out.name, stored(reader, part), file):
-                    main = part is step.weight.main
-                    yield step.weight.main.begin + (done if main else step.weight.main.spec.nbytes)
+        if step.targets[0].copied:
+            yield from self._copy(step, step.targets[0], write, reader)
+            return
+        check = not all(CODECS[target.codec].checks for target in step.targets)
+        opened = step.rows.open(reader, check=check)
+        encodings = [self._encoding(step, target, write) for target in step.targets]
+        importance, slab = None, -1
+        for chunk in step.rows.chunks(self._grain(step), span):
+            if chunk.slab != slab:
+                slab = chunk.slab
+                importance = self.plan.options.importance(step, slab)
+            piece = opened.piece(chunk, importance)
+            for encoding in encodings:
+                encoding.add(piece)
+            yield step.rows.end_of(chunk)
+        for encoding in encodings:
+            encoding.finish()
 
-    def _fp8(
-        self, step: Step, file: TensorFile, reader: Reader, encoders: Encoders
-    ) -> Iterator[int]:
-        codes_spec, scales_spec = step.outputs
-        calibration, columns = self.plan.calibration, step.spec.shape[1]
-        assert calibration is not None  # the plan has FP8 steps
-        statistics = self.plan.activations
-        weights = statistics.weights(step.role, calibration.mode) if statistics else None
-        done = 0
-        for piece in decoded(reader, step.weight, step.spec, strip=tile_rows(step.spec)):
-            values = piece.reshape(-1, columns)
-            codes = np.empty(values.shape, np.uint8)
-            scales = np.empty((len(values) // FP8_BLOCK, columns // FP8_BLOCK), np.uint16)
-            if not encoders.fp8(values, step.spec.dtype, calibration, weights, codes, scales):
-                raise not_finite(step.weight.name)
-            file.write(codes_spec.name, done, codes.data.cast("B"))
-            file.write(scales_spec.name, done // FP8_BLOCK**2 * 2, scales.data.cast("B"))
-            done += values.size
-            yield _reached(step, done)
+    def _encoding(self, step: Step, target: Target, write: Write) -> Encoding:
+        def to_target(name: str, offset: int, data: memoryview) -> None:
+            write(target, name, offset, data)
 
-    def _nf4(
-        self, step: Step, file: TensorFile, reader: Reader, encoders: Encoders
-    ) -> Iterator[int]:
-        packed_spec, *others = step.outputs
-        absmax = np.empty(step.spec.numel // BLOCK, np.float32)
-        done = 0
-        for piece in decoded(reader, step.weight, step.spec):
-            packed = np.empty(piece.size // 2, np.uint8)
-            blocks = absmax[done // BLOCK : (done + piece.size) // BLOCK]
-            if not encoders.nf4(piece, step.spec.dtype, blocks, packed):
-                raise not_finite(step.weight.name)
-            file.write(packed_spec.name, done // 2, packed.data)
-            done += piece.size
-            yield _reached(step, done)
-        renamed = type(step.spec)(packed_spec.name, step.spec.dtype, step.spec.shape)
-        parts = Statistics.of(absmax).parts(renamed)
-        for out, part in zip(others, parts, strict=True):
-            file.write(out.name, 0, part.data.cast("B"))
+        device = zlib.crc32(step.weight.name.encode()) % len(self.kernels)
+        spec = TensorSpec(target.outputs[0].name, step.spec.dtype, step.rows.shape)
+        return CODECS[target.codec].encode(
+            Order(
+                step.weight.name,
+                spec,
+                target.outputs,
+                to_target,
+                self.plan.settings,
+                self.kernels[device].get(target.codec),
+            )
+        )
+
+    @staticmethod
+    def _copy(step: Step, target: Target, write: Write, reader: FolderReader) -> Iterator[int]:
+        weight = step.weight
+        codec_of(weight).check(reader, weight)
+        main, behind = weight.main, weight.main.begin + weight.main.spec.nbytes
+        for part, out in zip(weight.parts, target.outputs, strict=True):
+            done = 0
+            for piece in stored(reader, part):
+                write(target, out.name, done, piece.data.cast("B"))
+                done += piece.nbytes
+                yield main.begin + done if part is main else behind
 
 
-def _write(name: str, pieces: Iterable[Array], file: TensorFile) -> Iterator[int]:
-    """Write pieces one after the other; yield after each how many bytes are written."""
-    position = 0
-    for piece in pieces:
-        file.write(name, position, piece.data.cast("B"))
-        position += piece.nbytes
-        yield position
+class Crew:
+    """Threads that do works: group by group, and whatever comes up meanwhile first.
+
+    Args:
+        works: what is to be done.
+        failed: told the owner of a work that raised one of our errors.
+        stopped: whether an owner's works are no longer wanted.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        failed: Callable[[int, Qwen35Error], None],
+        stopped: Callable[[int], bool],
+    ) -> None:
+        ordered = sorted(groups(works), key=lambda g: (min(w.rank for w in g), -_span(g)))
+        self._groups = deque(ordered)
+        self._urgent: deque[Callable[[], None]] = deque()
+        self._failed, self._unwanted = failed, stopped
+        self._lock = Lock()
+        self._stop = Event()
+
+    def soon(self, job: Callable[[], None]) -> None:
+        """Have a thread do this before it takes another group."""
+        with self._lock:
+            self._urgent.append(job)
+
+    def run(self, pool: ThreadPoolExecutor, threads: int, reader: FolderReader) -> None:
+        """Do all works; what is none of our errors ends all of them between two pieces.
+
+        When this returns, nobody works any more.
+        """
+        futures = [pool.submit(self._thread, reader) for _ in range(threads)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            if any(future.done() and future.exception() for future in futures) or not all(
+                future.done() for future in futures
+            ):
+                self._stop.set()
+            wait(futures)
+        for future in futures:
+            future.result()
+
+    def _thread(self, reader: FolderReader) -> None:
+        while (job := self._next(reader)) is not None:
+            job()
+
+    def _next(self, reader: FolderReader) -> Callable[[], None] | None:
+        with self._lock:
+            if self._stop.is_set():
+                return None
+            if self._urgent:
+                return self._urgent.popleft()
+            if not self._groups:
+                return None
+            group = self._groups.popleft()
+        return lambda: advance(group, reader, self._failed, self._stopped)
+
+    def _stopped(self, owner: int) -> bool:
+        return self._stop.is_set() or self._unwanted(owner)
 
 
-def _reached(step: Step, done: int) -> int:
-    """Return how far into the file the first `done` elements of a weight lie."""
-    main = step.weight.main
-    return main.begin + main.spec.nbytes * done // step.spec.numel
+def _span(group: Sequence[Work]) -> int:
+    return max(work.end for work in group) - min(work.begin for work in group)

@@ -9,23 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from threading import Event
 from typing import Any
 
-from qwen35.checkpoint.source import Reader
-from qwen35.codecs.devices import encoders_for
-from qwen35.errors import InputError
+from qwen35.checkpoint.source import FolderReader, Reader
+from qwen35.codecs.devices import kernels_for
+from qwen35.errors import InputError, Qwen35Error
 from qwen35.plan.order import ORDER_NAME, SHARED, plan_from
-from qwen35.plan.plan import PlannedFile
-from qwen35.plan.step import Step
+from qwen35.plan.plan import Plan
+from qwen35.plan.rows import Span
+from qwen35.plan.step import Step, Target
 from qwen35.sinks.files import TensorFile, hash_file
+from qwen35.sinks.staging import FILES_NAME
 from qwen35.work.failures import failure_json
-from qwen35.work.steps import Carrier, each
+from qwen35.work.judging import compare_steps
+from qwen35.work.steps import Carrier, Crew
+from qwen35.work.window import Work
 
 __all__ = ["answer"]
 
@@ -35,11 +39,12 @@ def answer(job: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         job: ``work``, ``order``, ``device``, ``threads``, and either ``hash``: the name of a file,
-            or ``file`` and ``steps``: the numbers of its steps to carry out.
+            or ``steps``: the numbers of the steps to carry out, among those that write something.
 
     Returns:
-        ``done``: the file's SHA-256, or the tensors that lie in it, on the disk, when this
-        returns; or ``failure``: what went wrong (`qwen35.work.failures`).
+        ``done``: the file's SHA-256; or ``tensors``, by file, that lie there, on the disk, when
+        this returns, and ``compared``: what a check of them found, if the order asks for one. Or
+        ``failure``: what went wrong (`qwen35.work.failures`).
     """
     try:
         return {"done": _do(job)}
@@ -50,28 +55,19 @@ def answer(job: Mapping[str, Any]) -> dict[str, Any]:
 def _do(job: Mapping[str, Any]) -> Any:
     if "hash" in job:
         _order(job["work"], job["order"])
-        return hash_file(Path(job["work"]) / "files" / job["hash"])
+        return hash_file(Path(job["work"]) / FILES_NAME / job["hash"])
     prepared = _prepare(job["work"], job["order"], job["device"])
-    file = prepared.files[job["file"]]
-    return _fill(prepared, file, [file.steps[i] for i in job["steps"]], job["threads"])
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What the jobs of one order share."""
-
-    folder: Path
-    carrier: Carrier
-    reader: Reader
-    files: Mapping[str, PlannedFile]
+    steps = prepared.plan.written
+    return prepared.fill([steps[i] for i in job["steps"]], job["threads"])
 
 
 @lru_cache(maxsize=1)
 def _prepare(work: str, digest: str, device: str) -> _Prepared:
-    plan = plan_from(_order(work, digest))
-    files = {file.name: file for file in plan.files}
-    carrier = Carrier(plan, encoders_for(device))
-    return _Prepared(Path(work) / "files", carrier, Reader(plan.checkpoint), files)
+    order = _order(work, digest)
+    plan = plan_from(order)
+    plan.container.prepare(plan)
+    carrier, reader = Carrier(plan, kernels_for(device)), Reader(plan.checkpoint)
+    return _Prepared(plan, Path(work) / FILES_NAME, carrier, reader, bool(order["check"]))
 
 
 @lru_cache(maxsize=1)
@@ -88,16 +84,58 @@ def _order(work: str, digest: str) -> dict[str, Any]:
     return order
 
 
-def _fill(prepared: _Prepared, file: PlannedFile, steps: list[Step], threads: int) -> list[str]:
-    out = TensorFile.join(prepared.folder / file.name, file.offsets)
+@dataclass(frozen=True)
+class _Prepared:
+    """What the jobs of one order share."""
 
-    def pieces(step: Step) -> Iterator[int]:
-        return prepared.carrier.pieces(step, out, prepared.reader)
+    plan: Plan
+    folder: Path
+    carrier: Carrier
+    reader: Reader
+    check: bool
 
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            each(pool, steps, pieces, Event())
-        out.sync()
-    finally:
-        out.close()
-    return [step.outputs[0].name for step in steps]
+    def fill(self, steps: Sequence[Step], threads: int) -> dict[str, Any]:
+        """Carry out steps, flush what they wrote, and compare it if asked to."""
+        names = dict.fromkeys(file for step in steps for file in step.files)
+        planned = {file.name: file for file in self.plan.files if file.name in names}
+        with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
+            files = {
+                name: TensorFile.join(self.folder / name, planned[name].offsets) for name in names
+            }
+            for file in files.values():
+                stack.callback(file.close)
+
+            def write(target: Target, name: str, offset: int, data: memoryview) -> None:
+                for file in target.files:
+                    files[file].write(name, offset, data)
+
+            self._carry(steps, write, pool, threads)
+            for file in files.values():
+                file.sync()
+            compared = {}
+            if self.check:
+                written = stack.enter_context(FolderReader(self.folder))
+                compared = compare_steps(steps, planned, written, self.reader, pool)
+        tensors: dict[str, list[str]] = {name: [] for name in names}
+        for step in steps:
+            for target in step.targets:
+                for name in target.files:
+                    tensors[name].append(target.outputs[0].name)
+        return {"tensors": tensors, "compared": compared}
+
+    def _carry(
+        self, steps: Sequence[Step], write: Any, pool: ThreadPoolExecutor, threads: int
+    ) -> None:
+        errors: list[Qwen35Error] = []
+
+        def work(step: Step, span: Span) -> Work:
+            def run(reader: FolderReader) -> Iterator[int]:
+                return self.carrier.carry(step, span, write, reader)
+
+            return Work(0, *step.rows.bounds(span), 0, run)
+
+        works = [work(step, span) for step in steps for span in self.carrier.spans(step)]
+        crew = Crew(works, lambda _, error: errors.append(error), lambda _: bool(errors))
+        crew.run(pool, threads, self.reader)
+        for error in errors:
+            raise error

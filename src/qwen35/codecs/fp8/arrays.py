@@ -1,0 +1,81 @@
+"""FP8 on arrays: rows of a weight to codes and scales, and back."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.codecs.floats import f32_from
+from qwen35.codecs.fp8.layout import BLOCK, Calibration
+
+__all__ = ["decode_rows", "e4m3_values", "encode_rows"]
+
+Array = npt.NDArray[Any]
+
+
+def encode_rows(
+    values: Array,
+    dtype: str,
+    calibration: Calibration,
+    weights: npt.NDArray[np.float32] | None,
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.uint16],
+) -> bool:
+    """Quantize whole rows of tiles.
+
+    Args:
+        values: [rows, columns] elements of `dtype` (BF16 as uint16 bits), multiples of 128.
+        dtype: BF16, F16 or F32.
+        calibration: how scales are chosen.
+        weights: [columns] how much the error of each column matters; evenly when None.
+        codes: [rows, columns], written.
+        scales: [rows / 128, columns / 128] bfloat16 bits, written.
+
+    Returns:
+        Whether all values are finite.
+    """
+    from qwen35.codecs.fp8 import kernels
+
+    mode = kernels.MODES.index(calibration.mode)
+    parameters = {
+        "rms": calibration.rms_factor,
+        "percentile": calibration.percentile,
+        "mse": calibration.grid_size,
+    }
+    even = weights is None or not calibration.weighted
+    columns = np.ones(values.shape[1], np.float32) if even else weights
+    floats = values if dtype == "BF16" else f32_from(values, dtype)
+    parameter = float(parameters.get(calibration.mode, 0.0))
+    return int(kernels.encode(floats, mode, parameter, columns, codes, scales)) == 0
+
+
+@lru_cache(maxsize=1)
+def e4m3_values() -> npt.NDArray[np.float32]:
+    """Return the value of each of the 256 E4M3 codes; 0x7F and 0xFF are NaN.
+
+    One sign bit, four of exponent with bias 7, three of mantissa, no infinities.
+    """
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
+    values = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), normal)
+    values = np.where(codes & 127 == 127, np.nan, values)
+    return np.where(codes & 128, -values, values).astype(np.float32)
+
+
+def decode_rows(codes: npt.NDArray[np.uint8], scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Return ``value * scale`` in float32.
+
+    Args:
+        codes: [rows, columns]; the first row begins a tile.
+        scale: [ceil(rows / 128), ceil(columns / 128)] float32.
+    """
+    values = e4m3_values()[codes]
+    rows, columns = codes.shape
+    wide = np.repeat(scale, BLOCK, axis=1)[:, :columns]
+    for block in range(len(scale)):
+        values[block * BLOCK : min(rows, (block + 1) * BLOCK)] *= wide[block]
+    return values

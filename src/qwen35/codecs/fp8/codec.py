@@ -1,0 +1,161 @@
+"""Block-wise FP8 as the protocol asks for it: a row of tiles at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qwen35.codecs.codec import Codec, Encoding, Kernel, Module, Order, Piece, Values
+from qwen35.codecs.fp8.layout import BLOCK, SCALE, fits, layout
+from qwen35.errors import Finding, TensorError
+from qwen35.tensors import FLOAT_DTYPES, StoredTensor, TensorSpec, Weight
+
+if TYPE_CHECKING:
+    from qwen35.codecs.compared import Compared
+    from qwen35.codecs.pieces import Readable
+    from qwen35.model.config import ModelConfig
+    from qwen35.model.roles import Role
+
+__all__ = ["Fp8"]
+
+
+class Fp8(Codec):
+    """E4M3 with a scale for each tile of 128 x 128."""
+
+    name = "fp8"
+    meaning = "block-wise FP8 (E4M3, 128 x 128); copied if already FP8"
+    checks = True
+    per_expert = True
+    joined = True
+    calibrated = True
+    widens = True
+    packable = "linear layers or experts"
+    method = "fp8"
+    suffix = "-FP8"
+    tags = ("fp8",)
+    title = "block FP8"
+    described = "block-wise FP8 (E4M3, blocks of 128 x 128)"
+    loads = True
+    toolkit = "fp8"
+    tiled = True
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
+
+    def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
+        """Return the scale beside the codes."""
+        return [name + SCALE] if name + SCALE in tensors else None
+
+    def is_companion(self, name: str) -> bool:
+        """Whether a tensor called so belongs to a weight of another name."""
+        return name.endswith(SCALE)
+
+    def problem(self, tensors: Mapping[str, StoredTensor], name: str) -> TensorError | None:
+        """Return what is wrong with the tensors that `companions` found, if anything."""
+        dtype = tensors[name].spec.dtype
+        if dtype == "F8_E4M3":
+            return None
+        return TensorError(name, f"{dtype} beside fp8 companions", expected="F8_E4M3")
+
+    def mismatch(self, weight: Weight, expected: TensorSpec) -> TensorError | None:
+        """Return why a stored weight cannot be the one that the config promises, if it cannot."""
+        return super().mismatch(weight, expected) or _scale_mismatch(weight, expected)
+
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
+        """Return the values, decoded; the scales are read and checked at once."""
+        from qwen35.codecs.fp8.stored import StoredFp8
+
+        return StoredFp8(reader, weight, spec)
+
+    def check(self, reader: Readable, weight: Weight) -> None:
+        """Refuse what is no scale."""
+        from qwen35.codecs.fp8.stored import read_scales
+
+        read_scales(reader, weight)
+
+    def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
+        """Return codes and scales."""
+        return layout(spec)
+
+    def fits(self, spec: TensorSpec) -> str:
+        """Return why a weight of this shape cannot be held; nothing if it can."""
+        return "" if fits(spec.shape) else f"is {list(spec.shape)}: not whole tiles of 128 x 128"
+
+    def packs(self, role: Role) -> bool:
+        """Whether weights of this role may be held so."""
+        return role.info.kind in self.kinds
+
+    def grain(self, spec: TensorSpec) -> int:
+        """Return the rows of a tile."""
+        del spec
+        return BLOCK
+
+    def encode(self, order: Order) -> Encoding:
+        """Return what encodes rows of tiles."""
+        from qwen35.codecs.fp8.stored import EncodingFp8
+
+        return EncodingFp8(order)
+
+    def kernel(self, device: str) -> Kernel:
+        """Return what encodes on a device (`qwen35.codecs.fp8.arrays.encode_rows`)."""
+        if device == "cpu":
+            from qwen35.codecs.fp8.arrays import encode_rows
+
+            return encode_rows
+        from qwen35.codecs.fp8.triton import TritonEncoder
+
+        return TritonEncoder(device)
+
+    def config(self, modules: Sequence[Module], prefix: str, dtype: str) -> dict[str, Any]:
+        """Return ``quantization_config`` as the official FP8 checkpoints have it."""
+        from qwen35.codecs.fp8.config import quantization_config
+
+        del prefix, dtype
+        return quantization_config(modules)
+
+    def config_findings(
+        self, quantization: Mapping[str, Any], modules: Sequence[Module], *, vision: bool
+    ) -> Iterator[Finding]:
+        """Yield where config.json and the weights contradict each other, as engines read both."""
+        from qwen35.codecs.fp8.config import findings
+
+        del vision
+        yield from findings(quantization, modules)
+
+    def tensor_parallel(
+        self, config: ModelConfig, modules: Sequence[Module], ranks: int
+    ) -> Iterator[Finding]:
+        """Yield the weights that `ranks` GPUs could not share in whole tiles."""
+        from qwen35.codecs.fp8.config import tensor_parallel_findings
+
+        yield from tensor_parallel_findings(config, modules, ranks)
+
+    def judge(
+        self,
+        reader: Readable,
+        weight: Weight,
+        spec: TensorSpec,
+        original: Iterator[Piece],
+        result: Compared,
+    ) -> None:
+        """Compare every code with what its scale can say at best."""
+        from qwen35.codecs.fp8.judge import judge
+
+        judge(reader, weight, spec, original, result)
+
+    def too_far(self, errors: Mapping[str, float]) -> str:
+        """Return why no rounding explains the error of a weight whose codes may all be sound."""
+        from qwen35.codecs.fp8.judge import too_far
+
+        return too_far(errors)
+
+
+def _scale_mismatch(weight: Weight, expected: TensorSpec) -> TensorError | None:
+    scale = weight.part(SCALE)
+    shape = tuple(-(-size // BLOCK) for size in expected.shape)
+    if scale is None or len(expected.shape) != 2 or scale.spec.shape != shape:
+        found = list(scale.spec.shape) if scale else "none"
+        expect = f"{list(shape)}, blocks of 128x128"
+        return TensorError(weight.name + SCALE, f"shape {found}", expected=expect)
+    if scale.spec.dtype not in FLOAT_DTYPES:
+        return TensorError(scale.spec.name, f"dtype {scale.spec.dtype}", expected="BF16 or F32")
+    return None

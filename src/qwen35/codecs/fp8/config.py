@@ -1,0 +1,133 @@
+"""``quantization_config`` of block FP8, and what serving engines need: lists, groups, tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from qwen35.codecs.codec import Module
+from qwen35.codecs.fp8.layout import BLOCK
+from qwen35.errors import Finding
+from qwen35.model.config import ModelConfig
+from qwen35.model.fused import fused_group
+
+__all__ = ["findings", "quantization_config", "tensor_parallel_findings", "unconverted_modules"]
+
+_LIST = "modules_to_not_convert"
+_ROW_SPLIT = ("o_proj", "out_proj", "down_proj")
+"""Layers whose input an engine splits; all others are split by their output."""
+
+
+def quantization_config(modules: Sequence[Module]) -> dict[str, Any]:
+    """Return what the official FP8 checkpoints have, and ``fmt``, which some readers ask for."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_per_tensor": False,
+        "act_per_tensor": False,
+        "weight_block_size": [BLOCK, BLOCK],
+        _LIST: unconverted_modules(modules),
+    }
+
+
+def unconverted_modules(modules: Sequence[Module]) -> list[str]:
+    """Return ``modules_to_not_convert``: every module with a matrix that is not FP8, by full name.
+
+    The head is always listed: giving any list switches off transformers' own exception for it, and
+    a tied head has no tensor. Experts that stay are listed as the one module that engines make.
+    """
+    return sorted(
+        {"lm_head"}
+        | {_loaded_as(m.module) for m in modules if m.codec == "plain" and len(m.spec.shape) > 1}
+    )
+
+
+def _loaded_as(module: str) -> str:
+    """Name the module that engines make of a weight; all experts of a layer are one."""
+    layer, found, _ = module.partition(".mlp.experts.")
+    return f"{layer}.mlp.experts" if found else module
+
+
+def findings(quantization: Mapping[str, Any], modules: Sequence[Module]) -> Iterator[Finding]:
+    """Check config.json against the weights, as vLLM, SGLang and transformers read both."""
+    if not any(module.codec == "fp8" for module in modules):
+        yield Finding("quantization-config", "config.json", "promises FP8, but nothing is packed")
+        return
+    expected = {"weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"}
+    for key, value in expected.items():
+        if quantization.get(key) != value:
+            message = f"{key} is {quantization.get(key)!r}, expected {value!r}"
+            yield Finding("quantization-config", "config.json", message)
+    yield from _list_findings(quantization.get(_LIST), modules)
+    yield from _group_findings(modules)
+
+
+def _list_findings(entries: object, modules: Sequence[Module]) -> Iterator[Finding]:
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        yield Finding("skip-list", "config.json", f"{_LIST} is not a list of names")
+        return
+    listed = set(entries)
+    if "lm_head" not in listed:
+        message = f"not in {_LIST}, so transformers would look for its scale"
+        yield Finding("skip-list", "lm_head", message)
+    names = {"lm_head"}
+    for module in modules:
+        full, joint = module.module, _loaded_as(module.module)
+        names |= {joint, full}
+        packed = module.codec == "fp8"
+        found = joint in listed or full in listed
+        if packed and found:
+            yield Finding("skip-list", full, f"packed, but {_LIST} says it is not")
+        elif not packed and not found and module.role.info.kind in ("linear", "router", "experts"):
+            yield Finding("skip-list", full, f"not packed, and missing from {_LIST}")
+    for entry in sorted(listed - names):
+        yield Finding("skip-list", entry, f"in {_LIST}, but no module of this model")
+
+
+def _group_findings(modules: Sequence[Module]) -> Iterator[Finding]:
+    first: dict[object, Module] = {}
+    reported = set()
+    for module in modules:
+        key = fused_group(module.role)
+        if key is None or key in reported:
+            continue
+        other = first.setdefault(key, module)
+        if (module.codec == "fp8") != (other.codec == "fp8"):
+            reported.add(key)
+            packed, plain = (module, other) if module.codec == "fp8" else (other, module)
+            message = f"packed, but not {plain.spec.name}: engines load both as {key[2]}"
+            yield Finding("fused-group", packed.spec.name, message)
+
+
+def tensor_parallel_findings(
+    config: ModelConfig, modules: Sequence[Module], ranks: int
+) -> list[Finding]:
+    """Return the FP8 weights that `ranks` GPUs could not share in whole tiles.
+
+    An engine splits the output of most layers and the input of those that end a block; each part
+    must be a multiple of 128 (vLLM 0.32 ``fp8_utils.validate_fp8_block_shape``). Queries, keys and
+    values of linear attention are parts of one matrix, each split by itself; key and value heads
+    of full attention fewer than `ranks` are repeated instead.
+    """
+    findings: dict[tuple[str, tuple[int, ...]], Finding] = {}
+    for module in modules:
+        if module.codec != "fp8" or module.role.scope == "visual":
+            continue
+        leaf = module.role.name.rpartition(".")[2]
+        axis = 1 if leaf in _ROW_SPLIT else 0
+        size, parts = module.spec.shape[axis], ranks
+        if leaf == "in_proj_qkv":  # values have as many rows as in_proj_z, which is checked
+            size = (config.dims["linear_qkv"] - config.dims["linear_value"]) // 2
+        if leaf in ("k_proj", "v_proj"):
+            parts = min(ranks, size // config.dims["head"])
+        if size % (parts * BLOCK):
+            message = (
+                f"{module.role.name}: {size} {'columns' if axis else 'rows'} over {parts} GPUs are "
+                f"{size / parts:g} each, expected a multiple of {BLOCK}"
+            )
+            findings.setdefault(
+                (module.role.name, module.spec.shape),
+                Finding("tensor-parallel", module.spec.name, message),
+            )
+    return list(findings.values())

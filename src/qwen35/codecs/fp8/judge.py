@@ -1,0 +1,72 @@
+"""Which FP8 codes are further from the source than rounding explains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from qwen35.codecs.codec import Piece
+from qwen35.codecs.compared import Compared
+from qwen35.codecs.floats import all_finite
+from qwen35.codecs.fp8.errors import WORST_ERROR, Errors
+from qwen35.codecs.fp8.layout import BLOCK, fits
+from qwen35.codecs.fp8.stored import StoredFp8, read_scales
+from qwen35.codecs.pieces import Readable, not_finite
+from qwen35.codecs.plain.codec import judge_values
+from qwen35.tensors import TensorSpec, Weight
+
+__all__ = ["judge", "too_far"]
+
+
+def judge(
+    reader: Readable,
+    weight: Weight,
+    spec: TensorSpec,
+    original: Iterator[Piece],
+    result: Compared,
+) -> None:
+    """Compare every code with what its scale can say at best.
+
+    Of others' checkpoints, weights of partial tiles are compared by value. Arguments and errors are
+    those of `qwen35.codecs.codec.Codec.judge`.
+    """
+    if not fits(spec.shape):
+        judge_values(StoredFp8(reader, weight, spec), spec, original, result)
+        return
+    scales = read_scales(reader, weight)
+    errors = Errors()
+    result.errors = asdict(errors)
+    for piece in original:
+        codes = np.empty(piece.values.shape, np.uint8)
+        reader.read_into(weight.main, piece.first * spec.shape[1], codes.data.cast("B"))
+        if not all_finite(codes, "F8_E4M3"):
+            raise not_finite(weight.name)
+        tile = piece.first // BLOCK
+        rows = scales[tile : tile + len(codes) // BLOCK]
+        errors.add(piece.values, piece.dtype, codes, rows)
+        result.errors = asdict(errors)
+    result.squared, result.norm = errors.squared, errors.norm
+    if errors.misplaced:
+        message = (
+            f"{errors.misplaced} of {spec.numel} values are further from the source than "
+            "rounding to E4M3 with these scales explains"
+        )
+        result.found("codes", message)
+
+
+def too_far(found: Mapping[str, Any]) -> str:
+    """Return why a weight is too far off, though no code is astray: so much of it saturates.
+
+    Args:
+        found: its `Errors`, as plain values.
+    """
+    errors = Errors(**found)
+    if errors.misplaced or errors.relative_rmse <= WORST_ERROR:
+        return ""
+    return (
+        f"relative error {errors.relative_rmse:.4f}, expected at most {WORST_ERROR} "
+        f"({errors.clipped} weights saturate)"
+    )

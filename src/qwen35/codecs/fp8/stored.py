@@ -1,0 +1,93 @@
+"""FP8 weights in files: decoded wherever one looks, and written a row of tiles at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen35.codecs.codec import Encoding, Order, Piece, stacked
+from qwen35.codecs.floats import all_finite, from_f32
+from qwen35.codecs.fp8.arrays import decode_rows
+from qwen35.codecs.fp8.layout import BLOCK, SCALE
+from qwen35.codecs.pieces import Readable, not_finite, whole
+from qwen35.errors import TensorError
+from qwen35.tensors import TensorSpec, Weight
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["EncodingFp8", "StoredFp8", "read_scales"]
+
+
+def read_scales(reader: Readable, weight: Weight) -> npt.NDArray[np.float32]:
+    """Return the scales of an FP8 weight, [ceil(rows / 128), ceil(columns / 128)].
+
+    Raises:
+        TensorError: one is not finite or not positive.
+    """
+    stored_scale = weight.need(SCALE)
+    scales = whole(reader, stored_scale)
+    if not (np.isfinite(scales).all() and (scales > 0).all()):
+        raise TensorError(
+            stored_scale.spec.name,
+            "holds a scale that is not finite or not positive",
+            hint="the checkpoint is damaged: convert it again",
+        )
+    return scales.reshape(stored_scale.spec.shape)
+
+
+class StoredFp8:
+    """The values of a stored FP8 weight, decoded; its scales stay in memory."""
+
+    def __init__(self, reader: Readable, weight: Weight, spec: TensorSpec) -> None:
+        self._reader, self._weight, self._spec = reader, weight, spec
+        self._scales = read_scales(reader, weight)
+
+    def read_into(self, first: int, out: npt.NDArray[Any]) -> None:
+        """Fill flat `out` with the elements from number `first` on, decoded."""
+        columns = self._spec.shape[1]
+        begin, end = first // columns, -(-(first + out.size) // columns)
+        codes = np.empty((end - begin, columns), np.uint8)
+        self._reader.read_into(self._weight.main, begin * columns, codes.data.cast("B"))
+        values = self._decoded(codes, begin).reshape(-1)
+        skipped = first - begin * columns
+        values = values[skipped : skipped + out.size]
+        with np.errstate(over="ignore"):
+            out[:] = from_f32(values, self._spec.dtype)
+        if not (all_finite(values, "F32") and all_finite(out, self._spec.dtype)):
+            raise not_finite(self._weight.name)
+
+    def _decoded(self, codes: npt.NDArray[np.uint8], begin: int) -> npt.NDArray[np.float32]:
+        """Decode rows from number `begin` on, which may lie within a tile."""
+        head = min(-begin % BLOCK, len(codes))
+        tile = begin // BLOCK
+        if not head:
+            return decode_rows(codes, self._scales[tile : tile - (-len(codes) // BLOCK)])
+        rest = codes[head:]
+        parts = [decode_rows(codes[:head], self._scales[tile : tile + 1])]
+        if len(rest):
+            parts.append(self._decoded(rest, begin + head))
+        return np.concatenate(parts)
+
+
+class EncodingFp8(Encoding):
+    """Rows of tiles on the way to FP8."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._codes, self._scales = (out.name for out in order.outputs)
+        self._columns = stacked(order.spec)[1]
+
+    def add(self, piece: Piece) -> None:
+        """Encode and write rows of tiles."""
+        order, values = self._order, piece.values
+        assert order.kernel is not None  # FP8 has one for every device
+        codes = np.empty(values.shape, np.uint8)
+        scales = np.empty((len(values) // BLOCK, self._columns // BLOCK), np.uint16)
+        settings, weights = order.settings, piece.importance
+        if not order.kernel(values, piece.dtype, settings, weights, codes, scales):
+            raise not_finite(order.source)
+        done = piece.first * self._columns
+        order.write(self._codes, done, codes.data.cast("B"))
+        order.write(self._scales, done // BLOCK**2 * 2, scales.data.cast("B"))

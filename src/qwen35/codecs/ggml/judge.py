@@ -1,0 +1,103 @@
+"""How far a tensor in a type of ggml may be from its original, and which blocks are farther."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.codecs.codec import Piece, Values
+from qwen35.codecs.compared import Compared
+from qwen35.codecs.floats import bf16_from_f32, f32_from
+from qwen35.codecs.ggml.types import FLOATS, GgmlType
+
+__all__ = ["BOUNDS", "judge"]
+
+F32 = npt.NDArray[np.float32]
+
+_BLOCK = 256
+
+BOUNDS: dict[str, tuple[float, float]] = {
+    "q8_0": (0.017, 0.004),
+    "q6_K": (0.055, 0.04),
+    "q5_K": (0.085, 0.03),
+    "q5_1": (0.085, 0.03),
+    "q5_0": (0.12, 0.05),
+    "q4_K": (0.17, 0.065),
+    "q4_1": (0.18, 0.06),
+    "q4_0": (0.21, 0.08),
+    "iq4_xs": (0.18, 0.065),
+    "iq4_nl": (0.18, 0.065),
+    "mxfp4": (0.24, 0.12),
+    "q3_K": (0.31, 0.12),
+    "q2_K": (0.57, 0.23),
+}
+"""Type to the largest error of a tensor and of a block of 256 weights.
+
+The first is relative (root of summed squares), the second the root mean square over the block's
+largest weight. They are 1.5 times the worst that ggml's own quantizers give on normal,
+heavy-tailed, sparse and shifted weights, with and without importance matrices.
+"""
+
+_LOOSE = (1.1, 0.65)
+"""For types of three bits and less, which a bound can only tell from noise."""
+
+
+def judge(values: Values, kind: GgmlType, original: Iterator[Piece], result: Compared) -> None:
+    """Compare a decoded tensor with its original.
+
+    Args:
+        values: decoded.
+        kind: its type.
+        original: in pieces.
+        result: sums and findings go there.
+
+    Raises:
+        TensorError: a value or a scale is not finite.
+    """
+    exact = kind.name in FLOATS
+    wrong = blocks = 0
+    for piece in original:
+        expected = f32_from(piece.values, piece.dtype)
+        found = np.empty(expected.shape, np.float32)
+        values.read_into(piece.first * expected.shape[1], found.reshape(-1))
+        result.norm += float(np.square(expected, dtype=np.float64).sum())
+        if exact:
+            expected = _rounded(expected, kind.name)
+            wrong += int(np.count_nonzero(expected != found))
+        difference = found - expected
+        result.squared += float(np.square(difference, dtype=np.float64).sum())
+        if not exact:
+            blocks += _bad_blocks(expected, difference, kind.name)
+    if wrong:
+        result.found("values", f"{wrong} values differ from the source's")
+    elif not exact:
+        _bound(result, kind.name, blocks)
+
+
+def _rounded(values: F32, kind: str) -> F32:
+    if kind == "f16":
+        return values.astype(np.float16).astype(np.float32)
+    if kind == "bf16":
+        return f32_from(bf16_from_f32(values.reshape(-1)), "BF16").reshape(values.shape)
+    return values
+
+
+def _bad_blocks(expected: F32, difference: F32, kind: str) -> int:
+    """Count the blocks whose error is beyond what the type can make."""
+    width = _BLOCK if expected.shape[-1] % _BLOCK == 0 else expected.shape[-1]
+    _, bound = BOUNDS.get(kind, _LOOSE)
+    largest = np.abs(expected.reshape(-1, width)).max(axis=1)
+    error = np.sqrt(np.square(difference.reshape(-1, width)).mean(axis=1))
+    return int(np.count_nonzero(error > bound * largest))
+
+
+def _bound(seen: Compared, kind: str, blocks: int) -> None:
+    relative: Any = np.sqrt(seen.squared / seen.norm) if seen.norm else np.sqrt(seen.squared)
+    bound, _ = BOUNDS.get(kind, _LOOSE)
+    if relative > bound:
+        seen.found("bound", f"relative error {relative:.3f}, at most {bound} in {kind}")
+    elif blocks:
+        seen.found("bound", f"{blocks} blocks are farther from the source than {kind} can be")

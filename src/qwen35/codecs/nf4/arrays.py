@@ -1,0 +1,139 @@
+"""NF4 on arrays: blocks to codes, absmax to double-quantized absmax, and back."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.codecs.floats import f32_from
+from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK, state_blob
+from qwen35.codecs.nf4.tables import LEVELS, dynamic_lookup, dynamic_map
+from qwen35.errors import TensorError
+from qwen35.tensors import TensorSpec
+
+__all__ = ["Statistics", "decode_absmax", "decode_blocks", "encode_blocks", "parse_state"]
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+U8 = npt.NDArray[np.uint8]
+
+
+def encode_blocks(values: Array, dtype: str, absmax: F32, packed: U8) -> bool:
+    """Quantize whole blocks.
+
+    Args:
+        values: [n] elements of `dtype` (BF16 as uint16 bits), n a multiple of 64.
+        dtype: BF16, F16 or F32.
+        absmax: [n / 64], written.
+        packed: [n / 2], written.
+
+    Returns:
+        Whether all values are finite.
+    """
+    from qwen35.codecs.nf4 import kernels
+
+    if dtype == "BF16":
+        bad = kernels.encode_bf16(values.view(np.uint32), packed, absmax)
+    else:
+        bad = kernels.encode_f32(f32_from(values, dtype), packed, absmax)
+    return int(bad) == 0
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The double-quantized absmax of one weight.
+
+    Args:
+        codes: [blocks] index into the dynamic map.
+        nested: [ceil(blocks / 256)] largest magnitude of each 256 centred values.
+        offset: mean of the absmax values, subtracted before.
+    """
+
+    codes: U8
+    nested: F32
+    offset: float
+
+    @classmethod
+    def of(cls, absmax: F32, offset: float | None = None) -> Statistics:
+        """Quantize the absmax values of one weight.
+
+        Args:
+            absmax: [blocks] float32.
+            offset: the mean to subtract; the float64 mean rounded to float32 when None.
+        """
+        mean = np.float32(absmax.mean(dtype=np.float64) if offset is None else offset)
+        centred = absmax - mean
+        blocks = -(-len(centred) // NESTED_BLOCK)
+        padded = np.zeros((blocks, NESTED_BLOCK), np.float32)
+        padded.reshape(-1)[: len(centred)] = centred
+        nested = np.abs(padded).max(axis=1)
+        with np.errstate(divide="ignore", over="ignore"):
+            inverse = np.float32(1) / nested
+        inverse = np.where(np.isfinite(inverse), inverse, np.float32(0)).astype(np.float32)
+        unit = np.clip(padded * inverse[:, None], np.float32(-1), np.float32(1))
+        scaled = (unit + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)
+        codes = dynamic_lookup()[scaled.astype(np.int32)]
+        codes[nested == 0] = 0
+        return cls(codes.reshape(-1)[: len(centred)].copy(), nested, float(mean))
+
+    def parts(self, spec: TensorSpec) -> tuple[Any, ...]:
+        """Return what follows the packed tensor in `qwen35.codecs.nf4.layout.layout`, in order."""
+        return (
+            self.codes,
+            LEVELS,
+            self.nested,
+            dynamic_map(),
+            np.frombuffer(state_blob(spec, self.offset), np.uint8),
+        )
+
+
+def decode_absmax(codes: U8, nested: F32, nested_map: F32, offset: float) -> F32:
+    """Return the absmax values [blocks] that double-quantized statistics stand for."""
+    scale = np.repeat(nested, NESTED_BLOCK)[: len(codes)]
+    return nested_map[codes] * scale + np.float32(offset)
+
+
+def decode_blocks(packed: U8, absmax: F32, levels: F32) -> F32:
+    """Return [2 * len(packed)] float32 weights; block b is scaled by ``absmax[b]``."""
+    indices = np.empty(2 * len(packed), np.uint8)
+    np.right_shift(packed, 4, out=indices[0::2])
+    np.bitwise_and(packed, 15, out=indices[1::2])
+    values = levels[indices].reshape(-1, BLOCK)
+    values *= absmax[:, None]
+    return values.reshape(-1)
+
+
+@dataclass(frozen=True)
+class State:
+    """The JSON blob of an NF4 weight, checked."""
+
+    shape: tuple[int, ...]
+    nested: bool
+    offset: float
+
+
+def parse_state(raw: bytes, name: str) -> State:
+    """Parse the JSON blob of the NF4 weight called `name`.
+
+    Raises:
+        TensorError: it is not JSON, or of a variant that is not read here.
+    """
+    try:
+        parsed = json.loads(raw)
+        shape = tuple(int(size) for size in parsed["shape"])
+        nested = "nested_offset" in parsed
+        offset = float(parsed.get("nested_offset", 0.0))
+        kind = (parsed["quant_type"], parsed["blocksize"], parsed.get("nested_blocksize", 256))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        raise TensorError(name, "its quant_state is not readable") from error
+    if kind != ("nf4", BLOCK, NESTED_BLOCK):
+        raise TensorError(
+            name,
+            f"quant_type {kind[0]!r} with blocks of {kind[1]} and {kind[2]}",
+            expected=f"nf4 with blocks of {BLOCK} and {NESTED_BLOCK}",
+        )
+    return State(shape, nested, offset)

@@ -1,0 +1,162 @@
+"""NF4 as the protocol asks for it: blocks one by one, scales when all blocks are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import gcd
+from typing import TYPE_CHECKING, Any
+
+from qwen35.codecs.codec import Codec, Encoding, Kernel, Module, Order, Piece, Values, stacked
+from qwen35.codecs.nf4.layout import BLOCK, PARTS, STATE, layout
+from qwen35.errors import Finding, TensorError
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
+
+if TYPE_CHECKING:
+    from qwen35.codecs.compared import Compared
+    from qwen35.codecs.pieces import Readable
+    from qwen35.model.roles import Role
+
+__all__ = ["Nf4"]
+
+
+class Nf4(Codec):
+    """bitsandbytes' 4-bit NormalFloat, doubly quantized."""
+
+    name = "nf4"
+    meaning = "bitsandbytes NF4; copied if already NF4"
+    independent = False
+    checks = True
+    packable = "linear layers of the text model or the vision tower"
+    method = "bitsandbytes"
+    suffix = "-bnb-4bit"
+    tags = ("bitsandbytes", "4-bit", "nf4", "qlora")
+    title = "bitsandbytes NF4"
+    described = "bitsandbytes NF4 (4-bit, double quantization)"
+    trains = True
+    load_format = "bitsandbytes"
+    libraries = ("bitsandbytes", "accelerate")
+    loads = True
+    toolkit = "bnb"
+    in_memory = True
+
+    def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
+        """Return the five tensors beside the packed one, as far as they are there."""
+        if f"{name}.{STATE}" not in tensors and f"{name}.absmax" not in tensors:
+            return None
+        return [f"{name}.{part}" for part in PARTS if f"{name}.{part}" in tensors]
+
+    def is_companion(self, name: str) -> bool:
+        """Whether a tensor called so belongs to a weight of another name."""
+        return name.endswith(tuple(f".{part}" for part in PARTS))
+
+    def problem(self, tensors: Mapping[str, StoredTensor], name: str) -> TensorError | None:
+        """Return what is wrong with the tensors that `companions` found, if anything."""
+        dtype = tensors[name].spec.dtype
+        if dtype != "U8":
+            return TensorError(name, f"{dtype} beside nf4 companions", expected="U8")
+        required = ["absmax", "quant_map", STATE]
+        if any(f"{name}.{part}" in tensors for part in ("nested_absmax", "nested_quant_map")):
+            required += ["nested_absmax", "nested_quant_map"]
+        missing = [part for part in required if f"{name}.{part}" not in tensors]
+        if not missing:
+            return None
+        return TensorError(
+            name,
+            f"packed, but {name}.{missing[0]} is missing",
+            hint="it cannot be decoded: start from the original checkpoint",
+        )
+
+    def mismatch(self, weight: Weight, expected: TensorSpec) -> TensorError | None:
+        """Return why a stored weight cannot be the one that the config promises, if it cannot."""
+        spec, nbytes = weight.main.spec, (expected.numel + 1) // 2
+        if spec.numel == nbytes:
+            return None
+        expect = f"{nbytes} for shape {list(expected.shape)}"
+        return TensorError(spec.name, f"{spec.numel} packed bytes", expected=expect)
+
+    def numel(self, weight: Weight) -> int:
+        """Return how many weights are stored: two in a byte."""
+        return 2 * weight.main.spec.numel
+
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
+        """Return the values, decoded; state and scales are read and checked at once."""
+        from qwen35.codecs.nf4.stored import StoredNf4
+
+        return StoredNf4(reader, weight, spec)
+
+    def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
+        """Return the packed tensor and its five companions."""
+        return layout(spec)
+
+    def fits(self, spec: TensorSpec) -> str:
+        """Return why a weight of this shape cannot be held; nothing if it can."""
+        return f"not a multiple of {BLOCK} weights" if spec.numel % BLOCK else ""
+
+    def packs(self, role: Role) -> bool:
+        """Whether weights of this role may be held so: what transformers has as `Linear4bit`."""
+        return role.info.kind == "linear" and role.scope != "mtp"
+
+    def grain(self, spec: TensorSpec) -> int:
+        """Return the rows that hold whole blocks."""
+        return BLOCK // gcd(BLOCK, stacked(spec)[1])
+
+    def encode(self, order: Order) -> Encoding:
+        """Return what packs blocks, and in the end their scales."""
+        from qwen35.codecs.nf4.stored import EncodingNf4
+
+        return EncodingNf4(order)
+
+    def kernel(self, device: str) -> Kernel:
+        """Return what encodes blocks on a device (`qwen35.codecs.nf4.arrays.encode_blocks`)."""
+        if device == "cpu":
+            from qwen35.codecs.nf4.arrays import encode_blocks
+
+            return encode_blocks
+        from qwen35.codecs.nf4.torch import TorchEncoder
+
+        return TorchEncoder(device)
+
+    def memory(self, spec: TensorSpec) -> int:
+        """Return the bytes of the scales: float32, and temporaries of their quantization."""
+        return spec.numel // BLOCK * 4 * 8
+
+    def config(self, modules: Sequence[Module], prefix: str, dtype: str) -> dict[str, Any]:
+        """Return ``quantization_config`` as transformers writes it, with every skipped module."""
+        from qwen35.codecs.nf4.config import quantization_config
+
+        return quantization_config(modules, prefix, dtype)
+
+    def config_findings(
+        self, quantization: Mapping[str, Any], modules: Sequence[Module], *, vision: bool
+    ) -> Iterator[Finding]:
+        """Yield where config.json and the weights contradict each other, as transformers reads."""
+        from qwen35.codecs.nf4.config import findings
+
+        yield from findings(quantization, modules, vision=vision)
+
+    def notes(self, modules: Sequence[Module], dtype: str) -> Iterator[str]:
+        """Yield what share of the parameters stays as it is because no loader packs experts."""
+        plain = [
+            module.spec.numel
+            for module in modules
+            if module.role.info.kind == "experts" and module.codec == "plain"
+        ]
+        if plain:
+            share = sum(plain) / sum(module.spec.numel for module in modules)
+            yield (
+                f"experts stay in {dtype}: {share:.1%} of all parameters, because "
+                "transformers cannot load them packed"
+            )
+
+    def judge(
+        self,
+        reader: Readable,
+        weight: Weight,
+        spec: TensorSpec,
+        original: Iterator[Piece],
+        result: Compared,
+    ) -> None:
+        """Compare codes and scales with what the original's blocks must give."""
+        from qwen35.codecs.nf4.judge import judge
+
+        judge(reader, weight, spec, original, result)

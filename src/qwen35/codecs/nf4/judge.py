@@ -1,0 +1,131 @@
+"""Which NF4 codes and scales are not those that the source gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.codecs.codec import Piece
+from qwen35.codecs.compared import Compared
+from qwen35.codecs.floats import f32_from
+from qwen35.codecs.nf4.arrays import State, Statistics, decode_blocks, encode_blocks
+from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK
+from qwen35.codecs.nf4.stored import read_absmax, read_state
+from qwen35.codecs.nf4.tables import BOUNDS, LEVELS, dynamic_map
+from qwen35.codecs.pieces import Readable
+from qwen35.tensors import TensorSpec, Weight
+
+__all__ = ["judge", "same_mean", "wrong_codes", "wrong_scales"]
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+
+ABSMAX_SLACK = 1e-6
+"""How far from a bound between two 8-bit codes a scale may lie: rounding of the division."""
+
+CODE_SLACK = 1e-5
+"""How far beyond a bound between two levels a quotient may lie: rounding of the division."""
+
+
+def wrong_codes(packed: Array, expected: Array, values: F32, absmax: F32) -> int:
+    """Count codes whose level is not the nearest, but for quotients on a bound.
+
+    A block of zeros may hold any code: its scale decides, and bitsandbytes on CUDA writes code 0.
+    """
+    bad = np.flatnonzero(packed != expected)
+    index = (2 * bad[:, None] + np.arange(2)).reshape(-1)
+    pairs = packed[bad]
+    codes = np.stack([pairs >> 4, pairs & 15], axis=1).reshape(-1).astype(np.int64)
+    scale = absmax[index // BLOCK]
+    quotient = np.divide(
+        values[index], scale, out=np.zeros(len(index), np.float32), where=scale > 0
+    )
+    lower = np.concatenate([[-np.inf], BOUNDS])[codes]
+    upper = np.concatenate([BOUNDS, [np.inf]])[codes]
+    near = (quotient >= lower - CODE_SLACK) & (quotient <= upper + CODE_SLACK)
+    return int(np.count_nonzero(~near & (scale > 0)))
+
+
+def wrong_scales(codes: Array, nested: F32, offset: float, true: F32) -> int:
+    """Count 8-bit codes that neither bitsandbytes' CPU table nor the nearest value gives.
+
+    bitsandbytes on CUDA takes the nearest value of the dynamic map, on a CPU that of a table which
+    is one code off now and then.
+    """
+    expected = Statistics.of(true, offset)
+    if not np.allclose(nested, expected.nested, rtol=1e-5, atol=0):
+        return len(true)
+    scale = np.repeat(expected.nested, NESTED_BLOCK)[: len(true)].astype(np.float64)
+    values = (true - np.float32(offset)) / np.where(scale > 0, scale, 1)
+    table = dynamic_map().astype(np.float64)
+    bounds = (table[:-1] + table[1:]) / 2
+    lowest = np.searchsorted(bounds, values - ABSMAX_SLACK)
+    highest = np.searchsorted(bounds, values + ABSMAX_SLACK)
+    near = (codes >= lowest) & (codes <= highest)
+    return int(np.count_nonzero(~near & (codes != expected.codes) & (scale > 0)))
+
+
+def same_mean(offset: float, true: F32) -> bool:
+    """Whether an offset is the mean of the scales, but for the sum's rounding."""
+    return abs(offset - float(true.mean(dtype=np.float64))) <= 1e-5 * float(np.abs(true).max())
+
+
+def judge(
+    reader: Readable,
+    weight: Weight,
+    spec: TensorSpec,
+    original: Iterator[Piece],
+    result: Compared,
+) -> None:
+    """Compare packed codes and decoded absmax with what the original's blocks must give.
+
+    Arguments and errors are those of `qwen35.codecs.codec.Codec.judge`.
+    """
+    state = read_state(reader, weight, spec)
+    absmax = read_absmax(reader, weight, state)
+    _constants(reader, weight, result)
+    true = np.empty_like(absmax)
+    wrong = 0
+    for piece in original:
+        values = piece.values.reshape(-1)
+        done = piece.first * piece.values.shape[1]
+        packed = np.empty(values.size // 2, np.uint8)
+        reader.read_into(weight.main, done // 2, packed.data)
+        blocks = slice(done // BLOCK, (done + values.size) // BLOCK)
+        expected = np.empty_like(packed)
+        encode_blocks(values, piece.dtype, true[blocks], expected)
+        floats = f32_from(values, piece.dtype)
+        if not np.array_equal(packed, expected):
+            wrong += wrong_codes(packed, expected, floats, true[blocks])
+        result.add(decode_blocks(packed, absmax[blocks], LEVELS), floats)
+    if wrong:
+        result.found("codes", f"{wrong} of {spec.numel} codes are not the nearest level")
+    _scales(reader, weight, state, true, result)
+
+
+def _scales(reader: Readable, weight: Weight, state: State, true: F32, result: Compared) -> None:
+    """Compare the stored scales with the largest magnitudes of the original's blocks."""
+    absmax = _bytes(reader, weight, ".absmax")
+    if not state.nested:
+        off = int(np.count_nonzero(absmax.view(np.float32) != true))
+    elif not same_mean(state.offset, true):
+        off = len(true)
+    else:
+        nested = _bytes(reader, weight, ".nested_absmax").view(np.float32)
+        off = wrong_scales(absmax, nested, state.offset, true)
+    if off:
+        result.found("absmax", f"{off} of {len(true)} scales are not those of the source")
+
+
+def _bytes(reader: Readable, weight: Weight, suffix: str) -> Array:
+    return np.frombuffer(reader.read(weight.need(suffix)), np.uint8)
+
+
+def _constants(reader: Readable, weight: Weight, result: Compared) -> None:
+    for suffix, expected in ((".quant_map", LEVELS), (".nested_quant_map", dynamic_map())):
+        part = weight.part(suffix)
+        if part is not None and bytes(reader.read(part)) != expected.tobytes():
+            result.found("constants", f"{part.spec.name} is not bitsandbytes' table")

@@ -1,0 +1,105 @@
+"""NF4 weights in files: decoded wherever one looks, and written block by block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qwen35.codecs.codec import Encoding, Order, Piece
+from qwen35.codecs.floats import all_finite, from_f32
+from qwen35.codecs.nf4.arrays import State, Statistics, decode_absmax, decode_blocks, parse_state
+from qwen35.codecs.nf4.layout import BLOCK, STATE, parts_layout
+from qwen35.codecs.pieces import Readable, not_finite, whole
+from qwen35.errors import TensorError
+from qwen35.tensors import TensorSpec, Weight
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["EncodingNf4", "StoredNf4", "read_absmax", "read_state"]
+
+
+def read_state(reader: Readable, weight: Weight, spec: TensorSpec) -> State:
+    """Read and check the JSON blob and the companions' shapes of an NF4 weight.
+
+    Raises:
+        TensorError: they do not fit `spec`.
+    """
+    blob = weight.need(f".{STATE}")
+    state = parse_state(bytes(reader.read(blob)), weight.name)
+    if state.shape != spec.shape:
+        raise TensorError(
+            blob.spec.name, f"shape {list(state.shape)}", expected=f"{list(spec.shape)}"
+        )
+    for suffix, (dtype, shape) in parts_layout(spec, nested=state.nested).items():
+        part = weight.part(suffix)
+        if part is None or (part.spec.dtype, part.spec.shape) != (dtype, shape):
+            found = f"{part.spec.dtype} {list(part.spec.shape)}" if part else "missing"
+            raise TensorError(f"{weight.name}{suffix}", found, expected=f"{dtype} {list(shape)}")
+    return state
+
+
+def read_absmax(reader: Readable, weight: Weight, state: State) -> npt.NDArray[Any]:
+    """Return the float32 absmax values of an NF4 weight, decoded if doubly quantized."""
+    absmax = whole(reader, weight.need(".absmax"))
+    if not state.nested:
+        return absmax
+    return decode_absmax(
+        absmax,
+        whole(reader, weight.need(".nested_absmax")),
+        whole(reader, weight.need(".nested_quant_map")),
+        state.offset,
+    )
+
+
+class StoredNf4:
+    """The values of a stored NF4 weight, decoded; its scales stay in memory."""
+
+    def __init__(self, reader: Readable, weight: Weight, spec: TensorSpec) -> None:
+        if spec.numel % BLOCK:
+            expected = f"a multiple of {BLOCK}"
+            raise TensorError(weight.name, f"{spec.numel} weights", expected=expected)
+        self._reader, self._weight, self._dtype = reader, weight, spec.dtype
+        self._absmax = read_absmax(reader, weight, read_state(reader, weight, spec))
+        self._levels = whole(reader, weight.need(".quant_map"))
+
+    def read_into(self, first: int, out: npt.NDArray[Any]) -> None:
+        """Fill flat `out` with the elements from number `first` on, decoded."""
+        begin = first // BLOCK
+        end = -(-(first + out.size) // BLOCK)
+        packed = np.empty((end - begin) * BLOCK // 2, np.uint8)
+        self._reader.read_into(self._weight.main, begin * BLOCK // 2, packed.data)
+        values = decode_blocks(packed, self._absmax[begin:end], self._levels)
+        skipped = first - begin * BLOCK
+        values = values[skipped : skipped + out.size]
+        with np.errstate(over="ignore"):
+            out[:] = from_f32(values, self._dtype)
+        if not (all_finite(values, "F32") and all_finite(out, self._dtype)):
+            raise not_finite(self._weight.name)
+
+
+class EncodingNf4(Encoding):
+    """A weight on the way to NF4; its scales are written when all blocks are known."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._absmax = np.empty(order.spec.numel // BLOCK, np.float32)
+
+    def add(self, piece: Piece) -> None:
+        """Encode and write whole blocks."""
+        order = self._order
+        assert order.kernel is not None  # NF4 has one for every device
+        values = piece.values.reshape(-1)
+        done = piece.first * piece.values.shape[1]
+        packed = np.empty(values.size // 2, np.uint8)
+        blocks = self._absmax[done // BLOCK : (done + values.size) // BLOCK]
+        if not order.kernel(values, piece.dtype, blocks, packed):
+            raise not_finite(order.source)
+        order.write(order.outputs[0].name, done // 2, packed.data)
+
+    def finish(self) -> None:
+        """Quantize the scales once more, and write them."""
+        parts = Statistics.of(self._absmax).parts(self._order.spec)
+        for out, part in zip(self._order.outputs[1:], parts, strict=True):
+            self._order.write(out.name, 0, part.data.cast("B"))

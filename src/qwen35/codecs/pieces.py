@@ -1,0 +1,69 @@
+"""Stored tensors read in pieces of bounded size, as they lie in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qwen35.errors import TensorError
+from qwen35.tensors import FLOAT_DTYPES, StoredTensor
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+__all__ = ["PIECE", "Readable", "not_finite", "stored", "whole"]
+
+PIECE = 2**19
+"""Elements of a piece; a multiple of every codec's block."""
+
+
+class Readable(Protocol):
+    """What reads bytes of stored tensors (`qwen35.checkpoint.source.Reader`)."""
+
+    def read_into(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `tensor` from `offset` on."""
+
+    def read(self, tensor: StoredTensor) -> bytearray:
+        """Return all bytes of a (small) tensor."""
+
+
+def not_finite(name: str) -> TensorError:
+    """The refusal of a weight that holds NaN or infinity."""
+    return TensorError(
+        name,
+        "holds NaN or infinity",
+        hint="the checkpoint is damaged or its training diverged: repair it first",
+    )
+
+
+def stored(
+    reader: Readable, tensor: StoredTensor, *, check: bool = True
+) -> Iterator[npt.NDArray[Any]]:
+    """Yield the elements of a stored tensor in flat pieces of `PIECE`, each valid until the next.
+
+    Raises:
+        TensorError: it cannot be read, or (with `check`) holds a NaN or an infinity.
+    """
+    import numpy as np
+
+    from qwen35.codecs.floats import CARRIED, all_finite, empty
+
+    spec = tensor.spec
+    checked = check and (spec.dtype in FLOAT_DTYPES or spec.dtype == "F8_E4M3")
+    buffer = empty(spec.dtype, min(PIECE, spec.numel)) if spec.dtype in CARRIED else None
+    for start in range(0, spec.numel, PIECE):
+        count = min(PIECE, spec.numel - start)
+        piece = np.empty(count * spec.itemsize, np.uint8) if buffer is None else buffer[:count]
+        reader.read_into(tensor, start * spec.itemsize, piece.data.cast("B"))
+        if checked and not all_finite(piece, spec.dtype):
+            raise not_finite(spec.name)
+        yield piece
+
+
+def whole(reader: Readable, tensor: StoredTensor) -> npt.NDArray[Any]:
+    """Return all elements of a small tensor, flat; floats as float32."""
+    from qwen35.codecs.floats import empty, f32_from
+
+    array = empty(tensor.spec.dtype, tensor.spec.numel)
+    reader.read_into(tensor, 0, array.data.cast("B"))
+    return f32_from(array, tensor.spec.dtype) if tensor.spec.dtype in FLOAT_DTYPES else array

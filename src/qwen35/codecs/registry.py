@@ -1,0 +1,93 @@
+"""Every way to hold a weight, by name; and stored tensors grouped into the weights they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from qwen35.codecs.codec import Codec
+from qwen35.codecs.fp8.codec import Fp8
+from qwen35.codecs.ggml.codec import GGML
+from qwen35.codecs.nf4.codec import Nf4
+from qwen35.codecs.plain.codec import Plain
+from qwen35.errors import TensorError
+from qwen35.tensors import StoredTensor, Weight
+
+__all__ = ["CODECS", "codec_of", "group", "is_packed", "packings"]
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        Plain(),
+        Nf4(),
+        Fp8(),
+        *GGML,
+    )
+}
+"""Name to codec. Of a stored tensor, the first that has companions for it is asked."""
+
+
+def codec_of(weight: Weight) -> Codec:
+    """Return the codec that holds a weight."""
+    return CODECS[weight.storage]
+
+
+def is_packed(weight: Weight) -> bool:
+    """Whether a weight is quantized."""
+    return CODECS[weight.storage].packed
+
+
+def packings(container: str) -> dict[str, Codec]:
+    """Return the codecs of a container that quantize, by name."""
+    found = CODECS.items()
+    return {name: codec for name, codec in found if codec.packed and codec.container == container}
+
+
+def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list[TensorError]]:
+    """Group the stored tensors of a safetensors checkpoint, in their order.
+
+    Returns:
+        The weights, and what is wrong: a companion without its weight, packed data without its
+        companions. Such tensors are in the weights all the same, as plain ones.
+    """
+    codecs = list(packings("safetensors").values())
+    weights: list[Weight] = []
+    problems: list[TensorError] = []
+    claimed: set[str] = set()
+    for name in tensors:
+        for codec in codecs:
+            companions = codec.companions(tensors, name)
+            if companions is not None:
+                claimed.update(companions, (name,))
+                weights.append(_weight(tensors, name, codec, companions, problems))
+                break
+    for name, stored in tensors.items():
+        if name in claimed:
+            continue
+        if any(codec.is_companion(name) for codec in codecs):
+            problems.append(_orphan(name, "the weight it belongs to is missing"))
+            continue
+        if stored.spec.dtype in ("U8", "F8_E4M3"):
+            found = f"{stored.spec.dtype} data without the tensors that give it meaning"
+            problems.append(_orphan(name, found))
+        weights.append(Weight(name, Plain.name, (stored,)))
+    return tuple(weights), problems
+
+
+def _weight(
+    tensors: Mapping[str, StoredTensor],
+    name: str,
+    codec: Codec,
+    companions: list[str],
+    problems: list[TensorError],
+) -> Weight:
+    """Return a weight with its companions; without them, if something is wrong with those."""
+    problem = codec.problem(tensors, name)
+    if problem is not None:
+        problems.append(problem)
+        return Weight(name, Plain.name, (tensors[name],))
+    return Weight(name, codec.name, tuple(tensors[part] for part in (name, *companions)))
+
+
+def _orphan(name: str, found: str) -> TensorError:
+    hint = "the checkpoint was saved incompletely: start from the original"
+    return TensorError(name, found, hint=hint)

@@ -1,0 +1,85 @@
+"""There and back: what a codec makes of values, without a file."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from qwen35.codecs.codec import Codec, Kernel, Order, Piece
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["RoundTrip"]
+
+
+class RoundTrip:
+    """A run of rows, encoded into memory and decoded from there.
+
+    Args:
+        codec: how they are held.
+        spec: the rows, decoded, as a weight of their own.
+        first: number of the first of them, in the weight they are of.
+        settings: how scales are chosen, for codecs that are `calibrated`.
+        kernel: of the device, for codecs that have some.
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        spec: TensorSpec,
+        *,
+        first: int = 0,
+        settings: Any = None,
+        kernel: Kernel | None = None,
+    ) -> None:
+        self._codec, self._spec, self._first = codec, spec, first
+        outputs = codec.layout(spec)
+        self._memory = _Memory(outputs)
+        parts = tuple(StoredTensor(out, "", 0) for out in outputs)
+        self._weight = Weight(spec.name, codec.name, parts)
+        order = Order(spec.name, spec, outputs, self._memory.write, settings, kernel)
+        self._encoding = codec.encode(order)
+
+    def add(self, piece: Piece) -> None:
+        """Encode some of the rows.
+
+        Raises:
+            TensorError: they hold NaN or infinity, or what the codec cannot say.
+        """
+        self._encoding.add(replace(piece, first=piece.first - self._first))
+
+    def finish(self) -> None:
+        """Encode what only all rows together give; then they can be decoded."""
+        self._encoding.finish()
+        spec = TensorSpec(self._spec.name, "F32", self._spec.shape)
+        self._values = self._codec.open(self._memory, self._weight, spec)
+
+    def decoded(self, piece: Piece) -> npt.NDArray[np.float32]:
+        """Return what became of the values of a piece, not rounded to its dtype."""
+        import numpy as np
+
+        rows, row = piece.values.shape
+        out = np.empty(rows * row, np.float32)
+        self._values.read_into((piece.first - self._first) * row, out)
+        return out.reshape(rows, row)
+
+
+class _Memory:
+    """The tensors of one weight."""
+
+    def __init__(self, outputs: tuple[TensorSpec, ...]) -> None:
+        self._data = {out.name: bytearray(out.nbytes) for out in outputs}
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        data = data.cast("B")
+        self._data[name][offset : offset + len(data)] = data
+
+    def read_into(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:
+        target = buffer.cast("B")
+        target[:] = memoryview(self._data[tensor.spec.name])[offset : offset + len(target)]
+
+    def read(self, tensor: StoredTensor) -> bytearray:
+        return self._data[tensor.spec.name]

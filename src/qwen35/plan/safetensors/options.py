@@ -1,0 +1,62 @@
+"""What a safetensors output is asked for beside its recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwen35.codecs.fp8.layout import Calibration
+from qwen35.errors import InputError
+from qwen35.plan.container import Inputs
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from qwen35.plan.activations import Activations
+    from qwen35.plan.step import Step
+
+__all__ = ["MAX_SHARD_BYTES", "SafetensorsOptions"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""A shard is closed before it would hold more tensor bytes than this."""
+
+
+@dataclass(frozen=True)
+class SafetensorsOptions:
+    """What was asked for.
+
+    Args:
+        keep_prefix: leave text tensors of a text-only output under ``model.language_model.``.
+        calibration: how scales are chosen; `Calibration`'s default if nothing is said.
+        activations: statistics that weigh the columns of weights whose scales are chosen.
+        shard_bytes: the most tensor bytes of a file; `MAX_SHARD_BYTES` if 0.
+    """
+
+    keep_prefix: bool = False
+    calibration: Calibration | None = None
+    activations: Activations | None = None
+    shard_bytes: int = 0
+
+    @property
+    def settings(self) -> Calibration | None:
+        """How codecs choose scales."""
+        return self.calibration
+
+    @property
+    def inputs(self) -> Inputs:
+        """The files that it was made with.
+
+        Raises:
+            InputError: statistics come from no file.
+        """
+        if self.activations is not None and self.activations.path is None:
+            raise InputError(self.activations.name, "workers cannot read it", expected="a file")
+        return Inputs(activations=self.activations.path if self.activations else None)
+
+    def importance(self, step: Step, slab: int) -> npt.NDArray[np.float32] | None:
+        """Return how much an error in each column matters, if it is known."""
+        del slab
+        if self.activations is None or self.calibration is None:
+            return None
+        return self.activations.weights(step.role, self.calibration.mode)

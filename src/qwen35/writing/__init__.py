@@ -1,0 +1,1 @@
+"""Carrying out plans: one loop for any number of outputs of one source."""
