@@ -45,17 +45,15 @@ from qwen35.calibrate.run import calibrate
 from qwen35.calibrate.text import Text, read_text
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import Reader, open_folder
-from qwen35.convert import convert
+from qwen35.codecs.pieces import decoded
 from qwen35.engines.llama import Llama
-from qwen35.gguf.imatrix import Imatrix, read_imatrix
-from qwen35.gguf.plan import Asked as GgufAsked
-from qwen35.gguf.plan import make_plan as make_gguf_plan
-from qwen35.gguf.rules import load_recipe as gguf_recipe
-from qwen35.gguf.write import write
 from qwen35.plan.activations import load_activations
+from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
 from qwen35.plan.plan import make_plan as make_convert_plan
+from qwen35.plan.plan import make_plan as make_gguf_plan
 from qwen35.plan.recipe import load_recipe
-from qwen35.strips import decoded
+from qwen35.plan.recipe import load_recipe as gguf_recipe
+from qwen35.writing.run import write
 
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
 CONTEXT = 512
@@ -207,7 +205,7 @@ def fp8(work: Path, parts: Halves, files: Path) -> None:
     for i, (name, activations) in enumerate(choices.items()):
         out = work / f"fp8-{i}"
         plan = make_convert_plan(open_folder(ASSET), load_recipe("fp8"), activations=activations)
-        convert(plan, out, overwrite=True)
+        write(plan, out, overwrite=True)
         checkpoint = open_folder(out)
         with Reader(checkpoint) as reader:
             for item in inventory(checkpoint):

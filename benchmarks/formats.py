@@ -22,14 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT / "tests")  # a neighbour is called gguf
 
 from qwen35.checkpoint.source import open_folder
-from qwen35.convert import convert
 from qwen35.evaluate.evaluation import evaluate
-from qwen35.gguf.plan import Asked
-from qwen35.gguf.plan import make_plan as plan_gguf
-from qwen35.gguf.rules import load_recipe as load_gguf_recipe
-from qwen35.gguf.write import write
 from qwen35.plan.plan import make_plan
+from qwen35.plan.plan import make_plan as plan_gguf
 from qwen35.plan.recipe import load_recipe
+from qwen35.plan.recipe import load_recipe as load_gguf_recipe
+from qwen35.writing.run import write
 
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
 RESULTS = ROOT / "docs" / "results.json"
@@ -62,7 +60,7 @@ def packed(folder: Path) -> Iterator[Row]:
     """Write and yield the safetensors artifacts."""
     for name, recipe in PACKED.items():
         plan = make_plan(open_folder(ASSET), load_recipe(recipe))
-        convert(plan, folder / recipe)
+        write(plan, folder / recipe)
         files = {file.name: file.nbytes for file in plan.files}
         yield Row(name, "convert", recipe, folder / recipe, files)
 

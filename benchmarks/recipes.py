@@ -28,11 +28,12 @@ from gguf import GGUFWriter
 
 from qwen35.checkpoint.source import open_folder
 from qwen35.evaluate.evaluation import evaluate
-from qwen35.gguf.imatrix import Imatrix, read_imatrix
-from qwen35.gguf.names import Tensor
-from qwen35.gguf.plan import Asked, make_plan
-from qwen35.gguf.rules import load_recipe, pattern_rules
-from qwen35.gguf.write import write
+from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
+from qwen35.plan.gguf.names import Tensor
+from qwen35.plan.gguf.patterns import pattern_rules
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
 WINDOW = 512

@@ -1,12 +1,12 @@
 """Large conversions on paper: the real planner, tasks and dispatcher, on a clock of its own.
 
-    python benchmarks/scale.py [--size Qwen3.5-397B-A17B] [--recipe fp8] [--times 1]
-        [--workers 1 8 64] [--threads 4] [--read 1.07] [--network 1.25]
+    python benchmarks/scale.py [--size Qwen3.5-397B-A17B] [--recipe fp8 | --types Q4_K_M]
+        [--times 1] [--workers 1 8 64] [--threads 4] [--read 1.07] [--network 1.25]
 
 Plans a published size from its description, cuts the plan into tasks for each number of workers and
 runs the dispatcher with workers that take as long as their bytes say. Rates are in GB/s: `--read`
 of a thread that reads, encodes and writes (docs/benchmarks.md: 1.75 GB in 2.33 s of processor time
-less 0.7 s of start-up, `search`), `--network` of a worker to the shared file system; hashing is
+less 0.7 s of start-up, `search`; of GGUF what benchmarks/gguf.py prints), `--network` of a worker to the shared file system; hashing is
 measured here, on one thread. `--times 6` makes every layer six times: 397B becomes 2.4T.
 """
 
@@ -30,9 +30,11 @@ if sys.path[0] != str(ROOT):  # this folder has files with the names of librarie
     sys.path[0] = str(ROOT)
 
 from qwen35.checkpoint.open import describe
+from qwen35.codecs.registry import CODECS
 from qwen35.plan.memory import peak_memory
-from qwen35.plan.plan import Plan, PlannedFile, make_plan
+from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
+from qwen35.plan.step import Step
 from qwen35.plan.tasks import Task, make_tasks, scheduled, task_bytes
 from qwen35.work.dispatch import Ended, Job, Pool, dispatch
 
@@ -75,6 +77,14 @@ class Clock(Pool):
 
 
 @dataclass(frozen=True)
+class Work:
+    """Steps, and the bytes of the files that they fill."""
+
+    steps: Sequence[Step]
+    sizes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run would take: seconds, the seconds of all its jobs, their number, the longest."""
 
@@ -84,35 +94,38 @@ class Outcome:
     longest: float
 
 
-def simulate(
-    files: Sequence[PlannedFile], size: int, slots: int, threads: int, rate: Rates
-) -> Outcome:
-    """Run the dispatcher over the tasks of `files`."""
-    tasks = make_tasks(files, size)
-    nbytes = {file.name: file.nbytes for file in files}
-    unfilled = Counter(task.file for task in tasks)
+def simulate(work: Work, size: int, slots: int, threads: int, rate: Rates) -> Outcome:
+    """Run the dispatcher over the tasks of some steps."""
+    tasks = make_tasks(work.steps, size)
+    unfilled = Counter(file for task in tasks for file in task.files)
     taken: list[float] = []
 
-    def job(name: str, seconds: float, file: str, last: bool) -> Job:
+    def job(seconds: float, files: Sequence[str]) -> Job:
         def done(_: object) -> list[Job]:
-            unfilled[file] -= not last
-            return [] if last or unfilled[file] else [hashing(file)]
+            unfilled.subtract(files)
+            return [hashing(file) for file in files if not unfilled[file]]
 
         taken.append(seconds)
-        return Job(name, {"seconds": seconds}, done)
+        return Job("", {"seconds": seconds}, done)
 
     def filling(task: Task) -> Job:
         written = sum(step.nbytes for step in task.steps)
-        encoding = max(task.nbytes / threads, max(s.weight.nbytes for s in task.steps)) / rate.read
-        return job("", max(encoding, (task.nbytes + written) / rate.network), task.file, last=False)
+        encoding = max(task.nbytes / threads, max(map(alone, task.steps))) / rate.read
+        return job(max(encoding, (task.nbytes + written) / rate.network), task.files)
 
     def hashing(file: str) -> Job:
-        return job("", nbytes[file] / min(rate.hash, rate.network), file, last=True)
+        return job(work.sizes[file] / min(rate.hash, rate.network), ())
 
     clock = Clock(slots)
     dispatch(clock, [filling(task) for task in scheduled(tasks, size)])
     assert not any(unfilled.values())
     return Outcome(clock.now, sum(taken), len(taken), max(taken))
+
+
+def alone(step: Step) -> int:
+    """Return the bytes of a step that one thread has to go through by itself."""
+    cut = all(CODECS[t.codec].independent and not t.copied for t in step.targets)
+    return 0 if cut else step.read_bytes
 
 
 def hash_rate() -> float:
@@ -124,15 +137,26 @@ def hash_rate() -> float:
     return 4 * len(data) / (time.perf_counter() - began)
 
 
-def several(plan: Plan, times: int) -> list[PlannedFile]:
-    """Return the files of a model with so many times the layers."""
-    return [replace(file, name=f"{i}-{file.name}") for i in range(times) for file in plan.files]
+def several(plan: Plan, times: int) -> Work:
+    """Return the steps and files of a model with so many times the layers."""
+    steps = [renamed(step, i) for i in range(times) for step in plan.written]
+    sizes = {f"{i}-{file.name}": file.nbytes for i in range(times) for file in plan.files}
+    return Work(steps, sizes)
+
+
+def renamed(step: Step, number: int) -> Step:
+    targets = (
+        replace(target, files=tuple(f"{number}-{file}" for file in target.files))
+        for target in step.targets
+    )
+    return replace(step, targets=tuple(targets))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="Qwen3.5-397B-A17B")
     parser.add_argument("--recipe", default="fp8")
+    parser.add_argument("--types", help="GGUF: file types, with commas")
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--threads", type=int, default=4)
@@ -141,16 +165,20 @@ def main() -> None:
     args = parser.parse_args()
     rates = Rates(args.read * GB, hash_rate(), args.network * GB)
     began = time.perf_counter()
-    plan = make_plan(describe(args.size), load_recipe(args.recipe))
+    if args.types:
+        types = tuple(args.types.split(","))
+        plan = make_plan(describe(args.size), load_recipe("mix", "gguf"), types=types)
+    else:
+        plan = make_plan(describe(args.size), load_recipe(args.recipe))
     planning = time.perf_counter() - began
-    files = several(plan, args.times)
-    read, written = plan.read_bytes * args.times, sum(file.nbytes for file in files)
-    largest = max(step.weight.nbytes for step in plan.steps)
+    work = several(plan, args.times)
+    read, written = plan.read_bytes * args.times, sum(work.sizes.values())
+    largest = max(step.read_bytes for step in plan.steps)
     memory = peak_memory(plan, args.threads)
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
     print(
-        f"{args.size} x {args.times}, {args.recipe}: reads {read / GB:.0f} GB, writes "
-        f"{written / GB:.0f} GB in {len(files)} files, {len(plan.steps) * args.times} weights, the "
+        f"{args.size} x {args.times}, {args.types or args.recipe}: reads {read / GB:.0f} GB, writes "
+        f"{written / GB:.0f} GB in {len(work.sizes)} files, {len(plan.steps) * args.times} weights, the "
         f"largest {largest / GB:.2f} GB\nplanned in {planning:.1f} s (of 1 x), hashing "
         f"{rates.hash / GB:.2f} GB/s, a worker of {args.threads} threads {memory / GB:.2f} GB"
     )
@@ -160,7 +188,7 @@ def main() -> None:
     )
     for workers in args.workers:
         size = task_bytes(plan, workers)
-        found = simulate(files, size, workers, args.threads, rates)
+        found = simulate(work, size, workers, args.threads, rates)
         traffic = (read + 2 * written) / found.seconds
         print(
             f"{workers:>8} {found.jobs:>6} {found.seconds:>8.0f}s {found.work / workers:>8.0f}s "

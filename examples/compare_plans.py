@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import qwen35
-from qwen35.plan.recipe import BUILT_IN
+from qwen35.plan.recipe import built_in
 
 
 def main(model: str = "Qwen3.5-9B") -> None:
@@ -16,7 +16,7 @@ def main(model: str = "Qwen3.5-9B") -> None:
     source = qwen35.inspect(model)
     assert isinstance(source, dict)  # a list would be GGUF files
     print(f"{model}: {source['parameters']:,} parameters, {source['bytes']:,} bytes")
-    for recipe in BUILT_IN:
+    for recipe in built_in("safetensors"):
         plan = qwen35.plan(model, recipe=recipe)
         packed = sum(step.packing is not None for step in plan.steps)
         share = plan.nbytes / source["bytes"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qwen35.codecs.fp8 import Calibration
-from qwen35.codecs.fp8_arrays import encode_rows
+from qwen35.codecs.fp8.arrays import encode_rows
+from qwen35.codecs.fp8.layout import Calibration
 
 __all__ = ["E4M3", "Encoded", "decode", "encode", "expected_scale", "losses", "tiles", "to_codes"]
 

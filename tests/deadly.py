@@ -23,7 +23,7 @@ def deadly(job: Mapping[str, Any]) -> dict[str, Any]:
     done = answer(job)
     folder = Path(os.environ["QWEN35_DEADLY"])
     tensor = folder / "tensor"
-    if "steps" in job and (not tensor.exists() or tensor.read_text() in done["done"]):
+    if "steps" in job and (not tensor.exists() or _names(done, tensor.read_text())):
         for i in range(int((folder / "kill").read_text())):
             try:
                 (folder / f"death{i}").touch(exist_ok=False)
@@ -33,12 +33,16 @@ def deadly(job: Mapping[str, Any]) -> dict[str, Any]:
     return done
 
 
+def _names(done: Mapping[str, Any], tensor: str) -> bool:
+    return any(tensor in names for names in done["done"]["tensors"].values())
+
+
 def slow(job: Mapping[str, Any]) -> dict[str, Any]:
     """Do a job on the processor, a little late; note on which node of Ray, and its GPU."""
     import ray
 
     node = ray.get_runtime_context().get_node_id()
-    what = job.get("file"), job.get("steps"), job.get("hash")
+    what = job.get("steps"), job.get("hash")
     line = [node, os.environ.get("CUDA_VISIBLE_DEVICES"), *what]
     with (Path(os.environ["QWEN35_DEADLY"]) / "log").open("a") as log:
         log.write(f"{json.dumps(line)}\n")

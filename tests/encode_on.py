@@ -12,9 +12,9 @@ import sys
 import numpy as np
 import torch
 
-from qwen35.codecs.fp8 import Calibration
-from qwen35.codecs.fp8_arrays import encode_rows
-from qwen35.codecs.fp8_triton import TritonEncoder
+from qwen35.codecs.fp8.arrays import encode_rows
+from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.fp8.triton import TritonEncoder
 
 CALIBRATIONS = [
     Calibration("max"),

@@ -9,9 +9,9 @@ from checkpoints import ASSET
 from qwen35.checkpoint.source import open_folder
 from qwen35.evaluate.evaluation import evaluate
 from qwen35.evaluate.result import Report
-from qwen35.gguf.plan import Asked, make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 from running import run
 
 __all__ = ["CHUNKS", "Interrupting", "gguf", "make_formats", "measure"]
@@ -24,7 +24,8 @@ def make_formats(folder: Path) -> Path:
     """Write ``nf4``, ``fp8``, ``text``, a folder of GGUF files, and text to measure on."""
     for recipe in ("nf4", "fp8", "text"):
         run(ASSET, folder / recipe, recipe)
-    write(make_plan(open_folder(ASSET), Asked(TYPES, load_recipe("mix"))), folder / "gguf")
+    plan = make_plan(open_folder(ASSET), load_recipe("mix", "gguf"), types=TYPES)
+    write(plan, folder / "gguf")
     text = (ASSET / "eval.txt").read_text()
     (folder / "text.txt").write_text(text[:30_000])
     return folder

@@ -17,9 +17,9 @@ from checkpoints import (
     tiny_config,
     write_checkpoint,
 )
-from qwen35.gguf.vocabulary import PRE_TOKENIZERS
 from qwen35.model.config import parse_config
 from qwen35.model.roles import Layout, expected_tensors, role_of
+from qwen35.plan.gguf.vocabulary import PRE_TOKENIZERS
 
 __all__ = ["VARIANTS", "exact_tensors", "make_variant", "sidecars", "tokenizer", "variant_config"]
 

@@ -28,9 +28,9 @@ from pathlib import Path
 from checkpoints import layout_of, write_checkpoint
 from gguf_models import exact_tensors, sidecars, variant_config
 from qwen35.checkpoint.source import open_folder
-from qwen35.gguf.plan import Asked, make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "LICENSE"
@@ -46,7 +46,7 @@ def make_pair(folder: Path) -> dict[str, Path]:
     tensors = exact_tensors(config, layout_of(config, mtp=False), seed=1)
     tensors[HEAD] *= 8
     source = write_checkpoint(folder / "Golden-1B", config, tensors, sidecars=sidecars())
-    plan = make_plan(open_folder(source), Asked((BASE, CANDIDATE), load_recipe("mix")))
+    plan = make_plan(open_folder(source), load_recipe("mix", "gguf"), types=(BASE, CANDIDATE))
     out = write(plan, folder / "gguf").out
     return {kind: out / f"Golden-1B-{kind}.gguf" for kind in (BASE, CANDIDATE)}
 

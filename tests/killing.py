@@ -34,10 +34,10 @@ class Trial:
     """One run.
 
     Args:
-        sink: ``convert``, ``workers``, ``gguf``, ``slice i/N`` or ``finalize``.
+        sink: ``threads``, ``workers``, ``slice i/N`` or ``finalize``.
         source: folder of the checkpoint.
         out: folder to write.
-        asked: recipe, or file types.
+        asked: recipe, or file types of GGUF, with commas.
         kill_at: number of the announcement after which it is killed; 0 to let it end.
         fault: what the call announced then fails with, instead of a kill.
         power: whether it is the power that fails; `shadow` holds what was flushed.
@@ -111,10 +111,10 @@ def killer() -> Iterator[Killer]:
 
 
 def _main() -> None:
-    for name in ("qwen35.slices", "qwen35.gguf.rules", "qwen35.gguf.write"):
+    for name in ("qwen35.writing.slices", "qwen35.plan.gguf.making"):
         importlib.import_module(name)
-    from qwen35.codecs.nf4_arrays import encode_blocks
-    from qwen35.gguf.kernel import open_kernel
+    from qwen35.codecs.ggml.kernel import open_kernel
+    from qwen35.codecs.nf4.arrays import encode_blocks
 
     encode_blocks(np.zeros(64, np.uint16), "BF16", np.zeros(1, np.float32), np.zeros(32, np.uint8))
     open_kernel()
@@ -156,37 +156,31 @@ def _trial(trial: Trial) -> Killed:
 
 def _work(trial: Trial) -> None:
     from qwen35.checkpoint.source import open_folder
-    from qwen35.convert import convert
-    from qwen35.gguf.plan import Asked
-    from qwen35.gguf.plan import make_plan as gguf_plan
-    from qwen35.gguf.rules import load_recipe as gguf_recipe
-    from qwen35.gguf.write import write
-    from qwen35.plan import plan as planning
+    from qwen35.plan.plan import make_plan
     from qwen35.plan.recipe import load_recipe
+    from qwen35.plan.safetensors import options
     from qwen35.sinks import written
-    from qwen35.slices import convert_slice, finalize
     from qwen35.work.processes import Processes
+    from qwen35.writing.run import write
+    from qwen35.writing.slices import finalize, write_slice
 
-    planning.MAX_SHARD_BYTES = trial.shard
+    options.MAX_SHARD_BYTES = trial.shard
     written.SECONDS = trial.seconds
     if trial.sink == "finalize":
         finalize(Path(trial.out), threads=trial.threads)
         return
     checkpoint = open_folder(Path(trial.source))
-    if trial.sink == "gguf":
-        types = tuple(trial.asked.split(","))
-        asked = Asked(types, gguf_recipe("mix"), projector="F16")
-        write(gguf_plan(checkpoint, asked), Path(trial.out), threads=trial.threads)
-        return
-    plan = planning.make_plan(checkpoint, load_recipe(trial.asked))
+    if "," in trial.asked:
+        recipe, types = load_recipe("mix", "gguf"), tuple(trial.asked.split(","))
+        plan = make_plan(checkpoint, recipe, types=types, projector="F16")
+    else:
+        plan = make_plan(checkpoint, load_recipe(trial.asked))
     if trial.sink.startswith("slice "):
         number, count = map(int, trial.sink.split()[1].split("/"))
-        convert_slice(plan, Path(trial.out), number, count, threads=trial.threads)
+        write_slice(plan, Path(trial.out), number, count, threads=trial.threads)
         return
-    if trial.sink == "workers":
-        convert(plan, Path(trial.out), pool=Processes(trial.threads, threads=1))
-        return
-    convert(plan, Path(trial.out), threads=trial.threads)
+    pool = Processes(trial.threads, threads=1) if trial.sink == "workers" else None
+    write(plan, Path(trial.out), threads=trial.threads, pool=pool)
 
 
 _ON_DESCRIPTORS = ("pwrite", "write", "fsync", "fdatasync", "posix_fallocate", "ftruncate")

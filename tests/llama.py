@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.engines.llama import llama_cpp
-from qwen35.gguf.imatrix import Imatrix
-from qwen35.gguf.types import FILE_TYPES, GGML_TYPES
+from qwen35.plan.gguf.imatrix import Imatrix
+from qwen35.plan.gguf.mixes import FILE_TYPES
 
 __all__ = ["quantize"]
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from qwen35.checkpoint.source import INDEX_NAME, open_folder
-from qwen35.convert import Result, convert
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
+from qwen35.sinks.staging import Result
+from qwen35.writing.run import write
 
 
 def plan_of(source: Path, recipe: str = "nf4", *, keep: tuple[str, ...] = ()) -> Plan:
@@ -22,7 +23,7 @@ def plan_of(source: Path, recipe: str = "nf4", *, keep: tuple[str, ...] = ()) ->
 
 def run(source: Path, out: Path, recipe: str = "nf4", **options: Any) -> Result:
     """Convert with one thread."""
-    return convert(plan_of(source, recipe), out, **{"threads": 1, **options})
+    return write(plan_of(source, recipe), out, **{"threads": 1, **options})
 
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:

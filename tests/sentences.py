@@ -21,7 +21,13 @@ __all__ = ["check", "said"]
 
 _GOLDEN = Path(__file__).parent / "golden" / "sentences.txt"
 
-_OF = ("qwen35.plan.", "qwen35.verify.")
+_OF = (
+    "qwen35.plan.",
+    "qwen35.verify.",
+    "qwen35.codecs.compared",
+    "qwen35.codecs.fp8.config",
+    "qwen35.codecs.nf4.config",
+)
 _NAME = (
     r"\b(?:model|mtp|blk|v|mm|visual|linear_attn|self_attn|mlp)\.(?!safetensors)[\w.]*\w"
     r"|\b\w+\.weight\b"

@@ -11,7 +11,7 @@ import pytest
 
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import open_folder
-from qwen35.codecs.fp8 import Calibration
+from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import InputError, UsageError
 from qwen35.model.roles import role_of
 from qwen35.plan import activations

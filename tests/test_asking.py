@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 from answering import Scripted
 from checkpoints import ASSET
+from qwen35.checkpoint.gguf import read_container
 from qwen35.cli.main import main
 from qwen35.errors import InputError, UsageError
-from qwen35.gguf.container import read_container
 from qwen35.verify import asking_vllm
 from qwen35.verify.asking import Asker, Question
 from qwen35.verify.asking_llama import LlamaAsker, _template

@@ -14,16 +14,17 @@ import torch
 
 from answering import RIGHT, Scripted
 from checkpoints import ASSET, write_checkpoint
+from qwen35.checkpoint.gguf import Container
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.open import describe, gguf_files
 from qwen35.cli import old
 from qwen35.cli.main import main
 from qwen35.errors import InputError, UsageError
-from qwen35.gguf.container import Container
 from qwen35.verify import asking, behaviour, placing
+from qwen35.verify.artifact import verify
 from qwen35.verify.asking import Question, is_right
 from qwen35.verify.behaviour import IMAGE, TASKS, Answer, ask, behaviour_findings
-from qwen35.verify.gguf import verify_gguf
+from qwen35.verify.gguf import GgufSubject
 from qwen35.verify.placing import choose
 from running import load_all, read_config, run
 
@@ -428,10 +429,10 @@ def test_wrong_answers_of_every_file_are_found(gguf: Path, monkeypatch: pytest.M
             opened.append(("closed", 0))
 
     opened: list[tuple[str, int]] = []
-    monkeypatch.setattr("qwen35.verify.gguf.LlamaAsker", Wrong)
+    monkeypatch.setattr("qwen35.verify.asking_llama.LlamaAsker", Wrong)
     files = gguf_files(str(gguf))
     assert files is not None
-    verdict = verify_gguf(str(gguf), files, depth="behaviour", threads=3)
+    verdict = verify(GgufSubject(str(gguf), files), depth="behaviour", threads=3)
     asked = [name for name in files.names if not name.startswith("mmproj")]
     assert opened == [entry for name in asked for entry in ((name, 3), ("closed", 0))]
     capital = TASKS[-1]

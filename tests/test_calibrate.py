@@ -26,11 +26,10 @@ from qwen35.calibrate.plan import Asked, CalibrationPlan, make_plan
 from qwen35.calibrate.run import calibrate
 from qwen35.calibrate.text import read_text
 from qwen35.checkpoint.source import open_folder
-from qwen35.gguf.imatrix import read_imatrix
-from qwen35.gguf.plan import Asked as GgufAsked
-from qwen35.gguf.plan import make_plan as make_gguf_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.gguf.imatrix import read_imatrix
+from qwen35.plan.plan import make_plan as make_gguf_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 
 CONTEXT = 48
 
@@ -170,7 +169,7 @@ def test_statistics_are_those_of_the_whole_model(
 
 
 def gguf_of(folder: Path, out: Path) -> Path:
-    plan = make_gguf_plan(open_folder(folder), GgufAsked(("F32",), load_recipe("mix")))
+    plan = make_gguf_plan(open_folder(folder), load_recipe("mix", "gguf"), types=("F32",))
     return write(plan, out, threads=1).out / plan.files[0].name
 
 

@@ -25,14 +25,11 @@ from qwen35.calibrate.text import read_text
 from qwen35.checkpoint.source import Reader, open_folder
 from qwen35.cli.main import main
 from qwen35.errors import InputError
-from qwen35.gguf.imatrix import read_imatrix
-from qwen35.gguf.plan import Asked as GgufAsked
-from qwen35.gguf.plan import make_plan as make_gguf_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
 from qwen35.plan.activations import load_activations
+from qwen35.plan.gguf.imatrix import read_imatrix
 from qwen35.plan.plan import make_plan as make_convert_plan
-from qwen35.plan.recipe import load_recipe as convert_recipe
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 from running import load_all
 from test_calibrate import source
 from test_gguf_imatrix import gguf_file, ones
@@ -63,7 +60,7 @@ def table_of(made: Calibrated) -> dict[str, Any]:
 
 def test_every_weight_that_fp8_can_pack_has_statistics(made: Calibrated) -> None:
     activations = load_activations(made.result.out / "activation-stats.json")
-    plan = make_convert_plan(open_folder(ASSET), convert_recipe("fp8"), activations=activations)
+    plan = make_convert_plan(open_folder(ASSET), load_recipe("fp8"), activations=activations)
     assert not any("no statistics" in note for note in plan.notes)
     packed = [step for step in plan.steps if step.op == "fp8"]
     assert packed
@@ -127,8 +124,8 @@ def test_both_forms_hold_the_same_values(made: Calibrated) -> None:
 def test_quantizers_use_all_of_it(made: Calibrated, tmp_path: Path) -> None:
     """No tensor is without an entry, and llama.cpp writes the same bytes with it."""
     imatrix = read_imatrix(made.result.out / "imatrix.gguf")
-    asked = GgufAsked(("F32", "Q4_K_M"), load_recipe("mix"), imatrix=imatrix)
-    plan = make_gguf_plan(open_folder(ASSET), asked)
+    recipe, types = load_recipe("mix", "gguf"), ("F32", "Q4_K_M")
+    plan = make_convert_plan(open_folder(ASSET), recipe, types=types, imatrix=imatrix)
     assert not any(imatrix.name in note for note in plan.notes)
     out = write(plan, tmp_path / "out", threads=1).out
     base, ours = (out / file.name for file in plan.files)

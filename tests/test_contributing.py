@@ -10,8 +10,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
 
 from checkpoints import ASSET
 
@@ -39,7 +44,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("toml", "python"):
         for note, body in blocks(kind):
             if note.startswith("file: "):
-                (tree / note.removeprefix("file: ")).write_text(body)
+                file = tree / note.removeprefix("file: ")
+                file.parent.mkdir(exist_ok=True)
+                file.write_text(body)
     for _, body in blocks("diff"):
         apply_diff(tree, body)
     return tree
@@ -97,58 +104,92 @@ def qwen35(tree: Path, *arguments: str | Path) -> subprocess.CompletedProcess[st
     return run(tree, "qwen35.cli.main", *arguments)
 
 
+def changed(body: str) -> str:
+    """Return the file that a diff changes."""
+    (name,) = re.findall(r"^\+\+\+ b/(\S+)$", body, re.MULTILINE)
+    return str(name)
+
+
+def files(kind: str) -> list[str]:
+    """Return the files that blocks of a kind are."""
+    notes = [note for note, _ in blocks(kind)]
+    return [note.removeprefix("file: ") for note in notes if note.startswith("file: ")]
+
+
 def test_every_shown_change_is_of_a_file_that_is_there() -> None:
-    assert len(blocks("toml")) == 1
-    assert len(blocks("diff")) == 3
+    assert len(blocks("toml")) == 2
+    assert len(blocks("diff")) == 6
     for _, body in blocks("diff"):
-        (name,) = re.findall(r"^\+\+\+ b/(\S+)$", body, re.MULTILINE)
-        assert (ROOT / name).is_file()
+        assert (ROOT / changed(body)).is_file()
 
 
-LISTED = '    "text",\n    "text-nf4",\n    "fp8",\n    "fp8-conservative",\n'
+def section(title: str) -> str:
+    (found,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+def test_a_codec_changes_one_file_that_is_there_already() -> None:
+    told = section("Add a codec")
+    assert re.findall(r"^ *\+\+\+ b/(\S+)$", told, re.MULTILINE) == [
+        "src/qwen35/codecs/registry.py"
+    ]
+    made = re.findall(r"<!-- file: (\S+) -->", told)
+    assert made
+    for name in made:
+        assert not (ROOT / name).exists()
+        assert name.startswith("src/qwen35/codecs/int8/") or name.endswith("/int8.toml")
+
+
+REGISTRY = "src/qwen35/codecs/registry.py"
+LISTED = "        Nf4(),\n        Fp8(),\n        *GGML,\n    )\n}\n"
 NEIGHBOURS = {
     "as it is": LISTED,
-    "before": '    "text",\n    "mine",\n    "text-nf4",\n    "fp8",\n    "fp8-conservative",\n',
-    "in the very place": LISTED.replace('    "fp8",\n', '    "mine",\n    "fp8",\n'),
-    "after": LISTED.replace('    "fp8-', '    "mine",\n    "fp8-'),
-    "elsewhere": "    # one\n" * 30 + LISTED,
+    "before": LISTED.replace("        Nf4(),\n", "        Mine(),\n        Nf4(),\n"),
+    "in the very place": LISTED.replace("        *GGML", "        Mine(),\n        *GGML"),
+    "after": LISTED.replace("    )\n", "        Mine(),\n    )\n"),
+    "elsewhere": "        # one\n" * 30 + LISTED,
 }
+
+
+def registry_diff() -> str:
+    (found,) = [body for _, body in blocks("diff") if changed(body) == REGISTRY]
+    head, _, row = re.split(r"^(?=@@ )", found, flags=re.MULTILINE)
+    return head + row
 
 
 @pytest.mark.parametrize("change", NEIGHBOURS)
 def test_a_line_of_a_contributor_beside_an_example_is_no_hindrance(
     change: str, tmp_path: Path
 ) -> None:
-    file = tmp_path / "src" / "qwen35" / "plan" / "recipe.py"
+    file = tmp_path / REGISTRY
     file.parent.mkdir(parents=True)
-    file.write_text(f"BUILT_IN = (\n{NEIGHBOURS[change]})\n")
-    apply_diff(tmp_path, blocks("diff")[0][1])
-    added = '    "text-nf4-mlp",\n'
+    file.write_text(f"CODECS = {{\n    (\n{NEIGHBOURS[change]}")
+    apply_diff(tmp_path, registry_diff())
+    added = "        Int8(),\n"
     assert file.read_text().count(added) == 1
-    assert file.read_text().replace(added, "") == f"BUILT_IN = (\n{NEIGHBOURS[change]})\n"
+    assert file.read_text().replace(added, "") == f"CODECS = {{\n    (\n{NEIGHBOURS[change]}"
 
 
 def test_an_example_whose_place_is_gone_says_what_to_do(tmp_path: Path) -> None:
-    file = tmp_path / "src" / "qwen35" / "plan" / "recipe.py"
+    file = tmp_path / REGISTRY
     file.parent.mkdir(parents=True)
-    file.write_text('BUILT_IN = (\n    "one",\n    "two",\n)\n')
+    file.write_text("CODECS = {\n    one,\n    two,\n}\n")
     words = (
-        r"the example in CONTRIBUTING\.md no longer applies to src/qwen35/plan/recipe\.py: "
+        r"the example in CONTRIBUTING\.md no longer applies to src/qwen35/codecs/registry\.py: "
         "bring its diff up to date"
     )
     with pytest.raises(pytest.fail.Exception, match=words):
-        apply_diff(tmp_path, blocks("diff")[0][1])
+        apply_diff(tmp_path, registry_diff())
 
 
+RECIPE = "src/qwen35/plan/recipes/text-nf4-mlp.toml"
 MODELS = {"Qwen3.5-0.8B": 72, "Qwen3.5-35B-A3B": 160}
 """Model to the weights that the recipe packs: three in a dense layer, four in one of a mixture."""
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_recipe_works_as_a_file(tree: Path, model: str) -> None:
-    ((note, _),) = blocks("toml")
-    recipe = tree / note.removeprefix("file: ")
-    done = qwen35(tree, "plan", model, "--recipe", recipe)
+    done = qwen35(tree, "plan", model, "--recipe", tree / RECIPE)
     assert f"{MODELS[model]} weights in NF4" in done.stdout, done.stderr
 
 
@@ -179,16 +220,15 @@ def test_the_check_finds_its_fault_and_nothing_else(tree: Path, tmp_path: Path) 
 def test_the_shown_test_of_the_check_passes_with_it_and_fails_without(
     tree: Path, tmp_path: Path
 ) -> None:
-    ((note, _),) = [block for block in blocks("python") if block[0].startswith("file: ")]
-    name = note.removeprefix("file: ")
+    (name,) = [name for name in files("python") if name.startswith("tests/")]
     done = run(tree, "pytest", "-q", name)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
     without = Path(shutil.copytree(tree, tmp_path / "without"))
-    structure = without / "src" / "qwen35" / "verify" / "structure.py"
-    call = "    findings += _generation_findings(place, checkpoint)\n"
-    assert structure.read_text().count(call) == 1
-    structure.write_text(structure.read_text().replace(call, ""))
+    checks = without / "src" / "qwen35" / "verify" / "safetensors.py"
+    call = "        yield from self._generation_findings()\n"
+    assert checks.read_text().count(call) == 1
+    checks.write_text(checks.read_text().replace(call, ""))
     done = run(without, "pytest", "-q", name)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
 
@@ -199,28 +239,111 @@ def test_the_family_member_is_planned(tree: Path) -> None:
     assert len(json.loads(done.stdout)["steps"]) == 738
 
 
-def test_the_codec_says_what_it_writes() -> None:
-    ((_, body),) = [block for block in blocks("python") if block[0] == "run"]
-    exec(compile(body, "CONTRIBUTING.md", "exec"), {})
+@pytest.fixture(scope="module")
+def int8(tree: Path) -> Path:
+    """What the shown commands made of the embedded checkpoint, each of them without a fault."""
+    shutil.copytree(ASSET, tree / "assets" / "qwen3.5-tiny")
+    (commands,) = [body for _, body in blocks("bash") if "--recipe int8" in body]
+    for command in commands.splitlines():
+        words = command.removeprefix("qwen35 ").split()
+        done = qwen35(tree, *words)
+        assert done.returncode == 0, command + "\n" + done.stdout + done.stderr
+    return tree / "build" / "int8"
 
 
-def test_all_files_named_are_there_and_all_that_know_a_codec_are_named() -> None:
+def test_the_codec_is_converted_verified_and_evaluated(tree: Path, int8: Path) -> None:
+    manifest = json.loads((int8 / "qwen35.json").read_text())
+    packed = [t for file in manifest["tensors"].values() for t in file.values() if t[:2] == "I8"]
+    assert len(packed) > 10
+    done = qwen35(tree, "verify", int8, "--source", ASSET, "--json", "--depth", "numbers")
+    found = json.loads(done.stdout)
+    assert (found["passed"], found["kind"]) == (True, "int8")
+    assert found["counts"]["packed"] == len(packed)
+    errors = {row["role"]: row for row in found["relative_error"] if row["storage"] == "int8"}
+    assert all(0 < row["relative"] < 0.05 for row in errors.values()), errors
+    assert sum(row["weights"] for row in errors.values()) == len(packed)
+    text = ASSET / "eval.txt"
+    done = qwen35(tree, "evaluate", ASSET, int8, "--text", text, "--chunks", "1", "--json")
+    (row,) = json.loads(done.stdout)["candidates"]
+    assert row["stored"] == "INT8"
+    assert 0 < row["figures"]["kld"]["value"] < 0.01
+
+
+def test_the_codec_judges_what_is_not_the_nearest(tree: Path, int8: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(int8, tmp_path / "broken"))
+    (broken / "qwen35.json").unlink()
+    data = load_file(broken / "model.safetensors")
+    name = next(name for name, values in data.items() if values.dtype == torch.int8)
+    data[name] = data[name] ^ 64
+    save_file(data, broken / "model.safetensors", {"format": "pt"})
+    done = qwen35(tree, "verify", broken, "--source", ASSET, "--depth", "numbers")
+    assert done.returncode == 1
+    assert f"error: {name}: " in done.stdout
+    assert "are not the nearest [codes]" in done.stdout
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_codec_is_written_alike_by_workers(
+    tree: Path, int8: Path, tmp_path: Path, workers: str
+) -> None:
+    out = tmp_path / "out"
+    made = qwen35(tree, "convert", ASSET, out, "--recipe", "int8", "--workers", workers, "--quiet")
+    assert made.returncode == 0, made.stderr
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {
+        f.name: f.read_bytes() for f in int8.iterdir()
+    }
+
+
+def test_the_codec_is_a_source_of_all_else(tree: Path, int8: Path, tmp_path: Path) -> None:
+    values, gguf = tmp_path / "values", tmp_path / "gguf"
+    for arguments in (
+        ("convert", int8, values, "--recipe", "bf16"),
+        ("verify", values, "--source", int8, "--depth", "numbers"),
+        ("gguf", int8, gguf, "--types", "Q8_0"),
+        ("verify", gguf, "--source", int8, "--depth", "numbers"),
+    ):
+        done = qwen35(tree, *arguments, "--quiet")
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_document_is_planned_written_and_verified(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    planned = qwen35(tree, "plan", ASSET, "--recipe", "nf4", "--json")
+    documents = json.loads(planned.stdout)["documents"]
+    made = qwen35(tree, "convert", ASSET, out, "--recipe", "nf4", "--quiet")
+    assert made.returncode == 0, made.stderr
+    lines = (out / "modules.txt").read_text()
+    assert documents["modules.txt"] == lines
+    assert "model.language_model.layers.0.mlp.gate_proj nf4\n" in lines
+    assert "modules.txt" in json.loads((out / "qwen35.json").read_text())["files"]
+    assert qwen35(tree, "verify", out, "--source", ASSET).returncode == 0
+    (out / "modules.txt").write_text("")
+    assert "modules.txt: 0 bytes, expected" in qwen35(tree, "verify", out).stdout
+
+
+def test_the_transform_is_written_and_verified(tree: Path, tmp_path: Path) -> None:
+    twice, once = tmp_path / "twice", tmp_path / "once"
+    for where, out in ((tree, twice), (ROOT, once)):
+        made = qwen35(where, "gguf", ASSET, out, "--types", "F16", "--quiet")
+        assert made.returncode == 0, made.stderr
+        checked = qwen35(where, "verify", out, "--source", ASSET, "--depth", "numbers")
+        assert checked.returncode == 0, checked.stdout
+    name = "blk.0.ssm_norm.weight"
+    read = [{t.name: t.data for t in gguf_tensors(out)}[name] for out in (twice, once)]
+    assert np.array_equal(read[0], 2 * read[1])
+    assert qwen35(ROOT, "verify", twice, "--source", ASSET, "--depth", "numbers").returncode == 1
+
+
+def gguf_tensors(folder: Path) -> list[Any]:
+    (file,) = folder.glob("*.gguf")
+    return list(GGUFReader(file).tensors)
+
+
+def test_all_files_named_are_there() -> None:
     named = set(re.findall(r"`((?:src|tests|docs|benchmarks|verify)/[\w/.-]+)`", TEXT))
-    shown = [note for kind in ("toml", "python") for note, _ in blocks(kind)]
-    made = {note.removeprefix("file: ") for note in shown if note.startswith("file: ")}
-    for name in named - made:
+    for name in named - set(files("toml")) - set(files("python")):
         base = ROOT / "src" / "qwen35" if name.startswith("verify/") else ROOT
         assert (base / name).exists(), name
-    layers = ("checkpoint", "codecs", "model", "plan", "convert.py", "strips.py", "verify")
-    known = re.compile(r"""[=!]= "(?:nf4|fp8)"|Literal\[[^\]]*"fp8\"""")
-    folders = tuple(name for name in named if name.endswith("/"))
-    for path in sorted((ROOT / "src" / "qwen35").rglob("*.py")):
-        name = str(path.relative_to(ROOT))
-        if path.relative_to(ROOT / "src" / "qwen35").parts[0] not in layers:
-            continue
-        own = path.name.startswith(("fp8", "nf4")) or path.name == "summary.py"
-        if known.search(path.read_text()) and not own:
-            assert name in named or name.startswith(folders), f"{name} is not in CONTRIBUTING.md"
 
 
 def test_help_names_every_target() -> None:

@@ -24,13 +24,13 @@ from checkpoints import (
     write_checkpoint,
 )
 from qwen35.checkpoint.source import open_folder
-from qwen35.codecs.devices import Encoders
-from qwen35.codecs.fp8_arrays import encode_rows
-from qwen35.codecs.nf4_tables import LEVELS
-from qwen35.convert import convert
+from qwen35.codecs.devices import Kernels
+from qwen35.codecs.fp8.arrays import encode_rows
+from qwen35.codecs.nf4.tables import LEVELS
 from qwen35.errors import OutputError, TensorError, UsageError
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.sentences
@@ -70,7 +70,7 @@ def test_manifest_holds_size_and_hash_of_every_file(dense: Path, tmp_path: Path)
 
 def test_planned_sizes_are_the_sizes_written(moe: Path, tmp_path: Path) -> None:
     plan = plan_of(moe)
-    result = convert(plan, tmp_path / "out")
+    result = write(plan, tmp_path / "out")
     for name, nbytes in plan.file_sizes():
         assert (tmp_path / "out" / name).stat().st_size == nbytes
     assert result.nbytes == sum(p.stat().st_size for p in (tmp_path / "out").iterdir())
@@ -86,7 +86,7 @@ def test_bytes_do_not_depend_on_the_size_of_pieces(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(dense, tmp_path / "whole")
-    monkeypatch.setattr("qwen35.strips.STRIP", 64 * 256)
+    monkeypatch.setattr("qwen35.codecs.pieces.PIECE", 64 * 256)
     assert run(dense, tmp_path / "pieces").hashes == whole.hashes
 
 
@@ -144,7 +144,7 @@ def test_source_in_shards_or_one_file_gives_the_same_weights(
 def test_output_in_several_shards_has_a_true_index(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 600_000)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 600_000)
     run(dense, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     tensors = load_all(tmp_path / "out")
@@ -175,7 +175,7 @@ def test_missing_mtp_layer_is_noted_and_config_says_zero(tmp_path: Path) -> None
     source = write_checkpoint(tmp_path / "in", config, tensors)
     plan = plan_of(source)
     assert "multi-token-prediction" in plan.notes[0]
-    convert(plan, tmp_path / "out")
+    write(plan, tmp_path / "out")
     written = read_config(tmp_path / "out")
     assert written["text_config"]["mtp_num_hidden_layers"] == 0
     assert "mtp" not in written["quantization_config"]["llm_int8_skip_modules"]
@@ -251,7 +251,7 @@ def test_nf4_source_passes_through_and_packed_vision_is_restored(
 
     plan = plan_of(tmp_path / "packed")
     assert {step.op for step in plan.steps} == {"copy", "decode"}
-    convert(plan, tmp_path / "out")
+    write(plan, tmp_path / "out")
     tensors = load_all(tmp_path / "out")
     assert tensors[name].dtype == torch.bfloat16
     assert torch.equal(tensors[name], dequantize(packed, name))
@@ -316,7 +316,7 @@ def test_fp8_values_beyond_fp16_are_refused_and_not_written_as_infinity(
     config["quantization_config"] = {"quant_method": "fp8"}
     source = write_checkpoint(tmp_path / "in", config, tensors)
     with pytest.raises(TensorError, match="NaN or infinity"):
-        convert(plan_of(source, keep=("mlp",)), tmp_path / "out")
+        write(plan_of(source, keep=("mlp",)), tmp_path / "out")
 
 
 def test_fp8_scale_of_another_shape_is_refused(dense: Path, tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_source_that_shrinks_while_it_is_read_is_named(dense: Path, tmp_path: 
     shard = next(source.glob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size // 2)
     with pytest.raises(TensorError, match="changed since its header was read; run again on files"):
-        convert(plan, tmp_path / "out", threads=2)
+        write(plan, tmp_path / "out", threads=2)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -397,7 +397,7 @@ def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(
     def interrupt(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qwen35.convert.write_file", interrupt)
+    monkeypatch.setattr("qwen35.writing.run.write_file", interrupt)
     with pytest.raises(KeyboardInterrupt) as caught:
         run(dense, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
@@ -411,7 +411,7 @@ def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(
 def test_a_killed_run_leaves_no_output_and_the_next_cleans_up(dense: Path, tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
-        "import qwen35.convert as c\n"
+        "import qwen35.writing.run as c\n"
         "real = c.write_file\n"
         "def slow(*a):\n    print('ready', flush=True); time.sleep(60)\n    return real(*a)\n"
         "c.write_file = slow\n"
@@ -468,7 +468,7 @@ def test_progress_counts_every_byte_read(dense: Path, tmp_path: Path) -> None:
 
 def test_keep_leaves_roles_unquantized_and_lists_them(dense: Path, tmp_path: Path) -> None:
     recipe = load_recipe("nf4").keeping(("linear_attn.in_proj_a", "linear_attn.in_proj_b"))
-    convert(make_plan(open_folder(dense), recipe), tmp_path / "out")
+    write(make_plan(open_folder(dense), recipe), tmp_path / "out")
     tensors = load_all(tmp_path / "out")
     assert tensors[f"{LAYER}.0.linear_attn.in_proj_a.weight"].dtype == torch.bfloat16
     skip = read_config(tmp_path / "out")["quantization_config"]["llm_int8_skip_modules"]
@@ -505,15 +505,14 @@ def test_bitsandbytes_encoder_gives_the_same_bytes(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The path of --device cuda, on bitsandbytes' own CPU device."""
-    from qwen35.codecs.nf4_torch import TorchEncoder
+    from qwen35.codecs.nf4.torch import TorchEncoder
 
     weight = load_all(dense)[QKV].clone()
     weight[5] = 0
     source = changed(dense, tmp_path / "in", {QKV: weight})
     expected = run(source, tmp_path / "expected").hashes
-    monkeypatch.setattr(
-        "qwen35.convert.encoders_for", lambda _: (Encoders(TorchEncoder("cpu"), encode_rows),)
-    )
+    kernels: Kernels = {"nf4": TorchEncoder("cpu"), "fp8": encode_rows}
+    monkeypatch.setattr("qwen35.writing.run.kernels_for", lambda _: (kernels,))
     assert run(source, tmp_path / "out").hashes == expected
 
 
@@ -560,18 +559,19 @@ def test_any_nf4_source_gives_an_output_that_passes(
     """Whatever its config says: ours is derived from the tensors written."""
     from qwen35.checkpoint.open import fetch
     from qwen35.verify.artifact import verify
+    from qwen35.verify.opening import open_artifact
 
     source = nf4_without_double_quantization(dense, tmp_path / "in")
     out = run(source, tmp_path / "out", recipe).out
     assert not read_config(out)["quantization_config"]["bnb_4bit_use_double_quant"]
-    verdict = verify(fetch(str(out), lenient=True), source=fetch(str(dense)), depth="numbers")
+    verdict = verify(open_artifact(str(out), "numbers"), source=fetch(str(dense)), depth="numbers")
     assert verdict.findings == ()
 
 
 def test_decoded_layers_of_an_nf4_source_are_listed(dense: Path, tmp_path: Path) -> None:
     nf4 = run(dense, tmp_path / "nf4").out
     recipe = load_recipe("text").keeping(("self_attn",))
-    convert(make_plan(open_folder(nf4), recipe), tmp_path / "out")
+    write(make_plan(open_folder(nf4), recipe), tmp_path / "out")
     skip = read_config(tmp_path / "out")["quantization_config"]["llm_int8_skip_modules"]
     assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= set(skip)
 
@@ -605,7 +605,7 @@ def test_mtp_count_at_the_root_is_kept_true(tmp_path: Path, recipe: str, drop: b
     source = write_checkpoint(tmp_path / "in", config, random_tensors(config, published))
     chosen = load_recipe(recipe)
     plan = make_plan(open_folder(source), chosen.dropping_mtp() if drop else chosen)
-    convert(plan, tmp_path / "out")
+    write(plan, tmp_path / "out")
     written = read_config(tmp_path / "out")
     holders = [h for h in (written, written.get("text_config", {})) if "mtp_num_hidden_layers" in h]
     assert holders

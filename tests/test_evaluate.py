@@ -17,8 +17,10 @@ import pytest
 from checkpoints import ASSET
 from evaluating import CHUNKS, Interrupting, gguf, measure
 from gguf_models import make_variant
+from qwen35.checkpoint.gguf import read_container
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
+from qwen35.codecs.registry import CODECS
 from qwen35.engines.llama import Llama
 from qwen35.engines.torch_model import TorchModel
 from qwen35.errors import InputError, OutputError, UsageError
@@ -26,12 +28,10 @@ from qwen35.evaluate.evaluation import evaluate
 from qwen35.evaluate.job import Asked, prepare
 from qwen35.evaluate.result import Report
 from qwen35.evaluate.table import notes, report_text
-from qwen35.gguf.container import read_container
-from qwen35.gguf.plan import Asked as AskedGguf
-from qwen35.gguf.plan import make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
 from qwen35.sinks.staging import locked
+from qwen35.writing.run import write
 from running import run
 
 TEXT = ASSET.parent.parent / "LICENSE"
@@ -118,7 +118,7 @@ def test_a_mixture_of_experts_in_every_format(tmp_path: Path) -> None:
     source = make_variant(tmp_path, "moe-per-expert")
     for recipe in ("nf4", "fp8", "text-fp8"):
         run(source, tmp_path / recipe, recipe)
-    plan = make_plan(open_folder(source), AskedGguf(("Q8_0",), load_recipe("mix")))
+    plan = make_plan(open_folder(source), load_recipe("mix", "gguf"), types=("Q8_0",))
     out = write(plan, tmp_path / "gguf").out
     folders = [tmp_path / "nf4", tmp_path / "fp8", tmp_path / "text-fp8", out]
     report = evaluate(source, folders, TEXT, chunks=2, threads=1, device="cpu")
@@ -138,6 +138,22 @@ def test_a_folder_of_gguf_files_is_as_many_candidates(formats: Path) -> None:
     asked = Asked(gguf(formats, "F16"), (str(formats / "gguf"),), formats / "text.txt")
     names = [model.name for model in prepare(asked).candidates]
     assert names == [f"{ASSET.name}-{kind}" for kind in ("F16", "Q4_K_M", "Q8_0")]
+
+
+def test_what_transformers_does_not_load_is_decoded(
+    formats: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The decoded weights are in memory alone when it has loaded them."""
+    decoded = write(make_plan(open_folder(formats / "fp8"), load_recipe("bf16")), tmp_path / "bf16")
+    ids = list(range(1, 9))
+    expected = TorchModel(decoded.out, exact=True).logits(ids)
+    monkeypatch.setattr(CODECS["fp8"], "loads", False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "bf16"))
+    before = sorted(decoded.out.iterdir())
+    model = TorchModel(formats / "fp8", exact=True)
+    assert model.missing == []
+    assert (model.logits(ids) == expected).all()
+    assert sorted(decoded.out.iterdir()) == before
 
 
 def test_transformers_computes_in_float32(formats: Path) -> None:

@@ -19,13 +19,11 @@ from gguf_models import make_variant
 from killing import Killer, Trial, killer
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
-from qwen35.convert import convert
 from qwen35.errors import InputError, OutputError, TensorError
-from qwen35.gguf.imatrix import Entry
-from qwen35.gguf.plan import Asked
-from qwen35.gguf.plan import make_plan as gguf_plan
-from qwen35.gguf.rules import load_recipe as gguf_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.gguf.imatrix import Entry
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 from running import plan_of
 
 Run = Callable[[Path, Path], object]
@@ -47,11 +45,11 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def to_nf4(source: Path, out: Path, **options: Any) -> object:
-    return convert(plan_of(source), out, **{"threads": 2, **options})
+    return write(plan_of(source), out, **{"threads": 2, **options})
 
 
 def to_gguf(source: Path, out: Path, **options: Any) -> object:
-    plan = gguf_plan(open_folder(source), Asked(("F16", "Q8_0"), gguf_recipe("mix")))
+    plan = make_plan(open_folder(source), load_recipe("mix", "gguf"), types=("F16", "Q8_0"))
     return write(plan, out, **{"threads": 2, **options})
 
 
@@ -75,21 +73,20 @@ def writes(phases: Sequence[str]) -> list[int]:
         (errno.EACCES, "Permission denied"),
     ],
 )
-@pytest.mark.parametrize(("sink", "asked"), [("convert", "nf4"), ("gguf", "F16,Q8_0")])
+@pytest.mark.parametrize("asked", ["nf4", "F16,Q8_0"])
 def test_a_write_that_fails_is_a_sentence_and_the_next_run_ends_with_the_same_bytes(
     runs: Killer,
     dense: Path,
     gguf_source: Path,
     tmp_path: Path,
-    sink: str,
     asked: str,
     number: int,
     words: str,
 ) -> None:
-    source = dense if sink == "convert" else gguf_source
+    source = gguf_source if "," in asked else dense
     place = tmp_path / "place"
     place.mkdir()
-    whole = Trial(sink, str(source), str(place / "out"), asked, threads=1, seconds=1e9)
+    whole = Trial("threads", str(source), str(place / "out"), asked, threads=1, seconds=1e9)
     unharmed = runs.run(whole)
     expected = tree(place / "out")
     points = writes(unharmed.phases)
@@ -112,7 +109,7 @@ def test_a_write_that_fails_is_a_sentence_and_the_next_run_ends_with_the_same_by
 def test_a_disk_that_is_full_keeps_what_is_finished(
     dense: Path, runs: Killer, tmp_path: Path
 ) -> None:
-    whole = Trial("convert", str(dense), str(tmp_path / "out"), "nf4")
+    whole = Trial("threads", str(dense), str(tmp_path / "out"), "nf4")
     unharmed = runs.run(whole)
     shutil.rmtree(tmp_path / "out")
     middle = writes(unharmed.phases)[len(unharmed.phases) // 2]
@@ -225,7 +222,7 @@ def test_a_source_that_is_replaced_after_it_was_planned_is_refused(
     shutil.copyfile(shard, beside)
     beside.rename(shard)
     with pytest.raises(TensorError, match="changed since its header was read"):
-        convert(plan, tmp_path / "out")
+        write(plan, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -255,7 +252,7 @@ def test_a_source_that_loses_its_permission_is_a_sentence(
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(InputError, match=r"safetensors: cannot be read \(Permission denied"):
-        convert(plan, tmp_path / "out")
+        write(plan, tmp_path / "out")
     monkeypatch.undo()
     assert not any(tmp_path.iterdir())
 
@@ -318,7 +315,7 @@ def interrupt(_: int) -> None:
 
 def test_a_lock_without_its_process_is_no_hindrance(dense: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.lock").write_bytes(b"")
-    convert(plan_of(dense), tmp_path / "out")
+    write(plan_of(dense), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -333,8 +330,8 @@ def test_an_output_that_is_taken_meanwhile_keeps_the_work(
         return b"{}"
 
     with monkeypatch.context() as patch:
-        patch.setattr("qwen35.convert.manifest_bytes", take)
+        patch.setattr("qwen35.writing.run.manifest_bytes", take)
         with pytest.raises(OutputError, match="exists already"):
-            convert(plan_of(dense), out)
+            write(plan_of(dense), out)
     assert (out / "precious").read_text() == "mine"
     assert (tmp_path / ".out.partial").exists()

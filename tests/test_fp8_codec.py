@@ -23,9 +23,9 @@ from blocks import (
     to_codes,
     try_encode,
 )
-from qwen35.codecs import fp8_kernels
-from qwen35.codecs.fp8 import Calibration, Mode, fits, layout
-from qwen35.codecs.fp8_arrays import e4m3_values, encode_rows
+from qwen35.codecs.fp8 import kernels as fp8_kernels
+from qwen35.codecs.fp8.arrays import e4m3_values, encode_rows
+from qwen35.codecs.fp8.layout import Calibration, Mode, fits, layout
 from qwen35.errors import UsageError
 from qwen35.tensors import TensorSpec
 

@@ -25,12 +25,12 @@ from checkpoints import (
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli import old
 from qwen35.cli.main import main
-from qwen35.codecs.fp8 import Calibration
-from qwen35.convert import convert
+from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import InputError, TensorError, UsageError
 from qwen35.plan.activations import load_activations
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.sentences
@@ -97,7 +97,7 @@ def test_output_is_what_the_codec_makes_of_each_weight(
 ) -> None:
     calibration = Calibration(mode, grid_size=5)
     plan = make_plan(open_folder(dense), load_recipe("fp8"), calibration=calibration)
-    convert(plan, tmp_path / "out")
+    write(plan, tmp_path / "out")
     source, out = load_all(dense), load_all(tmp_path / "out")
     expected: Tensors = {}
     for name, tensor in source.items():
@@ -151,7 +151,7 @@ def test_bytes_do_not_depend_on_the_size_of_pieces(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = run(dense, tmp_path / "one", "fp8")
-    monkeypatch.setattr("qwen35.strips.STRIP", 2**15)
+    monkeypatch.setattr("qwen35.codecs.pieces.PIECE", 2**15)
     assert run(dense, tmp_path / "two", "fp8").hashes == one.hashes
 
 
@@ -186,12 +186,12 @@ def test_packing_again_changes_nothing(fp8: Path, tmp_path: Path) -> None:
 def test_decoding_and_packing_again_by_max_is_the_same(dense: Path, tmp_path: Path) -> None:
     """Values that E4M3 holds exactly come back, where the scale is found again."""
     plan = make_plan(open_folder(dense), load_recipe("fp8"), calibration=Calibration("max"))
-    first = load_all(convert(plan, tmp_path / "first").out)
+    first = load_all(write(plan, tmp_path / "first").out)
     run(tmp_path / "first", tmp_path / "back", "bf16")
     plan = make_plan(
         open_folder(tmp_path / "back"), load_recipe("fp8"), calibration=Calibration("max")
     )
-    second = load_all(convert(plan, tmp_path / "second").out)
+    second = load_all(write(plan, tmp_path / "second").out)
     name = QKV
     one, two = (decode(t[name], t[f"{name}_scale_inv"]) for t in (first, second))
     assert float((one - two).norm() / one.norm()) < 0.005
@@ -227,7 +227,7 @@ def test_several_shards_hold_a_weight_and_its_scale_together(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = load_all(run(moe, tmp_path / "whole", "fp8").out)
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 300_000)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 300_000)
     out = run(moe, tmp_path / "out", "fp8").out
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = index["weight_map"]
@@ -327,7 +327,7 @@ def with_statistics(source: Path, file: Path, mode: Any, out: Path) -> Any:
         calibration=Calibration(mode, grid_size=9),
         activations=load_activations(file),
     )
-    return plan, load_all(convert(plan, out).out)
+    return plan, load_all(write(plan, out).out)
 
 
 @pytest.mark.parametrize("mode", ["rms", "mse", "search"])
@@ -409,7 +409,7 @@ def test_statistics_are_ignored_with_a_message(mode: Any, dense: Path, tmp_path:
     plan, out = with_statistics(dense, file, mode, tmp_path / "out")
     assert any("stats.json is ignored" in note and mode in note for note in plan.notes)
     bare = make_plan(open_folder(dense), load_recipe("fp8"), calibration=Calibration(mode))
-    assert same(out, load_all(convert(bare, tmp_path / "bare").out))
+    assert same(out, load_all(write(bare, tmp_path / "bare").out))
     assert (
         plan.digest
         == make_plan(
@@ -616,7 +616,7 @@ def test_old_command_writes_the_conservative_recipe(
     plan = make_plan(
         open_folder(dense), load_recipe("fp8-conservative"), calibration=Calibration("rms")
     )
-    expected = convert(plan, tmp_path / "expected")
+    expected = write(plan, tmp_path / "expected")
     assert same(load_all(out), load_all(expected.out))
     assert read_config(out) == read_config(tmp_path / "expected")
     assert f"{LAYER}.0.linear_attn.out_proj.weight_scale_inv" not in load_all(out)
@@ -737,12 +737,12 @@ def test_memory_stays_below_the_plans_estimate(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from qwen35.checkpoint.source import open_folder\n"
-        "from qwen35.convert import convert\n"
+        "from qwen35.writing.run import write\n"
         "from qwen35.plan.plan import make_plan\n"
         "from qwen35.plan.recipe import load_recipe\n"
         "from qwen35.plan.memory import peak_memory\n"
         "plan = make_plan(open_folder(Path(sys.argv[1])), load_recipe('fp8'))\n"
-        "convert(plan, Path(sys.argv[2]), threads=2)\n"
+        "write(plan, Path(sys.argv[2]), threads=2)\n"
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
         "print(peak_memory(plan, 2))\n"
     )

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35.checkpoint.storage import FP8_BLOCK
-from qwen35.codecs.fp8_arrays import decode_rows, e4m3_values
+from qwen35.codecs.fp8.arrays import decode_rows, e4m3_values
+from qwen35.codecs.fp8.layout import BLOCK as FP8_BLOCK
 
 
 def torch_values(codes: np.ndarray) -> torch.Tensor:

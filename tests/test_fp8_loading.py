@@ -15,11 +15,11 @@ import torch
 from blocks import decode
 from checkpoints import ASSET, make_checkpoint, write_checkpoint
 from loading import clean, load_model
-from qwen35.codecs.fp8 import Calibration
-from qwen35.convert import convert
+from qwen35.codecs.fp8.layout import Calibration
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.verify.asking import Asker, Question, is_right
+from qwen35.writing.run import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*FP8.*", "ignore:.*is deprecated.*")
@@ -142,7 +142,7 @@ def test_experts_kept_in_bf16_load_on_a_gpu_too(
 ) -> None:
     on_gpu(monkeypatch)
     keep = ("mlp.experts", "mtp.layers.mlp.experts")
-    out = convert(plan_of(moe, "fp8", keep=keep), tmp_path / "out").out
+    out = write(plan_of(moe, "fp8", keep=keep), tmp_path / "out").out
     _, info = load_model(out, "Qwen3_5MoeForConditionalGeneration")
     assert unexplained(info) == set()
 
@@ -175,7 +175,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         plan = plan_of(ASSET, "fp8")
         calibration = Calibration(mode)
         plan = make_plan(plan.checkpoint, load_recipe("fp8"), calibration=calibration)
-        made[mode] = convert(plan, folder / mode, threads=1).out
+        made[mode] = write(plan, folder / mode, threads=1).out
     return made
 
 

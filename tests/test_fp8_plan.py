@@ -17,16 +17,16 @@ import pytest
 
 from checkpoints import layout_of, tiny_config
 from qwen35.checkpoint.source import Checkpoint, open_published
-from qwen35.checkpoint.storage import StoredTensor, group
-from qwen35.codecs import nf4
-from qwen35.codecs.fp8 import Calibration
+from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.nf4 import layout as nf4
+from qwen35.codecs.registry import group
 from qwen35.errors import UsageError
 from qwen35.model.config import parse_config
 from qwen35.model.roles import Layout, expected_tensors
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
-from qwen35.plan.show import plan_json, plan_text
-from qwen35.tensors import TensorSpec
+from qwen35.plan.safetensors.show import plan_json, plan_text
+from qwen35.tensors import StoredTensor, TensorSpec
 
 pytestmark = pytest.mark.sentences
 
@@ -497,7 +497,7 @@ def test_a_source_that_is_fp8_throughout_needs_no_calibration() -> None:
     checkpoint = made_up(packed_config("fp8"), fp8=names)
     plan = make_plan(checkpoint, load_recipe("fp8"))
     assert {s.op for s in plan.steps} == {"copy"}
-    assert plan.calibration is None
+    assert plan.settings is None
     with pytest.raises(UsageError, match="--calib-mode"):
         make_plan(checkpoint, load_recipe("fp8"), calibration=Calibration("max"))
 
@@ -552,7 +552,7 @@ def test_a_kept_half_of_a_group_is_refused(tmp_path: Path) -> None:
 
 def test_the_default_is_search_and_the_plan_says_so() -> None:
     plan = planned(tiny_config())
-    assert plan.calibration == Calibration("search")
+    assert plan.settings == Calibration("search")
     assert "FP8 scales: search" in plan_text(plan, 1)
     calibration = plan_json(plan, 1)["calibration"]
     assert (calibration["mode"], calibration["activations"]) == ("search", None)

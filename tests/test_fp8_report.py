@@ -8,7 +8,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +21,17 @@ from blocks import decode
 from checkpoints import Tensors, random_tensors, tiny_config, write_checkpoint
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.cli.main import main
-from qwen35.codecs.devices import Encoders
-from qwen35.codecs.fp8 import Calibration
-from qwen35.codecs.fp8_arrays import encode_rows
-from qwen35.codecs.fp8_errors import Errors
-from qwen35.codecs.nf4_arrays import encode_blocks
-from qwen35.convert import convert
+from qwen35.codecs.compared import Compared
+from qwen35.codecs.fp8.arrays import encode_rows
+from qwen35.codecs.fp8.errors import Errors
+from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import Finding, UsageError
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.verify.bands import BANDS
 from qwen35.verify.fp8_report import Report, check_fp8
 from qwen35.verify.fp8_show import report_text
+from qwen35.writing.run import write
 from running import load_all, run
 from watching import Watching, watched_pools
 
@@ -74,7 +73,7 @@ def tails(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def packed(source: Path, out: Path, calibration: Calibration) -> Path:
     plan = make_plan(fetch(str(source)), load_recipe("fp8"), calibration=calibration)
-    return convert(plan, out, threads=1).out
+    return write(plan, out, threads=1).out
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +243,7 @@ def test_a_faulty_encoder_makes_convert_exit_with_one(
             codes[:] = codes[::-1].copy()
         return finite
 
-    monkeypatch.setattr("qwen35.convert.encoders_for", lambda _: (Encoders(encode_blocks, broken),))
+    monkeypatch.setattr("qwen35.writing.run.kernels_for", lambda *_: ({"fp8": broken},))
     out = tmp_path / "out"
     assert main(["convert", str(sources[0.02]), str(out), "--recipe", "fp8", "--quiet"]) == 1
     text = capsys.readouterr().out
@@ -367,17 +366,34 @@ def test_a_weight_astray_that_cannot_be_decoded_to_its_end_is_told_twice(
         shuffle(tensors)
         tensors[QKV].view(torch.uint8)[-1, -1] = 0x7F
 
-    monkeypatch.setattr("qwen35.strips.STRIP", 1)
+    monkeypatch.setattr("qwen35.codecs.pieces.PIECE", 1)
     broken = edited(outputs[0.02, "max"], tmp_path / "broken", spoil)
     report = report_on(broken, sources[0.02])
     assert report.errors[QKV].misplaced
     assert [(f.check, f.subject) for f in report.findings] == [("decode", QKV)]
 
 
+def test_what_was_compared_as_it_was_written_is_not_read_again(
+    sources: dict[float, Path], outputs: dict[tuple[float, str], Path], tmp_path: Path
+) -> None:
+    broken = edited(outputs[0.02, "max"], tmp_path / "broken", shuffle)
+    told = Compared(QKV, errors=asdict(Errors(count=4)), judged=True)
+    report = report_on(broken, sources[0.02], seen={QKV: told.to_json()})
+    assert report.verdict == "GOOD"
+    assert report.errors[QKV] == Errors(count=4)
+    assert len(report.errors) == 32
+    astray = Compared(UP, errors=asdict(Errors(count=4, misplaced=1)), judged=True)
+    astray.found("codes", "astray")
+    astray.found("decode", "damaged")
+    report = report_on(broken, sources[0.02], seen={UP: astray.to_json(), QKV: told.to_json()})
+    assert report.judged["FAIL"] == 1
+    assert [(f.check, f.subject) for f in report.findings] == [("decode", UP)]
+
+
 def test_samples_are_drawn_in_each_file_by_a_seed(
     sources: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 1_500_000)
     source = sources[0.02]
     out = packed(source, tmp_path / "out", Calibration("max"))
     files = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
@@ -710,7 +726,7 @@ def better(before: Report, after: Report, *names: str) -> None:
 def follow(source: Path, folder: Path, calibration: Calibration, *keep: str, **more: Any) -> Report:
     recipe = load_recipe("fp8").keeping(keep)
     plan = make_plan(fetch(str(source)), recipe, calibration=calibration)
-    return report_on(convert(plan, folder, threads=1).out, source, calibration, **more)
+    return report_on(write(plan, folder, threads=1).out, source, calibration, **more)
 
 
 @pytest.mark.parametrize("bands", ["derived", "documented"])

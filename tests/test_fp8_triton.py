@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen35.codecs import nf4_torch
-from qwen35.codecs.devices import encoders_for
+from qwen35.codecs.devices import kernels_for
+from qwen35.codecs.nf4 import torch as nf4_torch
 from qwen35.errors import UsageError
 
 SCRIPT = Path(__file__).parent / "encode_on.py"
@@ -46,9 +46,9 @@ def test_a_gpu_encodes_as_the_processor_does() -> None:
 def test_a_gpu_without_triton_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_torch, "TorchEncoder", lambda device: None)
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "qwen35.codecs.fp8_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "qwen35.codecs.fp8.triton", raising=False)
     with pytest.raises(UsageError, match="--device cuda: triton is not installed"):
-        encoders_for("cuda")
+        kernels_for("cuda")
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_a_gpu_that_is_not_there_is_refused_in_a_sentence(device: str) -> None:
     if torch.cuda.is_available() and device in ("cuda", "cuda:0"):
         pytest.skip("there is a GPU")
     with pytest.raises(UsageError, match="does not see such a GPU"):
-        encoders_for(device)
+        kernels_for(device)
 
 
 @pytest.mark.parametrize("device", ["", "gpu", "cpu,cuda", "cuda,cpu", "CUDA", "cuda0", "mps"])
 def test_an_unknown_device_is_refused_in_a_sentence(device: str) -> None:
     with pytest.raises(UsageError, match="--device"):
-        encoders_for(device)
+        kernels_for(device)

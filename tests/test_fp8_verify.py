@@ -18,12 +18,13 @@ from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
-from qwen35.codecs.fp8 import Calibration
-from qwen35.convert import convert
+from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import UsageError
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.verify.artifact import Verdict, verify
+from qwen35.verify.opening import open_artifact
+from qwen35.writing.run import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.sentences
@@ -38,7 +39,7 @@ EXPERT = f"{LAYER}.2.mlp.experts.1.up_proj.weight"
 
 
 def check(artifact: Path, source: Path | None = None, **more: Any) -> Verdict:
-    opened = fetch(str(artifact), lenient=True)
+    opened = open_artifact(str(artifact))
     if source is None:
         return verify(opened, **more)
     return verify(opened, source=fetch(str(source)), depth="numbers", threads=1, **more)
@@ -113,12 +114,12 @@ def test_every_mode_passes_on_bell_shaped_weights(
     calibration: Calibration, dense: Path, tmp_path: Path
 ) -> None:
     plan = make_plan(open_folder(dense), load_recipe("fp8"), calibration=calibration)
-    assert check(convert(plan, tmp_path / "out").out, dense).findings == ()
+    assert check(write(plan, tmp_path / "out").out, dense).findings == ()
 
 
 @pytest.mark.parametrize("keep", [("mlp",), ("self_attn.o_proj", "mtp"), ("linear_attn",)])
 def test_kept_roles_pass(keep: tuple[str, ...], dense: Path, tmp_path: Path) -> None:
-    out = convert(plan_of(dense, "fp8", keep=keep), tmp_path / "out").out
+    out = write(plan_of(dense, "fp8", keep=keep), tmp_path / "out").out
     assert check(out, dense).findings == ()
 
 
@@ -126,7 +127,7 @@ def test_kept_roles_pass(keep: tuple[str, ...], dense: Path, tmp_path: Path) -> 
 def test_kept_experts_pass(source: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(source)
     keep = ("mlp.experts", "mtp.layers.mlp.experts")
-    out = convert(plan_of(folder, "fp8", keep=keep), tmp_path / "out").out
+    out = write(plan_of(folder, "fp8", keep=keep), tmp_path / "out").out
     assert check(out, folder).findings == ()
 
 
@@ -236,7 +237,7 @@ def test_a_scale_that_is_no_scale_is_named(
     with_source: bool, bad: float, name: str, packed: Path, dense: Path, tmp_path: Path
 ) -> None:
     broken = edited(packed, tmp_path / "broken", set_scale(name, bad))
-    opened = fetch(str(broken), lenient=True)
+    opened = open_artifact(str(broken))
     source = fetch(str(dense)) if with_source else None
     verdict = verify(opened, source=source, depth="numbers")
     assert [f.subject for f in verdict.findings] == [f"{name}_scale_inv"]
@@ -253,7 +254,7 @@ def test_nan_codes_are_named(
 
     broken = edited(packed, tmp_path / "broken", plant)
     verdict = verify(
-        fetch(str(broken), lenient=True),
+        open_artifact(str(broken)),
         source=fetch(str(dense)) if with_source else None,
         depth="numbers",
     )
@@ -626,9 +627,10 @@ def test_experts_are_split_by_their_intermediate_size(packed_moe: Path) -> None:
 def test_published_sizes_split_as_vllm_says(tmp_path: Path) -> None:
     from qwen35.checkpoint.inventory import inventory
     from qwen35.checkpoint.source import Checkpoint, open_published
-    from qwen35.checkpoint.storage import StoredTensor, group
+    from qwen35.codecs.fp8.config import tensor_parallel_findings
+    from qwen35.codecs.registry import group
     from qwen35.model.roles import Layout
-    from qwen35.verify.fp8 import tensor_parallel_findings
+    from qwen35.tensors import StoredTensor
 
     plan = make_plan(open_published("Qwen3.5-35B-A3B"), load_recipe("fp8"))
     tensors = {o.name: StoredTensor(o, "model.safetensors", 0) for o in plan.outputs}

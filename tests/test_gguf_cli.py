@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gguf_models import make_variant
 from qwen35.cli.main import main
-from qwen35.gguf import kernel
+from qwen35.codecs.ggml import kernel
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from gguf_models import make_variant
 from hostile_gguf import HOSTILE, file_bytes
+from qwen35.checkpoint.gguf import read_container
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import InputError
-from qwen35.gguf.container import read_container
-from qwen35.gguf.plan import Asked, make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 
 
 def test_the_control_is_read(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_hostile_files_are_refused(name: str, tmp_path: Path) -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("container")
     plan = make_plan(
-        open_folder(make_variant(folder, "dense")), Asked(("Q4_K_M",), load_recipe("mix"))
+        open_folder(make_variant(folder, "dense")), load_recipe("mix", "gguf"), types=("Q4_K_M",)
     )
     return write(plan, folder / "out", threads=1).out / plan.files[0].name
 

@@ -12,9 +12,9 @@ import pytest
 
 from golden_gguf import CASES, GOLDEN, Case, converted, fingerprint, model_folder, weights_hash
 from qwen35.checkpoint.source import open_folder
-from qwen35.gguf.plan import Asked, make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 
 RECORDED = json.loads(GOLDEN.read_text())
 
@@ -42,13 +42,13 @@ def test_the_golden_hashes_are_of_these_weights(model: str, work: Path) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.key)
 def test_equal_to_the_converter(case: Case, work: Path, tmp_path: Path) -> None:
-    asked = Asked(
+    plan = make_plan(
+        open_folder(model_folder(case.model, work)),
+        load_recipe("mix", "gguf"),
         types=() if case.mmproj else (case.type,),
-        recipe=load_recipe("mix"),
         projector=case.type if case.mmproj else None,
         drop_mtp=not case.mtp,
     )
-    plan = make_plan(open_folder(model_folder(case.model, work)), asked)
     (file,) = plan.files
     out = write(plan, tmp_path / "out", threads=1).out
     assert agree(fingerprint(out / file.name), RECORDED["files"][case.key])

@@ -14,13 +14,14 @@ from gguf import GGUFWriter
 
 from gguf_models import make_variant
 from llama import quantize
+from qwen35.checkpoint.gguf import Container, read_container
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import InputError, TensorError, UsageError
-from qwen35.gguf.container import Container, read_container
-from qwen35.gguf.imatrix import Imatrix, read_imatrix
-from qwen35.gguf.plan import Asked, GgufPlan, make_plan
-from qwen35.gguf.rules import load_recipe, pattern_rules
-from qwen35.gguf.write import write
+from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
+from qwen35.plan.gguf.patterns import pattern_rules
+from qwen35.plan.plan import Plan, make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 
 F32 = npt.NDArray[np.float32]
 
@@ -30,11 +31,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_variant(tmp_path_factory.mktemp("imatrix"), "dense")
 
 
-def plan_of(source: Path, imatrix: Imatrix, *types: str, rules: Sequence[str] = ()) -> GgufPlan:
-    asked = Asked(
-        types or ("Q4_K_M",), load_recipe("mix"), pattern_rules(rules, []), imatrix=imatrix
-    )
-    return make_plan(open_folder(source), asked)
+def plan_of(source: Path, imatrix: Imatrix, *types: str, rules: Sequence[str] = ()) -> Plan:
+    recipe = load_recipe("mix", "gguf").preceded(pattern_rules(rules, []))
+    return make_plan(open_folder(source), recipe, types=types or ("Q4_K_M",), imatrix=imatrix)
 
 
 def gguf_file(
@@ -129,7 +128,8 @@ def test_the_older_form_gives_the_same_file_as_llama_quantize(dense: Path, tmp_p
     theirs = quantize(base, tmp_path / "theirs.gguf", "Q4_K_M", imatrix=imatrix)
     assert ours.read_bytes() == theirs.read_bytes()
     plain = write(
-        make_plan(open_folder(dense), Asked(("Q4_K_M",), load_recipe("mix"))), tmp_path / "plain"
+        make_plan(open_folder(dense), load_recipe("mix", "gguf"), types=("Q4_K_M",)),
+        tmp_path / "plain",
     )
     unlike, like = (read_container(folder / ours.name) for folder in (plain.out, out))
     for name in entries:

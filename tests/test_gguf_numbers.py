@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from qwen35.codecs.fp8_errors import Errors
+from qwen35.checkpoint.open import GgufFiles
+from qwen35.checkpoint.place import Folder
+from qwen35.codecs.codec import Piece
+from qwen35.codecs.compared import Compared
+from qwen35.codecs.fp8.errors import Errors
+from qwen35.codecs.ggml.judge import _LOOSE, BOUNDS, F32, _bad_blocks, _bound, _rounded, judge
+from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.errors import Finding
-from qwen35.gguf.container import Container, Entry, read_container
-from qwen35.gguf.types import GGML_TYPES
-from qwen35.progress import Silent
-from qwen35.verify.compared import Compared
-from qwen35.verify.gguf_numbers import (
-    _LOOSE,
-    BOUNDS,
-    F32,
-    _accumulate,
-    _bad_blocks,
-    _Faults,
-    _judged,
-    _rounded,
-    compare,
-)
-from qwen35.verify.memo import Memo
+from qwen35.verify.gguf import GgufSubject
+from qwen35.verify.numbers import Numbers, check_numbers
 
 ROW = 2**20
-"""So many values are decoded at a time: each row of so many is a strip."""
+"""More values than are decoded at a time: each row of so many is a piece."""
 
 
 def written(
     folder: Path, values: np.ndarray, kind: GGMLQuantizationType | None = None
-) -> Container:
+) -> GgufSubject:
     """Write a file of one tensor, packed already if `kind` says so."""
     path = folder / "x.gguf"
     writer = GGUFWriter(path, "qwen35")
@@ -43,7 +36,12 @@ def written(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return read_container(path)
+    files = GgufFiles(Folder(folder), (path.name,), whole=True, root=folder)
+    return GgufSubject(str(folder), files)
+
+
+def check(subject: GgufSubject) -> Numbers:
+    return check_numbers(subject, None, threads=1)
 
 
 @pytest.mark.parametrize("shape", [(3, ROW), (2, ROW + 32), (5, ROW // 2)])
@@ -54,11 +52,9 @@ def test_every_strip_is_decoded_to_its_end(
     values = np.zeros(shape, np.float16)
     if place is not None:
         values.reshape(-1)[place] = np.inf
-    container = written(tmp_path, values)
-    with Memo({}) as memo:
-        rows, found = compare(container, {}, None, memo=memo, threads=1, progress=Silent())
-    assert rows == []
-    assert [(f.check, f.subject, f.message) for f in found] == [
+    numbers = check(written(tmp_path, values))
+    assert numbers.roles == []
+    assert [(f.check, f.subject, f.message) for f in numbers.findings] == [
         ("decode", "x.gguf: a.weight", "a scale or weight is not finite")
     ] * (place is not None)
 
@@ -70,19 +66,20 @@ def test_a_scale_that_is_beyond_float32_is_named(
     """No warning of NumPy's, but a finding: 2^(exponent - 128) times the largest level, 12."""
     block = np.full((2, 17), 0x77, np.uint8)
     block[1, 0] = exponent
-    container = written(tmp_path, block, GGMLQuantizationType.MXFP4)
-    with Memo({}) as memo:
-        _, found = compare(container, {}, None, memo=memo, threads=1, progress=Silent())
-    assert [f.message for f in found] == ["a scale or weight is not finite"] * (not finite)
+    numbers = check(written(tmp_path, block, GGMLQuantizationType.MXFP4))
+    assert [f.message for f in numbers.findings] == ["a scale or weight is not finite"] * (
+        not finite
+    )
 
 
 def test_a_file_that_shrinks_meanwhile_is_named(tmp_path: Path) -> None:
-    container = written(tmp_path, np.zeros((2, 64), np.float32))
-    container.path.write_bytes(container.path.read_bytes()[:-1])
-    with Memo({}) as memo:
-        _, found = compare(container, {}, None, memo=memo, threads=1, progress=Silent())
-    assert [(f.check, f.subject, f.message) for f in found] == [
-        ("decode", "a.weight", "the file ends within it")
+    subject, path = written(tmp_path, np.zeros((2, 64), np.float32)), tmp_path / "x.gguf"
+    path.write_bytes(path.read_bytes()[:-1])
+    message = (
+        "x.gguf ends within it: it changed since its header was read; run again on files at rest"
+    )
+    assert [(f.check, f.subject, f.message) for f in check(subject).findings] == [
+        ("decode", "a.weight", message)
     ]
 
 
@@ -92,6 +89,28 @@ def floats(*rows: list[float]) -> F32:
 
 def ones(*shape: int) -> F32:
     return np.ones(shape, np.float32)
+
+
+class Decoded:
+    """The values of a tensor, as a file holds them."""
+
+    def __init__(self, values: F32) -> None:
+        self._values = values.reshape(-1)
+
+    def read_into(self, first: int, out: F32) -> None:
+        out[:] = self._values[first : first + out.size]
+
+
+def compared(kind: str, found: F32, expected: F32) -> Compared:
+    """Compare row by row."""
+    result = Compared("x.gguf: a.weight")
+    pieces = (Piece(row, expected[row : row + 1], "F32") for row in range(len(expected)))
+    judge(Decoded(found), GGML_TYPES[kind], pieces, result)
+    return result
+
+
+def messages(result: Compared) -> list[str]:
+    return [finding.message for finding in result.findings]
 
 
 @pytest.mark.parametrize("kind", [*BOUNDS, "iq2_xxs"])
@@ -142,27 +161,29 @@ def test_floats_are_rounded_as_the_file_holds_them(kind: str, value: float, roun
     assert _rounded(values, kind).dtype == np.float32
 
 
-def test_differences_add_up_strip_by_strip() -> None:
-    result, faults = Compared(), _Faults()
-    for _ in range(2):
-        _accumulate(result, faults, "f16", floats([1.0, 2.5]), floats([1.0, 2.0]))
+def test_differences_add_up_piece_by_piece() -> None:
+    result = compared("f16", floats([1.0, 2.5], [1.0, 2.5]), floats([1.0, 2.0], [1.0, 2.0]))
     assert (result.norm, result.squared) == (10.0, 0.5)
-    assert (faults.values, faults.blocks) == (2, 0)
-    for _ in range(2):
-        _accumulate(result, faults, "q8_0", 1.5 * ones(1, 32), ones(1, 32))
-    assert (result.norm, result.squared) == (74.0, 16.5)
-    assert (faults.values, faults.blocks) == (2, 2)
+    assert messages(result) == ["2 values differ from the source's"]
+    result = compared("q8_0", 1.5 * ones(2, 32), ones(2, 32))
+    assert (result.norm, result.squared) == (64.0, 16.0)
+    expected = ones(9, 256)
+    expected[2:] *= 1000
+    found = expected + 0.0041 * (expected == 1)
+    assert messages(compared("q8_0", found, expected)) == [
+        "2 blocks are farther from the source than q8_0 can be"
+    ]
 
 
 def test_a_comparison_is_the_same_when_it_was_noted() -> None:
-    compared = Compared(1.5, 2.5, Errors(count=3, worst=0.5), True, True, [Finding("a", "b", "c")])
-    assert Compared.from_json(json.loads(json.dumps(compared.to_json()))) == compared
+    errors, findings = asdict(Errors(count=3, worst=0.5)), [Finding("a", "b", "c")]
+    noted = Compared("d", 1.5, 2.5, errors, True, True, findings)
+    assert Compared.from_json(json.loads(json.dumps(noted.to_json()))) == noted
     assert Compared.from_json(json.loads(json.dumps(Compared().to_json()))) == Compared()
 
 
 def test_sums_of_squares_hold_what_float32_cannot() -> None:
-    result = Compared()
-    _accumulate(result, _Faults(), "f32", floats([1e30, 0.0]), floats([1e30, 2e30]))
+    result = compared("f32", floats([1e30, 0.0]), floats([1e30, 2e30]))
     assert result.norm == pytest.approx(5e60)
     assert result.squared == pytest.approx(4e60)
 
@@ -177,38 +198,34 @@ def test_each_block_is_judged_beside_its_own_largest() -> None:
 def test_what_the_file_cannot_hold_is_not_held_against_it() -> None:
     """Rounding to f16 is no fault, but an error of what was measured."""
     exact = floats([1 + 2**-10 + 2**-12])
-    result, faults = Compared(), _Faults()
-    _accumulate(result, faults, "f16", floats([1 + 2**-10]), exact)
-    assert (faults.values, result.squared) == (0, 0.0)
+    result = compared("f16", floats([1 + 2**-10]), exact)
+    assert (messages(result), result.squared) == ([], 0.0)
     assert result.norm == pytest.approx(float(exact[0, 0]) ** 2)
 
 
-CONTAINER = Container(Path("x.gguf"), 0, {}, {})
-
-
 @pytest.mark.parametrize(
-    ("kind", "squared", "norm", "faults", "said"),
+    ("kind", "squared", "norm", "blocks", "said"),
     [
-        ("q4_K", 0.0288, 1.0, _Faults(), None),
-        ("q4_K", 0.0290, 1.0, _Faults(), ("bound", "relative error 0.170, at most 0.17 in q4_K")),
-        ("q4_K", 4.0, 1.0, _Faults(blocks=2), ("bound", "relative error 2.000, at most 0.17 in")),
-        ("q4_K", 0.0, 0.0, _Faults(), None),
-        ("q4_K", 4.0, 0.0, _Faults(), ("bound", "relative error 2.000, at most 0.17 in q4_K")),
-        ("q4_K", 0.0, 1.0, _Faults(blocks=2), ("bound", "2 blocks are farther from the source")),
-        ("iq2_xxs", 1.20, 1.0, _Faults(), None),
-        ("iq2_xxs", 1.22, 1.0, _Faults(), ("bound", "relative error 1.105, at most 1.1 in iq2")),
-        ("f16", 4.0, 1.0, _Faults(), None),
-        ("f16", 4.0, 1.0, _Faults(values=3), ("values", "3 values differ from the source's")),
-        ("f16", 4.0, 1.0, _Faults(values=3, blocks=2), ("values", "3 values differ from")),
+        ("q4_K", 0.0288, 1.0, 0, None),
+        ("q4_K", 0.0290, 1.0, 0, "relative error 0.170, at most 0.17 in q4_K"),
+        ("q4_K", 4.0, 1.0, 2, "relative error 2.000, at most 0.17 in q4_K"),
+        ("q4_K", 0.0, 0.0, 0, None),
+        ("q4_K", 4.0, 0.0, 0, "relative error 2.000, at most 0.17 in q4_K"),
+        ("q4_K", 0.0, 1.0, 2, "2 blocks are farther from the source than q4_K can be"),
+        ("iq2_xxs", 1.20, 1.0, 0, None),
+        ("iq2_xxs", 1.22, 1.0, 0, "relative error 1.105, at most 1.1 in iq2_xxs"),
     ],
 )
-def test_a_tensor_is_judged_by_values_then_error_then_blocks(
-    kind: str, squared: float, norm: float, faults: _Faults, said: tuple[str, str] | None
+def test_a_tensor_is_judged_by_error_then_blocks(
+    kind: str, squared: float, norm: float, blocks: int, said: str | None
 ) -> None:
-    entry = Entry("a.weight", GGML_TYPES[kind], (1, 256), 0)
-    found = list(_judged(CONTAINER, entry, Compared(squared=squared, norm=norm), faults))
-    assert len(found) == (said is not None)
-    for finding in found:
-        assert said is not None
-        assert (finding.check, finding.subject) == (said[0], "x.gguf: a.weight")
-        assert finding.message.startswith(said[1])
+    result = Compared("x.gguf: a.weight", squared, norm)
+    _bound(result, kind, blocks)
+    assert messages(result) == [said] * (said is not None)
+    assert all(f.check == "bound" and f.subject == result.subject for f in result.findings)
+
+
+def test_floats_are_judged_by_values_alone() -> None:
+    [finding] = compared("f16", floats([4.0, 4.0, 1.0]), floats([1.0, 1.0, 1.0])).findings
+    assert finding == Finding("values", "x.gguf: a.weight", "2 values differ from the source's")
+    assert compared("f16", floats([4.0]), floats([4.0])).findings == []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +12,13 @@ from gguf import GGUFWriter
 from gguf_models import VARIANTS, make_variant
 from llama import quantize
 from qwen35.checkpoint.source import open_folder
-from qwen35.gguf.imatrix import Imatrix, read_imatrix
-from qwen35.gguf.plan import Asked, GgufPlan, make_plan
-from qwen35.gguf.rules import exported, load_recipe, pattern_rules
-from qwen35.gguf.types import FILE_TYPES, quantizable
-from qwen35.gguf.write import write
+from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
+from qwen35.plan.gguf.making import files_of
+from qwen35.plan.gguf.mixes import FILE_TYPES, quantizable
+from qwen35.plan.gguf.patterns import exported, pattern_rules
+from qwen35.plan.plan import Plan, make_plan
+from qwen35.plan.recipe import Rule, load_recipe
+from qwen35.writing.run import write
 
 QUANTIZED = tuple(name for name, row in FILE_TYPES.items() if row.quantized)
 SEED = r".*\.attn_gate\.weight$=q8_0 .*\.attn_qkv\.weight$=q8_0 .*\.ssm_out\.weight$=q8_0"
@@ -38,8 +40,16 @@ def variant(tmp_path_factory: pytest.TempPathFactory) -> Make:
     return make
 
 
-def plan_of(source: Path, types: tuple[str, ...], recipe: str = "mix", **asked: object) -> GgufPlan:
-    return make_plan(open_folder(source), Asked(types, load_recipe(recipe), **asked))  # type: ignore[arg-type]
+def plan_of(
+    source: Path,
+    types: tuple[str, ...],
+    recipe: str = "mix",
+    *,
+    rules: Sequence[Rule] = (),
+    **asked: object,
+) -> Plan:
+    rows = load_recipe(recipe, "gguf").preceded(rules)
+    return make_plan(open_folder(source), rows, types=types, **asked)
 
 
 def same(ours: Path, theirs: Path) -> bool:
@@ -47,7 +57,7 @@ def same(ours: Path, theirs: Path) -> bool:
 
 
 def check(
-    plan: GgufPlan,
+    plan: Plan,
     tmp_path: Path,
     *,
     base: str = "F32",
@@ -56,8 +66,8 @@ def check(
     """Write the plan's files; compare each quantized one with llama_model_quantize's."""
     out = write(plan, tmp_path / "out", threads=2).out
     sizes = dict(plan.file_sizes())
-    source = next(file for file in plan.files if file.file_type.name == base)
-    for file in plan.files:
+    source = next(file for file in files_of(plan) if file.file_type.name == base)
+    for file in files_of(plan):
         path = out / file.name
         assert path.stat().st_size == sizes[file.name]
         if file.file_type.quantized:
@@ -66,12 +76,12 @@ def check(
                 tmp_path / "theirs.gguf",
                 file.file_type.name,
                 overrides=overrides,
-                imatrix=plan.asked.imatrix,
+                imatrix=plan.options.imatrix,
             )
             assert same(path, theirs), file.name
 
 
-def write_imatrix(path: Path, plan: GgufPlan, *, seed: int = 3, skip: str = "blk.4.") -> Imatrix:
+def write_imatrix(path: Path, plan: Plan, *, seed: int = 3, skip: str = "blk.4.") -> Imatrix:
     """Write a random importance matrix as llama-imatrix does, for all tensors but `skip`."""
     generator = np.random.default_rng(seed)
     writer = GGUFWriter(path, "", use_temp_file=False)
@@ -80,11 +90,11 @@ def write_imatrix(path: Path, plan: GgufPlan, *, seed: int = 3, skip: str = "blk
     writer.add_array("imatrix.datasets", ["some/text.txt"])
     writer.add_uint32("imatrix.chunk_count", 7)
     writer.add_uint32("imatrix.chunk_size", 512)
-    for tensor in plan.files[0].tensors:
+    for tensor in files_of(plan)[0].tensors:
         name = tensor.name
         if not quantizable(name, tensor.shape) or name.startswith((skip, "token_embd", "output")):
             continue
-        slices = len(tensor.slabs)
+        slices = len(tensor.rows.slabs)
         counts = np.full(slices, 3584, np.float32)
         if slices > 1:
             counts[1] = 0  # an expert that no token reached
@@ -147,7 +157,7 @@ def test_an_exported_recipe_gives_llama_quantize_the_same_file(
     pairs = tuple((line.rpartition("=")[0], line.rpartition("=")[2]) for line in exported(wanted))
     check(plan, tmp_path, overrides=pairs)
     again = plan_of(variant("deep"), ("F32", "Q4_K_M"), rules=rules, upstream_counters=True)
-    assert again.files[1].kinds == file.kinds
+    assert files_of(again)[1].kinds == file.kinds
 
 
 def test_default_counters_keep_the_mix_of_tensors_that_no_rule_names(
@@ -155,9 +165,9 @@ def test_default_counters_keep_the_mix_of_tensors_that_no_rule_names(
 ) -> None:
     rules = pattern_rules(SEED.split(), [])
     source = variant("deep")
-    plain = plan_of(source, ("Q4_K_M",)).files[0].kinds
-    ours = plan_of(source, ("Q4_K_M",), rules=rules).files[0].kinds
-    theirs = plan_of(source, ("Q4_K_M",), rules=rules, upstream_counters=True).files[0].kinds
+    plain = files_of(plan_of(source, ("Q4_K_M",)))[0].kinds
+    ours = files_of(plan_of(source, ("Q4_K_M",), rules=rules))[0].kinds
+    theirs = files_of(plan_of(source, ("Q4_K_M",), rules=rules, upstream_counters=True))[0].kinds
     unnamed = [name for name in plain if not any(rule.pattern.search(name) for rule in rules)]  # type: ignore[union-attr]
     assert all(ours[name] == plain[name] for name in unnamed)
     assert any(theirs[name] != plain[name] for name in unnamed)
@@ -200,6 +210,6 @@ def test_where_strips_are_cut_does_not_change_bytes(
     """Strips end within heads, between experts, and before the value heads begin."""
     plan = plan_of(variant(name), ("F16", "Q4_K_M"))
     whole = write(plan, tmp_path / "whole", threads=1)
-    monkeypatch.setattr("qwen35.gguf.rows.STRIP", 37 * 256)
+    monkeypatch.setattr("qwen35.codecs.pieces.PIECE", 37 * 256)
     cut = write(plan, tmp_path / "cut", threads=2)
     assert cut.hashes == whole.hashes

@@ -13,10 +13,13 @@ import pytest
 from checkpoints import layout_of, random_tensors, write_checkpoint
 from gguf_models import make_variant, sidecars, tokenizer, variant_config
 from qwen35.checkpoint.open import describe
+from qwen35.codecs.ggml.types import ENCODABLE, GGML_TYPES, fallback, ggml_type
 from qwen35.errors import ConfigError, TensorError, UsageError
-from qwen35.gguf.plan import Asked, GgufPlan, make_plan
-from qwen35.gguf.rules import BUILT_IN, load_recipe, pattern_rules
-from qwen35.gguf.types import ENCODABLE, FILE_TYPES, GGML_TYPES, fallback, ggml_type
+from qwen35.plan.gguf.making import files_of
+from qwen35.plan.gguf.mixes import FILE_TYPES
+from qwen35.plan.gguf.patterns import pattern_rules
+from qwen35.plan.plan import Plan, make_plan
+from qwen35.plan.recipe import built_in, load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +29,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_of(
     source: Path | str, *types: str, recipe: str = "mix", rules: tuple[str, ...] = (), **asked: Any
-) -> GgufPlan:
-    lines = pattern_rules(rules, [])
-    return make_plan(describe(str(source)), Asked(types, load_recipe(recipe), lines, **asked))
+) -> Plan:
+    rows = load_recipe(recipe, "gguf").preceded(pattern_rules(rules, []))
+    return make_plan(describe(str(source)), rows, types=types, **asked)
 
 
-def of_block(plan: GgufPlan, leaf: str) -> dict[int, str]:
-    kinds = plan.files[0].kinds
+def of_block(plan: Plan, leaf: str) -> dict[int, str]:
+    kinds = files_of(plan)[0].kinds
     return {int(n.split(".")[1]): k for n, k in kinds.items() if n.endswith(f".{leaf}.weight")}
 
 
@@ -51,8 +54,8 @@ def test_which_layers_of_the_9b_get_more_bits() -> None:
     plan = plan_of("Qwen3.5-9B", "Q4_K_M")
     values = of_block(plan, "attn_v")
     assert {i for i, kind in values.items() if kind == "q6_K"} == {3, 15, 27, 31, 32}
-    assert plan.files[0].kinds["output.weight"] == "q6_K"
-    assert plan.files[0].kinds["token_embd.weight"] == "q4_K"
+    assert files_of(plan)[0].kinds["output.weight"] == "q6_K"
+    assert files_of(plan)[0].kinds["token_embd.weight"] == "q4_K"
 
 
 def test_rules_shift_the_mix_as_upstream_only_when_asked() -> None:
@@ -98,17 +101,17 @@ def test_fallbacks_for_rows_that_do_not_fit(kind: str, row: int, expected: str) 
     assert fallback(GGML_TYPES[kind], row).name == expected
 
 
-@pytest.mark.parametrize("recipe", BUILT_IN)
+@pytest.mark.parametrize("recipe", built_in("gguf"))
 def test_built_in_recipes_fit_every_published_size(recipe: str) -> None:
     for name in ("Qwen3.5-0.8B", "Qwen3.5-4B", "Qwen3.5-27B", "Qwen3.5-35B-A3B"):
         plan = plan_of(name, "Q4_K_M", recipe=recipe)
-        assert plan.comparison[recipe]["Q4_K_M"] == plan.files[0].head.nbytes
+        assert plan.comparison[recipe]["Q4_K_M"] == plan.files[0].nbytes
 
 
 def test_recipes_grow_in_this_order() -> None:
     sizes = [row["Q4_K_M"] for row in plan_of("Qwen3.5-0.8B", "Q4_K_M").comparison.values()]
     assert sizes == sorted(sizes)
-    assert len(sizes) == len(BUILT_IN)
+    assert len(sizes) == len(built_in("gguf"))
 
 
 def test_a_recipe_of_ones_own(dense: Path, tmp_path: Path) -> None:
@@ -119,7 +122,7 @@ def test_a_recipe_of_ones_own(dense: Path, tmp_path: Path) -> None:
         '[[rules]]\nmatch = "mtp"\naction = "bf16"\n'
     )
     plan = plan_of(dense, "Q4_K_M", recipe=str(path))
-    kinds = plan.files[0].kinds
+    kinds = files_of(plan)[0].kinds
     assert kinds["blk.0.attn_gate.weight"] == "q8_0"
     assert kinds["blk.0.attn_qkv.weight"] in ("q4_K", "q6_K")
     assert kinds["blk.4.nextn.eh_proj.weight"] == "bf16"
@@ -200,7 +203,7 @@ def test_mtp_promised_and_absent(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"mtp_num_hidden_layers is 1.*--drop-mtp"):
         plan_of(source, "F16")
     plan = plan_of(source, "F16", drop_mtp=True)
-    assert not any("nextn" in name for name in plan.files[0].kinds)
+    assert not any("nextn" in name for name in files_of(plan)[0].kinds)
 
 
 def test_two_mtp_layers_which_llama_cpp_does_not_load(tmp_path: Path) -> None:
@@ -217,7 +220,7 @@ def test_mtp_present_and_not_promised(tmp_path: Path) -> None:
     config = json.loads((source / "config.json").read_text())
     config["text_config"].pop("mtp_num_hidden_layers")
     (source / "config.json").write_text(json.dumps(config))
-    assert "blk.4.nextn.eh_proj.weight" in plan_of(source, "F16").files[0].kinds
+    assert "blk.4.nextn.eh_proj.weight" in files_of(plan_of(source, "F16"))[0].kinds
 
 
 @pytest.mark.parametrize(
@@ -316,4 +319,4 @@ def test_the_digest_is_of_the_bytes_not_of_the_place(dense: Path, tmp_path: Path
 def test_every_file_type_has_a_mix() -> None:
     for name in FILE_TYPES:
         assert ggml_type(FILE_TYPES[name].base, "test").name in ENCODABLE
-        assert plan_of("Qwen3.5-0.8B", name).files[0].head.nbytes > 10**8
+        assert plan_of("Qwen3.5-0.8B", name).files[0].nbytes > 10**8

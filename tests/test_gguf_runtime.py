@@ -14,13 +14,13 @@ import transformers
 
 from checkpoints import ASSET
 from gguf_models import make_variant
+from qwen35.checkpoint.gguf import read_container
 from qwen35.checkpoint.source import open_folder
 from qwen35.engines.llama import Llama
-from qwen35.gguf.container import read_container
-from qwen35.gguf.plan import Asked, make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
 from qwen35.verify.asking import Question, is_right
+from qwen35.writing.run import write
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 MIXED = (
@@ -31,7 +31,7 @@ MIXED = (
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    plan = make_plan(open_folder(ASSET), Asked(TYPES, load_recipe("mix")))
+    plan = make_plan(open_folder(ASSET), load_recipe("mix", "gguf"), types=TYPES)
     return write(plan, tmp_path_factory.mktemp("gguf") / "out").out
 
 
@@ -85,7 +85,7 @@ def test_logits_agree_with_transformers(kind: str, bound: float, load: Any, refe
 @pytest.mark.parametrize("name", ["dense", "equal-heads", "three-to-one", "moe", "moe-per-expert"])
 def test_random_variants_agree_with_transformers(name: str, tmp_path: Path) -> None:
     source = make_variant(tmp_path, name)
-    plan = make_plan(open_folder(source), Asked(("F32",), load_recipe("mix")))
+    plan = make_plan(open_folder(source), load_recipe("mix", "gguf"), types=("F32",))
     path = write(plan, tmp_path / "out").out / plan.files[0].name
     config = transformers.AutoConfig.from_pretrained(source)
     kind = config.architectures[0]
@@ -121,7 +121,7 @@ def test_text_that_is_not_nfc_gets_other_tokens_and_the_plan_says_so(
     model = load("F16")
     text = "cafe\u0301 noe\u0308l"
     assert model.encode(text) != tokenizer(text)["input_ids"]
-    plan = make_plan(open_folder(ASSET), Asked(("F16",), load_recipe("mix")))
+    plan = make_plan(open_folder(ASSET), load_recipe("mix", "gguf"), types=("F16",))
     assert any("NFC" in note for note in plan.notes)
 
 

@@ -14,18 +14,19 @@ from gguf.constants import GGUFValueType
 
 from checkpoints import ASSET
 from gguf_models import make_variant
+from qwen35.checkpoint.gguf import read_container
 from qwen35.checkpoint.open import GgufFiles, gguf_files
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
-from qwen35.gguf.container import read_container
-from qwen35.gguf.plan import Asked, make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
 from qwen35.progress import Silent
-from qwen35.verify.artifact import Depth, Verdict
+from qwen35.verify.artifact import Depth, Verdict, verify
 from qwen35.verify.behaviour import NOT_ASKED
-from qwen35.verify.gguf import verify_gguf
+from qwen35.verify.gguf import GgufSubject
+from qwen35.verify.opening import open_artifact
+from qwen35.writing.run import write
 from watching import Watching, watched_pools
 
 pytestmark = pytest.mark.sentences
@@ -40,8 +41,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def good(source: Path) -> Path:
-    asked = Asked(TYPES, load_recipe("mix"), projector="F16")
-    return write(make_plan(open_folder(source), asked), source.with_name("good")).out
+    plan = make_plan(open_folder(source), load_recipe("mix", "gguf"), types=TYPES, projector="F16")
+    return write(plan, source.with_name("good")).out
 
 
 @pytest.fixture
@@ -52,7 +53,8 @@ def out(good: Path, tmp_path: Path) -> Path:
 def check(folder: Path, source: Path | None = None, depth: Depth = "structure") -> Verdict:
     files = gguf_files(str(folder)) or GgufFiles(Folder(folder), (), whole=True, root=folder)
     checkpoint = open_folder(source) if source else None
-    return verify_gguf(str(folder), files, source=checkpoint, depth=depth, threads=1)
+    subject = GgufSubject(str(folder), files)
+    return verify(subject, source=checkpoint, depth=depth, threads=1)
 
 
 def checks(verdict: Verdict) -> set[str]:
@@ -105,14 +107,16 @@ def test_good_files_pass(good: Path, source: Path) -> None:
 @pytest.mark.parametrize("name", ["moe", "moe-per-expert", "f16", "text", "odd-rows"])
 def test_other_shapes_pass(name: str, tmp_path: Path) -> None:
     origin = make_variant(tmp_path, name)
-    asked = Asked(("BF16", "Q8_0", "Q5_K_S", "IQ4_XS", "Q3_K_M"), load_recipe("q8-gates-plus"))
-    out = write(make_plan(open_folder(origin), asked), tmp_path / "out").out
+    types = ("BF16", "Q8_0", "Q5_K_S", "IQ4_XS", "Q3_K_M")
+    plan = make_plan(open_folder(origin), load_recipe("q8-gates-plus", "gguf"), types=types)
+    out = write(plan, tmp_path / "out").out
     assert check(out, origin, "numbers").findings == ()
 
 
 def test_the_embedded_checkpoint_passes(tmp_path: Path) -> None:
-    asked = Asked(("Q6_K", "Q4_K_S", "IQ4_NL"), load_recipe("q8-gates"), projector="BF16")
-    out = write(make_plan(open_folder(ASSET), asked), tmp_path / "out").out
+    types, recipe = ("Q6_K", "Q4_K_S", "IQ4_NL"), load_recipe("q8-gates", "gguf")
+    plan = make_plan(open_folder(ASSET), recipe, types=types, projector="BF16")
+    out = write(plan, tmp_path / "out").out
     assert check(out, ASSET, "numbers").findings == ()
 
 
@@ -383,8 +387,12 @@ def test_a_file_with_other_tensors_is_not_compared_but_the_next_is(out: Path, so
     files, progress = gguf_files(str(out)), Titles()
     assert files is not None
     assert files.names[0] == first.name
-    verdict = verify_gguf(
-        str(out), files, source=open_folder(source), depth="numbers", threads=1, progress=progress
+    verdict = verify(
+        GgufSubject(str(out), files),
+        source=open_folder(source),
+        depth="numbers",
+        threads=1,
+        progress=progress,
     )
     assert [(f.check, f.subject, f.message) for f in verdict.findings] == [
         ("tensors", f"{first.name}: blk.1.ffn_up.weight", "missing, but the keys promise it"),
@@ -410,7 +418,8 @@ def test_progress_tells_every_tensor(good: Path) -> None:
     progress = Watching()
     files = gguf_files(str(good))
     assert files is not None
-    assert verify_gguf(str(good), files, depth="numbers", threads=1, progress=progress).passed
+    subject = GgufSubject(str(good), files)
+    assert verify(subject, depth="numbers", threads=1, progress=progress).passed
     containers = [read_container(good / name) for name in files.names]
     assert progress.steps == [(e.nbytes, e.name) for c in containers for e in c.tensors.values()]
 
@@ -443,21 +452,18 @@ def test_only_heads_are_read_unless_more_is_asked_for(
         return files
 
     monkeypatch.setattr(GgufFiles, "fetch", fetch)
-    files = gguf_files(str(good))
-    assert files is not None
-    assert verify_gguf(str(good), files, token="mine").depth == "structure"
+    assert verify(open_artifact(str(good), token="mine")).depth == "structure"
     assert asked == []
-    assert verify_gguf(str(good), files, depth="numbers", token="mine", threads=1).passed
+    subject = open_artifact(str(good), "numbers", token="mine")
+    assert verify(subject, depth="numbers", threads=1).passed
     assert asked == ["mine"]
 
 
 def test_as_many_threads_as_asked_for(
     good: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = watched_pools(monkeypatch, "qwen35.verify.gguf_numbers")
-    files = gguf_files(str(good))
-    assert files is not None
-    assert verify_gguf(str(good), files, depth="numbers", threads=3).passed
+    asked = watched_pools(monkeypatch, "qwen35.verify.numbers")
+    assert verify(open_artifact(str(good), "numbers"), depth="numbers", threads=3).passed
     assert asked == [3, 3, 3]
 
 

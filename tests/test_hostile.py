@@ -36,7 +36,12 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def commands(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
     modules = [f"qwen35.cli.{name}" for name in MODULES]
-    with limited(*modules, "qwen35.gguf.plan", "qwen35.verify.gguf", "qwen35.plan.template") as run:
+    with limited(
+        *modules,
+        "qwen35.plan.gguf.making",
+        "qwen35.verify.gguf",
+        "qwen35.plan.safetensors.template",
+    ) as run:
         empty = tmp_path_factory.mktemp("empty")  # what is imported late is on the disk's cache
         run.run(["verify", str(sound)], empty)
         yield run

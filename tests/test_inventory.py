@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from checkpoints import layout_of, tiny_config
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import Checkpoint, open_published
-from qwen35.checkpoint.storage import StoredTensor, group
-from qwen35.codecs import nf4
+from qwen35.codecs.nf4 import layout as nf4
+from qwen35.codecs.registry import group
 from qwen35.errors import TensorError
 from qwen35.model.config import parse_config
 from qwen35.model.roles import Layout, expected_tensors
-from qwen35.tensors import TensorSpec
+from qwen35.tensors import StoredTensor, TensorSpec
 
 TEXT = "model.language_model"
 UP = f"{TEXT}.layers.0.mlp.up_proj.weight"

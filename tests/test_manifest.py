@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import open_folder
-from qwen35.codecs.fp8 import Calibration
+from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import InputError
-from qwen35.plan.documents import json_bytes
 from qwen35.plan.manifest import (
-    calibration_of,
-    kept_prefix,
     manifest_bytes,
     manifest_versions,
     read_manifest,
     recipe_json,
     recipe_of,
-    rule_row,
     source_json,
     source_of,
     work_key,
 )
 from qwen35.plan.recipe import Recipe, Rule
+from qwen35.plan.safetensors.asked import calibration_of, kept_prefix
+from qwen35.plan.safetensors.container import SafetensorsContainer
 from running import plan_of
 
 MSE = Calibration("mse", grid_size=9)
@@ -61,7 +60,8 @@ def test_recipe_is_the_one_that_was_written() -> None:
     }
     assert recipe_of({"recipe": written}) == recipe
     assert recipe_of({"recipe": {"name": "x", "format": "nf4"}}) == Recipe("x", "nf4", "", ())
-    assert rule_row("a", "b", "c") == ["a", "b", "c"]
+    one = recipe_json(Recipe("x", "nf4", "", (Rule("a", "b", "c"),)))
+    assert one["rules"] == [["a", "b", "c"]]
 
 
 @pytest.mark.parametrize(
@@ -86,15 +86,21 @@ def test_a_manifest_has_these_keys(dense: Path) -> None:
     assert list(json.loads(raw)) == keys.split()
 
 
-def test_a_run_is_known_by_plan_source_and_versions(dense: Path) -> None:
-    checkpoint = open_folder(dense)
-    key = work_key("0", checkpoint, "numpy", "no-such-library", "torch")
+def test_a_run_is_known_by_plan_source_and_versions(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(dense)
+    checkpoint = plan.checkpoint
+    libraries = ("numpy", "no-such-library", "torch")
+    monkeypatch.setattr(SafetensorsContainer, "libraries", libraries)
+    key = work_key(plan)
+    assert key["plan"] == plan.digest
     assert key["tool version"] == {**manifest_versions(), "torch": version("torch")}
     stamps = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
     assert key["source"] == {"folder": "source", "files": stamps}
     assert "config.json" in stamps
-    remote = open_folder(dense, repo="a/b", revision="0" * 40)
-    assert work_key("0", remote)["source"] == {"repo": "a/b", "revision": "0" * 40}
+    remote = replace(plan, checkpoint=open_folder(dense, repo="a/b", revision="0" * 40))
+    assert work_key(remote)["source"] == {"repo": "a/b", "revision": "0" * 40}
 
 
 def test_json_is_in_utf8_and_survives_what_is_not() -> None:

@@ -125,10 +125,10 @@ def test_the_limit_given_is_kept_by_fewer_threads(sources: dict[str, Path], tmp_
 def test_a_worker_keeps_to_what_the_plan_states(
     sources: dict[str, Path], recipe: str, tmp_path: Path
 ) -> None:
-    from qwen35.convert import convert
     from qwen35.plan.memory import peak_memory
     from qwen35.progress import Silent
     from qwen35.work.processes import Processes
+    from qwen35.writing.run import write
     from running import plan_of
 
     plan = plan_of(sources["large"], recipe)
@@ -141,7 +141,7 @@ def test_a_worker_keeps_to_what_the_plan_states(
                 used.append(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
 
     pool = Processes(1, threads=2)
-    convert(plan, tmp_path / "out", pool=pool, progress=Watching())
+    write(plan, tmp_path / "out", pool=pool, progress=Watching())
     assert used
     assert 10**8 < max(used) <= peak_memory(plan, 2)
 

@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 
 from checkpoints import ASSET, make_checkpoint, random_tensors, tiny_config, write_checkpoint
 from loading import load_model, quantize_with_transformers
-from qwen35.codecs import nf4_tables
 from qwen35.codecs.floats import f32_from, from_f32
-from qwen35.codecs.nf4 import layout, state_blob, state_width
-from qwen35.codecs.nf4_arrays import (
+from qwen35.codecs.nf4 import tables as nf4_tables
+from qwen35.codecs.nf4.arrays import (
     Statistics,
     decode_absmax,
     decode_blocks,
     encode_blocks,
     parse_state,
 )
+from qwen35.codecs.nf4.layout import layout, state_blob, state_width
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec
 from running import load_all, read_config, run

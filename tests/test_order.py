@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 
 from qwen35.checkpoint.source import open_folder
-from qwen35.codecs.fp8 import Calibration
+from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import InputError
 from qwen35.plan.activations import Activations, Key, load_activations
+from qwen35.plan.manifest import recipe_json
 from qwen35.plan.order import order_of, other_names, plan_from
-from qwen35.plan.plan import MAX_SHARD_BYTES, Plan, make_plan
+from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
+from qwen35.plan.safetensors.options import MAX_SHARD_BYTES
 from running import plan_of
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
@@ -48,17 +50,19 @@ def test_an_order_says_all_that_decides(dense: Path, tmp_path: Path) -> None:
         "root": str(dense),
         "repo": None,
         "revision": None,
-        "recipe": order["recipe"],
+        "recipe": {
+            **recipe_json(plan.recipe),
+            "keep_prefix": True,
+            "shard_bytes": 1_000_000,
+        },
         "calibration": {
             "mode": "mse",
             "rms_factor": 3.0,
             "percentile": 99.9,
             "grid_size": 7,
-            "activations": {"name": "stats.json", "sha256": plan.activations.sha256},  # type: ignore[union-attr]
+            "activations": {"name": "stats.json", "sha256": plan.options.activations.sha256},
         },
-        "statistics": str(tmp_path / "stats.json"),
-        "keep_prefix": True,
-        "shard_bytes": 1_000_000,
+        "inputs": {"activations": str(tmp_path / "stats.json")},
         "task_bytes": 5,
         "key": order["key"],
         "slices": 3,
@@ -67,11 +71,11 @@ def test_an_order_says_all_that_decides(dense: Path, tmp_path: Path) -> None:
     assert again.digest == plan.digest
     assert [file.head for file in again.files] == [file.head for file in plan.files]
     assert len(again.files) > 2
-    assert (again.calibration, again.keep_prefix) == (plan.calibration, True)
-    assert again.shard_bytes == plan.shard_bytes == 1_000_000
-    assert plan_of(dense).shard_bytes == MAX_SHARD_BYTES
-    assert again.activations is not None
-    assert again.activations.path == tmp_path / "stats.json"
+    assert (again.settings, again.options.keep_prefix) == (plan.settings, True)
+    assert again.options.shard_bytes == plan.options.shard_bytes == 1_000_000
+    assert plan_of(dense).options.shard_bytes == MAX_SHARD_BYTES
+    assert again.options.activations is not None
+    assert again.options.activations.path == tmp_path / "stats.json"
 
 
 def test_paths_of_an_order_hold_from_any_folder(
@@ -81,7 +85,7 @@ def test_paths_of_an_order_hold_from_any_folder(
     monkeypatch.chdir(tmp_path)
     order = order_of(calibrated(Path("source"), Path()), 5)
     assert order["root"] == str(tmp_path / "source")
-    assert order["statistics"] == str(tmp_path / "stats.json")
+    assert order["inputs"] == {"activations": str(tmp_path / "stats.json")}
     monkeypatch.chdir("/")
     assert plan_from(order).steps
 

@@ -12,8 +12,8 @@ import pytest
 from gguf_models import make_variant
 from qwen35.checkpoint.open import describe
 from qwen35.cli.main import main
+from qwen35.codecs.ggml.kernel import open_kernel
 from qwen35.errors import UsageError
-from qwen35.gguf.kernel import open_kernel
 from qwen35.pipeline.graph import GATES, make_graph
 from qwen35.pipeline.job import Job, Measuring, Wanted, path_artifacts
 from qwen35.pipeline.planned import plan_artifacts, sweep_memory, threads_within

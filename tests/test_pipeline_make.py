@@ -20,12 +20,13 @@ from gguf_models import exact_tensors, make_variant, sidecars, variant_config
 from hub_client import files_in
 from qwen35.checkpoint.open import fetch
 from qwen35.errors import TensorError
-from qwen35.pipeline import make
-from qwen35.pipeline.job import Job, Wanted
-from qwen35.pipeline.make import make_artifacts
+from qwen35.pipeline import job as pipeline_job
+from qwen35.pipeline.job import Wanted
 from qwen35.pipeline.planned import Artifact, plan_artifacts, source_bytes
-from qwen35.pipeline.window import Window
 from qwen35.progress import Silent
+from qwen35.work import steps
+from qwen35.work.window import Window
+from qwen35.writing.run import Job, write_all
 from running import run as converted
 
 GGUF = Wanted("mix", types=("F16", "BF16", "Q8_0", "Q4_K_M"), name="gguf")
@@ -63,14 +64,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 
 def planned(source: Path, out: Path, wanted: tuple[Wanted, ...] = ALL) -> tuple[Artifact, ...]:
-    job = Job(str(source), out, wanted, depth="numbers")
+    job = pipeline_job.Job(str(source), out, wanted, depth="numbers")
     artifacts, problems = plan_artifacts(fetch(str(source)), job)
     assert problems == ()
     return artifacts
 
 
 def made(artifacts: tuple[Artifact, ...], threads: int = 2) -> dict[str, Any]:
-    return make_artifacts(artifacts, threads=threads, device="auto", progress=Silent())
+    jobs = [Job(artifact.plan, artifact.out) for artifact in artifacts]
+    _, errors = write_all(jobs, threads=threads, device="auto", progress=Silent())
+    return {artifacts[number].name: error for number, error in errors.items()}
 
 
 @pytest.mark.parametrize(
@@ -172,7 +175,7 @@ def test_bug_ends_everything_and_leaves_no_output(
     def broken(*arguments: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("qwen35.work.steps.Carrier._nf4", broken)
+    monkeypatch.setattr("qwen35.codecs.nf4.stored.EncodingNf4.add", broken)
     with pytest.raises(ZeroDivisionError):
         made(planned(dense, tmp_path / "out", ALL[:3]))
     left = [path for path in (tmp_path / "out").glob("*") if not path.name.startswith(".")]
@@ -185,21 +188,21 @@ def test_interrupted_sweep_is_continued(
     """What was finished before an interrupt is not read again; the bytes are those of one go."""
     monkeypatch.setattr("qwen35.sinks.written.SECONDS", 0.0)
     source = make_checkpoint(tmp_path / "Tiny")
-    real = make._Sweep._group
+    real = steps.advance
     groups: list[int] = []
 
-    def interrupted(self: Any, *arguments: Any) -> None:
+    def interrupted(*arguments: Any) -> None:
         groups.append(1)
         if len(groups) == 12:
             raise KeyboardInterrupt
-        real(self, *arguments)
+        real(*arguments)
 
-    monkeypatch.setattr(make._Sweep, "_group", interrupted)
+    monkeypatch.setattr(steps, "advance", interrupted)
     wanted = ALL[:3]
     with pytest.raises(KeyboardInterrupt):
         made(planned(source, tmp_path / "out", wanted), threads=1)
     first = reads.total
-    monkeypatch.setattr(make._Sweep, "_group", real)
+    monkeypatch.setattr(steps, "advance", real)
     artifacts = planned(source, tmp_path / "out", wanted)
     assert made(artifacts) == {}
     assert reads.total < first + source_bytes(artifacts)

@@ -28,22 +28,27 @@ from hypothesis import strategies as st
 import qwen35
 from checkpoints import layout_of, random_tensors, tiny_config, write_checkpoint
 from qwen35.checkpoint.header import parse_header
+from qwen35.checkpoint.inventory import Item
 from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, open_folder, open_published
-from qwen35.checkpoint.storage import Storage, StoredTensor, Weight, group
-from qwen35.codecs import nf4
+from qwen35.codecs.nf4 import layout as nf4
+from qwen35.codecs.registry import CODECS, group
 from qwen35.errors import TensorError, UsageError
 from qwen35.model.config import parse_config
 from qwen35.model.roles import Layout, expected_tensors, role_of
 from qwen35.model.sizes import PUBLISHED
-from qwen35.plan import plan as plan_module
 from qwen35.plan.manifest import manifest_bytes, manifest_size
 from qwen35.plan.memory import peak_memory, threads_within
-from qwen35.plan.plan import MAX_SHARD_BYTES, Plan, make_plan
-from qwen35.plan.recipe import BUILT_IN, Recipe, Rule, load_recipe
-from qwen35.plan.show import packed_text, plan_json, plan_text, roles_json, roles_text
-from qwen35.plan.step import Op, Step, _operation
+from qwen35.plan.plan import Plan, make_plan
+from qwen35.plan.recipe import Recipe, Rule, built_in, load_recipe
+from qwen35.plan.rows import rows_of
+from qwen35.plan.safetensors import making
+from qwen35.plan.safetensors import options as plan_options
+from qwen35.plan.safetensors.options import MAX_SHARD_BYTES
+from qwen35.plan.safetensors.show import packed_text, plan_json, plan_text, roles_json, roles_text
+from qwen35.plan.safetensors.steps import _decided
+from qwen35.plan.step import Step, Target
 from qwen35.shown import bytes_of, least, size
-from qwen35.tensors import TensorSpec
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
 from qwen35.threads import default_threads
 
 pytestmark = pytest.mark.sentences
@@ -201,8 +206,8 @@ def made_up(
 
 def recipe_of(*rules: tuple[str, str], form: str = "nf4") -> Recipe:
     """Return a recipe that ends with everything plain."""
-    made = [Rule(match, action, "test") for match, action in rules]  # type: ignore[arg-type]
-    return Recipe("test", form, "", (*made, Rule("*", "plain", "rest")))  # type: ignore[arg-type]
+    made = [Rule(match, action, "test") for match, action in rules]
+    return Recipe("test", form, "", (*made, Rule("*", "plain", "rest")))
 
 
 # --- golden numbers
@@ -405,7 +410,7 @@ def test_text_names_follow_the_class_or_stay() -> None:
 
 def test_text_only_source_keeps_its_names_and_class() -> None:
     raw = tiny_config(text_only=True)
-    for recipe in BUILT_IN:
+    for recipe in built_in("safetensors"):
         plan = make_plan(made_up(raw), load_recipe(recipe))
         config = config_of(plan)
         config.pop("quantization_config", None)
@@ -600,7 +605,7 @@ def check_files(plan: Plan) -> None:
     assert plan.nbytes == sum(size for _, size in plan.file_sizes())
 
 
-@pytest.mark.parametrize("recipe", BUILT_IN)
+@pytest.mark.parametrize("recipe", built_in("safetensors"))
 @pytest.mark.parametrize("size", SIZES)
 def test_files_of_a_published_size_hold_its_tensors(size: str, recipe: str) -> None:
     check_files(published_plan(size, recipe))
@@ -636,7 +641,7 @@ def test_single_file_has_no_index_and_the_plain_name() -> None:
 
 
 def test_weight_and_its_companions_share_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(plan_options, "MAX_SHARD_BYTES", 100_000)
     plan = make_plan(made_up(tiny_config()), load_recipe("nf4"))
     assert len(plan.files) > 10
     check_files(plan)
@@ -696,7 +701,7 @@ def test_any_keep_accounts_for_every_weight_and_byte(
     if drop_mtp:
         recipe = recipe.dropping_mtp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan_module, "MAX_SHARD_BYTES", shard)
+        patch.setattr(plan_options, "MAX_SHARD_BYTES", shard)
         try:
             plan = make_plan(checkpoint, recipe)
         except UsageError:  # a group asked for twice, or a part of the tower kept and the rest not
@@ -823,7 +828,7 @@ def test_files_are_filled_in_order_as_full_as_they_may_be(recipe: str, dense: Pa
 def test_two_weights_of_one_name_are_refused(dense: Path) -> None:
     step = make_plan(open_folder(dense), load_recipe("text")).steps[0]
     with pytest.raises(TensorError) as caught:
-        plan_module._file(2, 3, [step, step])
+        making._file(making._file_name(2, 3), [step, step])
     assert str(caught.value) == (
         "model-00002-of-00003.safetensors: two weights would be written under one name"
     )
@@ -845,7 +850,7 @@ def test_notes_of_all_kinds_are_kept(moe: Path, tmp_path: Path) -> None:
     assert len(make_plan(open_folder(source), load_recipe("fp8")).notes) == 1
 
 
-def item_of(storage: Storage, shape: tuple[int, ...]) -> Any:
+def item_of(storage: str, shape: tuple[int, ...]) -> Any:
     """Return a linear layer that is stored so."""
     name = "model.layers.0.mlp.up_proj.weight"
     return SimpleNamespace(
@@ -874,12 +879,13 @@ def item_of(storage: Storage, shape: tuple[int, ...]) -> Any:
     ],
 )
 def test_what_cannot_be_packed_is_copied_or_decoded(
-    action: Any, storage: Storage, shape: tuple[int, int], op: str
+    action: Any, storage: str, shape: tuple[int, int], op: str
 ) -> None:
     item = item_of(storage, shape)
     unfit = {item.weight.name: "not whole tiles"} if shape[0] % 128 else {}
-    found, reason = _operation("r", Rule("mlp", action, "why"), item, unfit)
-    assert found == op
+    rule = Rule("mlp", action, "why")
+    codec, copied, reason = _decided("r", rule, CODECS.get(action), item, unfit)
+    assert Target(codec, (), (), copied).op == op
     if action in ("nf4", "fp8") and op in ("copy", "decode") and storage != action:
         assert reason in ("not a multiple of 64 weights", "not whole tiles")
 
@@ -891,11 +897,14 @@ def test_what_is_packed_is_counted_by_format() -> None:
     assert packed_text(published_plan("Qwen3.5-0.8B", "text")) == "none packed"
 
 
-def step_of(op: Op, storage: Storage, dtype: str, numel: int) -> Step:
+def step_of(op: str, storage: str, dtype: str, numel: int) -> Step:
     """Return a step of which memory is asked."""
     spec = TensorSpec("w", dtype, (numel,))
     weight = Weight("w", storage, (StoredTensor(spec, "in", 0),))
-    return Step(weight, spec, role_of("lm_head.weight"), op, "", ())
+    role = role_of("lm_head.weight")
+    codec = {"copy": storage, "decode": "plain"}.get(op, op)
+    target = Target(codec, (), ("out",), copied=op == "copy")
+    return Step(rows_of(Item(weight, role, spec)), role, "", (target,))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from qwen35.errors import InputError
 from qwen35.publish.documents import documents, write_documents
 from qwen35.publish.modelfile import gguf_models, modelfile_text
 from qwen35.verify.artifact import verify
+from qwen35.verify.opening import open_artifact
 from running import run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -76,15 +77,15 @@ def test_manifest_goes_on_saying_what_it_said(nf4: Path) -> None:
 
 
 def test_verdict_is_kept_in_the_manifest(nf4: Path, dense: Path) -> None:
-    source, artifact = (open_folder(folder) for folder in (dense, nf4))
-    verdict = verify(artifact, source=source, depth="numbers", threads=1)
+    artifact = open_artifact(str(nf4), "numbers")
+    verdict = verify(artifact, source=open_folder(dense), depth="numbers", threads=1)
     write_documents(nf4, documents(nf4, REPO, verdict=verdict))
     said = manifest_of(nf4)["verified"]
     assert (said["depth"], said["passed"], said["findings"]) == ("numbers", True, [])
     assert said["relative_error"]
     assert str(nf4.parent) not in (nf4 / "qwen35.json").read_text()
     assert documents(nf4, REPO) == {}
-    assert verify(open_folder(nf4)).passed
+    assert verify(open_artifact(str(nf4))).passed
 
 
 def test_own_readme_is_kept(nf4: Path) -> None:
@@ -173,11 +174,11 @@ def test_card_without_a_known_source(nf4: Path) -> None:
 
 
 def test_card_names_no_command_that_would_make_something_else(dense: Path, tmp_path: Path) -> None:
-    from qwen35.convert import convert
+    from qwen35.writing.run import write
     from running import plan_of
 
     out = tmp_path / "out"
-    convert(plan_of(dense, keep=("self_attn",)), out, threads=1)
+    write(plan_of(dense, keep=("self_attn",)), out, threads=1)
     edit_manifest(out, source={"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT})
     _, text = card_of(out)
     assert "| `self_attn` | BF16 | 6 | asked for by --keep |" in text
@@ -314,9 +315,7 @@ def test_push_writes_the_card_and_check_does_not(world: World, nf4: Path) -> Non
     for name, content in world.remote().items():
         remote.mkdir(exist_ok=True)
         (remote / name).write_bytes(content)
-    from qwen35.checkpoint.open import describe
-
-    assert verify(describe(str(remote), lenient=True)).passed
+    assert verify(open_artifact(str(remote))).passed
 
 
 def test_saved_check_is_applied_to_the_letter(world: World, nf4: Path) -> None:

@@ -19,9 +19,9 @@ import deadly
 import qwen35
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from qwen35.cli.main import main
-from qwen35.convert import convert
 from qwen35.errors import TensorError, UsageError, WorkerError
 from qwen35.work.on_ray import RayWorkers
+from qwen35.writing.run import write
 from running import plan_of
 from watching import Watching
 
@@ -70,12 +70,12 @@ def folder(cluster: Any) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", SHARD)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
 
 
 @pytest.fixture
 def expected(dense: Path, tmp_path: Path) -> dict[str, bytes]:
-    convert(plan_of(dense), tmp_path / "unharmed", threads=1)
+    write(plan_of(dense), tmp_path / "unharmed", threads=1)
     return tree(tmp_path / "unharmed")
 
 
@@ -90,7 +90,7 @@ def test_a_cluster_writes_what_threads_write(
     progress = Watching()
     pool = RayWorkers("auto")
     assert pool.slots == 2
-    convert(plan_of(dense), tmp_path / "out", pool=pool, progress=progress)
+    write(plan_of(dense), tmp_path / "out", pool=pool, progress=progress)
     assert tree(tmp_path / "out") == expected
     assert progress.done == progress.total == plan_of(dense).read_bytes
     log = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
@@ -109,7 +109,7 @@ def test_a_worker_that_dies_costs_only_its_task(
     monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.deadly)
     (folder / "kill").write_text("2")
     progress = Watching()
-    convert(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"), progress=progress)
+    write(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"), progress=progress)
     assert len(list(folder.glob("death*"))) == 2
     assert tree(tmp_path / "out") == expected
     assert progress.done == progress.total
@@ -129,13 +129,13 @@ def test_a_worker_that_always_dies_is_an_error_and_the_rest_is_kept(
     with pytest.raises(
         WorkerError, match=r"its worker died 3 times \(WorkerCrashedError"
     ) as caught:
-        convert(plan, tmp_path / "out", pool=RayWorkers("auto"))
+        write(plan, tmp_path / "out", pool=RayWorkers("auto"))
     assert len(list(folder.glob("death*"))) == 3
     assert "the same command continues" in caught.value.__notes__[0]
     monkeypatch.undo()
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", SHARD)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
     rest = Watching()
-    convert(plan, tmp_path / "out", pool=RayWorkers("auto"), progress=rest)
+    write(plan, tmp_path / "out", pool=RayWorkers("auto"), progress=rest)
     assert rest.total < plan.read_bytes / 2
     assert tree(tmp_path / "out") == expected
 
@@ -160,7 +160,7 @@ def test_a_node_that_dies_costs_only_its_tasks(
             cluster.remove_node(node, allow_graceful=False)
 
     progress = Watching(kill)
-    convert(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"), progress=progress)
+    write(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"), progress=progress)
     assert removed
     assert tree(tmp_path / "out") == expected
     assert progress.done == progress.total
@@ -173,7 +173,7 @@ def test_a_bad_weight_is_the_same_sentence(cluster: Any, tmp_path: Path) -> None
     tensors[name][3, 4] = torch.nan
     source = write_checkpoint(tmp_path / "source", config, tensors)
     with pytest.raises(TensorError, match=f"^{name}: holds NaN or infinity"):
-        convert(plan_of(source), tmp_path / "out", pool=RayWorkers("auto"))
+        write(plan_of(source), tmp_path / "out", pool=RayWorkers("auto"))
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -196,7 +196,7 @@ def test_a_node_without_qwen35_is_a_sentence(
 ) -> None:
     monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.absent)
     with pytest.raises(UsageError, match="a node of the cluster cannot import qwen35; install"):
-        convert(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"))
+        write(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"))
     assert not any(tmp_path.iterdir())
 
 
@@ -215,7 +215,7 @@ def test_each_job_has_a_gpu_to_itself_where_there_are_some(
     try:
         pool = RayWorkers("auto", device="cuda", threads=1)
         assert pool.slots == 2
-        convert(plan_of(dense), tmp_path / "out", pool=pool)
+        write(plan_of(dense), tmp_path / "out", pool=pool)
     finally:
         cluster.remove_node(node)
     assert tree(tmp_path / "out") == expected

@@ -15,13 +15,14 @@ from gguf_models import make_variant
 from hub_client import REPO, World, files_in
 from hub_store import COMMIT, Repo
 from qwen35.cli.main import main
-from qwen35.convert import convert
+from qwen35.plan.order import plan_again
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.progress import Silent
 from qwen35.publish.documents import documents, write_documents
-from qwen35.reproduce import Origin, plan_again
+from qwen35.reproduce import Origin
 from qwen35.reproduce import reproduce as make_again
+from qwen35.writing.run import write
 from running import plan_of, run
 
 pytestmark = pytest.mark.sentences
@@ -130,7 +131,7 @@ def test_own_rules_and_prefix_come_from_the_manifest(
     checkpoint = plan_of(dense).checkpoint
     recipe = load_recipe(str(toml)).dropping_mtp()
     out = tmp_path / "out"
-    convert(make_plan(checkpoint, recipe, keep_prefix=True), out, threads=1)
+    write(make_plan(checkpoint, recipe, keep_prefix=True), out, threads=1)
     toml.unlink()
     assert reproduce(out, "--source", dense) == 0
     assert "reproduced" in capsys.readouterr().out

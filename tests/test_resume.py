@@ -17,13 +17,10 @@ import pytest
 from gguf_models import make_variant
 from killing import Killer, Trial, killer
 from qwen35.checkpoint.source import open_folder
-from qwen35.convert import convert
 from qwen35.errors import OutputError
-from qwen35.gguf.plan import Asked, GgufPlan
-from qwen35.gguf.plan import make_plan as gguf_plan
-from qwen35.gguf.rules import load_recipe as gguf_recipe
-from qwen35.gguf.write import write
-from qwen35.plan.plan import Plan
+from qwen35.plan.plan import Plan, make_plan
+from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 from running import plan_of
 
 KILLS = {False: 32, True: 12}
@@ -53,24 +50,23 @@ def filling(phase: str) -> bool:
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
-@pytest.mark.parametrize(("sink", "asked"), [("convert", "nf4"), ("gguf", "F16,Q8_0,Q4_K_M")])
+@pytest.mark.parametrize("asked", ["nf4", "F16,Q8_0,Q4_K_M"])
 def test_runs_killed_at_random_points_end_with_the_same_bytes(
     runs: Killer,
     dense: Path,
     gguf_source: Path,
     tmp_path: Path,
-    sink: str,
     asked: str,
     power: bool,
 ) -> None:
-    source = dense if sink == "convert" else gguf_source
+    source = gguf_source if "," in asked else dense
     place = tmp_path / "place"
-    whole = Trial(sink, str(source), str(place / "out"), asked)
+    whole = Trial("threads", str(source), str(place / "out"), asked)
     place.mkdir()
     unharmed = runs.run(whole)
     assert (unharmed.code, unharmed.error) == (0, "")
     expected = tree(place / "out")
-    chance = random.Random(f"{sink} {power}")
+    chance = random.Random(f"{asked} {power}")
     phases = []
     for number in range(KILLS[power]):
         shutil.rmtree(place)
@@ -103,12 +99,12 @@ def test_runs_killed_at_random_points_end_with_the_same_bytes(
     assert sum(map(filling, phases)) >= KILLS[power] * 2 // 3
 
 
-@pytest.mark.parametrize(("sink", "asked"), [("convert", "nf4"), ("gguf", "F16,Q8_0")])
+@pytest.mark.parametrize("asked", ["nf4", "F16,Q8_0"])
 def test_a_continued_run_does_not_write_again_what_is_finished(
-    runs: Killer, dense: Path, gguf_source: Path, tmp_path: Path, sink: str, asked: str
+    runs: Killer, dense: Path, gguf_source: Path, tmp_path: Path, asked: str
 ) -> None:
-    source = dense if sink == "convert" else gguf_source
-    whole = Trial(sink, str(source), str(tmp_path / "out"), asked, threads=1)
+    source = gguf_source if "," in asked else dense
+    whole = Trial("threads", str(source), str(tmp_path / "out"), asked, threads=1)
     unharmed = runs.run(whole)
     shutil.rmtree(tmp_path / "out")
     pwrites = [i for i, phase in enumerate(unharmed.phases, 1) if phase.startswith("pwrite")]
@@ -146,7 +142,7 @@ class Interrupted:
 def interrupted(plan: Plan, out: Path, steps: int = 12) -> Interrupted:
     progress = Interrupted(steps)
     with pytest.raises(KeyboardInterrupt):
-        convert(plan, out, threads=1, progress=progress)
+        write(plan, out, threads=1, progress=progress)
     return progress
 
 
@@ -157,11 +153,11 @@ def test_an_interrupted_run_is_continued_and_progress_is_of_the_rest(
     first = interrupted(plan, tmp_path / "out")
     assert first.title == "writing out"
     rest = Interrupted()
-    result = convert(plan, tmp_path / "out", threads=1, progress=rest)
+    result = write(plan, tmp_path / "out", threads=1, progress=rest)
     assert rest.title == "continuing out"
     assert rest.done == rest.total
     assert first.done <= plan.read_bytes - rest.total <= first.done + 10**6
-    assert result.hashes == convert(plan, tmp_path / "unharmed", threads=1).hashes
+    assert result.hashes == write(plan, tmp_path / "unharmed", threads=1).hashes
 
 
 def test_another_plan_refuses_to_continue_and_says_how_to_start_over(
@@ -174,9 +170,9 @@ def test_another_plan_refuses_to_continue_and_says_how_to_start_over(
     )
     for _ in range(2):
         with pytest.raises(OutputError, match=words):
-            convert(plan_of(dense, "text"), tmp_path / "out")
+            write(plan_of(dense, "text"), tmp_path / "out")
     shutil.rmtree(tmp_path / ".out.partial")
-    convert(plan_of(dense, "text"), tmp_path / "out")
+    write(plan_of(dense, "text"), tmp_path / "out")
 
 
 def test_a_changed_source_refuses_to_continue(dense: Path, tmp_path: Path) -> None:
@@ -185,7 +181,7 @@ def test_a_changed_source_refuses_to_continue(dense: Path, tmp_path: Path) -> No
     interrupted(plan_of(source), tmp_path / "out")
     os.utime(source / "config.json")
     with pytest.raises(OutputError, match="unfinished run with another source;"):
-        convert(plan_of(source), tmp_path / "out")
+        write(plan_of(source), tmp_path / "out")
 
 
 def test_another_commit_refuses_to_continue(dense: Path, tmp_path: Path) -> None:
@@ -194,8 +190,8 @@ def test_another_commit_refuses_to_continue(dense: Path, tmp_path: Path) -> None
     second = replace(plan, checkpoint=replace(plan.checkpoint, repo="a/b", revision="1" * 40))
     interrupted(first, tmp_path / "out")
     with pytest.raises(OutputError, match="unfinished run with another source;"):
-        convert(second, tmp_path / "out")
-    assert convert(first, tmp_path / "out").hashes
+        write(second, tmp_path / "out")
+    assert write(first, tmp_path / "out").hashes
 
 
 def test_another_version_of_the_tool_refuses_to_continue(
@@ -204,7 +200,7 @@ def test_another_version_of_the_tool_refuses_to_continue(
     interrupted(plan_of(dense), tmp_path / "out")
     monkeypatch.setattr("qwen35.plan.manifest.__version__", "99")
     with pytest.raises(OutputError, match="unfinished run with another tool version;"):
-        convert(plan_of(dense), tmp_path / "out")
+        write(plan_of(dense), tmp_path / "out")
 
 
 def test_a_run_in_which_nothing_was_finished_is_no_hindrance(
@@ -212,9 +208,9 @@ def test_a_run_in_which_nothing_was_finished_is_no_hindrance(
 ) -> None:
     interrupted(plan_of(dense), tmp_path / "out", steps=-1)
     assert not any(tmp_path.iterdir())
-    runs.run(Trial("convert", str(dense), str(tmp_path / "out"), "nf4", kill_at=20))
+    runs.run(Trial("threads", str(dense), str(tmp_path / "out"), "nf4", kill_at=20))
     assert (tmp_path / ".out.partial" / "journal").exists()
-    convert(plan_of(dense, "text"), tmp_path / "out")
+    write(plan_of(dense, "text"), tmp_path / "out")
     assert not (tmp_path / ".out.partial").exists()
 
 
@@ -228,9 +224,9 @@ def in_shards(plan: Plan, out: Path) -> list[Path]:
 def test_a_finished_file_that_was_damaged_since_is_written_again(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 1_500_000)
     plan = plan_of(dense)
-    expected = convert(plan, tmp_path / "unharmed", threads=1).hashes
+    expected = write(plan, tmp_path / "unharmed", threads=1).hashes
     first, *_ = in_shards(plan, tmp_path / "out")
     if harm == "a bit":
         data = bytearray(first.read_bytes())
@@ -241,7 +237,7 @@ def test_a_finished_file_that_was_damaged_since_is_written_again(
     else:
         first.unlink()
     interrupted(plan, tmp_path / "out", steps=2)  # and once more, while it is made again
-    assert convert(plan, tmp_path / "out", threads=1).hashes == expected
+    assert write(plan, tmp_path / "out", threads=1).hashes == expected
 
 
 def test_a_torn_journal_costs_only_what_it_does_not_tell(dense: Path, tmp_path: Path) -> None:
@@ -249,14 +245,13 @@ def test_a_torn_journal_costs_only_what_it_does_not_tell(dense: Path, tmp_path: 
     interrupted(plan, tmp_path / "out")
     journal = tmp_path / ".out.partial" / "journal"
     os.truncate(journal, journal.stat().st_size - 3)
-    result = convert(plan, tmp_path / "out", threads=1)
-    assert result.hashes == convert(plan, tmp_path / "unharmed", threads=1).hashes
+    result = write(plan, tmp_path / "out", threads=1)
+    assert result.hashes == write(plan, tmp_path / "unharmed", threads=1).hashes
 
 
 def test_gguf_files_of_another_plan_are_not_continued(gguf_source: Path, tmp_path: Path) -> None:
-    def plan(types: str) -> GgufPlan:
-        asked = Asked((types,), gguf_recipe("mix"))
-        return gguf_plan(open_folder(gguf_source), asked)
+    def plan(types: str) -> Plan:
+        return make_plan(open_folder(gguf_source), load_recipe("mix", "gguf"), types=(types,))
 
     with pytest.raises(KeyboardInterrupt):
         write(plan("Q8_0"), tmp_path / "out", threads=1, progress=Interrupted(5))

@@ -10,10 +10,11 @@ import pytest
 from checkpoints import tiny_config
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import Checkpoint, is_published, open_published
-from qwen35.checkpoint.storage import StoredTensor, group
+from qwen35.codecs.registry import group
 from qwen35.model.config import parse_config
 from qwen35.model.roles import Layout, expected_tensors
 from qwen35.model.sizes import FUSED_MTP_EXPERTS, PUBLISHED, published_config
+from qwen35.tensors import StoredTensor
 
 FAMILY = {
     # name: (tensors, parameters, bytes of tensors)

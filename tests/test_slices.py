@@ -19,10 +19,10 @@ import torch
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from killing import Killer, Trial, killer
 from qwen35.cli.main import main
-from qwen35.convert import convert
 from qwen35.errors import OutputError, TensorError
 from qwen35.sinks.slices import joined
-from qwen35.slices import convert_slice, finalize
+from qwen35.writing.run import write
+from qwen35.writing.slices import finalize, write_slice
 from running import plan_of
 
 SHARD = 800_000
@@ -34,7 +34,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", SHARD)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def runs() -> Iterator[Killer]:
 def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one run writes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", SHARD)
+        patch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
         out = tmp_path_factory.mktemp("expected") / "out"
-        convert(plan_of(dense), out, threads=1)
+        write(plan_of(dense), out, threads=1)
     return tree(out)
 
 
@@ -63,7 +63,7 @@ def test_slices_in_any_order_give_the_same_bytes(
     plan = plan_of(dense)
     for number, order in enumerate(itertools.permutations((1, 2, 3))):
         out = tmp_path / f"out{number}"
-        done = [convert_slice(plan, out, i, 3, threads=1) for i in order]
+        done = [write_slice(plan, out, i, 3, threads=1) for i in order]
         assert not out.exists()
         assert sum(part.weights for part in done) == sum(len(f.steps) for f in plan.files)
         assert sum(part.nbytes for part in done) == sum(step.nbytes for step in plan.steps)
@@ -77,19 +77,21 @@ def test_more_slices_than_tasks(
     moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, count = plan_of(moe, "text-fp8"), 300
-    done = [convert_slice(plan, tmp_path / "out", i, count) for i in range(1, count + 1)]
+    done = [write_slice(plan, tmp_path / "out", i, count) for i in range(1, count + 1)]
     assert any(not part.weights for part in done)
     assert main(["finalize", str(tmp_path / "out")]) == 0
-    assert "note: FP8 weights are not checked here: qwen35 verify" in capsys.readouterr().err
-    convert(plan, tmp_path / "unharmed")
+    assert (
+        "note: FP8 weights were not checked by the slices: qwen35 verify" in capsys.readouterr().err
+    )
+    write(plan, tmp_path / "unharmed")
     assert tree(tmp_path / "out") == tree(tmp_path / "unharmed")
 
 
 def run_slice(source: Path, out: Path, number: int, count: int) -> None:
-    from qwen35.plan import plan as planning
+    from qwen35.plan.safetensors import options
 
-    planning.MAX_SHARD_BYTES = SHARD
-    convert_slice(plan_of(source), out, number, count, threads=1)
+    options.MAX_SHARD_BYTES = SHARD
+    write_slice(plan_of(source), out, number, count, threads=1)
 
 
 def test_slices_at_the_same_time(dense: Path, tmp_path: Path, expected: dict[str, bytes]) -> None:
@@ -128,7 +130,7 @@ def test_killed_slices_are_repeated_and_finalized_when_all_are_complete(
             assert runs.run(trial).code == -signal.SIGKILL
             with pytest.raises(OutputError, match=r"slice 1/2 (lacks \d+ of \d+ weights|was not)"):
                 finalize(place / "out")
-            convert_slice(plan_of(dense), place / "out", 1, 2)
+            write_slice(plan_of(dense), place / "out", 1, 2)
             finalize(place / "out")
             assert tree(place / "out") == expected
             assert left(place) == {"out"}
@@ -140,7 +142,7 @@ def test_killed_finalizing_is_repeated(
     place = tmp_path / "place"
     prepared = tmp_path / "prepared"
     for i in (1, 2):
-        convert_slice(plan_of(dense), prepared / "out", i, 2)
+        write_slice(plan_of(dense), prepared / "out", i, 2)
     trial = Trial("finalize", "", str(place / "out"), "", shard=SHARD)
     shutil.copytree(prepared, place)
     phases = runs.run(trial).phases
@@ -161,13 +163,13 @@ def test_missing_slices_are_named_and_finalizing_again_is_refused(
     with pytest.raises(OutputError, match="out: there are no slices of it; they are made by"):
         finalize(out)
     plan = plan_of(dense)
-    convert_slice(plan, out, 2, 4)
+    write_slice(plan, out, 2, 4)
     words = "slice 1/4 was not run; slice 3/4 was not run; slice 4/4 was not run; run these"
     with pytest.raises(OutputError, match=words):
         finalize(out)
     for i in (1, 3, 4):
-        convert_slice(plan, out, i, 4)
-    assert convert_slice(plan, out, 3, 4).weights > 0  # again, harmless
+        write_slice(plan, out, i, 4)
+    assert write_slice(plan, out, 3, 4).weights > 0  # again, harmless
     finalize(out)
     assert tree(out) == expected
     with pytest.raises(OutputError, match=r"out: is there already"):
@@ -197,9 +199,9 @@ def test_an_interrupted_slice_continues(dense: Path, tmp_path: Path) -> None:
     plan = plan_of(dense)
     first, rest = Interrupted(0.5), Interrupted(1)
     with pytest.raises(KeyboardInterrupt):
-        convert_slice(plan, tmp_path / "out", 1, 2, threads=1, progress=first)
+        write_slice(plan, tmp_path / "out", 1, 2, threads=1, progress=first)
     assert first.title == "writing slice 1/2 of out"
-    convert_slice(plan, tmp_path / "out", 1, 2, threads=1, progress=rest)
+    write_slice(plan, tmp_path / "out", 1, 2, threads=1, progress=rest)
     assert rest.title == "continuing slice 1/2 of out"
     assert 0 < rest.total == rest.done < first.total
 
@@ -209,30 +211,30 @@ def test_an_interrupted_slice_continues(dense: Path, tmp_path: Path) -> None:
 
 def test_slices_and_other_runs_keep_out_of_each_others_way(dense: Path, tmp_path: Path) -> None:
     plan, out = plan_of(dense), tmp_path / "out"
-    convert_slice(plan, out, 1, 2)
+    write_slice(plan, out, 1, 2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(OutputError, match=r"holds an unfinished run in slices; run those"):
-        convert(plan, out)
+        write(plan, out)
     with pytest.raises(
         OutputError, match=r"slices of a run with another number of slices; give all"
     ):
-        convert_slice(plan, out, 1, 3)
+        write_slice(plan, out, 1, 3)
     with pytest.raises(OutputError, match=r"a run with another plan; give"):
-        convert_slice(plan_of(dense, "text"), out, 2, 2)
+        write_slice(plan_of(dense, "text"), out, 2, 2)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    convert_slice(plan, out, 2, 2)
+    write_slice(plan, out, 2, 2)
     finalize(out)
 
 
 def test_a_place_that_is_no_folder_is_a_sentence(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="Not a directory"):
-        convert_slice(plan_of(dense), tmp_path / "file" / "below" / "out", 1, 1)
-    convert_slice(plan_of(dense), tmp_path / "new" / "below" / "out", 1, 1)
+        write_slice(plan_of(dense), tmp_path / "file" / "below" / "out", 1, 1)
+    write_slice(plan_of(dense), tmp_path / "new" / "below" / "out", 1, 1)
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "precious").write_text("mine")
     with pytest.raises(OutputError, match="was not made by qwen35"):
-        convert_slice(plan_of(dense), tmp_path / "out", 1, 1)
+        write_slice(plan_of(dense), tmp_path / "out", 1, 1)
 
 
 def test_a_slice_does_not_join_a_run_without_slices(dense: Path, tmp_path: Path) -> None:
@@ -248,10 +250,10 @@ def test_a_slice_does_not_join_a_run_without_slices(dense: Path, tmp_path: Path)
 
     plan, out = plan_of(dense), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        convert(plan, out, threads=1, progress=Once())
+        write(plan, out, threads=1, progress=Once())
     with pytest.raises(OutputError, match="holds a run without slices"):
-        convert_slice(plan, out, 1, 2)
-    convert(plan, out)
+        write_slice(plan, out, 1, 2)
+    write(plan, out)
 
 
 def test_the_same_slice_twice_at_once_is_refused(dense: Path, tmp_path: Path) -> None:
@@ -259,23 +261,23 @@ def test_the_same_slice_twice_at_once_is_refused(dense: Path, tmp_path: Path) ->
     from qwen35.plan.tasks import task_bytes
 
     plan, out = plan_of(dense), tmp_path / "out"
-    order = order_of(plan, task_bytes(plan, 2), slices=2, overwrite=False)
+    order = order_of(plan, task_bytes(plan, 2), check=False, slices=2, overwrite=False)
     with joined(out, 1, order):
         with pytest.raises(OutputError, match="slice-1-of-2: another run is writing it"):
-            convert_slice(plan, out, 1, 2)
-        convert_slice(plan, out, 2, 2)
+            write_slice(plan, out, 1, 2)
+        write_slice(plan, out, 2, 2)
         with pytest.raises(OutputError, match="slice-1-of-2: another run is writing it"):
             finalize(out)
-    convert_slice(plan, out, 1, 2)
+    write_slice(plan, out, 1, 2)
     finalize(out)
 
 
 def test_a_file_that_is_gone_is_not_made_anew_with_holes(dense: Path, tmp_path: Path) -> None:
     plan, out = plan_of(dense), tmp_path / "out"
-    convert_slice(plan, out, 1, 2)
+    write_slice(plan, out, 1, 2)
     victim = sorted((tmp_path / ".out.partial" / "files").iterdir())[0]
     victim.unlink()
-    convert_slice(plan, out, 2, 2)
+    write_slice(plan, out, 2, 2)
     with pytest.raises(OutputError, match=r"is gone or was cut since; remove .*\.out\.partial"):
         finalize(out)
 
@@ -289,7 +291,7 @@ def test_a_bad_weight_fails_its_slice_alone_and_keeps_the_others(tmp_path: Path)
     said = []
     for i in range(1, 5):
         try:
-            convert_slice(plan, out, i, 4)
+            write_slice(plan, out, i, 4)
         except TensorError as error:
             said.append(str(error))
     assert len(said) == 1
@@ -302,10 +304,10 @@ def test_slices_replace_an_output_only_when_asked(
     dense: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     plan, out = plan_of(dense), tmp_path / "out"
-    convert(plan_of(dense, "text"), out)
+    write(plan_of(dense, "text"), out)
     with pytest.raises(OutputError, match="exists already"):
-        convert_slice(plan, out, 1, 1)
-    convert_slice(plan, out, 1, 1, overwrite=True)
+        write_slice(plan, out, 1, 1)
+    write_slice(plan, out, 1, 1, overwrite=True)
     assert tree(out) != expected
     finalize(out)
     assert tree(out) == expected
@@ -346,7 +348,7 @@ def test_a_slice_that_makes_no_sense_is_refused(
 def test_files_of_slices_have_the_mode_that_umask_gives(dense: Path, tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
-        convert_slice(plan_of(dense), tmp_path / "out", 1, 1)
+        write_slice(plan_of(dense), tmp_path / "out", 1, 1)
         finalize(tmp_path / "out")
     finally:
         os.umask(old)

@@ -8,16 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen35.checkpoint.storage import (
-    FP8_SCALE,
-    NF4_PARTS,
-    NF4_STATE,
-    StoredTensor,
-    Weight,
-    group,
-)
+from qwen35.codecs.fp8.layout import SCALE as FP8_SCALE
+from qwen35.codecs.nf4.layout import PARTS as NF4_PARTS
+from qwen35.codecs.nf4.layout import STATE as NF4_STATE
+from qwen35.codecs.registry import group
 from qwen35.errors import TensorError
-from qwen35.tensors import TensorSpec
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 NESTED = ("nested_absmax", "nested_quant_map")
 

@@ -17,36 +17,45 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen35.checkpoint.header import file_layout
+from qwen35.checkpoint.inventory import Item
 from qwen35.checkpoint.source import open_folder
-from qwen35.checkpoint.storage import StoredTensor, Weight
 from qwen35.errors import TensorError, WorkerError
 from qwen35.model.config import parse_config
 from qwen35.model.roles import Layout, expected_tensors, role_of
 from qwen35.model.sizes import published_config
-from qwen35.plan.plan import Plan, PlannedFile, make_plan
+from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
-from qwen35.plan.step import Step
+from qwen35.plan.rows import rows_of
+from qwen35.plan.step import Step, Target
 from qwen35.plan.tasks import Task, make_tasks, scheduled, share, task_bytes
 from qwen35.progress import Silent
 from qwen35.sinks.journal import Journal
 from qwen35.sinks.written import Written
-from qwen35.tensors import TensorSpec
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
 from qwen35.work.dispatch import TRIES, Ended, Job, Pool, dispatch
 from qwen35.work.failures import failure_json
 from qwen35.work.fleet import fill
+from qwen35.work.steps import Carrier
+from qwen35.writing.output import Output
 
 EMBEDDING = role_of("model.language_model.embed_tokens.weight")
 
 
-def step_of(name: str, nbytes: int) -> Step:
+def step_of(name: str, nbytes: int, file: str = "f") -> Step:
     spec = TensorSpec(name, "U8", (nbytes,))
     weight = Weight(name, "plain", (StoredTensor(spec, "in", 0),))
-    return Step(weight, spec, EMBEDDING, "copy", "", (spec,))
+    target = Target("plain", (spec,), (file,), copied=True)
+    return Step(rows_of(Item(weight, EMBEDDING, spec)), EMBEDDING, "", (target,))
 
 
-def file_of(name: str, sizes: list[int]) -> PlannedFile:
-    steps = tuple(step_of(f"{name}.{i}", size) for i, size in enumerate(sizes))
-    return PlannedFile(name, b"", {}, sum(sizes), steps)
+def steps_of(name: str, sizes: list[int]) -> list[Step]:
+    """Return the steps that fill a file."""
+    return [step_of(f"{name}.{i}", size, name) for i, size in enumerate(sizes)]
+
+
+def steps_of_all(sizes: list[list[int]]) -> list[Step]:
+    """Return the steps that fill the files ``f0``, ``f1``, ..."""
+    return [step for i, row in enumerate(sizes) for step in steps_of(f"f{i}", row)]
 
 
 FILES = st.lists(st.lists(st.integers(1, 1000), min_size=1, max_size=30), min_size=1, max_size=8)
@@ -56,14 +65,15 @@ FILES = st.lists(st.lists(st.integers(1, 1000), min_size=1, max_size=30), min_si
 def test_tasks_cover_every_step_once_in_order_and_none_is_too_large(
     sizes: list[list[int]], nbytes: int
 ) -> None:
-    files = [file_of(f"f{i}", row) for i, row in enumerate(sizes)]
-    tasks = make_tasks(files, nbytes)
-    for file in files:
-        own = [task for task in tasks if task.file == file.name]
-        assert tuple(step for task in own for step in task.steps) == file.steps
+    tasks = make_tasks(steps_of_all(sizes), nbytes)
+    before = 0
+    for number, row in enumerate(sizes):
+        own = [task for task in tasks if task.files == (f"f{number}",)]
+        assert [step for task in own for step in task.steps] == steps_of(f"f{number}", row)
         assert [task.begin for task in own] == [
-            sum(len(t.steps) for t in own[:i]) for i in range(len(own))
+            before + sum(len(t.steps) for t in own[:i]) for i in range(len(own))
         ]
+        before += len(row)
         for first, second in itertools.pairwise(own):
             assert first.nbytes + second.nbytes > nbytes  # not more tasks than needed
     for task in tasks:
@@ -75,7 +85,7 @@ def test_tasks_cover_every_step_once_in_order_and_none_is_too_large(
 def test_shares_are_balanced_by_bytes_and_complete(
     sizes: list[list[int]], nbytes: int, count: int
 ) -> None:
-    tasks = make_tasks([file_of(f"f{i}", row) for i, row in enumerate(sizes)], nbytes)
+    tasks = make_tasks(steps_of_all(sizes), nbytes)
     shares = share(tasks, count)
     assert len(shares) == count
     assert [task for part in shares for task in part] == list(tasks)
@@ -100,12 +110,12 @@ def sizes_of(tasks: Sequence[Task]) -> list[int]:
     ],
 )
 def test_a_task_reads_as_much_as_it_may(sizes: list[int], nbytes: int, tasks: list[int]) -> None:
-    assert sizes_of(make_tasks([file_of("f", sizes)], nbytes)) == tasks
+    assert sizes_of(make_tasks(steps_of("f", sizes), nbytes)) == tasks
 
 
 def test_single_large_weights_are_begun_first() -> None:
     sizes = [3, 20, 10, 19, 50, 9]
-    tasks = make_tasks([file_of(f"f{i}", [size]) for i, size in enumerate(sizes)], 10)
+    tasks = make_tasks(steps_of_all([[size] for size in sizes]), 10)
     assert sizes_of(scheduled(tasks, 10)) == [50, 20, 3, 10, 19, 9]
 
 
@@ -125,7 +135,7 @@ def test_single_large_weights_are_begun_first() -> None:
 def test_a_task_is_in_the_share_of_its_middle(
     sizes: list[int], count: int, shares: list[list[int]]
 ) -> None:
-    tasks = make_tasks([file_of(f"f{i}", [size]) for i, size in enumerate(sizes)], 1)
+    tasks = make_tasks(steps_of_all([[size] for size in sizes]), 1)
     assert [sizes_of(part) for part in share(tasks, count)] == shares
 
 
@@ -156,6 +166,7 @@ class Simulated(Pool):
         self.begun: list[Mapping[str, Any]] = []
         self.idle_from: int | None = None
         self.work = 0
+        self._steps = plan.written
         self._files = {file.name: file for file in plan.files}
         self._running: list[tuple[int, int, Any]] = []
 
@@ -167,10 +178,18 @@ class Simulated(Pool):
         return self._slots
 
     def begin(self, number: int, order: Mapping[str, Any]) -> None:
-        file = self._files[order.get("file") or order["hash"]]
-        steps = [file.steps[i] for i in order.get("steps", ())]
-        takes = sum(step.weight.nbytes for step in steps) or file.nbytes
-        answer: Any = [step.outputs[0].name for step in steps] if steps else "0" * 64
+        steps = [self._steps[i] for i in order.get("steps", ())]
+        answer: Any = "0" * 64
+        if steps:
+            takes = sum(step.read_bytes for step in steps)
+            tensors: dict[str, list[str]] = {}
+            for step in steps:
+                for target in step.targets:
+                    for file in target.files:
+                        tensors.setdefault(file, []).append(target.outputs[0].name)
+            answer = {"tensors": tensors, "compared": {}}
+        else:
+            takes = self._files[order["hash"]].nbytes
         heapq.heappush(self._running, (self.clock + takes, number, answer))
         self.begun.append(order)
         self.work += takes
@@ -219,19 +238,21 @@ def test_a_hundred_shards_keep_all_workers_busy(
     folder.mkdir(parents=True)
     pool = Simulated(plan, slots)
     with Journal(tmp_path / "journal", {}) as journal, Written(folder, journal) as written:
-        hashes = fill(plan, folder, written, plan.files, pool, Silent())
-    assert hashes.keys() == {file.name for file in plan.files}
+        carrier = Carrier(plan, ())
+        output = Output(tmp_path / "out", plan, folder, written, carrier, Silent())
+        fill(output, plan.files, pool)
+    assert output.hashes.keys() == {file.name for file in plan.files}
 
-    done = Counter((o["file"], i) for o in pool.begun if "file" in o for i in o["steps"])
-    assert done == Counter((file.name, i) for file in plan.files for i in range(len(file.steps)))
+    done = Counter(i for o in pool.begun if "steps" in o for i in o["steps"])
+    assert done == Counter(range(len(plan.written)))
     # a worker was without work only when all tasks were begun
     if pool.idle_from is not None:
         assert all("hash" in order for order in pool.begun[pool.idle_from :])
     # Graham's bound for a schedule in which none idles while a job is ready (1969): the work, and
     # the longest chain of jobs that wait for each other: a task and the hashing of its file
     size_of = {file.name: file.nbytes for file in plan.files}
-    tasks = make_tasks(plan.files, task_bytes(plan, slots))
-    chain = max(task.nbytes + size_of[task.file] for task in tasks)
+    tasks = make_tasks(plan.written, task_bytes(plan, slots))
+    chain = max(task.nbytes + size_of[file] for task in tasks for file in task.files)
     assert pool.work == plan.read_bytes + sum(size_of.values())
     assert pool.clock <= pool.work / slots + (1 - 1 / slots) * chain
     assert pool.clock <= max(pool.work / slots, chain) * 1.6

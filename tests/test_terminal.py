@@ -28,7 +28,7 @@ from qwen35.cli.output import Output
 from qwen35.cli.screen import coloured, fit, width_of
 from qwen35.model.roles import ROLES
 from qwen35.model.sizes import PUBLISHED
-from qwen35.plan.recipe import BUILT_IN
+from qwen35.plan.recipe import built_in
 
 Capture = pytest.CaptureFixture[str]
 LONG = "Qwen3.5-text-0.8B-a-name-that-somebody-found-good-because-it-says-all"
@@ -57,7 +57,7 @@ def test_examples_name_recipes_and_sizes_that_exist() -> None:
             args = parser_of(words[1]).parse_args(words[2:])
             recipe = getattr(args, "recipe", None)
             known = recipe is None or recipe.endswith(".toml")
-            assert known or recipe in BUILT_IN or words[1] == "gguf", command
+            assert known or recipe in built_in("safetensors") or words[1] == "gguf", command
             model = getattr(args, "model", None) or ""
             if model.startswith("Qwen3.5") and words[1] == "plan":
                 assert model in PUBLISHED, command
@@ -329,7 +329,7 @@ def test_completion_knows_every_verb_and_flag(shell: str, capsys: Capture) -> No
                 if option.startswith("--") and "_" not in option:
                     name = option.removeprefix("--") if shell == "fish" else option
                     assert name in text, (verb, option)
-    for recipe in BUILT_IN:
+    for recipe in built_in("safetensors"):
         assert recipe in text
     assert "--calib_mode" not in text
 
@@ -359,7 +359,7 @@ def test_bash_completes(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "notes.txt").touch()
     assert set(VERBS) <= set(completed("qwen35", tmp_path))
-    assert set(completed("qwen35 convert --recipe", tmp_path)) == set(BUILT_IN)
+    assert set(completed("qwen35 convert --recipe", tmp_path)) == set(built_in("safetensors"))
     assert "q8-gates" in completed("qwen35 gguf --recipe", tmp_path)
     assert completed("qwen35 verify --depth", tmp_path) == ["behaviour", "numbers", "structure"]
     assert completed("qwen35 inspect", tmp_path) == ["model"]
@@ -392,7 +392,7 @@ def test_fish_completes(tmp_path: Path) -> None:
         return {row.partition("\t")[0] for row in done.stdout.splitlines()}
 
     assert {"verify"} == offered("qwen35 ver")
-    assert offered("qwen35 convert --recipe ") == set(BUILT_IN)
+    assert offered("qwen35 convert --recipe ") == set(built_in("safetensors"))
     assert offered("qwen35 verify --depth ") == {"structure", "numbers", "behaviour"}
     assert "model/" in offered("qwen35 inspect m")
 

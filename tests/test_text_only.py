@@ -10,10 +10,10 @@ import torch
 from checkpoints import make_checkpoint, random_tensors, tiny_config, write_checkpoint
 from loading import clean, load_model, packed_layers
 from qwen35.checkpoint.source import open_folder
-from qwen35.convert import convert
 from qwen35.errors import UsageError
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
+from qwen35.writing.run import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.sentences
@@ -38,7 +38,7 @@ def test_logits_are_bitwise_those_of_the_vision_language_model(
     source = make_checkpoint(tmp_path / "in", tied=tied)
     whole = source if recipe == "text" else run(source, tmp_path / "whole", "nf4").out
     plan = make_plan(open_folder(source), load_recipe(recipe), keep_prefix=keep_prefix)
-    convert(plan, tmp_path / "text", threads=1)
+    write(plan, tmp_path / "text", threads=1)
     expected = logits(whole, "Qwen3_5ForConditionalGeneration")
     for kind in ("Qwen3_5ForCausalLM", "AutoModelForCausalLM"):
         assert torch.equal(logits(tmp_path / "text", kind), expected)
@@ -101,7 +101,7 @@ def test_stripping_nf4_equals_converting_to_text_nf4(dense: Path, tmp_path: Path
 @pytest.mark.parametrize("recipe", ["nf4", "text", "text-nf4"])
 def test_mtp_tensors_and_config_agree(recipe: str, dense: Path, tmp_path: Path) -> None:
     dropped = load_recipe(recipe).dropping_mtp()
-    convert(make_plan(open_folder(dense), dropped), tmp_path / "dropped")
+    write(make_plan(open_folder(dense), dropped), tmp_path / "dropped")
     run(dense, tmp_path / "kept", recipe)
     for folder, count in ((tmp_path / "dropped", 0), (tmp_path / "kept", 1)):
         config = read_config(folder)
@@ -115,8 +115,8 @@ def test_mtp_tensors_and_config_agree(recipe: str, dense: Path, tmp_path: Path) 
 
 def test_prefix_is_written_as_asked(dense: Path, tmp_path: Path) -> None:
     recipe = load_recipe("text-nf4")
-    convert(make_plan(open_folder(dense), recipe, keep_prefix=True), tmp_path / "old")
-    convert(make_plan(open_folder(dense), recipe), tmp_path / "new")
+    write(make_plan(open_folder(dense), recipe, keep_prefix=True), tmp_path / "old")
+    write(make_plan(open_folder(dense), recipe), tmp_path / "new")
     old, new = load_all(tmp_path / "old"), load_all(tmp_path / "new")
     assert {name.replace("model.language_model.", "model.") for name in old} == set(new)
     assert all(

@@ -11,8 +11,8 @@ import torch
 
 from checkpoints import make_checkpoint, write_checkpoint
 from loading import clean, load_model, packed_layers, settle
-from qwen35.convert import convert
 from qwen35.plan import step as planning
+from qwen35.writing.run import write
 from running import load_all, plan_of, read_config, run
 
 IDS = torch.arange(48).reshape(1, 48)
@@ -30,7 +30,7 @@ def test_dense_output_loads_with_every_linear_layer_packed(dense: Path, tmp_path
 
 
 def test_kept_gates_load_unpacked(dense: Path, tmp_path: Path) -> None:
-    convert(plan_of(dense, keep=("linear_attn.in_proj_a", "mlp.gate_proj")), tmp_path / "out")
+    write(plan_of(dense, keep=("linear_attn.in_proj_a", "mlp.gate_proj")), tmp_path / "out")
     model, info = load_model(tmp_path / "out")
     assert clean(info)
     assert len(packed_layers(model)) == 31 - 3 - 4

@@ -21,19 +21,18 @@ from gguf_models import make_variant
 from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import Reader
 from qwen35.cli.main import main
+from qwen35.codecs.floats import f32_from
+from qwen35.codecs.ggml.kernel import encode
 from qwen35.errors import InputError, UsageError
-from qwen35.gguf.imatrix import read_imatrix
-from qwen35.gguf.kernel import encode
-from qwen35.gguf.plan import Asked, make_plan
-from qwen35.gguf.rows import read_strip, strips
-from qwen35.gguf.rules import load_recipe
-from qwen35.plan.plan import make_plan as make_packed_plan
-from qwen35.plan.recipe import load_recipe as load_packed_recipe
+from qwen35.plan.container import Inputs
+from qwen35.plan.gguf.imatrix import read_imatrix
+from qwen35.plan.gguf.making import files_of
+from qwen35.plan.order import plan_again
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
 from qwen35.progress import Silent
 from qwen35.tune.fit import Group, Probe, fit, group_units, rank_correlation
-from qwen35.tune.gguf_space import GgufSpace
 from qwen35.tune.measurements import Key, Measurements, Trial, load_measurements
-from qwen35.tune.packed_space import PackedSpace
 from qwen35.tune.probing import Setting
 from qwen35.tune.solve import cheapest, nearest
 from qwen35.tune.space import Space
@@ -48,8 +47,12 @@ TYPES = ("q3_K", "q4_K", "q6_K", "q8_0", "f16")
 
 
 @pytest.fixture(scope="module")
-def gguf_space() -> GgufSpace:
-    return GgufSpace(fetch(str(ASSET)), TYPES)
+def gguf_space() -> Space:
+    return Space(fetch(str(ASSET)), "gguf", TYPES)
+
+
+def packed_space(kind: str) -> Space:
+    return Space(fetch(str(ASSET)), kind, (kind, "plain"))
 
 
 def make_unit(name: str, sizes: dict[str, int]) -> Unit:
@@ -171,7 +174,7 @@ def test_rank_correlation() -> None:
 @settings(max_examples=8, deadline=None)
 @given(seed=st.randoms(use_true_random=False), explicit=st.booleans())
 def test_a_recipe_says_what_was_chosen(
-    gguf_space: GgufSpace, tmp_path_factory: pytest.TempPathFactory, seed: object, explicit: bool
+    gguf_space: Space, tmp_path_factory: pytest.TempPathFactory, seed: object, explicit: bool
 ) -> None:
     """Through TOML and the ordinary plan every tensor gets its type, and the size is exact."""
     import random
@@ -180,14 +183,17 @@ def test_a_recipe_says_what_was_chosen(
     chosen = {unit.name: seed.choice(list(unit.sizes)) for unit in gguf_space.units}
     path = tmp_path_factory.mktemp("recipe") / "tuned.toml"
     path.write_text(gguf_space.recipe(chosen, "chosen at random", explicit=explicit))
-    plan = make_plan(gguf_space.checkpoint, Asked(("Q4_K_M",), load_recipe(str(path))))
-    [file] = plan.files
-    for name, tensors in gguf_space._members.items():
-        assert {file.kinds[tensor.name] for tensor in tensors} == {chosen[name]}
-    assert file.head.nbytes == gguf_space.size(chosen)
+    recipe = load_recipe(str(path), "gguf")
+    plan = make_plan(gguf_space.checkpoint, recipe, types=("Q4_K_M",))
+    [file] = files_of(plan)
+    for name, steps in gguf_space._members.items():
+        assert {file.kinds[step.outputs[0].name] for step in steps} == {chosen[name]}
+    assert file.nbytes == gguf_space.size(chosen)
+    manifest = json.loads(json.dumps(plan.container.asked_json(plan)))
+    assert plan_again(plan.checkpoint, manifest, Inputs()).digest == plan.digest
 
 
-def test_a_recipe_is_short(gguf_space: GgufSpace) -> None:
+def test_a_recipe_is_short(gguf_space: Space) -> None:
     chosen = {unit.name: "q4_K" for unit in gguf_space.units}
     roles = len({role for unit in gguf_space.units for role in unit.roles})
     text = gguf_space.recipe(chosen, "all alike")
@@ -204,12 +210,12 @@ def test_a_recipe_is_short(gguf_space: GgufSpace) -> None:
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
 def test_packed_recipes_say_what_was_chosen(kind: str, tmp_path: Path) -> None:
     """What stays as it is, is named by layers; matrices that engines join stay together."""
-    space = PackedSpace(fetch(str(ASSET)), kind)
+    space = packed_space(kind)
     for keep in (lambda i: False, lambda i: i % 3 == 0, lambda i: i > 0):
         chosen = {unit.name: "plain" if keep(i) else kind for i, unit in enumerate(space.units)}
         path = tmp_path / "tuned.toml"
         path.write_text(space.recipe(chosen, "some stay"))
-        plan = make_packed_plan(space.checkpoint, load_packed_recipe(str(path)))
+        plan = make_plan(space.checkpoint, load_recipe(str(path)))
         packed = {
             step.weight.name for step in plan.steps if step.op == kind and step.role.scope == "text"
         }
@@ -224,7 +230,7 @@ def test_packed_recipes_say_what_was_chosen(kind: str, tmp_path: Path) -> None:
 
 
 def test_joined_matrices_are_one_unit() -> None:
-    units = {unit.kind: unit for unit in PackedSpace(fetch(str(ASSET)), "fp8").units}
+    units = {unit.kind: unit for unit in packed_space("fp8").units}
     assert units["self_attn.qkv_proj"].roles == (
         "self_attn.k_proj",
         "self_attn.q_proj",
@@ -233,7 +239,7 @@ def test_joined_matrices_are_one_unit() -> None:
     assert {"mlp.gate_up_proj", "linear_attn.in_proj_qkvz"} <= units.keys()
 
 
-def test_errors_fall_with_size(gguf_space: GgufSpace) -> None:
+def test_errors_fall_with_size(gguf_space: Space) -> None:
     errors = gguf_space.errors(1, Silent())
     assert errors.keys() == {unit.name for unit in gguf_space.units}
     for row in errors.values():
@@ -246,14 +252,14 @@ def test_errors_fall_with_size(gguf_space: GgufSpace) -> None:
 @pytest.mark.parametrize(("kind", "least", "most"), [("nf4", 5e-3, 2e-2), ("fp8", 3e-4, 2e-3)])
 def test_errors_of_packing(kind: str, least: float, most: float) -> None:
     """Near what the formats give normal weights: 0.09 for NF4 and 0.026 for FP8, squared."""
-    for row in PackedSpace(fetch(str(ASSET)), kind).errors(1, Silent()).values():
+    for row in packed_space(kind).errors(1, Silent()).values():
         assert row["plain"] == 0
         assert least < row[kind] < most
 
 
 def test_mixture_of_experts(tmp_path: Path) -> None:
     """Fused stacks are two tensors of one role, which get one type; all experts are one unit."""
-    space = GgufSpace(fetch(str(make_variant(tmp_path, "moe"))), ("q8_0", "f16"))
+    space = Space(fetch(str(make_variant(tmp_path, "moe"))), "gguf", ("q8_0", "f16"))
     fused = [unit for unit in space.units if unit.kind == "mlp.experts.gate_up_proj"]
     assert fused
     assert {len(space._members[unit.name]) for unit in fused} == {2}
@@ -353,9 +359,9 @@ class Stopping(Silent):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_tuning_goes_on(text: Path, tmp_path: Path, gguf_space: GgufSpace) -> None:
+def test_an_interrupted_tuning_goes_on(text: Path, tmp_path: Path, gguf_space: Space) -> None:
     """What was probed before is not probed again, and the result is the same."""
-    space = replace(gguf_space, types=("q8_0", "f16"))
+    space = replace(gguf_space, choices=("q8_0", "f16"))
     setting = Setting(text, 512, 1, 1, "cpu")
     budget = Budget(nbytes=9_000_000)
     path = tmp_path / "m.json"
@@ -378,28 +384,29 @@ def test_an_interrupted_tuning_goes_on(text: Path, tmp_path: Path, gguf_space: G
 
 def test_only_types_that_rows_fit(tmp_path: Path) -> None:
     """Rows that are no multiple of 256 have no k-quants to choose from; no fallback is needed."""
-    space = GgufSpace(fetch(str(make_variant(tmp_path, "odd-rows"))), TYPES)
+    space = Space(fetch(str(make_variant(tmp_path, "odd-rows"))), "gguf", TYPES)
     for unit in space.units:
-        rows = {tensor.row for tensor in space._members[unit.name]}
+        rows = {step.rows.row for step in space._members[unit.name]}
         fits = all(row % 256 == 0 for row in rows)
         assert ("q4_K" in unit.sizes) == fits
         assert "f16" in unit.sizes
     assert any("q4_K" not in unit.sizes for unit in space.units)
     with pytest.raises(UsageError, match="add q8_0 or f16"):
-        assert GgufSpace(space.checkpoint, ("q4_K",)).units
+        assert Space(space.checkpoint, "gguf", ("q4_K",)).units
 
 
-def test_errors_count_by_the_importance_matrix(gguf_space: GgufSpace, tmp_path: Path) -> None:
+def test_errors_count_by_the_importance_matrix(gguf_space: Space, tmp_path: Path) -> None:
     """Columns that no input reaches may be as wrong as they like."""
-    [tensor] = gguf_space._members["mlp.down_proj@0"]
-    name, width = tensor.name, tensor.row
+    [step] = gguf_space._members["mlp.down_proj@0"]
+    name, width = step.outputs[0].name, step.rows.row
     values = np.zeros((1, width), np.float32)
     values[0, :256] = 1.0
     path = gguf_file(tmp_path / "imatrix.gguf_file", {name: (values, np.ones(1, np.float32))})
-    space = replace(gguf_space, types=("q4_K", "f16"), imatrix=read_imatrix(path))
+    space = replace(gguf_space, choices=("q4_K", "f16"), imatrix=read_imatrix(path))
     weighted = space.errors(1, Silent())["mlp.down_proj@0"]["q4_K"]
     with Reader(space.checkpoint) as reader:
-        rows = np.concatenate([read_strip(reader, strip) for strip in strips(tensor)])
+        pieces = step.rows.open(reader).pieces(step.rows.chunks())
+        rows = np.concatenate([f32_from(piece.values, piece.dtype) for piece in pieces])
     data = np.frombuffer(encode(name, rows, "q4_K", values[0]), np.uint8)
     decoded = dequantize(data.reshape(len(rows), -1), GGMLQuantizationType.Q4_K)
     seen, exact = decoded[:, :256].astype(np.float64), rows[:, :256].astype(np.float64)
@@ -421,7 +428,7 @@ def test_errors_alone(text: Path, tmp_path: Path, capsys: Capture) -> None:
 def test_tuning_packed(kind: str, text: Path, tmp_path: Path, capsys: Capture) -> None:
     """What stays unpacked buys divergence; the recipe is one of `qwen35 convert`."""
     recipe = tmp_path / "r.toml"
-    space: Space = PackedSpace(fetch(str(ASSET)), kind)
+    space = packed_space(kind)
     small = space.size({unit.name: kind for unit in space.units})
     budget = small + 600_000
     arguments = ("--format", kind, "--text", str(text), "--output", str(recipe), "--chunks", "1")

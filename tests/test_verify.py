@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,24 +19,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from checkpoints import Tensors, make_checkpoint, write_checkpoint
+from checkpoints import Tensors, make_checkpoint, random_tensors, write_checkpoint
 from loading import quantize_with_transformers
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
-from qwen35.codecs.fp8_errors import Errors
-from qwen35.convert import convert
+from qwen35.codecs.compared import Compared
+from qwen35.codecs.fp8.errors import Errors
+from qwen35.codecs.nf4.config import is_skipped
 from qwen35.errors import Finding, UsageError
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
-from qwen35.verify.artifact import Verdict, _too_far, verify
+from qwen35.tensors import TensorSpec, Weight
+from qwen35.verify.artifact import Verdict, verify
 from qwen35.verify.asking import Question
 from qwen35.verify.bands import WORST_ERROR
 from qwen35.verify.behaviour import NOT_ASKED, Answer
-from qwen35.verify.compared import Compared, RoleError, by_role
+from qwen35.verify.compared import RoleError, by_role
 from qwen35.verify.numbers import Numbers
+from qwen35.verify.opening import open_artifact
 from qwen35.verify.show import verdict_text
-from qwen35.verify.structure import is_skipped
+from qwen35.verify.subject import Held
+from qwen35.writing.run import write
 from running import load_all, read_config, run
 from watching import Watching, watched_pools
 
@@ -50,7 +54,7 @@ NORM = "model.language_model.norm.weight"
 
 
 def check(artifact: Path, source: Path | None = None) -> Verdict:
-    opened = fetch(str(artifact), lenient=True)
+    opened = open_artifact(str(artifact))
     if source is None:
         return verify(opened)
     return verify(opened, source=fetch(str(source)), depth="numbers", threads=1)
@@ -416,7 +420,7 @@ def test_a_flipped_byte_is_found_by_its_hash(
     at = data.index(b"hidden") if name == "config.json" else len(data) - 10
     data[at] ^= 1
     (broken / name).write_bytes(data)
-    opened = fetch(str(broken), lenient=True)
+    opened = open_artifact(str(broken))
     verdict = verify(opened, depth="numbers", threads=1)
     assert (check_name, name) in [(f.check, f.subject) for f in verdict.findings]
 
@@ -464,7 +468,7 @@ def test_a_listed_file_that_is_gone_is_named(dense: Path, tmp_path: Path) -> Non
 def test_a_stale_index_and_swapped_shards_are_named(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 1_500_000)
     out = run(dense, tmp_path / "out").out
     first, second = sorted(out.glob("*.safetensors"))[:2]
     first.rename(tmp_path / "x")
@@ -499,6 +503,17 @@ def test_another_models_source_is_seen(packed: Path, tmp_path: Path) -> None:
     larger = make_checkpoint(tmp_path / "larger", layers=8)
     findings = check(packed, larger).findings
     assert any(f.message == "in the source, but not here" for f in findings)
+
+
+def test_a_source_of_other_sizes_is_seen(dense: Path, tmp_path: Path) -> None:
+    config = read_config(dense)
+    config["text_config"]["intermediate_size"] *= 2
+    wider = write_checkpoint(tmp_path / "wider", config, random_tensors(config))
+    found = {f.subject: f for f in check(dense, wider).findings}
+    assert (found[UP].check, found[UP].message) == (
+        "source",
+        "shape [512, 256], the source has [1024, 256]",
+    )
 
 
 def test_a_source_that_is_not_finite_is_just_another(
@@ -631,7 +646,7 @@ def test_inspect_counts_parameters_once(dense: Path, packed: Path) -> None:
 )
 def test_a_malformed_manifest_is_a_finding(broken: Path, manifest: str) -> None:
     (broken / "qwen35.json").write_text(manifest)
-    opened = fetch(str(broken), lenient=True)
+    opened = open_artifact(str(broken))
     verdict = verify(opened, depth="numbers", threads=1)
     assert {finding.check for finding in verdict.findings} == {"manifest"}
 
@@ -656,7 +671,7 @@ def test_a_hostile_blob_is_a_finding(broken: Path, blob: bytes) -> None:
     text = blob if blob.endswith(b"}") else blob + b"}"
     packed = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     rewrite(broken, lambda t: t.update({f"{QKV}.{STATE}": packed}))
-    verdict = verify(fetch(str(broken), lenient=True), depth="numbers", threads=1)
+    verdict = verify(open_artifact(str(broken)), depth="numbers", threads=1)
     assert [(f.check, f.subject) for f in verdict.findings] == [("decode", QKV)]
 
 
@@ -710,7 +725,7 @@ def test_the_stored_offset_is_the_one_of_the_file(
         offsets.append(offset)
         return 0
 
-    monkeypatch.setattr("qwen35.verify.numbers.wrong_scales", judged)
+    monkeypatch.setattr("qwen35.codecs.nf4.judge.wrong_scales", judged)
     assert check(packed, dense).passed
     blobs = [t for name, t in load_all(packed).items() if name.endswith(STATE)]
     states = [json.loads(bytes(blob.tolist())) for blob in blobs]
@@ -744,7 +759,7 @@ def test_a_number_that_is_none_is_found_without_a_source(
         tensors[name].view(-1)[-1] = value
 
     rewrite(out, break_it)
-    verdict = verify(fetch(str(out), lenient=True), depth="numbers", threads=1)
+    verdict = verify(open_artifact(str(out)), depth="numbers", threads=1)
     assert [(f.check, f.subject) for f in verdict.findings] == [("decode", name)]
 
 
@@ -754,7 +769,7 @@ PIECE = 64 * 256
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are read in several pieces, as those of true size are."""
-    monkeypatch.setattr("qwen35.strips.STRIP", PIECE)
+    monkeypatch.setattr("qwen35.codecs.pieces.PIECE", PIECE)
 
 
 @pytest.mark.usefixtures("pieces")
@@ -762,7 +777,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_good_artifacts_pass_piece_by_piece(recipe: str, dense: Path, tmp_path: Path) -> None:
     out = run(dense, tmp_path / "out", recipe).out
     assert check(out, dense).findings == ()
-    assert verify(fetch(str(out)), depth="numbers", threads=1).findings == ()
+    assert verify(open_artifact(str(out)), depth="numbers", threads=1).findings == ()
 
 
 @pytest.mark.usefixtures("pieces")
@@ -794,7 +809,7 @@ def test_faults_of_every_piece_are_counted(dense: Path, broken: Path) -> None:
 def test_errors_of_every_piece_are_summed(packed: Path, dense: Path) -> None:
     small = {row.role: (row.squared, row.norm) for row in check(packed, dense).errors}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen35.strips.STRIP", 2**19)
+        patch.setattr("qwen35.codecs.pieces.PIECE", 2**19)
         large = {row.role: (row.squared, row.norm) for row in check(packed, dense).errors}
     assert small.keys() == large.keys()
     for role, pair in small.items():
@@ -829,14 +844,14 @@ def test_what_was_packed_already_is_compared_with_what_that_decodes_to(
 def test_files_that_the_manifest_does_not_list_are_named_and_the_others_hashed(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 1_500_000)
     out = run(dense, tmp_path / "out", "text").out
     first, *_, last = sorted(path.name for path in out.glob("*.safetensors"))
     manifest = json.loads((out / "qwen35.json").read_text())
     del manifest["files"][first]
     manifest["files"][last]["sha256"] = "0" * 64
     (out / "qwen35.json").write_text(json.dumps(manifest))
-    verdict = verify(fetch(str(out), lenient=True), depth="numbers", threads=1)
+    verdict = verify(open_artifact(str(out)), depth="numbers", threads=1)
     found = {f.subject: f.message for f in verdict.findings if f.check == "hash"}
     assert found.keys() == {first, last}
     assert found[first] == "not listed in qwen35.json"
@@ -872,9 +887,9 @@ def test_what_transformers_does_not_load_is_found(
         asked.append(image)
         return []
 
-    monkeypatch.setattr("qwen35.verify.artifact.Asker", lambda _: asker)
-    monkeypatch.setattr("qwen35.verify.artifact.ask", ask)
-    verdict = verify(fetch(str(dense)), depth="behaviour", threads=1)
+    monkeypatch.setattr("qwen35.verify.asked.Asker", lambda _: asker)
+    monkeypatch.setattr("qwen35.verify.asked.ask", ask)
+    verdict = verify(open_artifact(str(dense)), depth="behaviour", threads=1)
     assert [(f.check, f.subject, f.message) for f in verdict.findings] == [
         ("load", "a.weight", "missing or unexpected when transformers loads it")
     ]
@@ -909,7 +924,14 @@ def test_what_saturates_too_much_is_too_far() -> None:
     sound = Errors(count=4, squared=4 * WORST_ERROR**2, norm=4.0, clipped=2)
     beyond = replace(sound, squared=4 * 0.07**2, clipped=3)
     fp8 = {"a": sound, "b": beyond, "c": replace(beyond, misplaced=1)}
-    assert list(_too_far(Numbers([], fp8, 0, []))) == [
+    compared = [
+        (
+            Held(Weight(name, "fp8", ()), TensorSpec(name, "BF16", (2, 2)), name, "fp8"),
+            Compared(name, errors=asdict(errors)),
+        )
+        for name, errors in fp8.items()
+    ]
+    assert list(Numbers((), compared, ()).too_far()) == [
         Finding("error", "b", "relative error 0.0700, expected at most 0.0625 (3 weights saturate)")
     ]
 
@@ -932,8 +954,10 @@ class Spoken:
 def test_a_model_is_asked_when_nothing_was_found(
     packed: Path, dense: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("qwen35.verify.artifact.Asker", Spoken)
-    verdict = verify(fetch(str(packed)), source=fetch(str(dense)), depth="behaviour", threads=1)
+    monkeypatch.setattr("qwen35.verify.asked.Asker", Spoken)
+    verdict = verify(
+        open_artifact(str(packed)), source=fetch(str(dense)), depth="behaviour", threads=1
+    )
     assert (verdict.name, verdict.kind, verdict.depth) == (str(packed), "nf4", "behaviour")
     assert verdict.counts == {"weights": 103, "packed": 31, "files": 1}
     assert {row.storage for row in verdict.errors} == {"plain", "nf4"}
@@ -942,7 +966,7 @@ def test_a_model_is_asked_when_nothing_was_found(
     assert verdict.notes == ("asked in transformers, on the cpu",)
     broken = Path(shutil.copytree(packed, tmp_path / "broken"))
     (broken / "config.json").write_text((broken / "config.json").read_text() + " ")
-    found = verify(fetch(str(broken), lenient=True), depth="behaviour", threads=1)
+    found = verify(open_artifact(str(broken)), depth="behaviour", threads=1)
     assert found.answers == ()
     assert [finding.check for finding in found.findings] != ["behaviour"]
     assert found.notes == (NOT_ASKED,)
@@ -955,9 +979,9 @@ def test_vllm_is_asked_when_asked_for(dense: Path, monkeypatch: pytest.MonkeyPat
         made.append(Spoken(folder, **more))
         return made[-1]
 
-    monkeypatch.setattr("qwen35.verify.artifact.check_vllm", lambda: None)
-    monkeypatch.setattr("qwen35.verify.artifact.VllmAsker", asker)
-    opened = fetch(str(dense))
+    monkeypatch.setattr("qwen35.verify.asked.check_vllm", lambda: None)
+    monkeypatch.setattr("qwen35.verify.asked.VllmAsker", asker)
+    opened = open_artifact(str(dense))
     verdict = verify(opened, depth="behaviour", engine="vllm", threads=1)
     assert verdict.notes == ("asked in vLLM",)
     assert (made[0].folder, made[0].more) == (dense, {"vision": True})
@@ -966,7 +990,7 @@ def test_vllm_is_asked_when_asked_for(dense: Path, monkeypatch: pytest.MonkeyPat
     def refuse() -> None:
         raise UsageError("--engine vllm", "not here")
 
-    monkeypatch.setattr("qwen35.verify.artifact.check_vllm", refuse)
+    monkeypatch.setattr("qwen35.verify.asked.check_vllm", refuse)
     assert verify(opened).passed
     with pytest.raises(UsageError, match="not here"):
         verify(opened, engine="vllm")
@@ -977,7 +1001,8 @@ def test_all_of_a_check_is_told(packed: Path, monkeypatch: pytest.MonkeyPatch) -
     asked = watched_pools(monkeypatch, "qwen35.verify.numbers")
     progress = Watching()
     opened = fetch(str(packed))
-    verdict = verify(opened, depth="numbers", threads=3, progress=progress)
+    subject = open_artifact(str(packed), "numbers")
+    verdict = verify(subject, depth="numbers", threads=3, progress=progress)
     assert (verdict.passed, verdict.errors) == (True, ())
     assert asked == [3]
     assert sorted(progress.steps) == sorted((w.nbytes, w.name) for w in opened.weights)
@@ -1043,7 +1068,7 @@ def test_the_skip_list_of_a_text_model_names_modules_as_transformers_does(
 ) -> None:
     """It has no ``language_model``, whatever prefix the tensors have; and it has no MTP layer."""
     plan = make_plan(open_folder(dense), load_recipe("text-nf4"), keep_prefix=True)
-    out = convert(plan, tmp_path / "out", threads=1).out
+    out = write(plan, tmp_path / "out", threads=1).out
     (out / "qwen35.json").unlink()
     assert check(out).findings == ()
     config = read_config(out)
@@ -1166,9 +1191,9 @@ def test_restored_fp8_weights_of_any_width_are_compared(tmp_path: Path) -> None:
     """A weight of more than one piece, whose rows do not divide a piece."""
     from checkpoints import random_tensors, tiny_config
     from qwen35.checkpoint.source import open_folder
-    from qwen35.convert import convert
     from qwen35.plan.plan import make_plan
     from qwen35.plan.recipe import load_recipe
+    from qwen35.writing.run import write
 
     config = tiny_config(layers=1, mtp=0)
     config["text_config"]["intermediate_size"] = 17408 + 128
@@ -1179,7 +1204,7 @@ def test_restored_fp8_weights_of_any_width_are_compared(tmp_path: Path) -> None:
     config["quantization_config"] = {"quant_method": "fp8"}
     source = write_checkpoint(tmp_path / "in", config, tensors)
     recipe = load_recipe("nf4").keeping(("mlp.down_proj",))
-    convert(make_plan(open_folder(source), recipe), tmp_path / "out")
+    write(make_plan(open_folder(source), recipe), tmp_path / "out")
     assert check(tmp_path / "out", source).findings == ()
 
 
@@ -1205,3 +1230,10 @@ def test_what_cannot_be_opened_is_a_finding_and_not_a_usage_error(
 ) -> None:
     damage(broken)
     assert main(["verify", str(broken)]) == 1
+    verdict = verify(open_artifact(str(broken), "behaviour"), depth="behaviour")
+    assert (verdict.kind, verdict.counts) == (
+        "unreadable",
+        {"weights": 0, "packed": 0, "files": 0},
+    )
+    assert [finding.check for finding in verdict.findings] == ["readable"]
+    assert verdict.notes == (NOT_ASKED,)

@@ -17,15 +17,16 @@ from typing import Any
 import pytest
 
 from gguf_models import make_variant
-from qwen35.checkpoint.open import fetch, gguf_files
-from qwen35.gguf.plan import Asked, make_plan
-from qwen35.gguf.rules import load_recipe
-from qwen35.gguf.write import write
+from qwen35.checkpoint.open import fetch
+from qwen35.plan.plan import make_plan
+from qwen35.plan.recipe import load_recipe
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.journal import Journal
-from qwen35.verify import gguf_numbers, memo, numbers
+from qwen35.verify import memo, numbers
 from qwen35.verify.artifact import Depth, Verdict, verify
-from qwen35.verify.gguf import verify_gguf
+from qwen35.verify.behaviour import Asked
+from qwen35.verify.opening import open_artifact
+from qwen35.writing.run import write
 from running import run
 
 pytestmark = pytest.mark.sentences
@@ -60,8 +61,9 @@ def artifacts(
     folder = tmp_path_factory.mktemp("artifacts")
     made = {kind: (run(dense, folder / kind, kind).out, dense) for kind in ("nf4", "fp8", "text")}
     source = make_variant(folder, "dense")
-    asked = Asked(("F16", "Q4_K_M"), load_recipe("mix"), projector="F16")
-    made["gguf"] = (write(make_plan(fetch(str(source)), asked), folder / "gguf").out, source)
+    recipe, types = load_recipe("mix", "gguf"), ("F16", "Q4_K_M")
+    plan = make_plan(fetch(str(source)), recipe, types=types, projector="F16")
+    made["gguf"] = (write(plan, folder / "gguf").out, source)
     return made
 
 
@@ -77,18 +79,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the weights that were really looked at."""
     names: list[str] = []
-    weight, tensor = numbers._Comparison._weight, gguf_numbers._Check._tensor
+    judged = numbers._Check._judged
 
-    def _weight(self, item):  # type: ignore[no-untyped-def]
-        names.append(item.weight.name)
-        return weight(self, item)
+    def _judged(self, held):  # type: ignore[no-untyped-def]
+        names.append(held.subject)
+        return judged(self, held)
 
-    def _tensor(self, entry, original):  # type: ignore[no-untyped-def]
-        names.append(f"{self.container.path.name}/{entry.name}")
-        return tensor(self, entry, original)
-
-    monkeypatch.setattr(numbers._Comparison, "_weight", _weight)
-    monkeypatch.setattr(gguf_numbers._Check, "_tensor", _tensor)
+    monkeypatch.setattr(numbers._Check, "_judged", _judged)
     return names
 
 
@@ -101,12 +98,7 @@ def check(
     depth: Depth = "numbers",
 ) -> Verdict:
     original = fetch(str(source)) if source else None
-    if files := gguf_files(str(artifact)):
-        return verify_gguf(
-            str(artifact), files, source=original, depth=depth, threads=threads,
-            progress=progress,
-        )  # fmt: skip
-    opened = fetch(str(artifact), lenient=True)
+    opened = open_artifact(str(artifact), depth)
     return verify(opened, source=original, depth=depth, threads=threads, progress=progress)
 
 
@@ -272,8 +264,8 @@ def test_notes_of_the_check_and_of_the_model_are_both_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache.parent.write_text("in the way")
-    for asking in ("artifact._in_transformers", "gguf._behaviour"):
-        monkeypatch.setattr(f"qwen35.verify.{asking}", lambda *_: ([], [], ["asked"]))
+    for asking in ("asked._in_transformers", "gguf.in_llama"):
+        monkeypatch.setattr(f"qwen35.verify.{asking}", lambda *_: Asked(notes=("asked",)))
     verdict = check(artifacts[kind][0], None, depth="behaviour")
     assert [note.partition(":")[0] for note in verdict.notes] == [
         "a check that is killed starts over",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qwen35.codecs.nf4 import BLOCK, NESTED_BLOCK
-from qwen35.codecs.nf4_arrays import Statistics
-from qwen35.codecs.nf4_tables import BOUNDS, dynamic_map
-from qwen35.verify.nf4 import F32, same_mean, wrong_codes, wrong_scales
+from qwen35.codecs.nf4.arrays import Statistics
+from qwen35.codecs.nf4.judge import F32, same_mean, wrong_codes, wrong_scales
+from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK
+from qwen35.codecs.nf4.tables import BOUNDS, dynamic_map
 
 SCALE = 3.0
 ON, NEAR, BEYOND = 0.0, 5e-6, 3e-5

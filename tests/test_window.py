@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen35.checkpoint.source import Reader, open_folder
-from qwen35.checkpoint.storage import StoredTensor
+from qwen35.checkpoint.source import FolderReader, Reader, open_folder
 from qwen35.errors import TensorError
-from qwen35.pipeline.window import Window, Work, advance, groups
-from qwen35.tensors import TensorSpec
+from qwen35.tensors import StoredTensor, TensorSpec
+from qwen35.work.window import Window, Work, advance, groups
 
 SIZE = 10_000
 DATA = random.Random(0).randbytes(SIZE)
 
 
-class Source(Reader):
+class Source(FolderReader):
     """A file in memory that counts what is read of it."""
 
     def __init__(self) -> None:
@@ -49,14 +48,14 @@ def stored(begin: int, end: int, file: str = "f") -> StoredTensor:
 def work(owner: int, begin: int, end: int, piece: int, seen: dict[int, bytes]) -> Work:
     tensor = stored(begin, end)
 
-    def run(reader: Reader) -> Iterator[int]:
+    def run(reader: FolderReader) -> Iterator[int]:
         for start in range(begin, end, piece):
             buffer = bytearray(min(piece, end - start))
             reader.read_into(tensor, start - begin, memoryview(buffer))
             seen[owner] = seen.get(owner, b"") + bytes(buffer)
             yield start + len(buffer)
 
-    return Work(owner, "f", begin, end, run)
+    return Work(owner, "f", begin, end, 0, run)
 
 
 def never(owner: int) -> bool:
@@ -95,19 +94,19 @@ def test_bytes_elsewhere_are_kept_to_the_end() -> None:
     source = Source()
     tensor, scales = stored(1000, 2000), stored(0, 50)
 
-    def run(reader: Reader) -> Iterator[int]:
+    def run(reader: FolderReader) -> Iterator[int]:
         for start in range(0, 1000, 100):
             reader.read_into(scales, 0, memoryview(bytearray(50)))
             reader.read_into(tensor, start, memoryview(bytearray(100)))
             yield 1000 + start + 100
 
-    advance([Work(i, "f", 1000, 2000, run) for i in range(3)], Window(source), fails, never)
+    advance([Work(i, "f", 1000, 2000, 0, run) for i in range(3)], Window(source), fails, never)
     assert sum(end - begin for begin, end in source.reads) == 1050
 
 
 def test_groups_join_what_overlaps() -> None:
     def one(file: str, begin: int, end: int) -> Work:
-        return Work(0, file, begin, end, lambda _: iter(()))
+        return Work(0, file, begin, end, 0, lambda _: iter(()))
 
     works = [one("b", 0, 5), one("a", 5, 9), one("a", 0, 5), one("a", 2, 4), one("a", 8, 12)]
     spans = [[(w.file, w.begin, w.end) for w in group] for group in groups(works)]
@@ -122,11 +121,11 @@ def test_one_failure_does_not_stop_the_others() -> None:
     source, seen = Source(), dict[int, bytes]()
     told: dict[int, Exception] = {}
 
-    def run(reader: Reader) -> Iterator[int]:
+    def run(reader: FolderReader) -> Iterator[int]:
         yield 500
         raise TensorError("w", "holds NaN or infinity")
 
-    bad = Work(1, "f", 0, SIZE, run)
+    bad = Work(1, "f", 0, SIZE, 0, run)
     works = [work(0, 0, SIZE, 100, seen), bad, work(2, 0, SIZE, 90, seen)]
     advance(works, Window(source), told.__setitem__, lambda owner: owner in told)
     assert list(told) == [1]
@@ -135,12 +134,12 @@ def test_one_failure_does_not_stop_the_others() -> None:
 
 
 def test_a_bug_is_not_swallowed() -> None:
-    def run(reader: Reader) -> Iterator[int]:
+    def run(reader: FolderReader) -> Iterator[int]:
         yield 1
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        advance([Work(0, "f", 0, 9, run)], Window(Source()), fails, never)
+        advance([Work(0, "f", 0, 9, 0, run)], Window(Source()), fails, never)
 
 
 def test_window_of_a_real_file(tmp_path: Path, dense: Path) -> None:

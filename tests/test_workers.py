@@ -22,7 +22,6 @@ from checkpoints import random_tensors, tiny_config, write_checkpoint
 from killing import Trial, killer
 from qwen35.cli.main import main
 from qwen35.codecs import devices
-from qwen35.convert import convert
 from qwen35.errors import InputError, OutputError, TensorError, UsageError, WorkerError
 from qwen35.plan.order import order_bytes, order_of, plan_from
 from qwen35.plan.plan import Plan, make_plan
@@ -30,6 +29,7 @@ from qwen35.plan.recipe import load_recipe
 from qwen35.work import worker
 from qwen35.work.failures import WorkerBugError, failure_json, raise_failure
 from qwen35.work.processes import Processes
+from qwen35.writing.run import write
 from running import plan_of
 from watching import Watching
 
@@ -42,13 +42,13 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen35.plan.plan.MAX_SHARD_BYTES", SHARD)
+    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
 
 
 @pytest.fixture
 def expected(dense: Path, tmp_path: Path) -> dict[str, bytes]:
     """What a run of threads writes."""
-    convert(plan_of(dense), tmp_path / "unharmed", threads=1)
+    write(plan_of(dense), tmp_path / "unharmed", threads=1)
     files = tree(tmp_path / "unharmed")
     assert len(files) > 5
     return files
@@ -78,7 +78,7 @@ def test_processes_write_what_threads_write_and_progress_is_the_same(
     plan = plan_of(dense)
     progress = Watching()
     pool = Processes(2)
-    result = convert(plan, tmp_path / "out", pool=pool, progress=progress)
+    result = write(plan, tmp_path / "out", pool=pool, progress=progress)
     assert tree(tmp_path / "out") == expected
     assert result.hashes.keys() == dict(plan.file_sizes()).keys()
     assert (progress.title, progress.total) == ("writing out", plan.read_bytes)
@@ -90,7 +90,7 @@ def test_processes_write_what_threads_write_and_progress_is_the_same(
 @pytest.mark.parametrize("recipe", ["fp8", "text-fp8"])
 def test_fp8_with_its_calibration_and_statistics(moe: Path, tmp_path: Path, recipe: str) -> None:
     from qwen35.checkpoint.source import open_folder
-    from qwen35.codecs.fp8 import Calibration
+    from qwen35.codecs.fp8.layout import Calibration
     from qwen35.plan.activations import load_activations
 
     name = "model.language_model.layers.0.mlp.shared_expert.down_proj.weight"
@@ -102,13 +102,13 @@ def test_fp8_with_its_calibration_and_statistics(moe: Path, tmp_path: Path, reci
         calibration=Calibration("mse", grid_size=8),
         activations=load_activations(statistics),
     )
-    threads = convert(plan, tmp_path / "threads", threads=1)
-    processes = convert(plan, tmp_path / "out", pool=Processes(2))
+    threads = write(plan, tmp_path / "threads", threads=1)
+    processes = write(plan, tmp_path / "out", pool=Processes(2))
     assert processes.hashes == threads.hashes
     assert tree(tmp_path / "out") == tree(tmp_path / "threads")
     statistics.write_text(json.dumps({name: {"input_channel_max": [1.0, 8.0] * 64}}))
-    with pytest.raises(InputError, match="finds another plan"):
-        convert(plan, tmp_path / "other", pool=Processes(1))
+    with pytest.raises(InputError, match="not the statistics that the manifest names"):
+        write(plan, tmp_path / "other", pool=Processes(1))
 
 
 def test_a_worker_that_dies_costs_only_its_task(
@@ -116,7 +116,7 @@ def test_a_worker_that_dies_costs_only_its_task(
 ) -> None:
     deaths = deadly(2)
     progress = Watching()
-    convert(plan_of(dense), tmp_path / "out", pool=Processes(2), progress=progress)
+    write(plan_of(dense), tmp_path / "out", pool=Processes(2), progress=progress)
     assert len(list(deaths.glob("death*"))) == 2
     assert tree(tmp_path / "out") == expected
     assert progress.done == progress.total  # nothing was counted twice
@@ -129,7 +129,7 @@ def test_a_worker_that_always_dies_is_an_error_that_names_the_tensor_and_keeps_t
     tensor = plan.files[-1].steps[-1].outputs[0].name
     deaths = deadly(100, tensor)
     with pytest.raises(WorkerError, match=r"its worker died 3 times \(signal SIGKILL\)") as caught:
-        convert(plan, tmp_path / "out", pool=Processes(1))
+        write(plan, tmp_path / "out", pool=Processes(1))
     assert len(list(deaths.glob("death*"))) == 3
     named = str(caught.value).partition(": ")[0].partition(" and ")[0]
     assert named in {step.weight.name for step in plan.files[-1].steps}
@@ -137,7 +137,7 @@ def test_a_worker_that_always_dies_is_an_error_that_names_the_tensor_and_keeps_t
     assert "the same command continues" in caught.value.__notes__[0]
     (deaths / "kill").write_text("0")
     rest = Watching()
-    convert(plan, tmp_path / "out", pool=Processes(1), progress=rest)
+    write(plan, tmp_path / "out", pool=Processes(1), progress=rest)
     assert rest.title == "continuing out"
     assert rest.done == rest.total < plan.read_bytes / 4
     assert tree(tmp_path / "out") == expected
@@ -155,7 +155,7 @@ def test_idle_workers_that_are_killed_are_replaced(
             for pid in pool.pids:
                 os.kill(pid, signal.SIGKILL)
 
-    convert(plan_of(dense), tmp_path / "out", pool=pool, progress=Watching(kill))
+    write(plan_of(dense), tmp_path / "out", pool=pool, progress=Watching(kill))
     assert len(killed) == 2
     assert tree(tmp_path / "out") == expected
 
@@ -171,9 +171,9 @@ def test_threads_and_processes_continue_each_others_runs(
     plan = plan_of(dense)
     pools = (None, Processes(1)) if first == "threads" else (Processes(1), None)
     with pytest.raises(KeyboardInterrupt):
-        convert(plan, tmp_path / "out", threads=1, pool=pools[0], progress=Watching(interrupt))
+        write(plan, tmp_path / "out", threads=1, pool=pools[0], progress=Watching(interrupt))
     rest = Watching()
-    convert(plan, tmp_path / "out", threads=1, pool=pools[1], progress=rest)
+    write(plan, tmp_path / "out", threads=1, pool=pools[1], progress=rest)
     assert 0 < rest.total < plan.read_bytes
     assert rest.done == rest.total
     assert tree(tmp_path / "out") == expected
@@ -191,7 +191,7 @@ def test_a_bad_weight_is_the_same_sentence_and_leaves_nothing(tmp_path: Path) ->
     said = []
     for pool in (None, Processes(2)):
         with pytest.raises(TensorError) as caught:
-            convert(plan_of(source), tmp_path / "out", pool=pool)
+            write(plan_of(source), tmp_path / "out", pool=pool)
         said.append(str(caught.value))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
     assert said[0] == said[1]
@@ -233,9 +233,8 @@ def job_of(plan: Plan, tmp_path: Path, **changes: Any) -> dict[str, Any]:
     order = order_bytes({**order_of(plan, 10**6), **changes})
     (work / "order").write_bytes(order)
     digest = hashlib.sha256(order).hexdigest()
-    name = plan.files[0].name
     common = {"work": str(work), "order": digest, "device": "cpu", "threads": 1}
-    return {**common, "file": name, "steps": [0]}
+    return {**common, "steps": [0]}
 
 
 def said_by(job: dict[str, Any]) -> str:
@@ -275,7 +274,7 @@ def test_a_worker_that_does_not_see_the_folders_says_so(dense: Path, tmp_path: P
     assert "nowhere: not seen on" in there
     assert "a file system that all of them see" in there
     assert "another folder on" in said_by({**job, "order": "0" * 64})
-    hashing = {key: value for key, value in job.items() if key not in ("file", "steps")}
+    hashing = {key: value for key, value in job.items() if key != "steps"}
     assert "not seen on" in said_by({**hashing, "hash": "x", "work": str(tmp_path / "nowhere")})
     shutil.rmtree(source)
     assert "source: not there on" in said_by(job)
@@ -319,7 +318,7 @@ def test_workers_end_with_the_run_that_began_them(dense: Path, tmp_path: Path) -
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from running import plan_of\n"
-        "from qwen35.convert import convert\n"
+        "from qwen35.writing.run import write\n"
         "from qwen35.work.processes import Processes\n"
         "pool = Processes(2)\n"
         "class Dies:\n"
@@ -328,7 +327,7 @@ def test_workers_end_with_the_run_that_began_them(dense: Path, tmp_path: Path) -
         "    def advance(self, *_):\n"
         "        print(*pool.pids, flush=True)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "convert(plan_of(Path(sys.argv[1])), Path(sys.argv[2]), pool=pool, progress=Dies())\n"
+        "write(plan_of(Path(sys.argv[1])), Path(sys.argv[2]), pool=pool, progress=Dies())\n"
     )
     package = str(Path(qwen35.__file__).parent.parent)
     path = os.pathsep.join([package, str(Path(__file__).parent)])
@@ -395,9 +394,9 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gpus")
 def test_cuda_means_all_gpus_that_are_visible() -> None:
     pytest.importorskip("triton")
-    assert len(devices.encoders_for("cuda")) == 3
+    assert len(devices.kernels_for("cuda")) == 3
     assert devices.gpu_numbers("cuda") == (0, 1, 2)
-    assert len(devices.encoders_for("cuda:2,cuda:0")) == 2
+    assert len(devices.kernels_for("cuda:2,cuda:0")) == 2
     assert devices.gpu_numbers("cuda:2,cuda:0") == (2, 0)
     assert devices.gpu_numbers("auto") == ()
     with pytest.raises(UsageError, match="does not see such a GPU"):
@@ -449,10 +448,10 @@ def test_a_gpu_that_is_full_is_a_sentence(
     def refuse(*_: object) -> bool:
         raise error
 
-    monkeypatch.setattr("qwen35.codecs.nf4_torch.TorchEncoder.__call__", refuse)
+    monkeypatch.setattr("qwen35.codecs.nf4.torch.TorchEncoder.__call__", refuse)
     words = r"--device cuda:1: the GPU has too little free memory; use fewer --threads or another"
     with pytest.raises(WorkerError, match=words):
-        convert(plan_of(dense), tmp_path / "out", device="cuda:1")
+        write(plan_of(dense), tmp_path / "out", device="cuda:1")
     assert not (tmp_path / "out").exists()
 
 
@@ -465,6 +464,6 @@ def test_other_failures_of_a_gpu_stay_bugs(
     def fail(*_: object) -> bool:
         raise RuntimeError("device-side assert triggered")
 
-    monkeypatch.setattr("qwen35.codecs.nf4_torch.TorchEncoder.__call__", fail)
+    monkeypatch.setattr("qwen35.codecs.nf4.torch.TorchEncoder.__call__", fail)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        convert(plan_of(dense), tmp_path / "out", device="cuda")
+        write(plan_of(dense), tmp_path / "out", device="cuda")

@@ -16,16 +16,16 @@ from generating.meanings import CARD_KEYS, GGUF_KEYS, MANIFEST_KEYS
 from qwen35.calibrate.plan import Asked as CalibrationAsked
 from qwen35.calibrate.plan import make_plan as plan_calibration
 from qwen35.calibrate.text import read_text
+from qwen35.checkpoint.gguf import read_container
 from qwen35.checkpoint.open import describe
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding
-from qwen35.gguf.container import read_container
-from qwen35.gguf.imatrix import Imatrix
-from qwen35.gguf.plan import Asked, GgufPlan, make_plan
-from qwen35.gguf.rules import load_recipe
+from qwen35.plan.gguf.imatrix import Imatrix
 from qwen35.plan.manifest import Made, manifest_bytes
+from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.plan import make_plan as plan_conversion
+from qwen35.plan.recipe import load_recipe
 from qwen35.plan.recipe import load_recipe as load_packing
 from qwen35.publish.documents import REPORT_NAME, documents
 from qwen35.verify.artifact import Verdict
@@ -91,7 +91,7 @@ def _asked(*types: str, **options: Any) -> Asked:
     return Asked(types, load_recipe("mix"), **options)
 
 
-def _keys_of(plan: GgufPlan, which: int = 0) -> dict[str, Any]:
+def _keys_of(plan: Plan, which: int = 0) -> dict[str, Any]:
     """Return the keys in the head of one file of a plan, as a reader sees them."""
     head = plan.files[which].head
     with tempfile.TemporaryDirectory() as folder:

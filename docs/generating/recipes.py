@@ -8,11 +8,12 @@ from importlib import resources
 from typing import Any, Protocol
 
 from generating.markdown import cell, code, heading, table
-from qwen35.gguf import rules as gguf_rules
-from qwen35.gguf.types import FILE_TYPES
 from qwen35.model.roles import ROLES
+from qwen35.plan.gguf import rules as gguf_rules
+from qwen35.plan.gguf.mixes import FILE_TYPES
 from qwen35.plan.layers import spell_layers
-from qwen35.plan.recipe import ACTIONS, BUILT_IN, load_recipe
+from qwen35.plan.recipe import built_in, load_recipe
+from qwen35.plan.safetensors.container import ACTIONS
 
 __all__ = ["recipes_page", "roles_page"]
 
@@ -59,12 +60,12 @@ def recipes_page() -> str:
     lines = [*heading("Recipes", _LEAD), "## Actions", ""]
     lines += table(("action", "does"), ([code(a), cell(text)] for a, text in ACTIONS.items()))
     lines += ["## Safetensors", "", "For `qwen35 plan` and `qwen35 convert`.", ""]
-    for name in BUILT_IN:
+    for name in built_in("safetensors"):
         recipe = load_recipe(name)
         head = _head("qwen35.plan", name)
         lines += _recipe(name, head, [(rule, rule.action) for rule in recipe.rules])
     lines += ["## GGUF", "", _GGUF_LEAD, ""]
-    for name in gguf_rules.BUILT_IN:
+    for name in gguf_rules.built_in("safetensors"):
         found = gguf_rules.load_recipe(name)
         head = _head("qwen35.gguf", name)
         lines += _recipe(name, head, [(rule, rule.kind) for rule in found.rules])

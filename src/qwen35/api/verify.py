@@ -59,14 +59,14 @@ def verify(
     if engine and depth != "behaviour":
         hint = "add --depth behaviour, or leave it out"
         raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
+    if depth == "structure" and source:
+        raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
     subject = open_artifact(
         name, depth, engine=engine, tensor_parallel=tensor_parallel, token=hf_token
     )
-    if depth == "structure" and source:
-        raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
     verdict = check(
         subject,
-        source=fetch(str(source), token=hf_token) if source else None,
+        source=fetch(str(source), token=hf_token) if source and subject.files else None,
         depth=depth,
         threads=threads,
         tensor_parallel=tensor_parallel,

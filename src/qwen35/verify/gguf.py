@@ -13,7 +13,9 @@ from qwen35.checkpoint.open import GgufFiles, gguf_files
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import Checkpoint, FolderReader
 from qwen35.codecs.ggml.codec import BlockSpec, codec_name
+from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.errors import Finding, InputError, UsageError
+from qwen35.plan.gguf.container import GgufContainer
 from qwen35.plan.gguf.expected import KEYS, expected, missing_keys
 from qwen35.plan.gguf.names import Tensor, text_tensors, vision_tensors
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
@@ -26,7 +28,6 @@ __all__ = ["GgufSubject"]
 
 _VISION = "clip"
 """The architecture of a file that holds the vision tower."""
-_COMPUTED_IN_F32 = "f32"
 
 
 class GgufSubject(Subject):
@@ -81,7 +82,7 @@ class GgufSubject(Subject):
     @property
     def kind(self) -> str:
         """Say the container: a file has many types."""
-        return "gguf"
+        return GgufContainer.name
 
     @property
     def vision(self) -> bool:
@@ -216,8 +217,8 @@ def _tensors(container: Container, table: Mapping[str, Tensor]) -> Iterator[Find
         if _squeezed(entry.shape) != _squeezed(tensor.shape):
             message = f"shape {list(entry.shape)}, expected {list(tensor.shape)} by the keys"
             yield Finding("tensors", f"{file}: {name}", message)
-        if tensor.storage == _COMPUTED_IN_F32 and entry.kind.name != tensor.storage:
-            message = f"{entry.kind.name}, but llama.cpp computes with it in f32"
+        if tensor.storage in GGML_TYPES and entry.kind.name != tensor.storage:
+            message = f"{entry.kind.name}, but llama.cpp computes with it in {tensor.storage}"
             yield Finding("tensors", f"{file}: {name}", message)
     for name in sorted(container.tensors.keys() - table.keys()):
         yield Finding("tensors", f"{file}: {name}", "not a tensor that the keys promise")

@@ -16,6 +16,7 @@ from qwen35.codecs.plain.codec import Plain
 from qwen35.codecs.registry import packings
 from qwen35.errors import Finding, InputError, TensorError, UsageError
 from qwen35.plan.rows import rows_of
+from qwen35.plan.safetensors.container import SafetensorsContainer
 from qwen35.verify.asked import check_engine, in_engine
 from qwen35.verify.behaviour import Asked
 from qwen35.verify.memo import stamped
@@ -83,7 +84,7 @@ class CheckpointSubject(Subject):
     def kind(self) -> str:
         """The codec that packs weights, or the one of weights that are not packed."""
         held = {item.codec for item in self.items}
-        return next((name for name in packings("safetensors") if name in held), Plain.name)
+        return next((name for name in _packings() if name in held), Plain.name)
 
     @property
     def vision(self) -> bool:
@@ -122,7 +123,7 @@ class CheckpointSubject(Subject):
             yield Finding("mtp", "config.json", message)
         quantization = config.quantization or {}
         method = quantization.get("quant_method")
-        for codec in packings("safetensors").values():
+        for codec in _packings().values():
             count = self._count(codec)
             if count and method != _method(codec):
                 message = f"quant_method is {method!r}, but {count} weights are packed {codec.name}"
@@ -136,7 +137,7 @@ class CheckpointSubject(Subject):
     def _promised(self) -> list[Codec]:
         """Return the codecs that config.json means; of several, those that weights are held by."""
         method = (self.checkpoint.config.quantization or {}).get("quant_method")
-        meant = [codec for codec in packings("safetensors").values() if _method(codec) == method]
+        meant = [codec for codec in _packings().values() if _method(codec) == method]
         return [codec for codec in meant if self._count(codec)] or meant
 
     def _index_findings(self) -> Iterator[Finding]:
@@ -185,7 +186,7 @@ class CheckpointSubject(Subject):
         Raises:
             UsageError: neither config.json nor any weight speaks of such a codec.
         """
-        tiled = [codec for codec in packings("safetensors").values() if codec.tiled]
+        tiled = [codec for codec in _packings().values() if codec.tiled]
         promised = self._promised()
         asked = [codec for codec in tiled if codec in promised or self._count(codec)]
         if not asked:
@@ -240,6 +241,11 @@ class CheckpointSubject(Subject):
         """Ask it in transformers, or in the engine that is asked for."""
         del threads
         return in_engine(engine, self.folder(), vision=self.vision)
+
+
+def _packings() -> dict[str, Codec]:
+    """Return the codecs that quantize in safetensors files, by name."""
+    return packings(SafetensorsContainer.name)
 
 
 def _method(codec: Codec) -> str:
