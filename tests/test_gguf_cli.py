@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gguf_models import make_variant
+from qwen35.api.plan import plan
 from qwen35.cli.main import main
 from qwen35.codecs.ggml import kernel
 
@@ -45,6 +46,64 @@ def test_files_names_manifest_and_sizes(
     assert manifest["plan"] == planned["digest"]
     assert written["bytes"] == sum(names.values())
     assert {n: row["sha256"] for n, row in manifest["files"].items()} == written["sha256"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--mmproj", "--drop-mtp"],
+        ["--recipe", "q8-gates-plus"],
+        ["--tensor-type", "ffn_down=q8_0", "--upstream-counters"],
+    ],
+    ids=" ".join,
+)
+def test_plan_tells_what_would_be_written(
+    source: Path, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["--types", "F16,Q4_K_M", *flags]
+    for form in ([], ["--json"]):
+        assert gguf(source, tmp_path / "out", *asked, "--dry-run", *form) == 0
+        dry = capsys.readouterr().out
+        assert main(["plan", str(source), *asked, *form]) == 0
+        assert capsys.readouterr().out == dry
+    planned = json.loads(dry)
+    assert gguf(source, tmp_path / "out", *asked) == 0
+    written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
+    assert written == planned["files"]
+    made = plan(source, types="F16,Q4_K_M")
+    assert made.nbytes == sum(file.nbytes for file in made.files)
+    assert made.total_bytes == sum(dict(made.all_sizes()).values()) > made.nbytes
+
+
+@pytest.mark.parametrize("model", ["Qwen3.5-0.8B", "Qwen3.5-35B-A3B", "Qwen3.5-397B-A17B"])
+def test_published_sizes_are_planned(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", model, "--types", "Q4_K_M,Q8_0", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    q4, q8, manifest = (planned["files"][name] for name in planned["files"])
+    assert manifest < q4 < q8
+    assert any("their bytes are not counted" in note for note in planned["notes"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--types", "Q8_0", "--keep", "self_attn"], "--keep: means nothing here"),
+        (["--types", "Q8_0", "--keep-prefix"], "--keep-prefix: means nothing here"),
+        (["--mmproj"], "--mmproj: means nothing here, expected --types"),
+        (["--imatrix", "x.gguf"], "--imatrix: means nothing here, expected --types"),
+        (["--types", "Q9"], "Q9"),
+        (["--types", "Q8_0", "--recipe", "nf4"], "it is one of `qwen35 convert`"),
+        (["--recipe", "q8-gates"], "it is one of `qwen35 gguf`"),
+        (["--roles", "--types", "Q8_0"], "whatever --types says"),
+    ],
+)
+def test_what_plan_cannot_mean_is_refused(
+    source: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = [] if "--roles" in flags else [str(source)]
+    assert main(["plan", *model, *flags]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_default_types(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,11 +102,16 @@ def test_a_conversion_keeps_to_what_the_plan_states(
     assert used <= promised
 
 
+@pytest.mark.parametrize("held", ["plain", "nf4", "fp8"])
 @pytest.mark.parametrize("size", SIZES)
 def test_gguf_files_keep_to_what_their_plan_states(
-    sources: dict[str, Path], size: str, tmp_path: Path
+    sources: dict[str, Path], size: str, held: str, tmp_path: Path
 ) -> None:
-    arguments = ["gguf", str(sources[size]), str(tmp_path / "out"), "--types", "F16,Q8_0"]
+    source = sources[size]
+    if held != "plain":  # and is decoded on the way
+        command("convert", str(source), str(tmp_path / "in"), "--recipe", held, "--threads", "2")
+        source = tmp_path / "in"
+    arguments = ["gguf", str(source), str(tmp_path / "out"), "--types", "F16,Q8_0"]
     said, _ = command(*arguments, "--threads", "2", "--dry-run")
     _, used = command(*arguments, "--threads", "2")
     assert used <= json.loads(said)["peak_memory"]
@@ -146,13 +151,19 @@ def test_a_worker_keeps_to_what_the_plan_states(
     assert 10**8 < max(used) <= peak_memory(plan, 2)
 
 
+@pytest.mark.parametrize("way", ["bf16 to nf4", "nf4 to gguf", "fp8 to gguf"])
 def test_peak_memory_does_not_grow_with_the_weights(
-    sources: dict[str, Path], tmp_path: Path
+    sources: dict[str, Path], way: str, tmp_path: Path
 ) -> None:
-    used = {
-        size: command("convert", str(source), str(tmp_path / size), "--threads", "2")[1]
-        for size, source in sources.items()
-    }
+    held, _, to = way.split()
+    used = {}
+    for size, source in sources.items():
+        place = tmp_path / size
+        if held != "bf16":
+            command("convert", str(source), str(place / held), "--recipe", held)
+            source = place / held
+        verb = ("convert",) if to == "nf4" else ("gguf", "--types", "Q8_0")
+        used[size] = command(*verb, str(source), str(place / "out"), "--threads", "2")[1]
     bytes_of = {
         size: (source / "model.safetensors").stat().st_size for size, source in sources.items()
     }

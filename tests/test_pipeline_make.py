@@ -20,13 +20,12 @@ from gguf_models import exact_tensors, make_variant, sidecars, variant_config
 from hub_client import files_in
 from qwen35.checkpoint.open import fetch
 from qwen35.errors import TensorError
-from qwen35.pipeline import job as pipeline_job
-from qwen35.pipeline.job import Wanted
+from qwen35.pipeline.job import Job, Wanted
+from qwen35.pipeline.make import make_artifacts
 from qwen35.pipeline.planned import Artifact, plan_artifacts, source_bytes
 from qwen35.progress import Silent
 from qwen35.work import steps
 from qwen35.work.window import Window
-from qwen35.writing.run import Job, write_all
 from running import run as converted
 
 GGUF = Wanted("mix", types=("F16", "BF16", "Q8_0", "Q4_K_M"), name="gguf")
@@ -64,16 +63,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 
 def planned(source: Path, out: Path, wanted: tuple[Wanted, ...] = ALL) -> tuple[Artifact, ...]:
-    job = pipeline_job.Job(str(source), out, wanted, depth="numbers")
+    job = Job(str(source), out, wanted, depth="numbers")
     artifacts, problems = plan_artifacts(fetch(str(source)), job)
     assert problems == ()
     return artifacts
 
 
 def made(artifacts: tuple[Artifact, ...], threads: int = 2) -> dict[str, Any]:
-    jobs = [Job(artifact.plan, artifact.out) for artifact in artifacts]
-    _, errors = write_all(jobs, threads=threads, device="auto", progress=Silent())
-    return {artifacts[number].name: error for number, error in errors.items()}
+    return make_artifacts(artifacts, threads=threads, device="auto", progress=Silent())
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 import deadly
 import qwen35
 from checkpoints import random_tensors, tiny_config, write_checkpoint
+from gguf_models import make_variant
 from qwen35.cli.main import main
 from qwen35.errors import TensorError, UsageError, WorkerError
 from qwen35.work.on_ray import RayWorkers
@@ -232,6 +233,30 @@ def test_the_command_on_a_cluster(
     assert main(["convert", str(dense), str(out), *flags]) == 0
     assert tree(out) == expected
     shutil.rmtree(out)
+
+
+@pytest.fixture(scope="module")
+def gguf_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_variant(tmp_path_factory.mktemp("gguf"), "dense")
+
+
+@pytest.mark.parametrize("deaths", ["0", "2"])
+def test_gguf_files_on_a_cluster(
+    cluster: Any,
+    folder: Path,
+    gguf_source: Path,
+    tmp_path: Path,
+    deaths: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.deadly)
+    (folder / "kill").write_text(deaths)
+    asked = ["--types", "F16,Q4_K_M", "--mmproj", "--quiet", "--threads", "1"]
+    alone, shared = str(tmp_path / "alone"), str(tmp_path / "shared")
+    assert main(["gguf", str(gguf_source), alone, *asked]) == 0
+    assert main(["gguf", str(gguf_source), shared, *asked, "--ray-address", cluster.address]) == 0
+    assert len(list(folder.glob("death*"))) == int(deaths)
+    assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
 
 
 def test_no_ray_and_no_cluster_are_sentences(

@@ -15,12 +15,11 @@ from gguf_models import make_variant
 from hub_client import REPO, World, files_in
 from hub_store import COMMIT, Repo
 from qwen35.cli.main import main
-from qwen35.plan.order import plan_again
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.progress import Silent
 from qwen35.publish.documents import documents, write_documents
-from qwen35.reproduce import Origin
+from qwen35.reproduce import Origin, plan_again
 from qwen35.reproduce import reproduce as make_again
 from qwen35.writing.run import write
 from running import plan_of, run
@@ -211,9 +210,18 @@ def test_manifest_that_does_not_say_what_was_asked_for(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run(dense, tmp_path / "out").out
-    edit(out / "qwen35.json", files={"x.gguf": {"size": 1, "sha256": "0"}})
+    edit(out / "qwen35.json", recipe={"name": "mix", "format": "gguf", "rules": []})
     assert reproduce(out, "--source", dense) == 2
     assert "does not say what was asked for" in capsys.readouterr().err
+
+
+def test_a_manifest_that_lists_what_its_recipe_does_not_make(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(dense, tmp_path / "out").out
+    edit(out / "qwen35.json", recipe={"name": "mix", "format": "gguf", "rules": []})
+    assert reproduce(out, "--source", dense) == 1
+    assert "DIFFERS x.gguf: not made again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -238,6 +246,25 @@ def test_gguf_files_are_made_again(
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert reproduce(out, "--source", source) == 1
     assert f"DIFFERS {file.name}: beside the manifest" in capsys.readouterr().out
+
+
+def test_gguf_files_of_rules_for_layers_are_made_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `qwen35 tune` writes: rules that hold for some layers alone."""
+    source, out, toml = make_variant(tmp_path, "dense"), tmp_path / "out", tmp_path / "mine.toml"
+    toml.write_text(
+        'format = "gguf"\nbase = "q8-gates"\n'
+        '[[rules]]\nmatch = "mlp.down_proj"\nlayers = "1-2, 3"\naction = "q6_K"\n'
+        '[[rules]]\nmatch = "kind:linear"\nlayers = "0"\naction = "f16"\nreason = "the first"\n'
+    )
+    flags = ["--types", "Q4_K_M,Q8_0", "--recipe", str(toml)]
+    assert main(["gguf", str(source), str(out), *flags]) == 0
+    toml.unlink()
+    rules = json.loads((out / "qwen35.json").read_text())["recipe"]["rules"]
+    assert [rule[3] for rule in rules[:2]] == ["1-3", "0"]
+    assert reproduce(out, "--source", source, "--output", tmp_path / "again") == 0
+    assert "reproduced, byte for byte" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -355,7 +355,7 @@ def completed(line: str, folder: Path) -> list[str]:
 
 
 def test_bash_completes(tmp_path: Path) -> None:
-    (tmp_path / "completion.bash").write_text(script("bash"))
+    (tmp_path / "completion.bash").write_text(script("bash", whole_parser()))
     (tmp_path / "model").mkdir()
     (tmp_path / "notes.txt").touch()
     assert set(VERBS) <= set(completed("qwen35", tmp_path))
@@ -370,13 +370,13 @@ def test_bash_completes(tmp_path: Path) -> None:
 def test_other_shells_accept_their_script(shell: str, tmp_path: Path) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here")
-    (tmp_path / "script").write_text(script(shell))
+    (tmp_path / "script").write_text(script(shell, whole_parser()))
     subprocess.run([shell, "-n", str(tmp_path / "script")], check=True)
 
 
 @pytest.mark.skipif(shutil.which("fish") is None, reason="no fish here")
 def test_fish_completes(tmp_path: Path) -> None:
-    (tmp_path / "qwen35.fish").write_text(script("fish"))
+    (tmp_path / "qwen35.fish").write_text(script("fish", whole_parser()))
     (tmp_path / "model").mkdir()
 
     def offered(line: str) -> set[str]:
@@ -430,12 +430,11 @@ def test_roles_fold_their_meaning_only(monkeypatch: pytest.MonkeyPatch, capsys: 
 SAID_ALREADY = {
     "calibrate/states.py: 'was changed by something else'",
     "checkpoint/hub.py: 'the Hub named no commit'",
-    "cli/old_verify.py: 'only a description, nothing to verify'",
-    "gguf/kernel.py: f'cannot be opened ({error})'",
-    "gguf/rules.py: 'no rules in it'",
-    "gguf/rules.py: 'not a pattern that llama-quantize would read the same way'",
-    "gguf/rules.py: f'cannot be read ({error})'",
-    "gguf/rules.py: f'not a pattern ({error})'",
+    "codecs/ggml/kernel.py: f'cannot be opened ({error})'",
+    "plan/gguf/patterns.py: 'no rules in it'",
+    "plan/gguf/patterns.py: 'not a pattern that llama-quantize would read the same way'",
+    "plan/gguf/patterns.py: f'cannot be read ({error})'",
+    "plan/gguf/patterns.py: f'not a pattern ({error})'",
     "pipeline/toml.py: f'cannot be read ({error.strerror})'",
     "pipeline/toml.py: f'not valid TOML ({error})'",
     "plan/recipe.py: f'a line of more than {_MAX_DOTS} dots'",
