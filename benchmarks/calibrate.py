@@ -45,14 +45,12 @@ from qwen35.calibrate.run import calibrate
 from qwen35.calibrate.text import Text, read_text
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import Reader, open_folder
-from qwen35.codecs.pieces import decoded
+from qwen35.codecs.registry import codec_of
 from qwen35.engines.llama import Llama
 from qwen35.plan.activations import load_activations
 from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
-from qwen35.plan.plan import make_plan as make_convert_plan
-from qwen35.plan.plan import make_plan as make_gguf_plan
+from qwen35.plan.plan import make_plan as make_artifact_plan
 from qwen35.plan.recipe import load_recipe
-from qwen35.plan.recipe import load_recipe as gguf_recipe
 from qwen35.writing.run import write
 
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
@@ -111,8 +109,8 @@ def halves(work: Path, windows: int | None) -> Halves:
 def quantized(work: Path, name: str, imatrix: Imatrix | None, *types: str) -> dict[str, Path]:
     """Write GGUF files of the embedded checkpoint; return them by type."""
     out = work / f"gguf-{name}"
-    asked = GgufAsked(types, gguf_recipe("mix"), imatrix=imatrix)
-    plan = make_gguf_plan(open_folder(ASSET), asked)
+    recipe = load_recipe("mix", "gguf")
+    plan = make_artifact_plan(open_folder(ASSET), recipe, types=types, imatrix=imatrix)
     write(plan, out, overwrite=True)
     return {kind: out / file.name for kind, file in zip(types, plan.files, strict=True)}
 
@@ -204,14 +202,15 @@ def fp8(work: Path, parts: Halves, files: Path) -> None:
     reference, found = logits(), {}
     for i, (name, activations) in enumerate(choices.items()):
         out = work / f"fp8-{i}"
-        plan = make_convert_plan(open_folder(ASSET), load_recipe("fp8"), activations=activations)
+        plan = make_artifact_plan(open_folder(ASSET), load_recipe("fp8"), activations=activations)
         write(plan, out, overwrite=True)
         checkpoint = open_folder(out)
         with Reader(checkpoint) as reader:
             for item in inventory(checkpoint):
                 if item.weight.storage == "fp8" and item.role.scope != "mtp":
                     spec = replace(item.spec, dtype="F32")
-                    values = np.concatenate([p.copy() for p in decoded(reader, item.weight, spec)])
+                    values = np.empty(spec.numel, np.float32)
+                    codec_of(item.weight).open(reader, item.weight, spec).read_into(0, values)
                     target = model.get_parameter(item.spec.name)
                     target.data.copy_(torch.from_numpy(values).view(target.shape))
         pairs = zip(reference, logits(), strict=True)

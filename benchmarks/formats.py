@@ -24,9 +24,7 @@ sys.path[0] = str(ROOT / "tests")  # a neighbour is called gguf
 from qwen35.checkpoint.source import open_folder
 from qwen35.evaluate.evaluation import evaluate
 from qwen35.plan.plan import make_plan
-from qwen35.plan.plan import make_plan as plan_gguf
 from qwen35.plan.recipe import load_recipe
-from qwen35.plan.recipe import load_recipe as load_gguf_recipe
 from qwen35.writing.run import write
 
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
@@ -68,12 +66,12 @@ def packed(folder: Path) -> Iterator[Row]:
 def gguf(folder: Path) -> Iterator[Row]:
     """Write and yield the GGUF files."""
     for recipe, types in GGUF.items():
-        plan = plan_gguf(open_folder(ASSET), Asked(types, load_gguf_recipe(recipe)))
+        plan = make_plan(open_folder(ASSET), load_recipe(recipe, "gguf"), types=types)
         write(plan, folder / recipe)
         for kind, file in zip(types, plan.files, strict=True):
             name = f"GGUF {kind}" + ("" if recipe == "mix" else f", {recipe}")
             path = folder / recipe / file.name
-            yield Row(name, "gguf", recipe, path, {file.name: file.head.nbytes})
+            yield Row(name, "gguf", recipe, path, {file.name: file.nbytes})
 
 
 def main() -> None:

@@ -29,6 +29,7 @@ from benchmarks.nf4 import SHARD, Cost, make_checkpoint, measure, median
 from gguf import GGUFWriter
 
 from qwen35.checkpoint.source import open_folder
+from qwen35.plan.gguf.making import files_of
 from qwen35.plan.gguf.mixes import FILE_TYPES, quantizable
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
@@ -69,7 +70,7 @@ def prepare(size: str, work: Path) -> tuple[Path, Path]:
     path = work / f"{size}.imatrix.gguf"
     if path.exists():
         return source, path
-    plan = make_plan(open_folder(source), Asked(("F32",), load_recipe("mix")))
+    plan = make_plan(open_folder(source), load_recipe("mix", "gguf"), types=("F32",))
     generator = np.random.default_rng(0)
     writer = GGUFWriter(path, "")
     writer.kv_data[0].clear()
@@ -77,11 +78,11 @@ def prepare(size: str, work: Path) -> tuple[Path, Path]:
     writer.add_array("imatrix.datasets", ["random"])
     writer.add_uint32("imatrix.chunk_count", 1)
     writer.add_uint32("imatrix.chunk_size", 512)
-    for tensor in plan.files[0].tensors:
+    for tensor in files_of(plan)[0].tensors:
         if quantizable(tensor.name, tensor.shape) and tensor.name.startswith("blk."):
-            sums = generator.exponential(size=(len(tensor.slabs), tensor.row))
+            sums = generator.exponential(size=(len(tensor.rows.slabs), tensor.row))
             writer.add_tensor(f"{tensor.name}.in_sum2", sums.astype(np.float32))
-            counts = np.ones((len(tensor.slabs), 1), np.float32)
+            counts = np.ones((len(tensor.rows.slabs), 1), np.float32)
             writer.add_tensor(f"{tensor.name}.counts", counts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

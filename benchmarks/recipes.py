@@ -29,6 +29,7 @@ from gguf import GGUFWriter
 from qwen35.checkpoint.source import open_folder
 from qwen35.evaluate.evaluation import evaluate
 from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
+from qwen35.plan.gguf.making import files_of
 from qwen35.plan.gguf.names import Tensor
 from qwen35.plan.gguf.patterns import pattern_rules
 from qwen35.plan.plan import make_plan
@@ -77,12 +78,11 @@ def gather(batch: list[list[int]], tensors: Sequence[Tensor], path: Path) -> Ima
     writer.add_uint32("imatrix.chunk_count", len(batch))
     writer.add_uint32("imatrix.chunk_size", WINDOW)
     for tensor in tensors:
-        found = sums.get(tensor.slabs[0].item.weight.name.removesuffix(".weight"))
+        found = sums.get(tensor.rows.item.weight.name.removesuffix(".weight"))
         if found is None:
             continue
-        if tensor.transform == "columns":
-            found = found.reshape(tensor.keys, -1, tensor.head).transpose(0, 1).reshape(-1)
-        writer.add_tensor(f"{tensor.name}.in_sum2", found.float().numpy()[None])
+        means = tensor.rows.columns(found.float().numpy()[None])
+        writer.add_tensor(f"{tensor.name}.in_sum2", means)
         counts = np.full((1, 1), len(batch) * WINDOW, np.float32)
         writer.add_tensor(f"{tensor.name}.counts", counts)
     writer.write_header_to_file()
@@ -105,8 +105,8 @@ def make_files(types: tuple[str, ...], imatrix: Imatrix, work: Path) -> dict[str
     for i, (name, (recipe, lines)) in enumerate(ROWS.items()):
         rules, made = pattern_rules(lines, []), []
         for matrix in (None, imatrix):
-            asked = Asked(types, load_recipe(recipe), rules, imatrix=matrix)
-            plan = make_plan(checkpoint, asked)
+            rows = load_recipe(recipe, "gguf").preceded(rules)
+            plan = make_plan(checkpoint, rows, types=types, imatrix=matrix)
             out = write(plan, work / f"{i}-{matrix is not None}").out
             made += [out / file.name for file in plan.files]
         files[name] = made
@@ -123,9 +123,9 @@ def main() -> None:
     types = tuple(args.types.split(","))
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        base = make_plan(open_folder(ASSET), Asked(("F32",), load_recipe("mix")))
+        base = make_plan(open_folder(ASSET), load_recipe("mix", "gguf"), types=("F32",))
         reference = write(base, work / "f32").out / base.files[0].name
-        imatrix = gather(windows(text[half:], 16), base.files[0].tensors, work / "i.gguf")
+        imatrix = gather(windows(text[half:], 16), files_of(base)[0].tensors, work / "i.gguf")
         (work / "text").write_text(text[:half])
         files = make_files(types, imatrix, work)
         every = [str(path) for made in files.values() for path in made]

@@ -23,7 +23,7 @@ def main(model: str, recipe: str, text: str, size: str = "5bpw") -> None:
     bits = 8 * found.tuned.nbytes / found.space.weights
     print(f"{found.recipe.name}: {found.tuned.nbytes:,} bytes, {bits:.2f} bits a weight")
     planned = qwen35.gguf(model, "unused", types="Q4_K_M", recipe=recipe, dry_run=True)
-    kinds = sorted(set(planned.plan.files[0].kinds.values()))
+    kinds = sorted({target.op for step in planned.plan.steps for target in step.targets})
     print(f"types used: {', '.join(kinds)}")
 
 

@@ -20,8 +20,7 @@ import qwen35
 from checkpoints import ASSET
 from evaluating import gguf as gguf_in
 from hub_client import REPO, World
-from qwen35.api.convert import Converted
-from qwen35.api.gguf import GgufMade
+from qwen35.api.made import Made
 from qwen35.api.run import Run
 from qwen35.calibrate.run import Calibrated
 from qwen35.cli.main import VERBS, parser_of
@@ -92,27 +91,28 @@ def test_public_names_are_the_verbs() -> None:
 def test_importing_a_module_of_a_verbs_name_leaves_the_verb() -> None:
     for name in VERBS:
         importlib.import_module(f"qwen35.api.{name}")
-    for module in ("plan.plan", "convert", "gguf.write", "verify.artifact", "reproduce", "tune"):
+    for module in ("plan.plan", "verify.artifact", "reproduce", "tune"):
         importlib.import_module(f"qwen35.{module}")
     for verb in VERBS:
         assert inspect.isfunction(getattr(qwen35, verb)), verb
     program = (
-        "import qwen35.convert, qwen35.plan.plan\nimport qwen35\n"
-        "import qwen35.plan.recipe as recipes\nfrom qwen35.plan import show\n"
+        "import qwen35.reproduce, qwen35.plan.plan\nimport qwen35\n"
+        "import qwen35.plan.recipe as recipes\nfrom qwen35.plan import layers\n"
         "from qwen35 import plan\n"
         "assert callable(qwen35.convert) and plan is qwen35.plan\n"
-        "assert recipes.BUILT_IN is qwen35.plan.recipe.BUILT_IN and show.size(1) == '1 B'\n"
+        "assert recipes.built_in is qwen35.plan.recipe.built_in\n"
+        "assert layers.spell_layers([1]) == '1'\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
 def test_what_is_set_on_a_verb_is_set_in_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests name what they replace by its dotted path."""
-    module = sys.modules["qwen35.convert"]
-    monkeypatch.setattr("qwen35.convert.write_file", "replaced")
-    assert vars(module)["write_file"] == "replaced"
+    module = sys.modules["qwen35.reproduce"]
+    monkeypatch.setattr("qwen35.reproduce.digest_file", "replaced")
+    assert vars(module)["digest_file"] == "replaced"
     monkeypatch.undo()
-    assert callable(vars(module)["write_file"])
+    assert callable(vars(module)["digest_file"])
     for verb in VERBS:
         function = getattr(qwen35, verb)
         assert function.__name__ == verb
@@ -125,8 +125,8 @@ def test_it_is_typed() -> None:
 
     def never(model: str, out: Path) -> None:
         assert_type(qwen35.plan(model), Plan)
-        assert_type(qwen35.convert(model, out, recipe="fp8"), Converted)
-        assert_type(qwen35.gguf(model, out, types=["F16"]), GgufMade)
+        assert_type(qwen35.convert(model, out, recipe="fp8"), Made)
+        assert_type(qwen35.gguf(model, out, types=["F16"]), Made)
         assert_type(qwen35.verify(out, source=model), Verdict)
         assert_type(qwen35.evaluate(model, [out], text="x"), Report)
         assert_type(qwen35.calibrate(model, text="x", output=out), Calibrated)

@@ -18,12 +18,12 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from markdown_it.token import Token
-
-from pages import ROOT, tokens_of
-from qwen35.checkpoint.source import open_folder
 from qwen35.gguf.plan import Asked
 from qwen35.gguf.plan import make_plan as plan_gguf
 from qwen35.gguf.rules import load_recipe as load_gguf_recipe
+
+from pages import ROOT, tokens_of
+from qwen35.checkpoint.source import open_folder
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 

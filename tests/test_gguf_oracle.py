@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from qwen35.checkpoint.source import open_folder
 from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
 from qwen35.plan.gguf.making import files_of
 from qwen35.plan.gguf.mixes import FILE_TYPES, quantizable
+from qwen35.plan.gguf.options import GgufOptions
 from qwen35.plan.gguf.patterns import exported, pattern_rules
 from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import Rule, load_recipe
+from qwen35.plan.recipe import load_recipe
+from qwen35.plan.rules import Rule
 from qwen35.writing.run import write
 
 QUANTIZED = tuple(name for name, row in FILE_TYPES.items() if row.quantized)
@@ -46,7 +49,7 @@ def plan_of(
     recipe: str = "mix",
     *,
     rules: Sequence[Rule] = (),
-    **asked: object,
+    **asked: Any,
 ) -> Plan:
     rows = load_recipe(recipe, "gguf").preceded(rules)
     return make_plan(open_folder(source), rows, types=types, **asked)
@@ -65,6 +68,7 @@ def check(
 ) -> None:
     """Write the plan's files; compare each quantized one with llama_model_quantize's."""
     out = write(plan, tmp_path / "out", threads=2).out
+    assert isinstance(plan.options, GgufOptions)
     sizes = dict(plan.file_sizes())
     source = next(file for file in files_of(plan) if file.file_type.name == base)
     for file in files_of(plan):
@@ -149,7 +153,7 @@ def test_an_exported_recipe_gives_llama_quantize_the_same_file(
     recipe: str, variant: Make, tmp_path: Path
 ) -> None:
     plan = plan_of(variant("deep"), ("F32", "Q4_K_M"), recipe)
-    file = plan.files[1]
+    file = files_of(plan)[1]
     wanted = {t.name: file.kinds[t.name] for t in file.tensors if quantizable(t.name, t.shape)}
     path = tmp_path / "types.txt"
     path.write_text("\n".join(exported(wanted)))

@@ -15,6 +15,7 @@ from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import open_folder
 from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import InputError
+from qwen35.plan.containers import CONTAINERS
 from qwen35.plan.manifest import (
     manifest_bytes,
     manifest_versions,
@@ -25,7 +26,7 @@ from qwen35.plan.manifest import (
     source_of,
     work_key,
 )
-from qwen35.plan.recipe import Recipe, Rule
+from qwen35.plan.rules import Recipe, Rule
 from qwen35.plan.safetensors.asked import calibration_of, kept_prefix
 from qwen35.plan.safetensors.container import SafetensorsContainer
 from running import plan_of
@@ -51,16 +52,17 @@ def test_recipe_is_the_one_that_was_written() -> None:
         Rule("mlp", "nf4", "why", layers=frozenset({0, 1, 7})),
         Rule("*", "plain", "rest"),
     )
-    recipe = Recipe("mine.toml", "nf4", "", rules)
+    recipe = Recipe("mine.toml", "nf4", "", rules, CONTAINERS["safetensors"])
     written = json.loads(json.dumps(recipe_json(recipe)))
     assert written == {
         "name": "mine.toml",
         "format": "nf4",
         "rules": [["mlp", "nf4", "why", "0-1, 7"], ["*", "plain", "rest"]],
     }
-    assert recipe_of({"recipe": written}) == recipe
-    assert recipe_of({"recipe": {"name": "x", "format": "nf4"}}) == Recipe("x", "nf4", "", ())
-    one = recipe_json(Recipe("x", "nf4", "", (Rule("a", "b", "c"),)))
+    assert recipe_of({"recipe": written}, recipe.container) == recipe
+    bare = Recipe("x", "nf4", "", (), recipe.container)
+    assert recipe_of({"recipe": {"name": "x", "format": "nf4"}}, recipe.container) == bare
+    one = recipe_json(bare.preceded([Rule("a", "b", "c")]))
     assert one["rules"] == [["a", "b", "c"]]
 
 
@@ -152,7 +154,7 @@ def test_malformed_source(manifest: dict[str, Any], sentence: str) -> None:
 )
 def test_malformed_recipe(recipe: object, sentence: str) -> None:
     with pytest.raises(InputError) as caught:
-        recipe_of({"recipe": recipe})
+        recipe_of({"recipe": recipe}, CONTAINERS["safetensors"])
     assert str(caught.value) == f"qwen35.json: {sentence}"
 
 

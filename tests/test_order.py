@@ -18,7 +18,7 @@ from qwen35.plan.manifest import recipe_json
 from qwen35.plan.order import order_of, other_names, plan_from
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
-from qwen35.plan.safetensors.options import MAX_SHARD_BYTES
+from qwen35.plan.safetensors.options import MAX_SHARD_BYTES, SafetensorsOptions
 from running import plan_of
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
@@ -27,6 +27,12 @@ DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
 def copied(source: Path, folder: Path) -> Path:
     """Return a checkpoint of its own, to be changed."""
     return Path(shutil.copytree(source, folder))
+
+
+def asked(plan: Plan) -> SafetensorsOptions:
+    """Return what a plan was asked for beside its recipe."""
+    assert isinstance(plan.options, SafetensorsOptions)
+    return plan.options
 
 
 def calibrated(source: Path, folder: Path) -> Plan:
@@ -45,6 +51,8 @@ def calibrated(source: Path, folder: Path) -> Plan:
 
 def test_an_order_says_all_that_decides(dense: Path, tmp_path: Path) -> None:
     plan = calibrated(dense, tmp_path)
+    statistics = asked(plan).activations
+    assert statistics is not None
     order = order_of(plan, 5, slices=3)
     assert order == {
         "root": str(dense),
@@ -60,7 +68,7 @@ def test_an_order_says_all_that_decides(dense: Path, tmp_path: Path) -> None:
             "rms_factor": 3.0,
             "percentile": 99.9,
             "grid_size": 7,
-            "activations": {"name": "stats.json", "sha256": plan.options.activations.sha256},
+            "activations": {"name": "stats.json", "sha256": statistics.sha256},
         },
         "inputs": {"activations": str(tmp_path / "stats.json")},
         "task_bytes": 5,
@@ -71,11 +79,12 @@ def test_an_order_says_all_that_decides(dense: Path, tmp_path: Path) -> None:
     assert again.digest == plan.digest
     assert [file.head for file in again.files] == [file.head for file in plan.files]
     assert len(again.files) > 2
-    assert (again.settings, again.options.keep_prefix) == (plan.settings, True)
-    assert again.options.shard_bytes == plan.options.shard_bytes == 1_000_000
-    assert plan_of(dense).options.shard_bytes == MAX_SHARD_BYTES
-    assert again.options.activations is not None
-    assert again.options.activations.path == tmp_path / "stats.json"
+    assert (again.settings, asked(again).keep_prefix) == (plan.settings, True)
+    assert asked(again).shard_bytes == asked(plan).shard_bytes == 1_000_000
+    assert asked(plan_of(dense)).shard_bytes == MAX_SHARD_BYTES
+    there = asked(again).activations
+    assert there is not None
+    assert there.path == tmp_path / "stats.json"
 
 
 def test_paths_of_an_order_hold_from_any_folder(

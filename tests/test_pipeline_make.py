@@ -24,7 +24,7 @@ from qwen35.pipeline.job import Job, Wanted
 from qwen35.pipeline.make import make_artifacts
 from qwen35.pipeline.planned import Artifact, plan_artifacts, source_bytes
 from qwen35.progress import Silent
-from qwen35.work import steps
+from qwen35.work import window
 from qwen35.work.window import Window
 from running import run as converted
 
@@ -185,7 +185,7 @@ def test_interrupted_sweep_is_continued(
     """What was finished before an interrupt is not read again; the bytes are those of one go."""
     monkeypatch.setattr("qwen35.sinks.written.SECONDS", 0.0)
     source = make_checkpoint(tmp_path / "Tiny")
-    real = steps.advance
+    real = window.advance
     groups: list[int] = []
 
     def interrupted(*arguments: Any) -> None:
@@ -194,12 +194,12 @@ def test_interrupted_sweep_is_continued(
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr(steps, "advance", interrupted)
+    monkeypatch.setattr("qwen35.work.steps.advance", interrupted)
     wanted = ALL[:3]
     with pytest.raises(KeyboardInterrupt):
         made(planned(source, tmp_path / "out", wanted), threads=1)
     first = reads.total
-    monkeypatch.setattr(steps, "advance", real)
+    monkeypatch.setattr("qwen35.work.steps.advance", real)
     artifacts = planned(source, tmp_path / "out", wanted)
     assert made(artifacts) == {}
     assert reads.total < first + source_bytes(artifacts)

@@ -24,6 +24,7 @@ from qwen35.errors import Finding
 from qwen35.pipeline import run
 from qwen35.pipeline.gates import artifact_gate, quantization_gate
 from qwen35.pipeline.job import Job, Measuring, path_artifacts
+from qwen35.pipeline.make import make_artifacts
 from qwen35.pipeline.planned import plan_artifacts
 from qwen35.pipeline.state import STATE_NAME
 from qwen35.sinks.staging import locked

@@ -36,11 +36,13 @@ from qwen35.errors import TensorError, UsageError
 from qwen35.model.config import parse_config
 from qwen35.model.roles import Layout, expected_tensors, role_of
 from qwen35.model.sizes import PUBLISHED
+from qwen35.plan.containers import CONTAINERS
 from qwen35.plan.manifest import manifest_bytes, manifest_size
 from qwen35.plan.memory import peak_memory, threads_within
 from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import Recipe, Rule, built_in, load_recipe
+from qwen35.plan.recipe import built_in, load_recipe
 from qwen35.plan.rows import rows_of
+from qwen35.plan.rules import Recipe, Rule
 from qwen35.plan.safetensors import making
 from qwen35.plan.safetensors import options as plan_options
 from qwen35.plan.safetensors.options import MAX_SHARD_BYTES
@@ -207,7 +209,7 @@ def made_up(
 def recipe_of(*rules: tuple[str, str], form: str = "nf4") -> Recipe:
     """Return a recipe that ends with everything plain."""
     made = [Rule(match, action, "test") for match, action in rules]
-    return Recipe("test", form, "", (*made, Rule("*", "plain", "rest")))
+    return Recipe("test", form, "", (*made, Rule("*", "plain", "rest")), CONTAINERS["safetensors"])
 
 
 # --- golden numbers

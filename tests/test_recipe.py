@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from qwen35.model.roles import ROLES, Role, role_of
 from qwen35.plan.containers import CONTAINERS
 from qwen35.plan.gguf.making import files_of
 from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import _KEYS, Recipe, Rule, built_in, load_recipe
+from qwen35.plan.recipe import built_in, load_recipe
+from qwen35.plan.recipe_files import _KEYS
+from qwen35.plan.rules import Recipe, Rule
 from qwen35.plan.safetensors.container import ACTIONS
 
 pytestmark = pytest.mark.sentences
@@ -143,7 +146,7 @@ def test_first_rule_that_matches_decides(tmp_path: Path) -> None:
 @given(st.permutations(["mlp", "self_attn", "mlp.up_proj", "kind:linear", "mtp"]))
 def test_no_later_rule_is_ever_chosen_over_an_earlier(matches: list[str]) -> None:
     rules = tuple(Rule(match, "plain", match) for match in (*matches, "*"))
-    recipe = Recipe("r", "nf4", "", rules)
+    recipe = Recipe("r", "nf4", "", rules, CONTAINERS["safetensors"])
     for role in ALL_ROLES:
         chosen = rules.index(recipe.rule_for(role))
         assert rules[chosen].matches(role)
@@ -162,6 +165,7 @@ def test_user_recipe_is_read(tmp_path: Path) -> None:
             Rule("mlp", "nf4", "try", required=True),
             Rule("*", "plain", "match = '*'", required=False),
         ),
+        CONTAINERS["safetensors"],
     )
 
 
@@ -215,7 +219,7 @@ def test_a_rule_may_have_every_key_and_is_for_its_layers(tmp_path: Path) -> None
 
 def test_a_recipe_may_be_its_base_and_nothing_else(tmp_path: Path) -> None:
     recipe = write(tmp_path, HEAD, 'base = "nf4"\n')
-    assert recipe == Recipe("mine.toml", "nf4", "", load_recipe("nf4").rules)
+    assert recipe == replace(load_recipe("nf4"), name="mine.toml", description="")
 
 
 def test_a_line_of_many_dots_is_refused(tmp_path: Path) -> None:

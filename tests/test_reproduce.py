@@ -219,7 +219,7 @@ def test_a_manifest_that_lists_what_its_recipe_does_not_make(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = run(dense, tmp_path / "out").out
-    edit(out / "qwen35.json", recipe={"name": "mix", "format": "gguf", "rules": []})
+    edit(out / "qwen35.json", files={"x.gguf": {"size": 1, "sha256": "0"}})
     assert reproduce(out, "--source", dense) == 1
     assert "DIFFERS x.gguf: not made again" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ import torch
 
 from checkpoints import make_checkpoint, write_checkpoint
 from loading import clean, load_model, packed_layers, settle
-from qwen35.plan import step as planning
+from qwen35.plan.safetensors import steps as planning
 from qwen35.writing.run import write
 from running import load_all, plan_of, read_config, run
 
@@ -73,14 +73,14 @@ def test_transformers_cannot_load_packed_experts(
     moe_per_expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why the recipe leaves experts alone. When this fails, the recipe can pack them."""
-    real = planning._operation
+    real = planning._decided
 
-    def pack_experts(recipe: str, rule: Any, item: Any, unfit: Any) -> Any:
+    def pack_experts(recipe: str, rule: Any, codec: Any, item: Any, unfit: Any) -> Any:
         if item.role.info.kind == "experts" and item.role.scope == "text":
-            return "nf4", "packed for this test"
-        return real(recipe, rule, item, unfit)
+            return "nf4", False, "packed for this test"
+        return real(recipe, rule, codec, item, unfit)
 
-    monkeypatch.setattr(planning, "_operation", pack_experts)
+    monkeypatch.setattr(planning, "_decided", pack_experts)
     run(moe_per_expert, tmp_path / "out")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load_model(tmp_path / "out", "Qwen3_5MoeForConditionalGeneration")

@@ -22,11 +22,9 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding
 from qwen35.plan.gguf.imatrix import Imatrix
-from qwen35.plan.manifest import Made, manifest_bytes
+from qwen35.plan.manifest import made_bytes, manifest_bytes
 from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.plan import make_plan as plan_conversion
 from qwen35.plan.recipe import load_recipe
-from qwen35.plan.recipe import load_recipe as load_packing
 from qwen35.publish.documents import REPORT_NAME, documents
 from qwen35.verify.artifact import Verdict
 from qwen35.verify.asking import Halves, Question
@@ -87,35 +85,35 @@ def _check(what: str, found: Mapping[str, Any], meanings: Mapping[str, str]) -> 
         raise SystemExit(f"{what} without a meaning: {silent}; meaning without a key: {gone}")
 
 
-def _asked(*types: str, **options: Any) -> Asked:
-    return Asked(types, load_recipe("mix"), **options)
+def _gguf(checkpoint: Checkpoint, *types: str, **options: Any) -> Plan:
+    return make_plan(checkpoint, load_recipe("mix", "gguf"), types=types, **options)
 
 
 def _keys_of(plan: Plan, which: int = 0) -> dict[str, Any]:
     """Return the keys in the head of one file of a plan, as a reader sees them."""
-    head = plan.files[which].head
+    planned = plan.files[which]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.gguf"
         with path.open("wb") as file:
-            file.write(head.content)
-            file.truncate(head.nbytes)
+            file.write(planned.head)
+            file.truncate(planned.nbytes)
         return dict(read_container(path).keys)
 
 
 def _text_keys() -> dict[str, Any]:
     made = Imatrix("imatrix.gguf", {}, "calibration.txt", 40, "0" * 64)
-    plan = make_plan(describe(str(TINY)), _asked("F16", "Q4_K_M"))
+    plan = _gguf(describe(str(TINY)), "F16", "Q4_K_M")
     return _keys_of(plan) | made.keys()
 
 
 def _projector_keys() -> dict[str, Any]:
-    plan = make_plan(describe(str(TINY)), _asked("F16", projector="F16"))
+    plan = _gguf(describe(str(TINY)), "F16", projector="F16")
     own = _keys_of(plan, -1)
     return {key: value for key, value in own.items() if key.startswith("clip.")}
 
 
 def _moe_keys() -> dict[str, Any]:
-    own = _keys_of(make_plan(describe(_MOE), _asked("F16")))
+    own = _keys_of(_gguf(describe(_MOE), "F16"))
     return {key: value for key, value in own.items() if ".expert" in key}
 
 
@@ -139,7 +137,7 @@ def _card_keys() -> dict[str, Any]:
                 (folder / path.name).symlink_to(path)
         (folder / "README.md").write_text(_CARD)
         (folder / "generation_config.json").write_text(json.dumps(_SAMPLING))
-        return _keys_of(make_plan(describe(str(folder)), _asked("F16")))
+        return _keys_of(_gguf(describe(str(folder)), "F16"))
 
 
 def _example(value: Any) -> str:
@@ -183,13 +181,14 @@ def _named(prefix: str, key: str) -> str:
 def _manifests() -> Iterator[Mapping[str, Any]]:
     """Yield a manifest of each kind, made from plans: nothing is converted."""
     tiny = describe(str(TINY))
-    plan = plan_conversion(tiny, load_packing("fp8"))
+    plan = make_plan(tiny, load_recipe("fp8"))
     hashes = dict.fromkeys((name for name, _ in plan.file_sizes()), "0" * 64)
     content = manifest_bytes(plan, hashes)
     yield json.loads(content)
     yield _published(content)
-    gguf = make_plan(tiny, _asked("F16")).made
-    yield json.loads(gguf.render(dict.fromkeys(gguf.sizes, "0" * 64)))
+    gguf = _gguf(tiny, "F16")
+    sizes = dict(gguf.file_sizes())
+    yield json.loads(manifest_bytes(gguf, dict.fromkeys(sizes, "0" * 64)))
     yield {"source": {"repo": "owner/name", "revision": "a commit"}}
     yield _calibrated(tiny)
 
@@ -202,8 +201,7 @@ def _calibration() -> Any:
 
 def _calibrated(tiny: Checkpoint) -> Mapping[str, Any]:
     recipe = {"name": "calibrate", "format": "statistics", "rules": [], **_calibration().provenance}
-    made = Made(tiny, recipe, "", {}, {}, ())
-    parsed: Mapping[str, Any] = json.loads(made.render({}))
+    parsed: Mapping[str, Any] = json.loads(made_bytes(tiny, recipe, "", {}, {}))
     return parsed
 
 

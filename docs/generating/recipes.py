@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
-from typing import Any, Protocol
 
 from generating.markdown import cell, code, heading, table
 from qwen35.model.roles import ROLES
-from qwen35.plan.gguf import rules as gguf_rules
 from qwen35.plan.gguf.mixes import FILE_TYPES
 from qwen35.plan.layers import spell_layers
 from qwen35.plan.recipe import built_in, load_recipe
+from qwen35.plan.rules import Rule
 from qwen35.plan.safetensors.container import ACTIONS
 
 __all__ = ["recipes_page", "roles_page"]
@@ -46,40 +45,23 @@ _PLACES = {
 }
 
 
-class _Rule(Protocol):
-    @property
-    def match(self) -> str: ...
-    @property
-    def reason(self) -> str: ...
-    @property
-    def layers(self) -> frozenset[int] | None: ...
-
-
 def recipes_page() -> str:
     """Return the page of all recipes and actions."""
     lines = [*heading("Recipes", _LEAD), "## Actions", ""]
     lines += table(("action", "does"), ([code(a), cell(text)] for a, text in ACTIONS.items()))
     lines += ["## Safetensors", "", "For `qwen35 plan` and `qwen35 convert`.", ""]
     for name in built_in("safetensors"):
-        recipe = load_recipe(name)
-        head = _head("qwen35.plan", name)
-        lines += _recipe(name, head, [(rule, rule.action) for rule in recipe.rules])
+        lines += _recipe(name, load_recipe(name).rules)
     lines += ["## GGUF", "", _GGUF_LEAD, ""]
-    for name in gguf_rules.built_in("safetensors"):
-        found = gguf_rules.load_recipe(name)
-        head = _head("qwen35.gguf", name)
-        lines += _recipe(name, head, [(rule, rule.kind) for rule in found.rules])
+    for name in built_in("gguf"):
+        lines += _recipe(name, load_recipe(name, "gguf").rules)
     lines += ["### File types", "", _file_types(), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _head(package: str, name: str) -> Mapping[str, Any]:
-    return tomllib.loads(resources.files(package).joinpath(f"recipes/{name}.toml").read_text())
-
-
-def _recipe(
-    name: str, head: Mapping[str, Any], rules: Sequence[tuple[_Rule, str]]
-) -> Iterator[str]:
+def _recipe(name: str, rules: Sequence[Rule]) -> Iterator[str]:
+    path = resources.files("qwen35.plan").joinpath(f"recipes/{name}.toml")
+    head = tomllib.loads(path.read_text("utf-8"))
     yield from (f"### {name}", "", f"{cell(head['description'])}. Format `{head['format']}`.")
     if "base" in head:
         own = len(head.get("rules", ()))
@@ -87,11 +69,11 @@ def _recipe(
         yield f"The first {which} its own, the others those of `{head['base']}`."
     yield ""
     if rules:
-        rows = ([_match(rule), code(action), cell(rule.reason)] for rule, action in rules)
+        rows = ([_match(rule), code(rule.action), cell(rule.reason)] for rule in rules)
         yield from table(("role", "action", "reason"), rows)
 
 
-def _match(rule: _Rule) -> str:
+def _match(rule: Rule) -> str:
     only = "" if rule.layers is None else f", layers {spell_layers(rule.layers)}"
     return code(rule.match) + only
 

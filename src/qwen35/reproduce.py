@@ -13,7 +13,7 @@ from qwen35.checkpoint.place import Folder, Place
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.plan.container import Inputs
-from qwen35.plan.containers import container_of
+from qwen35.plan.containers import container_told
 from qwen35.plan.manifest import manifest_versions, read_manifest, source_of
 from qwen35.plan.order import plan_again as plan_from_manifest
 from qwen35.plan.plan import Plan
@@ -114,8 +114,7 @@ def plan_again(
         InputError: the source is damaged, or these are other files.
     """
     manifest, inputs = origin.manifest, inputs or Inputs()
-    recipe = manifest.get("recipe")
-    container = container_of(recipe.get("format") if isinstance(recipe, dict) else None)
+    container = container_told(manifest)
     container.asked_again(manifest, inputs)  # refuses what is wrong before anything is fetched
     repo, revision = source_of(manifest)
     model = source or (f"{repo}@{revision}" if repo else None)

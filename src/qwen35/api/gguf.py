@@ -11,7 +11,8 @@ from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import UsageError
 from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import Recipe, load_recipe
+from qwen35.plan.recipe import load_recipe
+from qwen35.plan.rules import Recipe
 from qwen35.progress import Progress
 
 __all__ = ["DEFAULT_TYPES", "asked_for", "gguf", "gguf_plan", "types_of"]

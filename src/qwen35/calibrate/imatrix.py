@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter
 
+from qwen35.arrays import F32
 from qwen35.calibrate.inputs import input_of
 from qwen35.calibrate.plan import CalibrationPlan
 from qwen35.calibrate.statistics import Source
-from qwen35.calibrate.sums import F32, Sums
+from qwen35.calibrate.sums import Sums
 from qwen35.plan.gguf.imatrix import COUNTS, MADE, SUMS
 from qwen35.plan.gguf.names import Tensor
 

@@ -7,11 +7,10 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import Array
 from qwen35.calibrate.sums import Sums, load_sums, save_sums
 from qwen35.closing import Closing
 from qwen35.errors import OutputError
@@ -121,7 +120,7 @@ class Work(Closing):
                 count = os.pwrite(self._file(number), data, offset)
                 data, offset = data[count:], offset + count
 
-    def read(self, number: int, offset: int, count: int) -> npt.NDArray[Any]:
+    def read(self, number: int, offset: int, count: int) -> Array:
         """Return bytes of hidden states as uint8.
 
         Raises:

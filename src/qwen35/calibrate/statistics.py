@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from qwen35.arrays import F32
 from qwen35.calibrate.inputs import input_of
-from qwen35.calibrate.sums import F32, Sums
+from qwen35.calibrate.sums import Sums
 from qwen35.checkpoint.inventory import Item
 from qwen35.model.config import ModelConfig
 from qwen35.plan.activations import LARGEST, MADE, SQUARES, TOKENS

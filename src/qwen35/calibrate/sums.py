@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32, F64, I64
 from qwen35.errors import InputError
 
 __all__ = ["FLOOR", "Sums", "load_sums", "save_sums"]
 
-F64 = npt.NDArray[np.float64]
-F32 = npt.NDArray[np.float32]
-I64 = npt.NDArray[np.int64]
 
 FLOOR = 128
 """Tokens that an expert's own statistics need to stand alone: with n of them, the mean of squares

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import I32
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import ConfigError, InputError, UsageError
 
 __all__ = ["Text", "read_text"]
 
-I32 = npt.NDArray[np.int32]
 
 _TOKENIZER = "tokenizer.json"
 
@@ -67,7 +66,7 @@ def read_text(
     if context < 2:
         raise UsageError("--context", str(context), expected="2 tokens at least")
     tokenizer = _tokenizer(checkpoint)
-    ids: list[npt.NDArray[np.int32]] = []
+    ids: list[I32] = []
     files = []
     for path in paths:
         data = _read(path)

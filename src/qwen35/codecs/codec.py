@@ -16,9 +16,7 @@ from qwen35.errors import Finding, TensorError
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
+    from qwen35.arrays import F32, Array
     from qwen35.codecs.compared import Compared
     from qwen35.codecs.pieces import Readable
     from qwen35.model.config import ModelConfig
@@ -42,9 +40,9 @@ class Piece:
     """
 
     first: int
-    values: npt.NDArray[Any]
+    values: Array
     dtype: str
-    importance: npt.NDArray[np.float32] | None = None
+    importance: F32 | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Order:
 class Values(Protocol):
     """The values of a stored weight, wherever in it."""
 
-    def read_into(self, first: int, out: npt.NDArray[Any]) -> None:
+    def read_into(self, first: int, out: Array) -> None:
         """Fill flat `out` with the elements from number `first` on, in the weight's dtype.
 
         Raises:

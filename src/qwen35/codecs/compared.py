@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from qwen35.errors import Finding
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from qwen35.arrays import F32
 
 __all__ = ["Compared"]
 
@@ -41,7 +40,7 @@ class Compared:
         """Add a finding."""
         self.findings.append(Finding(check, subject or self.subject, message))
 
-    def add(self, got: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> None:
+    def add(self, got: F32, expected: F32) -> None:
         """Add up the differences of flat arrays, in float64."""
         import numpy as np
 

@@ -5,16 +5,12 @@ NumPy has no bfloat16; such data travels as its uint16 bits.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
+
+from qwen35.arrays import F32, U16, Array
 
 __all__ = ["CARRIED", "all_finite", "bf16_from_f32", "empty", "f32_from", "from_f32"]
 
-Array = npt.NDArray[Any]
-F32 = npt.NDArray[np.float32]
-U16 = npt.NDArray[np.uint16]
 
 _CARRIER: dict[str, type[np.generic]] = {
     "BF16": np.uint16,

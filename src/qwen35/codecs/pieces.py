@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qwen35.errors import TensorError
 from qwen35.tensors import FLOAT_DTYPES, StoredTensor
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from qwen35.arrays import Array
 
 __all__ = ["PIECE", "Readable", "not_finite", "stored", "whole"]
 
@@ -36,9 +36,7 @@ def not_finite(name: str) -> TensorError:
     )
 
 
-def stored(
-    reader: Readable, tensor: StoredTensor, *, check: bool = True
-) -> Iterator[npt.NDArray[Any]]:
+def stored(reader: Readable, tensor: StoredTensor, *, check: bool = True) -> Iterator[Array]:
     """Yield the elements of a stored tensor in flat pieces of `PIECE`, each valid until the next.
 
     Raises:
@@ -60,7 +58,7 @@ def stored(
         yield piece
 
 
-def whole(reader: Readable, tensor: StoredTensor) -> npt.NDArray[Any]:
+def whole(reader: Readable, tensor: StoredTensor) -> Array:
     """Return all elements of a small tensor, flat; floats as float32."""
     from qwen35.codecs.floats import empty, f32_from
 

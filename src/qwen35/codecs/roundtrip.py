@@ -9,8 +9,7 @@ from qwen35.codecs.codec import Codec, Kernel, Order, Piece
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from qwen35.arrays import F32
 
 __all__ = ["RoundTrip"]
 
@@ -57,7 +56,7 @@ class RoundTrip:
         spec = TensorSpec(self._spec.name, "F32", self._spec.shape)
         self._values = self._codec.open(self._memory, self._weight, spec)
 
-    def decoded(self, piece: Piece) -> npt.NDArray[np.float32]:
+    def decoded(self, piece: Piece) -> F32:
         """Return what became of the values of a piece, not rounded to its dtype."""
         import numpy as np
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32
 from qwen35.closing import Closing
 from qwen35.errors import InputError, UsageError
 
 __all__ = ["Llama", "llama_cpp"]
 
-F32 = npt.NDArray[np.float32]
 _CACHE_F32 = 0
 """``GGML_TYPE_F32``: the attention cache is kept exact."""
 

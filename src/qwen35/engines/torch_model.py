@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from qwen35.arrays import F32
 from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import Checkpoint, open_place
 from qwen35.codecs.registry import codec_of
@@ -23,8 +21,6 @@ __all__ = ["TorchModel", "torch_and_transformers"]
 
 _DECODED = "bf16"
 """The recipe by which nothing stays packed."""
-
-F32 = npt.NDArray[np.float32]
 
 
 def torch_and_transformers(what: str) -> tuple[Any, Any]:

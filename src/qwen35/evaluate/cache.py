@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32
 from qwen35.errors import InputError
 from qwen35.evaluate.records import Records
 from qwen35.evaluate.reference import Compact, Exact, Reference
@@ -35,7 +35,6 @@ __all__ = [
     "unpack",
 ]
 
-F32 = npt.NDArray[np.float32]
 
 RATIO = 50
 """How many times smaller than llama-perplexity's file, at large vocabularies, at least."""

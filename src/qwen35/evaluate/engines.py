@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from qwen35.arrays import F32
 from qwen35.engines.llama import Llama
 from qwen35.engines.torch_model import TorchModel
 from qwen35.errors import InputError
@@ -15,7 +13,6 @@ from qwen35.evaluate.models import Model
 
 __all__ = ["Runner", "runner_of", "running_memory"]
 
-F32 = npt.NDArray[np.float32]
 
 _PYTORCH_MEMORY = 700_000_000
 _LLAMA_MEMORY = 150_000_000

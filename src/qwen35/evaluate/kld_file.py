@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32, U16
 from qwen35.errors import InputError
 from qwen35.evaluate.reference import Exact, Reference, Sixteen
 from qwen35.evaluate.text import Chunks
 
 __all__ = ["KldFile", "KldWriter", "encode", "kld_file_size"]
 
-F32 = npt.NDArray[np.float32]
-U16 = npt.NDArray[np.uint16]
 
 _MAGIC = b"_logits_"
 _HEAD = struct.Struct("<8sIii")

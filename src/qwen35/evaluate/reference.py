@@ -15,14 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from qwen35.arrays import F32, F64, I64, U16
 from qwen35.evaluate import kernels
 
 __all__ = ["Compact", "Compared", "Exact", "Reference", "Sixteen", "normalize"]
-
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
-U16 = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+
+from qwen35.arrays import F64, I64
 
 __all__ = ["PERCENTILES", "Comparison", "Estimate", "Series", "compare_series", "perplexity"]
 
-F64 = npt.NDArray[np.float64]
-I64 = npt.NDArray[np.int64]
 
 PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1)
 """In the order of llama-perplexity's table."""

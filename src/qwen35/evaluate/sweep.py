@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F64
 from qwen35.errors import InputError
 from qwen35.evaluate.cache import CacheFile, CacheWriter
 from qwen35.evaluate.engines import Runner, runner_of
@@ -25,7 +25,6 @@ from qwen35.version import __version__
 
 __all__ = ["sweep"]
 
-F64 = npt.NDArray[np.float64]
 
 _MAGIC = "qwen35 evaluation 1"
 _BASE_ROWS, _MODEL_ROWS = 2, 4

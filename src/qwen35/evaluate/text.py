@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import I32, I64
 from qwen35.engines.llama import Llama
 from qwen35.engines.torch_model import torch_and_transformers
 from qwen35.errors import InputError
@@ -18,8 +18,6 @@ from qwen35.evaluate.models import Model
 
 __all__ = ["CONTEXT", "Chunks", "Decode", "cut", "read_text", "tokenize", "tokenizer_of"]
 
-I32 = npt.NDArray[np.int32]
-I64 = npt.NDArray[np.int64]
 Decode = Callable[[Sequence[int]], str]
 
 CONTEXT = 512

@@ -21,8 +21,7 @@ from qwen35.errors import InputError, TensorError
 from qwen35.model.roles import Role, role_of
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from qwen35.arrays import F32
 
 __all__ = [
     "ANOTHER_MODEL",
@@ -63,12 +62,12 @@ class Activations:
 
     name: str
     sha256: str
-    columns: Mapping[Key, npt.NDArray[np.float32]]
-    squares: Mapping[Key, npt.NDArray[np.float32]] = field(default_factory=dict)
+    columns: Mapping[Key, F32]
+    squares: Mapping[Key, F32] = field(default_factory=dict)
     made: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
-    def weights(self, role: Role, mode: str) -> npt.NDArray[np.float32] | None:
+    def weights(self, role: Role, mode: str) -> F32 | None:
         """Return how much the error of each column of a weight matters, if it is known.
 
         Mode ``search`` weighs by mean squares where there are any: to first order, the squared
@@ -138,8 +137,8 @@ def load_activations(path: Path) -> Activations:
         InputError: it cannot be read or is malformed.
     """
     made: Any = {}
-    columns: dict[Key, npt.NDArray[np.float32]] = {}
-    squares: dict[Key, npt.NDArray[np.float32]] = {}
+    columns: dict[Key, F32] = {}
+    squares: dict[Key, F32] = {}
     try:
         if path.exists() and not path.is_file():
             raise InputError(str(path), "not a file")
@@ -212,7 +211,7 @@ def _role(file: str, name: str) -> Role:
         raise InputError(file, f"names {name!r}", expected="weights of Qwen3.5") from error
 
 
-def _values(file: str, name: str, entry: Any, what: str) -> npt.NDArray[np.float32]:
+def _values(file: str, name: str, entry: Any, what: str) -> F32:
     import numpy as np
 
     values = entry.get(what) if isinstance(entry, dict) else None

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from qwen35.errors import Finding
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
+    from qwen35.arrays import F32
     from qwen35.checkpoint.source import Checkpoint
     from qwen35.plan.plan import Plan
-    from qwen35.plan.recipe import Recipe
+    from qwen35.plan.rules import Recipe
     from qwen35.plan.step import Step
 
 __all__ = ["Container", "Inputs", "Options"]
@@ -56,7 +54,7 @@ class Options(Protocol):
     def inputs(self) -> Inputs:
         """The files that it was made with."""
 
-    def importance(self, step: Step, slab: int) -> npt.NDArray[np.float32] | None:
+    def importance(self, step: Step, slab: int) -> F32 | None:
         """Return how much an error in each column of a slab matters; None: all alike."""
 
 

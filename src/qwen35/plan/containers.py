@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import InputError
 from qwen35.plan.container import Container
 from qwen35.plan.gguf.container import GgufContainer
 from qwen35.plan.safetensors.container import SafetensorsContainer
 
-__all__ = ["CONTAINERS", "Container", "container_of"]
+__all__ = ["CONTAINERS", "container_of", "container_told"]
 
 CONTAINERS: dict[str, Container] = {
     container.name: container for container in (SafetensorsContainer(), GgufContainer())
@@ -26,3 +30,15 @@ def container_of(kind: object) -> Container:
             return container
     known = ", ".join(name for one in CONTAINERS.values() for name in one.formats)
     raise InputError("recipe", f"format {kind!r}", expected=known)
+
+
+def container_told(manifest: Mapping[str, Any]) -> Container:
+    """Return the container that holds what a manifest, or a work order, describes.
+
+    Raises:
+        InputError: it does not say, or names none that there is.
+    """
+    recipe = manifest.get("recipe")
+    if not isinstance(recipe, dict) or "format" not in recipe:
+        raise InputError(MANIFEST_NAME, "names no recipe")
+    return container_of(recipe["format"])

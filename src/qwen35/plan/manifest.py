@@ -7,17 +7,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.place import Place
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint, read_json
 from qwen35.errors import InputError, UsageError
+from qwen35.plan.container import Container
 from qwen35.plan.layers import parse_layers, spell_layers
-from qwen35.plan.plan import Plan
-from qwen35.plan.recipe import Recipe, Rule
+from qwen35.plan.rules import Recipe, Rule
 from qwen35.version import __version__
+
+if TYPE_CHECKING:
+    from qwen35.plan.plan import Plan
 
 __all__ = [
     "MANIFEST_VERSION",
@@ -189,8 +192,12 @@ def source_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
     return repo, revision
 
 
-def recipe_of(manifest: Mapping[str, Any]) -> Recipe:
+def recipe_of(manifest: Mapping[str, Any], container: Container) -> Recipe:
     """Return the recipe that the output was made with, whatever its file says by now.
+
+    Args:
+        manifest: parsed.
+        container: what holds the output.
 
     Raises:
         InputError: the manifest is malformed.
@@ -201,7 +208,7 @@ def recipe_of(manifest: Mapping[str, Any]) -> Recipe:
     rows = recipe.get("rules", [])
     if not isinstance(rows, list):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="a list of rules")
-    return Recipe(recipe["name"], recipe["format"], "", tuple(map(_rule_of, rows)))
+    return Recipe(recipe["name"], recipe["format"], "", tuple(map(_rule_of, rows)), container)
 
 
 def _rule_of(row: Any) -> Rule:

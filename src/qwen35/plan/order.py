@@ -12,7 +12,7 @@ from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.source import Checkpoint, open_folder
 from qwen35.errors import InputError
 from qwen35.plan.container import Inputs
-from qwen35.plan.containers import container_of
+from qwen35.plan.containers import container_told
 from qwen35.plan.manifest import work_key
 from qwen35.plan.plan import Plan, make_plan
 
@@ -90,9 +90,7 @@ def plan_again(checkpoint: Checkpoint, asked: Mapping[str, Any], inputs: Inputs)
         InputError: it is malformed, or these are other files or another source.
         UsageError: a file is not given, or there was none.
     """
-    recipe = asked.get("recipe")
-    container = container_of(recipe.get("format") if isinstance(recipe, dict) else None)
-    return make_plan(checkpoint, *container.asked_again(asked, inputs))
+    return make_plan(checkpoint, *container_told(asked).asked_again(asked, inputs))
 
 
 def other_names(order: Mapping[str, Any], key: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,7 @@ from qwen35.plan.step import Step
 from qwen35.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    from qwen35.plan.recipe import Recipe
+    from qwen35.plan.rules import Recipe
 
 __all__ = ["Plan", "PlannedFile", "make_plan"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qwen35.checkpoint.inventory import Item
 from qwen35.codecs import pieces
@@ -21,8 +21,7 @@ from qwen35.plan.transforms import Transform
 from qwen35.tensors import Weight
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from qwen35.arrays import F32, Array
 
 __all__ = ["Chunk", "Opened", "Rows", "Slab", "Span", "rows_of"]
 
@@ -205,7 +204,7 @@ class Rows:
         done = numel if self.whole else (chunk.source + chunk.count) * self.row
         return main.begin + (main.spec.nbytes * done // numel if numel else 0)
 
-    def columns(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def columns(self, values: Array) -> Array:
         """Return [n, row] values that belong to columns, in the order of the output's columns."""
         for transform in self.transforms:
             if not transform.values:
@@ -236,7 +235,7 @@ class Opened:
         self._slab = -1
         self._values: Values
 
-    def piece(self, chunk: Chunk, importance: npt.NDArray[np.float32] | None = None) -> Piece:
+    def piece(self, chunk: Chunk, importance: F32 | None = None) -> Piece:
         """Read a chunk, decoded and transformed.
 
         Raises:

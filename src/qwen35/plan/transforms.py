@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from qwen35.arrays import Array
 
 __all__ = ["Columns", "Frame", "Heads", "NegExp", "PlusOne", "Transform"]
 
@@ -33,7 +33,7 @@ class Transform:
         """Yield (first row of the weight, rows) for the output rows from `first` on, in order."""
         yield first, count
 
-    def apply(self, values: npt.NDArray[Any], dtype: str) -> tuple[npt.NDArray[Any], str]:
+    def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
         """Return [rows, row] values of `dtype` as they become, and their dtype."""
         return values, dtype
 
@@ -44,7 +44,7 @@ class PlusOne(Transform):
 
     values: ClassVar[bool] = True
 
-    def apply(self, values: npt.NDArray[Any], dtype: str) -> tuple[npt.NDArray[Any], str]:
+    def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
         """Return float32."""
         import numpy as np
 
@@ -57,7 +57,7 @@ class NegExp(Transform):
 
     values: ClassVar[bool] = True
 
-    def apply(self, values: npt.NDArray[Any], dtype: str) -> tuple[npt.NDArray[Any], str]:
+    def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
         """Return float32."""
         import numpy as np
 
@@ -113,7 +113,7 @@ class Columns(Transform):
     head: int
     keys: int
 
-    def apply(self, values: npt.NDArray[Any], dtype: str) -> tuple[npt.NDArray[Any], str]:
+    def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
         """Return the values with their columns in the order of the output."""
         import numpy as np
 
@@ -137,7 +137,7 @@ class Frame(Transform):
     shape: tuple[int, ...]
     step: int
 
-    def apply(self, values: npt.NDArray[Any], dtype: str) -> tuple[npt.NDArray[Any], str]:
+    def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
         """Return [rows, width] of one time step; `values` is the whole weight, flat."""
         import numpy as np
 
@@ -145,13 +145,13 @@ class Frame(Transform):
         return np.ascontiguousarray(kernel).reshape(-1, self.shape[-1]), dtype
 
 
-def _floats(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+def _floats(values: Array, dtype: str) -> Array:
     from qwen35.codecs.floats import f32_from
 
     return f32_from(values, dtype)
 
 
-def _rounded(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+def _rounded(values: Array, dtype: str) -> Array:
     """Round what was computed on F16 weights to F16, as llama.cpp's converter computes in it."""
     import numpy as np
 

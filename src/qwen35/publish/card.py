@@ -14,9 +14,11 @@ from qwen35.codecs.codec import Codec
 from qwen35.codecs.plain.codec import Plain
 from qwen35.codecs.registry import CODECS, codec_of, group, is_packed, packings
 from qwen35.model.roles import role_of
+from qwen35.plan.containers import container_told
 from qwen35.plan.gguf.container import GgufContainer
 from qwen35.plan.manifest import recipe_of, source_of
-from qwen35.plan.recipe import Recipe, Rule, built_in, load_recipe
+from qwen35.plan.recipe import built_in, load_recipe
+from qwen35.plan.rules import Recipe, Rule
 from qwen35.publish.modelfile import gguf_models
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
@@ -118,7 +120,7 @@ class _Facts:
     def __init__(self, place: Folder, manifest: Mapping[str, Any], base_model: str | None) -> None:
         self._place = place
         self._manifest = manifest
-        self._recipe = recipe_of(manifest)
+        self._recipe = recipe_of(manifest, container_told(manifest))
         self.source, self.revision = source_of(manifest)
         self.base_model = base_model or self.source
         self.recipe = self._recipe.name

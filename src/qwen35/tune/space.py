@@ -20,8 +20,9 @@ from qwen35.errors import UsageError
 from qwen35.model.fused import fused_group
 from qwen35.plan.containers import container_of
 from qwen35.plan.plan import Plan
-from qwen35.plan.recipe import Recipe, load_recipe
+from qwen35.plan.recipe import load_recipe
 from qwen35.plan.rows import Chunk
+from qwen35.plan.rules import Recipe
 from qwen35.plan.step import Step
 from qwen35.progress import Progress
 from qwen35.tensors import TensorSpec
@@ -31,9 +32,7 @@ from qwen35.tune.units import Allocation, Unit
 from qwen35.writing.run import write
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
+    from qwen35.arrays import F32
     from qwen35.plan.gguf.imatrix import Imatrix
 
 __all__ = ["Space"]
@@ -281,11 +280,11 @@ class _Trial:
             for choice, codec in self.codecs.items()
         }
 
-    def _importance(self, chunk: Chunk) -> npt.NDArray[np.float32] | None:
+    def _importance(self, chunk: Chunk) -> F32 | None:
         return self.plan.options.importance(self.step, chunk.slab)
 
 
-def _weighted(values: npt.NDArray[np.float32], weight: npt.NDArray[np.float32] | None) -> float:
+def _weighted(values: F32, weight: F32 | None) -> float:
     """Return the sum of squares, each column counting by its weight; values: [rows, row]."""
     import numpy as np
 

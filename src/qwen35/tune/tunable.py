@@ -17,7 +17,8 @@ from qwen35.plan.gguf.making import files_of
 from qwen35.plan.gguf.metadata import ALIGNMENT
 from qwen35.plan.gguf.mixes import quantizable
 from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import Recipe, built_in, load_recipe
+from qwen35.plan.recipe import built_in, load_recipe
+from qwen35.plan.rules import Recipe
 from qwen35.plan.step import Step
 from qwen35.writing.run import write
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32
 from qwen35.checkpoint.gguf import Container
 from qwen35.closing import Closing
 from qwen35.engines.llama import Llama
@@ -17,7 +17,6 @@ from qwen35.verify.asking import Question
 
 __all__ = ["LlamaAsker"]
 
-F32 = npt.NDArray[np.float32]
 _CONTEXT = 2048
 
 

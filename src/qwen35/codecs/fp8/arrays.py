@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qwen35.arrays import Array
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.fp8.layout import BLOCK, Calibration
 
 __all__ = ["decode_rows", "e4m3_values", "encode_rows"]
-
-Array = npt.NDArray[Any]
 
 
 def encode_rows(

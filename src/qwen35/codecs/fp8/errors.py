@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32
 from qwen35.codecs.compiled import compiled, inlined
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.fp8.kernels import load_tile
@@ -63,7 +63,7 @@ class Errors:
     clipped: int = 0
     misplaced: int = 0
 
-    def add(self, values: Any, dtype: str, codes: Any, scale: npt.NDArray[np.float32]) -> None:
+    def add(self, values: Any, dtype: str, codes: Any, scale: F32) -> None:
         """Count whole tiles.
 
         Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,12 +15,12 @@ from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from qwen35.arrays import F32, U8, Array
 
 __all__ = ["EncodingFp8", "StoredFp8", "read_scales"]
 
 
-def read_scales(reader: Readable, weight: Weight) -> npt.NDArray[np.float32]:
+def read_scales(reader: Readable, weight: Weight) -> F32:
     """Return the scales of an FP8 weight, [ceil(rows / 128), ceil(columns / 128)].
 
     Raises:
@@ -44,7 +44,7 @@ class StoredFp8:
         self._reader, self._weight, self._spec = reader, weight, spec
         self._scales = read_scales(reader, weight)
 
-    def read_into(self, first: int, out: npt.NDArray[Any]) -> None:
+    def read_into(self, first: int, out: Array) -> None:
         """Fill flat `out` with the elements from number `first` on, decoded."""
         columns = self._spec.shape[1]
         begin, end = first // columns, -(-(first + out.size) // columns)
@@ -58,7 +58,7 @@ class StoredFp8:
         if not (all_finite(values, "F32") and all_finite(out, self._spec.dtype)):
             raise not_finite(self._weight.name)
 
-    def _decoded(self, codes: npt.NDArray[np.uint8], begin: int) -> npt.NDArray[np.float32]:
+    def _decoded(self, codes: U8, begin: int) -> F32:
         """Decode rows from number `begin` on, which may lie within a tile."""
         head = min(-begin % BLOCK, len(codes))
         tile = begin // BLOCK

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 
+from qwen35.arrays import F32, U8, U16, Array
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.fp8.kernels import CANDIDATES, MODES
 from qwen35.codecs.fp8.layout import BLOCK, Calibration
@@ -22,7 +22,6 @@ from qwen35.errors import UsageError
 
 __all__ = ["TritonEncoder"]
 
-Array = npt.NDArray[Any]
 _STEP = tl.constexpr(128 // CANDIDATES)
 _RMS = tl.constexpr(MODES.index("rms"))
 _PERCENTILE = tl.constexpr(MODES.index("percentile"))
@@ -148,9 +147,9 @@ class TritonEncoder:
         values: Array,
         dtype: str,
         calibration: Calibration,
-        weights: npt.NDArray[np.float32] | None,
-        codes: npt.NDArray[np.uint8],
-        scales: npt.NDArray[np.uint16],
+        weights: F32 | None,
+        codes: U8,
+        scales: U16,
     ) -> bool:
         """Encode as `qwen35.codecs.fp8.arrays.encode_rows` does."""
         if self._device.index is not None:

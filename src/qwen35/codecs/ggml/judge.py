@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32
 from qwen35.codecs.codec import Piece, Values
 from qwen35.codecs.compared import Compared
 from qwen35.codecs.floats import bf16_from_f32, f32_from
@@ -15,7 +15,6 @@ from qwen35.codecs.ggml.types import FLOATS, GgmlType
 
 __all__ = ["BOUNDS", "judge"]
 
-F32 = npt.NDArray[np.float32]
 
 _BLOCK = 256
 

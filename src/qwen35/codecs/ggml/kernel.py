@@ -13,16 +13,14 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32, U8
 from qwen35.codecs.floats import bf16_from_f32
 from qwen35.codecs.ggml.types import ENCODABLE, FLOATS, GGML_TYPES
 from qwen35.errors import TensorError, UsageError
 
 __all__ = ["Kernel", "encode", "open_kernel"]
 
-F32 = npt.NDArray[np.float32]
-U8 = npt.NDArray[np.uint8]
 
 _LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
 

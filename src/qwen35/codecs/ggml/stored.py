@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32, U8, Array
 from qwen35.codecs.codec import Encoding, Order, Piece
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.ggml.kernel import encode
@@ -17,10 +15,8 @@ from qwen35.tensors import Weight
 
 __all__ = ["EncodingGgml", "StoredGgml", "decode"]
 
-F32 = npt.NDArray[np.float32]
 
-
-def decode(data: npt.NDArray[np.uint8], kind: GgmlType) -> F32:
+def decode(data: U8, kind: GgmlType) -> F32:
     """Return the values of whole blocks, flat float32, by the `gguf` library."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
@@ -36,7 +32,7 @@ class StoredGgml:
     def __init__(self, reader: Readable, weight: Weight, kind: GgmlType) -> None:
         self._reader, self._main, self._kind = reader, weight.main, kind
 
-    def read_into(self, first: int, out: npt.NDArray[Any]) -> None:
+    def read_into(self, first: int, out: Array) -> None:
         """Fill flat `out` with the elements from number `first` on, decoded."""
         block = self._kind.block
         begin, end = first // block, -(-(first + out.size) // block)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32, U8, Array
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK, state_blob
 from qwen35.codecs.nf4.tables import LEVELS, dynamic_lookup, dynamic_map
@@ -16,10 +16,6 @@ from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec
 
 __all__ = ["Statistics", "decode_absmax", "decode_blocks", "encode_blocks", "parse_state"]
-
-Array = npt.NDArray[Any]
-F32 = npt.NDArray[np.float32]
-U8 = npt.NDArray[np.uint8]
 
 
 def encode_blocks(values: Array, dtype: str, absmax: F32, packed: U8) -> bool:

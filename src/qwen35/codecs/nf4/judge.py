@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32, Array
 from qwen35.codecs.codec import Piece
 from qwen35.codecs.compared import Compared
 from qwen35.codecs.floats import f32_from
@@ -20,8 +19,6 @@ from qwen35.tensors import TensorSpec, Weight
 
 __all__ = ["judge", "same_mean", "wrong_codes", "wrong_scales"]
 
-Array = npt.NDArray[Any]
-F32 = npt.NDArray[np.float32]
 
 ABSMAX_SLACK = 1e-6
 """How far from a bound between two 8-bit codes a scale may lie: rounding of the division."""

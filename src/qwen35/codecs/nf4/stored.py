@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from qwen35.arrays import Array
 
 __all__ = ["EncodingNf4", "StoredNf4", "read_absmax", "read_state"]
 
@@ -40,7 +40,7 @@ def read_state(reader: Readable, weight: Weight, spec: TensorSpec) -> State:
     return state
 
 
-def read_absmax(reader: Readable, weight: Weight, state: State) -> npt.NDArray[Any]:
+def read_absmax(reader: Readable, weight: Weight, state: State) -> Array:
     """Return the float32 absmax values of an NF4 weight, decoded if doubly quantized."""
     absmax = whole(reader, weight.need(".absmax"))
     if not state.nested:
@@ -64,7 +64,7 @@ class StoredNf4:
         self._absmax = read_absmax(reader, weight, read_state(reader, weight, spec))
         self._levels = whole(reader, weight.need(".quant_map"))
 
-    def read_into(self, first: int, out: npt.NDArray[Any]) -> None:
+    def read_into(self, first: int, out: Array) -> None:
         """Fill flat `out` with the elements from number `first` on, decoded."""
         begin = first // BLOCK
         end = -(-(first + out.size) // BLOCK)

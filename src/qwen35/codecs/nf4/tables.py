@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
+
+from qwen35.arrays import F32, U8
 
 __all__ = ["BOUNDS", "LEVELS", "dynamic_lookup", "dynamic_map"]
 
-F32 = npt.NDArray[np.float32]
 
 LEVELS: F32 = np.array(
     [
@@ -64,7 +64,7 @@ def dynamic_map() -> F32:
 
 
 @lru_cache(maxsize=1)
-def dynamic_lookup() -> npt.NDArray[np.uint8]:
+def dynamic_lookup() -> U8:
     """Return the index into `dynamic_map` for each of 65,536 equal steps over [-1, 1].
 
     bitsandbytes 0.50 quantizes to the dynamic map on a CPU through such a table; the value nearest

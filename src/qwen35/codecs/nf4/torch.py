@@ -10,15 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from qwen35.arrays import F32, U8, Array
 from qwen35.codecs.nf4.layout import BLOCK
 from qwen35.errors import UsageError
 
 __all__ = ["TorchEncoder", "gpu_count"]
 
-Array = npt.NDArray[Any]
 _ZERO_PAIR = 0x77
 
 
@@ -53,8 +50,8 @@ class TorchEncoder:
         self,
         values: Array,
         dtype: str,
-        absmax: npt.NDArray[np.float32],
-        packed: npt.NDArray[np.uint8],
+        absmax: F32,
+        packed: U8,
     ) -> bool:
         """Encode as `qwen35.codecs.nf4.arrays.encode_blocks` does."""
         torch = self._torch

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from qwen35.codecs.codec import Codec, Encoding, Order, Piece, Values, stacked
 from qwen35.errors import TensorError
 from qwen35.tensors import FLOAT_DTYPES, TensorSpec, Weight
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
+    from qwen35.arrays import Array
     from qwen35.codecs.compared import Compared
     from qwen35.codecs.pieces import Readable
     from qwen35.model.roles import Role
@@ -86,7 +85,7 @@ class _Stored:
     def __init__(self, reader: Readable, weight: Weight, itemsize: int) -> None:
         self._reader, self._main, self._itemsize = reader, weight.main, itemsize
 
-    def read_into(self, first: int, out: npt.NDArray[Any]) -> None:
+    def read_into(self, first: int, out: Array) -> None:
         """Fill flat `out` with the elements from number `first` on."""
         self._reader.read_into(self._main, first * self._itemsize, out.data.cast("B"))
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import InputError, UsageError
-from qwen35.plan.container import Inputs
+from qwen35.plan.container import Container, Inputs
 from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
 from qwen35.plan.gguf.mixes import FILE_TYPES
 from qwen35.plan.gguf.options import GgufOptions
 from qwen35.plan.gguf.patterns import pattern_rules
 from qwen35.plan.manifest import recipe_json, recipe_of
 from qwen35.plan.plan import Plan
-from qwen35.plan.recipe import Recipe
+from qwen35.plan.rules import Recipe
 
 __all__ = ["asked_again", "asked_json"]
 
@@ -39,7 +39,9 @@ def asked_json(plan: Plan) -> dict[str, Any]:
     return {"recipe": {**recipe_json(plan.recipe), **beside}}
 
 
-def asked_again(manifest: Mapping[str, Any], inputs: Inputs) -> tuple[Recipe, GgufOptions]:
+def asked_again(
+    container: Container, manifest: Mapping[str, Any], inputs: Inputs
+) -> tuple[Recipe, GgufOptions]:
     """Return the recipe and the options of a manifest or of a work order.
 
     Raises:
@@ -57,7 +59,7 @@ def asked_again(manifest: Mapping[str, Any], inputs: Inputs) -> tuple[Recipe, Gg
         raise InputError(MANIFEST_NAME, "malformed types", expected=", ".join(FILE_TYPES))
     if type(count) is not int or count < 0 or row["projector"] not in (None, *FILE_TYPES):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="that of GGUF files")
-    return _recipe(manifest, count), GgufOptions(
+    return _recipe(manifest, container, count), GgufOptions(
         types=tuple(map(str, types)),
         imatrix=_imatrix(row, inputs),
         projector=row["projector"],
@@ -66,9 +68,9 @@ def asked_again(manifest: Mapping[str, Any], inputs: Inputs) -> tuple[Recipe, Gg
     )
 
 
-def _recipe(manifest: Mapping[str, Any], count: int) -> Recipe:
+def _recipe(manifest: Mapping[str, Any], container: Container, count: int) -> Recipe:
     """Return the recipe; its first `count` rules are patterns on names."""
-    recipe = recipe_of(manifest)
+    recipe = recipe_of(manifest, container)
     lines = [f"{rule.match}={rule.action}" for rule in recipe.rules[:count]]
     try:
         compiled = pattern_rules(lines, [])

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, NEEDS_IMATRIX, fallback
 from qwen35.errors import TensorError, UsageError
-from qwen35.plan.gguf.container import MIX
 from qwen35.plan.gguf.imatrix import Imatrix
-from qwen35.plan.gguf.mixes import FileType, Geometry, quantizable, select_types
+from qwen35.plan.gguf.mixes import MIX, FileType, Geometry, quantizable, select_types
 from qwen35.plan.gguf.names import Tensor
-from qwen35.plan.recipe import Recipe, Rule, check_used
+from qwen35.plan.rules import Recipe, Rule, check_used
 
 __all__ = ["Chooser", "Kinds", "float_kind", "imatrix_notes"]
 

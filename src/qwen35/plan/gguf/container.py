@@ -10,16 +10,14 @@ from qwen35.codecs.ggml.types import ggml_type
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import Finding, InputError
 from qwen35.plan.container import Container, Inputs, Options
+from qwen35.plan.gguf.mixes import MIX
 
 if TYPE_CHECKING:
     from qwen35.checkpoint.source import Checkpoint
     from qwen35.plan.plan import Plan
-    from qwen35.plan.recipe import Recipe
+    from qwen35.plan.rules import Recipe
 
-__all__ = ["MIX", "GgufContainer"]
-
-MIX = "mix"
-"""The action that leaves a tensor to the mix of its file's type."""
+__all__ = ["GgufContainer"]
 
 
 class GgufContainer(Container):
@@ -64,7 +62,7 @@ class GgufContainer(Container):
         """Return the recipe and the options of a manifest."""
         from qwen35.plan.gguf.asked import asked_again
 
-        return asked_again(manifest, inputs)
+        return asked_again(self, manifest, inputs)
 
     def tensors_json(self, plan: Plan) -> dict[str, dict[str, str]]:
         """Return file to tensor to type and shape, in the converter's order."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
+from qwen35.arrays import F32
 from qwen35.checkpoint.gguf import Container, is_gguf, read_container
 from qwen35.checkpoint.gguf import Entry as Listed
 from qwen35.checkpoint.header import strict_json
@@ -29,7 +29,6 @@ from qwen35.plan.activations import ANOTHER_MODEL, other_geometry
 
 __all__ = ["COUNTS", "MADE", "SUMS", "Imatrix", "open_imatrix", "read_imatrix"]
 
-F32 = npt.NDArray[np.float32]
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 MADE = "qwen35.calibration"

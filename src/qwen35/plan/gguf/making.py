@@ -19,7 +19,8 @@ from qwen35.plan.gguf.names import Tensor, text_tensors, vision_tensors
 from qwen35.plan.gguf.options import GgufOptions
 from qwen35.plan.gguf.vocabulary import Vocabulary, read_vocabulary
 from qwen35.plan.plan import Plan, PlannedFile
-from qwen35.plan.recipe import Recipe, built_in, load_recipe
+from qwen35.plan.recipe_files import shipped, shipped_recipe
+from qwen35.plan.rules import Recipe
 from qwen35.plan.step import Step, Target
 
 __all__ = ["GgufFile", "files_of", "make"]
@@ -194,7 +195,10 @@ class _Maker:
     def comparison(self, files: Sequence[GgufFile]) -> dict[str, dict[str, int]]:
         """Return what the quantized files would take by each recipe."""
         patterns = [rule for rule in self.recipe.rules if rule.pattern is not None]
-        recipes = {name: load_recipe(name, "gguf").preceded(patterns) for name in built_in("gguf")}
+        container = self.recipe.container
+        recipes = {
+            name: shipped_recipe(name, container).preceded(patterns) for name in shipped(container)
+        }
         recipes[self.recipe.name] = self.recipe
         quantized = [file for file in files if file.file_type.quantized]
         table: dict[str, dict[str, int]] = {}

@@ -14,12 +14,16 @@ from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES
 
 __all__ = [
     "FILE_TYPES",
+    "MIX",
     "FileType",
     "Geometry",
     "mix_order",
     "quantizable",
     "select_types",
 ]
+
+MIX = "mix"
+"""The action that leaves a tensor to the mix of its file's type."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ from qwen35.plan.container import Inputs
 from qwen35.plan.gguf.imatrix import Imatrix
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
+    from qwen35.arrays import F32
     from qwen35.plan.step import Step
 
 __all__ = ["GgufOptions"]
@@ -51,7 +49,7 @@ class GgufOptions:
             raise InputError(self.imatrix.name, "workers cannot read it", expected="a file")
         return Inputs(imatrix=self.imatrix.path if self.imatrix else None)
 
-    def importance(self, step: Step, slab: int) -> npt.NDArray[np.float32] | None:
+    def importance(self, step: Step, slab: int) -> F32 | None:
         """Return the importance of each column of a slab, if the matrix knows it."""
         if self.imatrix is None:
             return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen35.checkpoint.place import read_bounded
 from qwen35.codecs.ggml.types import ggml_type
 from qwen35.errors import InputError, UsageError
-from qwen35.plan.recipe import Rule
+from qwen35.plan.rules import Rule
 
 __all__ = ["exported", "pattern_rules"]
 

@@ -10,10 +10,10 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.codecs.fp8.layout import Calibration
 from qwen35.errors import InputError, UsageError
 from qwen35.plan.activations import Activations, load_activations
-from qwen35.plan.container import Inputs
+from qwen35.plan.container import Container, Inputs
 from qwen35.plan.manifest import recipe_json, recipe_of
 from qwen35.plan.plan import Plan
-from qwen35.plan.recipe import Recipe
+from qwen35.plan.rules import Recipe
 from qwen35.plan.safetensors import options as safetensors_options
 from qwen35.plan.safetensors.options import SafetensorsOptions
 
@@ -51,7 +51,9 @@ def calibration_json(options: SafetensorsOptions) -> dict[str, Any] | None:
     }
 
 
-def asked_again(manifest: Mapping[str, Any], inputs: Inputs) -> tuple[Recipe, SafetensorsOptions]:
+def asked_again(
+    container: Container, manifest: Mapping[str, Any], inputs: Inputs
+) -> tuple[Recipe, SafetensorsOptions]:
     """Return the recipe and the options of a manifest or of a work order.
 
     Raises:
@@ -60,7 +62,7 @@ def asked_again(manifest: Mapping[str, Any], inputs: Inputs) -> tuple[Recipe, Sa
     """
     if inputs.imatrix is not None:
         raise UsageError("--imatrix", "is for GGUF files", hint="leave it out")
-    recipe = recipe_of(manifest)
+    recipe = recipe_of(manifest, container)
     row = manifest["recipe"]
     calibration, digest = calibration_of(manifest)
     shard_bytes = row.get("shard_bytes", 0)

@@ -13,7 +13,7 @@ from qwen35.plan.container import Container, Inputs, Options
 if TYPE_CHECKING:
     from qwen35.checkpoint.source import Checkpoint
     from qwen35.plan.plan import Plan
-    from qwen35.plan.recipe import Recipe
+    from qwen35.plan.rules import Recipe
 
 __all__ = ["ACTIONS", "SafetensorsContainer"]
 
@@ -66,7 +66,7 @@ class SafetensorsContainer(Container):
         """Return the recipe and the options of a manifest."""
         from qwen35.plan.safetensors.asked import asked_again
 
-        return asked_again(manifest, inputs)
+        return asked_again(self, manifest, inputs)
 
     def tensors_json(self, plan: Plan) -> dict[str, dict[str, str]]:
         """Return file to tensor to dtype and shape."""

@@ -16,8 +16,8 @@ from qwen35.codecs.registry import CODECS
 from qwen35.errors import TensorError, UsageError
 from qwen35.model.config import ModelConfig
 from qwen35.plan.plan import Plan, PlannedFile
-from qwen35.plan.recipe import Recipe, check_used
 from qwen35.plan.rows import rows_of
+from qwen35.plan.rules import Recipe, check_used
 from qwen35.plan.safetensors import options as options_module
 from qwen35.plan.safetensors.documents import Drafted, documents, template_notes
 from qwen35.plan.safetensors.options import SafetensorsOptions

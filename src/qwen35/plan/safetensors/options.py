@@ -10,9 +10,7 @@ from qwen35.errors import InputError
 from qwen35.plan.container import Inputs
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
+    from qwen35.arrays import F32
     from qwen35.plan.activations import Activations
     from qwen35.plan.step import Step
 
@@ -54,7 +52,7 @@ class SafetensorsOptions:
             raise InputError(self.activations.name, "workers cannot read it", expected="a file")
         return Inputs(activations=self.activations.path if self.activations else None)
 
-    def importance(self, step: Step, slab: int) -> npt.NDArray[np.float32] | None:
+    def importance(self, step: Step, slab: int) -> F32 | None:
         """Return how much an error in each column matters, if it is known."""
         del slab
         if self.activations is None or self.calibration is None:

@@ -12,7 +12,7 @@ from qwen35.codecs.registry import CODECS, is_packed
 from qwen35.errors import UsageError
 from qwen35.model.fused import fused_group
 from qwen35.model.roles import Role
-from qwen35.plan.recipe import Recipe, Rule
+from qwen35.plan.rules import Recipe, Rule
 from qwen35.tensors import TensorSpec
 
 __all__ = ["Draft", "check_groups", "make_drafts"]
