@@ -18,9 +18,6 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from markdown_it.token import Token
-from qwen35.gguf.plan import Asked
-from qwen35.gguf.plan import make_plan as plan_gguf
-from qwen35.gguf.rules import load_recipe as load_gguf_recipe
 
 from pages import ROOT, tokens_of
 from qwen35.checkpoint.source import open_folder
@@ -58,18 +55,18 @@ def test_generated_pages_are_fresh() -> None:
 
 def checks_of(module: Path) -> Iterator[str]:
     """Yield what the findings made in a module are called."""
-    places = {"Finding": 0, "_finding": 0, "_found": 2}
     for node in ast.walk(ast.parse(module.read_text("utf-8"))):
-        if isinstance(node, ast.Call):
-            place = places.get(ast.unparse(node.func).removeprefix("self."), len(node.args))
-            for name in node.args[place : place + 1]:
-                if isinstance(name, ast.Constant):
-                    yield str(name.value)
+        if isinstance(node, ast.Call) and node.args:
+            made = ast.unparse(node.func).rpartition(".")[2] in ("Finding", "_finding", "found")
+            name = node.args[0]
+            if made and isinstance(name, ast.Constant):
+                yield str(name.value)
 
 
 def test_every_check_is_in_the_table() -> None:
     package = ROOT / "src" / "qwen35"
-    modules = [*(package / "verify").glob("*.py"), package / "api" / "verify.py"]
+    rooms = ("verify", "codecs", "work")
+    modules = [module for room in rooms for module in (package / room).rglob("*.py")]
     told = re.findall(r"^\| `([\w-]+)` \|", (DOCS / "verify.md").read_text("utf-8"), re.MULTILINE)
     assert len(told) == len(set(told))
     assert set(told) == {check for module in modules for check in checks_of(module)}
@@ -253,8 +250,9 @@ def test_sizes_in_the_results_are_those_planned_today(row: dict[str, Any]) -> No
     assert row["bytes"] == sum(row["files"].values())
     if row.get("verb") == "gguf":
         kind = row["name"].removeprefix("GGUF ").partition(",")[0]
-        asked = Asked((kind,), load_gguf_recipe(row["recipe"]))
-        planned = {f.name: f.head.nbytes for f in plan_gguf(open_folder(TINY), asked).files}
+        recipe = load_recipe(row["recipe"], "gguf")
+        plan = make_plan(open_folder(TINY), recipe, types=(kind,))
+        planned = {file.name: file.nbytes for file in plan.files}
     else:
         plan = make_plan(open_folder(TINY), load_recipe(row["recipe"]))
         planned = {file.name: file.nbytes for file in plan.files}

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from qwen35.arrays import F32
 from qwen35.checkpoint.open import GgufFiles
 from qwen35.checkpoint.place import Folder
 from qwen35.codecs.codec import Piece
 from qwen35.codecs.compared import Compared
 from qwen35.codecs.fp8.errors import Errors
-from qwen35.codecs.ggml.judge import _LOOSE, BOUNDS, F32, _bad_blocks, _bound, _rounded, judge
+from qwen35.codecs.ggml.judge import _LOOSE, BOUNDS, _bad_blocks, _bound, _rounded, judge
 from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.errors import Finding
 from qwen35.verify.gguf import GgufSubject

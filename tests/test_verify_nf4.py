@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from qwen35.arrays import F32
 from qwen35.codecs.nf4.arrays import Statistics
-from qwen35.codecs.nf4.judge import F32, same_mean, wrong_codes, wrong_scales
+from qwen35.codecs.nf4.judge import same_mean, wrong_codes, wrong_scales
 from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK
 from qwen35.codecs.nf4.tables import BOUNDS, dynamic_map
 

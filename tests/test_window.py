@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from qwen35.checkpoint.source import FolderReader, Reader, open_folder
 from qwen35.errors import TensorError
 from qwen35.tensors import StoredTensor, TensorSpec
+from qwen35.work.steps import Crew
 from qwen35.work.window import Window, Work, advance, groups
 
 SIZE = 10_000
@@ -140,6 +143,24 @@ def test_a_bug_is_not_swallowed() -> None:
 
     with pytest.raises(ZeroDivisionError):
         advance([Work(0, "f", 0, 9, 0, run)], Window(Source()), fails, never)
+
+
+def test_what_comes_up_at_the_end_is_done_by_all_threads() -> None:
+    """Files that are full at once are hashed at once: no thread has gone home."""
+    together = Barrier(3)
+
+    def meet() -> None:
+        together.wait(60)
+
+    def run(reader: FolderReader) -> Iterator[int]:
+        yield 9
+        for _ in range(3):
+            crew.soon(meet)
+
+    crew = Crew([Work(0, "f", 0, 9, 0, run)], fails, never)
+    with ThreadPoolExecutor(3) as pool:
+        crew.run(pool, 3, Source())
+    assert not together.broken
 
 
 def test_window_of_a_real_file(tmp_path: Path, dense: Path) -> None:

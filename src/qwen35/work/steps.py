@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from threading import Event, Lock
+from threading import Condition, Event
 
 from qwen35.checkpoint.source import FolderReader
 from qwen35.codecs import pieces
@@ -126,13 +126,15 @@ class Crew:
         self._groups = deque(ordered)
         self._urgent: deque[Callable[[], None]] = deque()
         self._failed, self._unwanted = failed, stopped
-        self._lock = Lock()
+        self._changed = Condition()
+        self._busy = 0
         self._stop = Event()
 
     def soon(self, job: Callable[[], None]) -> None:
         """Have a thread do this before it takes another group."""
-        with self._lock:
+        with self._changed:
             self._urgent.append(job)
+            self._changed.notify()
 
     def run(self, pool: ThreadPoolExecutor, threads: int, reader: FolderReader) -> None:
         """Do all works; what is none of our errors ends all of them between two pieces.
@@ -153,18 +155,28 @@ class Crew:
 
     def _thread(self, reader: FolderReader) -> None:
         while (job := self._next(reader)) is not None:
-            job()
+            try:
+                job()
+            finally:
+                with self._changed:
+                    self._busy -= 1
+                    self._changed.notify_all()
 
     def _next(self, reader: FolderReader) -> Callable[[], None] | None:
-        with self._lock:
-            if self._stop.is_set():
-                return None
-            if self._urgent:
-                return self._urgent.popleft()
-            if not self._groups:
-                return None
-            group = self._groups.popleft()
-        return lambda: advance(group, reader, self._failed, self._stopped)
+        """Return what a thread does next; while others work, more may come up: it waits."""
+        with self._changed:
+            while not self._stop.is_set():
+                if self._urgent:
+                    self._busy += 1
+                    return self._urgent.popleft()
+                if self._groups:
+                    self._busy += 1
+                    group = self._groups.popleft()
+                    return lambda: advance(group, reader, self._failed, self._stopped)
+                if not self._busy:
+                    break
+                self._changed.wait()
+        return None
 
     def _stopped(self, owner: int) -> bool:
         return self._stop.is_set() or self._unwanted(owner)
