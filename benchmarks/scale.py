@@ -6,8 +6,9 @@
 Plans a published size from its description, cuts the plan into tasks for each number of workers and
 runs the dispatcher with workers that take as long as their bytes say. Rates are in GB/s: `--read`
 of a thread that reads, encodes and writes (docs/benchmarks.md: 1.75 GB in 2.33 s of processor time
-less 0.7 s of start-up, `search`; of GGUF what benchmarks/gguf.py prints), `--network` of a worker to the shared file system; hashing is
-measured here, on one thread. `--times 6` makes every layer six times: 397B becomes 2.4T.
+less 0.7 s of start-up, `search`; of GGUF what benchmarks/gguf.py prints), `--network` of a worker
+to the shared file system; hashing is measured here, on one thread. `--times 6` makes every layer
+six times: 397B becomes 2.4T.
 """
 
 from __future__ import annotations
@@ -176,10 +177,12 @@ def main() -> None:
     largest = max(step.read_bytes for step in plan.steps)
     memory = peak_memory(plan, args.threads)
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
+    weights = len(plan.steps) * args.times
     print(
-        f"{args.size} x {args.times}, {args.types or args.recipe}: reads {read / GB:.0f} GB, writes "
-        f"{written / GB:.0f} GB in {len(work.sizes)} files, {len(plan.steps) * args.times} weights, the "
-        f"largest {largest / GB:.2f} GB\nplanned in {planning:.1f} s (of 1 x), hashing "
+        f"{args.size} x {args.times}, {args.types or args.recipe}: reads {read / GB:.0f} GB, "
+        f"writes {written / GB:.0f} GB in {len(work.sizes)} files, {weights} weights, the largest "
+        f"{largest / GB:.2f} GB\n"
+        f"planned in {planning:.1f} s (of 1 x), hashing "
         f"{rates.hash / GB:.2f} GB/s, a worker of {args.threads} threads {memory / GB:.2f} GB"
     )
     print(

@@ -55,7 +55,8 @@ def convert(
         drop_mtp: drop the MTP layer.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
         calib_mode: FP8: how the scale of a tile is chosen: ``max``, ``rms``, ``percentile``,
-            ``mse`` or ``search`` (if None); `qwen35.codecs.fp8.layout.Calibration` has their formulas.
+            ``mse`` or ``search`` (if None); their formulas are those of
+            `qwen35.codecs.fp8.layout.Calibration`.
         rms_factor: FP8, mode ``rms``: peak-to-RMS factor.
         calib_percentile: FP8, mode ``percentile``: what lies beyond saturates.
         mse_grid_size: FP8, mode ``mse``: scales tried.
