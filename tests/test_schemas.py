@@ -92,6 +92,8 @@ def test_inspect(held: Any, formats: Path) -> None:
 def test_plan_and_convert(held: Any, dense: Path, tmp_path: Path) -> None:
     held("plan", "Qwen3.5-27B", "--recipe", "fp8")
     held("plan", "--roles")
+    held("plan", "Qwen3.5-27B", "--types", "Q4_K_M")
+    held("plan", ASSET, "--types", "Q4_K_M,F16", "--mmproj")
     held("convert", dense, tmp_path / "a", "--recipe", "fp8", "--dry-run", name="plan")
     assert "report" in held("convert", dense, tmp_path / "a", "--recipe", "fp8")
     assert held("convert", dense, tmp_path / "b", "--recipe", "nf4")["nf4"] > 0
@@ -101,6 +103,10 @@ def test_slices(held: Any, dense: Path, tmp_path: Path) -> None:
     for part in ("1/2", "2/2"):
         held("convert", dense, tmp_path / "out", "--recipe", "nf4", "--slice", part)
     assert held("finalize", tmp_path / "out")["nf4"] > 0
+    held("convert", dense, tmp_path / "fp8", "--recipe", "fp8", "--slice", "1/1")
+    assert held("finalize", tmp_path / "fp8")["report"]["verdict"] == "GOOD"
+    held("gguf", ASSET, tmp_path / "gguf", "--types", "Q8_0", "--slice", "1/1")
+    held("finalize", tmp_path / "gguf")
 
 
 def test_gguf(held: Any, tmp_path: Path) -> None:
