@@ -16,6 +16,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 from qwen35.errors import Finding, Qwen35Error
+from qwen35.plan.containers import CONTAINERS
+from qwen35.plan.recipe import built_in
+from qwen35.plan.safetensors.container import ACTIONS
 
 __all__ = ["check", "said"]
 
@@ -43,6 +46,13 @@ _CHANGING = (
 )
 """What depends on random weights, versions and machines, or is the same for many weights."""
 
+_LISTS = {
+    **{built_in(name): f"RECIPES of {name}" for name in CONTAINERS},
+    CONTAINERS["safetensors"].formats: "FORMATS",
+    tuple(ACTIONS): "ACTIONS",
+}
+"""What a recipe or a codec more makes longer."""
+
 
 @contextmanager
 def said(base: Path) -> Iterator[set[str]]:
@@ -57,6 +67,9 @@ def said(base: Path) -> Iterator[set[str]]:
         sentence = folder.sub("FOLDER", sentence)
         for pattern, instead in _CHANGING:
             sentence = re.sub(pattern, instead, sentence)
+        for names, instead in _LISTS.items():
+            sentence = sentence.replace(", ".join(names), instead)
+            sentence = sentence.replace(" or ".join(names), instead)
         seen.add(f"{module}: {sentence}".replace("\n", "\\n"))
 
     make_error, make_finding = Qwen35Error.__init__, Finding.__init__

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 
 from checkpoints import ASSET
@@ -40,7 +42,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("contributed")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "src", tree / "src", ignore=ignored)
-    (tree / "tests").mkdir()
+    for name in ("docs", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tree / name)
+    shutil.copytree(ASSET, tree / "assets" / "qwen3.5-tiny")
     for kind in ("toml", "python"):
         for note, body in blocks(kind):
             if note.startswith("file: "):
@@ -100,7 +106,7 @@ def run(tree: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def qwen35(tree: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def qwen35(tree: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return run(tree, "qwen35.cli.main", *arguments)
 
 
@@ -118,7 +124,7 @@ def files(kind: str) -> list[str]:
 
 def test_every_shown_change_is_of_a_file_that_is_there() -> None:
     assert len(blocks("toml")) == 2
-    assert len(blocks("diff")) == 6
+    assert len(blocks("diff")) == 7
     for _, body in blocks("diff"):
         assert (ROOT / changed(body)).is_file()
 
@@ -128,11 +134,10 @@ def section(title: str) -> str:
     return str(found)
 
 
-def test_a_codec_changes_one_file_that_is_there_already() -> None:
+def test_a_codec_changes_two_files_that_are_there_already() -> None:
     told = section("Add a codec")
-    assert re.findall(r"^ *\+\+\+ b/(\S+)$", told, re.MULTILINE) == [
-        "src/qwen35/codecs/registry.py"
-    ]
+    changes = re.findall(r"^ *\+\+\+ b/(\S+)$", told, re.MULTILINE)
+    assert changes == [REGISTRY, "docs/recipes.md"]
     made = re.findall(r"<!-- file: (\S+) -->", told)
     assert made
     for name in made:
@@ -242,13 +247,18 @@ def test_the_family_member_is_planned(tree: Path) -> None:
 @pytest.fixture(scope="module")
 def int8(tree: Path) -> Path:
     """What the shown commands made of the embedded checkpoint, each of them without a fault."""
-    shutil.copytree(ASSET, tree / "assets" / "qwen3.5-tiny")
     (commands,) = [body for _, body in blocks("bash") if "--recipe int8" in body]
     for command in commands.splitlines():
         words = command.removeprefix("qwen35 ").split()
         done = qwen35(tree, *words)
         assert done.returncode == 0, command + "\n" + done.stdout + done.stderr
     return tree / "build" / "int8"
+
+
+def test_what_holds_for_all_recipes_and_codecs_holds_with_more_of_them(tree: Path) -> None:
+    chosen = ("tests/test_recipe.py", "tests/test_one_core.py")
+    done = run(tree, "pytest", "-q", "-p", "no:cacheprovider", *chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_codec_is_converted_verified_and_evaluated(tree: Path, int8: Path) -> None:
@@ -282,6 +292,72 @@ def test_the_codec_judges_what_is_not_the_nearest(tree: Path, int8: Path, tmp_pa
     assert "are not the nearest [codes]" in done.stdout
 
 
+def spoiled(int8: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    """Return a copy with other tensors; what its codec says nothing of itself is refused for it."""
+    broken = Path(shutil.copytree(int8, folder))
+    (broken / "qwen35.json").unlink()
+    data = load_file(broken / "model.safetensors")
+    change(data)
+    save_file(data, broken / "model.safetensors", {"format": "pt"})
+    return broken
+
+
+SCALE = "model.language_model.layers.0.mlp.up_proj.weight.scale"
+
+
+def test_a_nan_is_found_and_never_written(tree: Path, int8: Path, tmp_path: Path) -> None:
+    def change(data: dict[str, torch.Tensor]) -> None:
+        data[SCALE][3] = torch.nan
+
+    broken = spoiled(int8, tmp_path / "broken", change)
+    for source in ([], ["--source", ASSET]):
+        done = qwen35(tree, "verify", broken, *source, "--depth", "numbers")
+        assert done.returncode == 1
+        assert "holds NaN or infinity" in done.stdout
+        assert "[decode]" in done.stdout
+    done = qwen35(tree, "convert", broken, tmp_path / "out", "--recipe", "bf16")
+    assert done.returncode == 2
+    assert "holds NaN or infinity" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:7].clone(), lambda t: t.to(torch.int32)])
+def test_a_companion_that_is_none_is_refused(
+    tree: Path, int8: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    broken = spoiled(
+        int8, tmp_path / "broken", lambda data: data.update({SCALE: change(data[SCALE])})
+    )
+    done = qwen35(tree, "verify", broken, "--source", ASSET, "--depth", "numbers")
+    assert done.returncode == 1
+    assert f"error: {SCALE}: " in done.stdout
+    assert qwen35(tree, "convert", broken, tmp_path / "out", "--recipe", "bf16").returncode == 2
+
+
+def test_a_list_that_names_what_is_packed_is_found(tree: Path, int8: Path, tmp_path: Path) -> None:
+    broken = spoiled(int8, tmp_path / "broken", lambda _: None)
+    config = json.loads((broken / "config.json").read_text())
+    config["quantization_config"]["ignore"][0] = SCALE.removesuffix(".weight.scale")
+    (broken / "config.json").write_text(json.dumps(config))
+    done = qwen35(tree, "verify", broken)
+    assert done.returncode == 1
+    assert "in ignore, but packed [skip-list]" in done.stdout
+    assert "not packed, and missing from ignore [skip-list]" in done.stdout
+
+
+def test_the_json_of_a_codec_more_keeps_to_the_schemas(
+    tree: Path, int8: Path, tmp_path: Path
+) -> None:
+    for name, words in {
+        "plan": ("plan", ASSET, "--recipe", "int8"),
+        "convert": ("convert", ASSET, tmp_path / "out", "--recipe", "int8", "--quiet"),
+        "verify": ("verify", int8),
+    }.items():
+        done = qwen35(tree, *words, "--json")
+        schema = json.loads((ROOT / "docs" / "schemas" / f"{name}.json").read_text())
+        Draft202012Validator(schema).validate(json.loads(done.stdout))
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_codec_is_written_alike_by_workers(
     tree: Path, int8: Path, tmp_path: Path, workers: str
@@ -304,6 +380,14 @@ def test_the_codec_is_a_source_of_all_else(tree: Path, int8: Path, tmp_path: Pat
     ):
         done = qwen35(tree, *arguments, "--quiet")
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_codec_is_tuned(tree: Path, tmp_path: Path) -> None:
+    asked = ["--format", "int8", "--size", "12bpw", "--probes", "0", "--context", "128"]
+    text = ["--text", ASSET / "eval.txt", "--chunks", "1", "--output", tmp_path / "tuned.toml"]
+    done = qwen35(tree, "tune", ASSET, *asked, *text, "--quiet")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'format = "int8"' in (tmp_path / "tuned.toml").read_text()
 
 
 def test_the_document_is_planned_written_and_verified(tree: Path, tmp_path: Path) -> None:

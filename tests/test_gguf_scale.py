@@ -259,7 +259,7 @@ def test_the_commands(
         assert f"{said['slice']}/2" == number
         assert not Path(sliced).exists()
     assert main(["finalize", sliced, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["files"]
+    assert json.loads(capsys.readouterr().out)["sha256"]
     assert tree(Path(whole)) == tree(Path(shared)) == tree(Path(sliced))
     assert main(["verify", sliced, "--source", str(source), "--depth", "numbers"]) == 0
 

@@ -117,6 +117,23 @@ def test_gguf_files_keep_to_what_their_plan_states(
     assert used <= json.loads(said)["peak_memory"]
 
 
+@pytest.mark.parametrize("threads", ["2", "8"])
+@pytest.mark.parametrize("verb", [("convert", "--recipe", "bf16"), ("gguf", "--types", "Q8_0")])
+def test_large_packed_weights_keep_to_what_is_stated(
+    verb: tuple[str, ...], threads: str, tmp_path: Path
+) -> None:
+    config = tiny_config(layers=2)
+    config["text_config"].update(hidden_size=1024, intermediate_size=65536)
+    config["vision_config"]["out_hidden_size"] = 1024
+    source = hollow(tmp_path / "in", config)
+    for side, text in sidecars().items():
+        (source / side).write_text(text)
+    command("convert", str(source), str(tmp_path / "nf4"), "--recipe", "nf4")
+    asked = [*verb, str(tmp_path / "nf4"), str(tmp_path / "out"), "--threads", threads]
+    said, _ = command(*asked, "--dry-run")
+    assert command(*asked)[1] <= json.loads(said)["peak_memory"]
+
+
 def test_the_limit_given_is_kept_by_fewer_threads(sources: dict[str, Path], tmp_path: Path) -> None:
     source = sources["large"]
     limit = stated(source, "nf4", 1) + 1_000_000

@@ -215,6 +215,18 @@ def test_manifest_that_does_not_say_what_was_asked_for(
     assert "does not say what was asked for" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("action", ["zzz", "ggml:q8_0", "fp8", "mix", ""])
+def test_a_rule_of_a_manifest_that_asks_for_what_there_is_not(
+    action: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = run(dense, tmp_path / "out").out
+    recipe = json.loads((out / "qwen35.json").read_text())["recipe"]
+    rules = [["visual", action, "why"], *recipe["rules"]]
+    edit(out / "qwen35.json", recipe={**recipe, "rules": rules})
+    assert reproduce(out, "--source", dense) == 2
+    assert "error: qwen35.json: " in capsys.readouterr().err
+
+
 def test_a_manifest_that_lists_what_its_recipe_does_not_make(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -269,7 +281,18 @@ def test_gguf_files_of_rules_for_layers_are_made_again(
 
 @pytest.mark.parametrize(
     "change",
-    [{"types": "F16"}, {"types": ["Q9"]}, {"patterns": "1"}, {"projector": 3}, {"rules": [[1]]}],
+    [
+        {"types": "F16"},
+        {"types": ["Q9"]},
+        {"types": []},
+        {"types": ["F16", "F16"]},
+        {"patterns": "1"},
+        {"projector": 3},
+        {"projector": "Q4_K_M"},
+        {"rules": [[1]]},
+        {"rules": [["mlp", "zzz", "why"]]},
+        {"name": 3},
+    ],
 )
 def test_malformed_manifest_of_gguf_files(
     change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -353,3 +354,110 @@ def test_files_of_slices_have_the_mode_that_umask_gives(dense: Path, tmp_path: P
     finally:
         os.umask(old)
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+# --- what lies in the work folder is anybody's
+
+
+def work_of(dense: Path, out: Path) -> Path:
+    write_slice(plan_of(dense), out, 1, 1, threads=1)
+    return out.with_name(f".{out.name}.partial")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inputs": []},
+        {"inputs": {"evil": "x"}},
+        {"inputs": {"activations": 3}},
+        {"root": 3},
+        {"repo": []},
+        {"task_bytes": "1"},
+        {"task_bytes": 0},
+        {"slices": 0},
+        {"slices": "2"},
+        {"overwrite": "yes"},
+    ],
+    ids=str,
+)
+def test_a_damaged_order_is_a_sentence(
+    dense: Path, tmp_path: Path, change: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = work_of(dense, tmp_path / "out")
+    order = json.loads((work / "order").read_text())
+    (work / "order").write_text(json.dumps({**order, **change}))
+    assert main(["finalize", str(tmp_path / "out"), "--quiet"]) == 2
+    assert f"holds a damaged order ({next(iter(change))})" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "entry", [5, {"errors": {"x": 1}}, {"findings": 3}, [], "text", None], ids=str
+)
+def test_what_is_no_result_of_a_check_counts_as_not_checked(
+    dense: Path, tmp_path: Path, entry: object
+) -> None:
+    source = write_checkpoint(tmp_path / "in", config := tiny_config(), random_tensors(config))
+    out = str(tmp_path / "out")
+    arguments = ["convert", str(source), out, "--recipe", "fp8", "--slice", "1/1", "--quiet"]
+    assert main(arguments) == 0
+    journal = tmp_path / ".out.partial" / "slice-1-of-1"
+    name = next(s.outputs[0].name for s in plan_of(source, "fp8").steps if s.op == "fp8")
+    text = json.dumps({f"compared {name}": entry}).encode()
+    with journal.open("ab") as file:
+        file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    assert main(["finalize", out, "--quiet"]) == 0
+    assert main(["verify", out, "--source", str(source), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("text", [b"5", b"[]", b'"a"', b"null"])
+def test_a_line_of_a_journal_that_is_no_object_ends_it(
+    dense: Path, tmp_path: Path, text: bytes, expected: dict[str, bytes]
+) -> None:
+    work = work_of(dense, tmp_path / "out")
+    with (work / "slice-1-of-1").open("ab") as file:
+        file.write(b"%08x %s\n" % (zlib.crc32(text), text))
+    finalize(tmp_path / "out")
+    assert tree(tmp_path / "out") == expected
+
+
+def test_a_folder_among_the_files_is_cleared(
+    dense: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    work = work_of(dense, tmp_path / "out")
+    (work / "files" / "strange" / "more").mkdir(parents=True)
+    finalize(tmp_path / "out")
+    assert tree(tmp_path / "out") == expected
+
+
+def test_a_link_in_the_place_of_the_files_is_refused(dense: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "model.safetensors").write_bytes(b"mine")
+    work = work_of(dense, tmp_path / "out")
+    shutil.rmtree(work / "files")
+    (work / "files").symlink_to(victim)
+    with pytest.raises(OutputError, match="is a link, expected a folder of ours; remove it"):
+        write_slice(plan_of(dense), tmp_path / "out", 1, 1)
+    assert tree(victim) == {"model.safetensors": b"mine"}
+
+
+def test_slices_over_a_run_without_say_so(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = work_of(dense, tmp_path / "out")
+    order = json.loads((work / "order").read_text())
+    del order["slices"]
+    (work / "order").write_text(json.dumps(order))
+    for command in (["convert", str(dense), str(tmp_path / "out"), "--slice", "1/2"],):
+        assert main([*command, "--quiet"]) == 2
+        assert "holds a run without slices" in capsys.readouterr().err
+
+
+def test_samples_are_not_for_slices(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["convert", str(dense), str(tmp_path / "out"), "--recipe", "fp8"]
+    assert main([*arguments, "--slice", "1/2", "--verify-samples", "3"]) == 2
+    assert "--verify-samples: slices check what they write" in capsys.readouterr().err
+    assert left(tmp_path) == set()

@@ -498,3 +498,10 @@ def test_dry_run_needs_no_weights(kind: str, text: Path, capsys: Capture) -> Non
     told = json.loads(capsys.readouterr().out)
     assert told["smallest"] < told["exact"]
     assert told["probes"] > 0
+
+
+def test_the_command_takes_what_can_be_tuned() -> None:
+    from qwen35.cli.tune import FORMATS as OFFERED
+    from qwen35.tune.tunable import FORMATS
+
+    assert sorted(OFFERED) == sorted(FORMATS)

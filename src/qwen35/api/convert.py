@@ -12,6 +12,7 @@ from qwen35.api.plan import plan_of
 from qwen35.api.workers import check_workers
 from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.codecs.fp8.layout import Mode
+from qwen35.errors import UsageError
 from qwen35.progress import Progress
 
 __all__ = ["convert"]
@@ -111,6 +112,9 @@ def convert(
         activations=activations,
     )
     check_unused(plan, bands=bands, samples=verify_samples, seed=verify_seed, skip=skip_verify)
+    if slice is not None and verify_samples is not None:
+        found = "slices check what they write, all of it"
+        raise UsageError("--verify-samples", found, hint="leave it out, or give --skip-verify")
     checked = plan.settings is not None and not skip_verify
     how = How(
         device,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen35.cli.help import spellings
+from qwen35.plan.containers import CONTAINERS
 from qwen35.plan.recipe import built_in
 
 __all__ = ["script"]
@@ -32,8 +33,9 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
 def _completed(shtab: Any, action: argparse.Action) -> dict[str, str] | None:
     """Return what completes an argument in each shell."""
     if action.dest == "recipe":
-        kind = "gguf" if action.default in built_in("gguf") else "safetensors"
-        names = built_in(kind)
+        known = [built_in(container) for container in CONTAINERS]
+        named = [names for names in known if action.default in (None, *names)]
+        names = [name for some in named for name in some]
         found: dict[str, str] = shtab.cmd(f"printf '%s\\n' {' '.join(names)}")
         return found
     if action.metavar in _FOLDERS:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from qwen35.errors import Finding, TensorError
-from qwen35.tensors import StoredTensor, TensorSpec, Weight
+from qwen35.tensors import FLOAT_DTYPES, StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.arrays import F32, Array
@@ -73,7 +73,7 @@ class Values(Protocol):
         """Fill flat `out` with the elements from number `first` on, in the weight's dtype.
 
         Raises:
-            TensorError: they cannot be read or decoded, or one is NaN or infinite.
+            TensorError: they cannot be read or decoded.
         """
 
 
@@ -123,9 +123,12 @@ class Codec(ABC):
         name: in recipes, plans and manifests.
         packed: whether it is a quantization.
         meaning: what a recipe's action of this name does.
-        independent: whether pieces can be encoded without each other, in any order.
-        checks: whether encoding refuses values that are not finite by itself.
-        per_expert: whether a fused stack of experts is written matrix by matrix.
+        independent: whether pieces can be encoded without each other, in any order, and decoded
+            with nothing large in memory beside them.
+        checks: whether encoding refuses values that are not finite by itself; else they are
+            refused before they reach it.
+        per_expert: whether a fused stack of experts is written matrix by matrix, the rows of gate
+            and up apart; else whole, with its three dimensions.
         joined: whether what engines join (`qwen35.model.fused`) must be packed together.
         calibrated: whether `Order.settings` and statistics of activations matter to it.
         needs_importance: whether it is garbage where it is not known how much columns matter.
@@ -136,10 +139,10 @@ class Codec(ABC):
         container: what holds it; a key of `qwen35.plan.containers.CONTAINERS`.
         suffix: what an artifact's name ends with.
         tags: of a model card.
-        title: its name in a line of text.
-        described: on a model card; `label` if that says it.
+        title: how `inspect` calls it, `label` if empty.
+        described: how a model card does, `label` if empty.
         toolkit: what the toolkit before us calls checkpoints of it.
-        library: what loads it, as the Hub calls it.
+        library: what loads it, as the Hub calls it; nothing if nothing does.
         trains: whether peft trains adapters on it.
         load_format: what SGLang must be told to load it.
         libraries: what its engine needs beside transformers, as modules.
@@ -167,7 +170,7 @@ class Codec(ABC):
     title: ClassVar[str] = ""
     described: ClassVar[str] = ""
     toolkit: ClassVar[str] = ""
-    library: ClassVar[str] = "transformers"
+    library: ClassVar[str] = ""
     trains: ClassVar[bool] = False
     load_format: ClassVar[str] = ""
     libraries: ClassVar[tuple[str, ...]] = ()
@@ -190,13 +193,15 @@ class Codec(ABC):
     def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
         """Return the other stored tensors of the weight called `name`, in the order of parts.
 
-        None: it is not held so.
+        None: it is not held so. The first codec that says otherwise has the weight: tell it by
+        names that no other tool gives, or by dtypes too. `mismatch` looks at shapes, `problem` at
+        what else can be wrong.
         """
         del tensors, name
         return None
 
     def is_companion(self, name: str) -> bool:
-        """Whether a tensor called so belongs to a weight of another name."""
+        """Whether a tensor called so belongs to a weight of another name, there or not."""
         del name
         return False
 
@@ -206,20 +211,33 @@ class Codec(ABC):
         return None
 
     def mismatch(self, weight: Weight, expected: TensorSpec) -> TensorError | None:
-        """Return why a stored weight cannot be the one that the config promises, if it cannot."""
-        spec = weight.main.spec
-        if spec.shape == expected.shape:
-            return None
-        expect = f"{list(expected.shape)} by config.json"
-        return TensorError(spec.name, f"shape {list(spec.shape)}", expected=expect)
+        """Return why a stored weight cannot be the one that the config promises, if it cannot.
+
+        By default its tensors must have the shapes that `layout` gives for it, and dtypes that it
+        gives for a weight of some dtype.
+        """
+        layouts = [
+            self.layout(TensorSpec(expected.name, dtype, expected.shape)) for dtype in FLOAT_DTYPES
+        ]
+        for part, wanted in zip(weight.parts, zip(*layouts, strict=True), strict=False):
+            if part.spec.shape != wanted[0].shape:
+                found, expect = f"shape {list(part.spec.shape)}", list(wanted[0].shape)
+                return TensorError(part.spec.name, found, expected=f"{expect} by config.json")
+            dtypes = list(dict.fromkeys(spec.dtype for spec in wanted))
+            if part.spec.dtype not in dtypes:
+                found = f"dtype {part.spec.dtype}"
+                return TensorError(part.spec.name, found, expected=" or ".join(dtypes))
+        return None
 
     def numel(self, weight: Weight) -> int:
-        """Return how many weights are stored."""
+        """Return how many weights are stored; to be said where an element holds several."""
         return weight.main.spec.numel
 
     @abstractmethod
     def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
         """Return the values of a stored weight; `spec` is the weight, decoded.
+
+        Values that are not finite are refused where they are used.
 
         Raises:
             TensorError: what they are decoded by is damaged.
@@ -239,12 +257,18 @@ class Codec(ABC):
         """Return the tensors that a weight becomes, the one of its own name first."""
 
     def fits(self, spec: TensorSpec) -> str:
-        """Return why a weight of this shape cannot be held; nothing if it can."""
+        """Return why a weight of this shape cannot be held; nothing if it can.
+
+        Such a weight is copied, with this as the reason in the plan.
+        """
         del spec
         return ""
 
     def packs(self, role: Role) -> bool:
-        """Whether weights of this role may be held so at all."""
+        """Whether weights of this role may be held so at all.
+
+        A rule that names such a weight is refused, one for a group passes it over (`spared`).
+        """
         return role.info.kind == "linear"
 
     def grain(self, spec: TensorSpec) -> int:
@@ -270,6 +294,11 @@ class Codec(ABC):
         del spec
         return 0
 
+    def decoding_memory(self, spec: TensorSpec) -> int:
+        """Return bytes that decoding a weight takes, beside its piece."""
+        del spec
+        return 0
+
     # --- in the eyes of a loader
 
     def config(self, modules: Sequence[Module], prefix: str, dtype: str) -> dict[str, Any]:
@@ -278,23 +307,37 @@ class Codec(ABC):
         Args:
             modules: every weight that is written.
             prefix: what names of text tensors begin with.
-            dtype: of the checkpoint.
+            dtype: of the checkpoint, as safetensors names it.
 
         Raises:
             UsageError: no loader could read them.
         """
-        del prefix
-        kept = sorted(m.module for m in modules if m.codec != self.name and len(m.spec.shape) == 2)
-        return {"quant_method": self.method or self.name, "dtype": dtype, "ignore": kept}
+        del prefix, dtype
+        return {"quant_method": self.method or self.name, "ignore": self._kept(modules)}
+
+    def _kept(self, modules: Sequence[Module]) -> list[str]:
+        """Return the matrices that are not held so."""
+        kept = (m.module for m in modules if m.codec != self.name and len(m.spec.shape) == 2)
+        return sorted(kept)
 
     def config_findings(
         self, quantization: Mapping[str, Any], modules: Sequence[Module], *, vision: bool
     ) -> Iterator[Finding]:
-        """Yield where ``quantization_config`` and the weights contradict each other."""
-        del quantization, vision
+        """Yield where ``quantization_config`` and the weights contradict each other.
+
+        By default it must be as `config` writes it; what writes another must say another check.
+        """
+        del vision
         if not any(module.codec == self.name for module in modules):
             message = f"promises {self.label}, but nothing is packed"
             yield Finding("quantization-config", "config.json", message)
+        said, kept = quantization.get("ignore"), self._kept(modules)
+        if not isinstance(said, list) or not all(isinstance(name, str) for name in said):
+            yield Finding("skip-list", "config.json", "ignore is not a list of names")
+            return
+        for name in sorted(set(said) ^ set(kept)):
+            packed = "not packed, and missing from ignore"
+            yield Finding("skip-list", name, packed if name in kept else "in ignore, but packed")
 
     def tensor_parallel(
         self, config: ModelConfig, modules: Sequence[Module], ranks: int

@@ -55,5 +55,18 @@ class Compared:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `to_json` was called on."""
-        return cls(**{**value, "findings": [Finding(**row) for row in value["findings"]]})
+        """Return what `to_json` was called on.
+
+        Raises:
+            TypeError, KeyError, ValueError, AttributeError: nothing of the kind.
+        """
+        errors = value["errors"]
+        return cls(
+            str(value["subject"]),
+            float(value["squared"]),
+            float(value["norm"]),
+            None if errors is None else {str(name): value + 0 for name, value in errors.items()},
+            bool(value["identical"]),
+            bool(value["judged"]),
+            [Finding(**{str(k): str(v) for k, v in row.items()}) for row in value["findings"]],
+        )

@@ -208,7 +208,16 @@ def recipe_of(manifest: Mapping[str, Any], container: Container) -> Recipe:
     rows = recipe.get("rules", [])
     if not isinstance(rows, list):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="a list of rules")
-    return Recipe(recipe["name"], recipe["format"], "", tuple(map(_rule_of, rows)), container)
+    name, kind = recipe["name"], recipe["format"]
+    if not isinstance(name, str) or kind not in container.formats:
+        raise InputError(MANIFEST_NAME, "a malformed recipe", expected="its name and format")
+    rules = tuple(map(_rule_of, rows))
+    try:
+        for rule in rules:
+            container.action(f"recipe {name}", f"recipe {name}", rule.action, kind)
+    except UsageError as error:
+        raise InputError(MANIFEST_NAME, error.found, expected=error.expected) from error
+    return Recipe(name, kind, "", rules, container)
 
 
 def _rule_of(row: Any) -> Rule:

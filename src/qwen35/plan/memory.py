@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qwen35.codecs.registry import CODECS, is_packed
+from qwen35.codecs.registry import CODECS, codec_of, is_packed
 from qwen35.errors import UsageError
 from qwen35.plan.plan import Plan
 from qwen35.shown import least, size
@@ -32,7 +32,8 @@ def peak_memory(plan: Plan, threads: int) -> int:
                 continue
             item, codec = step.rows.item, CODECS[target.codec]
             wide = wide or is_packed(item.weight) or (codec.widens and item.spec.dtype != "BF16")
-            beside = max(beside, codec.memory(item.spec))
+            source = codec_of(item.weight)
+            beside = max(beside, codec.memory(item.spec) + source.decoding_memory(item.spec))
     piece = _THREAD_MEMORY * (_WIDE if wide else 1)
     container = plan.container
     return container.base_memory + threads * (piece + beside) + container.head_memory(plan)

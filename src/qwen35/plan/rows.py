@@ -16,7 +16,7 @@ from qwen35.checkpoint.inventory import Item
 from qwen35.codecs import pieces
 from qwen35.codecs.codec import Piece, Values
 from qwen35.codecs.pieces import Readable, not_finite
-from qwen35.codecs.registry import codec_of
+from qwen35.codecs.registry import codec_of, is_packed
 from qwen35.plan.transforms import Transform
 from qwen35.tensors import Weight
 
@@ -227,7 +227,7 @@ class Opened:
     Args:
         rows: which.
         reader: of the source.
-        check: whether values that are not finite are refused here.
+        check: whether values that are not finite are refused here; decoded ones always are.
     """
 
     def __init__(self, rows: Rows, reader: Readable, check: bool) -> None:
@@ -252,7 +252,7 @@ class Opened:
         count = item.spec.numel if rows.whole else chunk.count * rows.row
         flat = empty(dtype, count)
         self._values.read_into(0 if rows.whole else chunk.source * rows.row, flat)
-        if self._check and not all_finite(flat, dtype):
+        if (self._check or is_packed(item.weight)) and not all_finite(flat, dtype):
             raise not_finite(item.weight.name)
         values = flat if rows.whole else flat.reshape(chunk.count, rows.row)
         for transform in rows.transforms:

@@ -125,6 +125,8 @@ def _lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
         if digits != b"%08x" % zlib.crc32(text):
             return
         value = json.loads(text)
+        if not isinstance(value, dict):
+            return
         start = end + 1
         yield value, start
 

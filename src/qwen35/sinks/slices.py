@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,17 @@ def joined(out: Path, number: int, order: Mapping[str, Any]) -> Iterator[tuple[P
             if (work / JOURNAL_NAME).exists():
                 if not journal:
                     path.unlink()
-                found = "holds a run without slices, or one that is being finalized"
-                raise OutputError(str(work), found, hint="remove this to start over")
+                raise OutputError(str(work), _WITHOUT, hint="remove this to start over")
             yield files, journal
 
 
 def _files_folder(work: Path) -> Path:
     """Make the folders; another run may just then take an empty one for a leftover."""
     files = work / FILES_NAME
+    if work.is_symlink():
+        claim(work)
+    if files.is_symlink():
+        raise OutputError(str(files), "is a link, expected a folder of ours", hint="remove it")
     while not files.is_dir():
         claim(work)
         with suppress(FileNotFoundError):
@@ -83,8 +86,10 @@ def _agree(work: Path, order: Mapping[str, Any]) -> None:
     found = read_order(work)
     if found == order:
         return
+    if "slices" not in found:
+        raise OutputError(str(work), _WITHOUT, hint="remove this to start over")
     names = other_names(found, order["key"])
-    names += [word for name, word in _WORDS.items() if found.get(name) != order[name]]
+    names += [word for name, word in _WORDS.items() if found.get(name) != order.get(name)]
     before, now = _inputs(found), _inputs(order)
     names += [word for name, word in _INPUTS.items() if before.get(name) != now.get(name)]
     raise OutputError(
@@ -94,9 +99,12 @@ def _agree(work: Path, order: Mapping[str, Any]) -> None:
     )
 
 
+_WITHOUT = "holds a run without slices, or one that is being finalized"
+
 _WORDS = {
     "slices": "number of slices",
     "overwrite": "--overwrite",
+    "check": "--skip-verify",
     "root": "path to the source",
 }
 """What an order has beside the key of the work and what the plan tells already."""
@@ -117,8 +125,28 @@ def read_order(work: Path) -> dict[str, Any]:
     """
     try:
         order = json.loads((work / ORDER_NAME).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         order = None
     if not isinstance(order, dict) or not isinstance(order.get("key"), dict):
         raise OutputError(str(work), "no order of slices in it", hint="nothing can be finalized")
+    for name, sound in _SOUND.items():
+        if name in order and not sound(order[name]):
+            found = f"holds a damaged order ({name})"
+            raise OutputError(str(work), found, hint="remove this to start over")
     return order
+
+
+_SOUND: dict[str, Callable[[Any], bool]] = {
+    "root": lambda value: isinstance(value, str),
+    "repo": lambda value: value is None or isinstance(value, str),
+    "revision": lambda value: value is None or isinstance(value, str),
+    "task_bytes": lambda value: type(value) is int and value > 0,
+    "slices": lambda value: type(value) is int and value > 0,
+    "overwrite": lambda value: isinstance(value, bool),
+    "inputs": lambda value: (
+        isinstance(value, dict)
+        and value.keys() <= _INPUTS.keys()
+        and all(isinstance(path, str) for path in value.values())
+    ),
+}
+"""What of an order must be so, whoever wrote it."""

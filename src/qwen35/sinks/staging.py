@@ -281,6 +281,7 @@ _DISK_ERRORS = (
     errno.EDQUOT,
     errno.EFBIG,
     errno.EIO,
+    errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.ENOSPC,
     errno.ENOTDIR,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -50,7 +51,7 @@ class Written:
         noted = {entry.partition("/")[0] for entry, value in self._journal.items() if value}
         for path in self._folder.iterdir():
             if path.name not in noted:  # small files, and those that were only begun
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         return self
 
     def __exit__(

@@ -19,7 +19,7 @@ from qwen35.version import __version__
 
 __all__ = ["Key", "Measurements", "Trial", "load_measurements", "model_digest"]
 
-_VERSION = 1
+_VERSION = 2
 _MAX_BYTES = 2**28
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from qwen35.checkpoint.source import Checkpoint
@@ -184,7 +184,7 @@ def check_fp8(
         subject,
         source,
         only=lambda held: not _is_judged(held) or held.subject in chosen,
-        memo=Seen(seen or {}),
+        memo=Seen({name: one for name, one in (seen or {}).items() if _is_told(one)}),
         threads=threads,
         progress=progress,
     )
@@ -207,6 +207,12 @@ def check_fp8(
             *(f for f in numbers.findings if f.check != "codes" or f.subject not in misplaced),
         ],
     )
+
+
+def _is_told(found: Mapping[str, Any]) -> bool:
+    """Whether what was found earlier tells all that is told today."""
+    errors = found.get("errors")
+    return errors is None or errors.keys() == {field.name for field in fields(Errors)}
 
 
 def _is_judged(held: Held) -> bool:

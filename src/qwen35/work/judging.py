@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from math import isfinite
 from typing import Any
 
 from qwen35.checkpoint.source import FolderReader
 from qwen35.codecs import pieces
 from qwen35.codecs.codec import stacked
 from qwen35.codecs.compared import Compared
-from qwen35.codecs.pieces import Readable, stored
+from qwen35.codecs.pieces import Readable, not_finite, stored
 from qwen35.codecs.plain.codec import judge_values
 from qwen35.codecs.registry import codec_of
 from qwen35.errors import InputError
@@ -58,7 +59,7 @@ def judge(
 
 
 def _decode(weight: Weight, spec: TensorSpec, reader: Readable) -> None:
-    from qwen35.codecs.floats import empty
+    from qwen35.codecs.floats import all_finite, empty
 
     codec = codec_of(weight)
     if weight.main.spec.dtype == spec.dtype:
@@ -69,7 +70,10 @@ def _decode(weight: Weight, spec: TensorSpec, reader: Readable) -> None:
     rows, row = stacked(spec)
     size = max(1, pieces.PIECE // max(1, row))
     for first in range(0, rows, size):
-        values.read_into(first * row, empty(spec.dtype, min(size, rows - first) * row))
+        out = empty(spec.dtype, min(size, rows - first) * row)
+        values.read_into(first * row, out)
+        if not all_finite(out, spec.dtype):
+            raise not_finite(weight.name)
 
 
 def _alike(weight: Weight, original: Rows) -> bool:
@@ -120,6 +124,8 @@ def _judge(
     codec = codec_of(weight)
     opened = original.open(source, check=not codec.checks)
     codec.judge(reader, weight, spec, opened.pieces(original.chunks(codec.grain(spec))), result)
+    if not isfinite(result.squared):  # no comparison with a NaN is ever true
+        raise not_finite(weight.name)
 
 
 def compare_steps(

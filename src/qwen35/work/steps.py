@@ -46,7 +46,8 @@ class Carrier:
     def spans(self, step: Step) -> list[Span]:
         """Cut a step into parts that need nothing of each other, for several threads."""
         rows = step.rows
-        if any(target.copied or not CODECS[target.codec].independent for target in step.targets):
+        codecs = [codec_of(step.weight), *(CODECS[target.codec] for target in step.targets)]
+        if any(target.copied for target in step.targets) or not all(c.independent for c in codecs):
             return [rows.whole_span]
         return list(rows.spans(self._grain(step), _SPAN * pieces.PIECE))
 

@@ -210,7 +210,8 @@ class _Sweep:
             empty += [partial(self._finish, owner, output, name) for name in sorted(full)]
             whole += output.plan.read_bytes
             nbytes += sum(step.read_bytes for step in steps)
-        self._announce(nbytes, whole)
+        if any(outputs):
+            self._announce(nbytes, whole)
         crew = Crew(works, self._failed, self._unwanted)
         for owner, output in enumerate(outputs):
             if output is not None:

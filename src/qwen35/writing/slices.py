@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.source import FolderReader, Reader
+from qwen35.codecs.compared import Compared
 from qwen35.codecs.devices import kernels_for
 from qwen35.errors import OutputError, Qwen35Error
 from qwen35.plan.order import order_of, plan_from
@@ -153,7 +154,7 @@ def finalize(
     if not work.exists() and out.exists():
         raise OutputError(str(out), "is there already", hint="there are no slices to finalize")
     if not work.exists():
-        hint = "they are made by `qwen35 convert MODEL OUT --slice i/N`, of the same OUT"
+        hint = "they are made by `--slice i/N` of convert or gguf, with the same OUT"
         raise OutputError(str(out), "there are no slices of it", hint=hint)
     order = read_order(work)
     if not isinstance(order.get("slices"), int):
@@ -216,11 +217,7 @@ def _finished(
         if missing:
             problems.append(f"slice {number}/{count} lacks {missing} of {len(wanted)} weights")
         finished |= dict.fromkeys((entry for entries in wanted for entry in entries), 1)
-        compared |= {
-            name.removeprefix(_COMPARED): value
-            for name, value in journal.items()
-            if name.startswith(_COMPARED)
-        }
+        compared |= _sound(journal)
     if problems and not known:
         raise OutputError(str(out), "; ".join(problems), hint="run these, then finalize again")
     for file in [] if known else plan.files:
@@ -229,6 +226,16 @@ def _finished(
             hint = f"remove {work} to start over"
             raise OutputError(str(path), "is gone or was cut since", hint=hint)
     return finished, compared
+
+
+def _sound(journal: Journal) -> dict[str, Any]:
+    """Return what a slice's checks found; an entry that is none counts as not checked."""
+    found = {}
+    for name, value in journal.items():
+        if name.startswith(_COMPARED):
+            with suppress(TypeError, KeyError, ValueError, AttributeError):
+                found[name.removeprefix(_COMPARED)] = Compared.from_json(value).to_json()
+    return found
 
 
 def _entries(step: Step) -> list[str]:

@@ -36,6 +36,7 @@ class Fp8(Codec):
     title = "block FP8"
     described = "block-wise FP8 (E4M3, blocks of 128 x 128)"
     loads = True
+    library = "transformers"
     toolkit = "fp8"
     tiled = True
 
@@ -58,7 +59,11 @@ class Fp8(Codec):
 
     def mismatch(self, weight: Weight, expected: TensorSpec) -> TensorError | None:
         """Return why a stored weight cannot be the one that the config promises, if it cannot."""
-        return super().mismatch(weight, expected) or _scale_mismatch(weight, expected)
+        spec = weight.main.spec
+        if spec.shape != expected.shape:
+            expect = f"{list(expected.shape)} by config.json"
+            return TensorError(spec.name, f"shape {list(spec.shape)}", expected=expect)
+        return _scale_mismatch(weight, expected)
 
     def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
         """Return the values, decoded; the scales are read and checked at once."""

@@ -36,6 +36,7 @@ class Nf4(Codec):
     load_format = "bitsandbytes"
     libraries = ("bitsandbytes", "accelerate")
     loads = True
+    library = "transformers"
     toolkit = "bnb"
     in_memory = True
 
@@ -119,6 +120,10 @@ class Nf4(Codec):
     def memory(self, spec: TensorSpec) -> int:
         """Return the bytes of the scales: float32, and temporaries of their quantization."""
         return spec.numel // BLOCK * 4 * 8
+
+    def decoding_memory(self, spec: TensorSpec) -> int:
+        """Return the bytes of the scales: as they are stored, float32, and a temporary."""
+        return spec.numel // BLOCK * 16
 
     def config(self, modules: Sequence[Module], prefix: str, dtype: str) -> dict[str, Any]:
         """Return ``quantization_config`` as transformers writes it, with every skipped module."""

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from qwen35.codecs.codec import Codec, Encoding, Order, Piece, Values, stacked
-from qwen35.errors import TensorError
-from qwen35.tensors import FLOAT_DTYPES, TensorSpec, Weight
+from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.arrays import Array
@@ -29,6 +28,7 @@ class Plain(Codec):
     described = "unquantized"
     trains = True
     loads = True
+    library = "transformers"
     toolkit = "f16"
 
     @property
@@ -40,15 +40,6 @@ class Plain(Codec):
     def op(self) -> str:
         """What a plan says is done: a packed weight is decoded."""
         return "decode"
-
-    def mismatch(self, weight: Weight, expected: TensorSpec) -> TensorError | None:
-        """Return why a stored weight cannot be the one that the config promises, if it cannot."""
-        spec = weight.main.spec
-        problem = super().mismatch(weight, expected)
-        if problem is None and spec.dtype not in FLOAT_DTYPES:
-            expect = " or ".join(FLOAT_DTYPES)
-            return TensorError(spec.name, f"dtype {spec.dtype}", expected=expect)
-        return problem
 
     def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
         """Return the values as they are stored; they are not checked."""

@@ -20,6 +20,8 @@ from qwen35.plan.rules import Recipe
 __all__ = ["asked_again", "asked_json"]
 
 _KEYS = {"name", "rules", "types", "patterns", "projector", "drop_mtp", "upstream_counters"}
+_WHOLE = tuple(name for name, file_type in FILE_TYPES.items() if not file_type.quantized)
+"""File types that the vision tower can be written in."""
 
 
 def asked_json(plan: Plan) -> dict[str, Any]:
@@ -55,12 +57,13 @@ def asked_again(
     if inputs.activations is not None:
         raise UsageError("--activation-stats", "are for FP8", hint="leave it out")
     types, count = row["types"], row["patterns"]
-    if not isinstance(types, list) or not FILE_TYPES.keys() >= set(map(str, types)):
+    names = [str(name) for name in types] if isinstance(types, list) else []
+    if not names or len(set(names)) < len(names) or not FILE_TYPES.keys() >= set(names):
         raise InputError(MANIFEST_NAME, "malformed types", expected=", ".join(FILE_TYPES))
-    if type(count) is not int or count < 0 or row["projector"] not in (None, *FILE_TYPES):
+    if type(count) is not int or count < 0 or row["projector"] not in (None, *_WHOLE):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="that of GGUF files")
     return _recipe(manifest, container, count), GgufOptions(
-        types=tuple(map(str, types)),
+        types=tuple(names),
         imatrix=_imatrix(row, inputs),
         projector=row["projector"],
         drop_mtp=bool(row["drop_mtp"]),

@@ -283,7 +283,12 @@ def _vision_keys(
 
 
 def _normalization(documents: Documents) -> tuple[list[float], list[float]]:
-    """Return mean and deviation of the pixels, from whichever file has them."""
+    """Return mean and deviation of the pixels, from whichever file has them.
+
+    Of a published size, whose files are not known, zeros stand for them: sizes stay the same.
+    """
+    if not documents.complete:
+        return [0.0] * 3, [0.0] * 3
     settings = documents.json("preprocessor_config.json")
     newer = documents.json("processor_config.json")
     settings = {**settings, **newer, **(newer.get("image_processor") or {})}

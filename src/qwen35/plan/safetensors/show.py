@@ -69,11 +69,7 @@ def plan_text(plan: Plan, threads: int) -> str:
         *([f"FP8 scales: {plan.settings}"] if plan.settings else []),
         f"plan {plan.digest}",
     ]
-    if plan.checkpoint.place is None:
-        lines.append(
-            "note: side-car files (tokenizer, template) are not known here and not counted"
-        )
-    lines += [f"note: {note}" for note in plan.notes]
+    lines += [f"note: {note}" for note in _notes(plan)]
     return "\n".join(lines)
 
 
@@ -133,17 +129,22 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
             }
             for step in plan.steps
         ],
-        "notes": list(plan.notes),
+        "notes": list(_notes(plan)),
     }
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    if plan.checkpoint.place is None:
+        yield "side-car files (tokenizer, template) are not known here and not counted"
+    yield from plan.notes
 
 
 def _document(content: bytes) -> Any:
     """Return a file that the plan makes: what it says if it is JSON, else its text."""
-    text = content.decode()
     try:
-        return json.loads(text)
+        return json.loads(content)
     except ValueError:
-        return text
+        return content.decode(errors="replace")
 
 
 def roles_json() -> list[dict[str, Any]]:
