@@ -216,7 +216,7 @@ def recipe_of(manifest: Mapping[str, Any], container: Container) -> Recipe:
         for rule in rules:
             container.action(f"recipe {name}", f"recipe {name}", rule.action, kind)
     except UsageError as error:
-        raise InputError(MANIFEST_NAME, error.found, expected=error.expected) from error
+        raise InputError(MANIFEST_NAME, f"a malformed recipe ({error.message})") from error
     return Recipe(name, kind, "", rules, container)
 
 
