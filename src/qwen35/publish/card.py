@@ -95,7 +95,7 @@ def card_text(
     data = ModelCardData(
         base_model=facts.base_model,
         base_model_relation="quantized" if facts.base_model and facts.codec.packed else None,
-        library_name=facts.codec.library,
+        library_name=facts.codec.library or None,
         license=facts.license,
         pipeline_tag="image-text-to-text" if facts.vision else "text-generation",
         tags=["qwen3_5", *facts.codec.tags],
