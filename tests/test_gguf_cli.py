@@ -88,10 +88,10 @@ def test_published_sizes_are_planned(model: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--types", "Q8_0", "--keep", "self_attn"], "--keep: means nothing here"),
-        (["--types", "Q8_0", "--keep-prefix"], "--keep-prefix: means nothing here"),
-        (["--mmproj"], "--mmproj: means nothing here, expected --types"),
-        (["--imatrix", "x.gguf"], "--imatrix: means nothing here, expected --types"),
+        (["--types", "Q8_0", "--keep", "self_attn"], "--keep: means nothing with --types"),
+        (["--types", "Q8_0", "--keep-prefix"], "--keep-prefix: means nothing with --types"),
+        (["--mmproj"], "--mmproj: means nothing without --types; add"),
+        (["--imatrix", "x.gguf"], "--imatrix: means nothing without --types"),
         (["--types", "Q9"], "Q9"),
         (["--types", "Q8_0", "--recipe", "nf4"], "it is one of `qwen35 convert`"),
         (["--recipe", "q8-gates"], "it is one of `qwen35 gguf`"),

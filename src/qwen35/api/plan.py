@@ -68,8 +68,9 @@ def plan(
     for_others = {"--keep": keep, "--keep-prefix": keep_prefix}
     for flag, given in (for_gguf if types is None else for_others).items():
         if given:
-            expected = "--types" if types is None else "no --types"
-            raise UsageError(flag, "means nothing here", expected=expected, hint="leave it out")
+            found = f"means nothing with{'out' if types is None else ''} --types"
+            hint = "add --types, or leave it out" if types is None else "leave it out"
+            raise UsageError(flag, found, hint=hint)
     if types is None:
         checkpoint = describe(str(model), token=hf_token)
         chosen = recipe or "nf4"

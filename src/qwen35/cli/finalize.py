@@ -16,7 +16,7 @@ from qwen35.cli.shared import keywords, positive
 
 EXAMPLES = {
     "put together what two jobs have made": "qwen35 finalize OUT",
-    "a job of its own": "qwen35 convert MODEL OUT --recipe nf4 --slice 1/2",
+    "one of these jobs": "qwen35 convert MODEL OUT --recipe nf4 --slice 1/2",
 }
 
 
