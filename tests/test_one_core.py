@@ -13,7 +13,13 @@ from qwen35.codecs.registry import CODECS
 from qwen35.plan.containers import CONTAINERS
 
 SOURCE = Path(qwen35.__file__).parent
-OWN = ("codecs/", "plan/safetensors/", "plan/gguf/")
+FOLDERS = [path.name for path in (SOURCE / "codecs").iterdir() if path.is_dir()]
+OWN = (
+    *(f"codecs/{name}/" for name in FOLDERS),
+    "codecs/registry.py",
+    "plan/safetensors/",
+    "plan/gguf/",
+)
 """The registry and the codecs, and the containers, each of which knows its own name."""
 
 NAMES = {*CODECS, *CONTAINERS, *(codec.label for codec in CODECS.values())}
