@@ -12,10 +12,13 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen35.work.process import serve
 from qwen35.work.worker import answer
+
+if TYPE_CHECKING:
+    import pytest
 
 
 def deadly(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,6 +34,18 @@ def deadly(job: Mapping[str, Any]) -> dict[str, Any]:
                 continue
             os.kill(os.getpid(), signal.SIGKILL)
     return done
+
+
+def dying(patch: pytest.MonkeyPatch, folder: Path, count: int, tensor: str = "") -> Path:
+    """Make workers die at so many jobs; returns `folder`, in which each death leaves a file."""
+    folder.mkdir()
+    (folder / "kill").write_text(str(count))
+    if tensor:
+        (folder / "tensor").write_text(tensor)
+    patch.setenv("QWEN35_DEADLY", str(folder))
+    patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    patch.setattr("qwen35.work.processes.MODULE", "deadly")
+    return folder
 
 
 def _names(done: Mapping[str, Any], tensor: str) -> bool:

@@ -26,6 +26,11 @@ def run(source: Path, out: Path, recipe: str = "nf4", **options: Any) -> Result:
     return write(plan_of(source, recipe), out, **{"threads": 1, **options})
 
 
+def tree(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of each file of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     """Load every tensor of a checkpoint with the safetensors library."""
     names = [path.name for path in folder.glob("*.safetensors")]

@@ -24,7 +24,7 @@ from qwen35.plan.gguf.imatrix import Entry
 from qwen35.plan.plan import make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.writing.run import write
-from running import plan_of
+from running import plan_of, tree
 
 Run = Callable[[Path, Path], object]
 
@@ -38,10 +38,6 @@ def runs() -> Iterator[Killer]:
 @pytest.fixture(scope="module")
 def gguf_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_variant(tmp_path_factory.mktemp("gguf"), "dense")
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def to_nf4(source: Path, out: Path, **options: Any) -> object:

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from checkpoints import layout_of, write_checkpoint
+from deadly import dying
 from gguf_models import exact_tensors, make_variant, variant_config
 from killing import Killer, Trial, killer
 from qwen35.checkpoint.source import open_folder
@@ -26,14 +27,10 @@ from qwen35.plan.recipe import load_recipe
 from qwen35.work.processes import Processes
 from qwen35.writing.run import write
 from qwen35.writing.slices import finalize, write_slice
-from running import run
+from running import run, tree
 from watching import Watching
 
 TYPES = "F16,Q8_0,Q4_K_M"
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def gguf_of(source: Path, types: str = TYPES) -> Plan:
@@ -94,18 +91,6 @@ def test_an_order_is_plain_and_gives_the_same_plan(source: Path, tmp_path: Path)
         again = plan_from(json.loads(order_bytes(order)))
         assert again.digest == plan.digest
         assert dict(again.file_sizes()) == dict(plan.file_sizes())
-
-
-def dying(monkeypatch: pytest.MonkeyPatch, folder: Path, count: int, tensor: str = "") -> Path:
-    """Make workers die at so many jobs; returns the folder in which each death leaves a file."""
-    folder.mkdir()
-    (folder / "kill").write_text(str(count))
-    if tensor:
-        (folder / "tensor").write_text(tensor)
-    monkeypatch.setenv("QWEN35_DEADLY", str(folder))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setattr("qwen35.work.processes.MODULE", "deadly")
-    return folder
 
 
 def test_a_worker_that_dies_costs_only_its_task(

@@ -23,7 +23,7 @@ from qwen35.cli.main import main
 from qwen35.errors import TensorError, UsageError, WorkerError
 from qwen35.work.on_ray import RayWorkers
 from qwen35.writing.run import write
-from running import plan_of
+from running import plan_of, tree
 from watching import Watching
 
 ray = pytest.importorskip("ray")
@@ -31,10 +31,6 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 SHARD = 800_000
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

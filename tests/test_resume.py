@@ -21,7 +21,7 @@ from qwen35.errors import OutputError
 from qwen35.plan.plan import Plan, make_plan
 from qwen35.plan.recipe import load_recipe
 from qwen35.writing.run import write
-from running import plan_of
+from running import plan_of, tree
 
 KILLS = {False: 32, True: 12}
 """Runs that are killed at least once, by the signal or by the power."""
@@ -36,10 +36,6 @@ def runs() -> Iterator[Killer]:
 @pytest.fixture(scope="module")
 def gguf_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_variant(tmp_path_factory.mktemp("gguf"), "dense")
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def filling(phase: str) -> bool:

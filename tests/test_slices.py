@@ -24,13 +24,9 @@ from qwen35.errors import OutputError, TensorError
 from qwen35.sinks.slices import joined
 from qwen35.writing.run import write
 from qwen35.writing.slices import finalize, write_slice
-from running import plan_of
+from running import plan_of, tree
 
 SHARD = 800_000
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(autouse=True)

@@ -500,8 +500,9 @@ def test_dry_run_needs_no_weights(kind: str, text: Path, capsys: Capture) -> Non
     assert told["probes"] > 0
 
 
-def test_the_command_takes_what_can_be_tuned() -> None:
-    from qwen35.cli.tune import FORMATS as OFFERED
-    from qwen35.tune.tunable import FORMATS
+def test_every_format_offered_is_known_to_a_container() -> None:
+    from qwen35.tune.formats import FORMATS
+    from qwen35.tune.tunable import tunable_of
 
-    assert sorted(OFFERED) == sorted(FORMATS)
+    assert FORMATS == ("gguf", "nf4", "fp8")
+    assert all(tunable_of(kind).base(kind) for kind in FORMATS)

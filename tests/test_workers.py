@@ -19,6 +19,7 @@ import torch
 
 import qwen35
 from checkpoints import random_tensors, tiny_config, write_checkpoint
+from deadly import dying
 from killing import Trial, killer
 from qwen35.cli.main import main
 from qwen35.codecs import devices
@@ -30,14 +31,10 @@ from qwen35.work import worker
 from qwen35.work.failures import WorkerBugError, failure_json, raise_failure
 from qwen35.work.processes import Processes
 from qwen35.writing.run import write
-from running import plan_of
+from running import plan_of, tree
 from watching import Watching
 
 SHARD = 800_000
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(autouse=True)
@@ -55,21 +52,10 @@ def expected(dense: Path, tmp_path: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+def deadly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """Make workers die at so many jobs; returns the folder in which each death leaves a file."""
 
-    def kill(count: int, tensor: str = "") -> Path:
-        folder = tmp_path / "deaths"
-        folder.mkdir()
-        (folder / "kill").write_text(str(count))
-        monkeypatch.setenv("QWEN35_DEADLY", str(folder))
-        if tensor:
-            (folder / "tensor").write_text(tensor)
-        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        monkeypatch.setattr("qwen35.work.processes.MODULE", "deadly")
-        return folder
-
-    return kill
+    return lambda count, tensor="": dying(monkeypatch, tmp_path / "deaths", count, tensor)
 
 
 def test_processes_write_what_threads_write_and_progress_is_the_same(

@@ -13,14 +13,7 @@ from qwen35.api.tune import carry_out, types_of
 from qwen35.cli.output import Output
 from qwen35.cli.shared import add_model, keywords, positive
 from qwen35.errors import UsageError
-from qwen35.plan.containers import CONTAINERS
-from qwen35.plan.recipe import built_in
-
-FORMATS = (
-    *CONTAINERS["gguf"].formats,
-    *(name for name in CONTAINERS["safetensors"].formats if name in built_in("safetensors")),
-)
-"""As in `qwen35.tune.tunable`, which takes longer to import than a parser may."""
+from qwen35.tune.formats import FORMATS
 
 DEFAULT_PROBES = 120
 DEFAULT_CHUNKS = 8

@@ -14,17 +14,18 @@ from qwen35.evaluate.text import Text, read_text
 from qwen35.progress import Progress, Silent
 from qwen35.shown import bytes_of
 from qwen35.threads import default_threads
+from qwen35.tune.formats import FORMATS
 from qwen35.tune.measurements import Key, Measurements, load_measurements, model_digest
 from qwen35.tune.probing import Setting
 from qwen35.tune.show import tuned_json
 from qwen35.tune.space import Space
-from qwen35.tune.tunable import FORMATS, TUNABLE, tunable_of
+from qwen35.tune.tunable import tunable_of
 from qwen35.tune.tuning import Budget, Tuned, tune
 
 __all__ = ["Asked", "Format", "Job", "Tuning", "prepare", "run"]
 
 Format = str
-"""A format of recipes that can be tuned: one of `qwen35.tune.tunable.FORMATS`."""
+"""A format of recipes that can be tuned: one of `qwen35.tune.formats.FORMATS`."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _check_format(asked: Asked) -> None:
         raise UsageError("--format", asked.format, expected=", ".join(FORMATS))
     if (asked.types or asked.imatrix) and not tunable_of(asked.format).typed:
         option = "--types" if asked.types else "--imatrix"
-        typed = (kind for one in TUNABLE.values() if one.typed for kind in one.formats)
+        typed = (kind for kind in FORMATS if tunable_of(kind).typed)
         expected = f"--format {' or '.join(typed)}"
         raise UsageError(option, f"given with --format {asked.format}", expected=expected)
 

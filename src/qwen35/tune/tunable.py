@@ -11,13 +11,13 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.ggml.codec import codec_name
 from qwen35.codecs.ggml.types import GGML_TYPES, ggml_type
-from qwen35.codecs.registry import CODECS, packings
+from qwen35.codecs.registry import CODECS
 from qwen35.plan.containers import container_of
 from qwen35.plan.gguf.making import files_of
 from qwen35.plan.gguf.metadata import ALIGNMENT
 from qwen35.plan.gguf.mixes import quantizable
 from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import built_in, load_recipe
+from qwen35.plan.recipe import load_recipe
 from qwen35.plan.rules import Recipe
 from qwen35.plan.step import Step
 from qwen35.writing.run import write
@@ -25,21 +25,19 @@ from qwen35.writing.run import write
 if TYPE_CHECKING:
     from qwen35.plan.gguf.imatrix import Imatrix
 
-__all__ = ["FORMATS", "TUNABLE", "Tunable", "tunable_of"]
+__all__ = ["TUNABLE", "Tunable", "tunable_of"]
 
 
 class Tunable(ABC):
     """What artifacts of one container are chosen from.
 
     Attributes:
-        formats: of recipes that can be tuned.
         typed: whether the user says which types there are, and gives an importance matrix.
         exact: the choice that changes nothing.
         exact_recipe: the built-in recipe of nothing but that, where rules cannot say it.
         remedy: a hint for weights that no choice fits.
     """
 
-    formats: ClassVar[tuple[str, ...]]
     typed: ClassVar[bool] = False
     exact: ClassVar[str]
     exact_recipe: ClassVar[str] = ""
@@ -100,7 +98,6 @@ class Tunable(ABC):
 class _Safetensors(Tunable):
     """Whether each weight is packed."""
 
-    formats = tuple(name for name in packings("safetensors") if name in built_in("safetensors"))
     exact = "plain"
     exact_recipe = "bf16"
 
@@ -134,7 +131,6 @@ class _Safetensors(Tunable):
 class _Gguf(Tunable):
     """Which type of ggml each tensor gets."""
 
-    formats = ("gguf",)
     typed = True
     exact = "f16"
     remedy = "add q8_0 or f16"
@@ -186,9 +182,6 @@ class _Gguf(Tunable):
 
 TUNABLE: dict[str, Tunable] = {"safetensors": _Safetensors(), "gguf": _Gguf()}
 """Container to what tuning must know of it."""
-
-FORMATS: tuple[str, ...] = tuple(kind for one in TUNABLE.values() for kind in one.formats)
-"""Formats of recipes that can be tuned."""
 
 
 def tunable_of(kind: str) -> Tunable:
