@@ -40,18 +40,18 @@ if sys.path[0] != str(ROOT):  # this folder has files named as libraries
 
 from benchmarks.nf4 import Cost, make_checkpoint, measure, median
 
-from qwen35.calibrate.plan import Asked, make_plan
-from qwen35.calibrate.run import calibrate
-from qwen35.calibrate.text import Text, read_text
+from qwen35.calibration.calibration_plan import CalibrationRequest, make_plan
+from qwen35.calibration.calibration_run import calibrate
+from qwen35.calibration.text_windows import TextWindows, read_text
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import Reader, open_folder
 from qwen35.codecs.registry import codec_of
 from qwen35.engines.llama import Llama
-from qwen35.plan.activations import load_activations
-from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
-from qwen35.plan.plan import make_plan as make_artifact_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.activations import load_activations
+from qwen35.planning.gguf_files.imatrix import Imatrix, read_imatrix
+from qwen35.planning.output_plan import make_plan as make_artifact_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
 CONTEXT = 512
@@ -92,7 +92,7 @@ class Halves:
     """The held-out text in two: files of text, and windows of tokens to evaluate on."""
 
     calibration: Path
-    evaluation: Text
+    evaluation: TextWindows
 
 
 def halves(work: Path, windows: int | None) -> Halves:
@@ -115,7 +115,7 @@ def quantized(work: Path, name: str, imatrix: Imatrix | None, *types: str) -> di
     return {kind: out / file.name for kind, file in zip(types, plan.files, strict=True)}
 
 
-def logits_of(path: Path, text: Text) -> list[npt.NDArray[np.float32]]:
+def logits_of(path: Path, text: TextWindows) -> list[npt.NDArray[np.float32]]:
     """Return llama.cpp's logits on every window."""
     with Llama(path, context=text.context, threads=os.cpu_count() or 1) as model:
         return [model.logits(window.tolist()) for window in text.windows]
@@ -224,7 +224,7 @@ def quality(work: Path, program: Path | None, windows: int | None) -> None:
     parts = halves(work, windows)
     checkpoint = open_folder(ASSET)
     text = read_text(checkpoint, [parts.calibration], context=CONTEXT)
-    plan = make_plan(checkpoint, text, Asked(dtype="float32", legacy=True))
+    plan = make_plan(checkpoint, text, CalibrationRequest(dtype="float32", legacy=True))
     files = calibrate(plan, work / "calibrated", overwrite=True).result.out
     print(f"calibrated on {text.tokens} tokens, evaluated on {parts.evaluation.tokens} others")
     k_quants(work, parts, program, files)
@@ -239,7 +239,7 @@ def cost(work: Path, size: str, windows: int, runs: int, threads: int) -> None:
             shutil.copy(ASSET / name, source / name)
     checkpoint, path = open_folder(source), ASSET / "eval.txt"
     text = read_text(checkpoint, [path], context=CONTEXT, windows=windows)
-    plan = make_plan(checkpoint, text, Asked())
+    plan = make_plan(checkpoint, text, CalibrationRequest())
     saved, out = work / "windows.npy", work / "speed"
     np.save(saved, text.windows)
 

@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT / "tests")  # a neighbour is called gguf
 
 from qwen35.checkpoint.source import open_folder
-from qwen35.evaluate.evaluation import evaluate
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.evaluation.evaluation_run import evaluate
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
 RESULTS = ROOT / "docs" / "results.json"

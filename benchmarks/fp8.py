@@ -34,8 +34,8 @@ import sys, pathlib, torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from qwen35.checkpoint.open import describe
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 
 source, out, mode, share = sys.argv[1], pathlib.Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 steps = make_plan(describe(source), load_recipe("fp8")).steps

@@ -29,10 +29,10 @@ from benchmarks.nf4 import SHARD, Cost, make_checkpoint, measure, median
 from gguf import GGUFWriter
 
 from qwen35.checkpoint.source import open_folder
-from qwen35.plan.gguf.making import files_of
-from qwen35.plan.gguf.mixes import FILE_TYPES, quantizable
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning.gguf_files.gguf_plan import files_of
+from qwen35.planning.gguf_files.mixes import FILE_TYPES, quantizable
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
 TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
@@ -49,7 +49,7 @@ if sys.argv[1:]:
     if imatrix:
         from pathlib import Path
         import numpy as np
-        from qwen35.plan.gguf.imatrix import read_imatrix
+        from qwen35.planning.gguf_files.imatrix import read_imatrix
         entries = read_imatrix(Path(imatrix)).entries
         array = (llama_cpp.llama_model_imatrix_data * (len(entries) + 1))()
         for slot, (name, entry) in zip(array, entries.items()):

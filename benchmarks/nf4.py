@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from qwen35.checkpoint.header import file_layout
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors
 from qwen35.model.sizes import published_config
 
 TRANSFORMERS = """
@@ -64,7 +64,7 @@ def make_checkpoint(size: str, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     raw = published_config(f"Qwen3.5-{size}")
     config = parse_config(raw)
-    specs = list(expected_tensors(config, Layout.published(config)))
+    specs = list(expected_tensors(config, CheckpointNaming.published(config)))
     head, offsets = file_layout(specs)
     generator = np.random.default_rng(0)
     pool = (generator.standard_normal(PIECE + 4096, dtype=np.float32) * np.float32(0.02)).view(

@@ -27,14 +27,14 @@ import transformers
 from gguf import GGUFWriter
 
 from qwen35.checkpoint.source import open_folder
-from qwen35.evaluate.evaluation import evaluate
-from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
-from qwen35.plan.gguf.making import files_of
-from qwen35.plan.gguf.names import Tensor
-from qwen35.plan.gguf.patterns import pattern_rules
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.evaluation.evaluation_run import evaluate
+from qwen35.planning.gguf_files.gguf_plan import files_of
+from qwen35.planning.gguf_files.imatrix import Imatrix, read_imatrix
+from qwen35.planning.gguf_files.tensor_names import UntypedTensor
+from qwen35.planning.gguf_files.type_patterns import pattern_rules
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
 WINDOW = 512
@@ -51,7 +51,7 @@ ROWS: dict[str, tuple[str, Sequence[str]]] = {
 }
 
 
-def gather(batch: list[list[int]], tensors: Sequence[Tensor], path: Path) -> Imatrix:
+def gather(batch: list[list[int]], tensors: Sequence[UntypedTensor], path: Path) -> Imatrix:
     """Sum the squares of every linear layer's inputs, as llama-imatrix does; write and read it."""
     model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
         ASSET, dtype=torch.float32

@@ -32,12 +32,12 @@ if sys.path[0] != str(ROOT):  # this folder has files with the names of librarie
 
 from qwen35.checkpoint.open import describe
 from qwen35.codecs.registry import CODECS
-from qwen35.plan.memory import peak_memory
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.plan.step import Step
-from qwen35.plan.tasks import Task, make_tasks, scheduled, task_bytes
-from qwen35.work.dispatch import Ended, Job, Pool, dispatch
+from qwen35.execution.dispatch import JobOutcome, WorkerJob, WorkerPool, dispatch
+from qwen35.planning.memory import peak_memory
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.step import Step
+from qwen35.planning.tasks import Task, make_tasks, scheduled, task_bytes
 
 GB = 1e9
 
@@ -51,7 +51,7 @@ class Rates:
     network: float
 
 
-class Clock(Pool):
+class Clock(WorkerPool):
     """A pool whose workers take as long as their jobs' ``seconds``."""
 
     def __init__(self, slots: int) -> None:
@@ -71,10 +71,10 @@ class Clock(Pool):
         """Note when a job will end."""
         heapq.heappush(self._running, (self.now + order["seconds"], number))
 
-    def wait(self) -> Iterator[Ended]:
+    def wait(self) -> Iterator[JobOutcome]:
         """Move the clock on to the end of a job."""
         self.now, number = heapq.heappop(self._running)
-        yield Ended(number, {"done": None})
+        yield JobOutcome(number, {"done": None})
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,20 @@ def simulate(work: Work, size: int, slots: int, threads: int, rate: Rates) -> Ou
     unfilled = Counter(file for task in tasks for file in task.files)
     taken: list[float] = []
 
-    def job(seconds: float, files: Sequence[str]) -> Job:
-        def done(_: object) -> list[Job]:
+    def job(seconds: float, files: Sequence[str]) -> WorkerJob:
+        def done(_: object) -> list[WorkerJob]:
             unfilled.subtract(files)
             return [hashing(file) for file in files if not unfilled[file]]
 
         taken.append(seconds)
-        return Job("", {"seconds": seconds}, done)
+        return WorkerJob("", {"seconds": seconds}, done)
 
-    def filling(task: Task) -> Job:
+    def filling(task: Task) -> WorkerJob:
         written = sum(step.nbytes for step in task.steps)
         encoding = max(task.nbytes / threads, max(map(alone, task.steps))) / rate.read
         return job(max(encoding, (task.nbytes + written) / rate.network), task.files)
 
-    def hashing(file: str) -> Job:
+    def hashing(file: str) -> WorkerJob:
         return job(work.sizes[file] / min(rate.hash, rate.network), ())
 
     clock = Clock(slots)

@@ -26,11 +26,11 @@ from benchmarks.nf4 import measure, median
 from qwen35.checkpoint.header import file_layout
 from qwen35.checkpoint.open import describe
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors
 from qwen35.model.sizes import published_config
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 
 DEEP = 188
 """Layers that give the geometry of 9B about 10,000 tensors in NF4."""
@@ -49,7 +49,7 @@ def describe_deep(folder: Path) -> Checkpoint:
     text["layer_types"] = (text["layer_types"] * DEEP)[:DEEP]
     text["num_hidden_layers"] = DEEP
     config = parse_config(raw)
-    specs = list(expected_tensors(config, Layout.published(config)))
+    specs = list(expected_tensors(config, CheckpointNaming.published(config)))
     head, offsets = file_layout(specs)
     end = max(offsets[spec.name] + spec.nbytes for spec in specs)
     shutil.rmtree(folder, ignore_errors=True)

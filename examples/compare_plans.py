@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import qwen35
-from qwen35.plan.recipe import built_in
+from qwen35.planning.recipe import built_in
 
 
 def main(model: str = "Qwen3.5-9B") -> None:

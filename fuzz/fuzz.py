@@ -18,12 +18,12 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["qwen35", "tomllib"]):
-    from qwen35.checkpoint.gguf import read_container
+    from qwen35.checkpoint.gguf_header import read_container
     from qwen35.checkpoint.header import header_length, parse_header, strict_json
     from qwen35.checkpoint.source import INDEX_NAME, check_index
     from qwen35.errors import Qwen35Error
-    from qwen35.plan.gguf.imatrix import read_imatrix
-    from qwen35.plan.recipe import load_recipe
+    from qwen35.planning.gguf_files.imatrix import read_imatrix
+    from qwen35.planning.recipe import load_recipe
 
 TESTS = Path(__file__).parent.parent / "tests"
 WORK = Path("/dev/shm" if Path("/dev/shm").is_dir() else "/tmp") / f"qwen35-fuzz-{os.getpid()}"

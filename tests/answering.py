@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qwen35.verify.asking import Question
-from qwen35.verify.behaviour import IMAGE
+from qwen35.verification.asking_transformers import Question
+from qwen35.verification.behaviour import IMAGE
 
 __all__ = ["RIGHT", "Scripted"]
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from qwen35.codecs.fp8.arrays import encode_rows
-from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.fp8.layout import ScaleChoice
 
 __all__ = ["E4M3", "Encoded", "decode", "encode", "expected_scale", "losses", "tiles", "to_codes"]
 
@@ -18,16 +18,16 @@ _NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 def encode(
-    weight: torch.Tensor, calibration: Calibration, weights: torch.Tensor | None = None
+    weight: torch.Tensor, scale_choice: ScaleChoice, weights: torch.Tensor | None = None
 ) -> Encoded:
     """Encode with the package; the weight must be finite."""
-    codes, scales, finite = try_encode(weight, calibration, weights)
+    codes, scales, finite = try_encode(weight, scale_choice, weights)
     assert finite
     return codes, scales
 
 
 def try_encode(
-    weight: torch.Tensor, calibration: Calibration, weights: torch.Tensor | None = None
+    weight: torch.Tensor, scale_choice: ScaleChoice, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Encode with the package; also return whether the weight is finite."""
     rows, columns = weight.shape
@@ -36,7 +36,7 @@ def try_encode(
     codes = np.full((rows, columns), 0x55, np.uint8)
     scales = np.full((rows // 128, columns // 128), 0x5555, np.uint16)
     columns_weight = None if weights is None else weights.float().numpy()
-    finite = encode_rows(values, _NAMES[weight.dtype], calibration, columns_weight, codes, scales)
+    finite = encode_rows(values, _NAMES[weight.dtype], scale_choice, columns_weight, codes, scales)
     as_torch = torch.from_numpy(codes).view(E4M3), torch.from_numpy(scales).view(torch.bfloat16)
     return *as_torch, finite
 
@@ -69,28 +69,28 @@ def bf16(scale: float | torch.Tensor) -> torch.Tensor:
 
 
 def expected_scale(
-    tile: torch.Tensor, calibration: Calibration, weights: torch.Tensor | None = None
+    tile: torch.Tensor, scale_choice: ScaleChoice, weights: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Return the scale of a tile in the modes that have a formula."""
     values = tile.double().abs()
     if not values.any():
         return torch.tensor(1.0).bfloat16()
-    if calibration.mode == "rms":
+    if scale_choice.mode == "rms":
         column = torch.ones(128) if weights is None or not weights.any() else weights
         column = column.double() / column.double().sum()
-        level = (values.square().mean(0) @ column).sqrt() * calibration.rms_factor
-    elif calibration.mode == "percentile":
-        level = torch.quantile(values.flatten(), calibration.percentile / 100)
+        level = (values.square().mean(0) @ column).sqrt() * scale_choice.rms_factor
+    elif scale_choice.mode == "percentile":
+        level = torch.quantile(values.flatten(), scale_choice.percentile / 100)
     else:
         level = values.max()
     return bf16((level / 448).float())
 
 
-def candidates(tile: torch.Tensor, calibration: Calibration) -> torch.Tensor:
+def candidates(tile: torch.Tensor, scale_choice: ScaleChoice) -> torch.Tensor:
     """Return the scales that ``mse`` may choose from."""
-    assert calibration.mode == "mse"
+    assert scale_choice.mode == "mse"
     largest = tile.double().abs().max()
-    alphas = torch.linspace(1, 0.5, calibration.grid_size, dtype=torch.float64)
+    alphas = torch.linspace(1, 0.5, scale_choice.grid_size, dtype=torch.float64)
     return bf16((alphas * largest / 448).float())
 
 

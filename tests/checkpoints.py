@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors, role_of
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors, role_of
 from qwen35.tensors import TensorSpec
 
 ASSET = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
@@ -105,14 +105,18 @@ def tiny_config(
     }
 
 
-def layout_of(config: Mapping[str, Any], *, per_expert: bool = False, mtp: bool = True) -> Layout:
+def layout_of(
+    config: Mapping[str, Any], *, per_expert: bool = False, mtp: bool = True
+) -> CheckpointNaming:
     """Return the layout of published checkpoints, or one with every expert by itself."""
     parsed = parse_config(dict(config))
-    published = Layout.published(parsed)
+    published = CheckpointNaming.published(parsed)
     blocks = set(published.per_expert)
     if per_expert:
         blocks |= {f"layers.{i}" for i in range(len(parsed.layer_types))}
-    return Layout(published.prefix, frozenset(blocks), mtp and published.mtp, published.head)
+    return CheckpointNaming(
+        published.prefix, frozenset(blocks), mtp and published.mtp, published.head
+    )
 
 
 def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
@@ -125,7 +129,9 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
     return values.to(TORCH_DTYPES[spec.dtype])
 
 
-def random_tensors(config: dict[str, Any], layout: Layout | None = None, seed: int = 0) -> Tensors:
+def random_tensors(
+    config: dict[str, Any], layout: CheckpointNaming | None = None, seed: int = 0
+) -> Tensors:
     """Return seeded random weights for `config`."""
     generator = torch.Generator().manual_seed(seed)
     specs = expected_tensors(parse_config(config), layout or layout_of(config))

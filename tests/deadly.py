@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen35.work.process import serve
-from qwen35.work.worker import answer
+from qwen35.execution.worker import answer
+from qwen35.execution.worker_process import serve
 
 if TYPE_CHECKING:
     import pytest
@@ -44,7 +44,7 @@ def dying(patch: pytest.MonkeyPatch, folder: Path, count: int, tensor: str = "")
         (folder / "tensor").write_text(tensor)
     patch.setenv("QWEN35_DEADLY", str(folder))
     patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    patch.setattr("qwen35.work.processes.MODULE", "deadly")
+    patch.setattr("qwen35.execution.process_pool.MODULE", "deadly")
     return folder
 
 

@@ -13,18 +13,18 @@ import numpy as np
 import torch
 
 from qwen35.codecs.fp8.arrays import encode_rows
-from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.fp8.triton import TritonEncoder
 
-CALIBRATIONS = [
-    Calibration("max"),
-    Calibration("rms"),
-    Calibration("rms", rms_factor=100),
-    Calibration("percentile"),
-    Calibration("percentile", percentile=100),
-    Calibration("mse", grid_size=1),
-    Calibration("mse", grid_size=5),
-    Calibration("search"),
+SCALE_CHOICES = [
+    ScaleChoice("max"),
+    ScaleChoice("rms"),
+    ScaleChoice("rms", rms_factor=100),
+    ScaleChoice("percentile"),
+    ScaleChoice("percentile", percentile=100),
+    ScaleChoice("mse", grid_size=1),
+    ScaleChoice("mse", grid_size=5),
+    ScaleChoice("search"),
 ]
 
 
@@ -47,7 +47,7 @@ def weight(kind: str) -> torch.Tensor:
 def both(
     encoder: TritonEncoder,
     values: torch.Tensor,
-    calibration: Calibration,
+    scale_choice: ScaleChoice,
     weights: np.ndarray | None,
 ) -> list[tuple[bool, np.ndarray, np.ndarray]]:
     """Encode by both; return whether finite, codes and scales of each."""
@@ -58,7 +58,7 @@ def both(
     for encode in (encode_rows, encoder):
         codes = np.full(array.shape, 1, np.uint8)
         scales = np.full((1, array.shape[1] // 128), 1, np.uint16)
-        finite = encode(array, dtype, calibration, weights, codes, scales)
+        finite = encode(array, dtype, scale_choice, weights, codes, scales)
         found.append((finite, codes, scales))
     return found
 
@@ -75,14 +75,14 @@ def differences(device: str) -> dict[str, int]:
             kind, [torch.bfloat16, torch.float32][: 2 if kind == "tails" else 1]
         ):
             values = weight(kind).to(dtype)
-            for calibration in CALIBRATIONS:
+            for scale_choice in SCALE_CHOICES:
                 for weights in (None, columns):
-                    cpu, other = both(encoder, values, calibration, weights)
+                    cpu, other = both(encoder, values, scale_choice, weights)
                     assert cpu[0]
                     wrong = int((cpu[1] != other[1]).sum() + (cpu[2] != other[2]).sum())
                     if wrong or not other[0]:
                         weighed = "even" if weights is None else "weighed"
-                        found[f"{kind}, {dtype}, {calibration}, {weighed}"] = wrong
+                        found[f"{kind}, {dtype}, {scale_choice}, {weighed}"] = wrong
     return found
 
 
@@ -94,7 +94,7 @@ def untold(device: str) -> list[str]:
         for bad in (math.nan, math.inf, -math.inf):
             values = weight("normal").to(dtype)
             values[127, 255] = bad
-            cpu, other = both(encoder, values, Calibration("max"), None)
+            cpu, other = both(encoder, values, ScaleChoice("max"), None)
             assert not cpu[0]
             if other[0]:
                 found.append(f"{bad} {dtype}")

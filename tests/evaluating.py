@@ -7,11 +7,11 @@ from typing import Any
 
 from checkpoints import ASSET
 from qwen35.checkpoint.source import open_folder
-from qwen35.evaluate.evaluation import evaluate
-from qwen35.evaluate.result import Report
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.evaluation.evaluation_report import EvaluationReport
+from qwen35.evaluation.evaluation_run import evaluate
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 from running import run
 
 __all__ = ["CHUNKS", "Interrupting", "gguf", "make_formats", "measure"]
@@ -36,7 +36,7 @@ def gguf(formats: Path, kind: str) -> str:
     return str(formats / "gguf" / f"{ASSET.name}-{kind}.gguf")
 
 
-def measure(formats: Path, base: str, *candidates: str, **options: Any) -> Report:
+def measure(formats: Path, base: str, *candidates: str, **options: Any) -> EvaluationReport:
     """Evaluate over a few chunks, on one thread."""
     options = {"threads": 1, "chunks": CHUNKS, "device": "cpu", **options}
     return evaluate(base, candidates, formats / "text.txt", **options)

@@ -17,9 +17,9 @@ from checkpoints import (
     tiny_config,
     write_checkpoint,
 )
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors, role_of
-from qwen35.plan.gguf.vocabulary import PRE_TOKENIZERS
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors, role_of
+from qwen35.planning.gguf_files.vocabulary import PRE_TOKENIZERS
 
 __all__ = ["VARIANTS", "exact_tensors", "make_variant", "sidecars", "tokenizer", "variant_config"]
 
@@ -101,7 +101,7 @@ def variant_config(name: str) -> dict[str, Any]:
     return config
 
 
-def exact_tensors(config: dict[str, Any], layout: Layout, seed: int) -> Tensors:
+def exact_tensors(config: dict[str, Any], layout: CheckpointNaming, seed: int) -> Tensors:
     """Return weights that are the same on every machine: sums of small whole numbers, scaled."""
     generator = np.random.default_rng(seed)
     tensors = {}

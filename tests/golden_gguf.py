@@ -25,7 +25,7 @@ import numpy as np
 
 from checkpoints import ASSET
 from gguf_models import VARIANTS, make_variant
-from qwen35.checkpoint.gguf import read_container
+from qwen35.checkpoint.gguf_header import read_container
 
 __all__ = ["CASES", "GOLDEN", "Case", "converted", "fingerprint", "weights_hash"]
 

@@ -28,9 +28,9 @@ from pathlib import Path
 from checkpoints import layout_of, write_checkpoint
 from gguf_models import exact_tensors, sidecars, variant_config
 from qwen35.checkpoint.source import open_folder
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "LICENSE"

@@ -111,7 +111,7 @@ def killer() -> Iterator[Killer]:
 
 
 def _main() -> None:
-    for name in ("qwen35.writing.slices", "qwen35.plan.gguf.making"):
+    for name in ("qwen35.writing.slices", "qwen35.planning.gguf_files.gguf_plan"):
         importlib.import_module(name)
     from qwen35.codecs.ggml.kernel import open_kernel
     from qwen35.codecs.nf4.arrays import encode_blocks
@@ -156,16 +156,16 @@ def _trial(trial: Trial) -> Killed:
 
 def _work(trial: Trial) -> None:
     from qwen35.checkpoint.source import open_folder
-    from qwen35.plan.plan import make_plan
-    from qwen35.plan.recipe import load_recipe
-    from qwen35.plan.safetensors import options
-    from qwen35.sinks import written
-    from qwen35.work.processes import Processes
-    from qwen35.writing.run import write
+    from qwen35.execution.process_pool import ProcessPool
+    from qwen35.planning.output_plan import make_plan
+    from qwen35.planning.recipe import load_recipe
+    from qwen35.planning.safetensors_files import safetensors_options
+    from qwen35.sinks import tensor_writer
     from qwen35.writing.slices import finalize, write_slice
+    from qwen35.writing.write import write
 
-    options.MAX_SHARD_BYTES = trial.shard
-    written.SECONDS = trial.seconds
+    safetensors_options.MAX_SHARD_BYTES = trial.shard
+    tensor_writer.SECONDS = trial.seconds
     if trial.sink == "finalize":
         finalize(Path(trial.out), threads=trial.threads)
         return
@@ -179,7 +179,7 @@ def _work(trial: Trial) -> None:
         number, count = map(int, trial.sink.split()[1].split("/"))
         write_slice(plan, Path(trial.out), number, count, threads=trial.threads)
         return
-    pool = Processes(trial.threads, threads=1) if trial.sink == "workers" else None
+    pool = ProcessPool(trial.threads, threads=1) if trial.sink == "workers" else None
     write(plan, Path(trial.out), threads=trial.threads, pool=pool)
 
 

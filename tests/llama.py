@@ -11,8 +11,8 @@ import numpy as np
 
 from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.engines.llama import llama_cpp
-from qwen35.plan.gguf.imatrix import Imatrix
-from qwen35.plan.gguf.mixes import FILE_TYPES
+from qwen35.planning.gguf_files.imatrix import Imatrix
+from qwen35.planning.gguf_files.mixes import FILE_TYPES
 
 __all__ = ["quantize"]
 

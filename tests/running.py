@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from qwen35.checkpoint.source import INDEX_NAME, open_folder
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.sinks.staging import Result
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.sinks.staging import StagedResult
+from qwen35.writing.write import write
 
 
 def plan_of(source: Path, recipe: str = "nf4", *, keep: tuple[str, ...] = ()) -> Plan:
@@ -21,7 +21,7 @@ def plan_of(source: Path, recipe: str = "nf4", *, keep: tuple[str, ...] = ()) ->
     return make_plan(open_folder(source), load_recipe(recipe).keeping(keep))
 
 
-def run(source: Path, out: Path, recipe: str = "nf4", **options: Any) -> Result:
+def run(source: Path, out: Path, recipe: str = "nf4", **options: Any) -> StagedResult:
     """Convert with one thread."""
     return write(plan_of(source, recipe), out, **{"threads": 1, **options})
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 from qwen35.errors import Finding, Qwen35Error
-from qwen35.plan.containers import CONTAINERS
-from qwen35.plan.recipe import built_in
-from qwen35.plan.safetensors.container import ACTIONS
+from qwen35.planning.containers import CONTAINERS
+from qwen35.planning.recipe import built_in
+from qwen35.planning.safetensors_files.safetensors_container import ACTIONS
 
 __all__ = ["check", "said"]
 
@@ -27,7 +27,7 @@ _GOLDEN = Path(__file__).parent / "golden" / "sentences.txt"
 _OF = (
     "qwen35.plan.",
     "qwen35.verify.",
-    "qwen35.codecs.compared",
+    "qwen35.codecs.comparison",
     "qwen35.codecs.fp8.config",
     "qwen35.codecs.nf4.config",
 )

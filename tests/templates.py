@@ -90,7 +90,7 @@ IMAGE_CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 def render(template: str, messages: list[dict[str, Any]], **options: Any) -> str:
     """Render as transformers does: sandboxed, with blocks trimmed."""
-    from qwen35.plan.safetensors.template import _Generation
+    from qwen35.planning.safetensors_files.chat_template import _Generation
 
     def fail(message: str) -> None:
         raise TemplateError(message)

@@ -11,13 +11,13 @@ import pytest
 
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import open_folder
-from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import InputError, UsageError
 from qwen35.model.roles import role_of
-from qwen35.plan import activations
-from qwen35.plan.activations import Activations, load_activations, other_geometry
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning import activations
+from qwen35.planning.activations import Activations, load_activations, other_geometry
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 
 LAYER = "model.language_model.layers"
 UP, DOWN = f"{LAYER}.1.mlp.up_proj.weight", f"{LAYER}.1.mlp.down_proj.weight"
@@ -156,7 +156,7 @@ def test_weights_without_statistics_are_counted_in_a_note(dense: Path, tmp_path:
     known = load_activations(stats(tmp_path, json.dumps(every)))
     assert make_plan(open_folder(dense), load_recipe("fp8"), activations=known).notes == ()
     ignored = make_plan(
-        open_folder(dense), load_recipe("fp8"), activations=known, calibration=Calibration("max")
+        open_folder(dense), load_recipe("fp8"), activations=known, scale_choice=ScaleChoice("max")
     )
     assert ignored.notes == ("stats.json is ignored: mode max weighs no columns",)
     with pytest.raises(UsageError) as caught:

@@ -20,16 +20,16 @@ import qwen35
 from checkpoints import ASSET
 from evaluating import gguf as gguf_in
 from hub_client import REPO, World
-from qwen35.api.made import Made
-from qwen35.api.run import Run
-from qwen35.calibrate.run import Calibrated
+from qwen35.api.run_api import RunResult
+from qwen35.api.write_result import WriteResult
+from qwen35.calibration.calibration_run import CalibrationResult
 from qwen35.cli.main import VERBS, parser_of
 from qwen35.errors import InputError, OutputError, UsageError
-from qwen35.evaluate.result import Report
-from qwen35.plan.plan import Plan
-from qwen35.reproduce import Reproduction
-from qwen35.tune.job import Tuning
-from qwen35.verify.artifact import Verdict
+from qwen35.evaluation.evaluation_report import EvaluationReport
+from qwen35.planning.output_plan import Plan
+from qwen35.reproduction import Reproduction
+from qwen35.tuning.tuning_job import TuningResult
+from qwen35.verification.verdict import Verdict
 
 TERMINAL = {"json", "quiet"}
 """How results are shown: a program has the results."""
@@ -96,11 +96,11 @@ def test_importing_a_module_of_a_verbs_name_leaves_the_verb() -> None:
     for verb in VERBS:
         assert inspect.isfunction(getattr(qwen35, verb)), verb
     program = (
-        "import qwen35.reproduce, qwen35.plan.plan\nimport qwen35\n"
-        "import qwen35.plan.recipe as recipes\nfrom qwen35.plan import layers\n"
+        "import qwen35.reproduce, qwen35.planning.output_plan\nimport qwen35\n"
+        "import qwen35.planning.recipe as recipes\nfrom qwen35.plan import layers\n"
         "from qwen35 import plan\n"
         "assert callable(qwen35.convert) and plan is qwen35.plan\n"
-        "assert recipes.built_in is qwen35.plan.recipe.built_in\n"
+        "assert recipes.built_in is qwen35.planning.recipe.built_in\n"
         "assert layers.spell_layers([1]) == '1'\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
@@ -109,7 +109,7 @@ def test_importing_a_module_of_a_verbs_name_leaves_the_verb() -> None:
 def test_what_is_set_on_a_verb_is_set_in_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests name what they replace by its dotted path."""
     module = sys.modules["qwen35.reproduce"]
-    monkeypatch.setattr("qwen35.reproduce.digest_file", "replaced")
+    monkeypatch.setattr("qwen35.reproduction.digest_file", "replaced")
     assert vars(module)["digest_file"] == "replaced"
     monkeypatch.undo()
     assert callable(vars(module)["digest_file"])
@@ -125,13 +125,13 @@ def test_it_is_typed() -> None:
 
     def never(model: str, out: Path) -> None:
         assert_type(qwen35.plan(model), Plan)
-        assert_type(qwen35.convert(model, out, recipe="fp8"), Made)
-        assert_type(qwen35.gguf(model, out, types=["F16"]), Made)
+        assert_type(qwen35.convert(model, out, recipe="fp8"), WriteResult)
+        assert_type(qwen35.gguf(model, out, types=["F16"]), WriteResult)
         assert_type(qwen35.verify(out, source=model), Verdict)
-        assert_type(qwen35.evaluate(model, [out], text="x"), Report)
-        assert_type(qwen35.calibrate(model, text="x", output=out), Calibrated)
-        assert_type(qwen35.tune(model, format="gguf", text="x", output=out), Tuning)
-        assert_type(qwen35.run(model, out, path="A"), Run)
+        assert_type(qwen35.evaluate(model, [out], text="x"), EvaluationReport)
+        assert_type(qwen35.calibrate(model, text="x", output=out), CalibrationResult)
+        assert_type(qwen35.tune(model, format="gguf", text="x", output=out), TuningResult)
+        assert_type(qwen35.run(model, out, path="A"), RunResult)
         assert_type(qwen35.reproduce(out), Reproduction)
 
     assert callable(never)

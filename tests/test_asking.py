@@ -22,13 +22,13 @@ from transformers import AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 from answering import Scripted
 from checkpoints import ASSET
-from qwen35.checkpoint.gguf import read_container
+from qwen35.checkpoint.gguf_header import read_container
 from qwen35.cli.main import main
 from qwen35.errors import InputError, UsageError
-from qwen35.verify import asking_vllm
-from qwen35.verify.asking import Asker, Question
-from qwen35.verify.asking_llama import LlamaAsker, _template
-from qwen35.verify.behaviour import IMAGE, TASKS
+from qwen35.verification import asking_vllm
+from qwen35.verification.asking_llama import LlamaAsker, _template
+from qwen35.verification.asking_transformers import Asker, Question
+from qwen35.verification.behaviour import IMAGE, TASKS
 from running import run
 
 Capture = pytest.CaptureFixture[str]
@@ -183,7 +183,7 @@ def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
         def decode(self, answered: str) -> str:
             return f"said {answered}"
 
-    monkeypatch.setattr("qwen35.verify.asking_llama.Llama", FakeLlama)
+    monkeypatch.setattr("qwen35.verification.asking_llama.Llama", FakeLlama)
     container = read_container(gguf)
     asker = LlamaAsker(container, threads=3)
     engine: Any = asker._llama

@@ -16,8 +16,8 @@ import torch
 from checkpoints import ASSET, random_tensors
 from loading import load_model
 from qwen35.checkpoint.source import open_folder
-from qwen35.model.roles import Layout
-from qwen35.verify.asking import Asker, Question, is_right
+from qwen35.model.roles import CheckpointNaming
+from qwen35.verification.asking_transformers import Asker, Question, is_right
 from running import plan_of, read_config, run
 
 ROWS: list[dict[str, Any]] = json.loads((ASSET / "questions.json").read_text())
@@ -51,7 +51,7 @@ def test_it_is_laid_out_as_the_official_checkpoints_are() -> None:
     config = checkpoint.config
     assert config.model_type == "qwen3_5"
     assert list(checkpoint.file_sizes) == ["model.safetensors-00001-of-00001.safetensors"]
-    assert checkpoint.layout == Layout.published(config)
+    assert checkpoint.layout == CheckpointNaming.published(config)
     plan = plan_of(ASSET, "text")
     dtypes = {step.role.name: step.spec.dtype for step in plan.steps}
     f32 = {role for role, dtype in dtypes.items() if dtype == "F32"}

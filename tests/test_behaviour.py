@@ -14,18 +14,18 @@ import torch
 
 from answering import RIGHT, Scripted
 from checkpoints import ASSET, write_checkpoint
-from qwen35.checkpoint.gguf import Container
+from qwen35.checkpoint.gguf_header import GgufHeader
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.open import describe, gguf_files
-from qwen35.cli import old
 from qwen35.cli.main import main
+from qwen35.cli.old import front_doors
 from qwen35.errors import InputError, UsageError
-from qwen35.verify import asking, behaviour, placing
-from qwen35.verify.artifact import verify
-from qwen35.verify.asking import Question, is_right
-from qwen35.verify.behaviour import IMAGE, TASKS, Answer, ask, behaviour_findings
-from qwen35.verify.gguf import GgufSubject
-from qwen35.verify.placing import choose
+from qwen35.verification import asking_transformers, behaviour, device_choice
+from qwen35.verification.asking_transformers import Question, is_right
+from qwen35.verification.behaviour import IMAGE, TASKS, Answer, ask, behaviour_findings
+from qwen35.verification.device_choice import choose
+from qwen35.verification.gguf_subject import GgufSubject
+from qwen35.verification.verdict import verify
 from running import load_all, read_config, run
 
 Capture = pytest.CaptureFixture[str]
@@ -187,7 +187,7 @@ def test_a_question_is_read_from_a_row() -> None:
     row = {"id": "a", "prompt": "2 + 2?", "expect": "4", "match": "any", "thinking": 1}
     assert Question.from_json(row) == Question("2 + 2?", "4", "any", thinking=True)
     shown = {"left": "red", "right": "blue", "size": [8, 2]}
-    halves = asking.Halves("red", "blue", 8, 2)
+    halves = asking_transformers.Halves("red", "blue", 8, 2)
     question = Question("?", "4", "all", image=halves)
     read = Question.from_json({"image": shown, **row, "prompt": "?", "match": "all", "thinking": 0})
     assert read == question
@@ -195,9 +195,9 @@ def test_a_question_is_read_from_a_row() -> None:
 
 
 def test_a_picture_is_two_halves() -> None:
-    image = asking.drawn(asking.Halves("red", "blue", 5, 3))
+    image = asking_transformers.drawn(asking_transformers.Halves("red", "blue", 5, 3))
     assert image.size == (5, 3)
-    red, blue = asking.COLORS["red"], asking.COLORS["blue"]
+    red, blue = asking_transformers.COLORS["red"], asking_transformers.COLORS["blue"]
     for y in range(3):
         assert [image.getpixel((x, y)) for x in range(5)] == [red, red, blue, blue, blue]
 
@@ -212,7 +212,7 @@ def test_sizes_count_the_tower() -> None:
     items = inventory(describe(str(ASSET)))
     tower = [i for i in items if i.weight.name.startswith("model.visual.")]
     sizes = [sum(item.weight.nbytes for item in part) for part in (items, tower)]
-    assert placing.sizes(items) == tuple(sizes)
+    assert device_choice.sizes(items) == tuple(sizes)
     assert 0 < sizes[1] < sizes[0]
 
 
@@ -222,7 +222,7 @@ def test_free_memory_is_that_of_the_first_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30, 100))
-    assert placing.free_gpu_bytes() == free
+    assert device_choice.free_gpu_bytes() == free
 
 
 def gpu(
@@ -230,25 +230,25 @@ def gpu(
 ) -> list[tuple[str, bool]]:
     """Pretend that there is a GPU; it is the CPU. Returns where models were moved."""
     moves: list[tuple[str, bool]] = []
-    real = asking.Asker.move
+    real = asking_transformers.Asker.move
 
-    def move(self: asking.Asker, device: str, *, drop_tower: bool) -> bool:
+    def move(self: asking_transformers.Asker, device: str, *, drop_tower: bool) -> bool:
         moves.append((device, drop_tower))
         if full:
             return False
         return real(self, "cpu", drop_tower=drop_tower)
 
-    monkeypatch.setattr("qwen35.cli.old_verify.free_gpu_bytes", lambda: free)
-    monkeypatch.setattr(asking.Asker, "move", move)
+    monkeypatch.setattr("qwen35.cli.old.old_verify.free_gpu_bytes", lambda: free)
+    monkeypatch.setattr(asking_transformers.Asker, "move", move)
     return moves
 
 
 def test_tower_is_dropped_after_the_picture(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    total, visual = placing.sizes(inventory(describe(str(ASSET))))
+    total, visual = device_choice.sizes(inventory(describe(str(ASSET))))
     moves = gpu(monkeypatch, free=int((total - visual) / 0.95) + 1)
-    assert old.verify_qwen35(["--model", str(ASSET)]) == 0
+    assert front_doors.verify_qwen35(["--model", str(ASSET)]) == 0
     shown = capsys.readouterr().out
     assert "strategy cuda_drop" in shown
     assert "tower dropped, text on the GPU" in shown
@@ -257,7 +257,7 @@ def test_tower_is_dropped_after_the_picture(
 
 def test_full_gpu_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     moves = gpu(monkeypatch, free=10**12, full=True)
-    assert old.verify(["--model", str(ASSET)]) == 0
+    assert front_doors.verify(["--model", str(ASSET)]) == 0
     shown = capsys.readouterr().out
     assert "out of memory on the GPU, back on the CPU" in shown
     assert "strategy cpu" in shown
@@ -268,7 +268,7 @@ def test_full_gpu_falls_back_to_the_cpu(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_old_command_goes_through_its_stages(capsys: Capture) -> None:
-    assert old.verify_qwen35(["--model", str(ASSET)]) == 0
+    assert front_doors.verify_qwen35(["--model", str(ASSET)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"[Qwen3.5 · local · vlm · f16] {ASSET}"
     assert lines[1].startswith("Size on disk: ")
@@ -290,7 +290,7 @@ def test_old_command_goes_through_its_stages(capsys: Capture) -> None:
 def test_old_generic_command_on_text_only_nf4(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "out"
     run(ASSET, out, "text-nf4")
-    assert old.verify(["--model", str(out)]) == 0
+    assert front_doors.verify(["--model", str(out)]) == 0
     shown = capsys.readouterr().out
     assert f"[Qwen3.5 · local · text · bnb] {out}" in shown
     assert "   62/63 linear layers quantized (98%)" in shown
@@ -299,7 +299,7 @@ def test_old_generic_command_on_text_only_nf4(tmp_path: Path, capsys: Capture) -
 
 
 def test_broken_model_fails_the_old_command(tmp_path: Path, capsys: Capture) -> None:
-    assert old.verify(["--model", str(shuffled(tmp_path / "in")), "--json"]) == 1
+    assert front_doors.verify(["--model", str(shuffled(tmp_path / "in")), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["passed"] is False
     assert sum(answer["right"] for answer in found["answers"]) < 3
@@ -315,8 +315,8 @@ def test_defect_is_reported_before_loading(
     config = read_config(out)
     config["quantization_config"]["llm_int8_skip_modules"].remove("lm_head")
     (out / "config.json").write_text(json.dumps(config))
-    monkeypatch.setattr(asking.Asker, "__init__", lambda *_: pytest.fail("loaded"))
-    assert old.verify_qwen35(["--model", str(out)]) == 1
+    monkeypatch.setattr(asking_transformers.Asker, "__init__", lambda *_: pytest.fail("loaded"))
+    assert front_doors.verify_qwen35(["--model", str(out)]) == 1
     shown = capsys.readouterr().out
     assert "FAILED lm_head: " in shown
     assert "FAILED: do not use this checkpoint" in shown
@@ -329,17 +329,21 @@ def test_missing_image_library_is_an_error(
     real = builtins.__import__
 
     def without_pillow(name: str, *args: Any, **options: Any) -> Any:
-        if name == "PIL" and args and args[0].get("__name__") == "qwen35.verify.asking":
+        if (
+            name == "PIL"
+            and args
+            and args[0].get("__name__") == "qwen35.verification.asking_transformers"
+        ):
             raise ImportError("No module named 'PIL'", name="PIL")
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", without_pillow)
-    assert old.verify_qwen35(["--model", str(ASSET)]) == 2
+    assert front_doors.verify_qwen35(["--model", str(ASSET)]) == 2
     assert "Pillow is not installed" in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_an_error(capsys: Capture) -> None:
-    assert old.verify(["--model", "./nowhere"]) == 2
+    assert front_doors.verify(["--model", "./nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
 
 
@@ -418,7 +422,7 @@ def test_wrong_answers_of_every_file_are_found(gguf: Path, monkeypatch: pytest.M
     class Wrong(Scripted):
         """Knows another capital."""
 
-        def __init__(self, container: Container, threads: int) -> None:
+        def __init__(self, container: GgufHeader, threads: int) -> None:
             super().__init__(lambda _, said: said.replace("Paris", container.path.stem[-4:]))
             opened.append((container.path.name, threads))
 
@@ -429,7 +433,7 @@ def test_wrong_answers_of_every_file_are_found(gguf: Path, monkeypatch: pytest.M
             opened.append(("closed", 0))
 
     opened: list[tuple[str, int]] = []
-    monkeypatch.setattr("qwen35.verify.asking_llama.LlamaAsker", Wrong)
+    monkeypatch.setattr("qwen35.verification.asking_llama.LlamaAsker", Wrong)
     files = gguf_files(str(gguf))
     assert files is not None
     verdict = verify(GgufSubject(str(gguf), files), depth="behaviour", threads=3)

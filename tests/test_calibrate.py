@@ -22,14 +22,14 @@ from checkpoints import (
 )
 from gguf_models import make_variant, sidecars
 from llama_importance import Importance
-from qwen35.calibrate.plan import Asked, CalibrationPlan, make_plan
-from qwen35.calibrate.run import calibrate
-from qwen35.calibrate.text import read_text
+from qwen35.calibration.calibration_plan import CalibrationPlan, CalibrationRequest, make_plan
+from qwen35.calibration.calibration_run import calibrate
+from qwen35.calibration.text_windows import read_text
 from qwen35.checkpoint.source import open_folder
-from qwen35.plan.gguf.imatrix import read_imatrix
-from qwen35.plan.plan import make_plan as make_gguf_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.gguf_files.imatrix import read_imatrix
+from qwen35.planning.output_plan import make_plan as make_gguf_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 
 CONTEXT = 48
 
@@ -60,7 +60,9 @@ def source(folder: Path, *, per_expert: bool = False, **options: Any) -> Path:
 
 def plan_for(folder: Path, text: Path, **asked: Any) -> CalibrationPlan:
     checkpoint = open_folder(folder)
-    return make_plan(checkpoint, read_text(checkpoint, [text], context=CONTEXT), Asked(**asked))
+    return make_plan(
+        checkpoint, read_text(checkpoint, [text], context=CONTEXT), CalibrationRequest(**asked)
+    )
 
 
 @dataclass

@@ -15,21 +15,21 @@ from gguf import GGUFReader
 
 from checkpoints import ASSET
 from llama import quantize
-from qwen35.calibrate.blocks import Builder
-from qwen35.calibrate.measure import Measures
-from qwen35.calibrate.plan import Asked, make_plan
-from qwen35.calibrate.run import Calibrated, calibrate
-from qwen35.calibrate.stream import mtp_forward
-from qwen35.calibrate.sums import Sums
-from qwen35.calibrate.text import read_text
+from qwen35.calibration.blocks import Builder
+from qwen35.calibration.calibration_plan import CalibrationRequest, make_plan
+from qwen35.calibration.calibration_run import CalibrationResult, calibrate
+from qwen35.calibration.hooks import BlockSums
+from qwen35.calibration.stream import mtp_forward
+from qwen35.calibration.sums import Sums
+from qwen35.calibration.text_windows import read_text
 from qwen35.checkpoint.source import Reader, open_folder
 from qwen35.cli.main import main
 from qwen35.errors import InputError
-from qwen35.plan.activations import load_activations
-from qwen35.plan.gguf.imatrix import read_imatrix
-from qwen35.plan.plan import make_plan as make_convert_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.activations import load_activations
+from qwen35.planning.gguf_files.imatrix import read_imatrix
+from qwen35.planning.output_plan import make_plan as make_convert_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 from running import load_all
 from test_calibrate import source
 from test_gguf_imatrix import gguf_file, ones
@@ -45,20 +45,20 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
+def made(text: Path, tmp_path_factory: pytest.TempPathFactory) -> CalibrationResult:
     """Statistics of the embedded checkpoint, in float32."""
     checkpoint = open_folder(ASSET)
     windows = read_text(checkpoint, [text], context=CONTEXT, windows=WINDOWS)
-    plan = make_plan(checkpoint, windows, Asked(dtype="float32", legacy=True))
+    plan = make_plan(checkpoint, windows, CalibrationRequest(dtype="float32", legacy=True))
     return calibrate(plan, tmp_path_factory.mktemp("made") / "out", threads=1)
 
 
-def table_of(made: Calibrated) -> dict[str, Any]:
+def table_of(made: CalibrationResult) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads((made.result.out / "activation-stats.json").read_text())
     return parsed
 
 
-def test_every_weight_that_fp8_can_pack_has_statistics(made: Calibrated) -> None:
+def test_every_weight_that_fp8_can_pack_has_statistics(made: CalibrationResult) -> None:
     activations = load_activations(made.result.out / "activation-stats.json")
     plan = make_convert_plan(open_folder(ASSET), load_recipe("fp8"), activations=activations)
     assert not any("no statistics" in note for note in plan.notes)
@@ -69,7 +69,7 @@ def test_every_weight_that_fp8_can_pack_has_statistics(made: Calibrated) -> None
         assert len(activations.squares[key]) == step.spec.shape[1]
 
 
-def test_entries_have_the_published_form(made: Calibrated) -> None:
+def test_entries_have_the_published_form(made: CalibrationResult) -> None:
     table = table_of(made)
     del table["__metadata__"]
     text_linears = {
@@ -83,7 +83,7 @@ def test_entries_have_the_published_form(made: Calibrated) -> None:
         assert (roots <= np.array(entry["input_channel_max"]) * (1 + 1e-5)).all(), name
 
 
-def test_what_made_them_is_told_in_both_files(made: Calibrated, text: Path) -> None:
+def test_what_made_them_is_told_in_both_files(made: CalibrationResult, text: Path) -> None:
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
     known = read_imatrix(made.result.out / "imatrix.gguf").made
     assert known == table_of(made)["__metadata__"]
@@ -97,7 +97,7 @@ def test_what_made_them_is_told_in_both_files(made: Calibrated, text: Path) -> N
     assert manifest["files"].keys() == made.result.hashes.keys()
 
 
-def test_imatrix_has_the_form_of_llama_imatrix(made: Calibrated) -> None:
+def test_imatrix_has_the_form_of_llama_imatrix(made: CalibrationResult) -> None:
     """Read by the gguf library, against the sizes of the F32 file's tensors."""
     reader = GGUFReader(made.result.out / "imatrix.gguf")
     assert reader.fields["general.type"].contents() == "imatrix"
@@ -113,7 +113,7 @@ def test_imatrix_has_the_form_of_llama_imatrix(made: Calibrated) -> None:
     assert "token_embd.weight.in_sum2" in tensors  # the tied head, which llama-imatrix leaves out
 
 
-def test_both_forms_hold_the_same_values(made: Calibrated) -> None:
+def test_both_forms_hold_the_same_values(made: CalibrationResult) -> None:
     new, old = (read_imatrix(made.result.out / f"imatrix.{end}") for end in ("gguf", "dat"))
     assert new.entries.keys() == old.entries.keys()
     assert (new.chunks, new.dataset) == (old.chunks, old.dataset) == (WINDOWS, "held-out.txt")
@@ -121,7 +121,7 @@ def test_both_forms_hold_the_same_values(made: Calibrated) -> None:
         assert np.allclose(entry.values, old.entries[name].values, rtol=1e-6), name
 
 
-def test_quantizers_use_all_of_it(made: Calibrated, tmp_path: Path) -> None:
+def test_quantizers_use_all_of_it(made: CalibrationResult, tmp_path: Path) -> None:
     """No tensor is without an entry, and llama.cpp writes the same bytes with it."""
     imatrix = read_imatrix(made.result.out / "imatrix.gguf")
     recipe, types = load_recipe("mix", "gguf"), ("F32", "Q4_K_M")
@@ -133,7 +133,7 @@ def test_quantizers_use_all_of_it(made: Calibrated, tmp_path: Path) -> None:
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_reformatted_statistics_are_the_same(made: Calibrated, tmp_path: Path) -> None:
+def test_reformatted_statistics_are_the_same(made: CalibrationResult, tmp_path: Path) -> None:
     """A file of ours is read line by line, any other whole."""
     ours = load_activations(made.result.out / "activation-stats.json")
     file = tmp_path / "stats.json"
@@ -146,7 +146,7 @@ def test_reformatted_statistics_are_the_same(made: Calibrated, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", ["cut", "joined", "comma", "after", "two", "empty line"])
-def test_damaged_lines_are_refused(damage: str, made: Calibrated, tmp_path: Path) -> None:
+def test_damaged_lines_are_refused(damage: str, made: CalibrationResult, tmp_path: Path) -> None:
     lines = (made.result.out / "activation-stats.json").read_bytes().split(b"\n")
     if damage == "cut":
         lines = lines[:5]
@@ -168,7 +168,7 @@ def test_damaged_lines_are_refused(damage: str, made: Calibrated, tmp_path: Path
 
 def test_revision_of_a_repository_is_told(text: Path) -> None:
     checkpoint = open_folder(ASSET, repo="owner/model", revision="a" * 40)
-    plan = make_plan(checkpoint, read_text(checkpoint, [text], windows=1), Asked())
+    plan = make_plan(checkpoint, read_text(checkpoint, [text], windows=1), CalibrationRequest())
     assert plan.provenance["source"] == {"repo": "owner/model", "revision": "a" * 40}
 
 
@@ -218,7 +218,7 @@ def test_mtp_predicts_as_well_as_when_it_was_trained(text: Path) -> None:
     """transformers has no such forward: its own check is that the layer does what it is for."""
     checkpoint = open_folder(ASSET)
     found = read_text(checkpoint, [text], context=CONTEXT, windows=WINDOWS)
-    plan = make_plan(checkpoint, found, Asked(dtype="float32"))
+    plan = make_plan(checkpoint, found, CalibrationRequest(dtype="float32"))
     windows = torch.from_numpy(found.windows).long()
     model = transformers.AutoModelForImageTextToText.from_pretrained(ASSET, dtype=torch.float32)
     trunk = model.eval().model.language_model
@@ -227,7 +227,7 @@ def test_mtp_predicts_as_well_as_when_it_was_trained(text: Path) -> None:
         module = builder.mtp(plan.blocks[-1], 1)
         states = trunk(input_ids=windows).last_hidden_state
         embedded = trunk.embed_tokens(windows)
-        ours = mtp_forward(builder, module, states, embedded, Measures(), [Measures()])
+        ours = mtp_forward(builder, module, states, embedded, BlockSums(), [BlockSums()])
         logits = ours @ trunk.embed_tokens.weight.T
     _, expected = reference_mtp(windows, swapped=False)
     _, swapped = reference_mtp(windows, swapped=True)
@@ -237,7 +237,7 @@ def test_mtp_predicts_as_well_as_when_it_was_trained(text: Path) -> None:
     assert nats(swapped, windows) > 6 > 0.85 * unigram  # not much better than knowing nothing
 
 
-def test_mtp_statistics_are_those_of_its_forward(made: Calibrated, text: Path) -> None:
+def test_mtp_statistics_are_those_of_its_forward(made: CalibrationResult, text: Path) -> None:
     found = read_text(open_folder(ASSET), [text], context=CONTEXT, windows=WINDOWS)
     inputs, _ = reference_mtp(torch.from_numpy(found.windows).long(), swapped=False)
     table = table_of(made)
@@ -286,7 +286,9 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     prose = folder.parent / "prose.txt"
     prose.write_text("the rain in a Model " * 60)
     checkpoint = open_folder(folder)
-    plan = make_plan(checkpoint, read_text(checkpoint, [prose], context=32), Asked(floor=10_000))
+    plan = make_plan(
+        checkpoint, read_text(checkpoint, [prose], context=32), CalibrationRequest(floor=10_000)
+    )
     return folder, calibrate(plan, folder.parent / "out", threads=1).result.out
 
 
@@ -332,7 +334,7 @@ def test_statistics_of_another_geometry_are_refused(
     prose = tmp_path / "prose.txt"
     prose.write_text("the rain in a Model " * 20)
     checkpoint = open_folder(shorter)
-    plan = make_plan(checkpoint, read_text(checkpoint, [prose], context=32), Asked())
+    plan = make_plan(checkpoint, read_text(checkpoint, [prose], context=32), CalibrationRequest())
     stats = calibrate(plan, tmp_path / "stats", threads=1).result.out
     out = str(tmp_path / "out")
     fp8 = ["--recipe", "fp8", "--activation-stats", str(stats / "activation-stats.json")]
@@ -354,7 +356,7 @@ def test_entries_of_layers_beyond_the_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_fp8_made_with_them_is_reproduced(
-    made: Calibrated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: CalibrationResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stats = str(made.result.out / "activation-stats.json")
     out, plain = str(tmp_path / "fp8"), str(tmp_path / "plain")
@@ -386,7 +388,7 @@ def squared_output_error(
     return total
 
 
-def test_fp8_errs_less_where_it_matters(made: Calibrated, tmp_path: Path) -> None:
+def test_fp8_errs_less_where_it_matters(made: CalibrationResult, tmp_path: Path) -> None:
     stats = str(made.result.out / "activation-stats.json")
     outs = []
     for name, more in (("even", []), ("weighed", ["--activation-stats", stats])):

@@ -12,12 +12,12 @@ import torch
 import transformers
 
 from checkpoints import ASSET
-from qwen35.calibrate.generate import PROMPTS
+from qwen35.calibration.generate import PROMPTS
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import open_folder
-from qwen35.cli import old
-from qwen35.cli.old_collect import add_arguments
-from qwen35.plan.activations import load_activations
+from qwen35.cli.old import front_doors
+from qwen35.cli.old.old_collect import add_arguments
+from qwen35.planning.activations import load_activations
 from test_calibrate import source
 from test_old_commands import defaults
 
@@ -26,7 +26,7 @@ PROMPT = ("def add(a, b):", "import os")
 
 def collect(model: Path, out: Path, *more: object) -> int:
     arguments = ["--model_dir", model, "--output", out, "--quiet", *more]
-    return old.collect_activation_stats([str(argument) for argument in arguments])
+    return front_doors.collect_activation_stats([str(argument) for argument in arguments])
 
 
 def test_flags_and_defaults_are_the_documented_ones() -> None:

@@ -17,16 +17,16 @@ from fake_hub import FakeHub, serving
 from gguf_models import sidecars
 from hub_client import files_in
 from hub_store import COMMIT, Repo
-from qwen35.calibrate.blocks import Block
-from qwen35.calibrate.plan import Asked, CalibrationPlan, make_plan
-from qwen35.calibrate.run import calibrate
-from qwen35.calibrate.states import Work, work_folder
-from qwen35.calibrate.stream import Stream
-from qwen35.calibrate.text import read_text
+from qwen35.calibration.blocks import Block
+from qwen35.calibration.calibration_plan import CalibrationPlan, CalibrationRequest, make_plan
+from qwen35.calibration.calibration_run import calibrate
+from qwen35.calibration.states import CalibrationFolder, work_folder
+from qwen35.calibration.stream import ForwardStream
+from qwen35.calibration.text_windows import read_text
 from qwen35.checkpoint.source import Reader, open_folder
 from qwen35.cli.main import main
 from qwen35.errors import InputError
-from qwen35.model.config import parse_config
+from qwen35.model.model_config import parse_config
 from qwen35.model.roles import expected_tensors
 from qwen35.progress import Silent
 from running import load_all
@@ -48,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def plan_for(folder: Path, text: Path, context: int = 32, **asked: Any) -> CalibrationPlan:
     checkpoint = open_folder(folder)
-    return make_plan(checkpoint, read_text(checkpoint, [text], context=context), Asked(**asked))
+    return make_plan(
+        checkpoint, read_text(checkpoint, [text], context=context), CalibrationRequest(**asked)
+    )
 
 
 def command(folder: Path, text: Path, out: Path, *more: str) -> int:
@@ -103,9 +105,9 @@ def test_reading_ahead_changes_nothing(folder: Path, prose: Path, tmp_path: Path
     plan = plan_for(folder, prose)
     sums = []
     for ahead in (False, True):
-        work = Work(tmp_path / f"work-{ahead}", plan.digest, restart=False)
+        work = CalibrationFolder(tmp_path / f"work-{ahead}", plan.digest, restart=False)
         with work, Reader(plan.checkpoint) as reader:
-            Stream(plan, work, reader, "cpu", Silent(), ahead=ahead).run()
+            ForwardStream(plan, work, reader, "cpu", Silent(), ahead=ahead).run()
         names = [block.name for block in plan.blocks]
         sums.append([work.sums(name) for name in names])
     for one, other in zip(*sums, strict=True):
@@ -167,13 +169,13 @@ def test_interrupted_run_goes_on_at_its_layer(
         calibrate(plan, out, threads=1, progress=Interrupt(block))
     assert not out.exists()
     built: list[str] = []
-    real = Stream._module
+    real = ForwardStream._module
 
-    def noted(self: Stream, one: Block) -> Any:
+    def noted(self: ForwardStream, one: Block) -> Any:
         built.append(one.name)
         return real(self, one)
 
-    monkeypatch.setattr(Stream, "_module", noted)
+    monkeypatch.setattr(ForwardStream, "_module", noted)
     again = calibrate(plan, out, threads=1)
     names = [one.name for one in plan.blocks]
     assert built == names[names.index(block) + 1 :]
@@ -187,18 +189,18 @@ def test_killed_in_a_layer_it_begins_that_layer_again(
 ) -> None:
     plan = plan_for(folder, prose)
     whole = calibrate(plan, tmp_path / "whole", threads=1)
-    real, stored = Work.write, []
+    real, stored = CalibrationFolder.write, []
 
-    def failing(self: Work, number: int, offset: int, data: memoryview) -> None:
+    def failing(self: CalibrationFolder, number: int, offset: int, data: memoryview) -> None:
         stored.append(number)
         if len(stored) == 4 * -(-len(plan.text.windows) // plan.batch):
             raise KeyboardInterrupt
         real(self, number, offset, data)
 
-    monkeypatch.setattr(Work, "write", failing)
+    monkeypatch.setattr(CalibrationFolder, "write", failing)
     with pytest.raises(KeyboardInterrupt):
         calibrate(plan, tmp_path / "out", threads=1)
-    monkeypatch.setattr(Work, "write", real)
+    monkeypatch.setattr(CalibrationFolder, "write", real)
     again = calibrate(plan, tmp_path / "out", threads=1)
     assert again.resumed == 2
     assert files_in(again.result.out) == files_in(whole.result.out)
@@ -238,10 +240,10 @@ import resource, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qwen35.calibrate.blocks import Block
-from qwen35.calibrate.plan import Asked, make_plan
-from qwen35.calibrate.run import calibrate
-from qwen35.calibrate.text import read_text
+from qwen35.calibration.blocks import Block
+from qwen35.calibration.calibration_plan import Asked, make_plan
+from qwen35.calibration.calibration_run import calibrate
+from qwen35.calibration.text_windows import read_text
 from qwen35.checkpoint.source import open_folder
 
 def plan_for(folder):

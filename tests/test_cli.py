@@ -18,8 +18,8 @@ import pytest
 import qwen35
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from qwen35 import errors
+from qwen35.cli.console import Console
 from qwen35.cli.main import VERBS, main, run_verb
-from qwen35.cli.output import Output
 from qwen35.errors import HeaderError, Qwen35Error, UsageError
 from qwen35.model.roles import ROLES
 from qwen35.version import __version__
@@ -151,7 +151,7 @@ class Verb:
     def add_arguments(self, parser: Any) -> None:
         """Add nothing."""
 
-    def run(self, args: Any, output: Output) -> int:
+    def run(self, args: Any, output: Console) -> int:
         """Do what the test asks."""
         return self.act()
 
@@ -539,17 +539,17 @@ def test_notes_go_to_stderr_unless_quiet(tmp_path: Path, capsys: Capture) -> Non
 
 
 def test_output_speaks_to_the_right_stream(capsys: Capture) -> None:
-    Output().data("text", {"a": "é"})
-    Output(as_json=True).data("text", {"a": "é"})
-    Output().info("going on")
-    Output(quiet=True).info("going on")
+    Console().data("text", {"a": "é"})
+    Console(as_json=True).data("text", {"a": "é"})
+    Console().info("going on")
+    Console(quiet=True).info("going on")
     assert capsys.readouterr() == ('text\n{\n  "a": "é"\n}\n', "going on\n")
 
 
 def test_lines_of_progress_are_few(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Output().progress()
+    progress = Console().progress()
     progress.begin("writing out", 4_000_000_000)
     for i in range(40):
         now[0] += 1.0
@@ -565,7 +565,7 @@ def test_lines_of_progress_are_few(capsys: Capture, monkeypatch: pytest.MonkeyPa
 
 
 def test_quiet_progress_says_nothing(capsys: Capture) -> None:
-    progress = Output(quiet=True).progress()
+    progress = Console(quiet=True).progress()
     progress.begin("x", 1)
     progress.advance(1, "y")
     progress.end()
@@ -577,7 +577,7 @@ def test_progress_of_nothing_does_not_divide_by_it(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Output().progress()
+    progress = Console().progress()
     progress.begin("x", 0)
     now[0] = 60.0
     progress.advance(0, "y")
@@ -586,7 +586,7 @@ def test_progress_of_nothing_does_not_divide_by_it(
 
 def test_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    progress = Output().progress()
+    progress = Console().progress()
     progress.begin("writing out", 10)
     progress.advance(10, "x")
     progress.end()

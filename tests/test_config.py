@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from checkpoints import tiny_config
 from qwen35.errors import ConfigError
-from qwen35.model.config import ARCHITECTURES, ModelConfig, parse_config
+from qwen35.model.model_config import ARCHITECTURES, ModelConfig, parse_config
 from qwen35.model.sizes import PUBLISHED, published_config
 
 OFFICIAL = Path(__file__).parent / "data" / "official-configs"

@@ -187,7 +187,7 @@ def test_an_example_whose_place_is_gone_says_what_to_do(tmp_path: Path) -> None:
         apply_diff(tmp_path, registry_diff())
 
 
-RECIPE = "src/qwen35/plan/recipes/text-nf4-mlp.toml"
+RECIPE = "src/qwen35/planning/recipes/text-nf4-mlp.toml"
 MODELS = {"Qwen3.5-0.8B": 72, "Qwen3.5-35B-A3B": 160}
 """Model to the weights that the recipe packs: three in a dense layer, four in one of a mixture."""
 
@@ -230,7 +230,7 @@ def test_the_shown_test_of_the_check_passes_with_it_and_fails_without(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
     without = Path(shutil.copytree(tree, tmp_path / "without"))
-    checks = without / "src" / "qwen35" / "verify" / "safetensors.py"
+    checks = without / "src" / "qwen35" / "verification" / "safetensors_subject.py"
     call = "        yield from self._generation_findings()\n"
     assert checks.read_text().count(call) == 1
     checks.write_text(checks.read_text().replace(call, ""))
@@ -424,9 +424,9 @@ def gguf_tensors(folder: Path) -> list[Any]:
 
 
 def test_all_files_named_are_there() -> None:
-    named = set(re.findall(r"`((?:src|tests|docs|benchmarks|verify)/[\w/.-]+)`", TEXT))
+    named = set(re.findall(r"`((?:src|tests|docs|benchmarks|verification)/[\w/.-]+)`", TEXT))
     for name in named - set(files("toml")) - set(files("python")):
-        base = ROOT / "src" / "qwen35" if name.startswith("verify/") else ROOT
+        base = ROOT / "src" / "qwen35" if name.startswith("verification/") else ROOT
         assert (base / name).exists(), name
 
 

@@ -28,9 +28,9 @@ from qwen35.codecs.devices import Kernels
 from qwen35.codecs.fp8.arrays import encode_rows
 from qwen35.codecs.nf4.tables import LEVELS
 from qwen35.errors import OutputError, TensorError, UsageError
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.sentences
@@ -144,7 +144,9 @@ def test_source_in_shards_or_one_file_gives_the_same_weights(
 def test_output_in_several_shards_has_a_true_index(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 600_000)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 600_000
+    )
     run(dense, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     tensors = load_all(tmp_path / "out")
@@ -397,7 +399,7 @@ def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(
     def interrupt(*_: object) -> str:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qwen35.writing.run.write_file", interrupt)
+    monkeypatch.setattr("qwen35.writing.write.write_file", interrupt)
     with pytest.raises(KeyboardInterrupt) as caught:
         run(dense, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
@@ -411,7 +413,7 @@ def test_an_interrupt_leaves_no_output_and_says_how_to_go_on(
 def test_a_killed_run_leaves_no_output_and_the_next_cleans_up(dense: Path, tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path\n"
-        "import qwen35.writing.run as c\n"
+        "import qwen35.writing.write as c\n"
         "real = c.write_file\n"
         "def slow(*a):\n    print('ready', flush=True); time.sleep(60)\n    return real(*a)\n"
         "c.write_file = slow\n"
@@ -512,7 +514,7 @@ def test_bitsandbytes_encoder_gives_the_same_bytes(
     source = changed(dense, tmp_path / "in", {QKV: weight})
     expected = run(source, tmp_path / "expected").hashes
     kernels: Kernels = {"nf4": TorchEncoder("cpu"), "fp8": encode_rows}
-    monkeypatch.setattr("qwen35.writing.run.kernels_for", lambda _: (kernels,))
+    monkeypatch.setattr("qwen35.writing.write.kernels_for", lambda _: (kernels,))
     assert run(source, tmp_path / "out").hashes == expected
 
 
@@ -558,8 +560,8 @@ def test_any_nf4_source_gives_an_output_that_passes(
 ) -> None:
     """Whatever its config says: ours is derived from the tensors written."""
     from qwen35.checkpoint.open import fetch
-    from qwen35.verify.artifact import verify
-    from qwen35.verify.opening import open_artifact
+    from qwen35.verification.opening import open_artifact
+    from qwen35.verification.verdict import verify
 
     source = nf4_without_double_quantization(dense, tmp_path / "in")
     out = run(source, tmp_path / "out", recipe).out

@@ -21,8 +21,8 @@ from markdown_it.token import Token
 
 from pages import ROOT, tokens_of
 from qwen35.checkpoint.source import open_folder
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 
 sys.path.insert(0, str(ROOT / "docs"))
 from generating import markdown

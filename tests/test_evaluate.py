@@ -17,21 +17,21 @@ import pytest
 from checkpoints import ASSET
 from evaluating import CHUNKS, Interrupting, gguf, measure
 from gguf_models import make_variant
-from qwen35.checkpoint.gguf import read_container
+from qwen35.checkpoint.gguf_header import read_container
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
 from qwen35.codecs.registry import CODECS
 from qwen35.engines.llama import Llama
 from qwen35.engines.torch_model import TorchModel
 from qwen35.errors import InputError, OutputError, UsageError
-from qwen35.evaluate.evaluation import evaluate
-from qwen35.evaluate.job import Asked, prepare
-from qwen35.evaluate.result import Report
-from qwen35.evaluate.table import notes, report_text
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
+from qwen35.evaluation.evaluation_report import EvaluationReport
+from qwen35.evaluation.evaluation_run import evaluate
+from qwen35.evaluation.evaluation_table import notes, report_text
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 from qwen35.sinks.staging import locked
-from qwen35.writing.run import write
+from qwen35.writing.write import write
 from running import run
 
 TEXT = ASSET.parent.parent / "LICENSE"
@@ -40,17 +40,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*FP8.*", "ignore:.*is deprecate
 
 
 @pytest.fixture(scope="module")
-def everything(formats: Path) -> Report:
+def everything(formats: Path) -> EvaluationReport:
     """The checkpoint against all its formats."""
     others = (str(formats / name) for name in ("nf4", "fp8", "text"))
     return measure(formats, str(ASSET), *others, gguf(formats, "Q8_0"), gguf(formats, "Q4_K_M"))
 
 
-def means(report: Report) -> dict[str, float]:
+def means(report: EvaluationReport) -> dict[str, float]:
     return {row.model.name: row.comparison.kld.value for row in report.candidates}
 
 
-def test_every_format_in_one_table(everything: Report) -> None:
+def test_every_format_in_one_table(everything: EvaluationReport) -> None:
     kld = means(everything)
     assert list(kld) == ["nf4", "fp8", "text", f"{ASSET.name}-Q8_0", f"{ASSET.name}-Q4_K_M"]
     assert kld["text"] == 0.0  # the same weights in the same engine
@@ -61,7 +61,7 @@ def test_every_format_in_one_table(everything: Report) -> None:
         assert sum(row.distribution) == CHUNKS * 255
 
 
-def test_the_noise_floor_is_measured_and_small(everything: Report) -> None:
+def test_the_noise_floor_is_measured_and_small(everything: EvaluationReport) -> None:
     """The checkpoint itself as F16 in llama.cpp; F16 rounds activations too."""
     (floor,) = everything.floors
     assert floor.model.engine == "llama.cpp"
@@ -77,14 +77,16 @@ def test_what_lies_in_the_noise_is_said(formats: Path) -> None:
     assert means(report)[f"{ASSET.name}-F16"] == pytest.approx(report.floor)
 
 
-def test_perplexity_of_the_base_alone(formats: Path, everything: Report) -> None:
+def test_perplexity_of_the_base_alone(formats: Path, everything: EvaluationReport) -> None:
     report = measure(formats, str(ASSET))
     assert report.candidates == report.floors == []
     assert report.base_perplexity == everything.base_perplexity
     assert "PPL" in report_text(report)
 
 
-def test_perplexity_agrees_with_the_model_asked_directly(formats: Path, everything: Report) -> None:
+def test_perplexity_agrees_with_the_model_asked_directly(
+    formats: Path, everything: EvaluationReport
+) -> None:
     import torch
 
     ids = torch.from_numpy(everything.chunks.ids.astype(np.int64))
@@ -95,7 +97,9 @@ def test_perplexity_agrees_with_the_model_asked_directly(formats: Path, everythi
     assert everything.base_perplexity.value == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
-def test_a_gguf_base_with_candidates_of_both_engines(formats: Path, everything: Report) -> None:
+def test_a_gguf_base_with_candidates_of_both_engines(
+    formats: Path, everything: EvaluationReport
+) -> None:
     base, nf4 = gguf(formats, "F16"), str(formats / "nf4")
     with pytest.raises(UsageError, match="give --unquantized CHECKPOINT"):
         measure(formats, base, nf4)
@@ -135,7 +139,7 @@ def test_two_runs_cannot_share_a_state(formats: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_gguf_files_is_as_many_candidates(formats: Path) -> None:
-    asked = Asked(gguf(formats, "F16"), (str(formats / "gguf"),), formats / "text.txt")
+    asked = EvaluationRequest(gguf(formats, "F16"), (str(formats / "gguf"),), formats / "text.txt")
     names = [model.name for model in prepare(asked).candidates]
     assert names == [f"{ASSET.name}-{kind}" for kind in ("F16", "Q4_K_M", "Q8_0")]
 
@@ -170,7 +174,7 @@ def test_tokens_are_those_of_llama_cpp(formats: Path, tmp_path: Path) -> None:
     text = tmp_path / "special.txt"
     text.write_text((formats / "text.txt").read_text() + "<|im_end|> <think> wörld\n\n")
     chunks = {
-        base: prepare(Asked(base, text=text, context=64)).chunks.ids.tolist()
+        base: prepare(EvaluationRequest(base, text=text, context=64)).chunks.ids.tolist()
         for base in (str(ASSET), gguf(formats, "F16"))
     }
     first, second = chunks.values()
@@ -193,13 +197,13 @@ def test_other_tokens_are_refused(formats: Path, tmp_path: Path, place: int) -> 
         added[-1]["content"] = "<|other|>"
     (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match=r"token \d+ is .* as in qwen3.5-tiny; only models with"):
-        prepare(Asked(str(ASSET), (str(changed),), formats / "text.txt"))
+        prepare(EvaluationRequest(str(ASSET), (str(changed),), formats / "text.txt"))
 
 
 def test_another_vocabulary_is_refused(formats: Path, tmp_path: Path) -> None:
     other = make_variant(tmp_path, "dense")
     with pytest.raises(InputError, match="a vocabulary of 512, expected 4096 as in qwen3.5-tiny"):
-        prepare(Asked(str(ASSET), (str(other),), formats / "text.txt"))
+        prepare(EvaluationRequest(str(ASSET), (str(other),), formats / "text.txt"))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +234,7 @@ def test_refusals(
     before = sorted(formats.rglob("*"))
     asked = {"text": formats / "text.txt", **options}
     with pytest.raises((InputError, UsageError)) as raised:
-        prepare(Asked(base, candidates, **asked))
+        prepare(EvaluationRequest(base, candidates, **asked))
     assert message in str(raised.value)
     assert sorted(formats.rglob("*")) == before
 
@@ -238,7 +242,7 @@ def test_refusals(
 def test_text_that_is_no_text(formats: Path, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc\xff")
     with pytest.raises(InputError, match=r"not UTF-8 text \(byte 3\)"):
-        prepare(Asked(str(ASSET), text=tmp_path / "x"))
+        prepare(EvaluationRequest(str(ASSET), text=tmp_path / "x"))
 
 
 def test_a_candidate_that_computes_nan_is_named(formats: Path, tmp_path: Path) -> None:
@@ -261,7 +265,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
 ) -> None:
     base, candidate, state = gguf(formats, "F16"), gguf(formats, "Q4_K_M"), tmp_path / "state"
 
-    def go(folder: str, watched: Interrupting, state: Path | None) -> Report:
+    def go(folder: str, watched: Interrupting, state: Path | None) -> EvaluationReport:
         (tmp_path / folder).mkdir(exist_ok=True)
         files = {key: tmp_path / folder / name for key, name in kept.items()}
         return measure(formats, base, candidate, chunks=4, state=state, progress=watched, **files)
@@ -322,8 +326,8 @@ def test_speed_against_the_unquantized_file(formats: Path) -> None:
 _PEAK = """
 import sys
 from pathlib import Path
-from qwen35.evaluate.evaluation import run
-from qwen35.evaluate.job import Asked, prepare
+from qwen35.evaluation.evaluation_run import run
+from qwen35.evaluation.evaluation_job import Asked, prepare
 job = prepare(Asked(sys.argv[1], tuple(sys.argv[3:]), Path(sys.argv[2]), threads=1, chunks=2))
 run(job)
 status = Path("/proc/self/status").read_text()

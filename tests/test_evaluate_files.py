@@ -16,7 +16,7 @@ from checkpoints import ASSET
 from evaluating import gguf, measure
 from qwen35.engines.llama import Llama
 from qwen35.errors import InputError
-from qwen35.evaluate.cache import (
+from qwen35.evaluation.cache import (
     RATIO,
     REST,
     CacheFile,
@@ -26,11 +26,11 @@ from qwen35.evaluate.cache import (
     pack,
     unpack,
 )
-from qwen35.evaluate.job import Asked, prepare
-from qwen35.evaluate.kld_file import KldFile, KldWriter, encode, kld_file_size
-from qwen35.evaluate.records import Records
-from qwen35.evaluate.reference import Exact
-from qwen35.evaluate.text import Chunks
+from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
+from qwen35.evaluation.kld_file import KldFile, KldWriter, encode, kld_file_size
+from qwen35.evaluation.records import RecordFile
+from qwen35.evaluation.reference import ExactReference
+from qwen35.evaluation.text_chunks import TokenChunks
 
 F32 = npt.NDArray[np.float32]
 
@@ -51,9 +51,9 @@ def near(logits: F32, seed: int, far: float = 0.15) -> F32:
     return (logits + noise).astype(np.float32)
 
 
-def exact_of(logits: F32) -> tuple[Exact, npt.NDArray[np.int64]]:
+def exact_of(logits: F32) -> tuple[ExactReference, npt.NDArray[np.int64]]:
     targets = np.arange(len(logits)) * 7 % logits.shape[1]
-    return Exact(logits, targets, 1), targets
+    return ExactReference(logits, targets, 1), targets
 
 
 def row_bytes(width: int) -> int:
@@ -152,14 +152,14 @@ def test_the_cache_on_the_embedded_checkpoint(formats: Path, tmp_path: Path) -> 
     assert cached.reference == "compact file"
     columns = cached.to_json()["table"]["rows"]
     assert columns[1][0] == "Mean KLD, higher by at most"
-    chunks = prepare(Asked(base, text=formats / "text.txt", chunks=2)).chunks
+    chunks = prepare(EvaluationRequest(base, text=formats / "text.txt", chunks=2)).chunks
     assert path.stat().st_size * 3 < kld_file_size(chunks, 4096)  # 512 tokens of 4096 are kept
     assert found.kld.value > 0.9 * exact.kld.value
 
 
 def test_the_embedded_checkpoints_logits_at_the_published_vocabulary(formats: Path) -> None:
     """Its real distributions among tokens that are all but impossible, as most of so many are."""
-    chunks = prepare(Asked(gguf(formats, "F16"), text=formats / "text.txt")).chunks
+    chunks = prepare(EvaluationRequest(gguf(formats, "F16"), text=formats / "text.txt")).chunks
     rows = []
     for kind in ("F16", "Q4_K_M"):
         with Llama(Path(gguf(formats, kind)), context=512) as llama:
@@ -179,17 +179,17 @@ def test_the_embedded_checkpoints_logits_at_the_published_vocabulary(formats: Pa
     assert missing.mean() < 0.05 * true.kld.mean()
 
 
-def small_chunks() -> Chunks:
-    return Chunks(np.arange(64, dtype=np.int32).reshape(4, 16))
+def small_chunks() -> TokenChunks:
+    return TokenChunks(np.arange(64, dtype=np.int32).reshape(4, 16))
 
 
-def write_all(writer: Any, width: int, chunks: Chunks) -> list[Exact]:
+def write_all(writer: Any, width: int, chunks: TokenChunks) -> list[ExactReference]:
     """Write every chunk; return what was written."""
     assert writer.resume(0) == 0
     written = []
     for i in range(chunks.count):
         targets = chunks.targets(i)
-        written.append(Exact(peaked(chunks.scored, width, 2, i), targets, 1))
+        written.append(ExactReference(peaked(chunks.scored, width, 2, i), targets, 1))
         writer.add(written[-1])
     writer.finish()
     return written
@@ -257,7 +257,7 @@ def test_damaged_caches(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="vocabulary 100, expected 101"):
         CacheFile(path, chunks, 101)
     with pytest.raises(InputError, match="tokens .* another text"):
-        CacheFile(path, Chunks(chunks.ids + 1), 100)
+        CacheFile(path, TokenChunks(chunks.ids + 1), 100)
     path.write_bytes(good[:-3])
     with pytest.raises(InputError, match="3 chunks, expected 4"):
         CacheFile(path, chunks, 100)
@@ -278,15 +278,15 @@ def test_files_over_another_text_or_model(formats: Path, tmp_path: Path) -> None
     other = tmp_path / "other.txt"
     other.write_text((formats / "text.txt").read_text()[500:])
     with pytest.raises(InputError, match="its tokens are not those of the text"):
-        prepare(Asked(base, text=other, kld_file=path))
+        prepare(EvaluationRequest(base, text=other, kld_file=path))
     with pytest.raises(InputError, match=r"a context of 512, expected 64 \(--context\)"):
-        prepare(Asked(base, text=formats / "text.txt", context=64, kld_file=path))
-    assert prepare(Asked(base, kld_file=path)).chunks.count == 2
+        prepare(EvaluationRequest(base, text=formats / "text.txt", context=64, kld_file=path))
+    assert prepare(EvaluationRequest(base, kld_file=path)).chunks.count == 2
     small = tmp_path / "small.kld"
     chunks = small_chunks()
     write_all(KldWriter(small, chunks, 100), 100, chunks)
     with pytest.raises(InputError, match="a vocabulary of 100, expected 4096"):
-        prepare(Asked(str(ASSET), kld_file=small))
+        prepare(EvaluationRequest(str(ASSET), kld_file=small))
 
 
 @given(st.lists(st.binary(max_size=40), max_size=6), st.data())
@@ -295,17 +295,17 @@ def test_records_survive_any_cut(
     tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("records") / "x"
-    records = Records(path, "kind 1", {"a": 1})
+    records = RecordFile(path, "kind 1", {"a": 1})
     for part in parts:
         records.append(part)
     records.close()
     whole = path.read_bytes()
     path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
-    records = Records(path, "kind 1", {"a": 1})
+    records = RecordFile(path, "kind 1", {"a": 1})
     assert [records.read(i) for i in range(records.count)] == parts[: records.count]
     records.cut(records.count)
     records.append(b"more")
     records.close()
-    records = Records(path, "kind 1")
+    records = RecordFile(path, "kind 1")
     assert records.read(records.count - 1) == b"more"
     records.close()

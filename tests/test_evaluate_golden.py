@@ -13,10 +13,10 @@ import pytest
 
 from golden_kld import BASE, CANDIDATE, GOLDEN, GOLDEN_FILE, TEXT, make_pair
 from qwen35.engines.llama import Llama
-from qwen35.evaluate.evaluation import evaluate
-from qwen35.evaluate.kld_file import KldFile, encode
-from qwen35.evaluate.result import Report
-from qwen35.evaluate.statistics import PERCENTILES, Comparison, Estimate
+from qwen35.evaluation.divergence import PERCENTILES, Comparison, Estimate
+from qwen35.evaluation.evaluation_report import EvaluationReport
+from qwen35.evaluation.evaluation_run import evaluate
+from qwen35.evaluation.kld_file import KldFile, encode
 
 RECORDED = json.loads(GOLDEN.read_text())
 
@@ -31,7 +31,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def measure(models: dict[str, Path], **asked: Any) -> Comparison:
     """Evaluate the candidate against the base."""
-    report: Report = evaluate(str(models[BASE]), [str(models[CANDIDATE])], threads=1, **asked)
+    report: EvaluationReport = evaluate(
+        str(models[BASE]), [str(models[CANDIDATE])], threads=1, **asked
+    )
     return report.candidates[0].comparison
 
 

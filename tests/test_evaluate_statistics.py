@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from qwen35.evaluate.reference import Compared, Exact, normalize
-from qwen35.evaluate.statistics import PERCENTILES, Series, compare_series, mean, perplexity
+from qwen35.evaluation.divergence import PERCENTILES, Series, compare_series, mean, perplexity
+from qwen35.evaluation.reference import ChunkComparison, ExactReference, normalize
 
 F32 = npt.NDArray[np.float32]
 
@@ -25,9 +25,9 @@ logits = st.integers(2, 700).flatmap(
 """A base's and a candidate's rows, narrower and wider than the kernels' lanes."""
 
 
-def compare(base: F32, candidate: F32, threads: int = 1) -> Compared:
+def compare(base: F32, candidate: F32, threads: int = 1) -> ChunkComparison:
     targets = np.zeros(len(base), np.int64)
-    return Exact(base, targets, threads).against(candidate, targets, threads)
+    return ExactReference(base, targets, threads).against(candidate, targets, threads)
 
 
 def plain(base: F32, candidate: F32) -> npt.NDArray[np.float64]:

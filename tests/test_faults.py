@@ -20,10 +20,10 @@ from killing import Killer, Trial, killer
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
 from qwen35.errors import InputError, OutputError, TensorError
-from qwen35.plan.gguf.imatrix import Entry
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.gguf_files.imatrix import ImatrixEntry
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 from running import plan_of, tree
 
 Run = Callable[[Path, Path], object]
@@ -256,7 +256,7 @@ def test_a_source_that_loses_its_permission_is_a_sentence(
 def test_an_importance_matrix_that_disappears_is_a_sentence(tmp_path: Path) -> None:
     import numpy as np
 
-    entry = Entry(tmp_path / "gone.dat", 0, 4, np.ones(1, np.float32))
+    entry = ImatrixEntry(tmp_path / "gone.dat", 0, 4, np.ones(1, np.float32))
     with pytest.raises(InputError, match=r"gone\.dat: cannot be read \(No such file"):
         entry.slice(0, 4)
 
@@ -326,7 +326,7 @@ def test_an_output_that_is_taken_meanwhile_keeps_the_work(
         return b"{}"
 
     with monkeypatch.context() as patch:
-        patch.setattr("qwen35.writing.run.manifest_bytes", take)
+        patch.setattr("qwen35.writing.write.manifest_bytes", take)
         with pytest.raises(OutputError, match="exists already"):
             write(plan_of(dense), out)
     assert (out / "precious").read_text() == "mine"

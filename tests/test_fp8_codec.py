@@ -25,12 +25,12 @@ from blocks import (
 )
 from qwen35.codecs.fp8 import kernels as fp8_kernels
 from qwen35.codecs.fp8.arrays import e4m3_values, encode_rows
-from qwen35.codecs.fp8.layout import Calibration, Mode, fits, layout
+from qwen35.codecs.fp8.layout import ScaleChoice, ScaleMode, fits, layout
 from qwen35.errors import UsageError
 from qwen35.tensors import TensorSpec
 
-MODES: tuple[Mode, ...] = ("rms", "max", "percentile", "mse", "search")
-ALL = [Calibration(mode) for mode in MODES]
+MODES: tuple[ScaleMode, ...] = ("rms", "max", "percentile", "mse", "search")
+ALL = [ScaleChoice(mode) for mode in MODES]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -52,14 +52,14 @@ def channel_weights(columns: int, seed: int = 1) -> torch.Tensor:
     return torch.rand(columns, generator=generator).pow(8) * 10
 
 
-def error(weight: torch.Tensor, calibration: Calibration) -> float:
+def error(weight: torch.Tensor, scale_choice: ScaleChoice) -> float:
     """Return the squared error of a weight."""
-    return float((decode(*encode(weight, calibration)).double() - weight.double()).square().sum())
+    return float((decode(*encode(weight, scale_choice)).double() - weight.double()).square().sum())
 
 
-def saturated(weight: torch.Tensor, calibration: Calibration) -> int:
+def saturated(weight: torch.Tensor, scale_choice: ScaleChoice) -> int:
     """Count values that lie beyond the largest code."""
-    _, scales = encode(weight, calibration)
+    _, scales = encode(weight, scale_choice)
     ratio = tiles(weight.float()).abs() / scales.float()[:, :, None, None]
     return int((ratio > 464).sum())  # 464 is midway between 448 and the next step
 
@@ -68,49 +68,49 @@ def saturated(weight: torch.Tensor, calibration: Calibration) -> int:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("calibration", ALL, ids=str)
+@pytest.mark.parametrize("scale_choice", ALL, ids=str)
 @pytest.mark.parametrize("make", [gaussian, heavy_tailed])
 def test_codes_are_the_nearest_values_for_the_stored_scale(
-    make: Any, calibration: Calibration, dtype: torch.dtype
+    make: Any, scale_choice: ScaleChoice, dtype: torch.dtype
 ) -> None:
     weight = make().to(dtype)
-    codes, scales = encode(weight, calibration)
+    codes, scales = encode(weight, scale_choice)
     assert torch.equal(codes.view(torch.uint8), to_codes(weight, scales).view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "calibration",
+    "scale_choice",
     [
-        Calibration("max"),
-        Calibration("rms"),
-        Calibration("rms", rms_factor=2.5),
-        Calibration("percentile"),
-        Calibration("percentile", percentile=99),
-        Calibration("percentile", percentile=100),
-        Calibration("percentile", percentile=0.01),
+        ScaleChoice("max"),
+        ScaleChoice("rms"),
+        ScaleChoice("rms", rms_factor=2.5),
+        ScaleChoice("percentile"),
+        ScaleChoice("percentile", percentile=99),
+        ScaleChoice("percentile", percentile=100),
+        ScaleChoice("percentile", percentile=0.01),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("make", [gaussian, heavy_tailed])
 def test_scales_are_those_of_the_formula(
-    make: Any, calibration: Calibration, dtype: torch.dtype
+    make: Any, scale_choice: ScaleChoice, dtype: torch.dtype
 ) -> None:
     weight = make().to(dtype)
-    _, scales = encode(weight, calibration)
+    _, scales = encode(weight, scale_choice)
     for row, line in enumerate(tiles(weight)):
         for column, tile in enumerate(line):
-            assert scales[row, column] == expected_scale(tile, calibration)
+            assert scales[row, column] == expected_scale(tile, scale_choice)
 
 
 def test_weighted_rms_is_that_of_the_formula() -> None:
     weight, columns = heavy_tailed(256, 384), channel_weights(384)
-    _, scales = encode(weight, Calibration("rms"), columns)
-    _, even = encode(weight, Calibration("rms"))
+    _, scales = encode(weight, ScaleChoice("rms"), columns)
+    _, even = encode(weight, ScaleChoice("rms"))
     for row, line in enumerate(tiles(weight)):
         for column, tile in enumerate(line):
             own = columns[column * 128 : (column + 1) * 128]
-            assert scales[row, column] == expected_scale(tile, Calibration("rms"), own)
+            assert scales[row, column] == expected_scale(tile, ScaleChoice("rms"), own)
     assert not torch.equal(scales, even)
 
 
@@ -120,10 +120,10 @@ def test_weighted_rms_is_that_of_the_formula() -> None:
 def test_mse_chooses_the_least_error_of_its_grid(make: Any, grid: int, weighted: bool) -> None:
     weight = make(128, 256)
     columns = channel_weights(256) if weighted else torch.ones(256)
-    calibration = Calibration("mse", grid_size=grid)
-    _, scales = encode(weight, calibration, columns if weighted else None)
+    scale_choice = ScaleChoice("mse", grid_size=grid)
+    _, scales = encode(weight, scale_choice, columns if weighted else None)
     for number, tile in enumerate(tiles(weight)[0]):
-        choice = candidates(tile, calibration)
+        choice = candidates(tile, scale_choice)
         assert scales[0, number] in choice
         own = columns[number * 128 : (number + 1) * 128]
         least = losses(tile, choice, own).min()
@@ -135,9 +135,9 @@ def test_mse_chooses_the_least_error_of_its_grid(make: Any, grid: int, weighted:
 def test_search_chooses_the_least_error_of_an_octave(make: Any, weighted: bool) -> None:
     weight = make(128, 256)
     columns = channel_weights(256) if weighted else torch.ones(256)
-    _, scales = encode(weight, Calibration("search"), columns if weighted else None)
+    _, scales = encode(weight, ScaleChoice("search"), columns if weighted else None)
     for number, tile in enumerate(tiles(weight)[0]):
-        first = expected_scale(tile, Calibration("max"))
+        first = expected_scale(tile, ScaleChoice("max"))
         bits = int(first.view(torch.int16)) + torch.arange(0, 128, 4, dtype=torch.int16)
         octave = bits.view(torch.bfloat16)
         assert scales[0, number] in octave
@@ -155,7 +155,7 @@ def test_every_code_comes_back() -> None:
     tile = tile.reshape(128, 128)
     for exponent in (-20, -3, 0, 5):
         weight = tile.view(E4M3).float() * 2.0**exponent
-        got, scales = encode(weight, Calibration("max"))
+        got, scales = encode(weight, ScaleChoice("max"))
         assert float(scales[0, 0]) == 2.0**exponent
         assert torch.equal(got.view(torch.uint8), tile)
         assert torch.equal(decode(got, scales), weight)
@@ -170,7 +170,7 @@ def test_every_code_comes_back() -> None:
     st.sampled_from(["gaussian", "uniform", "sparse", "constant", "outlier"]),
 )
 def test_any_weight_is_encoded_to_nearest(
-    seed: int, calibration: Calibration, dtype: torch.dtype, power: float, kind: str
+    seed: int, scale_choice: ScaleChoice, dtype: torch.dtype, power: float, kind: str
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(128, 128, generator=generator)
@@ -185,7 +185,7 @@ def test_any_weight_is_encoded_to_nearest(
     weight = (base * 10.0 ** (power if dtype != torch.float16 else min(power, 1))).to(dtype)
     if not weight.isfinite().all():
         return
-    codes, scales = encode(weight, calibration)
+    codes, scales = encode(weight, scale_choice)
     assert bool((scales.float() > 0).all())
     assert bool(scales.isfinite().all())
     assert torch.equal(codes.view(torch.uint8), to_codes(weight, scales).view(torch.uint8))
@@ -199,17 +199,17 @@ def test_any_values_give_a_positive_scale_and_nearest_codes(values: list[float])
     tile = torch.zeros(128 * 128)
     tile[: len(values)] = torch.tensor(values)
     tile = tile.reshape(128, 128)
-    for calibration in ALL:
-        codes, scales = encode(tile, calibration)
-        assert bool((scales > 0).all() & scales.isfinite().all()), calibration
+    for scale_choice in ALL:
+        codes, scales = encode(tile, scale_choice)
+        assert bool((scales > 0).all() & scales.isfinite().all()), scale_choice
         assert torch.equal(codes.view(torch.uint8), to_codes(tile, scales).view(torch.uint8))
 
 
 def test_tiles_do_not_depend_on_their_neighbours() -> None:
     weight = heavy_tailed(256, 384)
-    for calibration in ALL:
-        codes, scales = encode(weight, calibration)
-        alone, scale = encode(weight[128:, 128:256], calibration)
+    for scale_choice in ALL:
+        codes, scales = encode(weight, scale_choice)
+        alone, scale = encode(weight[128:, 128:256], scale_choice)
         assert torch.equal(codes[128:, 128:256].view(torch.uint8), alone.view(torch.uint8))
         assert scales[1, 1] == scale[0, 0]
 
@@ -219,7 +219,7 @@ def test_tiles_do_not_depend_on_their_neighbours() -> None:
 
 def test_every_mode_gives_another_result_on_heavy_tails() -> None:
     weight = heavy_tailed()
-    found = {mode: encode(weight, Calibration(mode))[1] for mode in MODES}
+    found = {mode: encode(weight, ScaleChoice(mode))[1] for mode in MODES}
     for one in MODES:
         for other in MODES:
             assert one == other or not torch.equal(found[one], found[other]), (one, other)
@@ -227,31 +227,31 @@ def test_every_mode_gives_another_result_on_heavy_tails() -> None:
 
 def test_rms_saturates_outliers_instead_of_compressing_everything_else() -> None:
     weight = heavy_tailed()
-    _, rms = encode(weight, Calibration("rms"))
-    _, largest = encode(weight, Calibration("max"))
+    _, rms = encode(weight, ScaleChoice("rms"))
+    _, largest = encode(weight, ScaleChoice("max"))
     assert bool((rms < largest).all())
-    assert saturated(weight, Calibration("rms")) > 100
-    assert saturated(weight, Calibration("max")) == 0
-    counts = [saturated(weight, Calibration("rms", rms_factor=k)) for k in (2.5, 3.0, 4.0, 128)]
+    assert saturated(weight, ScaleChoice("rms")) > 100
+    assert saturated(weight, ScaleChoice("max")) == 0
+    counts = [saturated(weight, ScaleChoice("rms", rms_factor=k)) for k in (2.5, 3.0, 4.0, 128)]
     assert counts == sorted(counts, reverse=True)
     assert counts[0] > counts[1] > counts[2] > counts[3] == 0
 
 
 def test_percentile_clips_where_it_says() -> None:
     weight = heavy_tailed()
-    counts = {p: saturated(weight, Calibration("percentile", percentile=p)) for p in (99, 99.9)}
+    counts = {p: saturated(weight, ScaleChoice("percentile", percentile=p)) for p in (99, 99.9)}
     share = {p: count / weight.numel() for p, count in counts.items()}
     assert 0.005 < share[99] <= 0.01
     assert 0.0003 < share[99.9] <= 0.001
     hundred, largest = (
-        encode(weight, c) for c in (Calibration("percentile", percentile=100), Calibration("max"))
+        encode(weight, c) for c in (ScaleChoice("percentile", percentile=100), ScaleChoice("max"))
     )
     assert torch.equal(hundred[1], largest[1])
 
 
 def test_mse_errs_less_than_max_and_search_less_than_both() -> None:
     for weight in (gaussian(), heavy_tailed()):
-        found = {mode: error(weight, Calibration(mode)) for mode in MODES}
+        found = {mode: error(weight, ScaleChoice(mode)) for mode in MODES}
         assert found["mse"] < found["max"]
         assert found["search"] < found["mse"]
         assert max(found["percentile"], found["rms"]) > found["max"]
@@ -263,12 +263,12 @@ def test_search_never_clips_and_never_does_worse_than_max(
     seed: int, power: float, tails: bool
 ) -> None:
     weight = (heavy_tailed if tails else gaussian)(128, 128, seed) * 10.0**power
-    _, largest = encode(weight, Calibration("max"))
-    _, scales = encode(weight, Calibration("search"))
+    _, largest = encode(weight, ScaleChoice("max"))
+    _, scales = encode(weight, ScaleChoice("search"))
     ratio = float(scales / largest)
     assert 1 <= ratio < 2
-    assert saturated(weight, Calibration("search")) == 0
-    assert error(weight, Calibration("search")) <= error(weight, Calibration("max")) * (1 + 1e-5)
+    assert saturated(weight, ScaleChoice("search")) == 0
+    assert error(weight, ScaleChoice("search")) <= error(weight, ScaleChoice("max")) * (1 + 1e-5)
 
 
 def test_error_of_clean_output_is_that_of_the_format() -> None:
@@ -276,7 +276,7 @@ def test_error_of_clean_output_is_that_of_the_format() -> None:
     for weight in (gaussian(), heavy_tailed()):
         norm = float(weight.double().square().sum())
         for mode in ("max", "mse", "search"):
-            relative = math.sqrt(error(weight, Calibration(mode)) / norm)
+            relative = math.sqrt(error(weight, ScaleChoice(mode)) / norm)
             assert 0.024 < relative < 0.027
 
 
@@ -284,20 +284,20 @@ def test_error_of_clean_output_is_that_of_the_format() -> None:
 
 
 @pytest.mark.parametrize("mode", ["rms", "mse", "search"])
-def test_weights_of_columns_change_these_modes(mode: Mode) -> None:
+def test_weights_of_columns_change_these_modes(mode: ScaleMode) -> None:
     weight, columns = heavy_tailed(), channel_weights(256)
-    _, even = encode(weight, Calibration(mode))
-    _, weighed = encode(weight, Calibration(mode), columns)
+    _, even = encode(weight, ScaleChoice(mode))
+    _, weighed = encode(weight, ScaleChoice(mode), columns)
     assert not torch.equal(even, weighed)
-    assert Calibration(mode).weighted
+    assert ScaleChoice(mode).weighted
 
 
 @pytest.mark.parametrize("mode", ["mse", "search"])
-def test_weighted_error_falls_with_weights(mode: Mode) -> None:
+def test_weighted_error_falls_with_weights(mode: ScaleMode) -> None:
     weight, columns = heavy_tailed(), channel_weights(256)
 
     def weighed_error(weights: torch.Tensor | None) -> float:
-        decoded = decode(*encode(weight, Calibration(mode), weights))
+        decoded = decode(*encode(weight, ScaleChoice(mode), weights))
         squares = (decoded.double() - weight.double()).square()
         return float((squares.sum(0) * columns.double()).sum())
 
@@ -305,39 +305,39 @@ def test_weighted_error_falls_with_weights(mode: Mode) -> None:
 
 
 @pytest.mark.parametrize("mode", ["max", "percentile"])
-def test_weights_of_columns_are_ignored_elsewhere(mode: Mode) -> None:
+def test_weights_of_columns_are_ignored_elsewhere(mode: ScaleMode) -> None:
     weight, columns = heavy_tailed(), channel_weights(256)
-    even, weighed = (encode(weight, Calibration(mode), w) for w in (None, columns))
+    even, weighed = (encode(weight, ScaleChoice(mode), w) for w in (None, columns))
     assert torch.equal(even[1], weighed[1])
-    assert not Calibration(mode).weighted
+    assert not ScaleChoice(mode).weighted
 
 
-@pytest.mark.parametrize("calibration", ALL, ids=str)
+@pytest.mark.parametrize("scale_choice", ALL, ids=str)
 def test_a_tile_without_any_activation_is_encoded_as_without_statistics(
-    calibration: Calibration,
+    scale_choice: ScaleChoice,
 ) -> None:
     """The toolkit before clips half of such a tile's range."""
     weight = heavy_tailed()
     columns = channel_weights(256)
     columns[:128] = 0
-    codes, scales = encode(weight, calibration, columns)
-    plain_codes, plain_scales = encode(weight, calibration)
+    codes, scales = encode(weight, scale_choice, columns)
+    plain_codes, plain_scales = encode(weight, scale_choice)
     assert torch.equal(scales[:, 0], plain_scales[:, 0])
     assert torch.equal(codes[:, :128].view(torch.uint8), plain_codes[:, :128].view(torch.uint8))
 
 
-@pytest.mark.parametrize("calibration", ALL, ids=str)
-def test_only_ratios_of_weights_matter(calibration: Calibration) -> None:
+@pytest.mark.parametrize("scale_choice", ALL, ids=str)
+def test_only_ratios_of_weights_matter(scale_choice: ScaleChoice) -> None:
     weight, columns = heavy_tailed(), channel_weights(256)
-    _, small = encode(weight, calibration, columns * 2.0**-60)
-    _, large = encode(weight, calibration, columns * 2.0**60)
+    _, small = encode(weight, scale_choice, columns * 2.0**-60)
+    _, large = encode(weight, scale_choice, columns * 2.0**60)
     assert torch.equal(small, large)
 
 
 def test_an_outlier_in_a_dead_column_saturates_in_weighted_rms() -> None:
     weight, columns = gaussian(128, 128), torch.ones(128)
     weight[3, 5], columns[5] = 10.0, 0.0
-    codes, scales = encode(weight, Calibration("rms"), columns)
+    codes, scales = encode(weight, ScaleChoice("rms"), columns)
     assert float(codes[3, 5].float()) == 448
     assert float(scales) < 0.001
 
@@ -346,24 +346,24 @@ def test_a_tile_that_is_zero_where_activations_are_is_still_encoded() -> None:
     weight, columns = torch.zeros(128, 128), torch.ones(128)
     weight[:, 5] = gaussian(128, 128)[:, 5]
     columns[5] = 0
-    for calibration in (Calibration("rms"), Calibration("mse"), Calibration("search")):
-        codes, scales = encode(weight, calibration, columns)
+    for scale_choice in (ScaleChoice("rms"), ScaleChoice("mse"), ScaleChoice("search")):
+        codes, scales = encode(weight, scale_choice, columns)
         assert bool((scales > 0).all())
         relative = (decode(codes, scales) - weight).norm() / weight.norm()
-        assert float(relative) < 0.1, calibration
+        assert float(relative) < 0.1, scale_choice
 
 
 # --- special values
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("calibration", ALL, ids=str)
+@pytest.mark.parametrize("scale_choice", ALL, ids=str)
 def test_a_tile_of_zeros_has_scale_one_and_codes_zero(
-    calibration: Calibration, dtype: torch.dtype
+    scale_choice: ScaleChoice, dtype: torch.dtype
 ) -> None:
     weight = gaussian(256, 256).to(dtype)
     weight[:128, 128:] = 0
-    codes, scales = encode(weight, calibration)
+    codes, scales = encode(weight, scale_choice)
     assert float(scales[0, 1]) == 1
     assert not codes[:128, 128:].view(torch.uint8).any()
     assert bool(codes[128:].view(torch.uint8).any())
@@ -371,29 +371,29 @@ def test_a_tile_of_zeros_has_scale_one_and_codes_zero(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("calibration", ALL, ids=str)
+@pytest.mark.parametrize("scale_choice", ALL, ids=str)
 def test_nan_and_infinity_are_told(
-    calibration: Calibration, bad: float, dtype: torch.dtype
+    scale_choice: ScaleChoice, bad: float, dtype: torch.dtype
 ) -> None:
     weight = gaussian(256, 256).to(dtype)
     weight[200, 255] = bad
-    assert not try_encode(weight, calibration)[2]
+    assert not try_encode(weight, scale_choice)[2]
 
 
 def test_negative_nan_is_told_too() -> None:
     weight = gaussian(128, 128)
     weight.view(torch.int32)[0, 0] = -1  # sign, exponent and mantissa all ones
-    assert not try_encode(weight, Calibration("max"))[2]
-    assert not try_encode(weight.bfloat16(), Calibration("search"))[2]
+    assert not try_encode(weight, ScaleChoice("max"))[2]
+    assert not try_encode(weight.bfloat16(), ScaleChoice("search"))[2]
 
 
-@pytest.mark.parametrize("calibration", ALL, ids=str)
+@pytest.mark.parametrize("scale_choice", ALL, ids=str)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-37, 1e-20, 1e20, 2.0**120])
 def test_tiny_and_huge_weights_keep_their_precision(
-    magnitude: float, calibration: Calibration
+    magnitude: float, scale_choice: ScaleChoice
 ) -> None:
     weight = gaussian(128, 256) / 0.02 * magnitude / 4
-    codes, scales = encode(weight, calibration)
+    codes, scales = encode(weight, scale_choice)
     assert torch.equal(codes.view(torch.uint8), to_codes(weight, scales).view(torch.uint8))
     relative = (decode(codes, scales).double() - weight.double()).norm() / weight.double().norm()
     limit = 0.05 if magnitude > 1e-36 else 0.2  # the scale cannot be smaller than 2**-126
@@ -401,23 +401,23 @@ def test_tiny_and_huge_weights_keep_their_precision(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("calibration", [*ALL, Calibration("rms", rms_factor=100)], ids=str)
+@pytest.mark.parametrize("scale_choice", [*ALL, ScaleChoice("rms", rms_factor=100)], ids=str)
 def test_the_largest_numbers_give_finite_scales(
-    calibration: Calibration, dtype: torch.dtype
+    scale_choice: ScaleChoice, dtype: torch.dtype
 ) -> None:
     sign = gaussian(128, 128).sign()
     weight = (sign * 3.3e38).to(dtype)
-    codes, scales = encode(weight, calibration)
+    codes, scales = encode(weight, scale_choice)
     assert bool(scales.isfinite().all())
     assert torch.equal(codes.view(torch.uint8), to_codes(weight, scales).view(torch.uint8))
     assert bool(decode(codes, scales).isfinite().all())
 
 
-@pytest.mark.parametrize("calibration", ALL, ids=str)
-def test_the_smallest_numbers_do_not_become_nan(calibration: Calibration) -> None:
+@pytest.mark.parametrize("scale_choice", ALL, ids=str)
+def test_the_smallest_numbers_do_not_become_nan(scale_choice: ScaleChoice) -> None:
     for value in (1e-45, 1e-42, 1.2e-38, 3e-36):
         weight = torch.full((128, 128), value)
-        codes, scales = encode(weight, calibration)
+        codes, scales = encode(weight, scale_choice)
         assert float(scales) >= torch.finfo(torch.bfloat16).tiny
         assert torch.equal(codes.view(torch.uint8), to_codes(weight, scales).view(torch.uint8))
 
@@ -426,7 +426,7 @@ def test_grid_of_one_is_max() -> None:
     """The toolkit before took half of the range then."""
     for weight in (gaussian(), heavy_tailed()):
         one, largest = (
-            encode(weight, c) for c in (Calibration("mse", grid_size=1), Calibration("max"))
+            encode(weight, c) for c in (ScaleChoice("mse", grid_size=1), ScaleChoice("max"))
         )
         assert torch.equal(one[1], largest[1])
         assert torch.equal(one[0].view(torch.uint8), largest[0].view(torch.uint8))
@@ -454,15 +454,15 @@ def test_grid_of_one_is_max() -> None:
 )
 def test_parameters_that_make_no_sense_are_refused(nonsense: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected"):
-        Calibration(**nonsense)
+        ScaleChoice(**nonsense)
 
 
 def test_values_are_left_as_they_were() -> None:
     weight = gaussian().numpy()
     before = weight.copy()
     codes, scales = np.empty(weight.shape, np.uint8), np.empty((2, 3), np.uint16)
-    for calibration in ALL:
-        encode_rows(weight, "F32", calibration, None, codes, scales)
+    for scale_choice in ALL:
+        encode_rows(weight, "F32", scale_choice, None, codes, scales)
     np.testing.assert_array_equal(weight, before)
 
 
@@ -525,7 +525,7 @@ def test_max_is_transformers_own_where_its_scale_needs_no_rounding() -> None:
         for column in (0, 128):
             weight[row, column] = 0.109375 if row else 0.21875  # 448 * 2**-12, 448 * 2**-11
     theirs, their_scales = of_transformers(weight)
-    codes, scales = encode(weight, Calibration("max"))
+    codes, scales = encode(weight, ScaleChoice("max"))
     assert torch.equal(scales.float(), their_scales)
     assert torch.equal(codes.view(torch.uint8), theirs.view(torch.uint8))
 
@@ -534,7 +534,7 @@ def test_rounding_the_scale_first_costs_nothing() -> None:
     """The scales of `max` are transformers' rounded; the error is not larger for it."""
     weight = gaussian(512, 512).bfloat16()
     theirs, their_scales = of_transformers(weight)
-    codes, scales = encode(weight, Calibration("max"))
+    codes, scales = encode(weight, ScaleChoice("max"))
     assert torch.equal(scales, their_scales.bfloat16())
     ours = (decode(codes, scales) - weight.float()).norm()
     exact = (decode(theirs, their_scales) - weight.float()).norm()
@@ -547,13 +547,13 @@ def test_dequantized_by_transformers_as_by_us() -> None:
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     weight = heavy_tailed(256, 384).bfloat16()
-    codes, scales = encode(weight, Calibration("search"))
+    codes, scales = encode(weight, ScaleChoice("search"))
     dequantize = Fp8Dequantize(SimpleNamespace(quantization_config=SimpleNamespace()))
     made = dequantize._dequantize_one(codes, scales)
     assert torch.equal(made.bfloat16(), decode(codes, scales).bfloat16())
 
 
 def test_decoded_values_are_those_of_the_table() -> None:
-    codes, _ = encode(heavy_tailed(), Calibration("max"))
+    codes, _ = encode(heavy_tailed(), ScaleChoice("max"))
     by_table = e4m3_values()[codes.view(torch.uint8).numpy()]
     np.testing.assert_array_equal(by_table, codes.float().numpy())

@@ -23,14 +23,14 @@ from checkpoints import (
     write_checkpoint,
 )
 from qwen35.checkpoint.source import open_folder
-from qwen35.cli import old
 from qwen35.cli.main import main
-from qwen35.codecs.fp8.layout import Calibration
+from qwen35.cli.old import front_doors
+from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import InputError, TensorError, UsageError
-from qwen35.plan.activations import load_activations
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.activations import load_activations
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.sentences
@@ -95,14 +95,14 @@ def statistics(source: Path, folder: Path, *, name: str = "stats.json", seed: in
 def test_output_is_what_the_codec_makes_of_each_weight(
     mode: Any, dense: Path, tmp_path: Path
 ) -> None:
-    calibration = Calibration(mode, grid_size=5)
-    plan = make_plan(open_folder(dense), load_recipe("fp8"), calibration=calibration)
+    scale_choice = ScaleChoice(mode, grid_size=5)
+    plan = make_plan(open_folder(dense), load_recipe("fp8"), scale_choice=scale_choice)
     write(plan, tmp_path / "out")
     source, out = load_all(dense), load_all(tmp_path / "out")
     expected: Tensors = {}
     for name, tensor in source.items():
         if f"{name}_scale_inv" in out:
-            expected[name], expected[f"{name}_scale_inv"] = encode(tensor, calibration)
+            expected[name], expected[f"{name}_scale_inv"] = encode(tensor, scale_choice)
         else:
             expected[name] = tensor
     assert sum(n.endswith("_scale_inv") for n in out) == 32
@@ -132,7 +132,7 @@ def test_experts_are_the_parts_of_the_stack(moe: Path, tmp_path: Path) -> None:
         down = source[f"{stem}.down_proj"][expert]
         for leaf, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
             name = f"{stem}.{expert}.{leaf}.weight"
-            codes, scales = encode(weight, Calibration())
+            codes, scales = encode(weight, ScaleChoice())
             assert torch.equal(out[name].view(torch.uint8), codes.view(torch.uint8))
             assert torch.equal(out[f"{name}_scale_inv"], scales)
 
@@ -185,11 +185,11 @@ def test_packing_again_changes_nothing(fp8: Path, tmp_path: Path) -> None:
 
 def test_decoding_and_packing_again_by_max_is_the_same(dense: Path, tmp_path: Path) -> None:
     """Values that E4M3 holds exactly come back, where the scale is found again."""
-    plan = make_plan(open_folder(dense), load_recipe("fp8"), calibration=Calibration("max"))
+    plan = make_plan(open_folder(dense), load_recipe("fp8"), scale_choice=ScaleChoice("max"))
     first = load_all(write(plan, tmp_path / "first").out)
     run(tmp_path / "first", tmp_path / "back", "bf16")
     plan = make_plan(
-        open_folder(tmp_path / "back"), load_recipe("fp8"), calibration=Calibration("max")
+        open_folder(tmp_path / "back"), load_recipe("fp8"), scale_choice=ScaleChoice("max")
     )
     second = load_all(write(plan, tmp_path / "second").out)
     name = QKV
@@ -203,7 +203,7 @@ def test_other_float_sources_are_encoded_without_rounding_first(dtype: str, tmp_
     tensors = random_tensors(config)
     source = write_checkpoint(tmp_path / "in", config, tensors)
     out = load_all(run(source, tmp_path / "out", "fp8").out)
-    codes, scales = encode(tensors[QKV], Calibration())
+    codes, scales = encode(tensors[QKV], ScaleChoice())
     assert torch.equal(out[QKV].view(torch.uint8), codes.view(torch.uint8))
     assert torch.equal(out[f"{QKV}_scale_inv"], scales)
     assert scales.dtype == torch.bfloat16
@@ -227,7 +227,9 @@ def test_several_shards_hold_a_weight_and_its_scale_together(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = load_all(run(moe, tmp_path / "whole", "fp8").out)
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 300_000)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 300_000
+    )
     out = run(moe, tmp_path / "out", "fp8").out
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = index["weight_map"]
@@ -324,7 +326,7 @@ def with_statistics(source: Path, file: Path, mode: Any, out: Path) -> Any:
     plan = make_plan(
         open_folder(source),
         load_recipe("fp8"),
-        calibration=Calibration(mode, grid_size=9),
+        scale_choice=ScaleChoice(mode, grid_size=9),
         activations=load_activations(file),
     )
     return plan, load_all(write(plan, out).out)
@@ -339,7 +341,7 @@ def test_statistics_weigh_the_columns_of_their_weight(
     source, table = load_all(dense), json.loads(file.read_text())
     for name in (QKV, DOWN):
         columns = torch.tensor(table[name]["input_channel_max"])
-        codes, scales = encode(source[name], Calibration(mode, grid_size=9), columns)
+        codes, scales = encode(source[name], ScaleChoice(mode, grid_size=9), columns)
         assert torch.equal(out[name].view(torch.uint8), codes.view(torch.uint8))
         assert torch.equal(out[f"{name}_scale_inv"], scales)
     assert any("7 of 32 FP8 weights have no statistics" in note for note in plan.notes)
@@ -372,7 +374,7 @@ def test_search_weighs_by_mean_squares(mode: Any, key: str, dense: Path, tmp_pat
     for name in (QKV, DOWN):
         scales = {
             what: encode(
-                source[name], Calibration(mode, grid_size=9), torch.tensor(table[name][what])
+                source[name], ScaleChoice(mode, grid_size=9), torch.tensor(table[name][what])
             )[1]
             for what in ("input_channel_max", "input_channel_mean_square")
         }
@@ -408,12 +410,12 @@ def test_statistics_are_ignored_with_a_message(mode: Any, dense: Path, tmp_path:
     file = statistics(dense, tmp_path)
     plan, out = with_statistics(dense, file, mode, tmp_path / "out")
     assert any("stats.json is ignored" in note and mode in note for note in plan.notes)
-    bare = make_plan(open_folder(dense), load_recipe("fp8"), calibration=Calibration(mode))
+    bare = make_plan(open_folder(dense), load_recipe("fp8"), scale_choice=ScaleChoice(mode))
     assert same(out, load_all(write(bare, tmp_path / "bare").out))
     assert (
         plan.digest
         == make_plan(
-            open_folder(dense), load_recipe("fp8"), calibration=Calibration(mode, grid_size=9)
+            open_folder(dense), load_recipe("fp8"), scale_choice=ScaleChoice(mode, grid_size=9)
         ).digest
     )
 
@@ -459,7 +461,7 @@ def test_manifest_and_digest_tell_how_scales_were_chosen(dense: Path, tmp_path: 
             make_plan(
                 open_folder(dense),
                 load_recipe("fp8"),
-                calibration=Calibration("mse", grid_size=9),
+                scale_choice=ScaleChoice("mse", grid_size=9),
                 activations=activations,
             ).digest
         )
@@ -563,7 +565,7 @@ def test_statistics_are_never_picked_up_by_themselves(
         statistics(dense, tmp_path / "cwd", name=name)
     monkeypatch.chdir(tmp_path / "cwd")
     assert run(dense, tmp_path / "out", "fp8").hashes == plain
-    code = old.quantize_fp8(
+    code = front_doors.quantize_fp8(
         ["--input_dir", str(dense), "--output_dir", str(tmp_path / "old"), "--skip_verify"]
     )
     assert code == 0
@@ -577,7 +579,7 @@ def test_statistics_are_never_picked_up_by_themselves(
 def test_old_command_has_the_documented_flags_and_defaults() -> None:
     import argparse
 
-    from qwen35.cli.old_quantize_fp8 import add_arguments
+    from qwen35.cli.old.old_quantize_fp8 import add_arguments
 
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -609,12 +611,12 @@ def test_old_command_writes_the_conservative_recipe(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert old.quantize_fp8(["--input_dir", str(dense), "--output_dir", str(out)]) in (0, 1)
+    assert front_doors.quantize_fp8(["--input_dir", str(dense), "--output_dir", str(out)]) in (0, 1)
     text = capsys.readouterr().out
     assert "Calibration         : rms(k=3.0)" in text
     assert "Spot-checked        : 5 " in text
     plan = make_plan(
-        open_folder(dense), load_recipe("fp8-conservative"), calibration=Calibration("rms")
+        open_folder(dense), load_recipe("fp8-conservative"), scale_choice=ScaleChoice("rms")
     )
     expected = write(plan, tmp_path / "expected")
     assert same(load_all(out), load_all(expected.out))
@@ -635,12 +637,12 @@ def test_old_command_takes_underscores_and_dashes(dash: str, dense: Path, tmp_pa
         "verify_samples": "2",
     }
     arguments = [part for n, v in flags.items() for part in (f"--{n.replace('_', dash)}", v)]
-    assert old.quantize_fp8([*arguments, "--device", "cpu", f"--skip{dash}verify"]) == 0
+    assert front_doors.quantize_fp8([*arguments, "--device", "cpu", f"--skip{dash}verify"]) == 0
     manifest = json.loads((tmp_path / "out" / "qwen35.json").read_text())
-    calibration = manifest["calibration"]
-    assert (calibration["mode"], calibration["grid_size"]) == ("mse", 3)
-    assert (calibration["rms_factor"], calibration["percentile"]) == (4.0, 99.5)
-    assert calibration["activations"]["name"] == "stats.json"
+    scale_choice = manifest["calibration"]
+    assert (scale_choice["mode"], scale_choice["grid_size"]) == ("mse", 3)
+    assert (scale_choice["rms_factor"], scale_choice["percentile"]) == (4.0, 99.5)
+    assert scale_choice["activations"]["name"] == "stats.json"
 
 
 @pytest.mark.parametrize(
@@ -663,7 +665,7 @@ def test_old_command_refuses_nonsense_with_code_two(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     arguments = ["--input_dir", str(dense), "--output_dir", str(tmp_path / "out"), *more]
-    assert old.quantize_fp8(arguments) == 2
+    assert front_doors.quantize_fp8(arguments) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -672,15 +674,18 @@ def test_old_command_refuses_a_missing_folder_and_a_taken_one(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert old.quantize_fp8(["--input_dir", str(tmp_path / "no"), "--output_dir", str(out)]) == 2
+    assert (
+        front_doors.quantize_fp8(["--input_dir", str(tmp_path / "no"), "--output_dir", str(out)])
+        == 2
+    )
     assert "not a folder" in capsys.readouterr().err
     out.mkdir()
     (out / "mine").write_text("")
-    assert old.quantize_fp8(["--input_dir", str(dense), "--output_dir", str(out)]) == 2
+    assert front_doors.quantize_fp8(["--input_dir", str(dense), "--output_dir", str(out)]) == 2
     assert "exists already" in capsys.readouterr().err
-    assert old.quantize_fp8(["--input_dir", str(dense), "--output_dir", str(dense)]) == 2
+    assert front_doors.quantize_fp8(["--input_dir", str(dense), "--output_dir", str(dense)]) == 2
     with pytest.raises(SystemExit) as caught:
-        old.quantize_fp8([])
+        front_doors.quantize_fp8([])
     assert caught.value.code == 2
 
 
@@ -737,10 +742,10 @@ def test_memory_stays_below_the_plans_estimate(tmp_path: Path) -> None:
         "import sys\n"
         "from pathlib import Path\n"
         "from qwen35.checkpoint.source import open_folder\n"
-        "from qwen35.writing.run import write\n"
-        "from qwen35.plan.plan import make_plan\n"
-        "from qwen35.plan.recipe import load_recipe\n"
-        "from qwen35.plan.memory import peak_memory\n"
+        "from qwen35.writing.write import write\n"
+        "from qwen35.planning.output_plan import make_plan\n"
+        "from qwen35.planning.recipe import load_recipe\n"
+        "from qwen35.planning.memory import peak_memory\n"
         "plan = make_plan(open_folder(Path(sys.argv[1])), load_recipe('fp8'))\n"
         "write(plan, Path(sys.argv[2]), threads=2)\n"
         "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
@@ -759,5 +764,5 @@ def test_memory_stays_below_the_plans_estimate(tmp_path: Path) -> None:
 
 def test_a_bad_calibration_is_seen_before_anything_is_written(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
-        make_plan(open_folder(dense), load_recipe("nf4"), calibration=Calibration("search"))
+        make_plan(open_folder(dense), load_recipe("nf4"), scale_choice=ScaleChoice("search"))
     assert layout_of(read_config(dense)).mtp

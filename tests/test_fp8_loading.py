@@ -15,11 +15,11 @@ import torch
 from blocks import decode
 from checkpoints import ASSET, make_checkpoint, write_checkpoint
 from loading import clean, load_model
-from qwen35.codecs.fp8.layout import Calibration
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.verify.asking import Asker, Question, is_right
-from qwen35.writing.run import write
+from qwen35.codecs.fp8.layout import ScaleChoice
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.verification.asking_transformers import Asker, Question, is_right
+from qwen35.writing.write import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*FP8.*", "ignore:.*is deprecated.*")
@@ -173,8 +173,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {}
     for mode in ("search", "max"):
         plan = plan_of(ASSET, "fp8")
-        calibration = Calibration(mode)
-        plan = make_plan(plan.checkpoint, load_recipe("fp8"), calibration=calibration)
+        scale_choice = ScaleChoice(mode)
+        plan = make_plan(plan.checkpoint, load_recipe("fp8"), scale_choice=scale_choice)
         made[mode] = write(plan, folder / mode, threads=1).out
     return made
 

@@ -17,15 +17,15 @@ import pytest
 
 from checkpoints import layout_of, tiny_config
 from qwen35.checkpoint.source import Checkpoint, open_published
-from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.nf4 import layout as nf4
 from qwen35.codecs.registry import group
 from qwen35.errors import UsageError
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.plan.safetensors.show import plan_json, plan_text
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.safetensors_files.safetensors_display import plan_json, plan_text
 from qwen35.tensors import StoredTensor, TensorSpec
 
 pytestmark = pytest.mark.sentences
@@ -94,7 +94,7 @@ def published(name: str, recipe: str = "fp8") -> Plan:
 
 def made_up(
     config: dict[str, Any],
-    layout: Layout | None = None,
+    layout: CheckpointNaming | None = None,
     *,
     fp8: tuple[str, ...] = (),
     nf4s: tuple[str, ...] = (),
@@ -115,11 +115,11 @@ def made_up(
             tensors[part.name] = StoredTensor(part, "model.safetensors", 0)
     weights, problems = group(tensors)
     assert not problems
-    return Checkpoint("made up", parse_config(config), weights, Layout.of(tensors), {})
+    return Checkpoint("made up", parse_config(config), weights, CheckpointNaming.of(tensors), {})
 
 
 def planned(
-    config: dict[str, Any], recipe: str = "fp8", *keep: str, layout: Layout | None = None
+    config: dict[str, Any], recipe: str = "fp8", *keep: str, layout: CheckpointNaming | None = None
 ) -> Plan:
     return make_plan(made_up(config, layout), load_recipe(recipe).keeping(keep))
 
@@ -499,7 +499,7 @@ def test_a_source_that_is_fp8_throughout_needs_no_calibration() -> None:
     assert {s.op for s in plan.steps} == {"copy"}
     assert plan.settings is None
     with pytest.raises(UsageError, match="--calib-mode"):
-        make_plan(checkpoint, load_recipe("fp8"), calibration=Calibration("max"))
+        make_plan(checkpoint, load_recipe("fp8"), scale_choice=ScaleChoice("max"))
 
 
 def test_bf16_recipe_decodes_every_fp8_weight_and_forgets_the_config() -> None:
@@ -552,33 +552,33 @@ def test_a_kept_half_of_a_group_is_refused(tmp_path: Path) -> None:
 
 def test_the_default_is_search_and_the_plan_says_so() -> None:
     plan = planned(tiny_config())
-    assert plan.settings == Calibration("search")
+    assert plan.settings == ScaleChoice("search")
     assert "FP8 scales: search" in plan_text(plan, 1)
-    calibration = plan_json(plan, 1)["calibration"]
-    assert (calibration["mode"], calibration["activations"]) == ("search", None)
+    scale_choice = plan_json(plan, 1)["calibration"]
+    assert (scale_choice["mode"], scale_choice["activations"]) == ("search", None)
 
 
 def test_the_digest_depends_on_how_scales_are_chosen() -> None:
     checkpoint, recipe = made_up(tiny_config()), load_recipe("fp8")
     digests = {
-        make_plan(checkpoint, recipe, calibration=calibration).digest
-        for calibration in (
-            Calibration("max"),
-            Calibration("search"),
-            Calibration("rms"),
-            Calibration("rms", rms_factor=3.5),
-            Calibration("percentile"),
-            Calibration("percentile", percentile=99.0),
-            Calibration("mse"),
-            Calibration("mse", grid_size=49),
+        make_plan(checkpoint, recipe, scale_choice=scale_choice).digest
+        for scale_choice in (
+            ScaleChoice("max"),
+            ScaleChoice("search"),
+            ScaleChoice("rms"),
+            ScaleChoice("rms", rms_factor=3.5),
+            ScaleChoice("percentile"),
+            ScaleChoice("percentile", percentile=99.0),
+            ScaleChoice("mse"),
+            ScaleChoice("mse", grid_size=49),
         )
     }
     assert len(digests) == 8
-    same = [make_plan(checkpoint, recipe, calibration=c).digest for c in (None, Calibration())]
+    same = [make_plan(checkpoint, recipe, scale_choice=c).digest for c in (None, ScaleChoice())]
     assert same[0] == same[1]
 
 
 @pytest.mark.parametrize("recipe", ["nf4", "text", "bf16"])
 def test_a_calibration_without_fp8_is_refused(recipe: str) -> None:
     with pytest.raises(UsageError, match="nothing is encoded as FP8"):
-        make_plan(made_up(tiny_config()), load_recipe(recipe), calibration=Calibration("max"))
+        make_plan(made_up(tiny_config()), load_recipe(recipe), scale_choice=ScaleChoice("max"))

@@ -21,17 +21,17 @@ from blocks import decode
 from checkpoints import Tensors, random_tensors, tiny_config, write_checkpoint
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.cli.main import main
-from qwen35.codecs.compared import Compared
+from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.fp8.arrays import encode_rows
-from qwen35.codecs.fp8.errors import Errors
-from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.fp8.error_sums import ErrorSums
+from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import Finding, UsageError
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.verify.bands import BANDS
-from qwen35.verify.fp8_report import Report, check_fp8
-from qwen35.verify.fp8_show import report_text
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.verification.bands import BANDS
+from qwen35.verification.fp8_display import report_text
+from qwen35.verification.fp8_report import Fp8Report, check_fp8
+from qwen35.writing.write import write
 from running import load_all, run
 from watching import Watching, watched_pools
 
@@ -71,8 +71,8 @@ def tails(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_source(tmp_path_factory.mktemp("tails") / "in", 0.02, tails=True)
 
 
-def packed(source: Path, out: Path, calibration: Calibration) -> Path:
-    plan = make_plan(fetch(str(source)), load_recipe("fp8"), calibration=calibration)
+def packed(source: Path, out: Path, scale_choice: ScaleChoice) -> Path:
+    plan = make_plan(fetch(str(source)), load_recipe("fp8"), scale_choice=scale_choice)
     return write(plan, out, threads=1).out
 
 
@@ -82,17 +82,17 @@ def outputs(
 ) -> dict[tuple[float, str], Path]:
     folder = tmp_path_factory.mktemp("outputs")
     return {
-        (d, mode): packed(source, folder / f"{d}-{mode}", Calibration(mode, grid_size=10))  # type: ignore[arg-type]
+        (d, mode): packed(source, folder / f"{d}-{mode}", ScaleChoice(mode, grid_size=10))  # type: ignore[arg-type]
         for d, source in sources.items()
         for mode in MODES
     }
 
 
 def report_on(
-    out: Path, source: Path, calibration: Calibration | None = None, **more: Any
-) -> Report:
+    out: Path, source: Path, scale_choice: ScaleChoice | None = None, **more: Any
+) -> Fp8Report:
     artifact = describe(str(out), lenient=True)
-    return check_fp8(artifact, fetch(str(source)), calibration or Calibration(), threads=1, **more)
+    return check_fp8(artifact, fetch(str(source)), scale_choice or ScaleChoice(), threads=1, **more)
 
 
 def edited(out: Path, folder: Path, change: Callable[[Tensors], object]) -> Path:
@@ -116,7 +116,7 @@ def test_clean_output_is_good_at_any_magnitude(
     sources: dict[float, Path],
     outputs: dict[tuple[float, str], Path],
 ) -> None:
-    report = report_on(outputs[deviation, mode], sources[deviation], Calibration(mode))
+    report = report_on(outputs[deviation, mode], sources[deviation], ScaleChoice(mode))
     assert report.verdict == ("WARN" if mode == "mse" else "GOOD")
     assert sum(report.judged.values()) == 32
     assert report.identical == report.passthrough == 103 - 32
@@ -211,7 +211,7 @@ def test_planted_fault_fails_at_any_magnitude(
     tmp_path: Path,
 ) -> None:
     broken = edited(outputs[deviation, mode], tmp_path / "broken", FAULTS[fault])
-    report = report_on(broken, sources[deviation], Calibration(mode))
+    report = report_on(broken, sources[deviation], ScaleChoice(mode))
     assert report.verdict == "FAIL"
     assert QKV in report_text(report) or report.judged["FAIL"]
     if report.judged["FAIL"]:
@@ -228,9 +228,9 @@ def test_a_faulty_encoder_makes_convert_exit_with_one(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def broken(
-        values: Any, dtype: str, calibration: Any, weights: Any, codes: Any, out: Any
+        values: Any, dtype: str, scale_choice: Any, weights: Any, codes: Any, out: Any
     ) -> bool:
-        finite = encode_rows(values, dtype, calibration, weights, codes, out)
+        finite = encode_rows(values, dtype, scale_choice, weights, codes, out)
         if fault == "doubled":
             out += 0x80
         elif fault == "transposed":
@@ -243,7 +243,7 @@ def test_a_faulty_encoder_makes_convert_exit_with_one(
             codes[:] = codes[::-1].copy()
         return finite
 
-    monkeypatch.setattr("qwen35.writing.run.kernels_for", lambda *_: ({"fp8": broken},))
+    monkeypatch.setattr("qwen35.writing.write.kernels_for", lambda *_: ({"fp8": broken},))
     out = tmp_path / "out"
     assert main(["convert", str(sources[0.02]), str(out), "--recipe", "fp8", "--quiet"]) == 1
     text = capsys.readouterr().out
@@ -254,17 +254,17 @@ def test_a_faulty_encoder_makes_convert_exit_with_one(
 def test_saturation_fails_where_it_costs_more_than_any_rounding(
     tails: Path, tmp_path: Path
 ) -> None:
-    out = packed(tails, tmp_path / "out", Calibration("rms"))
-    report = report_on(out, tails, Calibration("rms"))
+    out = packed(tails, tmp_path / "out", ScaleChoice("rms"))
+    report = report_on(out, tails, ScaleChoice("rms"))
     assert report.verdict == "FAIL"
     assert not any(e.misplaced for e in report.errors.values())
     assert all(e.clipped for e in report.errors.values())
 
 
 def test_a_little_saturation_is_a_warning(sources: dict[float, Path], tmp_path: Path) -> None:
-    calibration = Calibration("percentile", percentile=99.95)
-    out = packed(sources[0.02], tmp_path / "out", calibration)
-    assert report_on(out, sources[0.02], calibration).verdict == "WARN"
+    scale_choice = ScaleChoice("percentile", percentile=99.95)
+    out = packed(sources[0.02], tmp_path / "out", scale_choice)
+    assert report_on(out, sources[0.02], scale_choice).verdict == "WARN"
 
 
 # --- passthrough
@@ -322,7 +322,7 @@ def test_a_dropped_tensor_is_found(
 
 def test_a_description_is_refused(sources: dict[float, Path]) -> None:
     with pytest.raises(UsageError) as caught:
-        check_fp8(describe("Qwen3.5-0.8B"), fetch(str(sources[0.02])), Calibration())
+        check_fp8(describe("Qwen3.5-0.8B"), fetch(str(sources[0.02])), ScaleChoice())
     assert str(caught.value) == (
         "Qwen3.5-0.8B: only a description, nothing to verify; give a folder or a Hub id"
     )
@@ -333,12 +333,12 @@ def test_weights_are_compared_by_as_many_threads_as_asked_for(
     outputs: dict[tuple[float, str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = watched_pools(monkeypatch, "qwen35.verify.numbers")
+    asked = watched_pools(monkeypatch, "qwen35.verification.numbers_check")
     progress = Watching()
     artifact = describe(str(outputs[0.02, "max"]), lenient=True)
     source = fetch(str(sources[0.02]))
     assert (
-        check_fp8(artifact, source, Calibration(), threads=3, progress=progress).verdict == "GOOD"
+        check_fp8(artifact, source, ScaleChoice(), threads=3, progress=progress).verdict == "GOOD"
     )
     assert asked == [3]
     assert progress.done == progress.total == sum(weight.nbytes for weight in artifact.weights)
@@ -377,12 +377,12 @@ def test_what_was_compared_as_it_was_written_is_not_read_again(
     sources: dict[float, Path], outputs: dict[tuple[float, str], Path], tmp_path: Path
 ) -> None:
     broken = edited(outputs[0.02, "max"], tmp_path / "broken", shuffle)
-    told = Compared(QKV, errors=asdict(Errors(count=4)), judged=True)
+    told = WeightComparison(QKV, errors=asdict(ErrorSums(count=4)), judged=True)
     report = report_on(broken, sources[0.02], seen={QKV: told.to_json()})
     assert report.verdict == "GOOD"
-    assert report.errors[QKV] == Errors(count=4)
+    assert report.errors[QKV] == ErrorSums(count=4)
     assert len(report.errors) == 32
-    astray = Compared(UP, errors=asdict(Errors(count=4, misplaced=1)), judged=True)
+    astray = WeightComparison(UP, errors=asdict(ErrorSums(count=4, misplaced=1)), judged=True)
     astray.found("codes", "astray")
     astray.found("decode", "damaged")
     report = report_on(broken, sources[0.02], seen={UP: astray.to_json(), QKV: told.to_json()})
@@ -393,9 +393,11 @@ def test_what_was_compared_as_it_was_written_is_not_read_again(
 def test_samples_are_drawn_in_each_file_by_a_seed(
     sources: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 1_500_000
+    )
     source = sources[0.02]
-    out = packed(source, tmp_path / "out", Calibration("max"))
+    out = packed(source, tmp_path / "out", ScaleChoice("max"))
     files = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     first, again = (list(report_on(out, source, samples=2, seed=1).errors) for _ in range(2))
     other = list(report_on(out, source, samples=2, seed=2).errors)
@@ -467,16 +469,16 @@ LINES = [
 def test_summary_has_the_layout_of_the_toolkit_before(
     sources: dict[float, Path], outputs: dict[tuple[float, str], Path]
 ) -> None:
-    text = report_text(report_on(outputs[0.02, "max"], sources[0.02], Calibration("max")))
+    text = report_text(report_on(outputs[0.02, "max"], sources[0.02], ScaleChoice("max")))
     lines = text.splitlines()
     for line, pattern in zip(lines, LINES, strict=True):
         assert re.fullmatch(pattern, line), (line, pattern)
 
 
 def test_degraded_summary_has_numbered_recommendations(tails: Path, tmp_path: Path) -> None:
-    calibration = Calibration("percentile", percentile=99)
-    out = packed(tails, tmp_path / "out", calibration)
-    lines = report_text(report_on(out, tails, calibration)).splitlines()
+    scale_choice = ScaleChoice("percentile", percentile=99)
+    out = packed(tails, tmp_path / "out", scale_choice)
+    lines = report_text(report_on(out, tails, scale_choice)).splitlines()
     assert lines[2] == "  Calibration         : percentile(p=99)"
     assert "✘  Outside hard limits. Do not deploy." in lines
     at = lines.index("  CALIBRATION RECOMMENDATIONS")
@@ -487,9 +489,9 @@ def test_degraded_summary_has_numbered_recommendations(tails: Path, tmp_path: Pa
 # --- the whole of it, of errors by hand
 
 
-def errors(relative: float, *, clipped: int = 0, misplaced: int = 0) -> Errors:
+def errors(relative: float, *, clipped: int = 0, misplaced: int = 0) -> ErrorSums:
     """Return errors at right angles to four weights of one."""
-    return Errors(
+    return ErrorSums(
         count=4,
         squared=4 * relative**2,
         norm=4.0,
@@ -504,9 +506,9 @@ def errors(relative: float, *, clipped: int = 0, misplaced: int = 0) -> Errors:
     )
 
 
-def report_of(mode: Any, found: dict[str, Errors], *findings: Finding, **more: Any) -> Report:
-    return Report(
-        calibration=Calibration(mode, **more),
+def report_of(mode: Any, found: dict[str, ErrorSums], *findings: Finding, **more: Any) -> Fp8Report:
+    return Fp8Report(
+        scale_choice=ScaleChoice(mode, **more),
         bands="derived",
         shards=3,
         packed=5,
@@ -561,7 +563,7 @@ ASTRAY = (
         ),
     ],
 )
-def test_advice_is_about_what_is_not_good(report: Report, advice: list[str]) -> None:
+def test_advice_is_about_what_is_not_good(report: Fp8Report, advice: list[str]) -> None:
     assert list(report.recommendations()) == advice
 
 
@@ -651,9 +653,9 @@ def test_the_whole_json() -> None:
 
 def test_metrics_of_zeros_and_of_what_became_of_them() -> None:
     rows = {metric.name: metric for metric in BANDS["derived"]}
-    for found, band in ((Errors(count=4), "GOOD"), (Errors(count=4, absolute=1.0), "GOOD")):
+    for found, band in ((ErrorSums(count=4), "GOOD"), (ErrorSums(count=4, absolute=1.0), "GOOD")):
         assert rows["mean abs err"].band([found]) == band
-    half = Errors(count=4, absolute=0.2, magnitude=8.0)  # 0.05 of weights of 2
+    half = ErrorSums(count=4, absolute=0.2, magnitude=8.0)  # 0.05 of weights of 2
     assert rows["mean abs err"].band([half]) == "GOOD"
     assert rows["mean abs err"].band([replace(half, absolute=0.3)]) == "WARN"
     assert rows["mean abs err"].band([replace(half, absolute=0.6)]) == "FAIL"
@@ -686,7 +688,7 @@ def test_documented_bands_judge_by_magnitude(
     verdicts = {}
     for deviation in DEVIATIONS:
         out = outputs[deviation, "max"]
-        report = report_on(out, sources[deviation], Calibration("max"), bands="documented")
+        report = report_on(out, sources[deviation], ScaleChoice("max"), bands="documented")
         verdicts[deviation] = report.verdict
         cosine = report.metrics[0]
         assert 0.9995 < report.value(cosine) < 0.9997
@@ -711,11 +713,11 @@ def test_exit_code_follows_the_bands_asked_for(
 # --- recommendations: following each improves what it speaks of
 
 
-def advice(report: Report) -> str:
+def advice(report: Fp8Report) -> str:
     return "\n".join(report.recommendations())
 
 
-def better(before: Report, after: Report, *names: str) -> None:
+def better(before: Fp8Report, after: Fp8Report, *names: str) -> None:
     """Check that every metric that was not good, or those named, is better now."""
     for metric in before.metrics:
         if metric.name in names or (not names and metric.band(before.errors.values()) != "GOOD"):
@@ -723,60 +725,62 @@ def better(before: Report, after: Report, *names: str) -> None:
             assert two > one if metric.rises else two < one, (metric.name, one, two)
 
 
-def follow(source: Path, folder: Path, calibration: Calibration, *keep: str, **more: Any) -> Report:
+def follow(
+    source: Path, folder: Path, scale_choice: ScaleChoice, *keep: str, **more: Any
+) -> Fp8Report:
     recipe = load_recipe("fp8").keeping(keep)
-    plan = make_plan(fetch(str(source)), recipe, calibration=calibration)
-    return report_on(write(plan, folder, threads=1).out, source, calibration, **more)
+    plan = make_plan(fetch(str(source)), recipe, scale_choice=scale_choice)
+    return report_on(write(plan, folder, threads=1).out, source, scale_choice, **more)
 
 
 @pytest.mark.parametrize("bands", ["derived", "documented"])
 def test_advice_to_raise_the_rms_factor_is_right(bands: Any, tails: Path, tmp_path: Path) -> None:
-    before = follow(tails, tmp_path / "a", Calibration("rms"), bands=bands)
+    before = follow(tails, tmp_path / "a", ScaleChoice("rms"), bands=bands)
     assert re.search(r"raise --rms-factor \(now 3\)", advice(before))
-    after = follow(tails, tmp_path / "b", Calibration("rms", rms_factor=6.0), bands=bands)
+    after = follow(tails, tmp_path / "b", ScaleChoice("rms", rms_factor=6.0), bands=bands)
     better(before, after)
-    best = follow(tails, tmp_path / "c", Calibration("rms", rms_factor=60.0), bands=bands)
+    best = follow(tails, tmp_path / "c", ScaleChoice("rms", rms_factor=60.0), bands=bands)
     assert "--rms-factor" not in advice(best)
 
 
 @pytest.mark.parametrize("bands", ["derived", "documented"])
 def test_advice_to_raise_the_percentile_is_right(bands: Any, tails: Path, tmp_path: Path) -> None:
-    before = follow(tails, tmp_path / "a", Calibration("percentile", percentile=99), bands=bands)
+    before = follow(tails, tmp_path / "a", ScaleChoice("percentile", percentile=99), bands=bands)
     assert re.search(r"raise --calib-percentile \(now 99", advice(before))
-    after = follow(tails, tmp_path / "b", Calibration("percentile"), bands=bands)
+    after = follow(tails, tmp_path / "b", ScaleChoice("percentile"), bands=bands)
     better(before, after)
-    best = follow(tails, tmp_path / "c", Calibration("percentile", percentile=100), bands=bands)
+    best = follow(tails, tmp_path / "c", ScaleChoice("percentile", percentile=100), bands=bands)
     assert "--calib-percentile" not in advice(best)
 
 
 @pytest.mark.parametrize("bands", ["derived", "documented"])
 @pytest.mark.parametrize(
-    "calibration",
+    "scale_choice",
     [
-        Calibration("rms"),
-        Calibration("percentile", percentile=99),
-        Calibration("max"),
-        Calibration("mse", grid_size=10),
-        Calibration("rms", rms_factor=128),
+        ScaleChoice("rms"),
+        ScaleChoice("percentile", percentile=99),
+        ScaleChoice("max"),
+        ScaleChoice("mse", grid_size=10),
+        ScaleChoice("rms", rms_factor=128),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["tails", "large"])
 def test_advice_to_switch_to_search_is_right(
     kind: str,
-    calibration: Calibration,
+    scale_choice: ScaleChoice,
     bands: Any,
     tails: Path,
     sources: dict[float, Path],
     tmp_path: Path,
 ) -> None:
     source = tails if kind == "tails" else sources[0.2]
-    before = follow(source, tmp_path / "a", calibration, bands=bands)
+    before = follow(source, tmp_path / "a", scale_choice, bands=bands)
     if before.verdict == "GOOD":
         assert advice(before) == ""
         return
     assert "--calib-mode search" in advice(before)
-    after = follow(source, tmp_path / "b", Calibration("search"), bands=bands)
+    after = follow(source, tmp_path / "b", ScaleChoice("search"), bands=bands)
     better(before, after, "cosine sim", "mean abs err", "relative RMSE")
 
 
@@ -796,12 +800,12 @@ def test_advice_to_keep_the_worst_can_be_followed_and_helps(where: str, tmp_path
     tensors = load_all(source)
     tensors[where] = (tensors[where].float() * 20).bfloat16()
     large = write_checkpoint(tmp_path / "large", tiny_config(layers=4), tensors)
-    before = follow(large, tmp_path / "a", Calibration(), bands="documented")
+    before = follow(large, tmp_path / "a", ScaleChoice(), bands="documented")
     assert before.verdict == "FAIL"
     assert where in advice(before)
     keep = re.findall(r"--keep (\S+)", advice(before))
     assert keep
-    after = follow(large, tmp_path / "b", Calibration(), *keep, bands="documented")
+    after = follow(large, tmp_path / "b", ScaleChoice(), *keep, bands="documented")
     assert where not in after.errors
     better(before, after, "worst MAE", "worst MaxAE")
 
@@ -811,10 +815,10 @@ def test_advice_to_keep_experts_can_be_followed(moe: Path, tmp_path: Path) -> No
     tensors[f"{LAYER}.1.mlp.experts.down_proj"] *= 20
     config = json.loads((moe / "config.json").read_text())
     large = write_checkpoint(tmp_path / "large", config, tensors)
-    before = follow(large, tmp_path / "a", Calibration(), bands="documented")
+    before = follow(large, tmp_path / "a", ScaleChoice(), bands="documented")
     keep = re.findall(r"--keep (\S+)", advice(before))
     assert keep == ["mlp.experts"]
-    after = follow(large, tmp_path / "b", Calibration(), *keep, bands="documented")
+    after = follow(large, tmp_path / "b", ScaleChoice(), *keep, bands="documented")
     better(before, after, "worst MAE", "worst MaxAE")
 
 
@@ -822,10 +826,10 @@ def test_advice_to_convert_again_is_right(
     sources: dict[float, Path], outputs: dict[tuple[float, str], Path], tmp_path: Path
 ) -> None:
     broken = edited(outputs[0.02, "max"], tmp_path / "broken", FAULTS["doubled scales"])
-    before = report_on(broken, sources[0.02], Calibration("max"))
+    before = report_on(broken, sources[0.02], ScaleChoice("max"))
     assert advice(before).startswith("Codes and scales do not belong together")
     assert len(list(before.recommendations())) == 1
-    after = follow(sources[0.02], tmp_path / "again", Calibration("max"))
+    after = follow(sources[0.02], tmp_path / "again", ScaleChoice("max"))
     better(before, after, "relative RMSE", "mean abs err", "worst RMSE", "worst MaxAE")
     assert after.verdict == "GOOD"
 

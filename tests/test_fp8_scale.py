@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from checkpoints import random_tensors, tiny_config, write_checkpoint
-from qwen35.api.convert import convert
-from qwen35.api.finalize import finalize
+from qwen35.api.convert_api import convert
+from qwen35.api.finalize_api import finalize
 from qwen35.cli.main import main
 from qwen35.codecs.fp8.codec import Fp8
-from qwen35.verify.fp8_report import Report
+from qwen35.verification.fp8_report import Fp8Report
 
 Judge = Callable[..., None]
 
@@ -28,7 +28,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Fp8Report:
     """What one process finds that checks its output when all is written."""
     out = tmp_path_factory.mktemp("alone") / "out"
     report = convert(source, out, recipe="fp8", threads=1).report
@@ -37,7 +37,7 @@ def expected(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     return report
 
 
-def told(report: Report | None) -> dict[str, Any]:
+def told(report: Fp8Report | None) -> dict[str, Any]:
     assert report is not None
     return report.to_json()
 
@@ -57,7 +57,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_processes_check_what_they_write(
-    source: Path, tmp_path: Path, expected: Report, judged: list[str]
+    source: Path, tmp_path: Path, expected: Fp8Report, judged: list[str]
 ) -> None:
     made = convert(source, tmp_path / "out", recipe="fp8", workers=2)
     assert told(made.report) == told(expected)
@@ -65,7 +65,7 @@ def test_processes_check_what_they_write(
 
 
 def test_slices_check_what_they_write_and_finalize_reports_it(
-    source: Path, tmp_path: Path, expected: Report, judged: list[str]
+    source: Path, tmp_path: Path, expected: Fp8Report, judged: list[str]
 ) -> None:
     for part in ((2, 3), (3, 3), (1, 3)):
         before = len(judged)

@@ -18,13 +18,13 @@ from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
-from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import UsageError
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.verify.artifact import Verdict, verify
-from qwen35.verify.opening import open_artifact
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.verdict import Verdict, verify
+from qwen35.writing.write import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.sentences
@@ -101,19 +101,19 @@ def test_good_artifacts_pass_at_every_depth(
 
 
 @pytest.mark.parametrize(
-    "calibration",
+    "scale_choice",
     [
-        Calibration("max"),
-        Calibration("rms"),
-        Calibration("percentile"),
-        Calibration("mse", grid_size=5),
+        ScaleChoice("max"),
+        ScaleChoice("rms"),
+        ScaleChoice("percentile"),
+        ScaleChoice("mse", grid_size=5),
     ],
     ids=str,
 )
 def test_every_mode_passes_on_bell_shaped_weights(
-    calibration: Calibration, dense: Path, tmp_path: Path
+    scale_choice: ScaleChoice, dense: Path, tmp_path: Path
 ) -> None:
-    plan = make_plan(open_folder(dense), load_recipe("fp8"), calibration=calibration)
+    plan = make_plan(open_folder(dense), load_recipe("fp8"), scale_choice=scale_choice)
     assert check(write(plan, tmp_path / "out").out, dense).findings == ()
 
 
@@ -629,14 +629,14 @@ def test_published_sizes_split_as_vllm_says(tmp_path: Path) -> None:
     from qwen35.checkpoint.source import Checkpoint, open_published
     from qwen35.codecs.fp8.config import tensor_parallel_findings
     from qwen35.codecs.registry import group
-    from qwen35.model.roles import Layout
+    from qwen35.model.roles import CheckpointNaming
     from qwen35.tensors import StoredTensor
 
     plan = make_plan(open_published("Qwen3.5-35B-A3B"), load_recipe("fp8"))
     tensors = {o.name: StoredTensor(o, "model.safetensors", 0) for o in plan.outputs}
     weights, _ = group(tensors)
     config = open_published("Qwen3.5-35B-A3B").config
-    items = inventory(Checkpoint("35B", config, weights, Layout.of(tensors), {}))
+    items = inventory(Checkpoint("35B", config, weights, CheckpointNaming.of(tensors), {}))
 
     def roles(ranks: int) -> set[str]:
         return {f.message.partition(":")[0] for f in tensor_parallel_findings(config, items, ranks)}

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gguf_models import make_variant
-from qwen35.api.plan import plan
+from qwen35.api.plan_api import plan
 from qwen35.cli.main import main
 from qwen35.codecs.ggml import kernel
 

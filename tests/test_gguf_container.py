@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from gguf_models import make_variant
 from hostile_gguf import HOSTILE, file_bytes
-from qwen35.checkpoint.gguf import read_container
+from qwen35.checkpoint.gguf_header import read_container
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import InputError
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 
 
 def test_the_control_is_read(tmp_path: Path) -> None:

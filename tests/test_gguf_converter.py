@@ -12,9 +12,9 @@ import pytest
 
 from golden_gguf import CASES, GOLDEN, Case, converted, fingerprint, model_folder, weights_hash
 from qwen35.checkpoint.source import open_folder
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 
 RECORDED = json.loads(GOLDEN.read_text())
 

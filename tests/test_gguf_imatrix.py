@@ -14,14 +14,14 @@ from gguf import GGUFWriter
 
 from gguf_models import make_variant
 from llama import quantize
-from qwen35.checkpoint.gguf import Container, read_container
+from qwen35.checkpoint.gguf_header import GgufHeader, read_container
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import InputError, TensorError, UsageError
-from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
-from qwen35.plan.gguf.patterns import pattern_rules
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.gguf_files.imatrix import Imatrix, read_imatrix
+from qwen35.planning.gguf_files.type_patterns import pattern_rules
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 
 F32 = npt.NDArray[np.float32]
 
@@ -77,7 +77,7 @@ def ones(rows: int, width: int, count: float = 4) -> tuple[F32, F32]:
     return np.full((rows, width), 8, np.float32), np.full(rows, count, np.float32)
 
 
-def data_of(container: Container, name: str) -> bytes:
+def data_of(container: GgufHeader, name: str) -> bytes:
     entry = container.tensors[name]
     return container.path.read_bytes()[entry.begin : entry.begin + entry.nbytes]
 

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from qwen35.arrays import F32
+from qwen35.array_types import F32
+from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import GgufFiles
-from qwen35.checkpoint.place import Folder
 from qwen35.codecs.codec import Piece
-from qwen35.codecs.compared import Compared
-from qwen35.codecs.fp8.errors import Errors
+from qwen35.codecs.comparison import WeightComparison
+from qwen35.codecs.fp8.error_sums import ErrorSums
 from qwen35.codecs.ggml.judge import _LOOSE, BOUNDS, _bad_blocks, _bound, _rounded, judge
 from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.errors import Finding
-from qwen35.verify.gguf import GgufSubject
-from qwen35.verify.numbers import Numbers, check_numbers
+from qwen35.verification.gguf_subject import GgufSubject
+from qwen35.verification.numbers_check import NumbersResult, check_numbers
 
 ROW = 2**20
 """More values than are decoded at a time: each row of so many is a piece."""
@@ -37,11 +37,11 @@ def written(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    files = GgufFiles(Folder(folder), (path.name,), whole=True, root=folder)
+    files = GgufFiles(LocalFolder(folder), (path.name,), whole=True, root=folder)
     return GgufSubject(str(folder), files)
 
 
-def check(subject: GgufSubject) -> Numbers:
+def check(subject: GgufSubject) -> NumbersResult:
     return check_numbers(subject, None, threads=1)
 
 
@@ -102,15 +102,15 @@ class Decoded:
         out[:] = self._values[first : first + out.size]
 
 
-def compared(kind: str, found: F32, expected: F32) -> Compared:
+def compared(kind: str, found: F32, expected: F32) -> WeightComparison:
     """Compare row by row."""
-    result = Compared("x.gguf: a.weight")
+    result = WeightComparison("x.gguf: a.weight")
     pieces = (Piece(row, expected[row : row + 1], "F32") for row in range(len(expected)))
     judge(Decoded(found), GGML_TYPES[kind], pieces, result)
     return result
 
 
-def messages(result: Compared) -> list[str]:
+def messages(result: WeightComparison) -> list[str]:
     return [finding.message for finding in result.findings]
 
 
@@ -177,10 +177,13 @@ def test_differences_add_up_piece_by_piece() -> None:
 
 
 def test_a_comparison_is_the_same_when_it_was_noted() -> None:
-    errors, findings = asdict(Errors(count=3, worst=0.5)), [Finding("a", "b", "c")]
-    noted = Compared("d", 1.5, 2.5, errors, True, True, findings)
-    assert Compared.from_json(json.loads(json.dumps(noted.to_json()))) == noted
-    assert Compared.from_json(json.loads(json.dumps(Compared().to_json()))) == Compared()
+    errors, findings = asdict(ErrorSums(count=3, worst=0.5)), [Finding("a", "b", "c")]
+    noted = WeightComparison("d", 1.5, 2.5, errors, True, True, findings)
+    assert WeightComparison.from_json(json.loads(json.dumps(noted.to_json()))) == noted
+    assert (
+        WeightComparison.from_json(json.loads(json.dumps(WeightComparison().to_json())))
+        == WeightComparison()
+    )
 
 
 def test_sums_of_squares_hold_what_float32_cannot() -> None:
@@ -220,7 +223,7 @@ def test_what_the_file_cannot_hold_is_not_held_against_it() -> None:
 def test_a_tensor_is_judged_by_error_then_blocks(
     kind: str, squared: float, norm: float, blocks: int, said: str | None
 ) -> None:
-    result = Compared("x.gguf: a.weight", squared, norm)
+    result = WeightComparison("x.gguf: a.weight", squared, norm)
     _bound(result, kind, blocks)
     assert messages(result) == [said] * (said is not None)
     assert all(f.check == "bound" and f.subject == result.subject for f in result.findings)

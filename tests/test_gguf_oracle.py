@@ -13,15 +13,15 @@ from gguf import GGUFWriter
 from gguf_models import VARIANTS, make_variant
 from llama import quantize
 from qwen35.checkpoint.source import open_folder
-from qwen35.plan.gguf.imatrix import Imatrix, read_imatrix
-from qwen35.plan.gguf.making import files_of
-from qwen35.plan.gguf.mixes import FILE_TYPES, quantizable
-from qwen35.plan.gguf.options import GgufOptions
-from qwen35.plan.gguf.patterns import exported, pattern_rules
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.plan.rules import Rule
-from qwen35.writing.run import write
+from qwen35.planning.gguf_files.gguf_options import GgufOptions
+from qwen35.planning.gguf_files.gguf_plan import files_of
+from qwen35.planning.gguf_files.imatrix import Imatrix, read_imatrix
+from qwen35.planning.gguf_files.mixes import FILE_TYPES, quantizable
+from qwen35.planning.gguf_files.type_patterns import exported, pattern_rules
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.rules import Rule
+from qwen35.writing.write import write
 
 QUANTIZED = tuple(name for name, row in FILE_TYPES.items() if row.quantized)
 SEED = r".*\.attn_gate\.weight$=q8_0 .*\.attn_qkv\.weight$=q8_0 .*\.ssm_out\.weight$=q8_0"

@@ -15,11 +15,11 @@ from gguf_models import make_variant, sidecars, tokenizer, variant_config
 from qwen35.checkpoint.open import describe
 from qwen35.codecs.ggml.types import ENCODABLE, GGML_TYPES, fallback, ggml_type
 from qwen35.errors import ConfigError, TensorError, UsageError
-from qwen35.plan.gguf.making import files_of
-from qwen35.plan.gguf.mixes import FILE_TYPES
-from qwen35.plan.gguf.patterns import pattern_rules
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import built_in, load_recipe
+from qwen35.planning.gguf_files.gguf_plan import files_of
+from qwen35.planning.gguf_files.mixes import FILE_TYPES
+from qwen35.planning.gguf_files.type_patterns import pattern_rules
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import built_in, load_recipe
 
 
 @pytest.fixture(scope="module")

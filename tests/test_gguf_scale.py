@@ -21,12 +21,12 @@ from killing import Killer, Trial, killer
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
 from qwen35.errors import OutputError, TensorError, WorkerError
-from qwen35.plan.order import order_bytes, order_of, plan_from
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.work.processes import Processes
-from qwen35.writing.run import write
+from qwen35.execution.process_pool import ProcessPool
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.work_order import order_bytes, order_of, plan_from
 from qwen35.writing.slices import finalize, write_slice
+from qwen35.writing.write import write
 from running import run, tree
 from watching import Watching
 
@@ -72,7 +72,7 @@ def expected(source: Path) -> dict[str, bytes]:
 
 
 def test_processes_write_what_threads_write(packed: Path, tmp_path: Path) -> None:
-    plan, progress, pool = gguf_of(packed), Watching(), Processes(2)
+    plan, progress, pool = gguf_of(packed), Watching(), ProcessPool(2)
     threads = write(plan, tmp_path / "threads", threads=1)
     result = write(plan, tmp_path / "out", pool=pool, progress=progress)
     assert tree(tmp_path / "out") == tree(tmp_path / "threads")
@@ -98,7 +98,7 @@ def test_a_worker_that_dies_costs_only_its_task(
 ) -> None:
     deaths = dying(monkeypatch, tmp_path / "deaths", 2)
     progress = Watching()
-    write(gguf_of(source), tmp_path / "out", pool=Processes(2), progress=progress)
+    write(gguf_of(source), tmp_path / "out", pool=ProcessPool(2), progress=progress)
     assert len(list(deaths.glob("death*"))) == 2
     assert tree(tmp_path / "out") == expected
     assert progress.done == progress.total
@@ -110,7 +110,7 @@ def test_a_worker_that_always_dies_is_an_error_and_threads_do_the_rest(
     plan = gguf_of(source)
     deaths = dying(monkeypatch, tmp_path / "deaths", 100, plan.files[-1].steps[-1].outputs[0].name)
     with pytest.raises(WorkerError, match=r"its worker died 3 times \(signal SIGKILL\)") as caught:
-        write(plan, tmp_path / "out", pool=Processes(1))
+        write(plan, tmp_path / "out", pool=ProcessPool(1))
     assert len(list(deaths.glob("death*"))) == 3
     assert not (tmp_path / "out").exists()
     assert "the same command continues" in caught.value.__notes__[0]
@@ -132,7 +132,7 @@ def test_a_bad_weight_is_the_same_sentence_and_leaves_nothing(
     for file in make_variant(tmp_path, "dense").iterdir():
         if not (source / file.name).exists() and file.suffix != ".safetensors":
             shutil.copy(file, source)
-    pool = Processes(2) if workers else None
+    pool = ProcessPool(2) if workers else None
     with pytest.raises(TensorError, match=f"^{name}: holds NaN or infinity"):
         write(gguf_of(source, "Q8_0"), tmp_path / "out", threads=1, pool=pool)
     assert not (tmp_path / "out").exists()

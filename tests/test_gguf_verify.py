@@ -14,19 +14,19 @@ from gguf.constants import GGUFValueType
 
 from checkpoints import ASSET
 from gguf_models import make_variant
-from qwen35.checkpoint.gguf import read_container
+from qwen35.checkpoint.gguf_header import read_container
+from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import GgufFiles, gguf_files
-from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 from qwen35.progress import Silent
-from qwen35.verify.artifact import Depth, Verdict, verify
-from qwen35.verify.behaviour import NOT_ASKED
-from qwen35.verify.gguf import GgufSubject
-from qwen35.verify.opening import open_artifact
-from qwen35.writing.run import write
+from qwen35.verification.behaviour import NOT_ASKED
+from qwen35.verification.gguf_subject import GgufSubject
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.verdict import Depth, Verdict, verify
+from qwen35.writing.write import write
 from watching import Watching, watched_pools
 
 pytestmark = pytest.mark.sentences
@@ -51,7 +51,7 @@ def out(good: Path, tmp_path: Path) -> Path:
 
 
 def check(folder: Path, source: Path | None = None, depth: Depth = "structure") -> Verdict:
-    files = gguf_files(str(folder)) or GgufFiles(Folder(folder), (), whole=True, root=folder)
+    files = gguf_files(str(folder)) or GgufFiles(LocalFolder(folder), (), whole=True, root=folder)
     checkpoint = open_folder(source) if source else None
     subject = GgufSubject(str(folder), files)
     return verify(subject, source=checkpoint, depth=depth, threads=1)
@@ -462,7 +462,7 @@ def test_only_heads_are_read_unless_more_is_asked_for(
 def test_as_many_threads_as_asked_for(
     good: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = watched_pools(monkeypatch, "qwen35.verify.numbers")
+    asked = watched_pools(monkeypatch, "qwen35.verification.numbers_check")
     assert verify(open_artifact(str(good), "numbers"), depth="numbers", threads=3).passed
     assert asked == [3, 3, 3]
 

@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from hostile import HOSTILE, file_bytes, valid_file
 from qwen35.checkpoint.header import (
     MAX_HEADER_BYTES,
-    Header,
+    SafetensorsHeader,
     file_layout,
     header_length,
     parse_header,
     read_header,
     strict_json,
 )
-from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.locations import LocalFolder
 from qwen35.errors import HeaderError, InputError
 from qwen35.tensors import DTYPE_BITS, TensorSpec
 
@@ -43,7 +43,7 @@ TORCH_TO_HEADER = {
 }
 
 
-def parse(raw: bytes, subject: str = "x.safetensors") -> Header:
+def parse(raw: bytes, subject: str = "x.safetensors") -> SafetensorsHeader:
     """Parse a whole file held in memory, as `read_header` does on disk."""
     length = header_length(raw[:8], len(raw), subject)
     return parse_header(raw[8 : 8 + length], len(raw), subject)
@@ -67,7 +67,7 @@ specs_lists = st.dictionaries(
 def test_the_control_parses() -> None:
     raw = valid_file()
     start = len(raw) - 16
-    assert parse(raw) == Header(
+    assert parse(raw) == SafetensorsHeader(
         {
             "a": (TensorSpec("a", "BF16", (2, 3)), start, start + 12),
             "b": (TensorSpec("b", "F32", ()), start + 12, start + 16),
@@ -86,7 +86,7 @@ def test_malformed_file_is_refused_with_its_name(abuse: str, tmp_path: Path) -> 
     (tmp_path / "bad.safetensors").write_bytes(HOSTILE[abuse])
     began = time.perf_counter()
     with pytest.raises(HeaderError) as caught:
-        read_header(Folder(tmp_path), "bad.safetensors")
+        read_header(LocalFolder(tmp_path), "bad.safetensors")
     assert time.perf_counter() - began < 1
     sentence = str(caught.value)
     assert sentence.startswith("bad.safetensors")
@@ -130,7 +130,7 @@ def test_header_of_exactly_the_limit_is_not_too_long() -> None:
 
 
 def test_file_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
-    place = Folder(tmp_path)
+    place = LocalFolder(tmp_path)
     with pytest.raises(InputError, match=r"gone\.safetensors: cannot be read"):
         place.read("gone.safetensors", 0, 8)
 
@@ -138,8 +138,8 @@ def test_file_that_is_not_there_is_an_input_error(tmp_path: Path) -> None:
 def test_read_past_the_end_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     with pytest.raises(InputError, match="a: ends after 5 bytes, expected more"):
-        Folder(tmp_path).read("a", 2, 4)
-    assert Folder(tmp_path).read("a", 2, 3) == b"345"
+        LocalFolder(tmp_path).read("a", 2, 4)
+    assert LocalFolder(tmp_path).read("a", 2, 3) == b"345"
 
 
 def test_tensors_come_in_file_order_whatever_the_json_order() -> None:
@@ -223,7 +223,7 @@ def test_file_of_the_library_parses_the_same(
         for i, (name, (dtype, shape)) in enumerate(table.items())
     }
     save_file(tensors, folder / "x.safetensors", metadata={"format": "pt"})
-    header = read_header(Folder(folder), "x.safetensors")
+    header = read_header(LocalFolder(folder), "x.safetensors")
     raw = (folder / "x.safetensors").read_bytes()
     with safe_open(folder / "x.safetensors", framework="pt") as file:
         assert set(file.keys()) == header.tensors.keys()

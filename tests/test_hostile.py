@@ -38,9 +38,9 @@ def commands(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     modules = [f"qwen35.cli.{name}" for name in MODULES]
     with limited(
         *modules,
-        "qwen35.plan.gguf.making",
-        "qwen35.verify.gguf",
-        "qwen35.plan.safetensors.template",
+        "qwen35.planning.gguf_files.gguf_plan",
+        "qwen35.verification.gguf_subject",
+        "qwen35.planning.safetensors_files.chat_template",
     ) as run:
         empty = tmp_path_factory.mktemp("empty")  # what is imported late is on the disk's cache
         run.run(["verify", str(sound)], empty)

@@ -15,8 +15,8 @@ from qwen35.checkpoint.source import Checkpoint, open_published
 from qwen35.codecs.nf4 import layout as nf4
 from qwen35.codecs.registry import group
 from qwen35.errors import TensorError
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors
 from qwen35.tensors import StoredTensor, TensorSpec
 
 TEXT = "model.language_model"
@@ -24,7 +24,7 @@ UP = f"{TEXT}.layers.0.mlp.up_proj.weight"
 Specs = dict[str, TensorSpec]
 
 
-def specs_of(config: dict[str, Any], layout: Layout | None = None) -> Specs:
+def specs_of(config: dict[str, Any], layout: CheckpointNaming | None = None) -> Specs:
     """Return the tensors that a checkpoint of `config` has."""
     expected = expected_tensors(parse_config(config), layout or layout_of(config))
     return {spec.name: spec for spec in expected}
@@ -35,7 +35,7 @@ def checkpoint_of(config: dict[str, Any], specs: Specs) -> Checkpoint:
     tensors = {name: StoredTensor(spec, "f.safetensors", 0) for name, spec in specs.items()}
     weights, problems = group(tensors)
     assert not problems
-    return Checkpoint("made up", parse_config(config), weights, Layout.of(tensors), {})
+    return Checkpoint("made up", parse_config(config), weights, CheckpointNaming.of(tensors), {})
 
 
 def refusal(config: dict[str, Any], specs: Specs) -> str:
@@ -235,7 +235,7 @@ def test_strange_name_is_an_unknown_tensor(name: str) -> None:
 @settings(max_examples=200)
 @given(st.text(max_size=30) | st.from_regex(r"(model|mtp|layers|\d|mlp|experts|\.|weight){1,9}"))
 def test_layout_is_read_off_any_names(name: str) -> None:
-    Layout.of([name])
+    CheckpointNaming.of([name])
 
 
 def packed(spec: TensorSpec) -> Specs:

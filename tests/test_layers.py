@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen35.errors import UsageError
-from qwen35.plan.layers import parse_layers, spell_layers
+from qwen35.planning.layers import parse_layers, spell_layers
 
 pytestmark = pytest.mark.sentences
 

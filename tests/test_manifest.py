@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from qwen35.checkpoint.header import json_bytes
-from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.source import open_folder
-from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import InputError
-from qwen35.plan.containers import CONTAINERS
-from qwen35.plan.manifest import (
+from qwen35.planning.containers import CONTAINERS
+from qwen35.planning.manifest import (
     manifest_bytes,
     manifest_versions,
     read_manifest,
@@ -26,12 +26,12 @@ from qwen35.plan.manifest import (
     source_of,
     work_key,
 )
-from qwen35.plan.rules import Recipe, Rule
-from qwen35.plan.safetensors.asked import calibration_of, kept_prefix
-from qwen35.plan.safetensors.container import SafetensorsContainer
+from qwen35.planning.rules import Recipe, Rule
+from qwen35.planning.safetensors_files.safetensors_container import SafetensorsContainer
+from qwen35.planning.safetensors_files.safetensors_manifest import kept_prefix, scale_choice_of
 from running import plan_of
 
-MSE = Calibration("mse", grid_size=9)
+MSE = ScaleChoice("mse", grid_size=9)
 
 
 def test_source_is_a_repository_at_a_commit_or_a_folder() -> None:
@@ -72,9 +72,9 @@ def test_recipe_is_the_one_that_was_written() -> None:
 )
 def test_calibration_is_the_one_that_was_written(activations: object, sha256: str | None) -> None:
     written = {**asdict(MSE), "activations": activations}
-    assert calibration_of({"calibration": written}) == (MSE, sha256)
-    assert calibration_of({"calibration": asdict(MSE)}) == (MSE, None)
-    assert calibration_of({"calibration": None}) == calibration_of({}) == (None, None)
+    assert scale_choice_of({"calibration": written}) == (MSE, sha256)
+    assert scale_choice_of({"calibration": asdict(MSE)}) == (MSE, None)
+    assert scale_choice_of({"calibration": None}) == scale_choice_of({}) == (None, None)
 
 
 def test_versions_are_of_all_that_bytes_pass_through() -> None:
@@ -159,7 +159,7 @@ def test_malformed_recipe(recipe: object, sentence: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("calibration", "expected"),
+    ("scale_choice", "expected"),
     [
         ("mse", ""),
         ([], ""),
@@ -172,16 +172,16 @@ def test_malformed_recipe(recipe: object, sentence: str) -> None:
         ({**asdict(MSE), "activations": []}, ", expected activations: a table"),
     ],
 )
-def test_malformed_calibration(calibration: object, expected: str) -> None:
+def test_malformed_calibration(scale_choice: object, expected: str) -> None:
     with pytest.raises(InputError) as caught:
-        calibration_of({"calibration": calibration})
+        scale_choice_of({"calibration": scale_choice})
     assert str(caught.value) == f"qwen35.json: {CALIBRATION}{expected}"
 
 
-def written(folder: Path, manifest: object) -> Folder:
+def written(folder: Path, manifest: object) -> LocalFolder:
     """Write a manifest."""
     (folder / "qwen35.json").write_text(json.dumps(manifest))
-    return Folder(folder)
+    return LocalFolder(folder)
 
 
 GOOD: dict[str, Any] = {
@@ -221,7 +221,7 @@ def test_malformed_manifest(change: dict[str, Any], sentence: str, tmp_path: Pat
 
 
 def test_a_list_or_nothing_is_no_manifest(tmp_path: Path) -> None:
-    assert read_manifest(Folder(tmp_path)) is None
+    assert read_manifest(LocalFolder(tmp_path)) is None
     with pytest.raises(InputError, match=VERSION):
         read_manifest(written(tmp_path, [GOOD]))
 

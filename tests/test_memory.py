@@ -16,8 +16,8 @@ import qwen35
 from checkpoints import tiny_config
 from gguf_models import sidecars
 from qwen35.checkpoint.header import file_layout
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors
 from qwen35.model.sizes import published_config
 
 SIZES = {
@@ -31,7 +31,7 @@ def hollow(folder: Path, config: dict[str, Any]) -> Path:
     """Write a checkpoint of zeros, which takes no disk."""
     folder.mkdir(parents=True)
     parsed = parse_config(config)
-    specs = list(expected_tensors(parsed, Layout.published(parsed)))
+    specs = list(expected_tensors(parsed, CheckpointNaming.published(parsed)))
     head, _ = file_layout(specs)
     with (folder / "model.safetensors").open("wb") as file:
         file.write(head)
@@ -147,10 +147,10 @@ def test_the_limit_given_is_kept_by_fewer_threads(sources: dict[str, Path], tmp_
 def test_a_worker_keeps_to_what_the_plan_states(
     sources: dict[str, Path], recipe: str, tmp_path: Path
 ) -> None:
-    from qwen35.plan.memory import peak_memory
+    from qwen35.execution.process_pool import ProcessPool
+    from qwen35.planning.memory import peak_memory
     from qwen35.progress import Silent
-    from qwen35.work.processes import Processes
-    from qwen35.writing.run import write
+    from qwen35.writing.write import write
     from running import plan_of
 
     plan = plan_of(sources["large"], recipe)
@@ -162,7 +162,7 @@ def test_a_worker_keeps_to_what_the_plan_states(
                 status = Path(f"/proc/{pid}/status").read_text()
                 used.append(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
 
-    pool = Processes(1, threads=2)
+    pool = ProcessPool(1, threads=2)
     write(plan, tmp_path / "out", pool=pool, progress=Watching())
     assert used
     assert 10**8 < max(used) <= peak_memory(plan, 2)

@@ -6,9 +6,9 @@ import pytest
 
 from checkpoints import tiny_config
 from qwen35.errors import UsageError
-from qwen35.model.config import ModelConfig, parse_config
+from qwen35.model.model_config import ModelConfig, parse_config
 from qwen35.model.sizes import PUBLISHED, published_config
-from qwen35.plan.naming import artifact_name, published_size
+from qwen35.planning.artifact_names import artifact_name, published_size
 
 TINY = parse_config(tiny_config())
 

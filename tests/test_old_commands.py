@@ -11,10 +11,10 @@ import pytest
 
 from checkpoints import ASSET
 from hub_client import REPO, World
-from qwen35.cli import old
-from qwen35.cli.old_convert import add_arguments as convert_arguments
-from qwen35.cli.old_strip import add_arguments as strip_arguments
-from qwen35.cli.old_upload import add_arguments as upload_arguments
+from qwen35.cli.old import front_doors
+from qwen35.cli.old.old_convert import add_arguments as convert_arguments
+from qwen35.cli.old.old_strip import add_arguments as strip_arguments
+from qwen35.cli.old.old_upload import add_arguments as upload_arguments
 from running import load_all, read_config, run
 
 pytestmark = pytest.mark.sentences
@@ -61,7 +61,7 @@ def test_convert_prints_its_stages_in_order(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert old.convert(["--model", str(dense), "--output", str(out), "--low-vram"]) == 0
+    assert front_doors.convert(["--model", str(dense), "--output", str(out), "--low-vram"]) == 0
     text = capsys.readouterr().out
     stages = [
         "GPU : none used",
@@ -86,7 +86,7 @@ def test_verbose_prints_skipped_roots_and_replaced_layers(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert old.convert(["--model", str(dense), "--output", str(out), "--verbose"]) == 0
+    assert front_doors.convert(["--model", str(dense), "--output", str(out), "--verbose"]) == 0
     lines = capsys.readouterr().out.splitlines()
     skipped = [line.split()[-1] for line in lines if "└── skipped" in line]
     assert skipped[:3] == ["model.visual", "model.language_model.embed_tokens", "lm_head"]
@@ -98,14 +98,17 @@ def test_verbose_prints_skipped_roots_and_replaced_layers(
 def test_convert_refuses_in_a_sentence(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert old.convert(["--model", str(tmp_path / "x"), "--output", str(tmp_path / "out")]) == 2
+    assert (
+        front_doors.convert(["--model", str(tmp_path / "x"), "--output", str(tmp_path / "out")])
+        == 2
+    )
     assert "no such folder" in capsys.readouterr().err
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("")
-    assert old.convert(["--model", str(dense), "--output", str(tmp_path / "taken")]) == 2
+    assert front_doors.convert(["--model", str(dense), "--output", str(tmp_path / "taken")]) == 2
     assert "exists already" in capsys.readouterr().err
     text = run(dense, tmp_path / "text", "text").out
-    assert old.convert(["--model", str(text), "--output", str(tmp_path / "out")]) == 2
+    assert front_doors.convert(["--model", str(text), "--output", str(tmp_path / "out")]) == 2
     assert "a text-only checkpoint" in capsys.readouterr().err
 
 
@@ -114,7 +117,7 @@ def test_strip_prints_what_it_dropped_and_checked(
 ) -> None:
     nf4 = run(dense, tmp_path / "nf4").out
     out = tmp_path / "out"
-    assert old.strip(["--model", str(nf4), "--output", str(out)]) == 0
+    assert front_doors.strip(["--model", str(nf4), "--output", str(out)]) == 0
     text = capsys.readouterr().out
     visual = sum(name.startswith("model.visual.") for name in load_all(nf4))
     for line in (
@@ -139,7 +142,7 @@ def test_strip_of_a_bf16_checkpoint(
     dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert old.strip(["--model", str(dense), "--output", str(out), "--mode", "f16"]) == 0
+    assert front_doors.strip(["--model", str(dense), "--output", str(out), "--mode", "f16"]) == 0
     text = capsys.readouterr().out
     assert "quantization_config: absent" in text
     assert "Quantized layers" not in text
@@ -152,7 +155,7 @@ def test_strip_refuses_the_other_kind_of_checkpoint(
     """The old one wrote an unloadable folder and said Done."""
     source = dense if mode == "bnb" else run(dense, tmp_path / "nf4").out
     out = tmp_path / "out"
-    assert old.strip(["--model", str(source), "--output", str(out), "--mode", mode]) == 2
+    assert front_doors.strip(["--model", str(source), "--output", str(out), "--mode", mode]) == 2
     assert hint in capsys.readouterr().err
     assert not out.exists()
 
@@ -161,7 +164,7 @@ def test_strip_of_the_embedded_checkpoint_answers_in_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert old.strip(["--model", str(ASSET), "--output", str(out), "--mode", "f16"]) == 0
+    assert front_doors.strip(["--model", str(ASSET), "--output", str(out), "--mode", "f16"]) == 0
     found = re.search(r"inference: .* -> '(.*)' \(ok\)", capsys.readouterr().out)
     assert found is not None
     assert "Paris" in found[1]
@@ -179,14 +182,14 @@ def test_strip_fails_when_the_answer_is_wrong(
     }
     source = write_checkpoint(tmp_path / "in", config, random_tensors(config), sidecars=sidecars)
     out = tmp_path / "out"
-    assert old.strip(["--model", str(source), "--output", str(out), "--mode", "f16"]) == 1
+    assert front_doors.strip(["--model", str(source), "--output", str(out), "--mode", "f16"]) == 1
     assert "FAILED, expected 'Paris'" in capsys.readouterr().out
 
 
 def test_inspect_prints_shards_prefixes_and_sizes(
     dense: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert old.inspect([str(dense)]) == 0
+    assert front_doors.inspect([str(dense)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "1 shard(s)"
     assert any(line.startswith("model.language_model ") for line in lines)
@@ -197,7 +200,7 @@ def test_inspect_prints_shards_prefixes_and_sizes(
 def test_upload_goes_through_its_modes(world: World) -> None:
     def upload(*arguments: object) -> tuple[int, str]:
         words = ("--local", world.folder, "--repo", REPO, *arguments)
-        done = world.client.run(*words, entry="qwen35.cli.old:upload")
+        done = world.client.run(*words, entry="qwen35.cli.old.front_doors:upload")
         return done.code, done.out + done.err
 
     code, text = upload("--mode", "check")
@@ -226,7 +229,7 @@ def test_upload_goes_through_its_modes(world: World) -> None:
 
 def test_upload_needs_a_repository_of_yours(world: World) -> None:
     """The old one's default was its author's."""
-    done = world.client.run("--local", world.folder, entry="qwen35.cli.old:upload")
+    done = world.client.run("--local", world.folder, entry="qwen35.cli.old.front_doors:upload")
     assert (done.code, "--repo" in done.err) == (2, True)
 
 

@@ -10,15 +10,15 @@ import pytest
 
 import qwen35
 from qwen35.codecs.registry import CODECS
-from qwen35.plan.containers import CONTAINERS
+from qwen35.planning.containers import CONTAINERS
 
 SOURCE = Path(qwen35.__file__).parent
 FOLDERS = [path.name for path in (SOURCE / "codecs").iterdir() if path.is_dir()]
 OWN = (
     *(f"codecs/{name}/" for name in FOLDERS),
     "codecs/registry.py",
-    "plan/safetensors/",
-    "plan/gguf/",
+    "planning/safetensors_files/",
+    "planning/gguf_files/",
 )
 """The registry and the codecs, and the containers, each of which knows its own name."""
 

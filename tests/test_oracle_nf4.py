@@ -24,7 +24,7 @@ from loading import load_model, quantize_with_transformers
 from qwen35.codecs.floats import f32_from, from_f32
 from qwen35.codecs.nf4 import tables as nf4_tables
 from qwen35.codecs.nf4.arrays import (
-    Statistics,
+    AbsmaxStatistics,
     decode_absmax,
     decode_blocks,
     encode_blocks,
@@ -78,10 +78,10 @@ def test_codes_and_statistics_are_those_of_bitsandbytes(
     codes, state = quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     absmax, packed = encode(weight)
     assert np.array_equal(packed, codes.numpy().reshape(-1))
-    ours = Statistics.of(absmax, float(state.offset))
+    ours = AbsmaxStatistics.of(absmax, float(state.offset))
     assert np.array_equal(ours.codes, state.absmax.numpy())
     assert np.array_equal(ours.nested, state.state2.absmax.numpy())
-    assert same_offset(Statistics.of(absmax).offset, float(state.offset))
+    assert same_offset(AbsmaxStatistics.of(absmax).offset, float(state.offset))
     levels = nf4_tables.LEVELS
     values = decode_blocks(
         packed,
@@ -117,7 +117,7 @@ def test_any_block_is_coded_as_bitsandbytes_does(values: list[float]) -> None:
 @settings(deadline=None, max_examples=200)
 def test_any_statistics_are_those_of_bitsandbytes(values: list[float]) -> None:
     absmax = np.array(values, np.float32)
-    ours = Statistics.of(absmax)
+    ours = AbsmaxStatistics.of(absmax)
     centred = torch.from_numpy(absmax - np.float32(ours.offset))
     codes, state = quantize_blockwise(centred, blocksize=256)
     assert np.array_equal(ours.codes, codes.numpy())
@@ -126,7 +126,7 @@ def test_any_statistics_are_those_of_bitsandbytes(values: list[float]) -> None:
 
 def test_statistics_of_almost_equal_tiny_scales_do_not_overflow() -> None:
     absmax = np.array([1e-40, 2e-40, 3e-40], np.float32)
-    ours = Statistics.of(absmax)
+    ours = AbsmaxStatistics.of(absmax)
     decoded = decode_absmax(ours.codes, ours.nested, nf4_tables.dynamic_map(), ours.offset)
     assert np.all(np.abs(decoded - absmax) <= 1.01 * ours.nested[0])
 
@@ -223,7 +223,7 @@ def test_statistics_equal_those_of_transformers_given_its_offset(
     for name in names:
         state = json.loads(bytes(theirs[f"{name}.{STATE}"].tolist()))
         absmax, packed = encode(source[name])
-        ours = Statistics.of(absmax, state["nested_offset"])
+        ours = AbsmaxStatistics.of(absmax, state["nested_offset"])
         assert np.array_equal(packed, theirs[name].numpy().reshape(-1))
         assert np.array_equal(ours.codes, theirs[f"{name}.absmax"].numpy())
         assert np.array_equal(ours.nested, theirs[f"{name}.nested_absmax"].numpy())

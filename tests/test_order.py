@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 
 from qwen35.checkpoint.source import open_folder
-from qwen35.codecs.fp8.layout import Calibration
+from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import InputError
-from qwen35.plan.activations import Activations, Key, load_activations
-from qwen35.plan.manifest import recipe_json
-from qwen35.plan.order import order_of, other_names, plan_from
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.plan.safetensors.options import MAX_SHARD_BYTES, SafetensorsOptions
+from qwen35.planning.activations import Activations, Key, load_activations
+from qwen35.planning.manifest import recipe_json
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.safetensors_files.safetensors_options import (
+    MAX_SHARD_BYTES,
+    SafetensorsOptions,
+)
+from qwen35.planning.work_order import order_of, other_names, plan_from
 from running import plan_of
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
@@ -35,7 +38,7 @@ def asked(plan: Plan) -> SafetensorsOptions:
     return plan.options
 
 
-def calibrated(source: Path, folder: Path) -> Plan:
+def chooses_scales(source: Path, folder: Path) -> Plan:
     """Plan FP8 with everything that can be asked for."""
     file = folder / "stats.json"
     file.write_text(json.dumps({DOWN: {"input_channel_max": [1.0] * 512}}))
@@ -43,14 +46,14 @@ def calibrated(source: Path, folder: Path) -> Plan:
         open_folder(source),
         load_recipe("text-fp8"),
         keep_prefix=True,
-        calibration=Calibration("mse", grid_size=7),
+        scale_choice=ScaleChoice("mse", grid_size=7),
         activations=load_activations(file),
         shard_bytes=1_000_000,
     )
 
 
 def test_an_order_says_all_that_decides(dense: Path, tmp_path: Path) -> None:
-    plan = calibrated(dense, tmp_path)
+    plan = chooses_scales(dense, tmp_path)
     statistics = asked(plan).activations
     assert statistics is not None
     order = order_of(plan, 5, slices=3)
@@ -92,7 +95,7 @@ def test_paths_of_an_order_hold_from_any_folder(
 ) -> None:
     copied(dense, tmp_path / "source")
     monkeypatch.chdir(tmp_path)
-    order = order_of(calibrated(Path("source"), Path()), 5)
+    order = order_of(chooses_scales(Path("source"), Path()), 5)
     assert order["root"] == str(tmp_path / "source")
     assert order["inputs"] == {"activations": str(tmp_path / "stats.json")}
     monkeypatch.chdir("/")

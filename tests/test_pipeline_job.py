@@ -15,9 +15,14 @@ from qwen35.cli.main import main
 from qwen35.codecs.ggml.kernel import open_kernel
 from qwen35.errors import UsageError
 from qwen35.pipeline.graph import GATES, make_graph
-from qwen35.pipeline.job import Job, Measuring, Wanted, path_artifacts
-from qwen35.pipeline.planned import plan_artifacts, sweep_memory, threads_within
-from qwen35.pipeline.toml import _ARTIFACT, _EVALUATE, _GGUF, _PUBLISH, _TOP, read_job
+from qwen35.pipeline.planned_artifacts import plan_artifacts, sweep_memory, threads_within
+from qwen35.pipeline.run_file import _ARTIFACT, _EVALUATE, _GGUF, _PUBLISH, _TOP, read_job
+from qwen35.pipeline.run_request import (
+    ArtifactRequest,
+    MeasurementRequest,
+    RunRequest,
+    path_artifacts,
+)
 from running import run as converted
 
 Capture = pytest.CaptureFixture[str]
@@ -29,7 +34,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_variant(tmp_path_factory.mktemp("source"), "dense")
 
 
-def job_of(tmp_path: Path, text: str) -> Job:
+def job_of(tmp_path: Path, text: str) -> RunRequest:
     path = tmp_path / "run.toml"
     path.write_text(text)
     return read_job(path)
@@ -102,11 +107,11 @@ def test_file_is_read_relative_to_itself(tmp_path: Path) -> None:
     assert job.problems == ()
     assert (job.model, job.out) == (str(tmp_path / "model"), tmp_path / "made")
     assert (job.depth, job.owner, job.private) == ("numbers", "me", True)
-    assert job.measuring == Measuring(tmp_path / "eval.txt", 3)
+    assert job.measuring == MeasurementRequest(tmp_path / "eval.txt", 3)
     nf4, text, gguf, own, more = job.artifacts
     assert (nf4.recipe, text.recipe, gguf.types) == ("text-nf4", "text", ("F16", "Q4_K_M"))
     assert (own.recipe, own.name, own.repo) == (str(tmp_path / "mine.toml"), "own", "them/own")
-    assert str(own.calibration) == "mse(grid=10)"
+    assert str(own.scale_choice) == "mse(grid=10)"
     assert own.activation_stats == tmp_path / "stats.json"
     assert own.keep == ("lm_head",)
     assert (more.types, more.imatrix, more.mmproj) == (("Q8_0",), "hf:owner/name/file", True)
@@ -205,13 +210,13 @@ def test_flags_that_do_not_fit(arguments: list[str], found: str, capsys: Capture
 # --- what can only be seen with the checkpoint
 
 
-def plan(source: Path, job: Job) -> tuple[list[str], list[str]]:
+def plan(source: Path, job: RunRequest) -> tuple[list[str], list[str]]:
     artifacts, problems = plan_artifacts(describe(str(source)), job)
     return [a.name for a in artifacts], [str(problem) for problem in problems]
 
 
 def test_names_by_path(source: Path, tmp_path: Path) -> None:
-    job = Job(str(source), tmp_path, path_artifacts(["A", "B", "fp8"]), depth="numbers")
+    job = RunRequest(str(source), tmp_path, path_artifacts(["A", "B", "fp8"]), depth="numbers")
     names, problems = plan(source, job)
     assert problems == []
     stem = source.name
@@ -266,20 +271,24 @@ def test_missing_library_is_told_before_anything(
     fake = lambda name, *rest: None if name in gone else real(name, *rest)  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", fake)
     open_kernel.cache_clear()
-    _, problems = plan(source, Job(str(source), tmp_path, path_artifacts(["A", "B"])))
+    _, problems = plan(source, RunRequest(str(source), tmp_path, path_artifacts(["A", "B"])))
     said = [found.partition(";")[0] for found in problems]
     assert said == [
         "quantizing to GGUF: llama-cpp-python is not installed",
         "depth behaviour: torch is not installed",
         "depth behaviour: llama_cpp is not installed",
     ]
-    _, problems = plan(source, Job(str(source), tmp_path, path_artifacts(["A"]), depth="numbers"))
+    _, problems = plan(
+        source, RunRequest(str(source), tmp_path, path_artifacts(["A"]), depth="numbers")
+    )
     assert problems == []
 
 
 def test_graph_has_the_four_gates_in_their_places(source: Path, tmp_path: Path) -> None:
     wanted = path_artifacts(["B"])
-    job = Job(str(source), tmp_path, wanted, measuring=Measuring(tmp_path), owner="me")
+    job = RunRequest(
+        str(source), tmp_path, wanted, measuring=MeasurementRequest(tmp_path), owner="me"
+    )
     artifacts, _ = plan_artifacts(describe(str(source)), job)
     graph = {step.name: step for step in make_graph(job, artifacts)}
     text, gguf = (artifact.name for artifact in artifacts)
@@ -301,15 +310,15 @@ def test_graph_has_the_four_gates_in_their_places(source: Path, tmp_path: Path) 
 def test_quantized_source_cannot_be_measured_against(source: Path, tmp_path: Path) -> None:
     nf4 = converted(source, tmp_path / "nf4").out
     (tmp_path / "text.txt").write_text("Some text.")
-    measuring = Measuring(tmp_path / "text.txt")
-    wanted = (Wanted("text"),)
-    job = Job(str(nf4), tmp_path / "out", wanted, depth="numbers", measuring=measuring)
+    measuring = MeasurementRequest(tmp_path / "text.txt")
+    wanted = (ArtifactRequest("text"),)
+    job = RunRequest(str(nf4), tmp_path / "out", wanted, depth="numbers", measuring=measuring)
     _, (problem,) = plan(nf4, job)
     assert "quantized itself: there is nothing exact to measure against" in problem
 
 
 def test_memory_takes_threads_away(source: Path, tmp_path: Path) -> None:
-    job = Job(str(source), tmp_path, path_artifacts(["A"]), depth="numbers")
+    job = RunRequest(str(source), tmp_path, path_artifacts(["A"]), depth="numbers")
     artifacts, _ = plan_artifacts(describe(str(source)), job)
     assert threads_within(artifacts, 8, None) == 8
     needed = artifacts[0].peak_memory(2)

@@ -20,20 +20,20 @@ from gguf_models import exact_tensors, make_variant, sidecars, variant_config
 from hub_client import files_in
 from qwen35.checkpoint.open import fetch
 from qwen35.errors import TensorError
-from qwen35.pipeline.job import Job, Wanted
+from qwen35.execution import window
+from qwen35.execution.window import Window
 from qwen35.pipeline.make import make_artifacts
-from qwen35.pipeline.planned import Artifact, plan_artifacts, source_bytes
+from qwen35.pipeline.planned_artifacts import PlannedArtifact, plan_artifacts, source_bytes
+from qwen35.pipeline.run_request import ArtifactRequest, RunRequest
 from qwen35.progress import Silent
-from qwen35.work import window
-from qwen35.work.window import Window
 from running import run as converted
 
-GGUF = Wanted("mix", types=("F16", "BF16", "Q8_0", "Q4_K_M"), name="gguf")
+GGUF = ArtifactRequest("mix", types=("F16", "BF16", "Q8_0", "Q4_K_M"), name="gguf")
 ALL = (
-    Wanted("text-nf4", name="nf4"),
-    Wanted("text", name="text"),
-    Wanted("fp8", name="fp8"),
-    Wanted("nf4", name="vision-nf4"),
+    ArtifactRequest("text-nf4", name="nf4"),
+    ArtifactRequest("text", name="text"),
+    ArtifactRequest("fp8", name="fp8"),
+    ArtifactRequest("nf4", name="vision-nf4"),
     GGUF,
 )
 
@@ -62,14 +62,16 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     return counting
 
 
-def planned(source: Path, out: Path, wanted: tuple[Wanted, ...] = ALL) -> tuple[Artifact, ...]:
-    job = Job(str(source), out, wanted, depth="numbers")
+def planned(
+    source: Path, out: Path, wanted: tuple[ArtifactRequest, ...] = ALL
+) -> tuple[PlannedArtifact, ...]:
+    job = RunRequest(str(source), out, wanted, depth="numbers")
     artifacts, problems = plan_artifacts(fetch(str(source)), job)
     assert problems == ()
     return artifacts
 
 
-def made(artifacts: tuple[Artifact, ...], threads: int = 2) -> dict[str, Any]:
+def made(artifacts: tuple[PlannedArtifact, ...], threads: int = 2) -> dict[str, Any]:
     return make_artifacts(artifacts, threads=threads, device="auto", progress=Silent())
 
 
@@ -79,11 +81,11 @@ def made(artifacts: tuple[Artifact, ...], threads: int = 2) -> dict[str, Any]:
 def test_same_bytes_as_one_by_one_and_each_read_once(
     variant: str, tmp_path: Path, reads: Reads
 ) -> None:
-    wanted: tuple[Wanted, ...] = ALL
+    wanted: tuple[ArtifactRequest, ...] = ALL
     if variant in ("nf4", "fp8"):
         original = make_variant(tmp_path / "original", "dense")
         source = converted(original, tmp_path / f"Tiny-{variant}", variant).out
-        wanted = (Wanted("text", name="text"), Wanted("bf16", name="bf16"), GGUF)
+        wanted = (ArtifactRequest("text", name="text"), ArtifactRequest("bf16", name="bf16"), GGUF)
     else:
         source = make_variant(tmp_path / "source", variant)
     artifacts = planned(source, tmp_path / "swept", wanted)
@@ -183,7 +185,7 @@ def test_interrupted_sweep_is_continued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: Reads
 ) -> None:
     """What was finished before an interrupt is not read again; the bytes are those of one go."""
-    monkeypatch.setattr("qwen35.sinks.written.SECONDS", 0.0)
+    monkeypatch.setattr("qwen35.sinks.tensor_writer.SECONDS", 0.0)
     source = make_checkpoint(tmp_path / "Tiny")
     real = window.advance
     groups: list[int] = []
@@ -194,12 +196,12 @@ def test_interrupted_sweep_is_continued(
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr("qwen35.work.steps.advance", interrupted)
+    monkeypatch.setattr("qwen35.execution.step_runner.advance", interrupted)
     wanted = ALL[:3]
     with pytest.raises(KeyboardInterrupt):
         made(planned(source, tmp_path / "out", wanted), threads=1)
     first = reads.total
-    monkeypatch.setattr("qwen35.work.steps.advance", real)
+    monkeypatch.setattr("qwen35.execution.step_runner.advance", real)
     artifacts = planned(source, tmp_path / "out", wanted)
     assert made(artifacts) == {}
     assert reads.total < first + source_bytes(artifacts)

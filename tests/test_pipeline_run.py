@@ -21,14 +21,14 @@ from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.cli.main import main
 from qwen35.errors import Finding
-from qwen35.pipeline import run
+from qwen35.pipeline import pipeline_run
 from qwen35.pipeline.gates import artifact_gate, quantization_gate
-from qwen35.pipeline.job import Job, Measuring, path_artifacts
 from qwen35.pipeline.make import make_artifacts
-from qwen35.pipeline.planned import plan_artifacts
-from qwen35.pipeline.state import STATE_NAME
+from qwen35.pipeline.planned_artifacts import plan_artifacts
+from qwen35.pipeline.run_request import MeasurementRequest, RunRequest, path_artifacts
+from qwen35.pipeline.run_state import STATE_NAME
 from qwen35.sinks.staging import locked
-from qwen35.verify import behaviour
+from qwen35.verification import behaviour
 
 Capture = pytest.CaptureFixture[str]
 STEM = "Tiny-dense-1B"
@@ -116,7 +116,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         made.extend(artifact.name for artifact in artifacts)
         return make_artifacts(artifacts, **options)
 
-    monkeypatch.setattr("qwen35.pipeline.run.make_artifacts", counting)
+    monkeypatch.setattr("qwen35.pipeline.pipeline_run.make_artifacts", counting)
     return made
 
 
@@ -164,7 +164,7 @@ def test_second_run_does_nothing(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     made = spy(monkeypatch)
-    monkeypatch.setattr(run.Runner, "_verdict", None)  # nothing is verified again
+    monkeypatch.setattr(pipeline_run.PipelineRunner, "_verdict", None)  # nothing is verified again
     said = go(capsys, original, out)
     assert said.code == 0
     assert made == []
@@ -254,10 +254,10 @@ def test_interrupted_run_goes_on(
     def interrupted(artifact: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qwen35.pipeline.run.artifact_gate", interrupted)
+    monkeypatch.setattr("qwen35.pipeline.pipeline_run.artifact_gate", interrupted)
     flags = ["--path", "A", "--depth", "numbers", str(original), str(out)]
     assert main(["run", *flags]) == 130
-    monkeypatch.setattr("qwen35.pipeline.run.artifact_gate", artifact_gate)
+    monkeypatch.setattr("qwen35.pipeline.pipeline_run.artifact_gate", artifact_gate)
     made = spy(monkeypatch)
     said = go(capsys, original, out, paths="A")
     assert (said.code, made) == (0, [])
@@ -390,10 +390,10 @@ def test_verification_gate_by_numbers(original: Path, tmp_path: Path, capsys: Ca
 def test_closed_verification_is_looked_at_again(
     original: Path, out: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = run.Runner._verdict
+    real = pipeline_run.PipelineRunner._verdict
     finding = Finding("behaviour", "What is 2 + 2?", "'5', expected '4'")
 
-    def wrong(self: run.Runner, artifact: Any) -> Any:
+    def wrong(self: pipeline_run.PipelineRunner, artifact: Any) -> Any:
         verdict = real(self, artifact)
         return replace(verdict, findings=(finding,)) if artifact.name == NF4 else verdict
 
@@ -401,9 +401,9 @@ def test_closed_verification_is_looked_at_again(
     (out / STATE_NAME).write_text(
         (out / STATE_NAME).read_text().replace(f"verify {NF4}", "verify gone")
     )
-    monkeypatch.setattr(run.Runner, "_verdict", wrong)
+    monkeypatch.setattr(pipeline_run.PipelineRunner, "_verdict", wrong)
     assert go(capsys, original, out).steps[f"verify {NF4}"]["state"] == "closed"
-    monkeypatch.setattr(run.Runner, "_verdict", real)
+    monkeypatch.setattr(pipeline_run.PipelineRunner, "_verdict", real)
     said = go(capsys, original, out)
     assert said.code == 0
     assert said.states("make") == {NF4: "kept", TEXT: "kept", GGUF: "kept"}
@@ -425,7 +425,9 @@ def test_gates_look_at_what_lies_there(
     change: str, gate: str, reason: str, original: Path, out: Path, capsys: Capture
 ) -> None:
     """Gates 1 and 3 themselves: the folder is changed after it was made, before they are asked."""
-    job = Job(str(original), out, path_artifacts(["A", "B"], types=["Q8_0"]), depth="numbers")
+    job = RunRequest(
+        str(original), out, path_artifacts(["A", "B"], types=["Q8_0"]), depth="numbers"
+    )
     nf4, _, gguf = plan_artifacts(fetch(str(original)), job)[0]
     assert list(artifact_gate(nf4)) == list(artifact_gate(gguf)) == []
     assert list(quantization_gate(gguf)) == []
@@ -459,7 +461,7 @@ class Measured:
         self,
         source: Checkpoint,
         compared: Sequence[Path],
-        measuring: Measuring,
+        measuring: MeasurementRequest,
         folder: Path,
         **_: Any,
     ) -> None:
@@ -473,7 +475,7 @@ class Measured:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     fake = Measured()
-    monkeypatch.setattr("qwen35.pipeline.run.measure", fake)
+    monkeypatch.setattr("qwen35.pipeline.pipeline_run.measure", fake)
     return fake
 
 

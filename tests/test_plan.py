@@ -28,28 +28,34 @@ from hypothesis import strategies as st
 import qwen35
 from checkpoints import layout_of, random_tensors, tiny_config, write_checkpoint
 from qwen35.checkpoint.header import parse_header
-from qwen35.checkpoint.inventory import Item
+from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, open_folder, open_published
 from qwen35.codecs.nf4 import layout as nf4
 from qwen35.codecs.registry import CODECS, group
+from qwen35.display import bytes_of, least, size
 from qwen35.errors import TensorError, UsageError
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors, role_of
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors, role_of
 from qwen35.model.sizes import PUBLISHED
-from qwen35.plan.containers import CONTAINERS
-from qwen35.plan.manifest import manifest_bytes, manifest_size
-from qwen35.plan.memory import peak_memory, threads_within
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import built_in, load_recipe
-from qwen35.plan.rows import rows_of
-from qwen35.plan.rules import Recipe, Rule
-from qwen35.plan.safetensors import making
-from qwen35.plan.safetensors import options as plan_options
-from qwen35.plan.safetensors.options import MAX_SHARD_BYTES
-from qwen35.plan.safetensors.show import packed_text, plan_json, plan_text, roles_json, roles_text
-from qwen35.plan.safetensors.steps import _decided
-from qwen35.plan.step import Step, Target
-from qwen35.shown import bytes_of, least, size
+from qwen35.planning.containers import CONTAINERS
+from qwen35.planning.manifest import manifest_bytes, manifest_size
+from qwen35.planning.memory import peak_memory, threads_within
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import built_in, load_recipe
+from qwen35.planning.rows import rows_of
+from qwen35.planning.rules import Recipe, Rule
+from qwen35.planning.safetensors_files import safetensors_options as plan_options
+from qwen35.planning.safetensors_files import safetensors_plan
+from qwen35.planning.safetensors_files.safetensors_display import (
+    packed_text,
+    plan_json,
+    plan_text,
+    roles_json,
+    roles_text,
+)
+from qwen35.planning.safetensors_files.safetensors_options import MAX_SHARD_BYTES
+from qwen35.planning.safetensors_files.safetensors_steps import _decided
+from qwen35.planning.step import Step, StepTarget
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 from qwen35.threads import default_threads
 
@@ -194,7 +200,7 @@ def skip_list(plan: Plan) -> list[str]:
 
 
 def made_up(
-    config: dict[str, Any], layout: Layout | None = None, packed: tuple[str, ...] = ()
+    config: dict[str, Any], layout: CheckpointNaming | None = None, packed: tuple[str, ...] = ()
 ) -> Checkpoint:
     """Return a checkpoint of `config` without bytes, some weights of it in NF4."""
     tensors: dict[str, StoredTensor] = {}
@@ -203,7 +209,7 @@ def made_up(
             tensors[part.name] = StoredTensor(part, "model.safetensors", 0)
     weights, problems = group(tensors)
     assert not problems
-    return Checkpoint("made up", parse_config(config), weights, Layout.of(tensors), {})
+    return Checkpoint("made up", parse_config(config), weights, CheckpointNaming.of(tensors), {})
 
 
 def recipe_of(*rules: tuple[str, str], form: str = "nf4") -> Recipe:
@@ -755,7 +761,7 @@ SHOWN_AS = Path(__file__).parent / "golden" / "plan.txt"
 def shown_plans() -> str:
     """Return some plans as `qwen35 plan` prints them, with the same versions in all manifests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen35.plan.manifest.manifest_versions", lambda: {"qwen35": "1.2.3"})
+        patch.setattr("qwen35.planning.manifest.manifest_versions", lambda: {"qwen35": "1.2.3"})
         return "\n\n".join(plan_text(published_plan(*names), 2) for names in SHOWN) + "\n"
 
 
@@ -830,7 +836,7 @@ def test_files_are_filled_in_order_as_full_as_they_may_be(recipe: str, dense: Pa
 def test_two_weights_of_one_name_are_refused(dense: Path) -> None:
     step = make_plan(open_folder(dense), load_recipe("text")).steps[0]
     with pytest.raises(TensorError) as caught:
-        making._file(making._file_name(2, 3), [step, step])
+        safetensors_plan._file(safetensors_plan._file_name(2, 3), [step, step])
     assert str(caught.value) == (
         "model-00002-of-00003.safetensors: two weights would be written under one name"
     )
@@ -887,7 +893,7 @@ def test_what_cannot_be_packed_is_copied_or_decoded(
     unfit = {item.weight.name: "not whole tiles"} if shape[0] % 128 else {}
     rule = Rule("mlp", action, "why")
     codec, copied, reason = _decided("r", rule, CODECS.get(action), item, unfit)
-    assert Target(codec, (), (), copied).op == op
+    assert StepTarget(codec, (), (), copied).op == op
     if action in ("nf4", "fp8") and op in ("copy", "decode") and storage != action:
         assert reason in ("not a multiple of 64 weights", "not whole tiles")
 
@@ -905,8 +911,8 @@ def step_of(op: str, storage: str, dtype: str, numel: int) -> Step:
     weight = Weight("w", storage, (StoredTensor(spec, "in", 0),))
     role = role_of("lm_head.weight")
     codec = {"copy": storage, "decode": "plain"}.get(op, op)
-    target = Target(codec, (), ("out",), copied=op == "copy")
-    return Step(rows_of(Item(weight, role, spec)), role, "", (target,))
+    target = StepTarget(codec, (), ("out",), copied=op == "copy")
+    return Step(rows_of(InventoryItem(weight, role, spec)), role, "", (target,))
 
 
 @pytest.mark.parametrize(

@@ -16,20 +16,20 @@ from hypothesis import strategies as st
 from checkpoints import ASSET, random_tensors, tiny_config, write_checkpoint
 from gguf_models import make_variant, sidecars
 from qwen35.checkpoint.source import Checkpoint, open_folder
-from qwen35.codecs.fp8.layout import Calibration, Mode
+from qwen35.codecs.fp8.layout import ScaleChoice, ScaleMode
 from qwen35.codecs.ggml.types import ENCODABLE
 from qwen35.errors import Qwen35Error
 from qwen35.model.roles import ROLES
-from qwen35.plan.activations import load_activations
-from qwen35.plan.container import Inputs
-from qwen35.plan.gguf.imatrix import read_imatrix
-from qwen35.plan.gguf.making import files_of
-from qwen35.plan.gguf.mixes import FILE_TYPES, quantizable
-from qwen35.plan.gguf.patterns import pattern_rules
-from qwen35.plan.manifest import manifest_bytes
-from qwen35.plan.order import order_of, plan_again, plan_from
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import built_in, load_recipe
+from qwen35.planning.activations import load_activations
+from qwen35.planning.container import ContainerInputs
+from qwen35.planning.gguf_files.gguf_plan import files_of
+from qwen35.planning.gguf_files.imatrix import read_imatrix
+from qwen35.planning.gguf_files.mixes import FILE_TYPES, quantizable
+from qwen35.planning.gguf_files.type_patterns import pattern_rules
+from qwen35.planning.manifest import manifest_bytes
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import built_in, load_recipe
+from qwen35.planning.work_order import order_of, plan_again, plan_from
 
 ROLE_NAMES = sorted({path.removesuffix(".weight") for path in ROLES})
 GROUPS = sorted({name.rpartition(".")[0] for name in ROLE_NAMES} - {""})
@@ -100,9 +100,9 @@ def assert_same(plan: Plan, again: Plan) -> None:
     ]
 
 
-def follow(plan: Plan, inputs: Inputs | None = None) -> None:
+def follow(plan: Plan, inputs: ContainerInputs | None = None) -> None:
     """Make a plan again from its manifest, and from the order that workers get."""
-    assert_same(plan, plan_again(plan.checkpoint, manifest_of(plan), inputs or Inputs()))
+    assert_same(plan, plan_again(plan.checkpoint, manifest_of(plan), inputs or ContainerInputs()))
     order = json.loads(json.dumps(order_of(plan, 10**6)))
     assert_same(plan, plan_from(order))
 
@@ -129,8 +129,8 @@ def test_safetensors_outputs(sources: Sources, tmp_path: Path, data: st.DataObje
     if data.draw(st.booleans()):
         options["shard_bytes"] = data.draw(st.integers(10_000, 10**6))
     if kind == "fp8" and data.draw(st.booleans()):
-        mode = data.draw(st.sampled_from(get_args(Mode)))
-        options["calibration"] = Calibration(mode, rms_factor=data.draw(st.floats(1, 100)))
+        mode = data.draw(st.sampled_from(get_args(ScaleMode)))
+        options["scale_choice"] = ScaleChoice(mode, rms_factor=data.draw(st.floats(1, 100)))
     try:
         recipe = load_recipe(data.draw(st.sampled_from([base, name])))
         recipe = recipe.keeping(tuple(data.draw(st.lists(st.sampled_from(ROLE_NAMES), max_size=2))))
@@ -204,7 +204,7 @@ def test_gguf_outputs_with_an_importance_matrix(
     types = ("Q4_K_M", "Q8_0")
     path = write_imatrix(make_plan(checkpoint, recipe, types=types), tmp_path / "i.gguf")
     plan = make_plan(checkpoint, recipe, types=types, imatrix=read_imatrix(path, name="of mine"))
-    assert_same(plan, plan_again(checkpoint, manifest_of(plan), Inputs(imatrix=path)))
+    assert_same(plan, plan_again(checkpoint, manifest_of(plan), ContainerInputs(imatrix=path)))
 
 
 def test_fp8_outputs_with_statistics(sources: Sources, tmp_path: Path) -> None:
@@ -212,12 +212,14 @@ def test_fp8_outputs_with_statistics(sources: Sources, tmp_path: Path) -> None:
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     path = tmp_path / "stats.json"
     path.write_text(json.dumps({name: {"input_channel_max": [1.0 + i for i in range(256)]}}))
-    for calibration in (None, Calibration("rms", rms_factor=5)):
+    for scale_choice in (None, ScaleChoice("rms", rms_factor=5)):
         plan = make_plan(
             checkpoint,
             load_recipe("text-fp8"),
             keep_prefix=True,
-            calibration=calibration,
+            scale_choice=scale_choice,
             activations=load_activations(path),
         )
-        assert_same(plan, plan_again(checkpoint, manifest_of(plan), Inputs(activations=path)))
+        assert_same(
+            plan, plan_again(checkpoint, manifest_of(plan), ContainerInputs(activations=path))
+        )

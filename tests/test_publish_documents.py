@@ -15,13 +15,13 @@ from huggingface_hub import ModelCard
 
 from checkpoints import ASSET
 from hub_client import REPO, World, files_in
-from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import InputError
-from qwen35.publish.documents import documents, write_documents
-from qwen35.publish.modelfile import gguf_models, modelfile_text
-from qwen35.verify.artifact import verify
-from qwen35.verify.opening import open_artifact
+from qwen35.publishing.modelfile import gguf_models, modelfile_text
+from qwen35.publishing.repo_documents import documents, write_documents
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.verdict import verify
 from running import run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -174,7 +174,7 @@ def test_card_without_a_known_source(nf4: Path) -> None:
 
 
 def test_card_names_no_command_that_would_make_something_else(dense: Path, tmp_path: Path) -> None:
-    from qwen35.writing.run import write
+    from qwen35.writing.write import write
     from running import plan_of
 
     out = tmp_path / "out"
@@ -259,8 +259,8 @@ def gguf_folder(folder: Path) -> Path:
 
 def test_modelfile_names_the_preferred_type(tmp_path: Path) -> None:
     folder = gguf_folder(tmp_path / "gguf")
-    assert gguf_models(Folder(folder))[0] == "Qwen3.5-0.8B-Q4_K_M.gguf"
-    lines = modelfile_text(Folder(folder)).splitlines()
+    assert gguf_models(LocalFolder(folder))[0] == "Qwen3.5-0.8B-Q4_K_M.gguf"
+    lines = modelfile_text(LocalFolder(folder)).splitlines()
     assert [line for line in lines if line.startswith("FROM")] == [
         "FROM ./Qwen3.5-0.8B-Q4_K_M.gguf"
     ]
@@ -278,7 +278,7 @@ def test_modelfile_names_the_preferred_type(tmp_path: Path) -> None:
 def test_folder_with_projectors_only_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mmproj-x-F16.gguf").write_text("")
     with pytest.raises(InputError, match="only projectors"):
-        modelfile_text(Folder(tmp_path))
+        modelfile_text(LocalFolder(tmp_path))
 
 
 def test_gguf_folder_is_published_with_card_and_modelfile(world: World) -> None:

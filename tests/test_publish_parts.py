@@ -12,30 +12,30 @@ from pathlib import Path
 import pytest
 
 from qwen35.errors import Finding, InputError, UsageError
-from qwen35.publish.diff import Diff, Kind, check_same, load_diff, pull_diff, push_diff
-from qwen35.publish.guard import SECRETS, UNWANTED, bad_name, secrets, unwanted
-from qwen35.publish.hashes import Digest, Hasher, digest_bytes, digest_file
-from qwen35.publish.listing import Local, Remote, RemoteFile, list_local, walk
-from qwen35.publish.pull import apply_pull
-from qwen35.publish.push import apply_push
-from qwen35.publish.show import diff_text
-from qwen35.publish.sync import save_diff
+from qwen35.publishing.diff import Diff, Kind, check_same, load_diff, pull_diff, push_diff
+from qwen35.publishing.diff_display import diff_text
+from qwen35.publishing.guard import SECRETS, UNWANTED, bad_name, secrets, unwanted
+from qwen35.publishing.hashes import FileDigest, FileHasher, digest_bytes, digest_file
+from qwen35.publishing.listing import LocalListing, RemoteFile, RemoteRepo, list_local, walk
+from qwen35.publishing.pull import apply_pull
+from qwen35.publishing.push import apply_push
+from qwen35.publishing.sync import save_diff
 
 A, B = digest_bytes(b"a"), digest_bytes(b"b")
 
 
-def local(**files: Digest) -> Local:
-    return Local({name.replace("_", "."): digest for name, digest in files.items()})
+def local(**files: FileDigest) -> LocalListing:
+    return LocalListing({name.replace("_", "."): digest for name, digest in files.items()})
 
 
-def remote(lfs: Iterable[str] = (), **files: Digest) -> Remote:
+def remote(lfs: Iterable[str] = (), **files: FileDigest) -> RemoteRepo:
     rows = {}
     for key, digest in files.items():
         name = key.replace("_", ".")
         sha256 = digest.sha256 if name in lfs else None
         blob = "0" * 40 if sha256 else digest.blob
         rows[name] = RemoteFile(name, digest.size, blob, sha256)
-    return Remote("owner/name", "c" * 40, rows)
+    return RemoteRepo("owner/name", "c" * 40, rows)
 
 
 def kinds(diff: Diff) -> dict[str, Kind]:
@@ -80,15 +80,15 @@ def test_nothing_is_deleted_unless_asked() -> None:
 
 
 def test_the_hubs_own_file_is_left_alone() -> None:
-    mine = Local({".gitattributes": A})
-    there = Remote("o/n", "c", {".gitattributes": RemoteFile(".gitattributes", 1, B.blob)})
+    mine = LocalListing({".gitattributes": A})
+    there = RemoteRepo("o/n", "c", {".gitattributes": RemoteFile(".gitattributes", 1, B.blob)})
     for diff in (
         push_diff(mine, there, delete=True),
-        push_diff(Local({}), there, delete=True),
-        push_diff(mine, Remote("o/n", "c", {}), delete=True),
+        push_diff(LocalListing({}), there, delete=True),
+        push_diff(mine, RemoteRepo("o/n", "c", {}), delete=True),
         pull_diff(mine, there, delete=True),
-        pull_diff(mine, Remote("o/n", "c", {}), delete=True),
-        pull_diff(Local({}), there, delete=True),
+        pull_diff(mine, RemoteRepo("o/n", "c", {}), delete=True),
+        pull_diff(LocalListing({}), there, delete=True),
     ):
         assert kinds(diff) == {".gitattributes": "keep"}
     assert kinds(push_diff(mine, there, only=[".gitattributes"])) == {".gitattributes": "upload"}
@@ -97,17 +97,17 @@ def test_the_hubs_own_file_is_left_alone() -> None:
 def test_difference_survives_being_saved(tmp_path: Path) -> None:
     finding = Finding("secret", "x", "holds what looks like a key")
     base = push_diff(local(a_txt=A, b_txt=B), remote(b_txt=A, c_txt=A), delete=True)
-    for diff in (base, push_diff(Local({"x": A}, (finding,)), remote(), only=["x"])):
+    for diff in (base, push_diff(LocalListing({"x": A}, (finding,)), remote(), only=["x"])):
         save_diff(diff, tmp_path / "saved")
         assert load_diff(tmp_path / "saved") == diff
 
 
 def test_difference_with_findings_is_not_applied(tmp_path: Path) -> None:
     finding = Finding("secret", "x", "holds what looks like a key")
-    push = push_diff(Local({"x": A}, (finding,)), remote())
+    push = push_diff(LocalListing({"x": A}, (finding,)), remote())
     with pytest.raises(InputError, match="x: holds what looks like a key; nothing was changed"):
         apply_push(push, tmp_path, message="m")
-    pull = pull_diff(local(), Remote("o/n", "c" * 40, {"../x": RemoteFile("../x", 1, A.blob)}))
+    pull = pull_diff(local(), RemoteRepo("o/n", "c" * 40, {"../x": RemoteFile("../x", 1, A.blob)}))
     with pytest.raises(InputError, match=r"\.\./x: not a plain relative path"):
         apply_pull(pull, tmp_path / "new")
     assert not list(tmp_path.iterdir())
@@ -116,7 +116,7 @@ def test_difference_with_findings_is_not_applied(tmp_path: Path) -> None:
 def test_saved_difference_must_still_hold() -> None:
     saved = push_diff(local(a_txt=A), remote(a_txt=B))
     check_same(saved, push_diff(local(a_txt=A), remote(a_txt=B)))
-    moved = Remote("owner/name", "d" * 40, remote(a_txt=B).files)
+    moved = RemoteRepo("owner/name", "d" * 40, remote(a_txt=B).files)
     with pytest.raises(UsageError, match="is at dddddddddddd, the diff was made at cccccccccccc"):
         check_same(saved, push_diff(local(a_txt=A), moved))
     with pytest.raises(UsageError, match=r"a\.txt: changed"):
@@ -128,7 +128,7 @@ def test_saved_difference_must_still_hold() -> None:
 
 
 def test_table_escapes_what_could_harm_a_terminal() -> None:
-    there = Remote("o/n", "c", {"a\x1b[2J\n": RemoteFile("a\x1b[2J\n", 1, A.blob)})
+    there = RemoteRepo("o/n", "c", {"a\x1b[2J\n": RemoteFile("a\x1b[2J\n", 1, A.blob)})
     text = diff_text(push_diff(local(), there))
     assert "\\x1b[2J\\n" in text
     assert "\x1b" not in text
@@ -293,7 +293,9 @@ def test_folder_that_cannot_be_listed_is_an_error(
 
 def test_overlay_stands_for_files_to_be_written(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"old")
-    listed = list_local(tmp_path, Hasher(tmp_path / "cache.sqlite"), {"a.txt": b"a", "b.txt": b"b"})
+    listed = list_local(
+        tmp_path, FileHasher(tmp_path / "cache.sqlite"), {"a.txt": b"a", "b.txt": b"b"}
+    )
     assert {n: d for n, d in listed.files.items() if n.endswith(".txt")} == {
         "a.txt": A,
         "b.txt": B,
@@ -316,23 +318,23 @@ def test_digest_is_gits_and_sha256(tmp_path: Path) -> None:
 
 @pytest.fixture
 def rested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen35.publish.hashes._SETTLED_NS", -1)
+    monkeypatch.setattr("qwen35.publishing.hashes._SETTLED_NS", -1)
 
 
 def test_large_file_is_known_by_its_sha256_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.publish.hashes.BLOB_BYTES", 0)
+    monkeypatch.setattr("qwen35.publishing.hashes.BLOB_BYTES", 0)
     path = tmp_path / "file"
     path.write_bytes(b"a")
     digest = digest_file(path)
-    assert digest == Digest(1, A.sha256, "")
+    assert digest == FileDigest(1, A.sha256, "")
     assert RemoteFile("file", 1, "0" * 40, A.sha256).holds(digest)
     assert not RemoteFile("file", 1, A.blob).holds(digest)
 
 
-def hashed(path: Path, cache: Path) -> tuple[Digest, int]:
-    hasher = Hasher(cache)
+def hashed(path: Path, cache: Path) -> tuple[FileDigest, int]:
+    hasher = FileHasher(cache)
     return hasher.digests([path])[path], hasher.read_bytes
 
 
@@ -384,7 +386,7 @@ def test_cache_that_cannot_be_used_costs_only_time(tmp_path: Path, damage: str) 
 
 def test_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="gone: cannot be read"):
-        Hasher(tmp_path / "cache").digests([tmp_path / "gone"])
+        FileHasher(tmp_path / "cache").digests([tmp_path / "gone"])
     with pytest.raises(InputError, match="gone: cannot be read"):
         digest_file(tmp_path / "gone")
 

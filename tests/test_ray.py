@@ -21,8 +21,8 @@ from checkpoints import random_tensors, tiny_config, write_checkpoint
 from gguf_models import make_variant
 from qwen35.cli.main import main
 from qwen35.errors import TensorError, UsageError, WorkerError
-from qwen35.work.on_ray import RayWorkers
-from qwen35.writing.run import write
+from qwen35.execution.ray_workers import RayWorkers
+from qwen35.writing.write import write
 from running import plan_of, tree
 from watching import Watching
 
@@ -67,7 +67,9 @@ def folder(cluster: Any) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
+    )
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_a_cluster_writes_what_threads_write(
     expected: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.slow)
+    monkeypatch.setattr("qwen35.execution.ray_workers.answer", deadly.slow)
     progress = Watching()
     pool = RayWorkers("auto")
     assert pool.slots == 2
@@ -103,7 +105,7 @@ def test_a_worker_that_dies_costs_only_its_task(
     expected: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.deadly)
+    monkeypatch.setattr("qwen35.execution.ray_workers.answer", deadly.deadly)
     (folder / "kill").write_text("2")
     progress = Watching()
     write(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"), progress=progress)
@@ -120,7 +122,7 @@ def test_a_worker_that_always_dies_is_an_error_and_the_rest_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plan = plan_of(dense)
-    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.deadly)
+    monkeypatch.setattr("qwen35.execution.ray_workers.answer", deadly.deadly)
     (folder / "kill").write_text("9")
     (folder / "tensor").write_text(plan.files[-1].steps[-1].outputs[0].name)
     with pytest.raises(
@@ -130,7 +132,9 @@ def test_a_worker_that_always_dies_is_an_error_and_the_rest_is_kept(
     assert len(list(folder.glob("death*"))) == 3
     assert "the same command continues" in caught.value.__notes__[0]
     monkeypatch.undo()
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
+    )
     rest = Watching()
     write(plan, tmp_path / "out", pool=RayWorkers("auto"), progress=rest)
     assert rest.total < plan.read_bytes / 2
@@ -145,7 +149,7 @@ def test_a_node_that_dies_costs_only_its_tasks(
     expected: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.slow)
+    monkeypatch.setattr("qwen35.execution.ray_workers.answer", deadly.slow)
     node = cluster.add_node(**NODE)
     cluster.wait_for_nodes()
     removed: list[str] = []
@@ -191,7 +195,7 @@ def test_a_cluster_without_the_gpu_that_is_asked_for_is_refused_at_once(
 def test_a_node_without_qwen35_is_a_sentence(
     cluster: Any, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.absent)
+    monkeypatch.setattr("qwen35.execution.ray_workers.answer", deadly.absent)
     with pytest.raises(UsageError, match="a node of the cluster cannot import qwen35; install"):
         write(plan_of(dense), tmp_path / "out", pool=RayWorkers("auto"))
     assert not any(tmp_path.iterdir())
@@ -205,7 +209,7 @@ def test_each_job_has_a_gpu_to_itself_where_there_are_some(
     expected: dict[str, bytes],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.slow)
+    monkeypatch.setattr("qwen35.execution.ray_workers.answer", deadly.slow)
     resources = {**NODE, "num_cpus": 2, "num_gpus": 2}
     node = cluster.add_node(**resources)
     cluster.wait_for_nodes()
@@ -245,7 +249,7 @@ def test_gguf_files_on_a_cluster(
     deaths: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qwen35.work.on_ray.answer", deadly.deadly)
+    monkeypatch.setattr("qwen35.execution.ray_workers.answer", deadly.deadly)
     (folder / "kill").write_text(deaths)
     asked = ["--types", "F16,Q4_K_M", "--mmproj", "--quiet", "--threads", "1"]
     alone, shared = str(tmp_path / "alone"), str(tmp_path / "shared")

@@ -17,13 +17,13 @@ from pages import ROOT, tokens_of
 from qwen35.checkpoint.source import open_folder, open_published
 from qwen35.errors import UsageError
 from qwen35.model.roles import ROLES, Role, role_of
-from qwen35.plan.containers import CONTAINERS
-from qwen35.plan.gguf.making import files_of
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import built_in, load_recipe
-from qwen35.plan.recipe_files import _KEYS
-from qwen35.plan.rules import Recipe, Rule
-from qwen35.plan.safetensors.container import ACTIONS
+from qwen35.planning.containers import CONTAINERS
+from qwen35.planning.gguf_files.gguf_plan import files_of
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import built_in, load_recipe
+from qwen35.planning.recipe_files import _KEYS
+from qwen35.planning.rules import Recipe, Rule
+from qwen35.planning.safetensors_files.safetensors_container import ACTIONS
 
 pytestmark = pytest.mark.sentences
 
@@ -269,7 +269,7 @@ def test_unknown_recipe_is_refused_with_the_known_ones(name: str) -> None:
     [
         ("text-nf4", "; it is one of `qwen35 convert`"),
         ("text-nf5", ""),
-        ("../../plan/recipes/nf4", ""),
+        ("../../planning/recipes/nf4", ""),
         ("../recipes/nf4", ""),
     ],
 )

@@ -20,9 +20,9 @@ from PIL import Image
 from checkpoints import ASSET
 from evaluating import gguf, measure
 from qwen35.cli.main import main
-from qwen35.publish.card import Measures
-from qwen35.report.page import page
-from qwen35.report.write import HTML_NAME, JSON_NAME
+from qwen35.publishing.card import CardMeasurements
+from qwen35.reporting.evaluation_page import page
+from qwen35.reporting.report_files import HTML_NAME, JSON_NAME
 
 pytest.importorskip("matplotlib", reason="the extra eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:.*FP8.*", "ignore:.*is deprecated.*")
@@ -98,7 +98,7 @@ def test_the_same_evaluation_gives_the_same_bytes(formats: Path, tmp_path: Path)
 
 
 def test_the_card_can_read_it(value: dict[str, Any]) -> None:
-    measures = Measures.parse(value["table"])
+    measures = CardMeasurements.parse(value["table"])
     assert measures is not None
     assert measures.columns[1:] == ("nf4", f"{ASSET.name}-Q8_0", f"{ASSET.name}-Q4_K_M")
     assert [row[0] for row in measures.rows][:3] == ["Mean KLD", "Maximum KLD", "99.9% KLD"]

@@ -15,13 +15,13 @@ from gguf_models import make_variant
 from hub_client import REPO, World, files_in
 from hub_store import COMMIT, Repo
 from qwen35.cli.main import main
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 from qwen35.progress import Silent
-from qwen35.publish.documents import documents, write_documents
-from qwen35.reproduce import Origin, plan_again
-from qwen35.reproduce import reproduce as make_again
-from qwen35.writing.run import write
+from qwen35.publishing.repo_documents import documents, write_documents
+from qwen35.reproduction import ArtifactOrigin, plan_again
+from qwen35.reproduction import reproduce as make_again
+from qwen35.writing.write import write
 from running import plan_of, run
 
 pytestmark = pytest.mark.sentences
@@ -73,7 +73,7 @@ class Interrupting(Silent):
 
 
 def test_an_interrupted_one_is_continued(dense: Path, tmp_path: Path) -> None:
-    origin = Origin.find(str(run(dense, tmp_path / "out").out))
+    origin = ArtifactOrigin.find(str(run(dense, tmp_path / "out").out))
     plan, again = plan_again(origin, str(dense)), tmp_path / "again"
     with pytest.raises(KeyboardInterrupt):
         make_again(origin, plan, again, threads=1, progress=Interrupting(12))
@@ -115,7 +115,7 @@ def test_calibration_comes_from_the_manifest(
     statistics.write_text(json.dumps({name: {"input_channel_max": values[::-1]}}))
     assert reproduce(out, *given) == 2
     assert "not the statistics that the manifest names" in capsys.readouterr().err
-    edit(out / "qwen35.json", calibration={"mode": "rms"})
+    edit(out / "qwen35.json", scale_choice={"mode": "rms"})
     assert reproduce(out, *given) == 2
     assert "a malformed calibration" in capsys.readouterr().err
 

@@ -18,9 +18,9 @@ from gguf_models import make_variant
 from killing import Killer, Trial, killer
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import OutputError
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 from running import plan_of, tree
 
 KILLS = {False: 32, True: 12}
@@ -194,7 +194,7 @@ def test_another_version_of_the_tool_refuses_to_continue(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupted(plan_of(dense), tmp_path / "out")
-    monkeypatch.setattr("qwen35.plan.manifest.__version__", "99")
+    monkeypatch.setattr("qwen35.planning.manifest.__version__", "99")
     with pytest.raises(OutputError, match="unfinished run with another tool version;"):
         write(plan_of(dense), tmp_path / "out")
 
@@ -220,7 +220,9 @@ def in_shards(plan: Plan, out: Path) -> list[Path]:
 def test_a_finished_file_that_was_damaged_since_is_written_again(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 1_500_000
+    )
     plan = plan_of(dense)
     expected = write(plan, tmp_path / "unharmed", threads=1).hashes
     first, *_ = in_shards(plan, tmp_path / "out")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from checkpoints import layout_of, tiny_config
 from qwen35.checkpoint.source import open_published
 from qwen35.errors import TensorError
-from qwen35.model.config import parse_config
+from qwen35.model.model_config import parse_config
 from qwen35.model.roles import (
     ROLES,
-    Layout,
+    CheckpointNaming,
     Role,
     expected_tensors,
     in_group,
@@ -301,16 +301,18 @@ def test_rows_say_what_they_are() -> None:
 
 
 def test_layout_is_read_off_the_keys() -> None:
-    assert Layout.of(["model.language_model.embed_tokens.weight"]) == Layout(mtp=False)
-    assert Layout.of(["model.embed_tokens.weight", "lm_head.weight", "mtp.fc.weight"]) == Layout(
-        "model.", frozenset(), mtp=True, head=True
+    assert CheckpointNaming.of(["model.language_model.embed_tokens.weight"]) == CheckpointNaming(
+        mtp=False
     )
+    assert CheckpointNaming.of(
+        ["model.embed_tokens.weight", "lm_head.weight", "mtp.fc.weight"]
+    ) == CheckpointNaming("model.", frozenset(), mtp=True, head=True)
     names = [
         f"{LAYER}.mlp.experts.gate_up_proj",
         "model.language_model.layers.8.mlp.experts.0.up_proj.weight",
         "mtp.layers.0.mlp.experts.3.up_proj.weight",
     ]
-    assert Layout.of(names).per_expert == {"layers.8", "mtp.layers.0"}
+    assert CheckpointNaming.of(names).per_expert == {"layers.8", "mtp.layers.0"}
 
 
 @pytest.mark.parametrize("per_expert", [False, True])
@@ -325,7 +327,7 @@ def test_layout_read_off_the_expected_names_is_the_layout(
     config = tiny_config(**options)  # type: ignore[arg-type]
     layout = layout_of(config, per_expert=per_expert and bool(options.get("moe")))
     names = [spec.name for spec in expected_tensors(parse_config(config), layout)]
-    assert Layout.of(names) == layout
+    assert CheckpointNaming.of(names) == layout
     assert len(set(names)) == len(names)
 
 
@@ -353,7 +355,7 @@ def test_scalars_kept_in_float32_do_not_follow_the_checkpoint() -> None:
     layer = "model.language_model.layers.0."
     found = {
         spec.name.removeprefix(layer): spec.dtype
-        for spec in expected_tensors(config, Layout.published(config))
+        for spec in expected_tensors(config, CheckpointNaming.published(config))
         if spec.name.startswith(layer)
     }
     assert {path for path, dtype in found.items() if dtype == "F32"} == {

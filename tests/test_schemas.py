@@ -133,9 +133,9 @@ def test_verify(held: Any, formats: Path, tmp_path: Path) -> None:
 
 def test_answers(formats: Path) -> None:
     """The answers of depth behaviour, in the form of both engines."""
-    from qwen35.verify.artifact import Verdict
-    from qwen35.verify.asking import Question
-    from qwen35.verify.behaviour import IMAGE, Answer
+    from qwen35.verification.asking_transformers import Question
+    from qwen35.verification.behaviour import IMAGE, Answer
+    from qwen35.verification.verdict import Verdict
 
     answers = (Answer(IMAGE, "red"), Answer(Question("2 + 2?", "4"), "4", file="a.gguf"))
     counts = {"weights": 1, "packed": 0, "files": 1}

@@ -11,8 +11,8 @@ from checkpoints import tiny_config
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import Checkpoint, is_published, open_published
 from qwen35.codecs.registry import group
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors
 from qwen35.model.sizes import FUSED_MTP_EXPERTS, PUBLISHED, published_config
 from qwen35.tensors import StoredTensor
 
@@ -110,11 +110,11 @@ def test_text_only_mixture_of_a_later_release_is_understood() -> None:
     ]
     config = parse_config(raw)
     assert raw["architectures"] == ["Qwen3_5MoeForCausalLM"]
-    specs = list(expected_tensors(config, Layout.published(config)))
+    specs = list(expected_tensors(config, CheckpointNaming.published(config)))
     tensors = {spec.name: StoredTensor(spec, "model.safetensors", 0) for spec in specs}
     weights, problems = group(tensors)
     assert not problems
-    items = inventory(Checkpoint("later", config, weights, Layout.of(tensors), {}))
+    items = inventory(Checkpoint("later", config, weights, CheckpointNaming.of(tensors), {}))
     assert {item.role.scope for item in items} == {"text"}
     assert all(item.spec.name.startswith(("model.layers.", "model.", "lm_head.")) for item in items)
     # head, embedding, norm; 2 norms and 7 of mixture a layer; 9 of linear or 6 of full attention

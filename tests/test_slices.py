@@ -21,9 +21,9 @@ from checkpoints import random_tensors, tiny_config, write_checkpoint
 from killing import Killer, Trial, killer
 from qwen35.cli.main import main
 from qwen35.errors import OutputError, TensorError
-from qwen35.sinks.slices import joined
-from qwen35.writing.run import write
+from qwen35.sinks.slice_folder import joined
 from qwen35.writing.slices import finalize, write_slice
+from qwen35.writing.write import write
 from running import plan_of, tree
 
 SHARD = 800_000
@@ -31,7 +31,9 @@ SHARD = 800_000
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,9 @@ def runs() -> Iterator[Killer]:
 def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one run writes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
+        patch.setattr(
+            "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
+        )
         out = tmp_path_factory.mktemp("expected") / "out"
         write(plan_of(dense), out, threads=1)
     return tree(out)
@@ -85,9 +89,9 @@ def test_more_slices_than_tasks(
 
 
 def run_slice(source: Path, out: Path, number: int, count: int) -> None:
-    from qwen35.plan.safetensors import options
+    from qwen35.planning.safetensors_files import safetensors_options
 
-    options.MAX_SHARD_BYTES = SHARD
+    safetensors_options.MAX_SHARD_BYTES = SHARD
     write_slice(plan_of(source), out, number, count, threads=1)
 
 
@@ -254,8 +258,8 @@ def test_a_slice_does_not_join_a_run_without_slices(dense: Path, tmp_path: Path)
 
 
 def test_the_same_slice_twice_at_once_is_refused(dense: Path, tmp_path: Path) -> None:
-    from qwen35.plan.order import order_of
-    from qwen35.plan.tasks import task_bytes
+    from qwen35.planning.tasks import task_bytes
+    from qwen35.planning.work_order import order_of
 
     plan, out = plan_of(dense), tmp_path / "out"
     order = order_of(plan, task_bytes(plan, 2), check=False, slices=2, overwrite=False)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import qwen35
 from checkpoints import make_checkpoint, random_tensors, tiny_config, write_checkpoint
+from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import describe, fetch
-from qwen35.checkpoint.place import Folder
 from qwen35.checkpoint.sidecars import SIDECARS, travelling
 from qwen35.checkpoint.source import (
     INDEX_NAME,
@@ -226,7 +226,7 @@ def test_tensor_in_two_files_is_named(sharded: Path) -> None:
 def test_lenient_opening_collects_every_problem(sharded: Path) -> None:
     edit_index(sharded, forget_embedding)
     edit_index(sharded, lambda table: table.update({"model.extra.weight": LAST}))
-    checkpoint = open_place(Folder(sharded), name="x", root=sharded, lenient=True)
+    checkpoint = open_place(LocalFolder(sharded), name="x", root=sharded, lenient=True)
     assert [problem.subject for problem in checkpoint.problems] == ["model.extra.weight", EMBEDDING]
 
 
@@ -301,7 +301,7 @@ def test_folder_called_like_a_published_size_is_the_folder(
 
 
 def test_place_is_asked_for_headers_only(sharded: Path) -> None:
-    class Counting(Folder):
+    class Counting(LocalFolder):
         read_bytes = 0
 
         def read(self, name: str, start: int, count: int) -> bytes:

@@ -17,26 +17,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen35.checkpoint.header import file_layout
-from qwen35.checkpoint.inventory import Item
+from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import TensorError, WorkerError
-from qwen35.model.config import parse_config
-from qwen35.model.roles import Layout, expected_tensors, role_of
+from qwen35.execution.dispatch import TRIES, JobOutcome, WorkerJob, WorkerPool, dispatch
+from qwen35.execution.failures import failure_json
+from qwen35.execution.fleet import fill
+from qwen35.execution.step_runner import StepRunner
+from qwen35.model.model_config import parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors, role_of
 from qwen35.model.sizes import published_config
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.plan.rows import rows_of
-from qwen35.plan.step import Step, Target
-from qwen35.plan.tasks import Task, make_tasks, scheduled, share, task_bytes
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.rows import rows_of
+from qwen35.planning.step import Step, StepTarget
+from qwen35.planning.tasks import Task, make_tasks, scheduled, share, task_bytes
 from qwen35.progress import Silent
 from qwen35.sinks.journal import Journal
-from qwen35.sinks.written import Written
+from qwen35.sinks.tensor_writer import TensorWriter
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
-from qwen35.work.dispatch import TRIES, Ended, Job, Pool, dispatch
-from qwen35.work.failures import failure_json
-from qwen35.work.fleet import fill
-from qwen35.work.steps import Carrier
-from qwen35.writing.output import Output
+from qwen35.writing.open_output import OpenOutput
 
 EMBEDDING = role_of("model.language_model.embed_tokens.weight")
 
@@ -44,8 +44,8 @@ EMBEDDING = role_of("model.language_model.embed_tokens.weight")
 def step_of(name: str, nbytes: int, file: str = "f") -> Step:
     spec = TensorSpec(name, "U8", (nbytes,))
     weight = Weight(name, "plain", (StoredTensor(spec, "in", 0),))
-    target = Target("plain", (spec,), (file,), copied=True)
-    return Step(rows_of(Item(weight, EMBEDDING, spec)), EMBEDDING, "", (target,))
+    target = StepTarget("plain", (spec,), (file,), copied=True)
+    return Step(rows_of(InventoryItem(weight, EMBEDDING, spec)), EMBEDDING, "", (target,))
 
 
 def steps_of(name: str, sizes: list[int]) -> list[Step]:
@@ -157,7 +157,7 @@ def test_a_worker_has_eight_tasks_of_at_most_a_gigabyte(
 # --- the scheduler, at the size of large models, on a clock of its own
 
 
-class Simulated(Pool):
+class Simulated(WorkerPool):
     """A pool in which a job takes as long as its bytes say; a byte read or hashed is a second."""
 
     def __init__(self, plan: Plan, slots: int) -> None:
@@ -194,18 +194,18 @@ class Simulated(Pool):
         self.begun.append(order)
         self.work += takes
 
-    def wait(self) -> Iterator[Ended]:
+    def wait(self) -> Iterator[JobOutcome]:
         if len(self._running) < self._slots and self.idle_from is None:
             self.idle_from = len(self.begun)
         self.clock, number, answer = heapq.heappop(self._running)
-        yield Ended(number, {"done": answer})
+        yield JobOutcome(number, {"done": answer})
 
 
 def hollow_plan(folder: Path, size: str, recipe: str, shards: int) -> Plan:
     """Plan a checkpoint of a published size, in so many files, without data."""
     config = published_config(size)
     parsed = parse_config(config)
-    specs = list(expected_tensors(parsed, Layout.published(parsed)))
+    specs = list(expected_tensors(parsed, CheckpointNaming.published(parsed)))
     per_file = -(-len(specs) // shards)
     weight_map: dict[str, str] = {}
     folder.mkdir()
@@ -237,9 +237,9 @@ def test_a_hundred_shards_keep_all_workers_busy(
     folder = tmp_path / "work" / "files"
     folder.mkdir(parents=True)
     pool = Simulated(plan, slots)
-    with Journal(tmp_path / "journal", {}) as journal, Written(folder, journal) as written:
-        carrier = Carrier(plan, ())
-        output = Output(tmp_path / "out", plan, folder, written, carrier, Silent())
+    with Journal(tmp_path / "journal", {}) as journal, TensorWriter(folder, journal) as written:
+        carrier = StepRunner(plan, ())
+        output = OpenOutput(tmp_path / "out", plan, folder, written, carrier, Silent())
         fill(output, plan.files, pool)
     assert output.hashes.keys() == {file.name for file in plan.files}
 
@@ -261,7 +261,7 @@ def test_a_hundred_shards_keep_all_workers_busy(
 # --- jobs whose workers die
 
 
-class Dying(Pool):
+class Dying(WorkerPool):
     """A pool of one worker that dies at the job called ``bad``, so many times."""
 
     _slots = 1
@@ -281,21 +281,21 @@ class Dying(Pool):
         self.begun.append(order["name"])
         self.number = number
 
-    def wait(self) -> list[Ended]:
+    def wait(self) -> list[JobOutcome]:
         name = self.begun[-1]
         if name == "bad" and self.failure:
-            return [Ended(self.number, {"failure": failure_json(self.failure)})]
+            return [JobOutcome(self.number, {"failure": failure_json(self.failure)})]
         if name == "bad" and self.begun.count("bad") <= self.deaths:
-            return [Ended(self.number, None, "signal SIGKILL")]
-        return [Ended(self.number, {"done": name})]
+            return [JobOutcome(self.number, None, "signal SIGKILL")]
+        return [JobOutcome(self.number, {"done": name})]
 
 
-def jobs(done: list[str]) -> list[Job]:
-    def note(name: str) -> list[Job]:
+def jobs(done: list[str]) -> list[WorkerJob]:
+    def note(name: str) -> list[WorkerJob]:
         done.append(name)
         return []
 
-    return [Job(name, {"name": name}, note) for name in ("first", "bad", "last")]
+    return [WorkerJob(name, {"name": name}, note) for name in ("first", "bad", "last")]
 
 
 def test_a_job_is_begun_again_when_its_worker_dies_and_no_other_is() -> None:

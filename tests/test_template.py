@@ -13,7 +13,7 @@ from jinja2.exceptions import TemplateError
 
 from checkpoints import write_checkpoint
 from qwen35.errors import InputError
-from qwen35.plan.safetensors.template import _tags, compiles, text_only_template
+from qwen35.planning.safetensors_files.chat_template import _tags, compiles, text_only_template
 from running import load_all, plan_of, read_config, run
 from templates import IMAGE_CONVERSATIONS, ITEM_LOOP, TEXT_CONVERSATIONS, VARIANTS, render
 
@@ -182,7 +182,7 @@ def test_what_is_true_for_images_and_videos_alone(condition: str, vision: bool) 
 
 
 def test_a_template_longer_than_any_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.template._MAX_LENGTH", 5)
+    monkeypatch.setattr("qwen35.planning.safetensors_files.chat_template._MAX_LENGTH", 5)
     assert text_only_template("x" * 5, "t") == "x" * 5
     with pytest.raises(InputError) as caught:
         text_only_template("x" * 6, "t")
@@ -261,7 +261,7 @@ def test_settings_that_are_none_are_named(
 def test_settings_larger_than_any_are_refused(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.documents._MAX_BYTES", 9)
+    monkeypatch.setattr("qwen35.planning.safetensors_files.safetensors_documents._MAX_BYTES", 9)
     source = with_settings(dense, tmp_path / "in", b'{"a": 12}')
     assert plan_of(source, "text").steps
     (source / SETTINGS).write_bytes(b'{"a": 123}')

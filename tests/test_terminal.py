@@ -23,12 +23,12 @@ import qwen35
 from checkpoints import ASSET
 from evaluating import gguf as gguf_in
 from qwen35.cli.completion import script
+from qwen35.cli.console import Console
 from qwen35.cli.main import SHELLS, VERBS, main, parser_of, whole_parser
-from qwen35.cli.output import Output
 from qwen35.cli.screen import coloured, fit, width_of
 from qwen35.model.roles import ROLES
 from qwen35.model.sizes import PUBLISHED
-from qwen35.plan.recipe import built_in
+from qwen35.planning.recipe import built_in
 
 Capture = pytest.CaptureFixture[str]
 LONG = "Qwen3.5-text-0.8B-a-name-that-somebody-found-good-because-it-says-all"
@@ -267,14 +267,14 @@ def test_json_has_neither_colours_nor_folds(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "40")
-    Output(as_json=True).data("x", {"note": "FAILED " * 20})
+    Console(as_json=True).data("x", {"note": "FAILED " * 20})
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert max(map(len, shown.splitlines())) > 100
 
 
 def test_json_of_a_name_that_is_no_text(capsys: Capture) -> None:
-    Output(as_json=True).data("x", {"file": "a\udcff", "b": "é"})
+    Console(as_json=True).data("x", {"file": "a\udcff", "b": "é"})
     assert json.loads(capsys.readouterr().out) == {"file": "a\udcff", "b": "é"}
 
 
@@ -400,7 +400,7 @@ def test_fish_completes(tmp_path: Path) -> None:
 def test_starting_does_not_load_what_completion_needs(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom qwen35.cli.main import main\nmain(['plan', 'Qwen3.5-0.8B', '--quiet'])\n"
-        "loaded = {'shtab', 'rich', 'difflib', 'qwen35.cli.convert'} & set(sys.modules)\n"
+        "loaded = {'shtab', 'rich', 'difflib', 'qwen35.cli.convert_command'} & set(sys.modules)\n"
         "assert not loaded, loaded\n"
     )
     source = str(Path(qwen35.__file__).parent.parent)
@@ -428,20 +428,21 @@ def test_roles_fold_their_meaning_only(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 SAID_ALREADY = {
-    "calibrate/states.py: 'was changed by something else'",
+    "calibration/states.py: 'was changed by something else'",
     "checkpoint/hub.py: 'the Hub named no commit'",
     "codecs/ggml/kernel.py: f'cannot be opened ({error})'",
-    "plan/gguf/patterns.py: 'no rules in it'",
-    "plan/gguf/patterns.py: 'not a pattern that llama-quantize would read the same way'",
-    "plan/gguf/patterns.py: f'cannot be read ({error})'",
-    "plan/gguf/patterns.py: f'not a pattern ({error})'",
-    "pipeline/toml.py: f'cannot be read ({error.strerror})'",
-    "pipeline/toml.py: f'not valid TOML ({error})'",
-    "plan/recipe_files.py: f'a line of more than {_MAX_DOTS} dots'",
-    "plan/recipe_files.py: f'not valid TOML ({error})'",
-    "publish/listing.py: 'the Hub named no commit'",
-    "publish/pull.py: 'is a symbolic link: nothing is written through it'",
-    "publish/signing.py: f'cannot be read ({error.strerror})'",
+    "planning/gguf_files/type_patterns.py: 'no rules in it'",
+    "planning/gguf_files/type_patterns.py: "
+    "'not a pattern that llama-quantize would read the same way'",
+    "planning/gguf_files/type_patterns.py: f'cannot be read ({error})'",
+    "planning/gguf_files/type_patterns.py: f'not a pattern ({error})'",
+    "pipeline/run_file.py: f'cannot be read ({error.strerror})'",
+    "pipeline/run_file.py: f'not valid TOML ({error})'",
+    "planning/recipe_files.py: f'a line of more than {_MAX_DOTS} dots'",
+    "planning/recipe_files.py: f'not valid TOML ({error})'",
+    "publishing/listing.py: 'the Hub named no commit'",
+    "publishing/pull.py: 'is a symbolic link: nothing is written through it'",
+    "publishing/signing.py: f'cannot be read ({error.strerror})'",
 }
 """Where what is wrong says what to mend, or nobody can know."""
 

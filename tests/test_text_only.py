@@ -11,9 +11,9 @@ from checkpoints import make_checkpoint, random_tensors, tiny_config, write_chec
 from loading import clean, load_model, packed_layers
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import UsageError
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 from running import load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.sentences

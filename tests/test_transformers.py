@@ -11,8 +11,8 @@ import torch
 
 from checkpoints import make_checkpoint, write_checkpoint
 from loading import clean, load_model, packed_layers, settle
-from qwen35.plan.safetensors import steps as planning
-from qwen35.writing.run import write
+from qwen35.planning.safetensors_files import safetensors_steps as planning
+from qwen35.writing.write import write
 from running import load_all, plan_of, read_config, run
 
 IDS = torch.arange(48).reshape(1, 48)

@@ -24,21 +24,26 @@ from qwen35.cli.main import main
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.ggml.kernel import encode
 from qwen35.errors import InputError, UsageError
-from qwen35.plan.container import Inputs
-from qwen35.plan.gguf.imatrix import read_imatrix
-from qwen35.plan.gguf.making import files_of
-from qwen35.plan.order import plan_again
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning.container import ContainerInputs
+from qwen35.planning.gguf_files.gguf_plan import files_of
+from qwen35.planning.gguf_files.imatrix import read_imatrix
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.work_order import plan_again
 from qwen35.progress import Silent
-from qwen35.tune.fit import Group, Probe, fit, group_units, rank_correlation
-from qwen35.tune.measurements import Key, Measurements, Trial, load_measurements
-from qwen35.tune.probing import Setting
-from qwen35.tune.solve import cheapest, nearest
-from qwen35.tune.space import Space
-from qwen35.tune.tuning import Budget
-from qwen35.tune.tuning import tune as tune_space
-from qwen35.tune.units import Unit
+from qwen35.tuning.fit import Probe, UnitGroup, fit, group_units, rank_correlation
+from qwen35.tuning.measurements import (
+    MeasuredTrial,
+    MeasurementKey,
+    Measurements,
+    load_measurements,
+)
+from qwen35.tuning.probing import ProbeSetting
+from qwen35.tuning.recipe_search import TuningBudget
+from qwen35.tuning.recipe_search import tune as tune_space
+from qwen35.tuning.solve import cheapest, nearest
+from qwen35.tuning.space import ChoiceSpace
+from qwen35.tuning.units import Unit
 from test_gguf_imatrix import gguf_file
 
 Capture = pytest.CaptureFixture[str]
@@ -47,12 +52,12 @@ TYPES = ("q3_K", "q4_K", "q6_K", "q8_0", "f16")
 
 
 @pytest.fixture(scope="module")
-def gguf_space() -> Space:
-    return Space(fetch(str(ASSET)), "gguf", TYPES)
+def gguf_space() -> ChoiceSpace:
+    return ChoiceSpace(fetch(str(ASSET)), "gguf", TYPES)
 
 
-def packed_space(kind: str) -> Space:
-    return Space(fetch(str(ASSET)), kind, (kind, "plain"))
+def packed_space(kind: str) -> ChoiceSpace:
+    return ChoiceSpace(fetch(str(ASSET)), kind, (kind, "plain"))
 
 
 def make_unit(name: str, sizes: dict[str, int]) -> Unit:
@@ -144,7 +149,7 @@ def test_groups_cover_every_unit_once(count: int, kinds: int, most: int) -> None
 @given(slope=st.floats(1e-3, 10), offset=st.floats(0, 1e-2))
 def test_fit_finds_the_line_that_probes_lie_on(slope: float, offset: float) -> None:
     errors = {"a": {"s": 1e-2, "l": 1e-4, "f": 0.0}, "b": {"s": 2e-2, "l": 3e-4, "f": 0.0}}
-    groups = [Group("ab", ("a", "b"))]
+    groups = [UnitGroup("ab", ("a", "b"))]
     probes = [Probe("ab", "s", slope * 3e-2 + offset), Probe("ab", "l", slope * 4e-4 + offset)]
     found = fit(groups, probes, errors, {"f": 0.0})
     assert found.slopes["ab"] == pytest.approx(slope, rel=1e-6)
@@ -156,7 +161,7 @@ def test_fit_finds_the_line_that_probes_lie_on(slope: float, offset: float) -> N
 
 def test_fit_stays_above_zero_and_knows_unprobed_groups() -> None:
     errors = {"a": {"s": 1e-2, "l": 1e-4}, "b": {"s": 1.0, "l": 0.1}}
-    groups = [Group("a", ("a",)), Group("b", ("b",))]
+    groups = [UnitGroup("a", ("a",)), UnitGroup("b", ("b",))]
     steep = fit(groups, [Probe("a", "s", 1e-2), Probe("a", "l", 1e-9)], errors, {})
     assert steep.offsets["a"] == 0.0
     assert steep.slopes["b"] == steep.slopes["a"] > 0
@@ -174,7 +179,7 @@ def test_rank_correlation() -> None:
 @settings(max_examples=8, deadline=None)
 @given(seed=st.randoms(use_true_random=False), explicit=st.booleans())
 def test_a_recipe_says_what_was_chosen(
-    gguf_space: Space, tmp_path_factory: pytest.TempPathFactory, seed: object, explicit: bool
+    gguf_space: ChoiceSpace, tmp_path_factory: pytest.TempPathFactory, seed: object, explicit: bool
 ) -> None:
     """Through TOML and the ordinary plan every tensor gets its type, and the size is exact."""
     import random
@@ -190,10 +195,10 @@ def test_a_recipe_says_what_was_chosen(
         assert {file.kinds[step.outputs[0].name] for step in steps} == {chosen[name]}
     assert file.nbytes == gguf_space.size(chosen)
     manifest = json.loads(json.dumps(plan.container.asked_json(plan)))
-    assert plan_again(plan.checkpoint, manifest, Inputs()).digest == plan.digest
+    assert plan_again(plan.checkpoint, manifest, ContainerInputs()).digest == plan.digest
 
 
-def test_a_recipe_is_short(gguf_space: Space) -> None:
+def test_a_recipe_is_short(gguf_space: ChoiceSpace) -> None:
     chosen = {unit.name: "q4_K" for unit in gguf_space.units}
     roles = len({role for unit in gguf_space.units for role in unit.roles})
     text = gguf_space.recipe(chosen, "all alike")
@@ -239,7 +244,7 @@ def test_joined_matrices_are_one_unit() -> None:
     assert {"mlp.gate_up_proj", "linear_attn.in_proj_qkvz"} <= units.keys()
 
 
-def test_errors_fall_with_size(gguf_space: Space) -> None:
+def test_errors_fall_with_size(gguf_space: ChoiceSpace) -> None:
     errors = gguf_space.errors(1, Silent())
     assert errors.keys() == {unit.name for unit in gguf_space.units}
     for row in errors.values():
@@ -259,7 +264,7 @@ def test_errors_of_packing(kind: str, least: float, most: float) -> None:
 
 def test_mixture_of_experts(tmp_path: Path) -> None:
     """Fused stacks are two tensors of one role, which get one type; all experts are one unit."""
-    space = Space(fetch(str(make_variant(tmp_path, "moe"))), "gguf", ("q8_0", "f16"))
+    space = ChoiceSpace(fetch(str(make_variant(tmp_path, "moe"))), "gguf", ("q8_0", "f16"))
     fused = [unit for unit in space.units if unit.kind == "mlp.experts.gate_up_proj"]
     assert fused
     assert {len(space._members[unit.name]) for unit in fused} == {2}
@@ -267,13 +272,13 @@ def test_mixture_of_experts(tmp_path: Path) -> None:
     assert space.size(chosen) < space.size(dict.fromkeys(chosen, "f16"))
 
 
-KEY = Key("gguf", "m", "t", 512, 2, "", "0")
+KEY = MeasurementKey("gguf", "m", "t", 512, 2, "", "0")
 
 
 def test_measurements_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     found = Measurements(KEY, "tiny", {"a": {"q": 0.5}}, {"a": ["a"]}, [Probe("a", "q", 1e-3)])
-    found.trials.append(Trial("d", 10, 1e-3, 2e-3))
+    found.trials.append(MeasuredTrial("d", 10, 1e-3, 2e-3))
     found.save(path)
     assert load_measurements(path) == found
     assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
@@ -359,11 +364,11 @@ class Stopping(Silent):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_tuning_goes_on(text: Path, tmp_path: Path, gguf_space: Space) -> None:
+def test_an_interrupted_tuning_goes_on(text: Path, tmp_path: Path, gguf_space: ChoiceSpace) -> None:
     """What was probed before is not probed again, and the result is the same."""
     space = replace(gguf_space, choices=("q8_0", "f16"))
-    setting = Setting(text, 512, 1, 1, "cpu")
-    budget = Budget(nbytes=9_000_000)
+    setting = ProbeSetting(text, 512, 1, 1, "cpu")
+    budget = TuningBudget(nbytes=9_000_000)
     path = tmp_path / "m.json"
     measured = Measurements(KEY, "tiny")
     options: dict[str, Any] = {
@@ -384,7 +389,7 @@ def test_an_interrupted_tuning_goes_on(text: Path, tmp_path: Path, gguf_space: S
 
 def test_only_types_that_rows_fit(tmp_path: Path) -> None:
     """Rows that are no multiple of 256 have no k-quants to choose from; no fallback is needed."""
-    space = Space(fetch(str(make_variant(tmp_path, "odd-rows"))), "gguf", TYPES)
+    space = ChoiceSpace(fetch(str(make_variant(tmp_path, "odd-rows"))), "gguf", TYPES)
     for unit in space.units:
         rows = {step.rows.row for step in space._members[unit.name]}
         fits = all(row % 256 == 0 for row in rows)
@@ -392,10 +397,10 @@ def test_only_types_that_rows_fit(tmp_path: Path) -> None:
         assert "f16" in unit.sizes
     assert any("q4_K" not in unit.sizes for unit in space.units)
     with pytest.raises(UsageError, match="add q8_0 or f16"):
-        assert Space(space.checkpoint, "gguf", ("q4_K",)).units
+        assert ChoiceSpace(space.checkpoint, "gguf", ("q4_K",)).units
 
 
-def test_errors_count_by_the_importance_matrix(gguf_space: Space, tmp_path: Path) -> None:
+def test_errors_count_by_the_importance_matrix(gguf_space: ChoiceSpace, tmp_path: Path) -> None:
     """Columns that no input reaches may be as wrong as they like."""
     [step] = gguf_space._members["mlp.down_proj@0"]
     name, width = step.outputs[0].name, step.rows.row
@@ -501,8 +506,8 @@ def test_dry_run_needs_no_weights(kind: str, text: Path, capsys: Capture) -> Non
 
 
 def test_every_format_offered_is_known_to_a_container() -> None:
-    from qwen35.tune.formats import FORMATS
-    from qwen35.tune.tunable import tunable_of
+    from qwen35.tuning.formats import FORMATS
+    from qwen35.tuning.tunable import tunable_of
 
     assert FORMATS == ("gguf", "nf4", "fp8")
     assert all(tunable_of(kind).base(kind) for kind in FORMATS)

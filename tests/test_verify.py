@@ -24,23 +24,23 @@ from loading import quantize_with_transformers
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
-from qwen35.codecs.compared import Compared
-from qwen35.codecs.fp8.errors import Errors
+from qwen35.codecs.comparison import WeightComparison
+from qwen35.codecs.fp8.error_sums import ErrorSums
 from qwen35.codecs.nf4.config import is_skipped
 from qwen35.errors import Finding, UsageError
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 from qwen35.tensors import TensorSpec, Weight
-from qwen35.verify.artifact import Verdict, verify
-from qwen35.verify.asking import Question
-from qwen35.verify.bands import WORST_ERROR
-from qwen35.verify.behaviour import NOT_ASKED, Answer
-from qwen35.verify.compared import RoleError, by_role
-from qwen35.verify.numbers import Numbers
-from qwen35.verify.opening import open_artifact
-from qwen35.verify.show import verdict_text
-from qwen35.verify.subject import Held
-from qwen35.writing.run import write
+from qwen35.verification.asking_transformers import Question
+from qwen35.verification.bands import WORST_ERROR
+from qwen35.verification.behaviour import NOT_ASKED, Answer
+from qwen35.verification.numbers_check import NumbersResult
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.role_errors import RoleError, by_role
+from qwen35.verification.subject import HeldWeight
+from qwen35.verification.verdict import Verdict, verify
+from qwen35.verification.verdict_display import verdict_text
+from qwen35.writing.write import write
 from running import load_all, read_config, run
 from watching import Watching, watched_pools
 
@@ -468,7 +468,9 @@ def test_a_listed_file_that_is_gone_is_named(dense: Path, tmp_path: Path) -> Non
 def test_a_stale_index_and_swapped_shards_are_named(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 1_500_000
+    )
     out = run(dense, tmp_path / "out").out
     first, second = sorted(out.glob("*.safetensors"))[:2]
     first.rename(tmp_path / "x")
@@ -625,7 +627,7 @@ def test_inspect_counts_what_is_there(packed: Path, capsys: pytest.CaptureFixtur
 
 
 def test_inspect_counts_parameters_once(dense: Path, packed: Path) -> None:
-    from qwen35.checkpoint.summary import summarize
+    from qwen35.checkpoint.checkpoint_summary import summarize
 
     total = sum(t.numel() for t in load_all(dense).values())
     assert summarize(describe(str(dense)))["parameters"] == total
@@ -844,7 +846,9 @@ def test_what_was_packed_already_is_compared_with_what_that_decodes_to(
 def test_files_that_the_manifest_does_not_list_are_named_and_the_others_hashed(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", 1_500_000)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 1_500_000
+    )
     out = run(dense, tmp_path / "out", "text").out
     first, *_, last = sorted(path.name for path in out.glob("*.safetensors"))
     manifest = json.loads((out / "qwen35.json").read_text())
@@ -887,8 +891,8 @@ def test_what_transformers_does_not_load_is_found(
         asked.append(image)
         return []
 
-    monkeypatch.setattr("qwen35.verify.asked.Asker", lambda _: asker)
-    monkeypatch.setattr("qwen35.verify.asked.ask", ask)
+    monkeypatch.setattr("qwen35.verification.asking_engines.Asker", lambda _: asker)
+    monkeypatch.setattr("qwen35.verification.asking_engines.ask", ask)
     verdict = verify(open_artifact(str(dense)), depth="behaviour", threads=1)
     assert [(f.check, f.subject, f.message) for f in verdict.findings] == [
         ("load", "a.weight", "missing or unexpected when transformers loads it")
@@ -903,11 +907,11 @@ def test_what_transformers_does_not_load_is_found(
 def test_errors_of_a_role_are_summed_and_the_worst_is_kept() -> None:
     rows = by_role(
         [
-            ("up", "nf4", Compared(squared=1.0, norm=4.0)),
-            ("norm", "plain", Compared(squared=0.0, norm=0.0)),
-            ("up", "nf4", Compared(squared=2.0, norm=32.0)),
-            ("up", "plain", Compared(squared=0.0, norm=9.0)),
-            ("down", "nf4", Compared(squared=1.0, norm=0.0)),
+            ("up", "nf4", WeightComparison(squared=1.0, norm=4.0)),
+            ("norm", "plain", WeightComparison(squared=0.0, norm=0.0)),
+            ("up", "nf4", WeightComparison(squared=2.0, norm=32.0)),
+            ("up", "plain", WeightComparison(squared=0.0, norm=9.0)),
+            ("down", "nf4", WeightComparison(squared=1.0, norm=0.0)),
         ]
     )
     assert [(r.role, r.storage, r.count, r.squared, r.norm, r.worst) for r in rows] == [
@@ -921,17 +925,17 @@ def test_errors_of_a_role_are_summed_and_the_worst_is_kept() -> None:
 
 def test_what_saturates_too_much_is_too_far() -> None:
     """An error that rounding could explain, or that a code astray explains, is no more to say."""
-    sound = Errors(count=4, squared=4 * WORST_ERROR**2, norm=4.0, clipped=2)
+    sound = ErrorSums(count=4, squared=4 * WORST_ERROR**2, norm=4.0, clipped=2)
     beyond = replace(sound, squared=4 * 0.07**2, clipped=3)
     fp8 = {"a": sound, "b": beyond, "c": replace(beyond, misplaced=1)}
     compared = [
         (
-            Held(Weight(name, "fp8", ()), TensorSpec(name, "BF16", (2, 2)), name, "fp8"),
-            Compared(name, errors=asdict(errors)),
+            HeldWeight(Weight(name, "fp8", ()), TensorSpec(name, "BF16", (2, 2)), name, "fp8"),
+            WeightComparison(name, errors=asdict(errors)),
         )
         for name, errors in fp8.items()
     ]
-    assert list(Numbers((), compared, ()).too_far()) == [
+    assert list(NumbersResult((), compared, ()).too_far()) == [
         Finding("error", "b", "relative error 0.0700, expected at most 0.0625 (3 weights saturate)")
     ]
 
@@ -954,7 +958,7 @@ class Spoken:
 def test_a_model_is_asked_when_nothing_was_found(
     packed: Path, dense: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("qwen35.verify.asked.Asker", Spoken)
+    monkeypatch.setattr("qwen35.verification.asking_engines.Asker", Spoken)
     verdict = verify(
         open_artifact(str(packed)), source=fetch(str(dense)), depth="behaviour", threads=1
     )
@@ -979,8 +983,8 @@ def test_vllm_is_asked_when_asked_for(dense: Path, monkeypatch: pytest.MonkeyPat
         made.append(Spoken(folder, **more))
         return made[-1]
 
-    monkeypatch.setattr("qwen35.verify.asked.check_vllm", lambda: None)
-    monkeypatch.setattr("qwen35.verify.asked.VllmAsker", asker)
+    monkeypatch.setattr("qwen35.verification.asking_engines.check_vllm", lambda: None)
+    monkeypatch.setattr("qwen35.verification.asking_engines.VllmAsker", asker)
     opened = open_artifact(str(dense))
     verdict = verify(opened, depth="behaviour", engine="vllm", threads=1)
     assert verdict.notes == ("asked in vLLM",)
@@ -990,7 +994,7 @@ def test_vllm_is_asked_when_asked_for(dense: Path, monkeypatch: pytest.MonkeyPat
     def refuse() -> None:
         raise UsageError("--engine vllm", "not here")
 
-    monkeypatch.setattr("qwen35.verify.asked.check_vllm", refuse)
+    monkeypatch.setattr("qwen35.verification.asking_engines.check_vllm", refuse)
     assert verify(opened).passed
     with pytest.raises(UsageError, match="not here"):
         verify(opened, engine="vllm")
@@ -998,7 +1002,7 @@ def test_vllm_is_asked_when_asked_for(dense: Path, monkeypatch: pytest.MonkeyPat
 
 def test_all_of_a_check_is_told(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads, progress and the memo reach the numbers; what is told comes back."""
-    asked = watched_pools(monkeypatch, "qwen35.verify.numbers")
+    asked = watched_pools(monkeypatch, "qwen35.verification.numbers_check")
     progress = Watching()
     opened = fetch(str(packed))
     subject = open_artifact(str(packed), "numbers")
@@ -1191,9 +1195,9 @@ def test_restored_fp8_weights_of_any_width_are_compared(tmp_path: Path) -> None:
     """A weight of more than one piece, whose rows do not divide a piece."""
     from checkpoints import random_tensors, tiny_config
     from qwen35.checkpoint.source import open_folder
-    from qwen35.plan.plan import make_plan
-    from qwen35.plan.recipe import load_recipe
-    from qwen35.writing.run import write
+    from qwen35.planning.output_plan import make_plan
+    from qwen35.planning.recipe import load_recipe
+    from qwen35.writing.write import write
 
     config = tiny_config(layers=1, mtp=0)
     config["text_config"]["intermediate_size"] = 17408 + 128

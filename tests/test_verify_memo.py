@@ -18,15 +18,15 @@ import pytest
 
 from gguf_models import make_variant
 from qwen35.checkpoint.open import fetch
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.journal import Journal
-from qwen35.verify import memo, numbers
-from qwen35.verify.artifact import Depth, Verdict, verify
-from qwen35.verify.behaviour import Asked
-from qwen35.verify.opening import open_artifact
-from qwen35.writing.run import write
+from qwen35.verification import memo, numbers_check
+from qwen35.verification.behaviour import BehaviourResult
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.verdict import Depth, Verdict, verify
+from qwen35.writing.write import write
 from running import run
 
 pytestmark = pytest.mark.sentences
@@ -79,13 +79,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the weights that were really looked at."""
     names: list[str] = []
-    judged = numbers._Check._judged
+    judged = numbers_check._Check._judged
 
     def _judged(self, held):  # type: ignore[no-untyped-def]
         names.append(held.subject)
         return judged(self, held)
 
-    monkeypatch.setattr(numbers._Check, "_judged", _judged)
+    monkeypatch.setattr(numbers_check._Check, "_judged", _judged)
     return names
 
 
@@ -160,7 +160,7 @@ def test_without_a_source_as_well(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qwen35.verify import memo
+from qwen35.verification import memo
 from test_verify_memo import Stopping, check
 memo.SECONDS = 0.0
 stop = lambda: os.kill(os.getpid(), signal.SIGKILL)
@@ -265,7 +265,7 @@ def test_notes_of_the_check_and_of_the_model_are_both_told(
 ) -> None:
     cache.parent.write_text("in the way")
     for asking in ("asked._in_transformers", "gguf.in_llama"):
-        monkeypatch.setattr(f"qwen35.verify.{asking}", lambda *_: Asked(notes=("asked",)))
+        monkeypatch.setattr(f"qwen35.verify.{asking}", lambda *_: BehaviourResult(notes=("asked",)))
     verdict = check(artifacts[kind][0], None, depth="behaviour")
     assert [note.partition(":")[0] for note in verdict.notes] == [
         "a check that is killed starts over",
@@ -278,17 +278,17 @@ def test_files_of_one_check_have_hashes_of_their_own(cache: Path, tmp_path: Path
     for path in paths:
         path.write_text(path.name)
     hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    with suppress(KeyboardInterrupt), memo.Memo({"of": "both"}) as first:
+    with suppress(KeyboardInterrupt), memo.MemoFile({"of": "both"}) as first:
         assert [first.sha256(path) for path in paths] == hashes
         raise KeyboardInterrupt
     for path in paths:
         path.write_text("not read again")
-    with memo.Memo({"of": "both"}) as second:
+    with memo.MemoFile({"of": "both"}) as second:
         assert [second.sha256(path) for path in paths] == hashes
 
 
 def test_checks_of_different_things_note_in_different_files(cache: Path) -> None:
-    with memo.Memo({"of": "one"}) as one, memo.Memo({"of": "another"}) as another:
+    with memo.MemoFile({"of": "one"}) as one, memo.MemoFile({"of": "another"}) as another:
         one.add("piece", 1)
         another.add("piece", 2)
         assert len(list(cache.iterdir())) == 2
@@ -305,7 +305,7 @@ def test_the_same_check_twice_at_once(artifacts: dict[str, tuple[Path, Path]], c
 
 
 def test_a_note_that_someone_removed_is_not_missed(cache: Path) -> None:
-    with memo.Memo({}) as noted:
+    with memo.MemoFile({}) as noted:
         noted.add("piece", 1)
         for path in cache.iterdir():
             path.unlink()
@@ -323,13 +323,13 @@ def test_what_is_noted_goes_to_the_disk_now_and_then_and_at_the_end(
         record(journal, results)
 
     monkeypatch.setattr(Journal, "record", recorded)
-    with suppress(KeyboardInterrupt), memo.Memo({}) as noted:
+    with suppress(KeyboardInterrupt), memo.MemoFile({}) as noted:
         monkeypatch.setattr(memo, "SECONDS", 1e9)
         for name in ("first", "second", "third"):
             noted.add(name, name)
         raise KeyboardInterrupt
     assert flushed == [["first"], ["second", "third"]]
-    with memo.Memo({}) as again:
+    with memo.MemoFile({}) as again:
         assert [again.get(name) for name in ("first", "third")] == ["first", "third"]
     assert len(flushed) == 2
 
@@ -339,7 +339,7 @@ def test_a_disk_that_fills_up_is_told(cache: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Journal, "record", full)
-    with memo.Memo({}) as noted:
+    with memo.MemoFile({}) as noted:
         noted.add("piece", 1)
         noted.add("another", 2)
     assert noted.notes[0].endswith(f"({os.strerror(errno.ENOSPC)})")
@@ -355,7 +355,7 @@ def test_leftovers_that_cannot_be_removed_stay(
     (cache / "verify-old").touch()
     os.utime(cache / "verify-old", (1e9, 1e9))
     monkeypatch.setattr(Path, "unlink", refuse)
-    with memo.Memo({}) as noted:
+    with memo.MemoFile({}) as noted:
         assert noted.get("piece") is None
 
 

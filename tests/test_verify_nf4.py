@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qwen35.arrays import F32
-from qwen35.codecs.nf4.arrays import Statistics
+from qwen35.array_types import F32
+from qwen35.codecs.nf4.arrays import AbsmaxStatistics
 from qwen35.codecs.nf4.judge import same_mean, wrong_codes, wrong_scales
 from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK
 from qwen35.codecs.nf4.tables import BOUNDS, dynamic_map
@@ -78,7 +78,7 @@ def random_scales(count: int, scale: float = 1.0) -> F32:
 
 
 TRUE = random_scales(2 * 65536 - 9)
-OURS = Statistics.of(TRUE)
+OURS = AbsmaxStatistics.of(TRUE)
 OFFSET = OURS.offset
 CENTRED = (TRUE - np.float32(OFFSET)) / np.repeat(OURS.nested, NESTED_BLOCK)[: len(TRUE)]
 MIDDLES = (dynamic_map()[:-1] + dynamic_map()[1:]) / 2
@@ -118,13 +118,13 @@ def test_one_wrong_nested_scale_spoils_all(factor: float, wrong: int) -> None:
 def test_scales_are_judged_by_the_stored_offset() -> None:
     """Which may differ from ours by the rounding of a sum."""
     true = random_scales(65536)
-    theirs = Statistics.of(true, float(Statistics.of(true).offset) + 9e-6)
+    theirs = AbsmaxStatistics.of(true, float(AbsmaxStatistics.of(true).offset) + 9e-6)
     assert wrong_scales(theirs.codes, theirs.nested, theirs.offset, true) == 0
 
 
 def test_the_least_scales_of_scales_must_fit_as_well() -> None:
     true = random_scales(512, 1e-9)
-    ours = Statistics.of(true)
+    ours = AbsmaxStatistics.of(true)
     assert wrong_scales(ours.codes, ours.nested, ours.offset, true) == 0
     assert wrong_scales(ours.codes, ours.nested * 2, ours.offset, true) == 512
 
@@ -132,7 +132,7 @@ def test_the_least_scales_of_scales_must_fit_as_well() -> None:
 def test_scales_that_are_all_the_same_may_have_any_code() -> None:
     """Nothing is left when their mean is taken off: a scale of zero decides."""
     true = np.full(256, 0.25, np.float32)
-    ours = Statistics.of(true)
+    ours = AbsmaxStatistics.of(true)
     assert not ours.nested.any()
     assert wrong_scales(ours.codes ^ 7, ours.nested, ours.offset, true) == 0
     assert same_mean(0.0, np.zeros(256, np.float32))

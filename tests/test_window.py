@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from qwen35.checkpoint.source import FolderReader, Reader, open_folder
 from qwen35.errors import TensorError
+from qwen35.execution.step_runner import ThreadCrew
+from qwen35.execution.window import RangeReader, Window, advance, groups
 from qwen35.tensors import StoredTensor, TensorSpec
-from qwen35.work.steps import Crew
-from qwen35.work.window import Window, Work, advance, groups
 
 SIZE = 10_000
 DATA = random.Random(0).randbytes(SIZE)
@@ -48,7 +48,7 @@ def stored(begin: int, end: int, file: str = "f") -> StoredTensor:
     return StoredTensor(TensorSpec(f"{file}[{begin}:{end}]", "U8", (end - begin,)), file, begin)
 
 
-def work(owner: int, begin: int, end: int, piece: int, seen: dict[int, bytes]) -> Work:
+def work(owner: int, begin: int, end: int, piece: int, seen: dict[int, bytes]) -> RangeReader:
     tensor = stored(begin, end)
 
     def run(reader: FolderReader) -> Iterator[int]:
@@ -58,7 +58,7 @@ def work(owner: int, begin: int, end: int, piece: int, seen: dict[int, bytes]) -
             seen[owner] = seen.get(owner, b"") + bytes(buffer)
             yield start + len(buffer)
 
-    return Work(owner, "f", begin, end, 0, run)
+    return RangeReader(owner, "f", begin, end, 0, run)
 
 
 def never(owner: int) -> bool:
@@ -103,13 +103,15 @@ def test_bytes_elsewhere_are_kept_to_the_end() -> None:
             reader.read_into(tensor, start, memoryview(bytearray(100)))
             yield 1000 + start + 100
 
-    advance([Work(i, "f", 1000, 2000, 0, run) for i in range(3)], Window(source), fails, never)
+    advance(
+        [RangeReader(i, "f", 1000, 2000, 0, run) for i in range(3)], Window(source), fails, never
+    )
     assert sum(end - begin for begin, end in source.reads) == 1050
 
 
 def test_groups_join_what_overlaps() -> None:
-    def one(file: str, begin: int, end: int) -> Work:
-        return Work(0, file, begin, end, 0, lambda _: iter(()))
+    def one(file: str, begin: int, end: int) -> RangeReader:
+        return RangeReader(0, file, begin, end, 0, lambda _: iter(()))
 
     works = [one("b", 0, 5), one("a", 5, 9), one("a", 0, 5), one("a", 2, 4), one("a", 8, 12)]
     spans = [[(w.file, w.begin, w.end) for w in group] for group in groups(works)]
@@ -128,7 +130,7 @@ def test_one_failure_does_not_stop_the_others() -> None:
         yield 500
         raise TensorError("w", "holds NaN or infinity")
 
-    bad = Work(1, "f", 0, SIZE, 0, run)
+    bad = RangeReader(1, "f", 0, SIZE, 0, run)
     works = [work(0, 0, SIZE, 100, seen), bad, work(2, 0, SIZE, 90, seen)]
     advance(works, Window(source), told.__setitem__, lambda owner: owner in told)
     assert list(told) == [1]
@@ -142,7 +144,7 @@ def test_a_bug_is_not_swallowed() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        advance([Work(0, "f", 0, 9, 0, run)], Window(Source()), fails, never)
+        advance([RangeReader(0, "f", 0, 9, 0, run)], Window(Source()), fails, never)
 
 
 def test_what_comes_up_at_the_end_is_done_by_all_threads() -> None:
@@ -157,7 +159,7 @@ def test_what_comes_up_at_the_end_is_done_by_all_threads() -> None:
         for _ in range(3):
             crew.soon(meet)
 
-    crew = Crew([Work(0, "f", 0, 9, 0, run)], fails, never)
+    crew = ThreadCrew([RangeReader(0, "f", 0, 9, 0, run)], fails, never)
     with ThreadPoolExecutor(3) as pool:
         crew.run(pool, 3, Source())
     assert not together.broken

@@ -24,13 +24,13 @@ from killing import Trial, killer
 from qwen35.cli.main import main
 from qwen35.codecs import devices
 from qwen35.errors import InputError, OutputError, TensorError, UsageError, WorkerError
-from qwen35.plan.order import order_bytes, order_of, plan_from
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.work import worker
-from qwen35.work.failures import WorkerBugError, failure_json, raise_failure
-from qwen35.work.processes import Processes
-from qwen35.writing.run import write
+from qwen35.execution import worker
+from qwen35.execution.failures import WorkerBugError, failure_json, raise_failure
+from qwen35.execution.process_pool import ProcessPool
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.work_order import order_bytes, order_of, plan_from
+from qwen35.writing.write import write
 from running import plan_of, tree
 from watching import Watching
 
@@ -39,7 +39,9 @@ SHARD = 800_000
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen35.plan.safetensors.options.MAX_SHARD_BYTES", SHARD)
+    monkeypatch.setattr(
+        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
+    )
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_processes_write_what_threads_write_and_progress_is_the_same(
 ) -> None:
     plan = plan_of(dense)
     progress = Watching()
-    pool = Processes(2)
+    pool = ProcessPool(2)
     result = write(plan, tmp_path / "out", pool=pool, progress=progress)
     assert tree(tmp_path / "out") == expected
     assert result.hashes.keys() == dict(plan.file_sizes()).keys()
@@ -76,8 +78,8 @@ def test_processes_write_what_threads_write_and_progress_is_the_same(
 @pytest.mark.parametrize("recipe", ["fp8", "text-fp8"])
 def test_fp8_with_its_calibration_and_statistics(moe: Path, tmp_path: Path, recipe: str) -> None:
     from qwen35.checkpoint.source import open_folder
-    from qwen35.codecs.fp8.layout import Calibration
-    from qwen35.plan.activations import load_activations
+    from qwen35.codecs.fp8.layout import ScaleChoice
+    from qwen35.planning.activations import load_activations
 
     name = "model.language_model.layers.0.mlp.shared_expert.down_proj.weight"
     statistics = tmp_path / "statistics.json"
@@ -85,16 +87,16 @@ def test_fp8_with_its_calibration_and_statistics(moe: Path, tmp_path: Path, reci
     plan = make_plan(
         open_folder(moe),
         load_recipe(recipe),
-        calibration=Calibration("mse", grid_size=8),
+        scale_choice=ScaleChoice("mse", grid_size=8),
         activations=load_activations(statistics),
     )
     threads = write(plan, tmp_path / "threads", threads=1)
-    processes = write(plan, tmp_path / "out", pool=Processes(2))
+    processes = write(plan, tmp_path / "out", pool=ProcessPool(2))
     assert processes.hashes == threads.hashes
     assert tree(tmp_path / "out") == tree(tmp_path / "threads")
     statistics.write_text(json.dumps({name: {"input_channel_max": [1.0, 8.0] * 64}}))
     with pytest.raises(InputError, match="not the statistics that the manifest names"):
-        write(plan, tmp_path / "other", pool=Processes(1))
+        write(plan, tmp_path / "other", pool=ProcessPool(1))
 
 
 def test_a_worker_that_dies_costs_only_its_task(
@@ -102,7 +104,7 @@ def test_a_worker_that_dies_costs_only_its_task(
 ) -> None:
     deaths = deadly(2)
     progress = Watching()
-    write(plan_of(dense), tmp_path / "out", pool=Processes(2), progress=progress)
+    write(plan_of(dense), tmp_path / "out", pool=ProcessPool(2), progress=progress)
     assert len(list(deaths.glob("death*"))) == 2
     assert tree(tmp_path / "out") == expected
     assert progress.done == progress.total  # nothing was counted twice
@@ -115,7 +117,7 @@ def test_a_worker_that_always_dies_is_an_error_that_names_the_tensor_and_keeps_t
     tensor = plan.files[-1].steps[-1].outputs[0].name
     deaths = deadly(100, tensor)
     with pytest.raises(WorkerError, match=r"its worker died 3 times \(signal SIGKILL\)") as caught:
-        write(plan, tmp_path / "out", pool=Processes(1))
+        write(plan, tmp_path / "out", pool=ProcessPool(1))
     assert len(list(deaths.glob("death*"))) == 3
     named = str(caught.value).partition(": ")[0].partition(" and ")[0]
     assert named in {step.weight.name for step in plan.files[-1].steps}
@@ -123,7 +125,7 @@ def test_a_worker_that_always_dies_is_an_error_that_names_the_tensor_and_keeps_t
     assert "the same command continues" in caught.value.__notes__[0]
     (deaths / "kill").write_text("0")
     rest = Watching()
-    write(plan, tmp_path / "out", pool=Processes(1), progress=rest)
+    write(plan, tmp_path / "out", pool=ProcessPool(1), progress=rest)
     assert rest.title == "continuing out"
     assert rest.done == rest.total < plan.read_bytes / 4
     assert tree(tmp_path / "out") == expected
@@ -132,7 +134,7 @@ def test_a_worker_that_always_dies_is_an_error_that_names_the_tensor_and_keeps_t
 def test_idle_workers_that_are_killed_are_replaced(
     dense: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    pool = Processes(2)
+    pool = ProcessPool(2)
     killed: list[int] = []
 
     def kill(steps: int) -> None:
@@ -155,7 +157,7 @@ def test_threads_and_processes_continue_each_others_runs(
             raise KeyboardInterrupt
 
     plan = plan_of(dense)
-    pools = (None, Processes(1)) if first == "threads" else (Processes(1), None)
+    pools = (None, ProcessPool(1)) if first == "threads" else (ProcessPool(1), None)
     with pytest.raises(KeyboardInterrupt):
         write(plan, tmp_path / "out", threads=1, pool=pools[0], progress=Watching(interrupt))
     rest = Watching()
@@ -175,7 +177,7 @@ def test_a_bad_weight_is_the_same_sentence_and_leaves_nothing(tmp_path: Path) ->
     tensors[name][3, 4] = torch.nan
     source = write_checkpoint(tmp_path / "source", config, tensors)
     said = []
-    for pool in (None, Processes(2)):
+    for pool in (None, ProcessPool(2)):
         with pytest.raises(TensorError) as caught:
             write(plan_of(source), tmp_path / "out", pool=pool)
         said.append(str(caught.value))
@@ -240,7 +242,7 @@ def test_a_worker_with_another_version_says_which(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = job_of(plan_of(dense), tmp_path)
-    monkeypatch.setattr("qwen35.plan.manifest.__version__", "99")
+    monkeypatch.setattr("qwen35.planning.manifest.__version__", "99")
     assert f"another qwen35 ({qwen35.__version__}, here 99)" in said_by(job)
 
 
@@ -304,8 +306,8 @@ def test_workers_end_with_the_run_that_began_them(dense: Path, tmp_path: Path) -
         "import os, signal, sys\n"
         "from pathlib import Path\n"
         "from running import plan_of\n"
-        "from qwen35.writing.run import write\n"
-        "from qwen35.work.processes import Processes\n"
+        "from qwen35.writing.write import write\n"
+        "from qwen35.execution.process_pool import Processes\n"
         "pool = Processes(2)\n"
         "class Dies:\n"
         "    def begin(self, *_): pass\n"
@@ -402,7 +404,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     def visible(device: str) -> list[str]:
         begun.clear()
         for number in range(4):
-            with Processes(4, device=device) as pool:
+            with ProcessPool(4, device=device) as pool:
                 for _ in range(number):
                     pool._free.append(pool._free.pop(0))
                 with pytest.raises(KeyboardInterrupt):

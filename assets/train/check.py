@@ -25,7 +25,7 @@ from batches import Batch, text_rows
 from checkpoint import write_json
 from learning import Clock, text_loss
 from qwen35.cli.main import main as qwen35
-from qwen35.verify.asking import Asker, Question, is_right
+from qwen35.verification.asking_transformers import Asker, Question, is_right
 from readme import readme
 from rounding import round_model, shuffle_model
 from vocabulary import special_ids

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from pictures import Picture
-from qwen35.verify.asking import COLORS
+from qwen35.verification.asking_transformers import COLORS
 
 ONE_WORD = ("Answer in one word.", "Answer with one word.")
 OPENINGS = (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from qwen35.verify.asking import COLORS
+from qwen35.verification.asking_transformers import COLORS
 
 PATCH = 16
 MERGE = 2

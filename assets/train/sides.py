@@ -22,7 +22,7 @@ from batches import Batch, StepData, padded
 from dialogues import PICTURE_CORES, SHORT_CLOSINGS, UNSEEN_COLORS, ask_with, picture_example
 from learning import CLIP, Progress, accumulate, optimisers, set_rates
 from pictures import Picture
-from qwen35.verify.asking import COLORS
+from qwen35.verification.asking_transformers import COLORS
 from rendering import Sequence, encode
 from rounding import rounded
 

@@ -23,7 +23,7 @@ from dialogues import Example, picture_examples, text_examples
 from exam import assert_separate, canonical_examples, questions
 from learning import Clock, Weights, train_trunk
 from mtp import new_layer, train_mtp
-from qwen35.verify.asking import Asker
+from qwen35.verification.asking_transformers import Asker
 from rendering import Sequence, encode_all
 from sides import Course, picture_count, train_sides
 

@@ -13,23 +13,23 @@ from typing import Any
 
 from generating.markdown import cell, code, heading, table
 from generating.meanings import CARD_KEYS, GGUF_KEYS, MANIFEST_KEYS
-from qwen35.calibrate.plan import Asked as CalibrationAsked
-from qwen35.calibrate.plan import make_plan as plan_calibration
-from qwen35.calibrate.text import read_text
-from qwen35.checkpoint.gguf import read_container
+from qwen35.calibration.calibration_plan import CalibrationRequest as CalibrationAsked
+from qwen35.calibration.calibration_plan import make_plan as plan_calibration
+from qwen35.calibration.text_windows import read_text
+from qwen35.checkpoint.gguf_header import read_container
 from qwen35.checkpoint.open import describe
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding
-from qwen35.plan.gguf.imatrix import Imatrix
-from qwen35.plan.manifest import made_bytes, manifest_bytes
-from qwen35.plan.plan import Plan, make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.publish.documents import REPORT_NAME, documents
-from qwen35.verify.artifact import Verdict
-from qwen35.verify.asking import Halves, Question
-from qwen35.verify.behaviour import Answer
-from qwen35.verify.compared import RoleError
+from qwen35.planning.gguf_files.imatrix import Imatrix
+from qwen35.planning.manifest import made_bytes, manifest_bytes
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.publishing.repo_documents import REPORT_NAME, documents
+from qwen35.verification.asking_transformers import Halves, Question
+from qwen35.verification.behaviour import Answer
+from qwen35.verification.role_errors import RoleError
+from qwen35.verification.verdict import Verdict
 
 __all__ = ["ROOT", "TINY", "gguf_keys_page", "manifest_page"]
 
@@ -190,7 +190,7 @@ def _manifests() -> Iterator[Mapping[str, Any]]:
     sizes = dict(gguf.file_sizes())
     yield json.loads(manifest_bytes(gguf, dict.fromkeys(sizes, "0" * 64)))
     yield {"source": {"repo": "owner/name", "revision": "a commit"}}
-    yield _calibrated(tiny)
+    yield _with_scale_choice(tiny)
 
 
 def _calibration() -> Any:
@@ -199,7 +199,7 @@ def _calibration() -> Any:
     return plan_calibration(tiny, text, CalibrationAsked())
 
 
-def _calibrated(tiny: Checkpoint) -> Mapping[str, Any]:
+def _with_scale_choice(tiny: Checkpoint) -> Mapping[str, Any]:
     recipe = {"name": "calibrate", "format": "statistics", "rules": [], **_calibration().provenance}
     parsed: Mapping[str, Any] = json.loads(made_bytes(tiny, recipe, "", {}, {}))
     return parsed

@@ -8,11 +8,11 @@ from importlib import resources
 
 from generating.markdown import cell, code, heading, table
 from qwen35.model.roles import ROLES
-from qwen35.plan.gguf.mixes import FILE_TYPES
-from qwen35.plan.layers import spell_layers
-from qwen35.plan.recipe import built_in, load_recipe
-from qwen35.plan.rules import Rule
-from qwen35.plan.safetensors.container import ACTIONS
+from qwen35.planning.gguf_files.mixes import FILE_TYPES
+from qwen35.planning.layers import spell_layers
+from qwen35.planning.recipe import built_in, load_recipe
+from qwen35.planning.rules import Rule
+from qwen35.planning.safetensors_files.safetensors_container import ACTIONS
 
 __all__ = ["recipes_page", "roles_page"]
 

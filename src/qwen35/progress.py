@@ -1,4 +1,4 @@
-"""How long work tells what it is doing; the terminal's side of it is `qwen35.cli.output`."""
+"""How long work tells what it is doing; the terminal's side of it is `qwen35.cli.console`."""
 
 from __future__ import annotations
 

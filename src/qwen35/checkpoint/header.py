@@ -17,13 +17,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from qwen35.checkpoint.place import Place
+from qwen35.checkpoint.locations import FileLocation
 from qwen35.errors import HeaderError, InputError
 from qwen35.tensors import DTYPE_BITS, TensorSpec
 
 __all__ = [
     "MAX_HEADER_BYTES",
-    "Header",
+    "SafetensorsHeader",
     "file_layout",
     "header_length",
     "json_bytes",
@@ -41,7 +41,7 @@ _MAX_RANK = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class SafetensorsHeader:
     """A checked header.
 
     Args:
@@ -162,7 +162,7 @@ def header_length(prefix: bytes, file_size: int, subject: str) -> int:
     return int(length)
 
 
-def parse_header(raw: bytes, file_size: int, subject: str) -> Header:
+def parse_header(raw: bytes, file_size: int, subject: str) -> SafetensorsHeader:
     """Parse and check the JSON of a header.
 
     Args:
@@ -181,12 +181,12 @@ def parse_header(raw: bytes, file_size: int, subject: str) -> Header:
     entries.sort(key=lambda item: (item[1], item[2]))
     start = 8 + len(raw)
     _check_coverage(subject, entries, file_size - start)
-    return Header(
+    return SafetensorsHeader(
         {spec.name: (spec, start + begin, start + end) for spec, begin, end in entries}, metadata
     )
 
 
-def read_header(place: Place, name: str) -> Header:
+def read_header(place: FileLocation, name: str) -> SafetensorsHeader:
     """Read and check the header of the safetensors file called `name`.
 
     Raises:

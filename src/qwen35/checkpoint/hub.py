@@ -14,7 +14,7 @@ from qwen35.errors import HubError, InputError, UsageError
 
 __all__ = [
     "HubId",
-    "HubPlace",
+    "HubLocation",
     "ask",
     "bound_client",
     "client_errors",
@@ -150,7 +150,7 @@ def _limit(request: Any) -> None:
     request.extensions["timeout"] = limits | chosen
 
 
-class HubPlace:
+class HubLocation:
     """The files of a repository at one commit, read by range requests; nothing is stored.
 
     Args:
@@ -264,7 +264,7 @@ def _not_stored(subject: str, error: OSError) -> HubError:
     return HubError(subject, f"the download cannot be stored ({error.strerror})", hint=hint)
 
 
-def download(place: HubPlace, shards: list[str], token: str | None = None) -> Path:
+def download(place: HubLocation, shards: list[str], token: str | None = None) -> Path:
     """Download the checkpoint's files into the Hub's cache; return the snapshot's folder.
 
     Args:
@@ -281,7 +281,7 @@ def download(place: HubPlace, shards: list[str], token: str | None = None) -> Pa
     return download_files(place, wanted, token)
 
 
-def download_files(place: HubPlace, wanted: Sequence[str], token: str | None = None) -> Path:
+def download_files(place: HubLocation, wanted: Sequence[str], token: str | None = None) -> Path:
     """Download files, if they are there, into the Hub's cache; return the snapshot's folder.
 
     Args:

@@ -11,11 +11,11 @@ from qwen35.errors import TensorError
 from qwen35.model.roles import Role, expected_tensors, role_of
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
-__all__ = ["Item", "inventory", "match"]
+__all__ = ["InventoryItem", "inventory", "match"]
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class InventoryItem:
     """A weight with its meaning.
 
     Args:
@@ -43,7 +43,7 @@ class Item:
         """The tensors that hold it."""
         return tuple(part.spec for part in self.weight.parts)
 
-    def experts(self) -> Iterator[Item]:
+    def experts(self) -> Iterator[InventoryItem]:
         """Yield the matrices of a fused stack of experts, one by one; of anything else, nothing.
 
         ``gate_up_proj`` [E, 2 I, H] holds the gate in the first I rows of each expert. The parts
@@ -69,11 +69,11 @@ class Item:
                 spec = TensorSpec(f"{stem}.{expert}.{part}.weight", self.spec.dtype, shape)
                 stored = StoredTensor(spec, file, begin)
                 weight = Weight(spec.name, self.weight.storage, (stored,))
-                yield Item(weight, Role(role.name, role.info, role.layer, expert), spec)
+                yield InventoryItem(weight, Role(role.name, role.info, role.layer, expert), spec)
                 begin += spec.nbytes
 
 
-def inventory(checkpoint: Checkpoint) -> tuple[Item, ...]:
+def inventory(checkpoint: Checkpoint) -> tuple[InventoryItem, ...]:
     """Match the weights of `checkpoint` with its config, in the order of the config.
 
     Raises:
@@ -86,7 +86,7 @@ def inventory(checkpoint: Checkpoint) -> tuple[Item, ...]:
     return items
 
 
-def match(checkpoint: Checkpoint) -> tuple[tuple[Item, ...], list[TensorError]]:
+def match(checkpoint: Checkpoint) -> tuple[tuple[InventoryItem, ...], list[TensorError]]:
     """Match the weights of `checkpoint` with its config.
 
     Returns:
@@ -105,7 +105,7 @@ def match(checkpoint: Checkpoint) -> tuple[tuple[Item, ...], list[TensorError]]:
             problems.append(problem)
             continue
         spec = TensorSpec(expected.name, _decoded_dtype(checkpoint, weight), expected.shape)
-        items.append(Item(weight, role_of(expected.name), spec))
+        items.append(InventoryItem(weight, role_of(expected.name), spec))
     problems += [_extra(checkpoint, name) for name in weights]
     return tuple(items), problems
 

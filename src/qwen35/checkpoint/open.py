@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwen35.checkpoint.hub import HubId, HubPlace, download, download_files, parse_address
-from qwen35.checkpoint.place import Folder, Place
+from qwen35.checkpoint.hub import HubId, HubLocation, download, download_files, parse_address
+from qwen35.checkpoint.locations import FileLocation, LocalFolder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import (
     Checkpoint,
@@ -48,7 +48,7 @@ def describe(model: str, *, token: str | None = None, lenient: bool = False) -> 
     """
     path = folder_of(model)
     if path is not None:
-        return open_place(Folder(path), name=model, root=path, lenient=lenient)
+        return open_place(LocalFolder(path), name=model, root=path, lenient=lenient)
     if is_published(model):
         return open_published(model)
     place = _hub_place(model, token, sizes=True)
@@ -70,7 +70,7 @@ def fetch(
     """
     path = folder_of(model)
     if path is not None:
-        return open_place(Folder(path), name=model, root=path, lenient=lenient)
+        return open_place(LocalFolder(path), name=model, root=path, lenient=lenient)
     if is_published(model):
         raise UsageError(
             model,
@@ -81,7 +81,7 @@ def fetch(
     origin = {"name": model, "repo": place.repo, "revision": place.revision}
     remote = open_place(place, lenient=lenient, **origin)
     root = download(place, [*sorted(remote.file_sizes), *extra], hub_token(token))
-    return open_place(Folder(root), root=root, lenient=lenient, **origin)
+    return open_place(LocalFolder(root), root=root, lenient=lenient, **origin)
 
 
 def looks_like_artifact(model: str) -> bool:
@@ -89,7 +89,7 @@ def looks_like_artifact(model: str) -> bool:
     path = folder_of(model)
     if path is None:
         return _hub_id(model) is not None
-    names = Folder(path).sizes()
+    names = LocalFolder(path).sizes()
     return "config.json" in names or any(name.endswith(".safetensors") for name in names)
 
 
@@ -104,7 +104,7 @@ class GgufFiles:
         root: the folder, if they are on this machine.
     """
 
-    place: Place
+    place: FileLocation
     names: tuple[str, ...]
     whole: bool
     root: Path | None = None
@@ -117,10 +117,10 @@ class GgufFiles:
         """
         if self.root is not None:
             return self
-        assert isinstance(self.place, HubPlace)  # places are folders or on the Hub
+        assert isinstance(self.place, HubLocation)  # places are folders or on the Hub
         wanted = [*self.names, MANIFEST_NAME]
         root = download_files(self.place, wanted, hub_token(token))
-        return GgufFiles(Folder(root), self.names, self.whole, root)
+        return GgufFiles(LocalFolder(root), self.names, self.whole, root)
 
 
 def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
@@ -134,18 +134,18 @@ def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
     """
     if model.startswith("hf:"):
         hub_id, name = parse_address(model.removeprefix("hf:"))
-        return GgufFiles(HubPlace(hub_id, hub_token(token)), (name,), whole=False)
+        return GgufFiles(HubLocation(hub_id, hub_token(token)), (name,), whole=False)
     try:
         path = Path(model).expanduser()
         if path.is_file():
-            one = GgufFiles(Folder(path.parent), (path.name,), whole=False, root=path.parent)
+            one = GgufFiles(LocalFolder(path.parent), (path.name,), whole=False, root=path.parent)
             return one if path.suffix == ".gguf" else None
     except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
         return None
     root = folder_of(model)
-    place: Place
+    place: FileLocation
     if root is not None:
-        place = Folder(root)
+        place = LocalFolder(root)
     elif not is_published(model) and looks_like_artifact(model):
         place = _hub_place(model, token)
     else:
@@ -175,7 +175,7 @@ def _hub_id(model: str) -> HubId | None:
     return hub_id
 
 
-def _hub_place(model: str, token: str | None, *, sizes: bool = False) -> HubPlace:
+def _hub_place(model: str, token: str | None, *, sizes: bool = False) -> HubLocation:
     """Ask the Hub for `model`, which is no folder here.
 
     Args:
@@ -187,7 +187,7 @@ def _hub_place(model: str, token: str | None, *, sizes: bool = False) -> HubPlac
     if hub_id is None:
         raise _not_there(model, sizes)
     try:
-        return HubPlace(hub_id, hub_token(token))
+        return HubLocation(hub_id, hub_token(token))
     except HubError as error:
         if hub_id.revision is not None:  # no folder was meant
             raise

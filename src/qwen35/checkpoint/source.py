@@ -11,14 +11,14 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from qwen35.checkpoint.header import Header, read_header, strict_json
-from qwen35.checkpoint.place import Folder, Place, stamp
+from qwen35.checkpoint.header import SafetensorsHeader, read_header, strict_json
+from qwen35.checkpoint.locations import FileLocation, LocalFolder, stamp
 from qwen35.checkpoint.sidecars import SIDECARS
 from qwen35.closing import Closing
 from qwen35.codecs.registry import group
 from qwen35.errors import ConfigError, HeaderError, InputError, TensorError
-from qwen35.model.config import ModelConfig, parse_config
-from qwen35.model.roles import Layout, expected_tensors
+from qwen35.model.model_config import ModelConfig, parse_config
+from qwen35.model.roles import CheckpointNaming, expected_tensors
 from qwen35.model.sizes import FUSED_MTP_EXPERTS, PUBLISHED, published_config
 from qwen35.tensors import StoredTensor, Weight
 
@@ -64,9 +64,9 @@ class Checkpoint:
     name: str
     config: ModelConfig
     weights: tuple[Weight, ...]
-    layout: Layout
+    layout: CheckpointNaming
     sidecars: Mapping[str, int]
-    place: Place | None = None
+    place: FileLocation | None = None
     root: Path | None = None
     repo: str | None = None
     revision: str | None = None
@@ -95,7 +95,7 @@ class Checkpoint:
 def open_published(name: str) -> Checkpoint:
     """Describe a published size (`qwen35.model.sizes.PUBLISHED`) without any file."""
     config = parse_config(published_config(name))
-    layout = Layout.published(config)
+    layout = CheckpointNaming.published(config)
     if name in FUSED_MTP_EXPERTS:
         layout = replace(layout, per_expert=frozenset())
     tensors = {}
@@ -123,11 +123,13 @@ def open_folder(root: Path, *, name: str = "", repo: str = "", revision: str = "
     Raises:
         InputError: it is not a readable Qwen3.5 checkpoint.
     """
-    return open_place(Folder(root), name=name or str(root), root=root, repo=repo, revision=revision)
+    return open_place(
+        LocalFolder(root), name=name or str(root), root=root, repo=repo, revision=revision
+    )
 
 
 def open_place(
-    place: Place,
+    place: FileLocation,
     *,
     name: str,
     root: Path | None = None,
@@ -152,13 +154,13 @@ def open_place(
     if problems and not lenient:
         raise problems[0]
     known = {row.name for row in SIDECARS}
-    stamps = place.stamps() if isinstance(place, Folder) else {}
+    stamps = place.stamps() if isinstance(place, LocalFolder) else {}
     used = {"config.json", INDEX_NAME, *shards, *known} & stamps.keys()
     return Checkpoint(
         name=name,
         config=config,
         weights=weights,
-        layout=Layout.of(tensors),
+        layout=CheckpointNaming.of(tensors),
         sidecars=MappingProxyType({n: size for n, size in sorted(sizes.items()) if n in known}),
         place=place,
         root=root,
@@ -170,7 +172,7 @@ def open_place(
     )
 
 
-def read_json(place: Place, name: str) -> Any:
+def read_json(place: FileLocation, name: str) -> Any:
     """Read a JSON file of a checkpoint.
 
     Raises:
@@ -185,7 +187,7 @@ def read_json(place: Place, name: str) -> Any:
     return strict_json(place.read(name, 0, size), name, kind)
 
 
-def _shards(place: Place) -> tuple[list[str], dict[str, str] | None]:
+def _shards(place: FileLocation) -> tuple[list[str], dict[str, str] | None]:
     """Return the shard files, and the index's map if there is an index."""
     sizes = place.sizes()
     if INDEX_NAME in sizes:
@@ -236,7 +238,7 @@ def check_index(parsed: object) -> dict[str, str]:
 
 
 def _merge(
-    headers: Mapping[str, Header], weight_map: dict[str, str] | None
+    headers: Mapping[str, SafetensorsHeader], weight_map: dict[str, str] | None
 ) -> tuple[dict[str, StoredTensor], list[InputError]]:
     tensors: dict[str, StoredTensor] = {}
     problems: list[InputError] = []

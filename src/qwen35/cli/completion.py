@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from qwen35.cli.help import spellings
-from qwen35.plan.containers import CONTAINERS
-from qwen35.plan.recipe import built_in
+from qwen35.planning.containers import CONTAINERS
+from qwen35.planning.recipe import built_in
 
 __all__ = ["script"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-__all__ = ["Formatter", "spellings"]
+__all__ = ["HelpFormatter", "spellings"]
 
 
 def spellings(action: argparse.Action) -> list[str]:
@@ -14,7 +14,7 @@ def spellings(action: argparse.Action) -> list[str]:
     return [name for name in known if "_" not in name or name.replace("_", "-") not in known]
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Folds paragraphs; leaves those with indented lines (lists, commands) as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:

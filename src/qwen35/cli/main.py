@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_INTERRUPTED, EXIT_USAGE
-from qwen35.cli.help import Formatter
-from qwen35.cli.output import Output
+from qwen35.cli.help import HelpFormatter
 from qwen35.errors import Qwen35Error, UsageError, did_you_mean
 from qwen35.version import __version__
 
@@ -34,7 +34,7 @@ VERBS: dict[str, str] = {
     "reproduce": "make an artifact again from its manifest and compare",
     "finalize": "put together what the slices of a conversion have written",
 }
-"""Verb to what it does; the module is `qwen35.cli.<verb>`."""
+"""Verb to what it does; the module is `qwen35.cli.<verb>_command`."""
 
 SHELLS = ("bash", "fish", "zsh")
 
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         usage="qwen35 [--version] VERB ...",
         description=f"{lead}\n\n{_START}\nverbs:\n{verbs}",
         epilog=_EPILOG,
-        formatter_class=Formatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"qwen35 {__version__}")
     parser.add_argument(
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["help"]:
         asked = arguments[1:2]
         if asked and asked[0] not in VERBS:
-            Output().error(_unknown(asked[0]))
+            Console().error(_unknown(asked[0]))
             return EXIT_USAGE
         arguments = [*asked, "--help"]
     if arguments and arguments[0] in VERBS:
@@ -102,14 +102,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if known.print_completion and known.verb is None:
         from qwen35.cli.completion import script
 
-        Output().script(script(known.print_completion, whole_parser()))
+        Console().script(script(known.print_completion, whole_parser()))
         return 0
     first = arguments[0]
     if known.verb in VERBS:
         error = UsageError(first, "comes before the verb", hint=f"put it after {known.verb}")
     else:
         error = _unknown(known.verb) if known.verb or first == "" else _no_verb(first)
-    Output().error(error)
+    Console().error(error)
     return EXIT_USAGE
 
 
@@ -151,11 +151,11 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
         module: the module to use instead of the verb's own.
         prog: what the usage line calls it.
     """
-    implementation = importlib.import_module(f"qwen35.cli.{module or verb}")
+    implementation = importlib.import_module(f"qwen35.cli.{module or verb + '_command'}")
     parser = argparse.ArgumentParser(**_options(implementation, prog or f"qwen35 {verb}"))
     _fill(parser, implementation)
     args = parser.parse_args(argv)
-    output = Output(quiet=args.quiet, as_json=args.json)
+    output = Console(quiet=args.quiet, as_json=args.json)
     try:
         code: int = implementation.run(args, output)
     except Qwen35Error as error:
@@ -175,7 +175,7 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """Return the parser of a verb."""
-    implementation = importlib.import_module(f"qwen35.cli.{verb}")
+    implementation = importlib.import_module(f"qwen35.cli.{verb}_command")
     parser = argparse.ArgumentParser(**_options(implementation, f"qwen35 {verb}"))
     _fill(parser, implementation)
     return parser
@@ -186,7 +186,7 @@ def whole_parser() -> argparse.ArgumentParser:
     parser = _parser()
     verbs = parser.add_subparsers(dest="verb", prog="qwen35")
     for verb, text in VERBS.items():
-        implementation = importlib.import_module(f"qwen35.cli.{verb}")
+        implementation = importlib.import_module(f"qwen35.cli.{verb}_command")
         _fill(verbs.add_parser(verb, help=text, **_options(implementation, "")), implementation)
     return parser
 
@@ -199,7 +199,7 @@ def _options(implementation: ModuleType, prog: str) -> dict[str, Any]:
         "description": implementation.__doc__,
         "usage": getattr(implementation, "USAGE", None),
         "epilog": f"examples:\n{shown}" if examples else None,
-        "formatter_class": Formatter,
+        "formatter_class": HelpFormatter,
         "allow_abbrev": False,
     }
 
@@ -210,7 +210,7 @@ def _fill(parser: argparse.ArgumentParser, implementation: ModuleType) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only data and errors")
 
 
-def _tell(error: BaseException, output: Output) -> None:
+def _tell(error: BaseException, output: Console) -> None:
     """Say what was added to an error on its way: what can be continued."""
     for note in getattr(error, "__notes__", ()):
         output.info(f"note: {note}")

@@ -11,7 +11,7 @@ import re
 import textwrap
 from typing import TextIO
 
-from qwen35.shown import printable
+from qwen35.display import printable
 
 __all__ = ["coloured", "fit", "width_of"]
 

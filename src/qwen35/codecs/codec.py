@@ -16,13 +16,22 @@ from qwen35.errors import Finding, TensorError
 from qwen35.tensors import FLOAT_DTYPES, StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.arrays import F32, Array
-    from qwen35.codecs.compared import Compared
+    from qwen35.array_types import F32, Array
+    from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.pieces import Readable
-    from qwen35.model.config import ModelConfig
+    from qwen35.model.model_config import ModelConfig
     from qwen35.model.roles import Role
 
-__all__ = ["Codec", "Encoding", "Kernel", "Module", "Order", "Piece", "Values", "stacked"]
+__all__ = [
+    "Codec",
+    "Encoding",
+    "EncodingRequest",
+    "Kernel",
+    "LoaderModule",
+    "Piece",
+    "StoredValues",
+    "stacked",
+]
 
 Kernel = Callable[..., bool]
 """Encodes a piece on one device; what it takes is the codec's own affair. False: not finite."""
@@ -46,7 +55,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class EncodingRequest:
     """What one weight, or a run of its rows, is to be encoded to.
 
     Args:
@@ -54,7 +63,7 @@ class Order:
         spec: the weight as the output names it, decoded.
         outputs: the tensors that it becomes, as `Codec.layout` gives them.
         write: takes the name of one of `outputs`, an offset in bytes, and data.
-        settings: how scales are chosen, for codecs that are `calibrated`.
+        settings: how scales are chosen, for codecs that are `chooses_scales`.
         kernel: of the device, for codecs that have some.
     """
 
@@ -66,7 +75,7 @@ class Order:
     kernel: Kernel | None = None
 
 
-class Values(Protocol):
+class StoredValues(Protocol):
     """The values of a stored weight, wherever in it."""
 
     def read_into(self, first: int, out: Array) -> None:
@@ -92,7 +101,7 @@ class Encoding(ABC):
         """Write what only all pieces together give."""
 
 
-class Module(Protocol):
+class LoaderModule(Protocol):
     """A weight of an artifact as its loader meets it: a step of a plan, or what lies in a file."""
 
     @property
@@ -130,13 +139,13 @@ class Codec(ABC):
         per_expert: whether a fused stack of experts is written matrix by matrix, the rows of gate
             and up apart; else whole, with its three dimensions.
         joined: whether what engines join (`qwen35.model.fused`) must be packed together.
-        calibrated: whether `Order.settings` and statistics of activations matter to it.
+        chooses_scales: whether `EncodingRequest.settings` and activation statistics matter to it.
         needs_importance: whether it is garbage where it is not known how much columns matter.
         widens: whether values that are not BF16 are made float32 before they are encoded.
         packable: what of a model it can hold, for error sentences.
         spared: kinds of weights that a rule for a group leaves alone.
         method: ``quant_method`` of config.json.
-        container: what holds it; a key of `qwen35.plan.containers.CONTAINERS`.
+        container: what holds it; a key of `qwen35.planning.containers.CONTAINERS`.
         suffix: what an artifact's name ends with.
         tags: of a model card.
         title: how `inspect` calls it, `label` if empty.
@@ -158,7 +167,7 @@ class Codec(ABC):
     checks: ClassVar[bool] = False
     per_expert: ClassVar[bool] = False
     joined: ClassVar[bool] = False
-    calibrated: ClassVar[bool] = False
+    chooses_scales: ClassVar[bool] = False
     needs_importance: ClassVar[bool] = False
     widens: ClassVar[bool] = False
     packable: ClassVar[str] = "linear layers"
@@ -234,7 +243,7 @@ class Codec(ABC):
         return weight.main.spec.numel
 
     @abstractmethod
-    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
         """Return the values of a stored weight; `spec` is the weight, decoded.
 
         Values that are not finite are refused where they are used.
@@ -277,7 +286,7 @@ class Codec(ABC):
         return 1
 
     @abstractmethod
-    def encode(self, order: Order) -> Encoding:
+    def encode(self, order: EncodingRequest) -> Encoding:
         """Return what takes the pieces of a weight."""
 
     def kernel(self, device: str) -> Kernel | None:
@@ -301,7 +310,7 @@ class Codec(ABC):
 
     # --- in the eyes of a loader
 
-    def config(self, modules: Sequence[Module], prefix: str, dtype: str) -> dict[str, Any]:
+    def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
         """Return ``quantization_config``.
 
         Args:
@@ -315,13 +324,13 @@ class Codec(ABC):
         del prefix, dtype
         return {"quant_method": self.method or self.name, "ignore": self._kept(modules)}
 
-    def _kept(self, modules: Sequence[Module]) -> list[str]:
+    def _kept(self, modules: Sequence[LoaderModule]) -> list[str]:
         """Return the matrices that are not held so."""
         kept = (m.module for m in modules if m.codec != self.name and len(m.spec.shape) == 2)
         return sorted(kept)
 
     def config_findings(
-        self, quantization: Mapping[str, Any], modules: Sequence[Module], *, vision: bool
+        self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
     ) -> Iterator[Finding]:
         """Yield where ``quantization_config`` and the weights contradict each other.
 
@@ -340,13 +349,13 @@ class Codec(ABC):
             yield Finding("skip-list", name, packed if name in kept else "in ignore, but packed")
 
     def tensor_parallel(
-        self, config: ModelConfig, modules: Sequence[Module], ranks: int
+        self, config: ModelConfig, modules: Sequence[LoaderModule], ranks: int
     ) -> Iterator[Finding]:
         """Yield the weights that `ranks` GPUs could not share."""
         del config, modules, ranks
         yield from ()
 
-    def notes(self, modules: Sequence[Module], dtype: str) -> Iterator[str]:
+    def notes(self, modules: Sequence[LoaderModule], dtype: str) -> Iterator[str]:
         """Yield what the user of an output should know of it."""
         del modules, dtype
         yield from ()
@@ -360,7 +369,7 @@ class Codec(ABC):
         weight: Weight,
         spec: TensorSpec,
         original: Iterator[Piece],
-        result: Compared,
+        result: WeightComparison,
     ) -> None:
         """Compare a stored weight with its original; put errors and findings into `result`.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen35.arrays import F32, U16, Array
+from qwen35.array_types import F32, U16, Array
 
 __all__ = ["CARRIED", "all_finite", "bf16_from_f32", "empty", "f32_from", "from_f32"]
 

@@ -9,7 +9,7 @@ from qwen35.errors import TensorError
 from qwen35.tensors import FLOAT_DTYPES, StoredTensor
 
 if TYPE_CHECKING:
-    from qwen35.arrays import Array
+    from qwen35.array_types import Array
 
 __all__ = ["PIECE", "Readable", "not_finite", "stored", "whole"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from qwen35.codecs.codec import Codec, Kernel, Order, Piece
+from qwen35.codecs.codec import Codec, EncodingRequest, Kernel, Piece
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.arrays import F32
+    from qwen35.array_types import F32
 
 __all__ = ["RoundTrip"]
 
@@ -21,7 +21,7 @@ class RoundTrip:
         codec: how they are held.
         spec: the rows, decoded, as a weight of their own.
         first: number of the first of them, in the weight they are of.
-        settings: how scales are chosen, for codecs that are `calibrated`.
+        settings: how scales are chosen, for codecs that are `chooses_scales`.
         kernel: of the device, for codecs that have some.
     """
 
@@ -39,7 +39,7 @@ class RoundTrip:
         self._memory = _Memory(outputs)
         parts = tuple(StoredTensor(out, "", 0) for out in outputs)
         self._weight = Weight(spec.name, codec.name, parts)
-        order = Order(spec.name, spec, outputs, self._memory.write, settings, kernel)
+        order = EncodingRequest(spec.name, spec, outputs, self._memory.write, settings, kernel)
         self._encoding = codec.encode(order)
 
     def add(self, piece: Piece) -> None:

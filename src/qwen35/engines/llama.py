@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen35.arrays import F32
+from qwen35.array_types import F32
 from qwen35.closing import Closing
 from qwen35.errors import InputError, UsageError
 

@@ -8,14 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwen35.arrays import F32
-from qwen35.checkpoint.place import Folder
+from qwen35.array_types import F32
+from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.source import Checkpoint, open_place
 from qwen35.codecs.registry import codec_of
 from qwen35.errors import InputError, UsageError
-from qwen35.plan.plan import make_plan
-from qwen35.plan.recipe import load_recipe
-from qwen35.writing.run import write
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.writing.write import write
 
 __all__ = ["TorchModel", "torch_and_transformers"]
 
@@ -119,7 +119,7 @@ def _loadable(folder: Path) -> Iterator[Path]:
 
 def _opened(folder: Path) -> Checkpoint | None:
     try:
-        return open_place(Folder(folder), name=str(folder), root=folder, lenient=True)
+        return open_place(LocalFolder(folder), name=str(folder), root=folder, lenient=True)
     except InputError:
         return None
 

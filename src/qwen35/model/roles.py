@@ -18,10 +18,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen35.errors import TensorError
-from qwen35.model.config import ModelConfig
+from qwen35.model.model_config import ModelConfig
 from qwen35.tensors import TensorSpec
 
-__all__ = ["ROLES", "Layout", "Role", "RoleInfo", "expected_tensors", "in_group", "role_of"]
+__all__ = [
+    "ROLES",
+    "CheckpointNaming",
+    "Role",
+    "RoleInfo",
+    "expected_tensors",
+    "in_group",
+    "role_of",
+]
 
 Kind = Literal["linear", "embedding", "head", "router", "experts", "conv", "vector"]
 Place = Literal["root", "layer", "linear", "full", "dense", "moe", "fused", "expert"]
@@ -367,7 +375,7 @@ def in_group(role: str, group: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class CheckpointNaming:
     """How a checkpoint names and groups its tensors; read off its keys, never off its repository.
 
     Args:
@@ -383,7 +391,7 @@ class Layout:
     head: bool = False
 
     @classmethod
-    def of(cls, names: Iterable[str]) -> Layout:
+    def of(cls, names: Iterable[str]) -> CheckpointNaming:
         """Read the layout off the names of a checkpoint."""
         prefix, head, mtp = "", False, False
         per_expert = set()
@@ -398,7 +406,7 @@ class Layout:
         return cls(prefix or "model.language_model.", frozenset(per_expert), mtp, head)
 
     @classmethod
-    def published(cls, config: ModelConfig) -> Layout:
+    def published(cls, config: ModelConfig) -> CheckpointNaming:
         """The layout that official releases of this configuration have."""
         vision = config.architecture.vision
         mtp_blocks = frozenset(f"mtp.layers.{i}" for i in range(config.mtp_layers))
@@ -410,7 +418,7 @@ class Layout:
         )
 
 
-def expected_tensors(config: ModelConfig, layout: Layout) -> Iterator[TensorSpec]:
+def expected_tensors(config: ModelConfig, layout: CheckpointNaming) -> Iterator[TensorSpec]:
     """Yield every tensor that a checkpoint of `config` in `layout` has, in model order.
 
     What only the config can promise (the vision tower, an untied head) does not depend on `layout`.
@@ -444,7 +452,7 @@ def _spec(config: ModelConfig, prefix: str, info: RoleInfo) -> TensorSpec:
 
 
 def _block(
-    config: ModelConfig, layout: Layout, prefix: str, key: str, kind: str
+    config: ModelConfig, layout: CheckpointNaming, prefix: str, key: str, kind: str
 ) -> Iterator[TensorSpec]:
     experts: Place = "expert" if key in layout.per_expert else "fused"
     places: set[Place] = {"layer", "linear" if kind == "linear_attention" else "full"}

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from qwen35.checkpoint.place import Folder
+from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding
-from qwen35.pipeline.planned import Artifact
-from qwen35.plan.manifest import read_manifest
-from qwen35.publish.diff import ATTRIBUTES, Diff
-from qwen35.publish.signing import SIGNATURE_NAME
-from qwen35.verify.artifact import verify
-from qwen35.verify.opening import open_artifact
+from qwen35.pipeline.planned_artifacts import PlannedArtifact
+from qwen35.planning.manifest import read_manifest
+from qwen35.publishing.diff import ATTRIBUTES, Diff
+from qwen35.publishing.signing import SIGNATURE_NAME
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.verdict import verify
 
 __all__ = ["artifact_gate", "publish_gate", "quantization_gate"]
 
 
-def artifact_gate(artifact: Artifact) -> Iterator[Finding]:
+def artifact_gate(artifact: PlannedArtifact) -> Iterator[Finding]:
     """Gate 1: the folder exists, holds the format asked for, and is what its plan says."""
-    manifest = read_manifest(Folder(artifact.out))
+    manifest = read_manifest(LocalFolder(artifact.out))
     if manifest is None:
         yield Finding("artifact", MANIFEST_NAME, "missing: the folder was not written to its end")
         return
@@ -37,7 +37,7 @@ def artifact_gate(artifact: Artifact) -> Iterator[Finding]:
         yield Finding("format", artifact.name, f"a model {found} vision tower, expected the other")
 
 
-def quantization_gate(artifact: Artifact) -> Iterator[Finding]:
+def quantization_gate(artifact: PlannedArtifact) -> Iterator[Finding]:
     """Gate 3: the file of every type asked for is there (Path B always asks for F16), and opens."""
     yield from artifact.plan.container.file_findings(artifact.plan, artifact.out)
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qwen35.pipeline.job import Job
-from qwen35.pipeline.planned import Artifact
+from qwen35.pipeline.planned_artifacts import PlannedArtifact
+from qwen35.pipeline.run_request import RunRequest
 
-__all__ = ["GATES", "Gate", "Kind", "Step", "make_graph"]
+__all__ = ["GATES", "Gate", "GraphStep", "Kind", "make_graph"]
 
 Gate = Literal["artifact", "verification", "quantization", "publish"]
 Kind = Literal["make", "verify", "evaluate", "document", "publish"]
@@ -24,7 +24,7 @@ GATES: dict[Gate, str] = {
 
 
 @dataclass(frozen=True)
-class Step:
+class GraphStep:
     """One step.
 
     Args:
@@ -36,7 +36,7 @@ class Step:
     """
 
     kind: Kind
-    artifacts: tuple[Artifact, ...]
+    artifacts: tuple[PlannedArtifact, ...]
     needs: tuple[str, ...] = ()
     gates: tuple[Gate, ...] = ()
     any_need: bool = False
@@ -47,25 +47,25 @@ class Step:
         return self.kind if self.kind == "evaluate" else f"{self.kind} {self.artifact.name}"
 
     @property
-    def artifact(self) -> Artifact:
+    def artifact(self) -> PlannedArtifact:
         """The only artifact, or the first of all."""
         return self.artifacts[0]
 
 
-def make_graph(job: Job, artifacts: Sequence[Artifact]) -> tuple[Step, ...]:
+def make_graph(job: RunRequest, artifacts: Sequence[PlannedArtifact]) -> tuple[GraphStep, ...]:
     """Return the steps of a run, each after what it needs."""
-    steps: list[Step] = []
+    steps: list[GraphStep] = []
     for artifact in artifacts:
         separate = artifact.plan.container.separate
         gates: tuple[Gate, ...] = ("artifact", "quantization") if separate else ("artifact",)
-        steps.append(Step("make", (artifact,), (), gates))
+        steps.append(GraphStep("make", (artifact,), (), gates))
     for artifact in artifacts:
         needs = (f"make {artifact.name}",)
-        steps.append(Step("verify", (artifact,), needs, ("verification",)))
+        steps.append(GraphStep("verify", (artifact,), needs, ("verification",)))
     verified = tuple(f"verify {artifact.name}" for artifact in artifacts)
     if job.measuring is not None and artifacts:
-        steps.append(Step("evaluate", tuple(artifacts), verified, (), any_need=True))
+        steps.append(GraphStep("evaluate", tuple(artifacts), verified, (), any_need=True))
     measured = ("evaluate",) if job.measuring is not None else ()
-    steps += [Step("document", (a,), (f"verify {a.name}", *measured)) for a in artifacts]
-    steps += [Step("publish", (a,), (f"document {a.name}",), ("publish",)) for a in artifacts]
+    steps += [GraphStep("document", (a,), (f"verify {a.name}", *measured)) for a in artifacts]
+    steps += [GraphStep("publish", (a,), (f"document {a.name}",), ("publish",)) for a in artifacts]
     return tuple(steps)

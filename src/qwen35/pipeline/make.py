@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qwen35.errors import Qwen35Error
-from qwen35.pipeline.planned import Artifact
+from qwen35.pipeline.planned_artifacts import PlannedArtifact
 from qwen35.progress import Progress
-from qwen35.writing.run import Job, write_all
+from qwen35.writing.write import WriteJob, write_all
 
 __all__ = ["make_artifacts"]
 
 
 def make_artifacts(
-    artifacts: Sequence[Artifact], *, threads: int, device: str, progress: Progress
+    artifacts: Sequence[PlannedArtifact], *, threads: int, device: str, progress: Progress
 ) -> dict[str, Qwen35Error]:
     """Write artifacts over whatever of theirs lies there; return what went wrong, by name.
 
@@ -25,6 +25,6 @@ def make_artifacts(
         device: where weights are encoded.
         progress: told of the bytes that steps have done with, each artifact's by itself.
     """
-    jobs = [Job(artifact.plan, artifact.out, overwrite=True) for artifact in artifacts]
+    jobs = [WriteJob(artifact.plan, artifact.out, overwrite=True) for artifact in artifacts]
     _, errors = write_all(jobs, threads=threads, device=device, progress=progress)
     return {artifacts[number].name: error for number, error in errors.items()}

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qwen35.pipeline.graph import Gate, Step
-from qwen35.pipeline.job import Job
+from qwen35.pipeline.graph import Gate, GraphStep
+from qwen35.pipeline.run_request import RunRequest
 
 __all__ = ["Outcome", "Status", "outcome_text", "outcomes_json", "outcomes_text", "passed"]
 
@@ -27,7 +27,7 @@ class Outcome:
         facts: what is worth knowing of it, as plain values.
     """
 
-    step: Step
+    step: GraphStep
     state: Status
     gate: Gate | None = None
     reasons: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ def outcome_text(outcome: Outcome) -> str:
     return f"{text}: {'; '.join(outcome.reasons)}" if outcome.reasons else text
 
 
-def outcomes_json(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def outcomes_json(job: RunRequest, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Return what became of a run as plain values."""
     return {
         "out": str(job.out),

@@ -19,7 +19,7 @@ from qwen35.sinks.journal import Journal, fsync_folder
 __all__ = [
     "FILES_NAME",
     "JOURNAL_NAME",
-    "Result",
+    "StagedResult",
     "check_output",
     "check_space",
     "claim",
@@ -42,7 +42,7 @@ _SPARE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
-class Result:
+class StagedResult:
     """What was written.
 
     Args:

@@ -10,31 +10,31 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.source import FolderReader, Reader
-from qwen35.codecs.compared import Compared
+from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.devices import kernels_for
 from qwen35.errors import OutputError, Qwen35Error
-from qwen35.plan.order import order_of, plan_from
-from qwen35.plan.plan import Plan
-from qwen35.plan.step import Step
-from qwen35.plan.tasks import make_tasks, share, task_bytes
+from qwen35.execution.judging import compare_steps
+from qwen35.execution.step_runner import StepRunner, ThreadCrew
+from qwen35.planning.output_plan import Plan
+from qwen35.planning.step import Step
+from qwen35.planning.tasks import make_tasks, share, task_bytes
+from qwen35.planning.work_order import order_of, plan_from
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.journal import Journal
-from qwen35.sinks.slices import joined, read_order, slice_name
+from qwen35.sinks.slice_folder import joined, read_order, slice_name
 from qwen35.sinks.staging import (
     FILES_NAME,
     JOURNAL_NAME,
-    Result,
+    StagedResult,
     check_output,
     check_space,
     resolved,
     work_path,
 )
-from qwen35.sinks.written import Written
+from qwen35.sinks.tensor_writer import TensorWriter
 from qwen35.threads import default_threads
-from qwen35.work.judging import compare_steps
-from qwen35.work.steps import Carrier, Crew
-from qwen35.writing.output import Output
-from qwen35.writing.run import write
+from qwen35.writing.open_output import OpenOutput
+from qwen35.writing.write import write
 
 __all__ = ["Slice", "finalize", "write_slice"]
 
@@ -84,7 +84,7 @@ def write_slice(
     out = resolved(out)
     check_output(out, source=plan.checkpoint.folder(), overwrite=overwrite)
     plan.container.prepare(plan)
-    carrier = Carrier(plan, kernels_for(device))
+    carrier = StepRunner(plan, kernels_for(device))
     size = task_bytes(plan, count)
     order = order_of(plan, size, check=check, slices=count, overwrite=overwrite)
     tasks = share(make_tasks(plan.written, size), count)[number - 1]
@@ -93,9 +93,9 @@ def write_slice(
         with (
             joined(out, number, order) as (folder, journal),
             Reader(plan.checkpoint) as reader,
-            Written(folder, journal, shared=True) as written,
+            TensorWriter(folder, journal, shared=True) as written,
         ):
-            output = Output(out, plan, folder, written, carrier, progress)
+            output = OpenOutput(out, plan, folder, written, carrier, progress)
             _fill(output, own, f"slice {number}/{count} of {out.name}", reader, threads)
             if check:
                 _compare(output, own, journal, reader, threads)
@@ -105,7 +105,7 @@ def write_slice(
 
 
 def _fill(
-    output: Output, own: Sequence[Step], title: str, reader: Reader, threads: int | None
+    output: OpenOutput, own: Sequence[Step], title: str, reader: Reader, threads: int | None
 ) -> None:
     steps = output.left(own)
     check_space(output.folder, sum(step.nbytes for step in steps))
@@ -115,7 +115,7 @@ def _fill(
     errors: list[Qwen35Error] = []
     threads = threads or default_threads()
     works = list(output.works(0, steps))
-    crew = Crew(works, lambda _, error: errors.append(error), lambda _: bool(errors))
+    crew = ThreadCrew(works, lambda _, error: errors.append(error), lambda _: bool(errors))
     with ThreadPoolExecutor(threads) as pool:
         crew.run(pool, threads, reader)
     for error in errors:
@@ -124,7 +124,7 @@ def _fill(
 
 
 def _compare(
-    output: Output, own: Sequence[Step], journal: Journal, reader: Reader, threads: int | None
+    output: OpenOutput, own: Sequence[Step], journal: Journal, reader: Reader, threads: int | None
 ) -> None:
     """Note in the journal what a check of each weight finds that is not noted there."""
     left = [step for step in own if f"{_COMPARED}{step.outputs[0].name}" not in journal]
@@ -139,7 +139,7 @@ def _compare(
 
 def finalize(
     out: Path, *, threads: int | None = None, progress: Progress | None = None
-) -> tuple[Plan, Result]:
+) -> tuple[Plan, StagedResult]:
     """Make the output of finished slices: hash their files, write all others, rename.
 
     What comes out is what one run without slices writes. Needs the source, for its headers and
@@ -234,7 +234,7 @@ def _sound(journal: Journal) -> dict[str, Any]:
     for name, value in journal.items():
         if name.startswith(_COMPARED):
             with suppress(TypeError, KeyError, ValueError, AttributeError):
-                found[name.removeprefix(_COMPARED)] = Compared.from_json(value).to_json()
+                found[name.removeprefix(_COMPARED)] = WeightComparison.from_json(value).to_json()
     return found
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen35.arrays import Array
+from qwen35.array_types import Array
 from qwen35.codecs.floats import f32_from
-from qwen35.codecs.fp8.layout import BLOCK, Calibration
+from qwen35.codecs.fp8.layout import BLOCK, ScaleChoice
 
 __all__ = ["decode_rows", "e4m3_values", "encode_rows"]
 
@@ -18,7 +18,7 @@ __all__ = ["decode_rows", "e4m3_values", "encode_rows"]
 def encode_rows(
     values: Array,
     dtype: str,
-    calibration: Calibration,
+    scale_choice: ScaleChoice,
     weights: npt.NDArray[np.float32] | None,
     codes: npt.NDArray[np.uint8],
     scales: npt.NDArray[np.uint16],
@@ -28,7 +28,7 @@ def encode_rows(
     Args:
         values: [rows, columns] elements of `dtype` (BF16 as uint16 bits), multiples of 128.
         dtype: BF16, F16 or F32.
-        calibration: how scales are chosen.
+        scale_choice: how scales are chosen.
         weights: [columns] how much the error of each column matters; evenly when None.
         codes: [rows, columns], written.
         scales: [rows / 128, columns / 128] bfloat16 bits, written.
@@ -38,16 +38,16 @@ def encode_rows(
     """
     from qwen35.codecs.fp8 import kernels
 
-    mode = kernels.MODES.index(calibration.mode)
+    mode = kernels.MODES.index(scale_choice.mode)
     parameters = {
-        "rms": calibration.rms_factor,
-        "percentile": calibration.percentile,
-        "mse": calibration.grid_size,
+        "rms": scale_choice.rms_factor,
+        "percentile": scale_choice.percentile,
+        "mse": scale_choice.grid_size,
     }
-    even = weights is None or not calibration.weighted
+    even = weights is None or not scale_choice.weighted
     columns = np.ones(values.shape[1], np.float32) if even else weights
     floats = values if dtype == "BF16" else f32_from(values, dtype)
-    parameter = float(parameters.get(calibration.mode, 0.0))
+    parameter = float(parameters.get(scale_choice.mode, 0.0))
     return int(kernels.encode(floats, mode, parameter, columns, codes, scales)) == 0
 
 

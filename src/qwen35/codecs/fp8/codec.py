@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qwen35.codecs.codec import Codec, Encoding, Kernel, Module, Order, Piece, Values
+from qwen35.codecs.codec import (
+    Codec,
+    Encoding,
+    EncodingRequest,
+    Kernel,
+    LoaderModule,
+    Piece,
+    StoredValues,
+)
 from qwen35.codecs.fp8.layout import BLOCK, SCALE, fits, layout
 from qwen35.errors import Finding, TensorError
 from qwen35.tensors import FLOAT_DTYPES, StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.codecs.compared import Compared
+    from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.pieces import Readable
-    from qwen35.model.config import ModelConfig
+    from qwen35.model.model_config import ModelConfig
     from qwen35.model.roles import Role
 
 __all__ = ["Fp8"]
@@ -27,7 +35,7 @@ class Fp8(Codec):
     checks = True
     per_expert = True
     joined = True
-    calibrated = True
+    chooses_scales = True
     widens = True
     packable = "linear layers or experts"
     method = "fp8"
@@ -65,7 +73,7 @@ class Fp8(Codec):
             return TensorError(spec.name, f"shape {list(spec.shape)}", expected=expect)
         return _scale_mismatch(weight, expected)
 
-    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
         """Return the values, decoded; the scales are read and checked at once."""
         from qwen35.codecs.fp8.stored import StoredFp8
 
@@ -94,7 +102,7 @@ class Fp8(Codec):
         del spec
         return BLOCK
 
-    def encode(self, order: Order) -> Encoding:
+    def encode(self, order: EncodingRequest) -> Encoding:
         """Return what encodes rows of tiles."""
         from qwen35.codecs.fp8.stored import EncodingFp8
 
@@ -110,7 +118,7 @@ class Fp8(Codec):
 
         return TritonEncoder(device)
 
-    def config(self, modules: Sequence[Module], prefix: str, dtype: str) -> dict[str, Any]:
+    def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
         """Return ``quantization_config`` as the official FP8 checkpoints have it."""
         from qwen35.codecs.fp8.config import quantization_config
 
@@ -118,7 +126,7 @@ class Fp8(Codec):
         return quantization_config(modules)
 
     def config_findings(
-        self, quantization: Mapping[str, Any], modules: Sequence[Module], *, vision: bool
+        self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
     ) -> Iterator[Finding]:
         """Yield where config.json and the weights contradict each other, as engines read both."""
         from qwen35.codecs.fp8.config import findings
@@ -127,7 +135,7 @@ class Fp8(Codec):
         yield from findings(quantization, modules)
 
     def tensor_parallel(
-        self, config: ModelConfig, modules: Sequence[Module], ranks: int
+        self, config: ModelConfig, modules: Sequence[LoaderModule], ranks: int
     ) -> Iterator[Finding]:
         """Yield the weights that `ranks` GPUs could not share in whole tiles."""
         from qwen35.codecs.fp8.config import tensor_parallel_findings
@@ -140,7 +148,7 @@ class Fp8(Codec):
         weight: Weight,
         spec: TensorSpec,
         original: Iterator[Piece],
-        result: Compared,
+        result: WeightComparison,
     ) -> None:
         """Compare every code with what its scale can say at best."""
         from qwen35.codecs.fp8.judge import judge

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen35.codecs.codec import Module
+from qwen35.codecs.codec import LoaderModule
 from qwen35.codecs.fp8.layout import BLOCK
 from qwen35.errors import Finding
-from qwen35.model.config import ModelConfig
 from qwen35.model.fused import fused_group
+from qwen35.model.model_config import ModelConfig
 
 __all__ = ["findings", "quantization_config", "tensor_parallel_findings", "unconverted_modules"]
 
@@ -18,7 +18,7 @@ _ROW_SPLIT = ("o_proj", "out_proj", "down_proj")
 """Layers whose input an engine splits; all others are split by their output."""
 
 
-def quantization_config(modules: Sequence[Module]) -> dict[str, Any]:
+def quantization_config(modules: Sequence[LoaderModule]) -> dict[str, Any]:
     """Return what the official FP8 checkpoints have, and ``fmt``, which some readers ask for."""
     return {
         "quant_method": "fp8",
@@ -31,7 +31,7 @@ def quantization_config(modules: Sequence[Module]) -> dict[str, Any]:
     }
 
 
-def unconverted_modules(modules: Sequence[Module]) -> list[str]:
+def unconverted_modules(modules: Sequence[LoaderModule]) -> list[str]:
     """Return ``modules_to_not_convert``: every module with a matrix that is not FP8, by full name.
 
     The head is always listed: giving any list switches off transformers' own exception for it, and
@@ -49,7 +49,7 @@ def _loaded_as(module: str) -> str:
     return f"{layer}.mlp.experts" if found else module
 
 
-def findings(quantization: Mapping[str, Any], modules: Sequence[Module]) -> Iterator[Finding]:
+def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -> Iterator[Finding]:
     """Check config.json against the weights, as vLLM, SGLang and transformers read both."""
     if not any(module.codec == "fp8" for module in modules):
         yield Finding("quantization-config", "config.json", "promises FP8, but nothing is packed")
@@ -63,7 +63,7 @@ def findings(quantization: Mapping[str, Any], modules: Sequence[Module]) -> Iter
     yield from _group_findings(modules)
 
 
-def _list_findings(entries: object, modules: Sequence[Module]) -> Iterator[Finding]:
+def _list_findings(entries: object, modules: Sequence[LoaderModule]) -> Iterator[Finding]:
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         yield Finding("skip-list", "config.json", f"{_LIST} is not a list of names")
         return
@@ -85,8 +85,8 @@ def _list_findings(entries: object, modules: Sequence[Module]) -> Iterator[Findi
         yield Finding("skip-list", entry, f"in {_LIST}, but no module of this model")
 
 
-def _group_findings(modules: Sequence[Module]) -> Iterator[Finding]:
-    first: dict[object, Module] = {}
+def _group_findings(modules: Sequence[LoaderModule]) -> Iterator[Finding]:
+    first: dict[object, LoaderModule] = {}
     reported = set()
     for module in modules:
         key = fused_group(module.role)
@@ -101,7 +101,7 @@ def _group_findings(modules: Sequence[Module]) -> Iterator[Finding]:
 
 
 def tensor_parallel_findings(
-    config: ModelConfig, modules: Sequence[Module], ranks: int
+    config: ModelConfig, modules: Sequence[LoaderModule], ranks: int
 ) -> list[Finding]:
     """Return the FP8 weights that `ranks` GPUs could not share in whole tiles.
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from qwen35.codecs.codec import Piece
-from qwen35.codecs.compared import Compared
+from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import all_finite
-from qwen35.codecs.fp8.errors import WORST_ERROR, Errors
+from qwen35.codecs.fp8.error_sums import WORST_ERROR, ErrorSums
 from qwen35.codecs.fp8.layout import BLOCK, fits
 from qwen35.codecs.fp8.stored import StoredFp8, read_scales
 from qwen35.codecs.pieces import Readable, not_finite
@@ -26,7 +26,7 @@ def judge(
     weight: Weight,
     spec: TensorSpec,
     original: Iterator[Piece],
-    result: Compared,
+    result: WeightComparison,
 ) -> None:
     """Compare every code with what its scale can say at best.
 
@@ -37,7 +37,7 @@ def judge(
         judge_values(StoredFp8(reader, weight, spec), spec, original, result)
         return
     scales = read_scales(reader, weight)
-    errors = Errors()
+    errors = ErrorSums()
     result.errors = asdict(errors)
     for piece in original:
         codes = np.empty(piece.values.shape, np.uint8)
@@ -61,9 +61,9 @@ def too_far(found: Mapping[str, Any]) -> str:
     """Return why a weight is too far off, though no code is astray: so much of it saturates.
 
     Args:
-        found: its `Errors`, as plain values.
+        found: its `ErrorSums`, as plain values.
     """
-    errors = Errors(**found)
+    errors = ErrorSums(**found)
     if errors.misplaced or errors.relative_rmse <= WORST_ERROR:
         return ""
     return (

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from qwen35.errors import UsageError
 from qwen35.tensors import TensorSpec
 
-__all__ = ["BLOCK", "SCALE", "Calibration", "Mode", "fits", "layout"]
+__all__ = ["BLOCK", "SCALE", "ScaleChoice", "ScaleMode", "fits", "layout"]
 
 BLOCK = 128
 """Rows and columns of a weight that share a scale (``weight_block_size``)."""
@@ -24,11 +24,11 @@ BLOCK = 128
 SCALE = "_scale_inv"
 """What follows a weight's name; a multiplier: W = q * scale."""
 
-Mode = Literal["rms", "max", "percentile", "mse", "search"]
+ScaleMode = Literal["rms", "max", "percentile", "mse", "search"]
 
 
 @dataclass(frozen=True)
-class Calibration:
+class ScaleChoice:
     """How the scale of a tile is chosen; all but `search` as the toolkit before us documents them.
 
     With m the tile's largest magnitude and 448 the largest E4M3 value:
@@ -47,14 +47,14 @@ class Calibration:
         UsageError: a parameter makes no sense.
     """
 
-    mode: Mode = "search"
+    mode: ScaleMode = "search"
     rms_factor: float = 3.0
     percentile: float = 99.9
     grid_size: int = 50
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            expected = ", ".join(get_args(Mode))
+        if self.mode not in get_args(ScaleMode):
+            expected = ", ".join(get_args(ScaleMode))
             raise UsageError("--calib-mode", f"{self.mode!r}", expected=expected)
         if not 0 < self.rms_factor <= BLOCK:  # no tile of 128 x 128 peaks higher
             raise UsageError("--rms-factor", f"{self.rms_factor}", expected="0 < k <= 128")
@@ -71,7 +71,7 @@ class Calibration:
     def __str__(self) -> str:
         """Return the mode and the parameter that matters to it.
 
-        >>> str(Calibration("rms")), str(Calibration("max"))
+        >>> str(ScaleChoice("rms")), str(ScaleChoice("max"))
         ('rms(k=3.0)', 'max')
         """
         parameter = {

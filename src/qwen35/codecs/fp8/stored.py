@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen35.codecs.codec import Encoding, Order, Piece, stacked
+from qwen35.codecs.codec import Encoding, EncodingRequest, Piece, stacked
 from qwen35.codecs.floats import all_finite, from_f32
 from qwen35.codecs.fp8.arrays import decode_rows
 from qwen35.codecs.fp8.layout import BLOCK, SCALE
@@ -15,7 +15,7 @@ from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.arrays import F32, U8, Array
+    from qwen35.array_types import F32, U8, Array
 
 __all__ = ["EncodingFp8", "StoredFp8", "read_scales"]
 
@@ -74,7 +74,7 @@ class StoredFp8:
 class EncodingFp8(Encoding):
     """Rows of tiles on the way to FP8."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: EncodingRequest) -> None:
         self._order = order
         self._codes, self._scales = (out.name for out in order.outputs)
         self._columns = stacked(order.spec)[1]

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from qwen35.arrays import F32, U8, U16, Array
+from qwen35.array_types import F32, U8, U16, Array
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.fp8.kernels import CANDIDATES, MODES
-from qwen35.codecs.fp8.layout import BLOCK, Calibration
+from qwen35.codecs.fp8.layout import BLOCK, ScaleChoice
 from qwen35.errors import UsageError
 
 __all__ = ["TritonEncoder"]
@@ -146,7 +146,7 @@ class TritonEncoder:
         self,
         values: Array,
         dtype: str,
-        calibration: Calibration,
+        scale_choice: ScaleChoice,
         weights: F32 | None,
         codes: U8,
         scales: U16,
@@ -159,7 +159,7 @@ class TritonEncoder:
         if dtype == "BF16":
             tensor = tensor.view(torch.bfloat16)
         tensor = tensor.to(self._device)
-        even = weights is None or not calibration.weighted
+        even = weights is None or not scale_choice.weighted
         columns = np.ones(values.shape[1], np.float32) if even else weights
         on_device = torch.empty(tensor.shape, dtype=torch.uint8, device=self._device)
         stored = torch.empty(scales.shape, dtype=torch.float32, device=self._device)
@@ -167,14 +167,14 @@ class TritonEncoder:
         _encode_tiles[(tile_rows, tile_columns)](
             tensor,
             torch.from_numpy(columns).to(self._device),
-            _levels(tensor, calibration),
+            _levels(tensor, scale_choice),
             on_device,
             stored,
             bad,
             tensor.shape[1],
-            calibration.rms_factor,
-            mode=MODES.index(calibration.mode),
-            candidates=calibration.grid_size if calibration.mode == "mse" else CANDIDATES,
+            scale_choice.rms_factor,
+            mode=MODES.index(scale_choice.mode),
+            candidates=scale_choice.grid_size if scale_choice.mode == "mse" else CANDIDATES,
             num_warps=8,
         )
         codes[:] = on_device.cpu().numpy()
@@ -182,14 +182,14 @@ class TritonEncoder:
         return not int(bad)
 
 
-def _levels(tensor: torch.Tensor, calibration: Calibration) -> torch.Tensor:
+def _levels(tensor: torch.Tensor, scale_choice: ScaleChoice) -> torch.Tensor:
     """Return the percentile of each tile's magnitudes; nothing in the other modes."""
-    if calibration.mode != "percentile":
+    if scale_choice.mode != "percentile":
         return torch.zeros(1, device=tensor.device)
     rows, columns = (size // BLOCK for size in tensor.shape)
     tiles = tensor.float().abs().reshape(rows, BLOCK, columns, BLOCK)
     ordered = tiles.transpose(1, 2).reshape(rows * columns, -1).sort(dim=1).values
-    place = calibration.percentile / 100 * (BLOCK**2 - 1)
+    place = scale_choice.percentile / 100 * (BLOCK**2 - 1)
     lower = int(place)
     low = ordered[:, lower]
     high = ordered[:, min(lower + 1, BLOCK**2 - 1)]

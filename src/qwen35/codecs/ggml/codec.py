@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qwen35.codecs.codec import Codec, Encoding, Order, Piece, Values, stacked
+from qwen35.codecs.codec import Codec, Encoding, EncodingRequest, Piece, StoredValues, stacked
 from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, NEEDS_IMATRIX, GgmlType
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.codecs.compared import Compared
+    from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.pieces import Readable
     from qwen35.model.roles import Role
 
@@ -75,7 +75,7 @@ class Ggml(Codec):
         """Return how many weights are stored."""
         return weight.main.spec.nbytes // self.kind.nbytes * self.kind.block
 
-    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
         """Return the values, decoded by the `gguf` library."""
         from qwen35.codecs.ggml.stored import StoredGgml
 
@@ -98,7 +98,7 @@ class Ggml(Codec):
         del role
         return True
 
-    def encode(self, order: Order) -> Encoding:
+    def encode(self, order: EncodingRequest) -> Encoding:
         """Return what encodes rows."""
         from qwen35.codecs.ggml.stored import EncodingGgml
 
@@ -116,7 +116,7 @@ class Ggml(Codec):
         weight: Weight,
         spec: TensorSpec,
         original: Iterator[Piece],
-        result: Compared,
+        result: WeightComparison,
     ) -> None:
         """Compare floats after rounding, and blocks within the bounds of their type."""
         from qwen35.codecs.ggml.judge import judge

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen35.arrays import F32
-from qwen35.codecs.codec import Piece, Values
-from qwen35.codecs.compared import Compared
+from qwen35.array_types import F32
+from qwen35.codecs.codec import Piece, StoredValues
+from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import bf16_from_f32, f32_from
 from qwen35.codecs.ggml.types import FLOATS, GgmlType
 
@@ -44,7 +44,9 @@ _LOOSE = (1.1, 0.65)
 """For types of three bits and less, which a bound can only tell from noise."""
 
 
-def judge(values: Values, kind: GgmlType, original: Iterator[Piece], result: Compared) -> None:
+def judge(
+    values: StoredValues, kind: GgmlType, original: Iterator[Piece], result: WeightComparison
+) -> None:
     """Compare a decoded tensor with its original.
 
     Args:
@@ -93,7 +95,7 @@ def _bad_blocks(expected: F32, difference: F32, kind: str) -> int:
     return int(np.count_nonzero(error > bound * largest))
 
 
-def _bound(seen: Compared, kind: str, blocks: int) -> None:
+def _bound(seen: WeightComparison, kind: str, blocks: int) -> None:
     relative: Any = np.sqrt(seen.squared / seen.norm) if seen.norm else np.sqrt(seen.squared)
     bound, _ = BOUNDS.get(kind, _LOOSE)
     if relative > bound:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qwen35.arrays import F32, U8
+from qwen35.array_types import F32, U8
 from qwen35.codecs.floats import bf16_from_f32
 from qwen35.codecs.ggml.types import ENCODABLE, FLOATS, GGML_TYPES
 from qwen35.errors import TensorError, UsageError

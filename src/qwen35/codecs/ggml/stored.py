@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from qwen35.arrays import F32, U8, Array
-from qwen35.codecs.codec import Encoding, Order, Piece
+from qwen35.array_types import F32, U8, Array
+from qwen35.codecs.codec import Encoding, EncodingRequest, Piece
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.ggml.kernel import encode
 from qwen35.codecs.ggml.types import GgmlType
@@ -48,7 +48,7 @@ class StoredGgml:
 class EncodingGgml(Encoding):
     """Rows on the way to a type of ggml."""
 
-    def __init__(self, order: Order, kind: GgmlType) -> None:
+    def __init__(self, order: EncodingRequest, kind: GgmlType) -> None:
         self._order, self._kind = order, kind
 
     def add(self, piece: Piece) -> None:

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from qwen35.arrays import F32, U8, Array
+from qwen35.array_types import F32, U8, Array
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK, state_blob
 from qwen35.codecs.nf4.tables import LEVELS, dynamic_lookup, dynamic_map
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec
 
-__all__ = ["Statistics", "decode_absmax", "decode_blocks", "encode_blocks", "parse_state"]
+__all__ = ["AbsmaxStatistics", "decode_absmax", "decode_blocks", "encode_blocks", "parse_state"]
 
 
 def encode_blocks(values: Array, dtype: str, absmax: F32, packed: U8) -> bool:
@@ -40,7 +40,7 @@ def encode_blocks(values: Array, dtype: str, absmax: F32, packed: U8) -> bool:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class AbsmaxStatistics:
     """The double-quantized absmax of one weight.
 
     Args:
@@ -54,7 +54,7 @@ class Statistics:
     offset: float
 
     @classmethod
-    def of(cls, absmax: F32, offset: float | None = None) -> Statistics:
+    def of(cls, absmax: F32, offset: float | None = None) -> AbsmaxStatistics:
         """Quantize the absmax values of one weight.
 
         Args:
@@ -104,7 +104,7 @@ def decode_blocks(packed: U8, absmax: F32, levels: F32) -> F32:
 
 
 @dataclass(frozen=True)
-class State:
+class QuantState:
     """The JSON blob of an NF4 weight, checked."""
 
     shape: tuple[int, ...]
@@ -112,7 +112,7 @@ class State:
     offset: float
 
 
-def parse_state(raw: bytes, name: str) -> State:
+def parse_state(raw: bytes, name: str) -> QuantState:
     """Parse the JSON blob of the NF4 weight called `name`.
 
     Raises:
@@ -132,4 +132,4 @@ def parse_state(raw: bytes, name: str) -> State:
             f"quant_type {kind[0]!r} with blocks of {kind[1]} and {kind[2]}",
             expected=f"nf4 with blocks of {BLOCK} and {NESTED_BLOCK}",
         )
-    return State(shape, nested, offset)
+    return QuantState(shape, nested, offset)

@@ -6,13 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import gcd
 from typing import TYPE_CHECKING, Any
 
-from qwen35.codecs.codec import Codec, Encoding, Kernel, Module, Order, Piece, Values, stacked
+from qwen35.codecs.codec import (
+    Codec,
+    Encoding,
+    EncodingRequest,
+    Kernel,
+    LoaderModule,
+    Piece,
+    StoredValues,
+    stacked,
+)
 from qwen35.codecs.nf4.layout import BLOCK, PARTS, STATE, layout
 from qwen35.errors import Finding, TensorError
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.codecs.compared import Compared
+    from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.pieces import Readable
     from qwen35.model.roles import Role
 
@@ -79,7 +88,7 @@ class Nf4(Codec):
         """Return how many weights are stored: two in a byte."""
         return 2 * weight.main.spec.numel
 
-    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
         """Return the values, decoded; state and scales are read and checked at once."""
         from qwen35.codecs.nf4.stored import StoredNf4
 
@@ -101,7 +110,7 @@ class Nf4(Codec):
         """Return the rows that hold whole blocks."""
         return BLOCK // gcd(BLOCK, stacked(spec)[1])
 
-    def encode(self, order: Order) -> Encoding:
+    def encode(self, order: EncodingRequest) -> Encoding:
         """Return what packs blocks, and in the end their scales."""
         from qwen35.codecs.nf4.stored import EncodingNf4
 
@@ -125,21 +134,21 @@ class Nf4(Codec):
         """Return the bytes of the scales: as they are stored, float32, and a temporary."""
         return spec.numel // BLOCK * 16
 
-    def config(self, modules: Sequence[Module], prefix: str, dtype: str) -> dict[str, Any]:
+    def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
         """Return ``quantization_config`` as transformers writes it, with every skipped module."""
         from qwen35.codecs.nf4.config import quantization_config
 
         return quantization_config(modules, prefix, dtype)
 
     def config_findings(
-        self, quantization: Mapping[str, Any], modules: Sequence[Module], *, vision: bool
+        self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
     ) -> Iterator[Finding]:
         """Yield where config.json and the weights contradict each other, as transformers reads."""
         from qwen35.codecs.nf4.config import findings
 
         yield from findings(quantization, modules, vision=vision)
 
-    def notes(self, modules: Sequence[Module], dtype: str) -> Iterator[str]:
+    def notes(self, modules: Sequence[LoaderModule], dtype: str) -> Iterator[str]:
         """Yield what share of the parameters stays as it is because no loader packs experts."""
         plain = [
             module.spec.numel
@@ -159,7 +168,7 @@ class Nf4(Codec):
         weight: Weight,
         spec: TensorSpec,
         original: Iterator[Piece],
-        result: Compared,
+        result: WeightComparison,
     ) -> None:
         """Compare codes and scales with what the original's blocks must give."""
         from qwen35.codecs.nf4.judge import judge

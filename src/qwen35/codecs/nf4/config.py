@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from qwen35.codecs.codec import Module
+from qwen35.codecs.codec import LoaderModule
 from qwen35.codecs.nf4.layout import parts_layout
 from qwen35.errors import Finding, UsageError
 from qwen35.tensors import DTYPE_NAMES
@@ -17,7 +17,7 @@ _LIST = "llm_int8_skip_modules"
 _NESTED = ".nested_absmax"
 
 
-def quantization_config(modules: Sequence[Module], prefix: str, dtype: str) -> dict[str, Any]:
+def quantization_config(modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
     """Return what transformers writes for bitsandbytes 4-bit weights.
 
     Args:
@@ -48,11 +48,11 @@ def quantization_config(modules: Sequence[Module], prefix: str, dtype: str) -> d
     }
 
 
-def _is_nested(module: Module) -> bool:
+def _is_nested(module: LoaderModule) -> bool:
     return any(part.name.endswith(_NESTED) for part in module.parts)
 
 
-def skip_modules(modules: Sequence[Module], prefix: str) -> list[str]:
+def skip_modules(modules: Sequence[LoaderModule], prefix: str) -> list[str]:
     """Return ``llm_int8_skip_modules``: every linear module that stays unpacked.
 
     transformers skips a module if an entry is its name, the beginning of its name up to a dot, or
@@ -101,7 +101,7 @@ def _starts(entry: str, module: str) -> bool:
 
 
 def findings(
-    quantization: Mapping[str, Any], modules: Sequence[Module], *, vision: bool
+    quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
 ) -> Iterator[Finding]:
     """Yield where ``quantization_config`` and the weights contradict each other.
 
@@ -123,7 +123,7 @@ def findings(
     yield from _skip_findings(quantization, modules, vision=vision)
 
 
-def _companion_findings(module: Module, double: bool) -> Iterator[Finding]:
+def _companion_findings(module: LoaderModule, double: bool) -> Iterator[Finding]:
     name, nested = module.spec.name, _is_nested(module)
     if nested != double:
         found = "doubly quantized" if nested else "quantized once"
@@ -138,7 +138,7 @@ def _companion_findings(module: Module, double: bool) -> Iterator[Finding]:
 
 
 def _skip_findings(
-    quantization: Mapping[str, Any], modules: Sequence[Module], *, vision: bool
+    quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
 ) -> Iterator[Finding]:
     skip = quantization.get(_LIST) or []
     if not isinstance(skip, list) or not all(isinstance(entry, str) for entry in skip):

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qwen35.arrays import F32, Array
+from qwen35.array_types import F32, Array
 from qwen35.codecs.codec import Piece
-from qwen35.codecs.compared import Compared
+from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import f32_from
-from qwen35.codecs.nf4.arrays import State, Statistics, decode_blocks, encode_blocks
+from qwen35.codecs.nf4.arrays import AbsmaxStatistics, QuantState, decode_blocks, encode_blocks
 from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK
 from qwen35.codecs.nf4.stored import read_absmax, read_state
 from qwen35.codecs.nf4.tables import BOUNDS, LEVELS, dynamic_map
@@ -52,7 +52,7 @@ def wrong_scales(codes: Array, nested: F32, offset: float, true: F32) -> int:
     bitsandbytes on CUDA takes the nearest value of the dynamic map, on a CPU that of a table which
     is one code off now and then.
     """
-    expected = Statistics.of(true, offset)
+    expected = AbsmaxStatistics.of(true, offset)
     if not np.allclose(nested, expected.nested, rtol=1e-5, atol=0):
         return len(true)
     scale = np.repeat(expected.nested, NESTED_BLOCK)[: len(true)].astype(np.float64)
@@ -75,7 +75,7 @@ def judge(
     weight: Weight,
     spec: TensorSpec,
     original: Iterator[Piece],
-    result: Compared,
+    result: WeightComparison,
 ) -> None:
     """Compare packed codes and decoded absmax with what the original's blocks must give.
 
@@ -103,7 +103,9 @@ def judge(
     _scales(reader, weight, state, true, result)
 
 
-def _scales(reader: Readable, weight: Weight, state: State, true: F32, result: Compared) -> None:
+def _scales(
+    reader: Readable, weight: Weight, state: QuantState, true: F32, result: WeightComparison
+) -> None:
     """Compare the stored scales with the largest magnitudes of the original's blocks."""
     absmax = _bytes(reader, weight, ".absmax")
     if not state.nested:
@@ -121,7 +123,7 @@ def _bytes(reader: Readable, weight: Weight, suffix: str) -> Array:
     return np.frombuffer(reader.read(weight.need(suffix)), np.uint8)
 
 
-def _constants(reader: Readable, weight: Weight, result: Compared) -> None:
+def _constants(reader: Readable, weight: Weight, result: WeightComparison) -> None:
     for suffix, expected in ((".quant_map", LEVELS), (".nested_quant_map", dynamic_map())):
         part = weight.part(suffix)
         if part is not None and bytes(reader.read(part)) != expected.tobytes():

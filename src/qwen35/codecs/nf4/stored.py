@@ -6,21 +6,27 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen35.codecs.codec import Encoding, Order, Piece
+from qwen35.codecs.codec import Encoding, EncodingRequest, Piece
 from qwen35.codecs.floats import all_finite, from_f32
-from qwen35.codecs.nf4.arrays import State, Statistics, decode_absmax, decode_blocks, parse_state
+from qwen35.codecs.nf4.arrays import (
+    AbsmaxStatistics,
+    QuantState,
+    decode_absmax,
+    decode_blocks,
+    parse_state,
+)
 from qwen35.codecs.nf4.layout import BLOCK, STATE, parts_layout
 from qwen35.codecs.pieces import Readable, not_finite, whole
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.arrays import Array
+    from qwen35.array_types import Array
 
 __all__ = ["EncodingNf4", "StoredNf4", "read_absmax", "read_state"]
 
 
-def read_state(reader: Readable, weight: Weight, spec: TensorSpec) -> State:
+def read_state(reader: Readable, weight: Weight, spec: TensorSpec) -> QuantState:
     """Read and check the JSON blob and the companions' shapes of an NF4 weight.
 
     Raises:
@@ -40,7 +46,7 @@ def read_state(reader: Readable, weight: Weight, spec: TensorSpec) -> State:
     return state
 
 
-def read_absmax(reader: Readable, weight: Weight, state: State) -> Array:
+def read_absmax(reader: Readable, weight: Weight, state: QuantState) -> Array:
     """Return the float32 absmax values of an NF4 weight, decoded if doubly quantized."""
     absmax = whole(reader, weight.need(".absmax"))
     if not state.nested:
@@ -82,7 +88,7 @@ class StoredNf4:
 class EncodingNf4(Encoding):
     """A weight on the way to NF4; its scales are written when all blocks are known."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: EncodingRequest) -> None:
         self._order = order
         self._absmax = np.empty(order.spec.numel // BLOCK, np.float32)
 
@@ -100,6 +106,6 @@ class EncodingNf4(Encoding):
 
     def finish(self) -> None:
         """Quantize the scales once more, and write them."""
-        parts = Statistics.of(self._absmax).parts(self._order.spec)
+        parts = AbsmaxStatistics.of(self._absmax).parts(self._order.spec)
         for out, part in zip(self._order.outputs[1:], parts, strict=True):
             self._order.write(out.name, 0, part.data.cast("B"))

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from qwen35.arrays import F32, U8
+from qwen35.array_types import F32, U8
 
 __all__ = ["BOUNDS", "LEVELS", "dynamic_lookup", "dynamic_map"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen35.arrays import F32, U8, Array
+from qwen35.array_types import F32, U8, Array
 from qwen35.codecs.nf4.layout import BLOCK
 from qwen35.errors import UsageError
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
-from qwen35.codecs.codec import Codec, Encoding, Order, Piece, Values, stacked
+from qwen35.codecs.codec import Codec, Encoding, EncodingRequest, Piece, StoredValues, stacked
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.arrays import Array
-    from qwen35.codecs.compared import Compared
+    from qwen35.array_types import Array
+    from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.pieces import Readable
     from qwen35.model.roles import Role
 
@@ -41,7 +41,7 @@ class Plain(Codec):
         """What a plan says is done: a packed weight is decoded."""
         return "decode"
 
-    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> Values:
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
         """Return the values as they are stored; they are not checked."""
         return _Stored(reader, weight, spec.itemsize)
 
@@ -54,7 +54,7 @@ class Plain(Codec):
         del role
         return True
 
-    def encode(self, order: Order) -> Encoding:
+    def encode(self, order: EncodingRequest) -> Encoding:
         """Return what writes values as they are."""
         return _Written(order)
 
@@ -64,7 +64,7 @@ class Plain(Codec):
         weight: Weight,
         spec: TensorSpec,
         original: Iterator[Piece],
-        result: Compared,
+        result: WeightComparison,
     ) -> None:
         """Compare values; they must be equal."""
         judge_values(self.open(reader, weight, spec), spec, original, result)
@@ -84,7 +84,7 @@ class _Stored:
 class _Written(Encoding):
     """Values on their way into a tensor of their own dtype."""
 
-    def __init__(self, order: Order) -> None:
+    def __init__(self, order: EncodingRequest) -> None:
         self._order = order
         self._row = stacked(order.spec)[1] * order.spec.itemsize
 
@@ -95,10 +95,10 @@ class _Written(Encoding):
 
 
 def judge_values(
-    values: Values,
+    values: StoredValues,
     spec: TensorSpec,
     original: Iterator[Piece],
-    result: Compared,
+    result: WeightComparison,
     *,
     report: bool = True,
 ) -> None:

@@ -1,0 +1,144 @@
+"""Write a quantized or text-only checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qwen35.api.fp8_options import (
+    DEFAULTS,
+    Bands,
+    activations_of,
+    check_made,
+    check_unused,
+    scale_choice_of,
+)
+from qwen35.api.plan_api import plan_of
+from qwen35.api.worker_choice import check_workers
+from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting
+from qwen35.checkpoint.open import describe, fetch, folder_of
+from qwen35.codecs.fp8.layout import ScaleMode
+from qwen35.errors import UsageError
+from qwen35.progress import Progress
+
+__all__ = ["convert"]
+
+
+def convert(
+    model: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path = "nf4",
+    keep: Sequence[str] = (),
+    drop_mtp: bool = False,
+    keep_prefix: bool = False,
+    calib_mode: ScaleMode | None = None,
+    rms_factor: float = DEFAULTS.rms_factor,
+    calib_percentile: float = DEFAULTS.percentile,
+    mse_grid_size: int = DEFAULTS.grid_size,
+    activation_stats: str | Path | None = None,
+    verify_samples: int | None = None,
+    verify_seed: int = 0,
+    skip_verify: bool = False,
+    bands: Bands | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    ray_address: str | None = None,
+    slice: tuple[int, int] | None = None,  # noqa: A002 - the flag's name
+    threads: int | None = None,
+    memory: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    hf_token: str | None = None,
+    progress: Progress | None = None,
+) -> WriteResult:
+    """Write what `plan` describes; the folder appears whole, or not at all.
+
+    Args:
+        model: folder or Hub id (``owner/name[@revision]``).
+        out: folder to write.
+        recipe: a built-in recipe or a TOML file.
+        keep: roles, or groups of them, that stay unquantized as well.
+        drop_mtp: drop the MTP layer.
+        keep_prefix: text-only: leave tensors under ``model.language_model.``.
+        calib_mode: FP8: how the scale of a tile is chosen: ``max``, ``rms``, ``percentile``,
+            ``mse`` or ``search`` (if None); their formulas are those of
+            `qwen35.codecs.fp8.layout.ScaleChoice`.
+        rms_factor: FP8, mode ``rms``: peak-to-RMS factor.
+        calib_percentile: FP8, mode ``percentile``: what lies beyond saturates.
+        mse_grid_size: FP8, mode ``mse``: scales tried.
+        activation_stats: FP8: JSON of statistics that weigh the columns.
+        verify_samples: FP8 weights to check in each file; all of them if None.
+        verify_seed: chooses the samples.
+        skip_verify: do not check an FP8 output.
+        bands: what the check judges by: ``derived`` from the format (if None), or ``documented``
+            absolute limits.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a list of GPUs; ``auto`` is the CPU.
+        workers: processes, each with so many threads.
+        ray_address: work on this Ray cluster: ``auto`` or ``HOST:PORT``.
+        slice: do one part, ``(i, N)``; then `finalize`.
+        threads: at most so many; all processors if None.
+        memory: use fewer threads to stay below so many bytes.
+        overwrite: replace an output of qwen35.
+        dry_run: write nothing; the result says what would be.
+        hf_token: for the Hub; by default HF_TOKEN.
+        progress: told of the bytes read.
+
+    Raises:
+        UsageError: something is unknown or does not fit together.
+        InputError: the model cannot be read, or a weight holds NaN or infinity.
+        OutputError: the output exists or overlaps the source, or the disk is full.
+        WorkerError: workers died again and again.
+        HubError: the Hub refused, or was not reached.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> with TemporaryDirectory() as folder:
+    ...     made = convert("assets/qwen3.5-tiny", f"{folder}/out", recipe="text-nf4", threads=1)
+    ...     sorted(path.name for path in made.out.iterdir())[:3]
+    ['chat_template.jinja', 'config.json', 'generation_config.json']
+    >>> made.passed, len(made.hashes["config.json"])
+    (True, 64)
+    """
+    from qwen35.writing.write import check_before
+
+    out = Path(out)
+    check_workers(workers, ray_address, slice, memory)
+    here = "cpu" if ray_address else device
+    check_before(out, overwrite=overwrite, device=here, source=folder_of(str(model)))
+    scale_choice = scale_choice_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
+    activations = activations_of(activation_stats)
+    checkpoint = (describe if dry_run else fetch)(str(model), token=hf_token)
+    plan = plan_of(
+        checkpoint,
+        recipe,
+        keep,
+        drop_mtp=drop_mtp,
+        keep_prefix=keep_prefix,
+        scale_choice=scale_choice,
+        activations=activations,
+    )
+    check_unused(plan, bands=bands, samples=verify_samples, seed=verify_seed, skip=skip_verify)
+    if slice is not None and verify_samples is not None:
+        found = "slices check what they write, all of it"
+        raise UsageError("--verify-samples", found, hint="leave it out, or give --skip-verify")
+    checked = plan.settings is not None and not skip_verify
+    how = WriteOptions(
+        device,
+        workers,
+        ray_address,
+        slice,
+        threads,
+        memory,
+        overwrite,
+        check=checked and verify_samples is None,
+    )
+    if dry_run:
+        return WriteResult(out, plan, fitting(plan, how), plan.total_bytes)
+    made = carry_out(plan, out, how, progress)
+    if not checked or slice is not None:
+        return made
+    report = check_made(
+        made, bands=bands, samples=verify_samples, seed=verify_seed, progress=progress
+    )
+    return replace(made, report=report)

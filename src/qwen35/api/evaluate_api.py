@@ -1,0 +1,139 @@
+"""How far quantized models are from the unquantized one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen35.checkpoint.open import hub_token
+from qwen35.progress import Progress
+
+if TYPE_CHECKING:
+    from qwen35.evaluation.evaluation_job import EvaluationJob
+    from qwen35.evaluation.evaluation_report import EvaluationReport
+
+__all__ = ["evaluate", "prepared", "state_beside"]
+
+
+def evaluate(
+    base: str | Path,
+    candidates: Sequence[str | Path] = (),
+    *,
+    text: str | Path | None = None,
+    context: int | None = None,
+    chunks: int | None = None,
+    report: str | Path | None = None,
+    overwrite: bool = False,
+    resume: str | Path | None = None,
+    kl_divergence_base: str | Path | None = None,
+    cache: str | Path | None = None,
+    unquantized: str | Path | None = None,
+    speed: bool = False,
+    device: str = "auto",
+    threads: int | None = None,
+    memory: int | None = None,
+    hf_token: str | None = None,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Measure perplexity and KL divergence of candidates; of the base alone without any.
+
+    Args:
+        base: folder, Hub id or GGUF file of the unquantized model.
+        candidates: folders, Hub ids, GGUF files, folders of them, ``hf:owner/name/path`` of one.
+        text: a text file to measure on; may be left out where `kl_divergence_base` is read.
+        context: tokens a chunk; 512 if None.
+        chunks: at most so many; the whole text if None.
+        report: folder to write report.json and report.html to.
+        overwrite: replace a report there.
+        resume: keep what is measured here until all is, and go on from it; by default beside the
+            report.
+        kl_divergence_base: a file of llama-perplexity's: read in place of the base if it is there,
+            or else written.
+        cache: the same in compact form.
+        unquantized: the base in the other engine's format, for the noise floor between engines.
+        speed: measure tokens a second of GGUF candidates too.
+        device: for transformers: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: at most so many; all processors if None.
+        memory: refuse to take more bytes.
+        hf_token: for the Hub; by default HF_TOKEN.
+        progress: told of the chunks.
+
+    Raises:
+        UsageError: something is missing, contradicts or is not installed.
+        InputError: something cannot be read, compared or run.
+        OutputError: there is a report already, or the disk is full.
+        HubError: the Hub refused, or was not reached.
+    """
+    from qwen35.evaluation.evaluation_run import run
+    from qwen35.reporting.report_files import write_report
+
+    job = prepared(
+        base,
+        candidates,
+        text=text,
+        context=context,
+        chunks=chunks,
+        report=report,
+        overwrite=overwrite,
+        kl_divergence_base=kl_divergence_base,
+        cache=cache,
+        unquantized=unquantized,
+        device=device,
+        threads=threads,
+        memory=memory,
+        hf_token=hf_token,
+    )
+    state = Path(resume) if resume else state_beside(report)
+    found = run(job, speed=speed, state=state, progress=progress)
+    if report is not None:
+        write_report(found, Path(report))
+    return found
+
+
+def prepared(
+    base: str | Path,
+    candidates: Sequence[str | Path],
+    *,
+    text: str | Path | None,
+    context: int | None,
+    chunks: int | None,
+    report: str | Path | None,
+    overwrite: bool,
+    kl_divergence_base: str | Path | None,
+    cache: str | Path | None,
+    unquantized: str | Path | None,
+    device: str,
+    threads: int | None,
+    memory: int | None,
+    hf_token: str | None,
+) -> EvaluationJob:
+    """Say what an evaluation will do; arguments and errors as for `evaluate`."""
+    from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
+    from qwen35.reporting.report_files import check_report
+
+    if report is not None:
+        check_report(Path(report), overwrite=overwrite)
+    asked = EvaluationRequest(
+        base=str(base),
+        candidates=tuple(map(str, candidates)),
+        text=Path(text) if text else None,
+        context=context or 0,
+        chunks=chunks or 0,
+        threads=threads or 0,
+        device=device,
+        unquantized=str(unquantized) if unquantized else None,
+        kld_file=Path(kl_divergence_base) if kl_divergence_base else None,
+        cache=Path(cache) if cache else None,
+        memory=memory or 0,
+        token=hub_token(hf_token),
+    )
+    return prepare(asked)
+
+
+def state_beside(report: str | Path | None) -> Path | None:
+    """Return the file that keeps an evaluation with a report until it is complete."""
+    if report is None:
+        return None
+    path = Path(report)
+    return path.absolute().with_name(f".{path.name}.evaluation")

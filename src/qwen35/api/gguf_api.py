@@ -1,0 +1,185 @@
+"""Write GGUF files for llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qwen35.api.worker_choice import check_workers
+from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting
+from qwen35.checkpoint.open import describe, fetch, folder_of
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import UsageError
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.rules import Recipe
+from qwen35.progress import Progress
+
+__all__ = ["DEFAULT_TYPES", "asked_for", "gguf", "gguf_plan", "types_of"]
+
+DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
+
+
+def gguf(
+    model: str | Path,
+    out: str | Path,
+    *,
+    types: str | Sequence[str] = DEFAULT_TYPES,
+    recipe: str | Path = "mix",
+    imatrix: str | Path | None = None,
+    tensor_type: Sequence[str] = (),
+    tensor_type_file: Sequence[str | Path] = (),
+    upstream_counters: bool = False,
+    mmproj: bool = False,
+    drop_mtp: bool = False,
+    export: str | Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    ray_address: str | None = None,
+    slice: tuple[int, int] | None = None,  # noqa: A002 - the flag's name
+    threads: int | None = None,
+    memory: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    hf_token: str | None = None,
+    progress: Progress | None = None,
+) -> WriteResult:
+    """Write GGUF files, all in one pass over the checkpoint; the folder appears whole.
+
+    Args:
+        model: folder or Hub id (``owner/name[@revision]``).
+        out: folder to write.
+        types: file types, as names or as one text with commas.
+        recipe: ``mix``, ``q8-gates``, ``q8-gates-plus`` or a TOML file.
+        imatrix: importance matrix: a file, or ``hf:owner/name/path``.
+        tensor_type: ``PATTERN=TYPE`` for tensors whose name the pattern matches.
+        tensor_type_file: files of such lines, as llama-quantize reads them.
+        upstream_counters: let named tensors shift the mix of the others, as llama-quantize does.
+        mmproj: write the vision tower too, as F16.
+        drop_mtp: drop the MTP layer.
+        export: write the types of the one quantized file asked for here, and nothing else.
+        device: ``auto`` or ``cpu``, which are the same.
+        workers: processes, each with so many threads.
+        ray_address: work on this Ray cluster: ``auto`` or ``HOST:PORT``.
+        slice: do one part, ``(i, N)``; then `finalize`.
+        threads: at most so many; all processors if None.
+        memory: use fewer threads to stay below so many bytes.
+        overwrite: replace an output of qwen35.
+        dry_run: write nothing; the result says what would be.
+        hf_token: for the Hub; by default HF_TOKEN.
+        progress: told of the bytes read.
+
+    Raises:
+        UsageError: something is unknown or does not fit, or llama-cpp-python is not installed.
+        InputError: the model or the matrix cannot be read, or a weight holds NaN or infinity.
+        OutputError: the output exists or overlaps the source, or the disk is full.
+        WorkerError: workers died again and again.
+        HubError: the Hub refused, or was not reached.
+
+    >>> planned = gguf("assets/qwen3.5-tiny", "out", types="Q8_0,Q4_K_M", dry_run=True)
+    >>> [file.name for file in planned.plan.files]
+    ['qwen3.5-tiny-Q8_0.gguf', 'qwen3.5-tiny-Q4_K_M.gguf']
+    """
+    from qwen35.writing.write import check_before
+
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"--device {device}", "not for GGUF", expected="auto or cpu")
+    check_workers(workers, ray_address, slice, memory)
+    out = Path(out)
+    check_before(out, overwrite=overwrite, source=folder_of(str(model)))
+    asked = asked_for(types, recipe, tensor_type, tensor_type_file)
+    if dry_run or export is not None:
+        checkpoint = describe(str(model), token=hf_token)
+    else:
+        checkpoint = fetch(str(model), token=hf_token, extra=asked.container.extra)
+    plan = gguf_plan(
+        checkpoint,
+        asked,
+        types,
+        imatrix=imatrix,
+        upstream_counters=upstream_counters,
+        mmproj=mmproj,
+        drop_mtp=drop_mtp,
+        token=hf_token,
+    )
+    how = WriteOptions(device, workers, ray_address, slice, threads, memory, overwrite)
+    if export is not None:
+        path = Path(export)
+        return WriteResult(out, plan, fitting(plan, how), 0, exported=(path, _export(plan, path)))
+    if dry_run:
+        return WriteResult(out, plan, fitting(plan, how), plan.total_bytes)
+    return carry_out(plan, out, how, progress)
+
+
+def asked_for(
+    types: str | Sequence[str],
+    recipe: str | Path,
+    tensor_type: Sequence[str],
+    tensor_type_file: Sequence[str | Path],
+) -> Recipe:
+    """Return the recipe with the rules given one by one before it; arguments as for `gguf`."""
+    from qwen35.planning.gguf_files.type_patterns import pattern_rules
+
+    types_of(types)
+    patterns = pattern_rules(tensor_type, [Path(file) for file in tensor_type_file])
+    return load_recipe(str(recipe), "gguf").preceded(patterns)
+
+
+def gguf_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    types: str | Sequence[str],
+    *,
+    imatrix: str | Path | None,
+    upstream_counters: bool,
+    mmproj: bool,
+    drop_mtp: bool,
+    token: str | None,
+) -> Plan:
+    """Plan GGUF files; arguments and errors as for `gguf`."""
+    from qwen35.planning.gguf_files.imatrix import open_imatrix
+
+    return make_plan(
+        checkpoint,
+        recipe,
+        types=types_of(types),
+        imatrix=None if imatrix is None else open_imatrix(str(imatrix), token),
+        projector="F16" if mmproj else None,
+        drop_mtp=drop_mtp,
+        upstream_counters=upstream_counters,
+    )
+
+
+def types_of(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the names of file types.
+
+    Raises:
+        UsageError: one is unknown, or there is none.
+    """
+    from qwen35.planning.gguf_files.mixes import FILE_TYPES
+
+    rows = given.split(",") if isinstance(given, str) else given
+    names = tuple(dict.fromkeys(name.strip().upper() for name in rows if name.strip()))
+    unknown = [name for name in names if name not in FILE_TYPES]
+    if unknown or not names:
+        found = f"{unknown[0]!r} is unknown" if unknown else "empty"
+        raise UsageError("--types", found, expected=", ".join(FILE_TYPES))
+    return names
+
+
+def _export(plan: Plan, path: Path) -> Mapping[str, str]:
+    """Write the types of the one quantized file as stock llama-quantize reads them."""
+    from qwen35.planning.gguf_files.gguf_plan import files_of
+    from qwen35.planning.gguf_files.mixes import quantizable
+    from qwen35.planning.gguf_files.type_patterns import exported
+    from qwen35.sinks.staging import os_errors
+
+    files = [file for file in files_of(plan) if file.file_type.quantized]
+    if len(files) != 1:
+        raise UsageError("--export", f"{len(files)} quantized types", expected="--types with one")
+    tensors = files[0].tensors
+    kinds = {t.name: files[0].kinds[t.name] for t in tensors if quantizable(t.name, t.shape)}
+    text = "".join(f"{line}\n" for line in exported(kinds))
+    with os_errors(path):
+        path.write_text(text, "utf-8")
+    return kinds

@@ -1,0 +1,73 @@
+"""Make an artifact again and compare."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen35.progress import Progress
+
+if TYPE_CHECKING:
+    from qwen35.reproduction import Reproduction
+
+__all__ = ["reproduce"]
+
+
+def reproduce(
+    manifest: str | Path,
+    *,
+    source: str | Path | None = None,
+    activation_stats: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    output: str | Path | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    hf_token: str | None = None,
+    progress: Progress | None = None,
+) -> Reproduction:
+    """Make an artifact again from its manifest, and compare it byte for byte.
+
+    Args:
+        manifest: a qwen35.json, the folder it lies in, or a Hub id.
+        source: where its source is, if not at the repository and commit that the manifest names.
+        activation_stats: FP8: the statistics it was made with.
+        imatrix: GGUF: the importance matrix it was made with.
+        output: keep what is made here; by default it is removed afterwards.
+        overwrite: replace an output of qwen35.
+        threads: at most so many; all processors if None.
+        hf_token: for the Hub; by default HF_TOKEN.
+        progress: told of the bytes read.
+
+    Raises:
+        UsageError: the source is not known, or what it was made with is not given.
+        InputError: there is no manifest, or the source is damaged.
+        OutputError: the output exists, or the disk is full.
+        HubError: the Hub refused, or was not reached.
+    """
+    from qwen35.planning.container import ContainerInputs
+    from qwen35.reproduction import ArtifactOrigin, plan_again
+    from qwen35.reproduction import reproduce as carry_out
+    from qwen35.writing.write import check_before
+
+    origin = ArtifactOrigin.find(str(manifest), hf_token)
+    if output:
+        check_before(Path(output), overwrite=overwrite, device="cpu")
+    plan = plan_again(
+        origin,
+        str(source) if source else None,
+        hf_token,
+        ContainerInputs(
+            activations=Path(activation_stats) if activation_stats else None,
+            imatrix=Path(imatrix) if imatrix else None,
+        ),
+    )
+    with tempfile.TemporaryDirectory(prefix="qwen35-reproduce-") as scratch:
+        return carry_out(
+            origin,
+            plan,
+            Path(output) if output else Path(scratch) / "again",
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+        )

@@ -1,0 +1,93 @@
+"""Check an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen35.checkpoint.open import fetch
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.errors import UsageError
+from qwen35.progress import Progress
+from qwen35.publishing.repo_documents import record_verdict
+from qwen35.publishing.signing import SIGNATURE_NAME
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.verdict import Depth, Engine, Verdict
+from qwen35.verification.verdict import verify as check
+
+__all__ = ["verify"]
+
+
+def verify(
+    model: str | Path,
+    *,
+    source: str | Path | None = None,
+    depth: Depth | None = None,
+    engine: Engine | None = None,
+    threads: int | None = None,
+    tensor_parallel: int | None = None,
+    record: bool = False,
+    hf_token: str | None = None,
+    progress: Progress | None = None,
+) -> Verdict:
+    """Check an artifact, alone or against its source.
+
+    What is wrong with it is in the verdict; only what cannot be checked at all raises.
+
+    Args:
+        model: folder, GGUF file, Hub id or ``hf:owner/name/path``.
+        source: what it was made from.
+        depth: ``structure`` reads headers, ``numbers`` every byte, ``behaviour`` loads it and asks
+            it questions as well; ``numbers`` with a source, else ``structure``, if None.
+        engine: what a checkpoint is asked in at depth ``behaviour``; ``transformers`` if None.
+        threads: at most so many; all processors if None.
+        tensor_parallel: FP8: GPUs that must be able to share every weight in whole tiles of 128.
+        record: write the verdict into the artifact's qwen35.json.
+        hf_token: for the Hub; by default HF_TOKEN.
+        progress: told of the bytes read.
+
+    Raises:
+        UsageError: arguments that do not go together, or an engine that is not installed.
+        InputError: there is nothing that could be checked, or the source cannot be read.
+        HubError: the Hub refused, or was not reached.
+
+    >>> verify("assets/qwen3.5-tiny").passed
+    True
+    """
+    name = str(model)
+    folder = _recorded(name) if record else None
+    depth = depth or ("numbers" if source else "structure")
+    if engine and depth != "behaviour":
+        hint = "add --depth behaviour, or leave it out"
+        raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
+    if depth == "structure" and source:
+        raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
+    subject = open_artifact(
+        name, depth, engine=engine, tensor_parallel=tensor_parallel, token=hf_token
+    )
+    verdict = check(
+        subject,
+        source=fetch(str(source), token=hf_token) if source and subject.files else None,
+        depth=depth,
+        threads=threads,
+        tensor_parallel=tensor_parallel,
+        engine=engine,
+        progress=None if depth == "structure" else progress,
+    )
+    if folder is not None:
+        record_verdict(folder, verdict)
+    return verdict
+
+
+def _recorded(name: str) -> Path:
+    """Return the folder whose manifest is to hold the verdict.
+
+    Raises:
+        UsageError: it has no manifest, or is signed: another byte would break the signature.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / MANIFEST_NAME).is_file():
+        raise UsageError("--record", f"{name} holds no {MANIFEST_NAME}", hint="leave it out")
+    if (folder / SIGNATURE_NAME).is_file():
+        hint = "remove it, record, then sign again with `qwen35 publish --sign`"
+        raise UsageError("--record", f"{SIGNATURE_NAME} signs the manifest as it is", hint=hint)
+    return folder

@@ -1,0 +1,72 @@
+"""Who does the work of a conversion: threads here, processes, a Ray cluster, or slices."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from qwen35.errors import UsageError
+from qwen35.execution.dispatch import WorkerPool
+from qwen35.planning.memory import peak_memory, threads_within
+from qwen35.planning.output_plan import Plan
+from qwen35.threads import default_threads
+
+__all__ = ["check_workers", "pool_for"]
+
+
+def check_workers(
+    workers: int | None,
+    ray_address: str | None,
+    part: tuple[int, int] | None,
+    memory: int | None,
+) -> None:
+    """Refuse what excludes each other.
+
+    Raises:
+        UsageError: two of them are given, or a limit of memory where it cannot be kept.
+    """
+    flags = {"--workers": workers, "--ray-address": ray_address, "--slice": part}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise UsageError(" and ".join(given), "exclude each other", hint="give one of them")
+    if part is not None and not 1 <= part[0] <= part[1]:
+        found = f"{part[0]}/{part[1]}"
+        raise UsageError("--slice", found, expected="i/N, with i from 1 to N")
+    if ray_address is not None and memory is not None:
+        hint = "give --threads: each job of the cluster has as many"
+        raise UsageError("--memory", "is for this machine alone", hint=hint)
+
+
+def pool_for(
+    plan: Plan,
+    workers: int | None,
+    ray_address: str | None,
+    *,
+    device: str,
+    threads: int | None,
+    memory: int | None,
+) -> AbstractContextManager[WorkerPool | None]:
+    """Return the workers asked for; None for threads of this process.
+
+    Raises:
+        UsageError: they cannot be had, or need more than `memory`.
+    """
+    if ray_address is not None:
+        from qwen35.execution.ray_workers import RayWorkers
+
+        return RayWorkers(ray_address, device=device, threads=threads)
+    if workers is not None:
+        from qwen35.execution.process_pool import ProcessPool
+
+        each = _threads_each(plan, workers, threads, memory)
+        return ProcessPool(workers, device=device, threads=each)
+    return nullcontext()
+
+
+def _threads_each(plan: Plan, workers: int, threads: int | None, memory: int | None) -> int:
+    """Return the threads of each worker, so that all keep within `memory`."""
+
+    def needed(each: int) -> int:
+        return peak_memory(plan, 0) + workers * peak_memory(plan, each)
+
+    threads = threads or max(1, default_threads() // workers)
+    return threads_within(needed, threads, memory, hint="give fewer --workers")

@@ -1,0 +1,172 @@
+"""Calibrate: run the plan, write the files, leave nothing else behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen35.calibration.calibration_plan import (
+    COVERAGE,
+    IMATRIX,
+    LEGACY,
+    STATISTICS,
+    CalibrationPlan,
+)
+from qwen35.calibration.imatrix_export import write_imatrix, write_legacy
+from qwen35.calibration.libraries import libraries
+from qwen35.calibration.states import CalibrationFolder, work_folder
+from qwen35.calibration.statistics_file import coverage, write_statistics
+from qwen35.calibration.stream import ForwardStream
+from qwen35.checkpoint.header import json_bytes
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.checkpoint.source import Reader
+from qwen35.errors import UsageError
+from qwen35.planning.manifest import made_bytes
+from qwen35.progress import Progress, Silent
+from qwen35.sinks.files import flushed, write_file
+from qwen35.sinks.staging import (
+    StagedResult,
+    check_output,
+    check_space,
+    locked,
+    os_errors,
+    resolved,
+    staging,
+)
+
+__all__ = ["CalibrationResult", "calibrate", "check_before", "device_for"]
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What came of a run.
+
+    Args:
+        result: the files.
+        coverage: tokens that each expert saw, and the experts below the floor; empty if dense.
+        resumed: blocks that an earlier run had done.
+    """
+
+    result: StagedResult
+    coverage: dict[str, Any]
+    resumed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            "out": str(self.result.out),
+            "bytes": self.result.nbytes,
+            "sha256": self.result.hashes,
+            "coverage": self.coverage,
+            "resumed": self.resumed,
+        }
+
+
+def device_for(name: str) -> str:
+    """Return the device that `name` means: ``auto`` is a GPU if there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    torch, _ = libraries()
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise UsageError("--device", repr(name), expected="auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(number or 0) >= count:
+        raise UsageError("--device", f"{name}: {count} GPUs here", expected="a GPU that is there")
+    return name
+
+
+def check_before(out: Path, *, overwrite: bool, device: str) -> None:
+    """Check what can be checked before the source is downloaded.
+
+    Raises:
+        OutputError: the output exists.
+        UsageError: there is no such device, or a library is not installed.
+    """
+    check_output(out, source=None, overwrite=overwrite)
+    device_for(device)
+
+
+def calibrate(
+    plan: CalibrationPlan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Run a plan's text through its checkpoint and write statistics to the folder `out`.
+
+    Memory is one decoder layer and one batch; hidden states lie in a hidden folder beside `out`. A
+    run that was interrupted goes on at the layer it was at.
+
+    Raises:
+        OutputError: the output exists, or the disk is full.
+        InputError: a weight cannot be read, or an input holds NaN.
+    """
+    out = resolved(out)
+    check_output(out, source=plan.checkpoint.folder(), overwrite=overwrite)
+    where = device_for(device)
+    torch, _ = libraries()
+    if threads:
+        torch.set_num_threads(threads)
+    progress = progress or Silent()
+    folder = work_folder(out)
+    with os_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with os_errors(out), locked(folder):
+        work = CalibrationFolder(folder, plan.digest, restart=overwrite)
+        resumed = max(0, len(work.done) - 1)
+        check_space(out.parent, plan.disk_bytes if not resumed else plan.output_bytes)
+        progress.begin(f"calibrating {out.name}", plan.read_bytes)
+        try:
+            with work, Reader(plan.checkpoint) as reader:
+                ForwardStream(plan, work, reader, where, progress).run()
+        finally:
+            progress.end()
+        found = _coverage(plan, work)
+        result = _write(plan, work, out, found, overwrite=overwrite)
+        work.remove()
+    return CalibrationResult(result, found, resumed)
+
+
+def _coverage(plan: CalibrationPlan, work: CalibrationFolder) -> dict[str, Any]:
+    if not plan.config.moe:
+        return {}
+    names = (block.name for block in plan.blocks)
+    return coverage(((name, work.sums(name)) for name in names), plan.asked.floor)
+
+
+def _write(
+    plan: CalibrationPlan,
+    work: CalibrationFolder,
+    out: Path,
+    found: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> StagedResult:
+    floor = plan.asked.floor
+    made = {**plan.provenance, "experts_below_floor": _count(found)}
+    with staging(out, overwrite=overwrite) as folder:
+        write_statistics(folder / STATISTICS, plan.items, plan.config, work, floor=floor, made=made)
+        write_imatrix(folder / IMATRIX, plan, work, made)
+        if plan.asked.legacy:
+            write_legacy(folder / LEGACY, plan, work)
+        if found:
+            write_file(folder / COVERAGE, json_bytes(found))
+        sizes = {name: (folder / name).stat().st_size for name in plan.file_names}
+        hashes = {name: flushed(folder / name) for name in plan.file_names}
+        recipe = {"name": "calibrate", "format": "statistics", "rules": [], **plan.provenance}
+        manifest = made_bytes(plan.checkpoint, recipe, plan.digest, sizes, hashes)
+        write_file(folder / MANIFEST_NAME, manifest)
+    return StagedResult(out, hashes, sum(sizes.values()) + len(manifest))
+
+
+def _count(found: dict[str, Any]) -> int:
+    return sum(map(len, found.get("below_floor", {}).values()))

@@ -1,0 +1,164 @@
+"""Statistics of a loaded model that continues prompts: what the toolkit before us collected."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from qwen35.calibration.hooks import BlockSums, measured
+from qwen35.calibration.inputs import HEAD
+from qwen35.calibration.libraries import libraries
+from qwen35.calibration.statistics_file import coverage, write_statistics
+from qwen35.calibration.sums import FLOOR, Sums
+from qwen35.checkpoint.inventory import inventory
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import InputError
+from qwen35.planning.manifest import source_json
+from qwen35.progress import Progress
+from qwen35.version import __version__
+
+__all__ = ["PROMPTS", "collect", "read_prompts"]
+
+PROMPTS = (
+    "Explain how a bicycle stays upright while it is moving.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Summarize the causes of the French Revolution in a paragraph.",
+    "A train leaves at 9:40 and arrives at 13:05. How long is the journey?",
+    "Translate into German: The library closes early on Fridays.",
+    "List five ways in which a household can save electricity.",
+    "What is the difference between a virus and a bacterium?",
+    "Write a short poem about rain on a tin roof.",
+    "Prove that the sum of two even numbers is even.",
+    "Describe the steps of making sourdough bread, from starter to oven.",
+    "SELECT name, COUNT(*) FROM orders GROUP BY name; What does this query do?",
+    "Compare renting and buying a home for a family that may move in three years.",
+)
+"""What is continued when no file of prompts is given: prose, code, reckoning, other languages."""
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Read prompts from a file, one a line; empty lines are skipped.
+
+    Raises:
+        InputError: it cannot be read, is not UTF-8, or holds none.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(str(path), "not UTF-8 text") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise InputError(str(path), "no prompts in it", expected="one a line")
+    return prompts
+
+
+class _Held:
+    """The sums of all blocks, in memory."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[str, BlockSums] = {}
+
+    def sums(self, block: str) -> Mapping[str, Sums]:
+        found = self.blocks.get(block)
+        return found.sums if found else {}
+
+
+def collect(
+    checkpoint: Checkpoint,
+    out: Path,
+    prompts: Sequence[str],
+    *,
+    tokens: int,
+    device_map: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Load a model, let it continue prompts greedily, and write the statistics of its inputs.
+
+    The prompts have no chat template. The whole model is in memory; MTP layers, which transformers
+    does not build, have no entries.
+
+    Args:
+        checkpoint: in a folder.
+        out: the JSON file, whose folder exists.
+        prompts: to continue.
+        tokens: new tokens at most for each.
+        device_map: for ``from_pretrained``.
+        progress: told of each prompt.
+
+    Returns:
+        What made the file.
+
+    Raises:
+        InputError: an input is not finite.
+    """
+    torch, transformers = libraries()
+    folder, vision = checkpoint.folder(), checkpoint.config.architecture.vision
+    items = inventory(checkpoint)
+    kind = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    model = getattr(transformers, kind).from_pretrained(folder, dtype="auto", device_map=device_map)
+    model.eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    text = model.model.language_model if vision else model.model
+    held = _Held()
+    with _all_measured(text, held), torch.inference_mode():
+        count = _continue(model, tokenizer, prompts, tokens, progress)
+    for block, measures in held.blocks.items():
+        measures.check(block)
+    found = coverage(((name, one.sums) for name, one in held.blocks.items()), FLOOR)
+    made = {
+        "qwen35": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "source": source_json(checkpoint),
+        "prompts": {"count": len(prompts), "sha256": _digest(prompts)},
+        "tokens": count,
+        "max_tokens": tokens,
+        "floor": FLOOR,
+        "experts_below_floor": sum(map(len, found["below_floor"].values())),
+        "geometry": checkpoint.config.geometry,
+    }
+    write_statistics(out, items, checkpoint.config, held, floor=FLOOR, made=made)
+    return made
+
+
+def _digest(prompts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def _all_measured(text: Any, held: _Held) -> ExitStack:
+    """Measure every decoder layer, and what the head reads, while the context lasts."""
+    stack = ExitStack()
+    for i, layer in enumerate(text.layers):
+        held.blocks[f"layers.{i}"] = BlockSums()
+        stack.enter_context(measured(layer, held.blocks[f"layers.{i}"]))
+    head = held.blocks.setdefault(HEAD, BlockSums())
+    handle = text.norm.register_forward_hook(lambda _, __, out: head.add("lm_head", out))
+    stack.callback(handle.remove)
+    return stack
+
+
+def _continue(
+    model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, progress: Progress
+) -> int:
+    """Continue each prompt; return the tokens that were seen as inputs."""
+    count = 0
+    progress.begin("continuing prompts", len(prompts))
+    try:
+        for prompt in prompts:
+            inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+            ids = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=tokens,
+                do_sample=False,
+            )
+            count += ids.shape[1] - 1  # the last one is not fed back
+            progress.advance(1, prompt[:40])
+    finally:
+        progress.end()
+    return count

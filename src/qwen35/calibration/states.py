@@ -1,0 +1,136 @@
+"""Work that outlives its process: hidden states and sums on the disk, a block at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from qwen35.array_types import Array
+from qwen35.calibration.sums import Sums, load_sums, save_sums
+from qwen35.closing import Closing
+from qwen35.errors import OutputError
+from qwen35.sinks.staging import os_errors
+
+__all__ = ["CalibrationFolder", "work_folder"]
+
+_STATE = "state.json"
+
+
+def work_folder(out: Path) -> Path:
+    """Return the folder beside `out` that holds the work until it is done."""
+    absolute = out.absolute()
+    return absolute.with_name(f".{absolute.name}.calibrating")
+
+
+class CalibrationFolder(Closing):
+    """The folder of one calibration: two files of hidden states, and the sums of finished blocks.
+
+    A block reads one file and writes the other, so an interrupted block begins again.
+
+    Args:
+        folder: made if it is not there.
+        digest: of the plan; work on another is not continued.
+        restart: throw other work away.
+
+    Attributes:
+        done: finished blocks.
+
+    Raises:
+        OutputError: the folder holds the work of another plan, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, digest: str, *, restart: bool) -> None:
+        self.folder = folder
+        self._digest = digest
+        self._files: dict[int, int] = {}
+        with os_errors(folder):
+            self.done: list[str] = self._found(restart)
+            folder.mkdir(exist_ok=True)
+            if not self.done:
+                self._save()
+
+    def _found(self, restart: bool) -> list[str]:
+        if not self.folder.exists():
+            return []
+        try:
+            state = json.loads((self.folder / _STATE).read_bytes())
+            digest, done = state["plan"], [str(name) for name in state["done"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(
+                str(self.folder), "is in the way and was not made by qwen35", hint="move it away"
+            ) from error
+        if digest == self._digest:
+            return done
+        if not restart:
+            raise OutputError(
+                str(self.folder),
+                f"holds an interrupted run of something else ({len(done)} blocks done)",
+                hint="repeat that command, or give --overwrite to start again",
+            )
+        shutil.rmtree(self.folder)
+        return []
+
+    def _save(self) -> None:
+        new = self.folder / f"{_STATE}.new"
+        new.write_text(json.dumps({"plan": self._digest, "done": self.done}))
+        new.replace(self.folder / _STATE)
+
+    def close(self) -> None:
+        """Close the files; harmless when closed."""
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+
+    def finish(self, block: str, sums: Mapping[str, Sums]) -> None:
+        """Note that a block is finished: its sums are kept, its hidden states flushed."""
+        with os_errors(self.folder):
+            save_sums(self.folder / f"{block}.npz", sums)
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+            self.done.append(block)
+            self._save()
+
+    def sums(self, block: str) -> dict[str, Sums]:
+        """Return the sums of a finished block."""
+        return load_sums(self.folder / f"{block}.npz")
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
+
+    def _file(self, number: int) -> int:
+        if number not in self._files:
+            path = self.folder / f"hidden-{number}.bin"
+            self._files[number] = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        return self._files[number]
+
+    def write(self, number: int, offset: int, data: memoryview) -> None:
+        """Write bytes of hidden states into file `number`, 0 or 1.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        with os_errors(self.folder):
+            while data:
+                count = os.pwrite(self._file(number), data, offset)
+                data, offset = data[count:], offset + count
+
+    def read(self, number: int, offset: int, count: int) -> Array:
+        """Return bytes of hidden states as uint8.
+
+        Raises:
+            OutputError: the file is shorter.
+        """
+        buffer = np.empty(count, np.uint8)
+        view, done = buffer.data, 0
+        while done < count:
+            got = os.preadv(self._file(number), [view[done:]], offset + done)
+            if got == 0:
+                raise OutputError(str(self.folder), "was changed by something else")
+            done += got
+        return buffer

@@ -1,0 +1,115 @@
+"""Calibration text: files to windows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen35.array_types import I32
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import ConfigError, InputError, UsageError
+
+__all__ = ["TextWindows", "read_text"]
+
+
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows of one length over all files, one file after the other.
+
+    Args:
+        windows: [windows, context] token ids.
+        files: name and SHA-256 of each file.
+        left_over: tokens after the last whole window, or beyond the windows asked for.
+    """
+
+    windows: I32
+    files: tuple[tuple[str, str], ...]
+    left_over: int
+
+    @property
+    def context(self) -> int:
+        """Tokens of a window."""
+        return int(self.windows.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows."""
+        return int(self.windows.size)
+
+
+def read_text(
+    checkpoint: Checkpoint, paths: Sequence[Path], *, context: int = 512, windows: int | None = None
+) -> TextWindows:
+    """Tokenize text files with a checkpoint's tokenizer and cut them into windows.
+
+    What is left after the last whole window is not used, as in llama-imatrix. Special tokens that
+    the text spells out (``<|im_start|>``) are special.
+
+    Args:
+        checkpoint: whose tokenizer.json to use.
+        paths: UTF-8 text.
+        context: tokens of a window.
+        windows: windows at most.
+
+    Raises:
+        InputError: a file cannot be read, or is not UTF-8; the tokenizer does not fit the model.
+        UsageError: there is not one window of text.
+    """
+    if context < 2:
+        raise UsageError("--context", str(context), expected="2 tokens at least")
+    tokenizer = _tokenizer(checkpoint)
+    ids: list[I32] = []
+    files = []
+    for path in paths:
+        data = _read(path)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise InputError(str(path), "not UTF-8 text", expected="plain text") from error
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        ids.append(np.array(encoded.ids, np.int32))
+        files.append((path.name, hashlib.sha256(data).hexdigest()))
+    flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
+    whole = len(flat) // context
+    if whole == 0:
+        raise UsageError(
+            "--text", f"{len(flat)} tokens", expected=f"a window of {context}", hint="give more"
+        )
+    vocabulary = checkpoint.config.dims["vocab"]
+    if int(flat.max()) >= vocabulary:
+        raise ConfigError(_TOKENIZER, f"token {flat.max()}", expected=f"less than {vocabulary}")
+    count = min(whole, windows) if windows else whole
+    used = count * context
+    return TextWindows(flat[:used].reshape(count, context), tuple(files), len(flat) - used)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Any:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise UsageError(
+            "calibrate", "tokenizers is not installed", hint="pip install 'qwen35[nf4]'"
+        ) from error
+    size = checkpoint.sidecars.get(_TOKENIZER)
+    if size is None or checkpoint.place is None:
+        raise ConfigError(checkpoint.name, f"no {_TOKENIZER} in it", hint="download it as well")
+    content = checkpoint.place.read(_TOKENIZER, 0, size)
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as error:  # the library raises nothing narrower
+        raise ConfigError(_TOKENIZER, f"not a tokenizer ({error})") from error

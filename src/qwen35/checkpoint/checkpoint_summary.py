@@ -1,0 +1,95 @@
+"""What a checkpoint is, from its headers: for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TypedDict
+
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.registry import CODECS, codec_of
+
+__all__ = ["CheckpointSummary", "summarize", "summary_text"]
+
+_PREFIXES = ("model.language_model", "model.visual", "model", "lm_head", "mtp")
+
+
+class CheckpointSummary(TypedDict):
+    """What a checkpoint is, in plain values; `prefixes` by bytes, the largest first."""
+
+    model: str
+    repo: str | None
+    revision: str | None
+    architecture: str
+    format: str
+    shards: int
+    parameters: int
+    bytes: int
+    prefixes: dict[str, dict[str, int]]
+    dtypes: dict[str, int]
+    sidecars: list[str]
+
+
+def summarize(checkpoint: Checkpoint) -> CheckpointSummary:
+    """Return what a checkpoint is."""
+    prefixes: dict[str, dict[str, int]] = {}
+    dtypes: Counter[str] = Counter()
+    storages: Counter[str] = Counter()
+    parameters = 0
+    for weight in checkpoint.weights:
+        row = prefixes.setdefault(_prefix(weight.name), {"tensors": 0, "bytes": 0})
+        row["tensors"] += len(weight.parts)
+        row["bytes"] += weight.nbytes
+        storages[weight.storage] += 1
+        parameters += codec_of(weight).numel(weight)
+        for part in weight.parts:
+            dtypes[part.spec.dtype] += part.spec.nbytes
+    return {
+        "model": checkpoint.name,
+        "repo": checkpoint.repo,
+        "revision": checkpoint.revision,
+        "architecture": checkpoint.config.architecture.class_name,
+        "format": _format(storages, checkpoint.config.dtype),
+        "shards": len(checkpoint.file_sizes),
+        "parameters": parameters,
+        "bytes": checkpoint.nbytes,
+        "prefixes": dict(sorted(prefixes.items(), key=lambda row: -row[1]["bytes"])),
+        "dtypes": dict(dtypes.most_common()),
+        "sidecars": list(checkpoint.sidecars),
+    }
+
+
+def _prefix(name: str) -> str:
+    return next(p for p in (*_PREFIXES, name) if name == p or name.startswith(f"{p}."))
+
+
+def _format(storages: Counter[str], dtype: str) -> str:
+    for storage, count in storages.items():
+        if CODECS[storage].packed:
+            codec = CODECS[storage]
+            return f"{codec.title or codec.label} ({count} of {storages.total()} weights packed)"
+    return dtype
+
+
+def summary_text(summary: CheckpointSummary) -> str:
+    """Render a summary as text."""
+    lines = [f"{summary['shards']} shard(s)", ""]
+    lines.append(f"{'prefix':<32} {'tensors':>8} {'GB':>10} {'cumulative':>12}")
+    total = 0
+    for prefix, row in summary["prefixes"].items():
+        total += row["bytes"]
+        lines.append(
+            f"{prefix:<32} {row['tensors']:>8} {row['bytes'] / 1e9:>10.3f} {total / 1e9:>12.3f}"
+        )
+    lines += [f"{'total':<32} {'':>8} {total / 1e9:>10.3f}", ""]
+    lines.append(f"model         {summary['model']}")
+    if summary["revision"]:
+        lines.append(f"revision      {summary['revision']}")
+    dtypes = ", ".join(f"{d} {n / 1e9:.3f} GB" for d, n in summary["dtypes"].items())
+    lines += [
+        f"architecture  {summary['architecture']}",
+        f"format        {summary['format']}",
+        f"parameters    {summary['parameters']:,}",
+        f"dtypes        {dtypes}",
+        f"side-cars     {', '.join(summary['sidecars']) or 'none'}",
+    ]
+    return "\n".join(lines)

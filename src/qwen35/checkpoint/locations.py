@@ -1,0 +1,93 @@
+"""Where a checkpoint's files are: a folder, or (see `qwen35.checkpoint.hub`) a Hub repository."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from qwen35.errors import InputError
+
+__all__ = ["FileLocation", "LocalFolder", "read_bounded", "stamp"]
+
+
+def stamp(status: os.stat_result) -> tuple[int, int]:
+    """Return size in bytes and time of the last change in ns: they tell that a file changed."""
+    return status.st_size, status.st_mtime_ns
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Return the content of a small file, reading no more than `limit` bytes of it.
+
+    Raises:
+        InputError: it is no regular file, cannot be read or is larger.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(str(path), "not a file")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    if len(data) > limit:
+        raise InputError(str(path), "far too large", expected=f"at most {limit} bytes")
+    return data
+
+
+class FileLocation(Protocol):
+    """Named files of known size; `str()` says where, for error sentences."""
+
+    def sizes(self) -> Mapping[str, int]:
+        """Return the size in bytes of each file."""
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """Return `count` bytes of a file from `start` on."""
+
+
+class LocalFolder:
+    """The files directly in a folder.
+
+    Raises:
+        InputError: there is no such folder, or a file cannot be read.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise InputError(
+                str(root),
+                "not a folder" if root.exists() else "no such folder",
+                expected="a checkpoint: config.json and safetensors files",
+            )
+        self._root = root
+
+    def __str__(self) -> str:
+        return str(self._root)
+
+    @cached_property
+    def _stamps(self) -> dict[str, tuple[int, int]]:
+        try:
+            return {p.name: stamp(p.stat()) for p in self._root.iterdir() if p.is_file()}
+        except OSError as error:
+            raise InputError(str(self._root), f"cannot be read ({error.strerror})") from error
+
+    def sizes(self) -> Mapping[str, int]:
+        """Return the size in bytes of each file."""
+        return {name: size for name, (size, _) in self._stamps.items()}
+
+    def stamps(self) -> Mapping[str, tuple[int, int]]:
+        """Return size and time of the last change of each file, as they first were."""
+        return self._stamps
+
+    def read(self, name: str, start: int, count: int) -> bytes:
+        """Return `count` bytes of a file from `start` on."""
+        try:
+            with (self._root / name).open("rb") as file:
+                file.seek(start)
+                data = file.read(count)
+        except OSError as error:
+            raise InputError(name, f"cannot be read ({error.strerror})") from error
+        if len(data) != count:
+            raise InputError(name, f"ends after {start + len(data)} bytes", expected="more")
+        return data

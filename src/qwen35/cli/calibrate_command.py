@@ -1,0 +1,101 @@
+"""Run text through a model and write statistics of what its weights read.
+
+Writes activation statistics (for --activation-stats of FP8) and an importance matrix (for --imatrix
+of GGUF). One decoder layer is in memory at a time; an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from qwen35.api.calibrate_api import calibrate, planned
+from qwen35.calibration.calibration_display import coverage_text, plan_json, plan_text
+from qwen35.calibration.calibration_plan import CalibrationRequest, Dtype
+from qwen35.calibration.sums import FLOOR
+from qwen35.cli.console import Console
+from qwen35.cli.shared_flags import add_model, keywords, positive, size_of
+from qwen35.display import size
+
+EXAMPLES = {
+    "statistics for FP8 scales and an importance matrix for k-quants": (
+        "qwen35 calibrate MODEL --text wiki.train.raw --output statistics"
+    ),
+    "on 128 windows, with less memory": (
+        "qwen35 calibrate MODEL --text a.txt b.txt --output statistics \\\n"
+        "      --windows 128 --memory 4GB"
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    add_model(parser)
+    parser.add_argument(
+        "--text", nargs="+", required=True, type=Path, metavar="FILE", help="plain text, UTF-8"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--context",
+        type=positive,
+        default=512,
+        metavar="N",
+        help="tokens of a window (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--windows", type=positive, metavar="N", help="windows at most (default: all of the text)"
+    )
+    parser.add_argument(
+        "--floor",
+        type=positive,
+        default=FLOOR,
+        metavar="N",
+        help="experts that fewer tokens reach are filled up from the average of their layer "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--dat", action="store_true", help="write the older imatrix.dat as well")
+    parser.add_argument(
+        "--dtype",
+        choices=get_args(Dtype),
+        default="auto",
+        help="to compute in (auto: bfloat16 for a bfloat16 checkpoint, else float32)",
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:N (auto: a GPU if there is one)"
+    )
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch")
+    parser.add_argument(
+        "--memory", type=size_of, metavar="SIZE", help="smaller batches to stay below, e.g. 4GB"
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace an output of qwen35, or the interrupted run of another command",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+
+
+def run(args: argparse.Namespace, output: Console) -> int:
+    """Run the verb."""
+    if args.dry_run:
+        asked = CalibrationRequest(args.dtype, args.floor, args.dat, args.memory)
+        plan = planned(
+            args.model,
+            text=args.text,
+            context=args.context,
+            windows=args.windows,
+            asked=asked,
+            token=args.hf_token,
+            headers_only=True,
+        )
+        output.data(plan_text(plan), plan_json(plan))
+        return 0
+    done = calibrate(**keywords(args, "dry_run"), progress=output.progress())
+    if done.resumed:
+        output.info(f"went on after {done.resumed} blocks of an interrupted run")
+    lines = coverage_text(done.coverage)
+    result = done.result
+    lines.append(f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}")
+    output.data("\n".join(lines), done.to_json())
+    return 0

@@ -1,0 +1,180 @@
+"""The only module that prints: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qwen35.cli.screen import fit, width_of
+from qwen35.display import printable, size
+from qwen35.errors import Qwen35Error
+from qwen35.progress import Progress, Silent
+
+__all__ = ["Console"]
+
+_HEARTBEAT_SECONDS = 10.0
+
+
+class Console:
+    """What a command says.
+
+    Args:
+        quiet: only data and errors.
+        as_json: data as JSON, for a program.
+    """
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.quiet = quiet
+        self.as_json = as_json
+
+    @property
+    def width(self) -> int | None:
+        """Columns that data should fit into; None where nobody looks."""
+        return width_of(sys.stdout)
+
+    def data(self, text: str, value: Any) -> None:
+        """Print the result: `text` for people, or `value` as JSON."""
+        if self.as_json:
+            _print(_json(value))
+        else:
+            _print(fit(text, sys.stdout))
+
+    def script(self, text: str) -> None:
+        """Print a program for another one to read, as it is."""
+        _print(text)
+
+    def line(self, text: str) -> None:
+        """Print a line of a report that is meant to be read as it grows."""
+        if not self.quiet and not self.as_json:
+            _print(fit(text, sys.stdout))
+
+    def info(self, text: str) -> None:
+        """Tell what is going on."""
+        if not self.quiet:
+            _tell(text)
+
+    def notes(self, notes: Iterable[str]) -> None:
+        """Tell what the user should know of what was done."""
+        for note in notes:
+            self.info(f"note: {note}")
+
+    def error(self, error: Qwen35Error) -> None:
+        """Print an expected failure as one sentence."""
+        if self.as_json:
+            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+        _print_error(error)
+
+    def errors(self, errors: Sequence[Qwen35Error]) -> None:
+        """Print several expected failures, each as one sentence."""
+        if self.as_json:
+            said = [{"error": type(e).__name__, "message": str(e)} for e in errors]
+            print(json.dumps({**said[0], "errors": said}))
+        for error in errors:
+            _print_error(error)
+
+    def progress(self, unit: str = "") -> Progress:
+        """Return progress fit for where stderr goes: a bar, plain lines, or nothing.
+
+        Args:
+            unit: what is counted, if not bytes.
+        """
+        if self.quiet:
+            return Silent()
+        return _Bar(unit) if sys.stderr.isatty() else _Lines(unit)
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a file's name that is no UTF-8
+        return json.dumps(value, indent=2)
+    return text
+
+
+def _print_error(error: Qwen35Error) -> None:
+    _tell(f"error: {printable(str(error))}")
+
+
+def _tell(text: str) -> None:
+    print(fit(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+class _Lines:
+    """A line at the start and every ten seconds, for logs."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._lock = threading.Lock()
+        self._title = ""
+        self._total = self._done = 0
+        self._started = self._last = 0.0
+
+    def begin(self, title: str, total: int) -> None:
+        self._title, self._total, self._done = title, total, 0
+        self._started = self._last = time.monotonic()
+        amount = f"{total} {self._unit}" if self._unit else f"{size(total)} to read"
+        _tell(f"{title}: {amount}")
+
+    def advance(self, amount: int, item: str) -> None:
+        with self._lock:
+            self._done += amount
+            now = time.monotonic()
+            if now - self._last < _HEARTBEAT_SECONDS:
+                return
+            self._last = now
+            share = self._done / max(1, self._total)
+            left = (now - self._started) * (1 - share) / max(share, 1e-9)
+        line = f"{self._title}: {share:.0%}, about {left:.0f} s left, {item}"
+        _tell(line)
+
+    def end(self) -> None:
+        """Nothing: the command says how it ended."""
+
+
+class _Bar:
+    """A bar on a terminal."""
+
+    def __init__(self, unit: str) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import Progress as RichProgress
+
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn() if unit else DownloadColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def begin(self, title: str, total: int) -> None:
+        self._bar.update(self._task, description=title, total=total, completed=0)
+        self._bar.start()
+
+    def advance(self, amount: int, item: str) -> None:
+        del item
+        self._bar.advance(self._task, amount)
+
+    def end(self) -> None:
+        self._bar.stop()

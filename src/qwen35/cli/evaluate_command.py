@@ -1,0 +1,142 @@
+"""Measure how far quantized models are from the unquantized one: perplexity and KL divergence.
+
+The table of llama-perplexity --kl-divergence, with a column for each candidate in any format. Base
+and candidates run side by side, chunk by chunk, so that no logits go to disk. Without candidates,
+the perplexity of BASE. An interrupted run with --report or --resume goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen35.api.evaluate_api import evaluate, prepared, state_beside
+from qwen35.cli.console import Console
+from qwen35.cli.shared_flags import keywords, positive, size_of
+from qwen35.display import size
+
+if TYPE_CHECKING:
+    from qwen35.evaluation.evaluation_job import EvaluationJob
+
+EXAMPLES = {
+    "two artifacts against their source, with a page to look at": (
+        "qwen35 evaluate MODEL OUT-nf4 OUT-fp8 --text wiki.test.raw \\\n      --report report"
+    ),
+    "all GGUF files of a folder, on 20 chunks, with their speed": (
+        "qwen35 evaluate OUT/MODEL-F16.gguf OUT --text wiki.test.raw \\\n      --chunks 20 --speed"
+    ),
+    "the perplexity of one model": "qwen35 evaluate MODEL --text wiki.test.raw",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    parser.add_argument(
+        "base", metavar="BASE", help="the unquantized model: folder, Hub id or GGUF file"
+    )
+    parser.add_argument(
+        "candidates",
+        metavar="CANDIDATE",
+        nargs="*",
+        help="artifacts in any format; a folder of GGUF files is as many candidates, "
+        "hf:owner/name/path is one on the Hub",
+    )
+    parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="text to measure on")
+    parser.add_argument(
+        "--context", type=positive, metavar="N", help="tokens a chunk (default: 512)"
+    )
+    parser.add_argument(
+        "--chunks", type=positive, metavar="N", help="chunks at most (default: the whole text)"
+    )
+    parser.add_argument("--report", metavar="DIR", type=Path, help=_REPORT_HELP)
+    parser.add_argument("--overwrite", action="store_true", help="replace a report in DIR")
+    parser.add_argument("--resume", metavar="FILE", type=Path, help=_RESUME_HELP)
+    parser.add_argument("--kl-divergence-base", metavar="FILE", type=Path, help=_KLD_HELP)
+    parser.add_argument("--cache", metavar="FILE", type=Path, help=_CACHE_HELP)
+    parser.add_argument("--unquantized", metavar="MODEL", help=_UNQUANTIZED_HELP)
+    parser.add_argument(
+        "--speed", action="store_true", help="tokens a second of GGUF candidates against F16"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="for transformers: auto, cpu, cuda or cuda:N"
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads (default: all processors)"
+    )
+    parser.add_argument(
+        "--memory", type=size_of, metavar="SIZE", help="refuse to take more, e.g. 16GB"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done")
+
+
+_REPORT_HELP = "write report.json and report.html into DIR"
+_RESUME_HELP = "keep what is measured in FILE until all is, and go on from it (default: beside DIR)"
+_KLD_HELP = "file of llama-perplexity: read in place of BASE if it is there, or else written"
+_CACHE_HELP = "compact reference, 50 times smaller: read if it is there, or else written"
+_UNQUANTIZED_HELP = (
+    "BASE in the other engine's format, for the noise floor between engines (default: made from "
+    "BASE; needed where BASE is a GGUF file and a candidate is not)"
+)
+
+
+def run(args: argparse.Namespace, output: Console) -> int:
+    """Run the verb."""
+    from qwen35.evaluation.evaluation_table import report_text
+
+    if args.dry_run:
+        return _dry_run(args, output)
+    report = evaluate(**keywords(args, "dry_run"), progress=output.progress("chunks"))
+    if args.report is not None:
+        output.info(f"{args.report}: report.json and report.html")
+    output.data(report_text(report, output.width), report.to_json())
+    return 0
+
+
+def _dry_run(args: argparse.Namespace, output: Console) -> int:
+    job = prepared(**keywords(args, "dry_run", "resume", "speed"))
+    state = args.resume or state_beside(args.report)
+    output.data(_job_text(job, state), _job_json(job, state))
+    return 0
+
+
+def _job_json(job: EvaluationJob, state: Path | None) -> dict[str, object]:
+    chunks = job.chunks
+    return {
+        "base": job.base.name,
+        "candidates": [
+            {"name": m.name, "stored": m.stored, "engine": m.engine, "bytes": m.nbytes}
+            for m in job.candidates
+        ],
+        "chunks": chunks.count,
+        "context": chunks.context,
+        "scored": chunks.count * chunks.scored,
+        "reads": str(job.reads_base) if job.reads_base else None,
+        "writes": {str(path): nbytes for path, nbytes in job.writes.items()},
+        "temporary_bytes": job.temporary,
+        "peak_memory": job.memory,
+        "state": str(state) if state else None,
+    }
+
+
+def _job_text(job: EvaluationJob, state: Path | None) -> str:
+    chunks = job.chunks
+    lines = [
+        f"{job.base.name}: {job.base.stored} in {job.base.engine}, {size(job.base.nbytes)}",
+        *(f"  {m.name}: {m.stored} in {m.engine}, {size(m.nbytes)}" for m in job.candidates),
+        *(f"  noise floor: {m.name} in {m.engine}" for m in job.floors),
+        f"{chunks.count} chunks of {chunks.context} tokens, {chunks.count * chunks.scored} scored",
+        f"peak memory at most about {size(job.memory)} with {job.threads} threads",
+    ]
+    if job.reads_base is not None:
+        lines.append(f"reads {job.reads_base} in place of running the base")
+    lines += [f"writes {path}, at most {size(nbytes)}" for path, nbytes in job.writes.items()]
+    if job.temporary:
+        lines.append(
+            f"writes the base as F16 GGUF for the noise floor, about {size(job.temporary)} in the "
+            "folder for temporary files, removed afterwards"
+        )
+    if state is not None:
+        lines.append(f"keeps what is measured in {state} until all is ({size(job.results)})")
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""Write GGUF files for llama.cpp, all in one pass over the checkpoint.
+
+No f16 file in between and no model in memory. Files are those that llama.cpp's converter and
+llama-quantize would write, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qwen35.api.gguf_api import DEFAULT_TYPES, gguf
+from qwen35.cli.console import Console
+from qwen35.cli.shared_flags import add_model, add_types, keywords, positive, size_of
+from qwen35.cli.worker_flags import add_workers
+from qwen35.cli.write_summary import show
+
+EXAMPLES = {
+    "three types in one pass, with an importance matrix": (
+        "qwen35 gguf MODEL OUT --types Q8_0,Q5_K_M,Q4_K_M \\\n"
+        "      --imatrix statistics/imatrix.gguf"
+    ),
+    "how large each type would be with each recipe": "qwen35 gguf MODEL OUT --dry-run",
+    "one of four parts, as a job of a batch scheduler": (
+        "qwen35 gguf MODEL OUT --types Q4_K_M --slice 1/4"
+    ),
+    "linear attention in Q8_0, and the vision tower beside it": (
+        "qwen35 gguf MODEL OUT --types Q4_K_M --recipe q8-gates --mmproj"
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    add_model(parser)
+    parser.add_argument("out", metavar="OUTDIR", type=Path, help="folder to write")
+    add_types(parser, default=",".join(DEFAULT_TYPES))
+    parser.add_argument(
+        "--recipe", default="mix", metavar="NAME", help="mix, q8-gates, q8-gates-plus or a .toml"
+    )
+    parser.add_argument("--drop-mtp", action="store_true", help="drop the MTP layer")
+    parser.add_argument("--export", type=Path, metavar="FILE", help=_EXPORT_HELP)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="the CPU")
+    add_workers(parser)
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads (default: all processors)"
+    )
+    parser.add_argument(
+        "--memory", type=size_of, metavar="SIZE", help="use fewer threads to stay below, e.g. 400MB"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
+
+
+_EXPORT_HELP = (
+    "write the types of the one quantized file asked for as a --tensor-type-file for stock "
+    "llama-quantize, and nothing else"
+)
+
+
+def run(args: argparse.Namespace, output: Console) -> int:
+    """Run the verb."""
+    dry = args.dry_run or args.export is not None
+    done = gguf(**keywords(args), progress=None if dry else output.progress())
+    if done.exported is not None:
+        from qwen35.planning.gguf_files.gguf_plan import files_of
+
+        path, kinds = done.exported
+        (name,) = (file.name for file in files_of(done.plan) if file.file_type.quantized)
+        output.data(f"{path}: types of {len(kinds)} tensors of {name}", done.to_json())
+        return 0
+    return show(done, output, dry_run=args.dry_run)

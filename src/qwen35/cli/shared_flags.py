@@ -1,0 +1,141 @@
+"""Arguments that several verbs share, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qwen35.display import bytes_of
+from qwen35.model.sizes import PUBLISHED
+from qwen35.planning.recipe import built_in
+
+__all__ = [
+    "add_model",
+    "add_recipe",
+    "add_types",
+    "count",
+    "keywords",
+    "positive",
+    "size_of",
+]
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer; argparse prints the refusal."""
+    return _number(text, 1, "a positive number")
+
+
+def count(text: str) -> int:
+    """Parse an integer that is not negative; argparse prints the refusal."""
+    return _number(text, 0, "a number, or 0")
+
+
+def _number(text: str, least: int, expected: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
+    return value
+
+
+def size_of(text: str) -> int:
+    """Parse a size such as ``400MB`` or ``1.5GiB``; argparse prints the refusal."""
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        expected = "a size such as 400MB or 1.5GiB"
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}") from error
+
+
+def keywords(args: argparse.Namespace, *without: str) -> dict[str, Any]:
+    """Return a command's arguments as the keywords of the function of the same name."""
+    own = ("json", "quiet", *without)
+    return {name: value for name, value in vars(args).items() if name not in own}
+
+
+def add_model(
+    parser: argparse.ArgumentParser, *, optional: bool = False, sizes: bool = False
+) -> None:
+    """Add MODEL and --hf-token.
+
+    Args:
+        parser: to add to.
+        optional: whether MODEL may be left out.
+        sizes: whether it may be a published size, which has no weights.
+    """
+    published = f", or a published size: {', '.join(PUBLISHED)}" if sizes else ""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?" if optional else None,
+        help=f"folder or Hub id (owner/name[@revision]){published}",
+    )
+    parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
+
+
+def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Add the flags that say what GGUF files are to hold.
+
+    Args:
+        parser: to add to.
+        default: of --types.
+    """
+    group = parser.add_argument_group("GGUF") if default is None else parser
+    shown = "" if default is None else " (default: %(default)s)"
+    group.add_argument("--types", default=default, metavar="T,...", help=f"file types{shown}")
+    group.add_argument(
+        "--imatrix", metavar="FILE", help="importance matrix, or hf:owner/name/path of one"
+    )
+    group.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        metavar="PATTERN=TYPE",
+        help="type for tensors whose name the pattern matches; may be given several times",
+    )
+    group.add_argument(
+        "--tensor-type-file",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a file of such lines, as llama-quantize reads it",
+    )
+    group.add_argument(
+        "--upstream-counters",
+        action="store_true",
+        help="let named tensors shift the mix of the others, as llama-quantize does",
+    )
+    group.add_argument("--mmproj", action="store_true", help="write the vision tower too, as F16")
+
+
+def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> None:
+    """Add --recipe and what adjusts it."""
+    parser.add_argument(
+        "--recipe",
+        default=default,
+        metavar="NAME",
+        help=f"{', '.join(built_in('safetensors'))} or a .toml file (default: nf4)",
+    )
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="ROLE",
+        help="leave these tensors unquantized as well; may be given several times",
+    )
+    parser.add_argument("--drop-mtp", action="store_true", help="drop the MTP layer")
+    parser.add_argument(
+        "--keep-prefix",
+        action="store_true",
+        help="text-only: leave tensors under model.language_model.",
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads (default: all processors)"
+    )
+    parser.add_argument(
+        "--memory", type=size_of, metavar="SIZE", help="use fewer threads to stay below, e.g. 400MB"
+    )

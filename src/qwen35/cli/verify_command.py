@@ -1,0 +1,64 @@
+"""Check an artifact: its structure from headers, every number in it, or what it answers.
+
+Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import get_args
+
+from qwen35.api.verify_api import verify
+from qwen35.cli.console import Console
+from qwen35.cli.exits import EXIT_FINDINGS
+from qwen35.cli.shared_flags import add_model, keywords, positive
+from qwen35.verification.verdict import Depth, Engine
+from qwen35.verification.verdict_display import verdict_text
+
+EXAMPLES = {
+    "config, headers and hashes of an artifact, in seconds": "qwen35 verify OUT",
+    "every number and every kept byte against its source": (
+        "qwen35 verify OUT --source Qwen/Qwen3.5-0.8B"
+    ),
+    "and load it, and ask it what it must know": (
+        "qwen35 verify OUT --source Qwen/Qwen3.5-0.8B --depth behaviour"
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    add_model(parser)
+    parser.add_argument("--source", metavar="MODEL", help="what it was made from")
+    parser.add_argument(
+        "--depth",
+        choices=get_args(Depth),
+        help="structure: headers only; numbers: every byte (default with --source); "
+        "behaviour: also load it and ask it questions",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=get_args(Engine),
+        help="what a checkpoint is asked in at depth behaviour (default: transformers); "
+        "a GGUF file is asked in llama.cpp",
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads (default: all processors)"
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=positive,
+        metavar="N",
+        help="FP8: whether N GPUs can share every weight in whole tiles of 128",
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the result into the artifact's qwen35.json"
+    )
+
+
+def run(args: argparse.Namespace, output: Console) -> int:
+    """Run the verb."""
+    reads = args.source or args.depth not in (None, "structure")
+    verdict = verify(**keywords(args), progress=output.progress() if reads else None)
+    output.data(verdict_text(verdict), verdict.to_json())
+    return 0 if verdict.passed else EXIT_FINDINGS

@@ -1,0 +1,162 @@
+"""The one call that evaluates: prepare, sweep, figures."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.open import fetch
+from qwen35.errors import UsageError
+from qwen35.evaluation.chunk_sweep import sweep
+from qwen35.evaluation.divergence import Series, compare_series, perplexity
+from qwen35.evaluation.evaluation_job import EvaluationJob, EvaluationRequest, prepare
+from qwen35.evaluation.evaluation_report import EvaluationReport
+from qwen35.evaluation.measured import ModelMeasurement, distribution, front, worst
+from qwen35.evaluation.models import EvaluatedModel, open_base
+from qwen35.evaluation.speed import Speed, measure_speed
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.progress import Progress
+from qwen35.version import __version__
+from qwen35.writing.write import write
+
+__all__ = ["evaluate", "run"]
+
+_LIBRARIES = ("bitsandbytes", "llama_cpp_python", "numba", "numpy", "torch", "transformers")
+
+
+def evaluate(
+    base: str | Path,
+    candidates: Sequence[str | Path] = (),
+    text: Path | None = None,
+    *,
+    speed: bool = False,
+    state: Path | None = None,
+    progress: Progress | None = None,
+    **asked: Any,
+) -> EvaluationReport:
+    """Measure how far candidates are from the unquantized model.
+
+    Args:
+        base: folder, Hub id or GGUF file of the unquantized model.
+        candidates: folders, Hub ids, GGUF files, folders of them, ``hf:owner/name/path`` of one.
+        text: a text file to measure on.
+        speed: measure tokens a second of GGUF candidates too.
+        state: a file that keeps what is measured until all is, to go on after an interruption.
+        progress: told of the chunks.
+        **asked: further fields of `EvaluationRequest`.
+
+    Raises:
+        InputError: something cannot be read, compared or run.
+        UsageError: something is missing or contradicts.
+    """
+    job = prepare(EvaluationRequest(str(base), tuple(map(str, candidates)), text, **asked))
+    return run(job, speed=speed, state=state, progress=progress)
+
+
+def run(
+    job: EvaluationJob,
+    *,
+    speed: bool = False,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> EvaluationReport:
+    """Do what was prepared; arguments and errors as for `evaluate`."""
+    device = _device(job)
+    with _floor(job) as made:
+        floors = (*job.floors, *made)
+        models = (*job.candidates, *floors)
+        base, series = sweep(job, models, device=device, state=state, progress=progress)
+        speeds = _speeds(job, floors) if speed else {}
+    rows = [_measured(job, *pair, base, speeds) for pair in zip(models, series, strict=True)]
+    candidates = rows[: len(job.candidates)]
+    on_front = front(
+        [row.model.nbytes for row in candidates], [row.comparison.kld.value for row in candidates]
+    )
+    return EvaluationReport(
+        base=job.base,
+        base_perplexity=perplexity(base.nll),
+        candidates=[replace(r, front=f) for r, f in zip(candidates, on_front, strict=True)],
+        floors=rows[len(job.candidates) :],
+        chunks=job.chunks,
+        text=job.text,
+        reference=_reference(job),
+        device=device,
+        versions=_versions(),
+    )
+
+
+def _measured(
+    job: EvaluationJob,
+    model: EvaluatedModel,
+    series: Series,
+    base: Series,
+    speeds: Mapping[str, Speed],
+) -> ModelMeasurement:
+    return ModelMeasurement(
+        model=model,
+        comparison=compare_series(base, series),
+        distribution=distribution(series),
+        worst=worst(base, series, job.chunks, job.decode),
+        speed=speeds.get(model.name),
+    )
+
+
+def _reference(job: EvaluationJob) -> str:
+    if job.reads_base is None:
+        return "run"
+    return "16-bit file" if job.reads_base == job.asked.kld_file else "compact file"
+
+
+def _device(job: EvaluationJob) -> str:
+    """Return what transformers runs on; nothing if it does not run."""
+    running = [*job.candidates, *job.floors, *([] if job.reads_base else [job.base])]
+    if all(model.engine != "transformers" for model in running):
+        return ""
+    import torch
+
+    asked = job.asked.device
+    torch.set_num_threads(job.threads)
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {asked}", "torch sees no such device", hint="leave it out")
+    return asked
+
+
+@contextmanager
+def _floor(job: EvaluationJob) -> Iterator[tuple[EvaluatedModel, ...]]:
+    """Write the base as a GGUF file, where the noise floor needs one, for as long as it does."""
+    if not job.floor_to_make:
+        yield ()
+        return
+    with tempfile.TemporaryDirectory(prefix="qwen35-") as folder:
+        checkpoint = fetch(str(job.base.path))
+        plan = make_plan(checkpoint, load_recipe("mix", "gguf"), types=("F16",), drop_mtp=True)
+        out = write(plan, Path(folder) / "floor", threads=job.threads).out
+        made = open_base(str(out / plan.files[0].name))
+        yield (replace(made, name=f"{job.base.name} in llama.cpp", plan=None, sha256=None),)
+
+
+def _speeds(job: EvaluationJob, floors: Sequence[EvaluatedModel]) -> Mapping[str, Speed]:
+    ggufs = [model for model in job.candidates if model.engine == "llama.cpp"]
+    exact = [model for model in (job.base, *floors) if model.engine == "llama.cpp"]
+    if not ggufs:
+        raise UsageError("--speed", "no candidate is a GGUF file", hint="leave it out")
+    return measure_speed(ggufs, exact[0], job.threads)
+
+
+def _versions() -> dict[str, str]:
+    found = {"qwen35": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

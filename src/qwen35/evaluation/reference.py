@@ -1,0 +1,167 @@
+"""What candidates are compared with: the base's logits, 16-bit log probabilities, or a few of them.
+
+Every reference holds one chunk's scored tokens: `n` rows over a vocabulary of `v`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.array_types import F32, F64, I64, U16
+from qwen35.evaluation import logit_kernels
+
+__all__ = [
+    "ChunkComparison",
+    "CompactReference",
+    "ExactReference",
+    "Reference",
+    "SixteenBitReference",
+    "normalize",
+]
+
+
+@dataclass(frozen=True)
+class ChunkComparison:
+    """One model's chunk.
+
+    Args:
+        nll: [n] float64, negative log probability of each target, in nats.
+        top: [n] int64, the most likely token.
+        kld: [n] float64, divergence from the reference in nats.
+        bound: [n] float64, how much more it can be; None if it is exact.
+    """
+
+    nll: F64
+    top: I64
+    kld: F64
+    bound: F64 | None = None
+
+
+class Reference(Protocol):
+    """One chunk of the base: its own figures, and a candidate's against it."""
+
+    @property
+    def nll(self) -> F64:
+        """Negative log probability of each target, [n]."""
+
+    @property
+    def top(self) -> I64:
+        """The most likely token, [n]."""
+
+    def against(self, logits: F32, targets: I64, threads: int) -> ChunkComparison:
+        """Compare a candidate's logits, [n, v]."""
+
+
+def normalize(logits: F32, targets: I64, threads: int) -> tuple[F64, F64, I64]:
+    """Return log-sum-exp, negative log probability of the target and most likely token; all [n]."""
+    total, top = np.empty(len(logits)), np.empty(len(logits), np.int64)
+    _spread(threads, logit_kernels.log_sum_exp, logits, total, top)
+    return total, total - logits[np.arange(len(logits)), targets], top
+
+
+def _spread(threads: int, kernel: Callable[..., Any], *arrays: Any) -> None:
+    """Run a kernel on ranges of rows of all arrays, one range a thread."""
+    count = len(arrays[0])
+    cuts = np.linspace(0, count, min(threads, count) + 1).astype(int)
+    parts = [tuple(a[i:j] for a in arrays) for i, j in pairwise(cuts)]
+    if len(parts) == 1:
+        kernel(*parts[0])
+        return
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for done in [pool.submit(kernel, *part) for part in parts]:
+            done.result()
+
+
+class ExactReference:
+    """The base's own logits.
+
+    Args:
+        logits: [n, v] float32; kept, not copied.
+        targets: [n], the tokens that came.
+        threads: of the kernels.
+    """
+
+    def __init__(self, logits: F32, targets: I64, threads: int) -> None:
+        self.logits = logits
+        self.total, self.nll, self.top = normalize(logits, targets, threads)
+
+    def against(self, logits: F32, targets: I64, threads: int) -> ChunkComparison:
+        """Compare a candidate's logits, [n, v]."""
+        total, nll, top = normalize(logits, targets, threads)
+        kld = np.empty(len(logits))
+        _spread(threads, logit_kernels.compare, self.logits, self.total, logits, total, kld)
+        return ChunkComparison(nll, top, kld)
+
+
+class SixteenBitReference:
+    """A chunk of a file of llama-perplexity's.
+
+    Args:
+        words: [n, v] uint16.
+        scale: [n] float32.
+        least: [n] float32; a log probability is ``scale * word + least``.
+        targets: [n], the tokens that came.
+    """
+
+    def __init__(self, words: U16, scale: F32, least: F32, targets: I64) -> None:
+        self.words, self.scale, self.least = words, scale, least
+        taken = words[np.arange(len(words)), targets].astype(np.float32)
+        self.nll = -(scale * taken + least).astype(np.float64)
+        self.top = words.argmax(axis=1)
+
+    def against(self, logits: F32, targets: I64, threads: int) -> ChunkComparison:
+        """Compare a candidate's logits, [n, v]; the divergence is as rough as the file."""
+        total, nll, top = normalize(logits, targets, threads)
+        kld = np.empty(len(logits))
+        arrays = (self.words, self.scale, self.least, logits, total, kld)
+        _spread(threads, logit_kernels.compare_sixteen, *arrays)
+        return ChunkComparison(nll, top, kld)
+
+
+def _with_tokens(*rows: Any, ids: Any, kept: Any) -> None:
+    logit_kernels.compare_compact(*rows, ids, kept)
+
+
+@dataclass(frozen=True)
+class CompactReference:
+    """The likely tokens of each row, and the sum of all others.
+
+    The divergence is that of the kept tokens one by one and all others as one token: never above
+    the true one. What is missing is ``rest * KL(others of base || others of candidate)``, and that
+    is at most ``inner + rest * log(q(others) / min q)``.
+
+    Args:
+        nll: [n] float64.
+        top: [n] int64.
+        starts: [n + 1] int64, where each row's tokens begin.
+        ids: tokens, ascending in each row.
+        kept: [starts[-1]] float32, their log probabilities.
+        rest: [n] float64, the probability of all others.
+        inner: [n] float64, the sum of p * log(p / rest) over them, 0 or less.
+    """
+
+    nll: F64
+    top: I64
+    starts: I64
+    ids: npt.NDArray[np.uint32]
+    kept: F32
+    rest: F64
+    inner: F64
+
+    def against(self, logits: F32, targets: I64, threads: int) -> ChunkComparison:
+        """Compare a candidate's logits, [n, v]; `ChunkComparison.bound` bounds the error."""
+        total, nll, top = normalize(logits, targets, threads)
+        kld, spread = np.empty(len(logits)), np.empty(len(logits))
+        ranges = (self.starts[:-1], self.starts[1:], self.rest)
+        kernel = partial(_with_tokens, ids=self.ids, kept=self.kept)
+        _spread(threads, kernel, *ranges, logits, total, kld, spread)
+        bound = np.maximum(0.0, self.inner + self.rest * spread)
+        return ChunkComparison(nll, top, kld, bound)

@@ -1,0 +1,84 @@
+"""Models that run: from a chunk's token ids to the logits of its scored places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from qwen35.array_types import F32
+from qwen35.engines.llama import Llama
+from qwen35.engines.torch_model import TorchModel
+from qwen35.errors import InputError
+from qwen35.evaluation.models import EvaluatedModel
+
+__all__ = ["LogitsRunner", "runner_of", "running_memory"]
+
+
+_PYTORCH_MEMORY = 700_000_000
+_LLAMA_MEMORY = 150_000_000
+"""What each engine takes beside weights and logits, measured on the embedded checkpoint."""
+
+
+class LogitsRunner(Protocol):
+    """A loaded model."""
+
+    def logits(self, ids: Sequence[int], first: int) -> F32:
+        """Return logits from place `first` on, [len(ids) - first, v]; good until the next call."""
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class _Llama:
+    def __init__(self, model: EvaluatedModel, context: int, threads: int) -> None:
+        self._llama = Llama(model.path, context=context, threads=threads)
+
+    def logits(self, ids: Sequence[int], first: int) -> F32:
+        return self._llama.lend_logits(ids, first)
+
+    def close(self) -> None:
+        self._llama.close()
+
+
+class _Torch:
+    """transformers with float32 arithmetic, so that only weights differ between candidates."""
+
+    def __init__(self, model: EvaluatedModel, device: str) -> None:
+        self._torch: TorchModel | None = TorchModel(model.path, exact=True, device=device)
+        if self._torch.missing:
+            raise InputError(
+                model.name,
+                f"transformers misses {self._torch.missing[0]} when it loads it",
+                hint="qwen35 verify it first",
+            )
+
+    def logits(self, ids: Sequence[int], first: int) -> F32:
+        assert self._torch is not None
+        return self._torch.logits(ids, first)
+
+    def close(self) -> None:
+        self._torch = None
+
+
+def runner_of(model: EvaluatedModel, *, context: int, threads: int, device: str) -> LogitsRunner:
+    """Load a model.
+
+    Raises:
+        InputError: its engine does not load it.
+        UsageError: its engine is not installed.
+    """
+    if model.engine == "llama.cpp":
+        return _Llama(model, context, threads)
+    return _Torch(model, device)
+
+
+def running_memory(models: Sequence[EvaluatedModel], scored: int) -> int:
+    """Return an upper estimate in bytes of the memory that models running at once need.
+
+    Weights as they are loaded (llama.cpp maps its files, which the system may drop again), twice
+    the logits of a chunk each, and the engines themselves.
+    """
+    logits = sum(2 * (scored + 1) * model.width * 4 for model in models)
+    pytorch = any(model.engine == "transformers" for model in models)
+    engines = _PYTORCH_MEMORY * pytorch + _LLAMA_MEMORY * len(models)
+    return sum(model.loaded for model in models) + logits + engines

@@ -1,0 +1,153 @@
+"""From a text to chunks of token ids, as llama-perplexity cuts it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen35.array_types import I32, I64
+from qwen35.engines.llama import Llama
+from qwen35.engines.torch_model import torch_and_transformers
+from qwen35.errors import InputError
+from qwen35.evaluation.models import EvaluatedModel
+
+__all__ = ["CONTEXT", "Decode", "TokenChunks", "cut", "read_text", "tokenize", "tokenizer_of"]
+
+Decode = Callable[[Sequence[int]], str]
+
+CONTEXT = 512
+"""Tokens a chunk, llama-perplexity's default."""
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text to measure on.
+
+    Args:
+        name: of its file.
+        content: without one newline at its end, which llama-perplexity drops.
+        nbytes: of the file.
+        sha256: of the file.
+    """
+
+    name: str
+    content: str
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenChunks:
+    """Token ids in chunks; what is left at the end of the text is dropped.
+
+    Args:
+        ids: [chunks, context] int32.
+    """
+
+    ids: I32
+
+    @property
+    def count(self) -> int:
+        """How many chunks."""
+        return len(self.ids)
+
+    @property
+    def context(self) -> int:
+        """Tokens a chunk."""
+        return int(self.ids.shape[1])
+
+    @property
+    def first(self) -> int:
+        """The place from whose logits on tokens are scored: half a context is always known."""
+        return self.context // 2
+
+    @property
+    def scored(self) -> int:
+        """Scored tokens a chunk: those after the places `first` to the last but one."""
+        return self.context - 1 - self.first
+
+    def inputs(self, chunk: int) -> list[int]:
+        """Return what a model reads: all but the last token, which is only a target."""
+        return [int(i) for i in self.ids[chunk, :-1]]
+
+    def targets(self, chunk: int) -> I64:
+        """Return the scored tokens, [scored]."""
+        return self.ids[chunk, self.first + 1 :].astype(np.int64)
+
+    @property
+    def sha256(self) -> str:
+        """A hash of the ids as little-endian int32."""
+        return hashlib.sha256(np.ascontiguousarray(self.ids, "<i4").tobytes()).hexdigest()
+
+
+def read_text(path: Path) -> EvaluationText:
+    """Read a text file.
+
+    Raises:
+        InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+        content = data.decode()
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        found = f"not UTF-8 text (byte {error.start})"
+        raise InputError(path.name, found, expected="a plain text file") from error
+    return EvaluationText(
+        path.name, content.removesuffix("\n"), len(data), hashlib.sha256(data).hexdigest()
+    )
+
+
+def tokenizer_of(model: EvaluatedModel) -> tuple[Callable[[str], Sequence[int]], Decode]:
+    """Return a model's own tokenizer, both ways; special tokens in a text are text to it.
+
+    Raises:
+        UsageError: what it needs is not installed.
+    """
+    if model.engine == "llama.cpp":
+        llama = Llama(model.path, vocabulary_only=True)
+        return (lambda text: llama.encode(text, special=False)), llama.decode
+    _, transformers = torch_and_transformers(f"the tokenizer of {model.name}")
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model.path)
+
+    def encode(text: str) -> Sequence[int]:
+        ids: list[int] = tokenizer(text, split_special_tokens=True, add_special_tokens=False)[
+            "input_ids"
+        ]
+        return ids
+
+    return encode, lambda ids: str(tokenizer.decode(list(ids)))
+
+
+def tokenize(
+    encode: Callable[[str], Sequence[int]], text: EvaluationText, context: int
+) -> TokenChunks:
+    """Cut a text into chunks.
+
+    Raises:
+        InputError: it is shorter than two chunks.
+    """
+    return cut(encode(text.content), context, text.name)
+
+
+def cut(ids: Sequence[int], context: int, name: str) -> TokenChunks:
+    """Cut token ids into chunks; two are the least, as in llama-perplexity.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    count = len(ids) // context
+    if count < 2:
+        raise InputError(
+            name,
+            f"{len(ids)} tokens",
+            expected=f"at least {2 * context}, two chunks",
+            hint="give a longer text",
+        )
+    return TokenChunks(np.array(ids[: count * context], np.int32).reshape(count, context))

@@ -1,0 +1,129 @@
+"""Filling the files of an output by a pool of workers; the journal is written here alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from qwen35.execution.dispatch import WorkerJob, WorkerPool, dispatch
+from qwen35.planning.output_plan import Plan, PlannedFile
+from qwen35.planning.step import Step
+from qwen35.planning.tasks import Task, make_tasks, scheduled, task_bytes
+from qwen35.planning.work_order import ORDER_NAME, order_bytes, order_of
+from qwen35.progress import Progress
+from qwen35.sinks.files import write_file
+from qwen35.sinks.journal import fsync_folder
+from qwen35.sinks.tensor_writer import TensorWriter
+
+__all__ = ["FilledOutput", "fill"]
+
+
+class FilledOutput(Protocol):
+    """The output that is filled (`qwen35.writing.open_output.OpenOutput`)."""
+
+    plan: Plan
+    folder: Path
+    written: TensorWriter
+    progress: Progress
+    hashes: dict[str, str]
+    compared: dict[str, Any]
+
+
+def fill(
+    output: FilledOutput, left: Sequence[PlannedFile], pool: WorkerPool, *, check: bool = False
+) -> None:
+    """Have workers carry out what is left of a plan's steps, and hash the files.
+
+    Args:
+        output: what is filled, in a folder that all workers see; gets the SHA-256 of each of
+            `left`, and what checks found.
+        left: files that are not finished.
+        pool: the workers.
+        check: whether they compare what they write with the source.
+
+    Raises:
+        InputError: a worker does not see the source or the folder, or would make other bytes.
+        WorkerError: workers died at a task again and again.
+    """
+    plan, folder, written = output.plan, output.folder, output.written
+    size = task_bytes(plan, pool.slots)
+    order = order_bytes(order_of(plan, size, check=check, run=uuid4().hex))
+    (folder.parent / ORDER_NAME).unlink(missing_ok=True)
+    write_file(folder.parent / ORDER_NAME, order)
+    fsync_folder(folder.parent)
+    for file in left:
+        written.prepare(file.name, file.head, file.offsets, file.nbytes)
+    common = {"work": os.fspath(folder.parent), "order": hashlib.sha256(order).hexdigest()}
+    fleet = _Fleet(common, output)
+    with pool:
+        dispatch(pool, fleet.jobs(left, size))
+
+
+@dataclass
+class _Fleet:
+    """What the jobs of one output share.
+
+    Args:
+        common: what all of them tell a worker.
+        output: what is filled.
+
+    Attributes:
+        unfilled: tasks that are left of each file.
+    """
+
+    common: Mapping[str, Any]
+    output: FilledOutput
+    unfilled: Counter[str] = field(default_factory=Counter)
+
+    def jobs(self, left: Sequence[PlannedFile], size: int) -> list[WorkerJob]:
+        """Return what can be done at once, in the order in which to begin it."""
+        jobs = []
+        for task in scheduled(make_tasks(self.output.plan.written, size), size):
+            steps = list(self._steps(task))
+            if steps:
+                self.unfilled.update(task.files)
+                jobs.append(self._task(task, steps))
+        return [self._hashing(f.name) for f in left if not self.unfilled[f.name]] + jobs
+
+    def _steps(self, task: Task) -> Iterator[int]:
+        """Yield the numbers, among those that write, of the steps that are left of a task."""
+        for number, step in enumerate(task.steps, task.begin):
+            if not all(self.output.written.has(*entry) for entry in _entries(step)):
+                yield number
+
+    def _task(self, task: Task, steps: Sequence[int]) -> WorkerJob:
+        chosen = [task.steps[i - task.begin] for i in steps]
+        first = chosen[0].weight.name
+        more = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
+
+        def done(answer: Mapping[str, Any]) -> list[WorkerJob]:
+            for file, tensors in answer["tensors"].items():
+                self.output.written.filled(file, tensors)
+            self.output.compared.update(answer["compared"])
+            for step in chosen:
+                self.output.progress.advance(step.read_bytes, step.weight.name)
+            self.unfilled.subtract(task.files)
+            return [self._hashing(file) for file in task.files if not self.unfilled[file]]
+
+        return WorkerJob(f"{first}{more}", {**self.common, "steps": list(steps)}, done)
+
+    def _hashing(self, name: str) -> WorkerJob:
+        def done(digest: str) -> list[WorkerJob]:
+            self.output.written.hashed(name, digest)
+            self.output.hashes[name] = digest
+            return []
+
+        return WorkerJob(f"{name} (being hashed)", {**self.common, "hash": name}, done)
+
+
+def _entries(step: Step) -> Iterator[tuple[str, str]]:
+    """Yield what a step writes: each file, and the first tensor in it."""
+    for target in step.targets:
+        for file in target.files:
+            yield file, target.outputs[0].name

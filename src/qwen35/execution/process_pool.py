@@ -1,0 +1,133 @@
+"""Workers that are processes of this machine, each with a GPU of its own if there are any."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from qwen35.codecs.devices import gpu_numbers
+from qwen35.execution.dispatch import JobOutcome, WorkerPool
+from qwen35.threads import default_threads
+
+__all__ = ["MODULE", "ProcessPool"]
+
+MODULE = "qwen35.execution.worker_process"
+"""What a worker runs."""
+
+
+class ProcessPool(WorkerPool):
+    """Processes, each begun when there is work for it.
+
+    Args:
+        count: how many.
+        device: where they encode; each has one GPU, dealt out in turn.
+        threads: of each; the processors shared out, if not given.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+
+    def __init__(self, count: int, *, device: str = "auto", threads: int | None = None) -> None:
+        self._threads = threads or max(1, default_threads() // count)
+        gpus = gpu_numbers(device)
+        self._device = "cuda" if gpus else "cpu"
+        self._free = [_Slot(_environment(gpus, i)) for i in range(count)]
+        self._busy: dict[int, _Slot] = {}
+
+    def close(self) -> None:
+        """Kill all processes."""
+        for slot in (*self._free, *self._busy.values()):
+            slot.end()
+
+    @property
+    def slots(self) -> int:
+        """One for each process."""
+        return len(self._free) + len(self._busy)
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that were begun and did not end, for whoever watches or kills them."""
+        slots = (*self._free, *self._busy.values())
+        return [slot.process.pid for slot in slots if slot.process and slot.process.poll() is None]
+
+    def begin(self, number: int, order: Mapping[str, Any]) -> None:
+        """Give a job to a process that has none."""
+        slot = self._busy[number] = self._free.pop(0)
+        slot.begin({**order, "device": self._device, "threads": self._threads})
+
+    def wait(self) -> Iterator[JobOutcome]:
+        """Wait until a job ends, or a process does; return all that have."""
+        with selectors.DefaultSelector() as selector:
+            for number, slot in self._busy.items():
+                selector.register(slot.answers, selectors.EVENT_READ, number)
+            ready = [key.data for key, _ in selector.select()]
+        for number in ready:
+            slot = self._busy.pop(number)
+            line = slot.answers.readline()
+            lost = "" if line.endswith("\n") else slot.end()
+            self._free.append(slot)
+            yield JobOutcome(number, None if lost else json.loads(line), lost)
+
+
+class _Slot:
+    """A place for one process; another takes it when one has died."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+        self.process: subprocess.Popen[str] | None = None
+
+    @property
+    def answers(self) -> IO[str]:
+        assert self.process is not None
+        assert self.process.stdout is not None
+        return self.process.stdout
+
+    def begin(self, job: Mapping[str, Any]) -> None:
+        if self.process is None or self.process.poll() is not None:
+            self.end()
+            self.process = subprocess.Popen(  # noqa: S603 - ourselves
+                [sys.executable, "-m", MODULE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=self._environment,
+                process_group=0,  # an interrupt is for the run, which then ends its workers
+            )
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it died just now, which `wait` will find
+            self.process.stdin.write(f"{json.dumps(job)}\n")
+            self.process.stdin.flush()
+
+    def end(self) -> str:
+        """Kill the process if it lives; return how it ended."""
+        if self.process is None:
+            return ""
+        process, self.process = self.process, None
+        process.kill()
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _environment(gpus: Sequence[int], number: int) -> dict[str, str]:
+    """Return the environment of a worker: this package, one thread of BLAS, its GPU."""
+    package = str(Path(__file__).parents[2])
+    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    if gpus:
+        gpu = gpus[number % len(gpus)]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+    return environment

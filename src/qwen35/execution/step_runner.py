@@ -1,0 +1,187 @@
+"""Carrying out steps: read rows, encode them for every target, write, in pieces of bounded size."""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from threading import Condition, Event
+
+from qwen35.checkpoint.source import FolderReader
+from qwen35.codecs import pieces
+from qwen35.codecs.codec import Encoding, EncodingRequest
+from qwen35.codecs.devices import Kernels
+from qwen35.codecs.pieces import stored
+from qwen35.codecs.registry import CODECS, codec_of
+from qwen35.errors import Qwen35Error
+from qwen35.execution.window import RangeReader, advance, groups
+from qwen35.planning.output_plan import Plan
+from qwen35.planning.rows import RowSpan
+from qwen35.planning.step import Step, StepTarget
+from qwen35.tensors import TensorSpec
+
+__all__ = ["StepRunner", "ThreadCrew", "Write"]
+
+Write = Callable[[StepTarget, str, int, memoryview], None]
+"""Writes to the files of a target: tensor, offset in bytes, data."""
+
+_SPAN = 32
+"""Pieces after which a weight is handed to another thread, where its codec lets it be cut."""
+
+
+@dataclass(frozen=True)
+class StepRunner:
+    """Carries out the steps of a plan.
+
+    Args:
+        plan: what they are of.
+        kernels: for each device.
+    """
+
+    plan: Plan
+    kernels: tuple[Kernels, ...]
+
+    def spans(self, step: Step) -> list[RowSpan]:
+        """Cut a step into parts that need nothing of each other, for several threads."""
+        rows = step.rows
+        codecs = [codec_of(step.weight), *(CODECS[target.codec] for target in step.targets)]
+        if any(target.copied for target in step.targets) or not all(c.independent for c in codecs):
+            return [rows.whole_span]
+        return list(rows.spans(self._grain(step), _SPAN * pieces.PIECE))
+
+    def _grain(self, step: Step) -> int:
+        return max(CODECS[target.codec].grain(step.spec) for target in step.targets)
+
+    def carry(self, step: Step, span: RowSpan, write: Write, reader: FolderReader) -> Iterator[int]:
+        """Carry out a span; yield after each piece how far into its source file it has read.
+
+        Raises:
+            TensorError: a weight cannot be read, holds NaN or infinity, or what a codec cannot say.
+        """
+        if step.targets[0].copied:
+            yield from self._copy(step, step.targets[0], write, reader)
+            return
+        check = not all(CODECS[target.codec].checks for target in step.targets)
+        opened = step.rows.open(reader, check=check)
+        encodings = [self._encoding(step, target, write) for target in step.targets]
+        importance, slab = None, -1
+        for chunk in step.rows.chunks(self._grain(step), span):
+            if chunk.slab != slab:
+                slab = chunk.slab
+                importance = self.plan.options.importance(step, slab)
+            piece = opened.piece(chunk, importance)
+            for encoding in encodings:
+                encoding.add(piece)
+            yield step.rows.end_of(chunk)
+        for encoding in encodings:
+            encoding.finish()
+
+    def _encoding(self, step: Step, target: StepTarget, write: Write) -> Encoding:
+        def to_target(name: str, offset: int, data: memoryview) -> None:
+            write(target, name, offset, data)
+
+        device = zlib.crc32(step.weight.name.encode()) % len(self.kernels)
+        spec = TensorSpec(target.outputs[0].name, step.spec.dtype, step.rows.shape)
+        return CODECS[target.codec].encode(
+            EncodingRequest(
+                step.weight.name,
+                spec,
+                target.outputs,
+                to_target,
+                self.plan.settings,
+                self.kernels[device].get(target.codec),
+            )
+        )
+
+    @staticmethod
+    def _copy(step: Step, target: StepTarget, write: Write, reader: FolderReader) -> Iterator[int]:
+        weight = step.weight
+        codec_of(weight).check(reader, weight)
+        main, behind = weight.main, weight.main.begin + weight.main.spec.nbytes
+        for part, out in zip(weight.parts, target.outputs, strict=True):
+            done = 0
+            for piece in stored(reader, part):
+                write(target, out.name, done, piece.data.cast("B"))
+                done += piece.nbytes
+                yield main.begin + done if part is main else behind
+
+
+class ThreadCrew:
+    """Threads that do works: group by group, and whatever comes up meanwhile first.
+
+    Args:
+        works: what is to be done.
+        failed: told the owner of a work that raised one of our errors.
+        stopped: whether an owner's works are no longer wanted.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[RangeReader],
+        failed: Callable[[int, Qwen35Error], None],
+        stopped: Callable[[int], bool],
+    ) -> None:
+        ordered = sorted(groups(works), key=lambda g: (min(w.rank for w in g), -_span(g)))
+        self._groups = deque(ordered)
+        self._urgent: deque[Callable[[], None]] = deque()
+        self._failed, self._unwanted = failed, stopped
+        self._changed = Condition()
+        self._busy = 0
+        self._stop = Event()
+
+    def soon(self, job: Callable[[], None]) -> None:
+        """Have a thread do this before it takes another group."""
+        with self._changed:
+            self._urgent.append(job)
+            self._changed.notify()
+
+    def run(self, pool: ThreadPoolExecutor, threads: int, reader: FolderReader) -> None:
+        """Do all works; what is none of our errors ends all of them between two pieces.
+
+        When this returns, nobody works any more.
+        """
+        futures = [pool.submit(self._thread, reader) for _ in range(threads)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            if any(future.done() and future.exception() for future in futures) or not all(
+                future.done() for future in futures
+            ):
+                self._stop.set()
+            wait(futures)
+        for future in futures:
+            future.result()
+
+    def _thread(self, reader: FolderReader) -> None:
+        while (job := self._next(reader)) is not None:
+            try:
+                job()
+            finally:
+                with self._changed:
+                    self._busy -= 1
+                    self._changed.notify_all()
+
+    def _next(self, reader: FolderReader) -> Callable[[], None] | None:
+        """Return what a thread does next; while others work, more may come up: it waits."""
+        with self._changed:
+            while not self._stop.is_set():
+                if self._urgent:
+                    self._busy += 1
+                    return self._urgent.popleft()
+                if self._groups:
+                    self._busy += 1
+                    group = self._groups.popleft()
+                    return lambda: advance(group, reader, self._failed, self._stopped)
+                if not self._busy:
+                    break
+                self._changed.wait()
+        return None
+
+    def _stopped(self, owner: int) -> bool:
+        return self._stop.is_set() or self._unwanted(owner)
+
+
+def _span(group: Sequence[RangeReader]) -> int:
+    return max(work.end for work in group) - min(work.begin for work in group)

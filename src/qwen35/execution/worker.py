@@ -1,0 +1,141 @@
+"""The worker: takes a job as plain JSON, does it, and says in plain JSON what came of it.
+
+A job names the work folder, the SHA-256 of the order in it (which proves that this machine sees
+the same folder), what to do, on which device and with how many threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.source import FolderReader, Reader
+from qwen35.codecs.devices import kernels_for
+from qwen35.errors import InputError, Qwen35Error
+from qwen35.execution.failures import failure_json
+from qwen35.execution.judging import compare_steps
+from qwen35.execution.step_runner import StepRunner, ThreadCrew
+from qwen35.execution.window import RangeReader
+from qwen35.planning.output_plan import Plan
+from qwen35.planning.rows import RowSpan
+from qwen35.planning.step import Step, StepTarget
+from qwen35.planning.work_order import ORDER_NAME, SHARED, plan_from
+from qwen35.sinks.files import TensorFile, hash_file
+from qwen35.sinks.staging import FILES_NAME
+
+__all__ = ["answer"]
+
+
+def answer(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a job.
+
+    Args:
+        job: ``work``, ``order``, ``device``, ``threads``, and either ``hash``: the name of a file,
+            or ``steps``: the numbers of the steps to carry out, among those that write something.
+
+    Returns:
+        ``done``: the file's SHA-256; or ``tensors``, by file, that lie there, on the disk, when
+        this returns, and ``compared``: what a check of them found, if the order asks for one. Or
+        ``failure``: what went wrong (`qwen35.execution.failures`).
+    """
+    try:
+        return {"done": _do(job)}
+    except Exception as error:  # noqa: BLE001 - told to the other side, which raises it
+        return {"failure": failure_json(error)}
+
+
+def _do(job: Mapping[str, Any]) -> Any:
+    if "hash" in job:
+        _order(job["work"], job["order"])
+        return hash_file(Path(job["work"]) / FILES_NAME / job["hash"])
+    prepared = _prepare(job["work"], job["order"], job["device"])
+    steps = prepared.plan.written
+    return prepared.fill([steps[i] for i in job["steps"]], job["threads"])
+
+
+@lru_cache(maxsize=1)
+def _prepare(work: str, digest: str, device: str) -> _Prepared:
+    order = _order(work, digest)
+    plan = plan_from(order)
+    plan.container.prepare(plan)
+    carrier, reader = StepRunner(plan, kernels_for(device)), Reader(plan.checkpoint)
+    return _Prepared(plan, Path(work) / FILES_NAME, carrier, reader, bool(order["check"]))
+
+
+@lru_cache(maxsize=1)
+def _order(work: str, digest: str) -> dict[str, Any]:
+    """Read the order in the work folder, if this is the one that was meant."""
+    try:
+        content = (Path(work) / ORDER_NAME).read_bytes()
+    except OSError as error:
+        here = f"not seen on {platform.node()} ({error.strerror})"
+        raise InputError(work, here, hint=SHARED) from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise InputError(work, f"another folder on {platform.node()}", hint=SHARED)
+    order: dict[str, Any] = json.loads(content)
+    return order
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What the jobs of one order share."""
+
+    plan: Plan
+    folder: Path
+    carrier: StepRunner
+    reader: Reader
+    check: bool
+
+    def fill(self, steps: Sequence[Step], threads: int) -> dict[str, Any]:
+        """Carry out steps, flush what they wrote, and compare it if asked to."""
+        names = dict.fromkeys(file for step in steps for file in step.files)
+        planned = {file.name: file for file in self.plan.files if file.name in names}
+        with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
+            files = {
+                name: TensorFile.join(self.folder / name, planned[name].offsets) for name in names
+            }
+            for file in files.values():
+                stack.callback(file.close)
+
+            def write(target: StepTarget, name: str, offset: int, data: memoryview) -> None:
+                for file in target.files:
+                    files[file].write(name, offset, data)
+
+            self._carry(steps, write, pool, threads)
+            for file in files.values():
+                file.sync()
+            compared = {}
+            if self.check:
+                written = stack.enter_context(FolderReader(self.folder))
+                compared = compare_steps(steps, planned, written, self.reader, pool)
+        tensors: dict[str, list[str]] = {name: [] for name in names}
+        for step in steps:
+            for target in step.targets:
+                for name in target.files:
+                    tensors[name].append(target.outputs[0].name)
+        return {"tensors": tensors, "compared": compared}
+
+    def _carry(
+        self, steps: Sequence[Step], write: Any, pool: ThreadPoolExecutor, threads: int
+    ) -> None:
+        errors: list[Qwen35Error] = []
+
+        def work(step: Step, span: RowSpan) -> RangeReader:
+            def run(reader: FolderReader) -> Iterator[int]:
+                return self.carrier.carry(step, span, write, reader)
+
+            return RangeReader(0, *step.rows.bounds(span), 0, run)
+
+        works = [work(step, span) for step in steps for span in self.carrier.spans(step)]
+        crew = ThreadCrew(works, lambda _, error: errors.append(error), lambda _: bool(errors))
+        crew.run(pool, threads, self.reader)
+        for error in errors:
+            raise error

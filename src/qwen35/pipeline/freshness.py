@@ -1,0 +1,85 @@
+"""What is up to date: by plan digest and by the hash of every file's content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.locations import LocalFolder
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.checkpoint.source import INDEX_NAME, Checkpoint
+from qwen35.errors import InputError
+from qwen35.pipeline.planned_artifacts import PlannedArtifact
+from qwen35.pipeline.run_request import RunRequest
+from qwen35.pipeline.run_state import RunState, key_of
+from qwen35.planning.manifest import read_manifest
+from qwen35.publishing.hashes import FileHasher
+
+__all__ = ["foreign_files", "is_made", "make_key", "source_identity", "up_to_date"]
+
+
+def source_identity(checkpoint: Checkpoint, hasher: FileHasher) -> Any:
+    """Return what the content of a source is known by: its commit, or the hash of each file.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    if checkpoint.repo:
+        return [checkpoint.repo, checkpoint.revision]
+    root = checkpoint.folder()
+    names = {*checkpoint.file_sizes, *checkpoint.sidecars, "config.json", INDEX_NAME, "README.md"}
+    paths = [root / name for name in sorted(names) if (root / name).is_file()]
+    return {path.name: digest.sha256 for path, digest in hasher.digests(paths).items()}
+
+
+def make_key(artifact: PlannedArtifact, identity: Any) -> str:
+    """Return a hash of all that decides the bytes of an artifact.
+
+    Args:
+        artifact: planned.
+        identity: of its source.
+    """
+    return key_of("make", artifact.plan.digest, identity)
+
+
+def is_made(artifact: PlannedArtifact, identity: Any, state: RunState, hasher: FileHasher) -> bool:
+    """Whether an earlier run made an artifact that would come out the same, and it is undamaged."""
+    key = make_key(artifact, identity)
+    if state.recorded(f"make {artifact.name}", key) is None or not artifact.out.is_dir():
+        return False
+    try:
+        manifest = read_manifest(LocalFolder(artifact.out))
+    except InputError:
+        return False
+    if manifest is None or manifest.get("plan") != artifact.plan.digest:
+        return False
+    paths = {name: artifact.out / name for name in manifest["files"]}
+    if not all(path.is_file() for path in paths.values()):
+        return False
+    digests = hasher.digests(paths.values())
+    return all(
+        digests[path].sha256 == manifest["files"][name]["sha256"] for name, path in paths.items()
+    )
+
+
+def up_to_date(
+    job: RunRequest, source: Checkpoint, artifacts: Sequence[PlannedArtifact]
+) -> frozenset[str]:
+    """Return the names of the artifacts that a run would leave as they are; nothing is written."""
+    state = RunState.load(job.out)
+    if not state.steps or (source.repo is None and source.root is None):
+        return frozenset()
+    hasher = FileHasher(remember=False)
+    identity = source_identity(source, hasher)
+    return frozenset(a.name for a in artifacts if is_made(a, identity, state, hasher))
+
+
+def foreign_files(folder: Path) -> Iterator[str]:
+    """Yield what lies in an artifact's folder and was not written by qwen35."""
+    manifest = read_manifest(LocalFolder(folder)) or {}
+    known = {MANIFEST_NAME, *manifest.get("files", {}), *manifest.get("added", {})}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in known:
+            yield name

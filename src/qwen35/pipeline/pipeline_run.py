@@ -1,0 +1,278 @@
+"""Run a graph: every step whose needs are met, what is up to date left alone, gates judged."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.locations import LocalFolder
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import Finding, InputError, OutputError, Qwen35Error
+from qwen35.pipeline.evaluation_step import candidates, measure
+from qwen35.pipeline.freshness import foreign_files, is_made, make_key, source_identity
+from qwen35.pipeline.gates import artifact_gate, publish_gate, quantization_gate
+from qwen35.pipeline.graph import GraphStep
+from qwen35.pipeline.make import make_artifacts
+from qwen35.pipeline.outcome import Outcome, Status, outcome_text
+from qwen35.pipeline.planned_artifacts import PlannedArtifact
+from qwen35.pipeline.run_request import REPORT_FOLDER, RunOptions, RunRequest
+from qwen35.pipeline.run_state import RunState, key_of
+from qwen35.planning.manifest import read_manifest
+from qwen35.progress import Progress, Silent
+from qwen35.publishing.hashes import FileHasher, digest_file
+from qwen35.publishing.push import apply_push
+from qwen35.publishing.repo_documents import REPORT_NAME, documents, record_verdict, write_documents
+from qwen35.publishing.sync import SyncTarget, diff_push
+from qwen35.sinks.staging import check_output, check_space, locked, os_errors
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.verdict import Verdict, verify
+
+__all__ = ["PipelineRunner"]
+
+
+@dataclass
+class PipelineRunner:
+    """One run.
+
+    Args:
+        job: what for.
+        source: with its weights at hand.
+        graph: its steps.
+        options: how.
+        threads: how many to use; the options may allow more than fit into memory.
+        progress: told of the bytes worked on.
+        chunks: told of the chunks of text that were measured on.
+        tell: told what is going on.
+        hasher: knows files that it has seen before.
+    """
+
+    job: RunRequest
+    source: Checkpoint
+    graph: Sequence[GraphStep]
+    options: RunOptions
+    threads: int = 1
+    progress: Progress = field(default_factory=Silent)
+    chunks: Progress = field(default_factory=Silent)
+    tell: Callable[[str], None] = lambda _: None
+    hasher: FileHasher = field(default_factory=FileHasher)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def run(self) -> tuple[Outcome, ...]:
+        """Run all steps; return what became of each, in order.
+
+        Raises:
+            OutputError: another run is at work in the folder, an output is not this run's to
+                replace, or the disk is too small. Nothing has been done then.
+        """
+        out = self.job.out
+        fresh = not out.exists()
+        try:
+            with os_errors(out):
+                out.mkdir(parents=True, exist_ok=True)
+                with locked(out.resolve() / "qwen35-run"):
+                    self._run()
+        finally:
+            if fresh:
+                with suppress(OSError):
+                    out.rmdir()  # nothing came of it
+        return tuple(self.outcomes.values())
+
+    def _run(self) -> None:
+        self._state = RunState.load(self.job.out)
+        self._identity = source_identity(self.source, self.hasher)
+        self._made = self._make()
+        for number, step in enumerate(self.graph, 1):
+            outcome = self._outcome(step)
+            self.outcomes[step.name] = outcome
+            self.tell(f"[{number}/{len(self.graph)}] {step.name}: {outcome_text(outcome)}")
+
+    def _outcome(self, step: GraphStep) -> Outcome:
+        needs = [self.outcomes[name] for name in step.needs]
+        closed = [need for need in needs if not need.open]
+        if closed and (not step.any_need or len(closed) == len(needs)):
+            return Outcome(step, "stopped", reasons=tuple(need.blame for need in closed))
+        handler = {
+            "make": self._gate_make,
+            "verify": self._verify,
+            "evaluate": self._evaluate,
+            "document": self._document,
+            "publish": self._publish,
+        }[step.kind]
+        try:
+            return handler(step)
+        except Qwen35Error as error:
+            gate = step.gates[0] if step.gates else None
+            return Outcome(step, "closed", gate, (str(error),))
+
+    # --- make
+
+    def _make(self) -> dict[str, Qwen35Error | None]:
+        """Make what is missing or changed; return what went wrong, or None, for each made."""
+        todo: dict[str, PlannedArtifact] = {}
+        for step in self.graph:
+            if step.kind == "make" and not self._is_made(step.artifact):
+                todo[step.name] = step.artifact
+        for name, artifact in todo.items():
+            self._check_out(name, artifact)
+        check_space(self.job.out, sum(artifact.nbytes for artifact in todo.values()))
+        for name, artifact in todo.items():
+            self._state.record(name, make_key(artifact, self._identity))
+        if not todo:
+            return {}
+        self.tell(f"making {', '.join(artifact.name for artifact in todo.values())}")
+        failed = make_artifacts(
+            list(todo.values()),
+            threads=self.threads,
+            device=self.options.device,
+            progress=self.progress,
+        )
+        return {name: failed.get(artifact.name) for name, artifact in todo.items()}
+
+    def _is_made(self, artifact: PlannedArtifact) -> bool:
+        return is_made(artifact, self._identity, self._state, self.hasher)
+
+    def _check_out(self, name: str, artifact: PlannedArtifact) -> None:
+        """Refuse to replace what this run did not make, unless told to."""
+        ours = name in self._state.steps or self.options.overwrite
+        check_output(artifact.out, source=self.source.folder(), overwrite=ours)
+        if self.options.overwrite or not artifact.out.is_dir():
+            return
+        for path in sorted(foreign_files(artifact.out)):
+            raise OutputError(
+                str(artifact.out),
+                f"holds {path}, which this run did not write, and has to be made again",
+                hint="move it away, or give --overwrite",
+            )
+
+    def _gate_make(self, step: GraphStep) -> Outcome:
+        artifact = step.artifact
+        error = self._made.get(step.name)
+        if error is not None:
+            return Outcome(step, "closed", "artifact", (str(error),))
+        if found := list(artifact_gate(artifact)):
+            return Outcome(step, "closed", "artifact", _sentences(found))
+        if "quantization" in step.gates and (found := list(quantization_gate(artifact))):
+            return Outcome(step, "closed", "quantization", _sentences(found))
+        state: Status = "done" if step.name in self._made else "kept"
+        facts = {"out": str(artifact.out), "bytes": artifact.nbytes, "plan": artifact.plan.digest}
+        return Outcome(step, state, facts=facts)
+
+    # --- verify
+
+    def _verify(self, step: GraphStep) -> Outcome:
+        artifact = step.artifact
+        manifest = self._manifest(artifact)
+        key = key_of("verify", self.job.depth, _hashes(manifest), self._identity)
+        said = manifest.get("verified")
+        row = self._state.recorded(step.name, key)
+        if row is not None and row.get("passed") and isinstance(said, dict) and said.get("passed"):
+            return Outcome(step, "kept", facts={"depth": self.job.depth, "passed": True})
+        verdict = self._verdict(artifact)
+        gc.collect()  # a model that was asked is large, and its parts refer to each other
+        record_verdict(artifact.out, verdict)
+        self._state.record(step.name, key, passed=verdict.passed)
+        facts = {
+            "depth": verdict.depth,
+            "passed": verdict.passed,
+            "notes": list(verdict.notes),
+            "findings": [finding.to_json() for finding in verdict.findings],
+        }
+        if not verdict.passed:
+            return Outcome(step, "closed", "verification", _sentences(verdict.findings), facts)
+        return Outcome(step, "done", facts=facts)
+
+    def _verdict(self, artifact: PlannedArtifact) -> Verdict:
+        depth = self.job.depth
+        source = None if depth == "structure" else self.source
+        options: Any = {"source": source, "depth": depth, "threads": self.threads}
+        subject = open_artifact(str(artifact.out.absolute()), depth)
+        progress = None if depth == "structure" else self.progress
+        return verify(subject, progress=progress, **options)
+
+    def _manifest(self, artifact: PlannedArtifact) -> Mapping[str, Any]:
+        manifest = read_manifest(LocalFolder(artifact.out))
+        if manifest is None:
+            raise InputError(str(artifact.out), f"no {MANIFEST_NAME} in it", hint="run again")
+        return manifest
+
+    # --- evaluate
+
+    def _evaluate(self, step: GraphStep) -> Outcome:
+        measuring = self.job.measuring
+        assert measuring is not None  # there is such a step
+        open_ones = [a for a in step.artifacts if self.outcomes[f"verify {a.name}"].open]
+        hashes = {a.name: _hashes(self._manifest(a)) for a in open_ones}
+        text = digest_file(measuring.text).sha256
+        key = key_of("evaluate", text, measuring.chunks, self._identity, hashes)
+        report = self.report / REPORT_NAME
+        row = self._state.recorded(step.name, key)
+        facts = {"report": str(report), "measured": [a.name for a in open_ones]}
+        if row and report.is_file() and digest_file(report).sha256 == row.get("report"):
+            return Outcome(step, "kept", facts=facts)
+        measure(
+            self.source,
+            candidates(open_ones),
+            measuring,
+            self.report,
+            threads=self.threads,
+            device=self.options.device,
+            token=self.options.token,
+            progress=self.chunks,
+        )
+        self._state.record(step.name, key, report=digest_file(report).sha256)
+        return Outcome(step, "done", facts=facts)
+
+    @property
+    def report(self) -> Path:
+        """The folder of the report."""
+        return self.job.out / REPORT_FOLDER
+
+    # --- documents
+
+    def _document(self, step: GraphStep) -> Outcome:
+        artifact = step.artifact
+        if self.job.measuring is not None:
+            content = (self.report / REPORT_NAME).read_bytes()
+            write_documents(artifact.out, {REPORT_NAME: content})
+        made = documents(artifact.out, artifact.repo or f"OWNER/{artifact.name}")
+        write_documents(artifact.out, made)
+        return Outcome(step, "done" if made else "kept", facts={"written": sorted(made)})
+
+    # --- publish
+
+    def _publish(self, step: GraphStep) -> Outcome:
+        artifact = step.artifact
+        if artifact.repo is None:
+            return Outcome(step, "skipped", reasons=("no repository was named to publish to",))
+        target = SyncTarget.of(artifact.out, artifact.repo, self.options.token, self.progress)
+        diff = diff_push(target, create=True)
+        manifest = self._manifest(artifact)
+        belongs = [*manifest["files"], *manifest.get("added", {})]
+        if found := list(publish_gate(diff, belongs)):
+            return Outcome(step, "closed", "publish", _sentences(found), {"repo": artifact.repo})
+        if diff.base and not diff.changes:
+            return Outcome(step, "kept", facts={"repo": artifact.repo, "commit": diff.base})
+        pushed = apply_push(
+            diff,
+            artifact.out,
+            message="Upload model",
+            token=target.token,
+            private=self.job.private,
+            hasher=target.hasher,
+            progress=self.progress,
+        )
+        facts = {"repo": artifact.repo, "commit": pushed.commit, "notes": list(pushed.notes)}
+        return Outcome(step, "done", facts=facts)
+
+
+def _hashes(manifest: Mapping[str, Any]) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in manifest["files"].items()}
+
+
+def _sentences(findings: Sequence[Finding]) -> tuple[str, ...]:
+    return tuple(f"{finding.subject}: {finding.message}" for finding in findings)

@@ -1,0 +1,144 @@
+"""GGUF as the protocol asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen35.codecs.ggml.types import ggml_type
+from qwen35.codecs.registry import CODECS
+from qwen35.errors import Finding, InputError
+from qwen35.planning.container import Container, ContainerInputs, ContainerOptions
+from qwen35.planning.gguf_files.mixes import MIX
+
+if TYPE_CHECKING:
+    from qwen35.checkpoint.source import Checkpoint
+    from qwen35.planning.output_plan import Plan
+    from qwen35.planning.rules import Recipe
+
+__all__ = ["GgufContainer"]
+
+
+class GgufContainer(Container):
+    """GGUF files, one for each file type, and one for the vision tower."""
+
+    name = "gguf"
+    verb = "gguf"
+    formats = ("gguf",)
+    recipes = "a built-in recipe for GGUF"
+    complete = False
+    extra = ("README.md",)
+    libraries = ("gguf", "llama_cpp_python")
+    separate = True
+    engine = (("llama_cpp",), "gguf")
+    base_memory = 120_000_000
+
+    def action(self, recipe: str, rule: str, action: str, kind: str) -> str:
+        """Return the action: a type of ggml, as it spells it, or ``mix``."""
+        del recipe, kind
+        return MIX if action == MIX else ggml_type(action, rule).name
+
+    def options(self, **given: Any) -> ContainerOptions:
+        """Return `GgufOptions`."""
+        from qwen35.planning.gguf_files.gguf_options import GgufOptions
+
+        return GgufOptions(**given)
+
+    def make(self, checkpoint: Checkpoint, recipe: Recipe, options: Any) -> Plan:
+        """Plan the files."""
+        from qwen35.planning.gguf_files.gguf_plan import make
+
+        return make(checkpoint, recipe, options)
+
+    def asked_json(self, plan: Plan, *, whole: bool = False) -> dict[str, Any]:
+        """Return recipe, types and importance matrix."""
+        from qwen35.planning.gguf_files.gguf_manifest import asked_json
+
+        del whole
+        return asked_json(plan)
+
+    def asked_again(
+        self, manifest: Mapping[str, Any], inputs: ContainerInputs
+    ) -> tuple[Recipe, ContainerOptions]:
+        """Return the recipe and the options of a manifest."""
+        from qwen35.planning.gguf_files.gguf_manifest import asked_again
+
+        return asked_again(self, manifest, inputs)
+
+    def tensors_json(self, plan: Plan) -> dict[str, dict[str, str]]:
+        """Return file to tensor to type and shape, in the converter's order."""
+        from qwen35.planning.gguf_files.gguf_plan import files_of
+
+        return {
+            file.name: {t.name: f"{file.kinds[t.name]} {list(t.shape)}" for t in file.tensors}
+            for file in files_of(plan)
+        }
+
+    def prepare(self, plan: Plan) -> None:
+        """Open the quantizers, if a tensor needs them."""
+        if any(CODECS[target.codec].packed for step in plan.steps for target in step.targets):
+            from qwen35.codecs.ggml.kernel import open_kernel
+
+            open_kernel()
+
+    def file_findings(self, plan: Plan, folder: Path) -> Iterator[Finding]:
+        """Yield which files are missing, do not open, or are of another type than planned."""
+        from qwen35.checkpoint.gguf_header import read_container
+        from qwen35.planning.gguf_files.gguf_plan import files_of
+
+        for planned in files_of(plan):
+            path = folder / planned.name
+            if not path.is_file():
+                yield Finding("quantization", planned.name, "missing")
+                continue
+            try:
+                container = read_container(path)
+            except InputError as error:
+                yield Finding("quantization", planned.name, error.found)
+                continue
+            found = container.keys.get("general.file_type")
+            if found != planned.file_type.code:
+                message = f"file type {found}, expected {planned.file_type.code}"
+                yield Finding("quantization", planned.name, message)
+
+    def models(self, folder: Path) -> list[Path]:
+        """Return the files that hold a language model."""
+        files = sorted(folder.glob("*.gguf"))
+        return [path for path in files if not path.name.startswith("mmproj-")]
+
+    def head_memory(self, plan: Plan) -> int:
+        """Return the bytes of the heads, and of the vocabulary while one is rendered."""
+        heads = [len(file.head) for file in plan.files]
+        return sum(heads) + 16 * max(heads, default=0)
+
+    def kind(self, plan: Plan) -> str:
+        """Return the container's name: a file has many types."""
+        del plan
+        return self.name
+
+    def has_vision(self, plan: Plan) -> bool:
+        """Whether the vision tower is written."""
+        return any(step.role.scope == "visual" for step in plan.steps)
+
+    def suffix(self, plan: Plan) -> str:
+        """Return what the name of an output ends with."""
+        del plan
+        return "-GGUF"
+
+    def text(self, plan: Plan, threads: int) -> str:
+        """Render a plan for people."""
+        from qwen35.planning.gguf_files.gguf_display import plan_text
+
+        return plan_text(plan, threads)
+
+    def json(self, plan: Plan, threads: int) -> dict[str, Any]:
+        """Return all of a plan as plain values."""
+        from qwen35.planning.gguf_files.gguf_display import plan_json
+
+        return plan_json(plan, threads)
+
+    def written_text(self, plan: Plan) -> str:
+        """Say nothing more: the files are named by their types."""
+        del plan
+        return ""

@@ -1,0 +1,57 @@
+"""What GGUF files are asked for beside their recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwen35.errors import InputError
+from qwen35.planning.container import ContainerInputs
+from qwen35.planning.gguf_files.imatrix import Imatrix
+
+if TYPE_CHECKING:
+    from qwen35.array_types import F32
+    from qwen35.planning.step import Step
+
+__all__ = ["GgufOptions"]
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """What was asked for.
+
+    Args:
+        types: file types, in order, keys of `qwen35.planning.gguf_files.mixes.FILE_TYPES`.
+        imatrix: an importance matrix.
+        projector: file type of the multimodal projector's file, if one is wanted.
+        drop_mtp: leave the multi-token-prediction layers out.
+        upstream_counters: count layers as llama-quantize does (`select_types`).
+    """
+
+    types: tuple[str, ...]
+    imatrix: Imatrix | None = None
+    projector: str | None = None
+    drop_mtp: bool = False
+    upstream_counters: bool = False
+
+    @property
+    def settings(self) -> None:
+        """Types of ggml choose their scales by themselves."""
+
+    @property
+    def inputs(self) -> ContainerInputs:
+        """The files that it was made with.
+
+        Raises:
+            InputError: the importance matrix comes from no file.
+        """
+        if self.imatrix is not None and self.imatrix.path is None:
+            raise InputError(self.imatrix.name, "workers cannot read it", expected="a file")
+        return ContainerInputs(imatrix=self.imatrix.path if self.imatrix else None)
+
+    def importance(self, step: Step, slab: int) -> F32 | None:
+        """Return the importance of each column of a slab, if the matrix knows it."""
+        if self.imatrix is None:
+            return None
+        entry = self.imatrix.entries.get(step.outputs[0].name)
+        return entry.slice(slab, step.rows.row) if entry else None

@@ -1,0 +1,264 @@
+"""The plan of a folder of GGUF files: every tensor's type and every byte's place, from headers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from qwen35.checkpoint.inventory import InventoryItem, inventory
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.ggml.codec import BlockSpec, codec_name
+from qwen35.codecs.ggml.types import GGML_TYPES
+from qwen35.errors import ConfigError, UsageError
+from qwen35.planning.gguf_files.gguf_options import GgufOptions
+from qwen35.planning.gguf_files.metadata import (
+    ALIGNMENT,
+    SourceDocuments,
+    TensorEntry,
+    model_name,
+    render_head,
+)
+from qwen35.planning.gguf_files.mixes import FILE_TYPES, FileType, MixGeometry
+from qwen35.planning.gguf_files.tensor_names import UntypedTensor, text_tensors, vision_tensors
+from qwen35.planning.gguf_files.type_choice import Kinds, TypeChooser, float_kind, imatrix_notes
+from qwen35.planning.gguf_files.vocabulary import Vocabulary, read_vocabulary
+from qwen35.planning.output_plan import Plan, PlannedFile
+from qwen35.planning.recipe_files import shipped, shipped_recipe
+from qwen35.planning.rules import Recipe
+from qwen35.planning.step import Step, StepTarget
+
+__all__ = ["GgufFile", "files_of", "make"]
+
+
+@dataclass(frozen=True)
+class GgufFile(PlannedFile):
+    """One GGUF file of the output.
+
+    Args:
+        file_type: of the file as a whole.
+        tensors: what it holds, in the converter's order.
+        kinds: the type of each.
+    """
+
+    file_type: FileType
+    tensors: tuple[UntypedTensor, ...]
+    kinds: Kinds
+
+    def size_with(self, kinds: Kinds) -> int:
+        """Return the file's bytes if its tensors had these types; the head keeps its length."""
+        sizes = [GGML_TYPES[kinds[t.name]].size(t.shape) for t in self.tensors]
+        return len(self.head) + sum(size + -size % ALIGNMENT for size in sizes)
+
+
+def files_of(plan: Plan) -> Sequence[GgufFile]:
+    """Return the files of a plan of GGUF files, with what only they have."""
+    return cast("Sequence[GgufFile]", plan.files)
+
+
+def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
+    """Plan GGUF files; errors are those of `qwen35.planning.output_plan.make_plan`."""
+    checkpoint, stored = _with_mtp(checkpoint, drop=options.drop_mtp)
+    mtp = 0 if options.drop_mtp else stored
+    items = inventory(checkpoint)
+    name = model_name(checkpoint)
+    with SourceDocuments.of(checkpoint) as documents:
+        vocabulary = None
+        if documents.complete:
+            vocabulary = read_vocabulary(documents.folder, checkpoint.config.dims["vocab"])
+        maker = _Maker(checkpoint, recipe, options, documents, vocabulary, mtp)
+        files, notes = maker.text_files(items, name)
+        if options.projector is not None:
+            files.append(maker.projector_file(items, name, options.projector))
+    steps = _steps(files)
+    heads = {f.name: hashlib.sha256(f.head).hexdigest() for f in files}
+    return Plan(
+        checkpoint,
+        recipe,
+        options,
+        steps,
+        tuple(_filled(file, steps) for file in files),
+        {},
+        {},
+        (*_notes(vocabulary, documents), *notes),
+        {"heads": heads, "imatrix": options.imatrix.digest if options.imatrix else None},
+        maker.comparison(files),
+    )
+
+
+def _steps(files: Sequence[GgufFile]) -> tuple[Step, ...]:
+    """Return a step for every tensor, with the files that hold it by type, in source order."""
+    tensors: dict[str, UntypedTensor] = {}
+    wanted: dict[str, dict[str, list[str]]] = {}
+    for file in files:
+        for tensor in file.tensors:
+            tensors[tensor.name] = tensor
+            kinds = wanted.setdefault(tensor.name, {})
+            kinds.setdefault(file.kinds[tensor.name], []).append(file.name)
+    ordered = sorted(tensors.values(), key=_position)
+    return tuple(_step(tensor, wanted[tensor.name]) for tensor in ordered)
+
+
+def _step(tensor: UntypedTensor, kinds: Mapping[str, Sequence[str]]) -> Step:
+    targets = tuple(
+        StepTarget(codec_name(kind), (BlockSpec(tensor.name, kind, tensor.shape),), tuple(files))
+        for kind, files in kinds.items()
+    )
+    return Step(tensor.rows, tensor.rows.item.role, "", targets)
+
+
+def _position(tensor: UntypedTensor) -> tuple[str, int]:
+    stored = tensor.rows.item.weight.main
+    return stored.file, stored.begin
+
+
+def _filled(file: GgufFile, steps: Sequence[Step]) -> GgufFile:
+    return replace(file, steps=tuple(step for step in steps if file.name in step.files))
+
+
+def _with_mtp(checkpoint: Checkpoint, *, drop: bool) -> tuple[Checkpoint, int]:
+    """Count the MTP layers from the tensors, whatever config.json says of them.
+
+    llama.cpp's converter believes the config: it writes a file that cannot be loaded when the
+    layers are missing, and stops when they are there and the config is silent.
+    """
+    layers = {
+        int(weight.name.split(".")[2])
+        for weight in checkpoint.weights
+        if weight.name.startswith("mtp.layers.") and weight.name.split(".")[2].isdecimal()
+    }
+    found, promised = len(layers), checkpoint.config.mtp_layers
+    if promised > found and not drop:
+        raise ConfigError(
+            "config.json",
+            f"mtp_num_hidden_layers is {promised}, but the checkpoint has {found} such layers",
+            expected="its tensors (mtp.*): transformers drops them when it saves",
+            hint="take them from the original checkpoint, or give --drop-mtp",
+        )
+    if found > 1 and not drop:
+        raise ConfigError(
+            "config.json",
+            f"{found} MTP layers",
+            expected="one: the loader of llama.cpp wants mtp.fc for each, the family has it once",
+            hint="give --drop-mtp",
+        )
+    if promised == found:
+        return checkpoint, found
+    return replace(checkpoint, config=replace(checkpoint.config, mtp_layers=found)), found
+
+
+def _notes(vocabulary: Vocabulary | None, documents: SourceDocuments) -> Iterator[str]:
+    if vocabulary is not None and vocabulary.nfc:
+        yield (
+            "the tokenizer brings text into Unicode's NFC form first, llama.cpp does not: text in "
+            "another form gets other tokens there"
+        )
+    if not documents.complete:
+        yield "tokenizer and metadata files are not known here, their bytes are not counted"
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """One planning run: what all files share."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    options: GgufOptions
+    documents: SourceDocuments
+    vocabulary: Vocabulary | None
+    mtp: int
+
+    @property
+    def geometry(self) -> MixGeometry:
+        config = self.checkpoint.config
+        text = config.text_raw
+        return MixGeometry(
+            layers=len(config.layer_types) + self.mtp,
+            experts=config.dims.get("experts", 0),
+            gqa=text["num_attention_heads"] // text["num_key_value_heads"],
+            imatrix=self.options.imatrix is not None,
+        )
+
+    def text_files(
+        self, items: Sequence[InventoryItem], name: str
+    ) -> tuple[list[GgufFile], list[str]]:
+        """Return the text model's files, and notes on them."""
+        tensors = text_tensors(items, self.checkpoint.config, mtp=self.mtp > 0)
+        chooser = self.chooser(tensors, self.recipe)
+        chooser.ruled()
+        imatrix = self.options.imatrix
+        notes: list[str] = []
+        if imatrix is not None:
+            imatrix.check(self.checkpoint.config.geometry)
+            notes += imatrix_notes(imatrix, tensors)
+        files = []
+        for type_name in self.options.types:
+            file_type = FILE_TYPES[type_name]
+            kinds, more = chooser.kinds(file_type)
+            notes += more
+            files.append(self._file(f"{name}-{type_name}.gguf", file_type, tensors, kinds))
+        return files, list(dict.fromkeys(notes))
+
+    def comparison(self, files: Sequence[GgufFile]) -> dict[str, dict[str, int]]:
+        """Return what the quantized files would take by each recipe."""
+        patterns = [rule for rule in self.recipe.rules if rule.pattern is not None]
+        container = self.recipe.container
+        recipes = {
+            name: shipped_recipe(name, container).preceded(patterns) for name in shipped(container)
+        }
+        recipes[self.recipe.name] = self.recipe
+        quantized = [file for file in files if file.file_type.quantized]
+        table: dict[str, dict[str, int]] = {}
+        for name, recipe in recipes.items():
+            for file in quantized:
+                try:
+                    kinds, _ = self.chooser(file.tensors, recipe).kinds(file.file_type)
+                except UsageError:  # a built-in recipe whose types this model's rows do not fit
+                    continue
+                table.setdefault(name, {})[file.file_type.name] = file.size_with(kinds)
+        return table
+
+    def chooser(self, tensors: Sequence[UntypedTensor], recipe: Recipe) -> TypeChooser:
+        """Return what chooses types by `recipe`."""
+        options = self.options
+        return TypeChooser(
+            tensors, self.geometry, recipe, options.imatrix, options.upstream_counters
+        )
+
+    def projector_file(self, items: Sequence[InventoryItem], name: str, type_name: str) -> GgufFile:
+        """Return the file of the vision tower.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if not self.checkpoint.config.architecture.vision:
+            found = f"{self.checkpoint.name} has no vision tower"
+            raise UsageError("--mmproj", found, hint="leave it out")
+        file_type = FILE_TYPES[type_name]
+        tensors = vision_tensors(items)
+        kinds = {tensor.name: float_kind(tensor, file_type) for tensor in tensors}
+        return self._file(f"mmproj-{name}-{type_name}.gguf", file_type, tensors, kinds, vision=True)
+
+    def _file(
+        self,
+        name: str,
+        file_type: FileType,
+        tensors: Sequence[UntypedTensor],
+        kinds: Kinds,
+        *,
+        vision: bool = False,
+    ) -> GgufFile:
+        imatrix = self.options.imatrix
+        head = render_head(
+            self.checkpoint.config,
+            self.documents,
+            file_type,
+            [TensorEntry(t.name, t.shape, kinds[t.name]) for t in tensors],
+            vocabulary=None if vision else self.vocabulary,
+            mtp_layers=self.mtp,
+            imatrix=imatrix.keys() if imatrix else None,
+            vision=vision,
+        )
+        content, offsets, nbytes = head.content, head.offsets, head.nbytes
+        return GgufFile(name, content, offsets, nbytes, (), file_type, tuple(tensors), kinds)

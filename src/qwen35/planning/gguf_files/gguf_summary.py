@@ -1,0 +1,83 @@
+"""What a GGUF file is, from its head: for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, TypedDict
+
+from qwen35.checkpoint.gguf_header import GgufHeader
+from qwen35.planning.gguf_files.mixes import FILE_TYPES
+
+__all__ = ["GgufSummary", "summarize_gguf", "summary_text"]
+
+_LONG = 100
+
+
+class GgufSummary(TypedDict):
+    """What a GGUF file is, in plain values."""
+
+    file: str
+    bytes: int
+    architecture: str
+    type: str
+    file_type: str | int | None
+    tensors: int
+    parameters: int
+    bits_per_weight: float
+    types: dict[str, dict[str, int]]
+    keys: dict[str, Any]
+
+
+def summarize_gguf(container: GgufHeader) -> GgufSummary:
+    """Return what a GGUF file is."""
+    kinds: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    parameters = 0
+    for entry in container.tensors.values():
+        kinds[entry.kind.name] += 1
+        nbytes[entry.kind.name] += entry.nbytes
+        parameters += entry.nbytes // entry.kind.nbytes * entry.kind.block
+    code = container.keys.get("general.file_type")
+    named = {row.code: row.name for row in FILE_TYPES.values()}
+    return {
+        "file": container.path.name,
+        "bytes": container.nbytes,
+        "architecture": container.architecture,
+        "type": container.keys.get("general.type", ""),
+        "file_type": named.get(code, code) if isinstance(code, int) else None,
+        "tensors": len(container.tensors),
+        "parameters": parameters,
+        "bits_per_weight": round(8 * sum(nbytes.values()) / max(1, parameters), 3),
+        "types": {
+            kind: {"tensors": kinds[kind], "bytes": size} for kind, size in nbytes.most_common()
+        },
+        "keys": {key: _shown(value) for key, value in container.keys.items()},
+    }
+
+
+def _shown(value: Any) -> Any:
+    """Return a key's value, or how long it is."""
+    if isinstance(value, str) and len(value) > _LONG:
+        return f"{len(value)} characters"
+    if isinstance(value, list) and len(value) > 64:
+        return f"{len(value)} items"
+    return value
+
+
+def summary_text(summary: GgufSummary) -> str:
+    """Render a summary as text."""
+    lines = [
+        f"{summary['file']}: {summary['bytes']:,} bytes",
+        f"architecture  {summary['architecture']} {summary['type']}",
+        f"file type     {summary['file_type']}",
+        f"parameters    {summary['parameters']:,} in {summary['tensors']} tensors, "
+        f"{summary['bits_per_weight']} bits each",
+        "",
+        f"{'type':<10} {'tensors':>8} {'bytes':>16}",
+    ]
+    lines += [
+        f"{kind:<10} {row['tensors']:>8} {row['bytes']:>16,}"
+        for kind, row in summary["types"].items()
+    ]
+    lines += ["", *(f"{key:<44} {value}" for key, value in summary["keys"].items())]
+    return "\n".join(lines)

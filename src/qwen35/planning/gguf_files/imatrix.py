@@ -1,0 +1,287 @@
+"""Importance matrices: the mean square of every input channel of a matrix, gathered over a text.
+
+Read are GGUF files as llama-imatrix and others write them (``NAME.in_sum2``, ``NAME.counts``) and
+the older binary form (``.dat``). Values are those that llama-quantize uses, bit for bit.
+Source: llama.cpp 0c1e5709, ``common/imatrix-loader.cpp`` and ``tools/quantize/quantize.cpp``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from qwen35.array_types import F32
+from qwen35.checkpoint.gguf_header import GgufHeader, is_gguf, read_container
+from qwen35.checkpoint.gguf_header import GgufTensor as Listed
+from qwen35.checkpoint.header import strict_json
+from qwen35.checkpoint.hub import download_file
+from qwen35.checkpoint.open import hub_token
+from qwen35.errors import InputError
+from qwen35.planning.activations import ANOTHER_MODEL, other_geometry
+
+__all__ = ["COUNTS", "MADE", "SUMS", "Imatrix", "open_imatrix", "read_imatrix"]
+
+
+SUMS, COUNTS = ".in_sum2", ".counts"
+MADE = "qwen35.calibration"
+"""A key of ours: JSON of what made the file; other readers skip it."""
+
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.", re.ASCII)
+_KEY_BYTES = 127
+_MAX_NAME = 4096
+
+
+@dataclass(frozen=True)
+class ImatrixEntry:
+    """What is known of one matrix; its values stay in the file until they are asked for.
+
+    Args:
+        path: the file.
+        begin: offset of the sums.
+        width: values of one slice.
+        divisors: what the sums of each slice are divided by; 0 for a slice that no token of the
+            text reached, whose values are 1. An ordinary matrix has one slice, a stack of experts
+            one for each.
+    """
+
+    path: Path
+    begin: int
+    width: int
+    divisors: F32
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return self.width * len(self.divisors)
+
+    @property
+    def unseen(self) -> int:
+        """Number of slices that no token of the text reached."""
+        return int(np.count_nonzero(self.divisors <= 0))
+
+    def slice(self, number: int, row: int) -> F32:
+        """Return the importance of the `row` input channels of one matrix of a stack.
+
+        The older form divides a whole stack by one number, so `row` may be a part of `width`.
+
+        Raises:
+            InputError: the file changed since it was opened.
+        """
+        divisor = self.divisors[number * row // self.width]
+        if divisor <= 0:
+            return np.ones(row, np.float32)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.begin + 4 * row * number)
+                data = file.read(4 * row)
+        except OSError as error:
+            raise InputError(str(self.path), f"cannot be read ({error.strerror})") from error
+        if len(data) != 4 * row:
+            raise InputError(str(self.path), "changed while it was read")
+        values: F32 = np.frombuffer(data, "<f4") / divisor
+        return values
+
+    @property
+    def values(self) -> F32:
+        """All values, slice after slice."""
+        return np.concatenate([self.slice(i, self.width) for i in range(len(self.divisors))])
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    """An importance matrix.
+
+    Args:
+        name: as the user named the file.
+        entries: tensor name to what is known of it.
+        dataset: the text it was made of, if it says so.
+        chunks: pieces of that text, 0 if it does not say.
+        digest: SHA-256 of the file.
+        made: what made the file, if `qwen35 calibrate` did: its model's geometry among it.
+        path: where it is, if it was read from there.
+    """
+
+    name: str
+    entries: Mapping[str, ImatrixEntry]
+    dataset: str
+    chunks: int
+    digest: str
+    made: Mapping[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+    def check(self, geometry: Mapping[str, int]) -> None:
+        """Check that it is of a model with this geometry, as far as it tells.
+
+        Raises:
+            InputError: it is of another.
+        """
+        difference = other_geometry(self.made, geometry)
+        if difference is not None:
+            found, expected = difference
+            raise InputError(self.name, found, expected=expected, hint=ANOTHER_MODEL)
+        last = geometry["layers"]  # the MTP layer's block, whether the model has it or not
+        for name in self.entries:
+            match = _BLOCK.match(name)
+            if match and int(match[1]) > last:
+                raise InputError(
+                    self.name, f"an entry {name}", expected=f"{last} layers", hint=ANOTHER_MODEL
+                )
+
+    def keys(self) -> dict[str, str | int]:
+        """Return the keys that llama-quantize writes about it, in its order."""
+        keys: dict[str, str | int] = {"quantize.imatrix.file": _cut(self.name)}
+        if self.dataset:
+            keys["quantize.imatrix.dataset"] = _cut(self.dataset)
+        keys["quantize.imatrix.entries_count"] = len(self.entries)
+        if self.chunks > 0:
+            keys["quantize.imatrix.chunks_count"] = self.chunks
+        return keys
+
+
+def _cut(text: str) -> str:
+    """Shorten as llama-quantize does, but never within a character."""
+    return text.encode()[:_KEY_BYTES].decode(errors="ignore")
+
+
+def open_imatrix(name: str, token: str | None = None) -> Imatrix:
+    """Read the importance matrix that `name` means: a file, or ``hf:owner/name/path`` of one.
+
+    Raises:
+        InputError: it is not one.
+        HubError: the Hub refused, or was not reached.
+    """
+    if name.startswith("hf:"):
+        path = download_file(name.removeprefix("hf:"), hub_token(token))
+    else:
+        path = Path(name)
+    return read_imatrix(path, name=name)
+
+
+def read_imatrix(path: Path, *, name: str = "") -> Imatrix:
+    """Read an importance matrix of either form.
+
+    Args:
+        path: the file.
+        name: what the user called it.
+
+    Raises:
+        InputError: it is not one, or holds something that cannot be a mean of squares.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(str(path), "not a file", expected="an importance matrix")
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    read = _from_gguf if is_gguf(path) else _from_dat
+    entries, dataset, chunks, made = read(path)
+    for key, entry in entries.items():
+        for i in range(len(entry.divisors)):
+            values = entry.slice(i, entry.width)
+            if not np.isfinite(values).all() or (values < 0).any():
+                raise InputError(str(path), f"{key} holds values that are no mean of squares")
+    return Imatrix(name or str(path), entries, dataset, chunks, digest, made, path)
+
+
+_Contents = tuple[dict[str, ImatrixEntry], str, int, Mapping[str, Any]]
+
+
+def _from_gguf(path: Path) -> _Contents:
+    container = read_container(path)
+    keys = container.keys
+    wanted = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
+    missing = [key for key in wanted if key not in keys]
+    if missing:
+        raise InputError(str(path), f"no {missing[0]} in it", expected="an importance matrix")
+    entries = {}
+    names = {key.removesuffix(SUMS).removesuffix(COUNTS): None for key in container.tensors}
+    for name in names:
+        sums, counts = (_tensor(container, name + suffix) for suffix in (SUMS, COUNTS))
+        size, slices = prod(sums.shape), prod(counts.shape)
+        if size % slices:
+            raise InputError(str(path), f"{size} sums and {slices} counts for {name}")
+        with path.open("rb") as file:
+            file.seek(counts.begin)
+            divisors = np.rint(np.frombuffer(file.read(counts.nbytes), "<f4"))
+        entries[name] = ImatrixEntry(path, sums.begin, size // slices, divisors)
+    if not entries:
+        raise InputError(str(path), "no entries in it")
+    datasets = keys["imatrix.datasets"]
+    first = datasets[0] if isinstance(datasets, list) and datasets else ""
+    chunks = keys["imatrix.chunk_count"]
+    if type(chunks) is not int:
+        raise InputError(str(path), f"imatrix.chunk_count {str(chunks)[:80]!r}", expected="a count")
+    made = strict_json(str(keys.get(MADE, "{}")).encode(), f"{MADE} of {path.name}")
+    if not isinstance(made, dict):
+        raise InputError(str(path), f"a malformed {MADE}")
+    return entries, str(first), chunks, made
+
+
+def _tensor(container: GgufHeader, name: str) -> Listed:
+    entry = container.tensors.get(name)
+    if entry is None or entry.kind.name != "f32":
+        found = entry.kind.name if entry else "missing"
+        raise InputError(container.path.name, f"{name} is {found}", expected="f32")
+    return entry
+
+
+def _from_dat(path: Path) -> _Contents:
+    with path.open("rb") as file:
+        reader = _Dat(file, path)
+        entries = dict(reader.entries())
+        dataset, chunks = reader.trailer()
+    return entries, dataset, chunks, {}
+
+
+class _Dat:
+    """The older form: counted records of (name, calls, values), then chunks and dataset."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._left = path.stat().st_size
+
+    def _take(self, count: int) -> bytes:
+        if not 0 <= count <= self._left:
+            raise InputError(
+                str(self._path), "ends too early", expected="an importance matrix, GGUF or .dat"
+            )
+        self._left -= count
+        return self._file.read(count)
+
+    def _number(self, most: int) -> int:
+        (value,) = struct.unpack("<i", self._take(4))
+        if not 0 <= value <= most:
+            raise InputError(
+                str(self._path), f"a count of {value}", expected="an importance matrix"
+            )
+        return int(value)
+
+    def entries(self) -> Iterator[tuple[str, ImatrixEntry]]:
+        count = self._number(self._left)
+        if count == 0:
+            raise InputError(str(self._path), "no entries in it")
+        for _ in range(count):
+            name = self._take(self._number(_MAX_NAME)).decode(errors="replace")
+            calls = self._number(2**31 - 1)
+            size = self._number(self._left // 4)
+            if size == 0:
+                raise InputError(str(self._path), f"no values for {name[:80]!r}")
+            begin = self._file.tell()
+            self._take(4 * size)
+            yield name, ImatrixEntry(self._path, begin, size, np.array([calls or 1], np.float32))
+
+    def trailer(self) -> tuple[str, int]:
+        if self._left < 8:
+            return "", self._number(2**31 - 1) if self._left >= 4 else 0
+        chunks = self._number(2**31 - 1)
+        return self._take(self._number(self._left)).decode(errors="replace"), chunks

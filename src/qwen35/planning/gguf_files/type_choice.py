@@ -1,0 +1,174 @@
+"""Which type each tensor gets: mixes, rules, fallbacks, and what an importance matrix knows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, NEEDS_IMATRIX, fallback
+from qwen35.errors import TensorError, UsageError
+from qwen35.planning.gguf_files.imatrix import Imatrix
+from qwen35.planning.gguf_files.mixes import MIX, FileType, MixGeometry, quantizable, select_types
+from qwen35.planning.gguf_files.tensor_names import UntypedTensor
+from qwen35.planning.rules import Recipe, Rule, check_used
+
+__all__ = ["Kinds", "TypeChooser", "float_kind", "imatrix_notes"]
+
+Kinds = Mapping[str, str]
+"""Tensor to type of ggml."""
+
+
+@dataclass(frozen=True)
+class TypeChooser:
+    """Chooses types for one model.
+
+    Args:
+        tensors: of the text model.
+        geometry: of the model.
+        recipe: its first rule that matches decides.
+        imatrix: an importance matrix.
+        upstream_counters: count layers as llama-quantize does (`select_types`).
+    """
+
+    tensors: Sequence[UntypedTensor]
+    geometry: MixGeometry
+    recipe: Recipe
+    imatrix: Imatrix | None
+    upstream_counters: bool
+
+    def ruled(self) -> dict[str, Rule | None]:
+        """Return the rule that decides each tensor that can be quantized.
+
+        Raises:
+            UsageError: a rule decides none.
+        """
+        chosen = {
+            tensor.name: self.recipe.find(tensor.rows.item.role, tensor.name)
+            for tensor in self.tensors
+            if quantizable(tensor.name, tensor.shape)
+        }
+        check_used(
+            self.recipe.rules,
+            chosen.values(),
+            name=lambda rule: rule.subject,
+            found="no tensor that can be quantized is left for it",
+            hint="names are those of `qwen35 gguf --dry-run --json`; the first rule decides",
+        )
+        return chosen
+
+    def kinds(self, file_type: FileType) -> tuple[Kinds, list[str]]:
+        """Return the type of every tensor of a file, and notes.
+
+        Raises:
+            UsageError: a rule asks for a type that does not fit, or needs an importance matrix.
+        """
+        if file_type.quantized:
+            return self._quantized(file_type)
+        kinds = {tensor.name: float_kind(tensor, file_type) for tensor in self.tensors}
+        note = f"{file_type.name} is not quantized: rules and recipes do not change it"
+        return kinds, [note] if self.recipe.rules else []
+
+    def _quantized(self, file_type: FileType) -> tuple[Kinds, list[str]]:
+        chosen = self.ruled()
+        named = {name: rule.action for name, rule in chosen.items() if rule and rule.action != MIX}
+        picked = select_types(
+            file_type,
+            [(tensor.name, tensor.shape) for tensor in self.tensors],
+            self.geometry,
+            named,
+            upstream_counters=self.upstream_counters,
+        )
+        kinds, notes = {}, []
+        for tensor in self.tensors:
+            if tensor.name not in picked:
+                kinds[tensor.name] = "f32"
+                continue
+            rule = chosen[tensor.name] if tensor.name in named else None
+            kind, note = self._fitting(tensor, picked[tensor.name], rule)
+            notes += note
+            self._check_imatrix(tensor, kind)
+            kinds[tensor.name] = kind
+        return kinds, notes
+
+    def _fitting(
+        self, tensor: UntypedTensor, kind: str, rule: Rule | None
+    ) -> tuple[str, list[str]]:
+        """Return the type that the tensor's rows fit, and a note if it is another."""
+        asked = GGML_TYPES[kind]
+        fitting = fallback(asked, tensor.row)
+        if fitting is asked:
+            return kind, []
+        found = f"{tensor.name}: rows of {tensor.row} do not fit {kind}"
+        if rule is not None and not self.upstream_counters:
+            expected = f"a multiple of {asked.block}, or the type {fitting.name}"
+            raise UsageError(rule.subject, found, expected=expected)
+        return fitting.name, [f"{found}, so it gets {fitting.name}"]
+
+    def _check_imatrix(self, tensor: UntypedTensor, kind: str) -> None:
+        known = self.imatrix is not None and tensor.name in self.imatrix.entries
+        if kind in NEEDS_IMATRIX and not known:
+            raise UsageError(
+                tensor.name,
+                f"{kind} without an importance matrix",
+                expected="an entry for it in --imatrix",
+                hint="ggml cannot write it otherwise: give another type",
+            )
+
+
+def float_kind(tensor: UntypedTensor, file_type: FileType) -> str:
+    """Return a tensor's type in a file that is not quantized."""
+    assert file_type.base in FLOATS
+    if tensor.storage == "any":
+        return file_type.base
+    return "f16" if tensor.storage == "patch" and file_type.base == "f16" else "f32"
+
+
+def imatrix_notes(imatrix: Imatrix, tensors: Sequence[UntypedTensor]) -> Iterator[str]:
+    """Yield what an importance matrix lacks for a model.
+
+    Raises:
+        TensorError: it is of another model.
+    """
+    wanted = {t.name: t for t in tensors if quantizable(t.name, t.shape)}
+    known = [name for name in wanted if name in imatrix.entries]
+    for name in known:
+        _check_size(imatrix, wanted[name])
+    if not known:
+        raise TensorError(imatrix.name, "no entry for any tensor of this model")
+    missing = [name for name in wanted if name not in imatrix.entries]
+    if missing:
+        yield (
+            f"{imatrix.name} has nothing on {len(missing)} of {len(wanted)} tensors, which are "
+            f"quantized without: {_some(missing)}"
+        )
+    extra = sorted(set(imatrix.entries) - set(wanted))
+    if extra:
+        yield f"{imatrix.name} speaks of tensors that are not here: {_some(extra)}"
+    if filled := imatrix.made.get("experts_below_floor"):
+        yield (
+            f"{imatrix.name} saw fewer than {imatrix.made.get('floor')} tokens for {filled} "
+            "experts, which were filled up from the average of their layer"
+        )
+    partial = [name for name in known if imatrix.entries[name].unseen]
+    if partial:
+        count = sum(imatrix.entries[name].unseen for name in partial)
+        yield (
+            f"{imatrix.name} saw no token for {count} experts, whose channels count evenly: "
+            f"{_some(partial)}"
+        )
+
+
+def _check_size(imatrix: Imatrix, tensor: UntypedTensor) -> None:
+    found, expected = imatrix.entries[tensor.name].size, tensor.row * len(tensor.rows.slabs)
+    if found != expected:
+        raise TensorError(
+            imatrix.name,
+            f"{found} values for {tensor.name}",
+            expected=str(expected),
+            hint="it was made for another model",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

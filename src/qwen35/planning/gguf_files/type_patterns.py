@@ -1,0 +1,62 @@
+"""llama-quantize's patterns on names, as rules of a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from qwen35.checkpoint.locations import read_bounded
+from qwen35.codecs.ggml.types import ggml_type
+from qwen35.errors import InputError, UsageError
+from qwen35.planning.rules import Rule
+
+__all__ = ["exported", "pattern_rules"]
+
+_MAX_BYTES = 2**24
+
+
+def pattern_rules(lines: Sequence[str], files: Sequence[Path]) -> tuple[Rule, ...]:
+    """Return the rules of ``--tensor-type`` lines, then those of ``--tensor-type-file`` files.
+
+    A line is ``PATTERN=TYPE``; a file holds lines between spaces or line ends, as llama-quantize
+    reads it: patterns are ECMAScript's, put into lower case, found anywhere in a name.
+
+    Raises:
+        UsageError: a line or file is malformed, or a type is unknown.
+    """
+    rules = [_pattern(f"--tensor-type {line}", line) for line in lines]
+    for path in files:
+        try:
+            text = read_bounded(path, _MAX_BYTES).decode()
+        except (InputError, UnicodeDecodeError) as error:
+            raise UsageError(f"--tensor-type-file {path}", f"cannot be read ({error})") from error
+        if not text.split():
+            raise UsageError(f"--tensor-type-file {path}", "no rules in it")
+        rules += [_pattern(f"{path.name}, {line}", line) for line in text.split()]
+    return tuple(rules)
+
+
+_ECMASCRIPT_LACKS = re.compile(r"\(\?(?![:=!])|\\[AZ]|\[\[[:.=]")
+"""What Python's patterns and ECMAScript's do not share, and a name's pattern never needs."""
+
+
+def _pattern(subject: str, line: str) -> Rule:
+    text, separator, kind = line.partition("=")
+    if not separator or not text or not kind:
+        raise UsageError(subject, "malformed", expected="PATTERN=TYPE")
+    name = ggml_type(kind, subject).name
+    lowered = text.lower()
+    if _ECMASCRIPT_LACKS.search(lowered):
+        raise UsageError(subject, "not a pattern that llama-quantize would read the same way")
+    try:
+        pattern = re.compile(lowered, re.ASCII)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UsageError(subject, f"not a pattern ({error})") from error
+    return Rule(text, name, f"{text}={kind}", required=True, subject=subject, pattern=pattern)
+
+
+def exported(kinds: Mapping[str, str]) -> Iterator[str]:
+    """Yield lines for ``llama-quantize --tensor-type-file`` that give each tensor its type."""
+    for name, kind in kinds.items():
+        yield f"^{re.escape(name)}$={kind}"

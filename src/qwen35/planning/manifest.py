@@ -1,0 +1,235 @@
+"""qwen35.json: what an output was made from, how, and what every file of it hashes to."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from qwen35.checkpoint.header import json_bytes
+from qwen35.checkpoint.locations import FileLocation
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.checkpoint.source import Checkpoint, read_json
+from qwen35.errors import InputError, UsageError
+from qwen35.planning.container import Container
+from qwen35.planning.layers import parse_layers, spell_layers
+from qwen35.planning.rules import Recipe, Rule
+from qwen35.version import __version__
+
+if TYPE_CHECKING:
+    from qwen35.planning.output_plan import Plan
+
+__all__ = [
+    "MANIFEST_VERSION",
+    "made_bytes",
+    "manifest_bytes",
+    "manifest_size",
+    "manifest_versions",
+    "read_manifest",
+    "recipe_json",
+    "recipe_of",
+    "source_json",
+    "source_of",
+    "work_key",
+]
+
+MANIFEST_VERSION = 1
+"""Raised when a reader of older manifests would misread a newer one."""
+
+_NO_HASH = "0" * 64
+
+
+def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
+    """Render the manifest.
+
+    Args:
+        plan: what was executed.
+        hashes: SHA-256 of every file in `Plan.file_sizes`.
+    """
+    asked = plan.container.asked_json(plan)
+    return made_bytes(
+        plan.checkpoint,
+        asked["recipe"],
+        plan.digest,
+        dict(plan.file_sizes()),
+        hashes,
+        scale_choice=asked.get("calibration"),
+        tensors=plan.container.tensors_json(plan),
+        notes=plan.notes,
+    )
+
+
+def made_bytes(
+    checkpoint: Checkpoint,
+    recipe: Mapping[str, Any],
+    digest: str,
+    sizes: Mapping[str, int],
+    hashes: Mapping[str, str],
+    *,
+    scale_choice: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Mapping[str, str]] | None = None,
+    notes: Sequence[str] = (),
+) -> bytes:
+    """Render the manifest of an output, by whatever plan it was made.
+
+    Args:
+        checkpoint: the source.
+        recipe: name, format and rules, as plain values.
+        digest: of the plan.
+        sizes: bytes of every file but the manifest.
+        hashes: SHA-256 of each.
+        scale_choice: how scales were chosen, as plain values.
+        tensors: file to tensor to type and shape.
+        notes: of the plan.
+    """
+    return json_bytes(
+        {
+            "manifest": MANIFEST_VERSION,
+            "tool": manifest_versions(),
+            "source": source_json(checkpoint),
+            "recipe": recipe,
+            "calibration": scale_choice,
+            "plan": digest,
+            "files": {name: {"size": size, "sha256": hashes[name]} for name, size in sizes.items()},
+            "tensors": tensors or {},
+            "notes": list(notes),
+        }
+    )
+
+
+def manifest_size(plan: Plan) -> int:
+    """Return the manifest's exact size before there is anything to hash."""
+    return len(manifest_bytes(plan, {name: _NO_HASH for name, _ in plan.file_sizes()}))
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as plain values; `recipe_of` reads them."""
+    rules = [_rule_row(rule) for rule in recipe.rules]
+    return {"name": recipe.name, "format": recipe.format, "rules": rules}
+
+
+def _rule_row(rule: Rule) -> list[str]:
+    """Return a rule as manifests list it; its layers last, if it is not for all."""
+    layers = [] if rule.layers is None else [spell_layers(rule.layers)]
+    return [rule.match, rule.action, rule.reason, *layers]
+
+
+def manifest_versions() -> dict[str, str]:
+    """Return the versions of everything that a byte of the output passes through."""
+    libraries = {name: version(name) for name in ("jinja2", "numba", "numpy")}
+    return {"qwen35": __version__, "python": platform.python_version(), **libraries}
+
+
+def work_key(plan: Plan) -> dict[str, Any]:
+    """Return everything that decides an output's bytes, to tell whether a run can be continued.
+
+    That is the plan, the source (a commit, or files by size and time of their last change) and the
+    versions of what bytes pass through.
+    """
+    tool = manifest_versions()
+    for name in plan.container.libraries:
+        with suppress(PackageNotFoundError):
+            tool[name] = version(name)
+    checkpoint = plan.checkpoint
+    source = source_json(checkpoint)
+    if not checkpoint.repo:
+        source["files"] = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
+    return {"plan": plan.digest, "source": source, "tool version": tool}
+
+
+def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return where a checkpoint comes from, as manifests say it."""
+    if checkpoint.repo:
+        return {"repo": checkpoint.repo, "revision": checkpoint.revision}
+    folder = checkpoint.root.resolve() if checkpoint.root else PurePath(checkpoint.name)
+    return {"folder": folder.name}
+
+
+def read_manifest(place: FileLocation) -> Mapping[str, Any] | None:
+    """Read and check the manifest of an artifact; None if it has none.
+
+    Raises:
+        InputError: it is malformed, or of another version.
+    """
+    if MANIFEST_NAME not in place.sizes():
+        return None
+    manifest = read_json(place, MANIFEST_NAME)
+    if not isinstance(manifest, dict) or manifest.get("manifest") != MANIFEST_VERSION:
+        raise InputError(MANIFEST_NAME, "not a manifest of this version of qwen35")
+    files, tensors = manifest.get("files"), manifest.get("tensors")
+    if not isinstance(files, dict) or not all(map(_is_file_entry, files.values())):
+        raise InputError(MANIFEST_NAME, "malformed files", expected="size and sha256 of each")
+    if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
+        raise InputError(MANIFEST_NAME, "malformed tensors", expected="a table for each file")
+    return manifest
+
+
+def _is_file_entry(entry: object) -> bool:
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("size")) is int
+        and isinstance(entry.get("sha256"), str)
+    )
+
+
+def source_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return repository and commit of the source; None and None if it was a folder.
+
+    Raises:
+        InputError: the manifest is malformed.
+    """
+    source = manifest.get("source")
+    if not isinstance(source, dict):
+        raise InputError(MANIFEST_NAME, "names no source")
+    repo, revision = source.get("repo"), source.get("revision")
+    if repo is None:
+        return None, None
+    if not isinstance(repo, str) or not isinstance(revision, str):
+        raise InputError(MANIFEST_NAME, "a malformed source", expected="repo and revision")
+    return repo, revision
+
+
+def recipe_of(manifest: Mapping[str, Any], container: Container) -> Recipe:
+    """Return the recipe that the output was made with, whatever its file says by now.
+
+    Args:
+        manifest: parsed.
+        container: what holds the output.
+
+    Raises:
+        InputError: the manifest is malformed.
+    """
+    recipe = manifest.get("recipe")
+    if not isinstance(recipe, dict) or not {"name", "format"} <= recipe.keys():
+        raise InputError(MANIFEST_NAME, "names no recipe")
+    rows = recipe.get("rules", [])
+    if not isinstance(rows, list):
+        raise InputError(MANIFEST_NAME, "a malformed recipe", expected="a list of rules")
+    name, kind = recipe["name"], recipe["format"]
+    if not isinstance(name, str) or kind not in container.formats:
+        raise InputError(MANIFEST_NAME, "a malformed recipe", expected="its name and format")
+    rules = tuple(map(_rule_of, rows))
+    try:
+        for rule in rules:
+            container.action(f"recipe {name}", f"recipe {name}", rule.action, kind)
+    except UsageError as error:
+        raise InputError(MANIFEST_NAME, f"a malformed recipe ({error.message})") from error
+    return Recipe(name, kind, "", rules, container)
+
+
+def _rule_of(row: Any) -> Rule:
+    if not isinstance(row, list) or len(row) not in (3, 4) or not all(map(_is_text, row[:3])):
+        raise InputError(MANIFEST_NAME, "a malformed recipe", expected="match, action and reason")
+    match, action, reason, *layers = row
+    try:
+        only = parse_layers(MANIFEST_NAME, layers[0]) if layers else None
+    except UsageError as error:
+        raise InputError(MANIFEST_NAME, error.found, expected=error.expected) from error
+    return Rule(match, action, reason, layers=only)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

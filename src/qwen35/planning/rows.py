@@ -1,0 +1,265 @@
+"""Rows: where the values of an output come from, and the only way in which they are read.
+
+An output has rows of one weight, or of several (a stack of experts), each after some transforms.
+They are read in chunks: runs of rows that lie one behind the other in the source as well, small
+enough that memory does not grow with the weight, whatever codec holds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from qwen35.checkpoint.inventory import InventoryItem
+from qwen35.codecs import pieces
+from qwen35.codecs.codec import Piece, StoredValues
+from qwen35.codecs.pieces import Readable, not_finite
+from qwen35.codecs.registry import codec_of, is_packed
+from qwen35.planning.transforms import Transform
+from qwen35.tensors import Weight
+
+if TYPE_CHECKING:
+    from qwen35.array_types import F32, Array
+
+__all__ = ["RowChunk", "RowReader", "RowSpan", "Rows", "WeightSlab", "rows_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSlab:
+    """Consecutive rows of one weight.
+
+    Args:
+        item: the weight.
+        row: the first row, all dimensions but the last flattened.
+    """
+
+    item: InventoryItem
+    row: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RowChunk:
+    """Rows of one slab that are read at once.
+
+    Args:
+        slab: its number.
+        first: first row, counted in the slab as the output has it.
+        count: rows.
+        source: first row, counted in the weight.
+    """
+
+    slab: int
+    first: int
+    count: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowSpan:
+    """Rows that one thread goes through: of one slab, or all of several of the same weight.
+
+    Args:
+        slabs: their numbers, one after the other.
+        first: first row of each slab, as the output has it.
+        count: rows of each slab.
+    """
+
+    slabs: range
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where the values of an output come from.
+
+    Args:
+        shape: of the output; all slabs have as many rows.
+        slabs: one, or one for each expert.
+        transforms: what happens to the values, in order.
+    """
+
+    shape: tuple[int, ...]
+    slabs: tuple[WeightSlab, ...]
+    transforms: tuple[Transform, ...] = ()
+
+    @property
+    def row(self) -> int:
+        """Elements of a row."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
+    def count(self) -> int:
+        """Rows of one slab."""
+        total = 1
+        for size in self.shape[:-1]:
+            total *= size
+        return total // len(self.slabs)
+
+    @property
+    def item(self) -> InventoryItem:
+        """The weight of the first slab."""
+        return self.slabs[0].item
+
+    @property
+    def whole(self) -> bool:
+        """Whether a weight is needed whole for any of its rows."""
+        return any(transform.whole for transform in self.transforms)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the source that hold these rows."""
+        return sum(self._share(slab.item) for slab in self.slabs)
+
+    def _share(self, item: InventoryItem) -> int:
+        nbytes, numel = item.weight.nbytes, item.spec.numel
+        if not numel:
+            return nbytes
+        return nbytes * min(numel, self.count * self.row) // numel
+
+    @property
+    def whole_span(self) -> RowSpan:
+        """All of the rows."""
+        return RowSpan(range(len(self.slabs)), 0, self.count)
+
+    def spans(self, grain: int, elements: int) -> Iterator[RowSpan]:
+        """Cut the rows into spans of about so many elements, each of one weight.
+
+        A slab whose rows are not in the order of the source is not cut.
+        """
+        per_slab = max(1, self.count * self.row)
+        if per_slab > elements and not self.whole and self._moved is None:
+            size = max(1, elements // self.row // grain) * grain
+            for number in range(len(self.slabs)):
+                for first in range(0, self.count, size):
+                    yield RowSpan(range(number, number + 1), first, min(size, self.count - first))
+            return
+        begin, most = 0, max(1, elements // per_slab)
+        for end in range(1, len(self.slabs) + 1):
+            last = end == len(self.slabs)
+            if last or end - begin >= most or self._weight(end) is not self._weight(begin):
+                yield RowSpan(range(begin, end), 0, self.count)
+                begin = end
+
+    def _weight(self, slab: int) -> Weight:
+        return self.slabs[slab].item.weight
+
+    @property
+    def _moved(self) -> Transform | None:
+        """The transform that takes rows from elsewhere, if there is one."""
+        return next((t for t in self.transforms if t.moves), None)
+
+    def chunks(self, grain: int = 1, span: RowSpan | None = None) -> Iterator[RowChunk]:
+        """Cut rows into chunks of whole grains, slab by slab, in the order of the source."""
+        span = span or self.whole_span
+        size = max(1, pieces.PIECE // max(1, self.row) // grain) * grain
+        for number in span.slabs:
+            base = self.slabs[number].row
+            if self.whole:
+                yield RowChunk(number, 0, self.count, base)
+                continue
+            runs = list(self._runs(span))
+            starts = accumulate((count for _, count in runs), initial=span.first)
+            for (source, count), begin in sorted(zip(runs, starts, strict=False)):
+                for done in range(0, count, size):
+                    part = min(size, count - done)
+                    yield RowChunk(number, begin + done, part, base + source + done)
+
+    def _runs(self, span: RowSpan) -> Iterator[tuple[int, int]]:
+        """Yield (first row in the slab, rows) for the rows of a span, in order."""
+        if self._moved is None:
+            yield span.first, span.count
+            return
+        yield from self._moved.runs(span.first, span.count)
+
+    def bounds(self, span: RowSpan) -> tuple[str, int, int]:
+        """Return the file of the source and the bytes of it that a span's main parts lie in."""
+        item = self.slabs[span.slabs[0]].item
+        main, numel = item.weight.main, item.spec.numel
+        if self.whole or self._moved is not None or not numel or not self.row:
+            return main.file, main.begin, main.begin + main.spec.nbytes
+        first = self.slabs[span.slabs[0]].row + span.first
+        end = self.slabs[span.slabs[-1]].row + span.first + span.count
+        begin, behind = (main.spec.nbytes * n * self.row // numel for n in (first, end))
+        return main.file, main.begin + begin, main.begin + behind
+
+    def share(self, span: RowSpan) -> int:
+        """Return how many bytes of the source a span stands for; its spans add up to `nbytes`."""
+        total = 0
+        for number in span.slabs:
+            item = self.slabs[number].item
+            if self.whole or not self.count:
+                total += self._share(item)
+                continue
+            done, nbytes = span.first, self._share(item)
+            total += nbytes * (done + span.count) // self.count - nbytes * done // self.count
+        return total
+
+    def end_of(self, chunk: RowChunk) -> int:
+        """Return how far into its file a chunk has read when it is done."""
+        item = self.slabs[chunk.slab].item
+        main, numel = item.weight.main, item.spec.numel
+        done = numel if self.whole else (chunk.source + chunk.count) * self.row
+        return main.begin + (main.spec.nbytes * done // numel if numel else 0)
+
+    def columns(self, values: Array) -> Array:
+        """Return [n, row] values that belong to columns, in the order of the output's columns."""
+        for transform in self.transforms:
+            if not transform.values:
+                values, _ = transform.apply(values, "F32")
+        return values
+
+    def open(self, reader: Readable, *, check: bool = True) -> RowReader:
+        """Return what reads these rows; with `check`, values that are not finite are refused."""
+        return RowReader(self, reader, check)
+
+
+def rows_of(item: InventoryItem) -> Rows:
+    """Return a weight as it is."""
+    return Rows(item.spec.shape, (WeightSlab(item),))
+
+
+class RowReader:
+    """Rows that are being read; for one thread.
+
+    Args:
+        rows: which.
+        reader: of the source.
+        check: whether values that are not finite are refused here; decoded ones always are.
+    """
+
+    def __init__(self, rows: Rows, reader: Readable, check: bool) -> None:
+        self._rows, self._reader, self._check = rows, reader, check
+        self._slab = -1
+        self._values: StoredValues
+
+    def piece(self, chunk: RowChunk, importance: F32 | None = None) -> Piece:
+        """Read a chunk, decoded and transformed.
+
+        Raises:
+            TensorError: it cannot be read or decoded, or holds NaN or infinity.
+        """
+        from qwen35.codecs.floats import all_finite, empty
+
+        rows = self._rows
+        item = rows.slabs[chunk.slab].item
+        if chunk.slab != self._slab:
+            self._values = codec_of(item.weight).open(self._reader, item.weight, item.spec)
+            self._slab = chunk.slab
+        dtype = item.spec.dtype
+        count = item.spec.numel if rows.whole else chunk.count * rows.row
+        flat = empty(dtype, count)
+        self._values.read_into(0 if rows.whole else chunk.source * rows.row, flat)
+        if (self._check or is_packed(item.weight)) and not all_finite(flat, dtype):
+            raise not_finite(item.weight.name)
+        values = flat if rows.whole else flat.reshape(chunk.count, rows.row)
+        for transform in rows.transforms:
+            values, dtype = transform.apply(values, dtype)
+        return Piece(chunk.slab * rows.count + chunk.first, values, dtype, importance)
+
+    def pieces(self, chunks: Iterable[RowChunk]) -> Iterator[Piece]:
+        """Read chunks, one after the other."""
+        for chunk in chunks:
+            yield self.piece(chunk)

@@ -1,0 +1,165 @@
+"""Recipes: tables from role to action, with a reason for each row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+from qwen35.codecs.registry import CODECS
+from qwen35.errors import UsageError
+from qwen35.model.roles import ROLES, Role, in_group
+from qwen35.planning.container import Container
+
+__all__ = ["Recipe", "Rule", "check_match", "check_used"]
+
+_ROLES_HINT = "`qwen35 plan --roles` prints the roles"
+_KINDS = sorted({info.kind for info in ROLES.values()})
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row of a recipe; the first that matches a weight decides.
+
+    An action that packs leaves alone, in a group, what its codec cannot hold: norms, biases,
+    tables, routers and convolutions.
+
+    Args:
+        match: a role or the group its first segments name, ``kind:linear``, ``*``; or, in a file
+            that names its tensors otherwise, a pattern on those names.
+        action: what a container's `Container.actions` names.
+        reason: why, in a few words; shown by ``plan``.
+        required: whether it is an error if no tensor is left for it.
+        layers: the layers it is for; None for all, and for what is in no layer.
+        subject: what sentences call it, if not by `match` and `reason`.
+        pattern: `match` compiled, if it is a pattern.
+    """
+
+    match: str
+    action: str
+    reason: str
+    required: bool = False
+    layers: frozenset[int] | None = None
+    subject: str = field(default="", compare=False)
+    pattern: re.Pattern[str] | None = None
+
+    def matches(self, role: Role, name: str = "") -> bool:
+        """Whether the rule speaks of the weight with `role`, which the output calls `name`."""
+        if self.pattern is not None:
+            return self.pattern.search(name) is not None
+        if self.layers is not None and role.layer not in self.layers:
+            return False
+        if self.match == "*":
+            return True
+        if self.match.startswith("kind:"):
+            return role.info.kind == self.match.removeprefix("kind:")
+        if role.name != self.match and role.info.kind in _spared(self.action):
+            return False
+        return in_group(role.name, self.match)
+
+
+@cache
+def _spared(action: str) -> frozenset[str]:
+    codec = CODECS.get(action)
+    return codec.spared if codec else frozenset()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of rules; the first that matches a weight decides.
+
+    Args:
+        name: built-in name or file name.
+        format: what its rules may make of weights: a format of some container.
+        description: one line.
+        rules: in order.
+        container: what holds the output.
+    """
+
+    name: str
+    format: str
+    description: str
+    rules: tuple[Rule, ...]
+    container: Container
+
+    def find(self, role: Role, name: str = "") -> Rule | None:
+        """Return the first rule that matches a weight, if any does."""
+        return next((rule for rule in self.rules if rule.matches(role, name)), None)
+
+    def rule_for(self, role: Role, name: str = "") -> Rule:
+        """Return the first rule that matches a weight.
+
+        Raises:
+            UsageError: none does.
+        """
+        found = self.find(role, name)
+        if found is None:
+            hint = 'end it with match = "*"'
+            raise UsageError(f"recipe {self.name}", f"no rule for {role.name}", hint=hint)
+        return found
+
+    def keeping(self, roles: tuple[str, ...]) -> Recipe:
+        """Return this recipe with `roles` left unquantized.
+
+        Raises:
+            UsageError: a name is neither a role nor a group of roles.
+        """
+        rules = []
+        for role in dict.fromkeys(roles):
+            if role == "*" or role.startswith("kind:"):
+                raise UsageError(f"--keep {role}", "not a role", hint=_ROLES_HINT)
+            check_match(f"--keep {role}", role)
+            if not any(role != other and in_group(role, other) for other in roles):
+                rules.append(Rule(role, "plain", "asked for by --keep", required=True))
+        return self.preceded(rules)
+
+    def dropping_mtp(self) -> Recipe:
+        """Return this recipe with the multi-token-prediction layer dropped."""
+        return self.preceded([Rule("mtp", "drop", "asked for by --drop-mtp")])
+
+    def preceded(self, rules: Iterable[Rule]) -> Recipe:
+        """Return this recipe with `rules` before its own."""
+        return replace(self, rules=(*rules, *self.rules))
+
+
+def check_used(
+    rules: Sequence[Rule],
+    used: Iterable[Rule | None],
+    *,
+    name: Callable[[Rule], str],
+    found: str,
+    hint: str,
+) -> None:
+    """Refuse rules that decide nothing.
+
+    Args:
+        rules: all of them.
+        used: those that decide something.
+        name: what to call a rule.
+        found: what to say of one that does not.
+        hint: what to do about it.
+
+    Raises:
+        UsageError: a required rule is left without a tensor.
+    """
+    identities = {id(rule) for rule in used}
+    for rule in rules:
+        if rule.required and id(rule) not in identities:
+            raise UsageError(name(rule), found, hint=hint)
+
+
+def check_match(subject: str, match: str) -> None:
+    """Refuse a rule's `match` that names nothing of the family.
+
+    Raises:
+        UsageError: it is neither ``*`` nor ``kind:`` and a kind, nor a role, nor a group of roles.
+    """
+    if match == "*":
+        return
+    if match.startswith("kind:"):
+        if match.removeprefix("kind:") not in _KINDS:
+            raise UsageError(subject, f"{match!r}", expected=f"kind: and {', '.join(_KINDS)}")
+        return
+    if not any(in_group(path.removesuffix(".weight"), match) for path in ROLES):
+        raise UsageError(subject, f"{match!r} is not a role", hint=_ROLES_HINT)

@@ -1,0 +1,88 @@
+"""The config.json of an output, derived from what the plan writes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qwen35.codecs.registry import CODECS
+from qwen35.errors import UsageError
+from qwen35.model.model_config import ARCHITECTURES, ModelConfig
+
+if TYPE_CHECKING:
+    from qwen35.planning.safetensors_files.safetensors_steps import DraftStep
+
+__all__ = ["output_config"]
+
+_TEXT_TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+_ROOT_ONLY = (
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+)
+"""Keys that a text-only config takes from the root of the vision-language one, if set there."""
+
+
+def output_config(
+    config: ModelConfig, drafts: Sequence[DraftStep], *, text_only: bool, prefix: str
+) -> dict[str, Any]:
+    """Return config.json for the tensors that `drafts` write.
+
+    Args:
+        config: of the source.
+        drafts: all of them.
+        text_only: whether the vision tower of a vision-language source is dropped.
+        prefix: what text tensors begin with in the output.
+
+    Raises:
+        UsageError: they write what no loader could read.
+    """
+    raw = _text_only(config) if text_only else copy.deepcopy(config.raw)
+    text = raw["text_config"] if ARCHITECTURES[raw["model_type"]].vision else raw
+    for holder in (raw, text):
+        holder.pop("quantization_config", None)
+    if config.mtp_layers:
+        _set_mtp(raw, text, config.mtp_layers if _writes_mtp(drafts) else 0)
+    written = [draft for draft in drafts if draft.outputs]
+    packings = [CODECS[name] for name in {draft.codec for draft in written} if CODECS[name].packed]
+    if len(packings) > 1:
+        labels = " and ".join(sorted((codec.label for codec in packings), reverse=True))
+        found = f"would leave {labels} weights in one checkpoint"
+        raise UsageError("recipe", found, hint="decode the source first, with --recipe bf16")
+    for codec in packings:
+        raw["quantization_config"] = codec.config(written, prefix, config.dtype)
+    return raw
+
+
+def _set_mtp(raw: dict[str, Any], text: dict[str, Any], layers: int) -> None:
+    """Write how many MTP layers there are, wherever the source says it."""
+    key = "mtp_num_hidden_layers"
+    text[key] = layers
+    if key in raw:
+        raw[key] = layers
+
+
+def _writes_mtp(drafts: Sequence[DraftStep]) -> bool:
+    written = {bool(draft.outputs) for draft in drafts if draft.role.scope == "mtp"}
+    if len(written) > 1:
+        raise UsageError("recipe", "drops a part of the MTP layer", hint="drop mtp, or keep it")
+    return written == {True}
+
+
+def _text_only(config: ModelConfig) -> dict[str, Any]:
+    root = copy.deepcopy(config.text_raw)
+    model_type = _TEXT_TYPES[config.model_type]
+    for key in _ROOT_ONLY:
+        if config.raw.get(key) is not None:
+            root[key] = config.raw[key]
+    root.pop("architectures", None)
+    return {
+        "architectures": [ARCHITECTURES[model_type].class_name],
+        **root,
+        "model_type": model_type,
+    }

@@ -1,0 +1,116 @@
+"""Safetensors as the protocol asks for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qwen35.codecs.registry import CODECS, packings
+from qwen35.errors import UsageError
+from qwen35.planning.container import Container, ContainerInputs, ContainerOptions
+
+if TYPE_CHECKING:
+    from qwen35.checkpoint.source import Checkpoint
+    from qwen35.planning.output_plan import Plan
+    from qwen35.planning.rules import Recipe
+
+__all__ = ["ACTIONS", "SafetensorsContainer"]
+
+ACTIONS: dict[str, str] = {
+    "drop": "not written",
+    "keep": "copied as stored, packed or not",
+    **{name: codec.meaning for name, codec in CODECS.items() if codec.container == "safetensors"},
+}
+"""What a rule may ask for."""
+
+
+class SafetensorsContainer(Container):
+    """Shards, index, config.json and side-cars."""
+
+    name = "safetensors"
+    verb = "convert"
+    formats = ("stored", *packings("safetensors"))
+    recipes = "a built-in recipe"
+    engine = (("torch", "transformers"), "nf4")
+
+    def action(self, recipe: str, rule: str, action: str, kind: str) -> str:
+        """Return the action: one of `ACTIONS`, and of those that pack only the format's own."""
+        if action not in ACTIONS:
+            raise UsageError(rule, f"action {action!r}", expected=" or ".join(ACTIONS))
+        codec = CODECS.get(action)
+        if codec is not None and codec.packed and action != kind:
+            hint = f'give it format = "{action}"'
+            raise UsageError(recipe, f"packs as {codec.label}", hint=hint)
+        return action
+
+    def options(self, **given: Any) -> ContainerOptions:
+        """Return `SafetensorsOptions`."""
+        from qwen35.planning.safetensors_files.safetensors_options import SafetensorsOptions
+
+        return SafetensorsOptions(**given)
+
+    def make(self, checkpoint: Checkpoint, recipe: Recipe, options: Any) -> Plan:
+        """Plan the output."""
+        from qwen35.planning.safetensors_files.safetensors_plan import make
+
+        return make(checkpoint, recipe, options)
+
+    def asked_json(self, plan: Plan, *, whole: bool = False) -> dict[str, Any]:
+        """Return recipe and calibration."""
+        from qwen35.planning.safetensors_files.safetensors_manifest import asked_json
+
+        return asked_json(plan, whole=whole)
+
+    def asked_again(
+        self, manifest: Mapping[str, Any], inputs: ContainerInputs
+    ) -> tuple[Recipe, ContainerOptions]:
+        """Return the recipe and the options of a manifest."""
+        from qwen35.planning.safetensors_files.safetensors_manifest import asked_again
+
+        return asked_again(self, manifest, inputs)
+
+    def tensors_json(self, plan: Plan) -> dict[str, dict[str, str]]:
+        """Return file to tensor to dtype and shape."""
+        return {
+            file.name: {
+                out.name: f"{out.dtype} {list(out.shape)}"
+                for step in file.steps
+                for out in step.outputs
+            }
+            for file in plan.files
+        }
+
+    def kind(self, plan: Plan) -> str:
+        """Return the codec that packs weights, or the one of weights that are not packed."""
+        return min((s.packing for s in plan.steps if s.packing), default="plain")
+
+    def has_vision(self, plan: Plan) -> bool:
+        """Whether the vision tower is written."""
+        return any(step.role.scope == "visual" and step.targets for step in plan.steps)
+
+    def suffix(self, plan: Plan) -> str:
+        """Return what the name of an output ends with: its codec's."""
+        return CODECS[self.kind(plan)].suffix
+
+    def text(self, plan: Plan, threads: int) -> str:
+        """Render a plan for people."""
+        from qwen35.planning.safetensors_files.safetensors_display import plan_text
+
+        return plan_text(plan, threads)
+
+    def json(self, plan: Plan, threads: int) -> dict[str, Any]:
+        """Return all of a plan as plain values."""
+        from qwen35.planning.safetensors_files.safetensors_display import plan_json
+
+        return plan_json(plan, threads)
+
+    def packed_json(self, plan: Plan) -> dict[str, int]:
+        """Return how many weights each codec packs."""
+        return dict(Counter(step.packing for step in plan.steps if step.packing))
+
+    def written_text(self, plan: Plan) -> str:
+        """Say how many weights are packed, and as what."""
+        from qwen35.planning.safetensors_files.safetensors_display import packed_text
+
+        return packed_text(plan)

@@ -1,0 +1,171 @@
+"""The files whose content a plan makes: config.json, the index, what text-only outputs change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qwen35.checkpoint.header import json_bytes, strict_json
+from qwen35.checkpoint.locations import FileLocation
+from qwen35.checkpoint.source import INDEX_NAME, Checkpoint
+from qwen35.errors import InputError
+from qwen35.planning.safetensors_files.config_json import output_config
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qwen35.planning.output_plan import PlannedFile
+    from qwen35.planning.safetensors_files.safetensors_steps import DraftStep
+
+__all__ = ["DOCUMENTS", "DraftedOutput", "documents", "template_notes"]
+
+_MAX_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class DraftedOutput:
+    """An output that is known but for its documents.
+
+    Args:
+        checkpoint: the source.
+        drafts: what happens to its weights.
+        files: those that hold tensors.
+        text_only: whether the vision tower of a vision-language source is dropped.
+        prefix: what text tensors begin with in the output.
+    """
+
+    checkpoint: Checkpoint
+    drafts: Sequence[DraftStep]
+    files: Sequence[PlannedFile]
+    text_only: bool
+    prefix: str
+
+
+def documents(output: DraftedOutput) -> dict[str, bytes]:
+    """Return the files that the plan of an output makes, by name.
+
+    Raises:
+        InputError: a template or a JSON file of the source is not valid.
+        UsageError: the output is one that no loader could read.
+    """
+    made = {name: make(output, name) for name, make in DOCUMENTS.items()}
+    return {name: content for name, content in made.items() if content is not None}
+
+
+def _config(output: DraftedOutput, name: str) -> bytes:
+    del name
+    config, text_only = output.checkpoint.config, output.text_only
+    return json_bytes(
+        output_config(config, output.drafts, text_only=text_only, prefix=output.prefix)
+    )
+
+
+def _index(output: DraftedOutput, name: str) -> bytes | None:
+    """Return the index that several shards need."""
+    del name
+    if len(output.files) == 1:
+        return None
+    total = sum(file.nbytes - len(file.head) for file in output.files)
+    weight_map = {name: file.name for file in output.files for name in file.offsets}
+    return json_bytes(
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
+
+
+def _text_only(transform: Callable[[bytes, str], bytes]) -> _Make:
+    """Return what makes a side-car that text-only outputs have in another form."""
+
+    def make(output: DraftedOutput, name: str) -> bytes | None:
+        place = output.checkpoint.place
+        if not output.text_only or place is None or name not in output.checkpoint.sidecars:
+            return None
+        return transform(_read(place, name), name)
+
+    return make
+
+
+def template_notes(documents: Mapping[str, bytes]) -> tuple[str, ...]:
+    """Return a note for each document whose template still writes image or video tokens.
+
+    Args:
+        documents: of a text-only output.
+    """
+    templates = {name: content for name, content in documents.items() if name in _TEMPLATES}
+    if not templates:
+        return ()
+    from qwen35.planning.safetensors_files.chat_template import writes_vision
+
+    return tuple(
+        f"{name}: its test for images or videos was not recognized, so it still writes their tokens"
+        for name, content in templates.items()
+        if writes_vision(_template_text(name, content))
+    )
+
+
+def _template_text(name: str, content: bytes) -> str:
+    """Return the part of a document that is a template; token lists name image tokens rightly."""
+    text = content.decode()
+    return text if name.endswith(".jinja") else str(json.loads(text).get("chat_template", ""))
+
+
+def _read(place: FileLocation, name: str) -> bytes:
+    size = place.sizes()[name]
+    if size > _MAX_BYTES:
+        raise InputError(name, f"{size} bytes", expected=f"at most {_MAX_BYTES}")
+    return place.read(name, 0, size)
+
+
+def _template(content: bytes, name: str) -> bytes:
+    from qwen35.planning.safetensors_files.chat_template import text_only_template
+
+    try:
+        source = content.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(name, "not UTF-8 text") from error
+    return text_only_template(source, name).encode()
+
+
+def _settings(content: bytes, name: str) -> bytes:
+    before = strict_json(content, name)
+    if not isinstance(before, dict):
+        raise InputError(name, "not a JSON object")
+    settings = {key: value for key, value in before.items() if key != "processor_class"}
+    if "chat_template" in settings:
+        settings["chat_template"] = _stored_template(settings["chat_template"], name)
+    return content if settings == before else json_bytes(settings)
+
+
+def _stored_template(value: Any, name: str) -> Any:
+    """Transform a template, or a list of named ones, as tokenizer_config.json holds them."""
+    from qwen35.planning.safetensors_files.chat_template import text_only_template
+
+    if isinstance(value, str):
+        return text_only_template(value, name)
+    if isinstance(value, list):
+        return [
+            {**entry, "template": _stored_template(entry["template"], name)}
+            if isinstance(entry, dict) and "template" in entry
+            else entry
+            for entry in value
+        ]
+    return value
+
+
+_TEMPLATES: dict[str, Callable[[bytes, str], bytes]] = {
+    "chat_template.jinja": _template,
+    "chat_template.json": _settings,
+    "tokenizer_config.json": _settings,
+}
+"""Side-car to what a text-only output does to it: the chat template becomes text-only wherever it
+is stored, and the tokenizer stops naming a processor for images."""
+
+_Make = Callable[[DraftedOutput, str], bytes | None]
+
+DOCUMENTS: dict[str, _Make] = {
+    "config.json": _config,
+    **{name: _text_only(transform) for name, transform in _TEMPLATES.items()},
+    INDEX_NAME: _index,
+}
+"""File to what makes it of an output; None where that output has none."""

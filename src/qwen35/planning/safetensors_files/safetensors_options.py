@@ -1,0 +1,60 @@
+"""What a safetensors output is asked for beside its recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qwen35.codecs.fp8.layout import ScaleChoice
+from qwen35.errors import InputError
+from qwen35.planning.container import ContainerInputs
+
+if TYPE_CHECKING:
+    from qwen35.array_types import F32
+    from qwen35.planning.activations import Activations
+    from qwen35.planning.step import Step
+
+__all__ = ["MAX_SHARD_BYTES", "SafetensorsOptions"]
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""A shard is closed before it would hold more tensor bytes than this."""
+
+
+@dataclass(frozen=True)
+class SafetensorsOptions:
+    """What was asked for.
+
+    Args:
+        keep_prefix: leave text tensors of a text-only output under ``model.language_model.``.
+        scale_choice: how scales are chosen; `ScaleChoice`'s default if nothing is said.
+        activations: statistics that weigh the columns of weights whose scales are chosen.
+        shard_bytes: the most tensor bytes of a file; `MAX_SHARD_BYTES` if 0.
+    """
+
+    keep_prefix: bool = False
+    scale_choice: ScaleChoice | None = None
+    activations: Activations | None = None
+    shard_bytes: int = 0
+
+    @property
+    def settings(self) -> ScaleChoice | None:
+        """How codecs choose scales."""
+        return self.scale_choice
+
+    @property
+    def inputs(self) -> ContainerInputs:
+        """The files that it was made with.
+
+        Raises:
+            InputError: statistics come from no file.
+        """
+        if self.activations is not None and self.activations.path is None:
+            raise InputError(self.activations.name, "workers cannot read it", expected="a file")
+        return ContainerInputs(activations=self.activations.path if self.activations else None)
+
+    def importance(self, step: Step, slab: int) -> F32 | None:
+        """Return how much an error in each column matters, if it is known."""
+        del slab
+        if self.activations is None or self.scale_choice is None:
+            return None
+        return self.activations.weights(step.role, self.scale_choice.mode)

@@ -1,0 +1,207 @@
+"""The plan of a safetensors output: steps, shards, config.json, side-cars."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qwen35.checkpoint.header import file_layout
+from qwen35.checkpoint.inventory import InventoryItem, inventory
+from qwen35.checkpoint.sidecars import travelling
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.fp8.layout import ScaleChoice
+from qwen35.codecs.registry import CODECS
+from qwen35.errors import TensorError, UsageError
+from qwen35.model.model_config import ModelConfig
+from qwen35.planning.output_plan import Plan, PlannedFile
+from qwen35.planning.rows import rows_of
+from qwen35.planning.rules import Recipe, check_used
+from qwen35.planning.safetensors_files import safetensors_options as options_module
+from qwen35.planning.safetensors_files.safetensors_documents import (
+    DraftedOutput,
+    documents,
+    template_notes,
+)
+from qwen35.planning.safetensors_files.safetensors_options import SafetensorsOptions
+from qwen35.planning.safetensors_files.safetensors_steps import DraftStep, Ruled, make_drafts
+from qwen35.planning.step import Step, StepTarget
+
+__all__ = ["make"]
+
+
+def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) -> Plan:
+    """Plan a safetensors output; errors are those of `qwen35.planning.output_plan.make_plan`."""
+    items = inventory(checkpoint)
+    ruled = [(item, recipe.rule_for(item.role)) for item in items]
+    text_only = checkpoint.config.architecture.vision and _drops_vision(recipe, ruled)
+    prefix = checkpoint.layout.prefix
+    if text_only and not options.keep_prefix:
+        prefix = "model."
+    if options.keep_prefix and not text_only:
+        raise UsageError("--keep-prefix", "nothing is renamed here", hint="leave it out")
+    drafts = make_drafts(recipe, ruled, checkpoint.layout.prefix, prefix)
+    check_used(
+        recipe.rules,
+        [rule for _, rule in ruled],
+        name=lambda rule: f"rule for {rule.match!r} ({rule.reason})",
+        found="no tensor of this checkpoint is left for it",
+        hint="remove it, or move it before the rule that takes its tensors",
+    )
+    _check_format(recipe, drafts)
+    options, more = _with_scale_choice(drafts, items, checkpoint.config, options)
+    steps, files = _packed(drafts, options.shard_bytes)
+    made = documents(DraftedOutput(checkpoint, drafts, files, text_only, prefix))
+    vision = not text_only and checkpoint.config.architecture.vision
+    notes = tuple(_notes(checkpoint.config, drafts))
+    if text_only:
+        notes += template_notes(made)
+    names = [name for name in travelling(vision=vision) if name not in made]
+    copied = {name: checkpoint.sidecars[name] for name in names if name in checkpoint.sidecars}
+    return Plan(
+        checkpoint,
+        recipe,
+        options,
+        steps,
+        files,
+        made,
+        copied,
+        (*notes, *more),
+        _described(recipe, options, steps, files, made, copied),
+        {},
+    )
+
+
+def _drops_vision(recipe: Recipe, ruled: Ruled) -> bool:
+    """Whether the vision tower is dropped; dropping a part of it is refused."""
+    actions = {rule.action for item, rule in ruled if item.role.scope == "visual"}
+    if "drop" in actions and len(actions) > 1:
+        expected = 'all of it (match = "visual") or nothing'
+        found = "drops a part of the vision tower"
+        raise UsageError(f"recipe {recipe.name}", found, expected=expected)
+    return actions <= {"drop"}
+
+
+def _check_format(recipe: Recipe, drafts: Sequence[DraftStep]) -> None:
+    codec = CODECS.get(recipe.format)
+    if codec is not None and not any(draft.codec == codec.name for draft in drafts):
+        raise UsageError(
+            f"recipe {recipe.name}",
+            f"leaves nothing to be packed as {codec.label}",
+            hint="keep less, or use the recipe text or bf16",
+        )
+
+
+def _with_scale_choice(
+    drafts: Sequence[DraftStep],
+    items: Sequence[InventoryItem],
+    config: ModelConfig,
+    options: SafetensorsOptions,
+) -> tuple[SafetensorsOptions, tuple[str, ...]]:
+    """Return the options with what follows from the weights, and what the user should know."""
+    options = replace(options, shard_bytes=options.shard_bytes or options_module.MAX_SHARD_BYTES)
+    encoded = [d for d in drafts if d.codec and not d.copied and CODECS[d.codec].chooses_scales]
+    activations = options.activations
+    if not encoded:
+        given = {"--calib-mode": options.scale_choice, "--activation-stats": activations}
+        for flag, value in given.items():
+            if value is not None:
+                raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
+        return options, ()
+    scale_choice = options.scale_choice or ScaleChoice()
+    options = replace(options, scale_choice=scale_choice)
+    if activations is None:
+        return options, ()
+    activations.check(items, config.geometry)
+    if not scale_choice.weighted:
+        note = f"{activations.name} is ignored: mode {scale_choice.mode} weighs no columns"
+        return replace(options, activations=None), (note,)
+    known = (activations.weights(draft.role, scale_choice.mode) for draft in encoded)
+    without = sum(weights is None for weights in known)
+    share = f"{without} of {len(encoded)} FP8 weights have no statistics: their columns weigh alike"
+    notes = (share,) if without else ()
+    return options, (*notes, *activations.notes())
+
+
+def _packed(
+    drafts: Sequence[DraftStep], shard_bytes: int
+) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
+    """Fill files in model order; a weight and its companions share one."""
+    numbers: list[int] = []
+    number = size = 0
+    for draft in drafts:
+        nbytes = draft.nbytes
+        if draft.outputs and size and size + nbytes > shard_bytes:
+            number, size = number + 1, 0
+        numbers.append(number)
+        size += nbytes
+    count = number + 1
+    names = [_file_name(i, count) for i in range(1, count + 1)]
+    steps = tuple(
+        _step(draft, names[number]) for draft, number in zip(drafts, numbers, strict=True)
+    )
+    members: list[list[Step]] = [[] for _ in names]
+    for step, number in zip(steps, numbers, strict=True):
+        if step.targets:
+            members[number].append(step)
+    return steps, tuple(_file(name, own) for name, own in zip(names, members, strict=True))
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _step(draft: DraftStep, file: str) -> Step:
+    targets: tuple[StepTarget, ...] = ()
+    if draft.outputs:
+        targets = (StepTarget(draft.codec, draft.outputs, (file,), draft.copied),)
+    return Step(rows_of(draft.item), draft.role, draft.reason, targets)
+
+
+def _file(name: str, steps: list[Step]) -> PlannedFile:
+    outputs = [out for step in steps for out in step.outputs]
+    if len({out.name for out in outputs}) != len(outputs):
+        raise TensorError(name, "two weights would be written under one name")
+    head, offsets = file_layout(outputs)
+    nbytes = len(head) + sum(out.nbytes for out in outputs)
+    return PlannedFile(name, head, offsets, nbytes, tuple(steps))
+
+
+def _notes(config: ModelConfig, drafts: Sequence[DraftStep]) -> Iterator[str]:
+    if config.mtp_layers and not any(draft.role.scope == "mtp" for draft in drafts):
+        yield (
+            f"config.json promises {config.mtp_layers} multi-token-prediction layer(s), but the "
+            "checkpoint has none: the output's config.json says 0"
+        )
+    written = [draft for draft in drafts if draft.outputs]
+    for name in dict.fromkeys(draft.codec for draft in written):
+        yield from CODECS[name].notes(written, config.dtype)
+
+
+def _described(
+    recipe: Recipe,
+    options: SafetensorsOptions,
+    steps: Sequence[Step],
+    files: Sequence[PlannedFile],
+    documents: Mapping[str, bytes],
+    copied: Mapping[str, int],
+) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "recipe": [recipe.name, recipe.format],
+        "steps": [
+            [step.weight.name, step.weight.storage, step.op, [o.name for o in step.outputs]]
+            for step in steps
+        ],
+        "heads": {file.name: _sha256(file.head) for file in files},
+        "documents": {name: _sha256(data) for name, data in sorted(documents.items())},
+        "copied": dict(sorted(copied.items())),
+    }
+    if options.scale_choice is not None:
+        statistics = options.activations.sha256 if options.activations else None
+        described["calibration"] = [str(options.scale_choice), statistics]
+    return described
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

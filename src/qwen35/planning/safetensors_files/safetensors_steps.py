@@ -1,0 +1,204 @@
+"""What happens to each weight of a safetensors output, decided from a recipe and headers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from qwen35.checkpoint.inventory import InventoryItem
+from qwen35.codecs.codec import Codec
+from qwen35.codecs.registry import CODECS, is_packed
+from qwen35.errors import UsageError
+from qwen35.model.fused import fused_group
+from qwen35.model.roles import Role
+from qwen35.planning.rules import Recipe, Rule
+from qwen35.tensors import TensorSpec
+
+__all__ = ["DraftStep", "check_groups", "make_drafts"]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftStep:
+    """A step before it is known which file it goes to.
+
+    Args:
+        item: the weight; for one expert of a fused stack, the part that holds it.
+        rule: that decided.
+        codec: how the output holds it; nothing if it is dropped.
+        copied: whether the stored bytes are copied.
+        reason: the recipe's words.
+        outputs: what is written, in the order the codec gives.
+    """
+
+    item: InventoryItem
+    rule: Rule
+    codec: str
+    copied: bool
+    reason: str
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes written."""
+        return sum(out.nbytes for out in self.outputs)
+
+    # --- as a loader meets it (`qwen35.codecs.codec.LoaderModule`)
+
+    @property
+    def role(self) -> Role:
+        """What it is."""
+        return self.item.role
+
+    @property
+    def spec(self) -> TensorSpec:
+        """The weight, decoded."""
+        return self.item.spec
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """The tensors that hold it."""
+        return self.outputs
+
+    @property
+    def module(self) -> str:
+        """Its name in the output, without ``.weight``."""
+        return self.outputs[0].name.removesuffix(".weight")
+
+
+Ruled = Sequence[tuple[InventoryItem, Rule]]
+"""Every weight with the rule that decides it."""
+
+
+def make_drafts(
+    recipe: Recipe, ruled: Ruled, source_prefix: str, prefix: str
+) -> tuple[DraftStep, ...]:
+    """Decide what happens to each weight.
+
+    Args:
+        recipe: the rules.
+        ruled: the source's weights, each with the rule that decides it.
+        source_prefix: what their text tensors begin with.
+        prefix: what text tensors begin with in the output.
+
+    Raises:
+        UsageError: the recipe asks for what no loader could read.
+    """
+    unfit = _unfit(ruled)
+    drafts: list[DraftStep] = []
+    for item, rule in ruled:
+        parts = [item]
+        codec = CODECS.get(rule.action)
+        if codec is not None and codec.per_expert and item.weight.name not in unfit:
+            parts = list(item.experts()) or parts
+        for part in parts:
+            held, copied, reason = _decided(recipe.name, rule, codec, part, unfit)
+            name = part.spec.name
+            if prefix != source_prefix and name.startswith(source_prefix):
+                name = prefix + name.removeprefix(source_prefix)
+            outputs = _outputs(held, copied, part, name)
+            drafts.append(DraftStep(part, rule, held, copied, reason, outputs))
+    check_groups(drafts)
+    return tuple(drafts)
+
+
+def _outputs(codec: str, copied: bool, item: InventoryItem, name: str) -> tuple[TensorSpec, ...]:
+    if copied:
+        return tuple(
+            TensorSpec(
+                name + part.spec.name.removeprefix(item.spec.name), part.spec.dtype, part.spec.shape
+            )
+            for part in item.weight.parts
+        )
+    renamed = TensorSpec(name, item.spec.dtype, item.spec.shape)
+    return CODECS[codec].layout(renamed) if codec else ()
+
+
+def _decided(
+    recipe: str, rule: Rule, codec: Codec | None, item: InventoryItem, unfit: Mapping[str, str]
+) -> tuple[str, bool, str]:
+    """Return the codec of the output, whether bytes are copied, and why."""
+    storage, reason = item.weight.storage, rule.reason
+    if codec is None:
+        if rule.action == "keep":
+            return storage, True, reason
+        if item.role.scope == "text":
+            found = f"drops {item.spec.name}, which every model needs"
+            hint = "only visual and mtp can be dropped"
+            raise UsageError(_subject(recipe, rule), found, hint=hint)
+        return "", False, reason
+    if not codec.packed:
+        if not is_packed(item.weight):
+            return storage, True, reason
+        return codec.name, False, f"{reason}; packed in the source ({storage}), restored"
+    if not codec.packs(item.role):
+        hint = f'put a rule with match = "{item.role.name}" and action = "plain" before it'
+        found = f"packs {item.spec.name}"
+        subject = _subject(recipe, rule)
+        raise UsageError(subject, found, expected=codec.packable, hint=hint)
+    if storage == codec.name:
+        return storage, True, f"{reason}; {codec.label} already"
+    why = unfit.get(item.weight.name, "") if codec.joined else codec.fits(item.spec)
+    if why:
+        plain = not is_packed(item.weight)
+        return (storage if plain else CODECS["plain"].name), plain, why
+    return codec.name, False, reason
+
+
+def _subject(recipe: str, rule: Rule) -> str:
+    return f"recipe {recipe}, rule for {rule.match!r} ({rule.reason})"
+
+
+def _unfit(ruled: Ruled) -> dict[str, str]:
+    """Return why weights stay that a codec holds only with what engines join them to."""
+    reasons: dict[str, str] = {}
+    for group in _groups(ruled):
+        for item, codec in group:
+            parts = list(item.experts()) if codec.per_expert else []
+            whys = (codec.fits(part.spec) for part in parts or [item])
+            why = next((why for why in whys if why), "")
+            if why:
+                sentence = f"{item.role.name} {why}"
+                reasons |= {member.weight.name: sentence for member, _ in group}
+                break
+    return reasons
+
+
+def _groups(ruled: Ruled) -> Iterator[list[tuple[InventoryItem, Codec]]]:
+    """Yield the weights that a codec is to hold which holds groups whole or not at all."""
+    groups: dict[object, list[tuple[InventoryItem, Codec]]] = defaultdict(list)
+    for item, rule in ruled:
+        codec = CODECS.get(rule.action)
+        if codec is not None and codec.joined:
+            groups[fused_group(item.role) or item.weight.name].append((item, codec))
+    yield from groups.values()
+
+
+def check_groups(drafts: Sequence[DraftStep]) -> None:
+    """Check that weights which engines join are packed together, where a codec needs that.
+
+    Raises:
+        UsageError: some of a group are packed and some are not.
+    """
+    first: dict[object, DraftStep] = {}
+    for draft in drafts:
+        key = fused_group(draft.role)
+        if key is None:
+            continue
+        other = first.setdefault(key, draft)
+        ours, theirs = _joined(draft), _joined(other)
+        if ours != theirs:
+            packed, plain = (draft, other) if ours else (other, draft)
+            label = CODECS[packed.codec].label
+            raise UsageError(
+                "recipe",
+                f"packs {packed.spec.name} as {label}, but not {plain.spec.name}",
+                expected="both or neither: engines load them as one matrix",
+                hint=f"keep {packed.role.name} as well, or pack {plain.role.name}",
+            )
+
+
+def _joined(draft: DraftStep) -> str:
+    """Return the codec of a weight, if it is one that holds groups whole or not at all."""
+    codec = CODECS.get(draft.codec)
+    return codec.name if codec and codec.joined else ""

@@ -1,0 +1,192 @@
+"""Apply a diff to the folder: download beside it, check every byte, then rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from qwen35.checkpoint.hub import ask
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.checkpoint.source import INDEX_NAME
+from qwen35.errors import HubError, InputError, OutputError
+from qwen35.progress import Progress, Silent
+from qwen35.publishing.diff import Diff, Operation, check_clean
+from qwen35.publishing.hashes import FileDigest, FileHasher, digest_file
+from qwen35.publishing.listing import hub_api
+from qwen35.sinks.staging import check_space, locked, os_errors
+
+__all__ = ["PullResult", "apply_pull"]
+
+_MARK_NAME = ".qwen35-partial"
+_LAST = (INDEX_NAME, "config.json", MANIFEST_NAME)
+"""Renamed last: they say that the weights are there."""
+
+
+@dataclass(frozen=True)
+class PullResult:
+    """What a pull did.
+
+    Args:
+        folder: where.
+        commit: what it holds now.
+        nbytes: bytes downloaded.
+    """
+
+    folder: Path
+    commit: str
+    nbytes: int
+
+
+def apply_pull(
+    diff: Diff,
+    root: Path,
+    *,
+    token: str | None = None,
+    hasher: FileHasher | None = None,
+    progress: Progress | None = None,
+) -> PullResult:
+    """Carry out a pull: nothing in the folder changes before all has arrived and is right.
+
+    Files that had arrived when a pull broke off wait in ``.NAME.pull`` beside the folder for the
+    next one.
+
+    Args:
+        diff: what to do; without findings.
+        root: the folder; it is created if it is missing.
+        token: access token, or None for the one the Hub's client finds.
+        hasher: as for the diff.
+        progress: told of the bytes downloaded.
+
+    Raises:
+        InputError: the diff has findings, or a file in the folder changed since.
+        HubError: the Hub refused, or what arrived is not what it lists.
+        OutputError: the disk is full or something is in the way.
+    """
+    assert diff.direction == "pull"
+    check_clean(diff)
+    assert diff.base
+    root = root.resolve()
+    downloads = diff.of("download")
+    with os_errors(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with locked(root):
+            stage = _Stage(root, diff.repo, diff.base, token)
+            stage.prepare(downloads)
+            stage.fill(downloads, progress or Silent())
+            _check_unchanged(diff, root, hasher or FileHasher())
+            for op in sorted(downloads, key=_order):
+                _place(stage.folder / op.path, root, op.path)
+            for op in diff.of("remove"):
+                (root / op.path).unlink()
+            _remove_empty(root, diff)
+            shutil.rmtree(stage.folder)
+    return PullResult(root, diff.base, sum(op.size for op in downloads))
+
+
+def _order(op: Operation) -> tuple[int, str]:
+    return (_LAST.index(op.path) + 1 if op.path in _LAST else 0), op.path
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The folder beside `root` that downloads arrive in."""
+
+    root: Path
+    repo: str
+    commit: str
+    token: str | None
+
+    @property
+    def folder(self) -> Path:
+        return self.root.with_name(f".{self.root.name}.pull")
+
+    def prepare(self, downloads: tuple[Operation, ...]) -> None:
+        """Make the folder, or go on with the one that an earlier pull left."""
+        for op in downloads:
+            _check_way(self.root, op.path)
+        folder = self.folder
+        if folder.is_symlink() or (folder.exists() and not (folder / _MARK_NAME).is_file()):
+            hint = "move it away"
+            raise OutputError(str(folder), "is in the way and was not made by qwen35", hint=hint)
+        folder.mkdir(exist_ok=True)
+        (folder / _MARK_NAME).touch()
+        there = (folder / op.path for op in downloads)
+        arrived = sum(path.stat().st_size for path in there if path.is_file())
+        check_space(folder, sum(op.size for op in downloads) - arrived)
+
+    def fill(self, downloads: tuple[Operation, ...], progress: Progress) -> None:
+        """Download what is not there yet; check everything."""
+        progress.begin(f"downloading {self.repo}", sum(op.size for op in downloads))
+        try:
+            for op in downloads:
+                path = self.folder / op.path
+                if not (path.is_file() and _is_right(digest_file(path), op)):
+                    self._download(op, path)
+                progress.advance(op.size, op.path)
+        finally:
+            progress.end()
+
+    def _download(self, op: Operation, path: Path) -> None:
+        subject = f"{self.repo}@{self.commit[:12]}, {op.path}"
+        api = hub_api(self.token)
+        options = {"revision": self.commit, "local_dir": self.folder}
+        path.unlink(missing_ok=True)  # what lies there is something else
+        ask(subject, lambda: api.hf_hub_download(self.repo, op.path, **options))
+        digest = digest_file(path)
+        if not _is_right(digest, op):
+            path.unlink()
+            found = f"{digest.size} bytes arrived with sha256 {digest.sha256[:12]}"
+            hint = "the download was damaged: run again"
+            expected = f"{op.size} bytes with {str(op.remote)[:12]}"
+            raise HubError(subject, found, expected=expected, hint=hint)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _is_right(digest: FileDigest, op: Operation) -> bool:
+    return digest.size == op.size and op.remote in (digest.sha256, digest.blob)
+
+
+def _check_way(root: Path, name: str) -> None:
+    """Refuse a path that a file or a link in the folder is in the way of."""
+    path = root / name
+    for part in PurePosixPath(name).parents:
+        folder = root / part
+        if folder.is_symlink():
+            raise OutputError(str(folder), "is a symbolic link: nothing is written through it")
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(str(folder), f"is in the way of {name}", hint="move it away")
+    if path.is_dir() and not path.is_symlink():
+        raise OutputError(str(path), "is a folder, in the way of a file", hint="move it away")
+
+
+def _check_unchanged(diff: Diff, root: Path, hasher: FileHasher) -> None:
+    """Refuse to replace or remove a file that is not the one the diff was made with."""
+    for op in diff.of("download", "remove"):
+        path = root / op.path
+        there = path.is_file() or path.is_symlink()
+        known = hasher.digests([path])[path].sha256 if there else None
+        if known != op.local:
+            raise InputError(op.path, "changed since the diff was made", hint="run again")
+
+
+def _place(staged: Path, root: Path, name: str) -> None:
+    """Rename a file to its place; a link there is replaced, not written through."""
+    _check_way(root, name)
+    target = root / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged.replace(target)
+
+
+def _remove_empty(root: Path, diff: Diff) -> None:
+    """Remove the folders that removing files left empty."""
+    for op in diff.of("remove"):
+        for parent in PurePosixPath(op.path).parents:
+            folder = root / parent
+            if folder != root and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()

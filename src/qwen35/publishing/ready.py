@@ -1,0 +1,43 @@
+"""Whether a folder of ours is fit to be published: it is what its manifest says, and verifies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwen35.checkpoint.locations import LocalFolder
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.errors import Finding
+from qwen35.planning.manifest import read_manifest
+from qwen35.publishing.listing import LocalListing
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.verdict import verify
+
+__all__ = ["readiness"]
+
+
+def readiness(folder: Path, local: LocalListing) -> list[Finding]:
+    """Compare a folder with its manifest by every file's SHA-256, and check its structure.
+
+    A folder without a manifest is not ours to judge.
+
+    Args:
+        folder: the folder.
+        local: its files.
+    """
+    manifest = read_manifest(LocalFolder(folder))
+    if manifest is None:
+        return []
+    findings: list[Finding] = []
+    verified = manifest.get("verified")
+    if isinstance(verified, dict) and verified.get("passed") is False:
+        message = "says that verification found faults: mend them, then verify with --record"
+        findings.append(Finding("verified", MANIFEST_NAME, message))
+    for name, entry in manifest["files"].items():
+        digest = local.files.get(name)
+        if digest is None:
+            findings.append(Finding("missing", name, "missing, but the manifest lists it"))
+        elif digest.sha256 != entry["sha256"]:
+            findings.append(Finding("changed", name, "not the file that the manifest lists"))
+    if findings or not any(name.endswith(".safetensors") for name in local.files):
+        return findings
+    return list(verify(open_artifact(str(folder.absolute()))).findings)

@@ -1,0 +1,80 @@
+"""The page of a tuning: how sensitive what is, and what each size costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.header import json_bytes
+from qwen35.reporting.charts import front_chart, sensitivity_chart
+from qwen35.reporting.report_files import write_files
+from qwen35.tuning.measurements import Measurements
+from qwen35.tuning.recipe_search import TunedRecipe
+from qwen35.tuning.space import ChoiceSpace
+from qwen35.tuning.tuning_display import tuned_json
+from qwen35.tuning.units import names_of
+
+__all__ = ["TUNE_NAMES", "write_tuning"]
+
+TUNE_NAMES = ("tune.json", "tune.html")
+
+
+def write_tuning(
+    folder: Path, name: str, space: ChoiceSpace, tuned: TunedRecipe, measured: Measurements
+) -> None:
+    """Write tune.json and tune.html into `folder`.
+
+    Raises:
+        OutputError: the disk refuses.
+    """
+    value = {
+        "model": name,
+        "text": measured.key.text,
+        "imatrix": measured.key.imatrix,
+        "context": measured.key.context,
+        "chunks": measured.key.chunks,
+        "tool": measured.key.tool,
+        **tuned_json(space, tuned),
+        "sensitivity": _sensitivity(space, tuned),
+        "costs": tuned.fitted.costs,
+    }
+    files = (json_bytes(value), _page(value, space).encode())
+    write_files(folder, dict(zip(TUNE_NAMES, files, strict=True)))
+
+
+def _sensitivity(space: ChoiceSpace, tuned: TunedRecipe) -> list[dict[str, Any]]:
+    """Return for each unit what its smallest choice costs, in nats for a million weights."""
+    rows = []
+    for unit in space.units:
+        smallest = min(unit.sizes, key=lambda choice: unit.sizes[choice])
+        cost = tuned.fitted.costs[unit.name][smallest]
+        rows.append(
+            {
+                "kind": unit.kind,
+                "layer": unit.layer,
+                "choice": smallest,
+                "nats": cost,
+                "nats_per_million": 1e6 * cost / unit.numel,
+                "chosen": tuned.chosen[unit.name],
+            }
+        )
+    return rows
+
+
+def _page(value: Mapping[str, Any], space: ChoiceSpace) -> str:
+    from jinja2 import Environment
+    from markupsafe import Markup
+
+    package = resources.files("qwen35.reporting")
+    source = package.joinpath("tune.html.jinja").read_text("utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    rows: Sequence[Mapping[str, Any]] = value["sensitivity"]
+    charts = [sensitivity_chart(rows, list(names_of(space.units))), front_chart(value)]
+    return environment.from_string(source).render(
+        value=value,
+        rows=rows,
+        style=Markup(package.joinpath("style.css").read_text("utf-8")),  # noqa: S704
+        charts=[Markup(chart) for chart in charts],  # noqa: S704
+    )

@@ -1,0 +1,138 @@
+"""What was measured, in a file: for another budget, another run, a fine-tune of the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.header import strict_json
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import InputError
+from qwen35.sinks.files import hash_file
+from qwen35.tuning.fit import Probe
+from qwen35.version import __version__
+
+__all__ = ["MeasuredTrial", "MeasurementKey", "Measurements", "load_measurements", "model_digest"]
+
+_VERSION = 2
+_MAX_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class MeasurementKey:
+    """What measurements depend on.
+
+    Args:
+        format: of the artifacts.
+        model: digest of the weights.
+        text: SHA-256 of the text.
+        context: tokens a chunk.
+        chunks: how many were measured.
+        imatrix: digest of the importance matrix, if there was one.
+        tool: version of this package.
+    """
+
+    format: str
+    model: str
+    text: str
+    context: int
+    chunks: int
+    imatrix: str = ""
+    tool: str = __version__
+
+
+@dataclass(frozen=True)
+class MeasuredTrial:
+    """A whole allocation that was made and measured.
+
+    Args:
+        digest: of the allocation.
+        nbytes: of its weight files.
+        predicted: mean divergence by the fit, in nats.
+        kld: what was measured.
+    """
+
+    digest: str
+    nbytes: int
+    predicted: float
+    kld: float
+
+
+@dataclass
+class Measurements:
+    """Everything measured of one model for one format.
+
+    Args:
+        key: what it depends on.
+        name: of the model, for people.
+        errors: unit to choice to relative squared error.
+        groups: probed group to its units.
+        probes: what each group costs.
+        trials: what whole allocations cost.
+    """
+
+    key: MeasurementKey
+    name: str
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    probes: list[Probe] = field(default_factory=list)
+    trials: list[MeasuredTrial] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write all of it; the file is replaced whole."""
+        content = {"version": _VERSION, **asdict(self)}
+        part = path.with_name(f".{path.name}.part")
+        with part.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, sort_keys=True)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+
+def load_measurements(path: Path) -> Measurements:
+    """Read what `Measurements.save` wrote.
+
+    Raises:
+        InputError: it cannot be read, or is something else.
+    """
+    try:
+        raw = path.read_bytes()[: _MAX_BYTES + 1]
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    content = strict_json(raw, str(path)) if len(raw) <= _MAX_BYTES else None
+    if not isinstance(content, dict) or content.pop("version", None) != _VERSION:
+        raise InputError(str(path), "no measurements of `qwen35 tune` in it")
+    try:
+        return _parsed(content)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(str(path), f"malformed measurements ({error})") from error
+
+
+def _parsed(content: Mapping[str, Any]) -> Measurements:
+    errors = {
+        str(unit): {str(choice): float(value) for choice, value in row.items()}
+        for unit, row in content["errors"].items()
+    }
+    return Measurements(
+        MeasurementKey(**content["key"]),
+        str(content["name"]),
+        errors,
+        {str(name): list(map(str, units)) for name, units in content["groups"].items()},
+        [Probe(p["group"], p["choice"], float(p["kld"])) for p in content["probes"]],
+        [MeasuredTrial(**row) for row in content["trials"]],
+    )
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """Return what names the weights: the commit on the Hub, or a SHA-256 over all files."""
+    if checkpoint.revision:
+        return f"{checkpoint.repo}@{checkpoint.revision}"
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.file_sizes):
+        digest.update(f"{name} {hash_file(checkpoint.folder() / name)}\n".encode())
+    return digest.hexdigest()

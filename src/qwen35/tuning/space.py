@@ -1,0 +1,292 @@
+"""What can be chosen for one checkpoint in one format: units, their errors, artifacts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen35.checkpoint.source import Checkpoint, Reader
+from qwen35.codecs.codec import Codec
+from qwen35.codecs.devices import Kernels, kernels_for
+from qwen35.codecs.roundtrip import RoundTrip
+from qwen35.errors import UsageError
+from qwen35.model.fused import fused_group
+from qwen35.planning.containers import container_of
+from qwen35.planning.output_plan import Plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.rows import RowChunk
+from qwen35.planning.rules import Recipe
+from qwen35.planning.step import Step
+from qwen35.progress import Progress
+from qwen35.tensors import TensorSpec
+from qwen35.tuning.allocation_recipe import recipe_text
+from qwen35.tuning.tunable import Tunable, tunable_of
+from qwen35.tuning.units import Allocation, Unit
+from qwen35.writing.write import write
+
+if TYPE_CHECKING:
+    from qwen35.array_types import F32
+    from qwen35.planning.gguf_files.imatrix import Imatrix
+
+__all__ = ["ChoiceSpace"]
+
+
+@dataclass(frozen=True)
+class ChoiceSpace:
+    """The choices for one checkpoint in one format.
+
+    Args:
+        checkpoint: the source, with its weights at hand.
+        format: of the recipes.
+        choices: to choose from, from small to large.
+        imatrix: an importance matrix, for errors and artifacts alike.
+    """
+
+    checkpoint: Checkpoint
+    format: str
+    choices: tuple[str, ...]
+    imatrix: Imatrix | None = None
+
+    @property
+    def _tunable(self) -> Tunable:
+        return tunable_of(self.format)
+
+    @property
+    def exact(self) -> str:
+        """The choice that changes nothing."""
+        return self._tunable.exact
+
+    @cached_property
+    def _plan(self) -> Plan:
+        """The plan by the base alone."""
+        base = load_recipe(self._tunable.base(self.format), container_of(self.format).name)
+        return self._tunable.plan(self.checkpoint, base, self.imatrix)
+
+    @cached_property
+    def _codecs(self) -> dict[str, Codec]:
+        return {choice: self._tunable.codec(choice) for choice in self.choices}
+
+    @cached_property
+    def _members(self) -> dict[str, list[Step]]:
+        """Unit to its steps: those of one role, or of roles that engines join, in one layer."""
+        joined = any(codec.joined for codec in self._codecs.values())
+        members: dict[str, list[Step]] = defaultdict(list)
+        for step in self._tunable.steps(self._plan):
+            role = step.role
+            if role.scope == "text":
+                group = fused_group(role) if joined else None
+                kind = group[2] if group else role.name
+                members[kind if role.layer is None else f"{kind}@{role.layer}"].append(step)
+        return members
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """One for each role, or each matrix that engines join, in each layer."""
+        units = tuple(self._unit(name, steps) for name, steps in self._members.items())
+        stuck = [unit.name for unit in units if not unit.sizes]
+        if stuck:
+            raise UsageError("--types", f"none fits {stuck[0]}", hint=self._tunable.remedy)
+        return units
+
+    def _unit(self, name: str, steps: Sequence[Step]) -> Unit:
+        sizes = {
+            choice: sum(self._stored(step, codec) for step in steps)
+            for choice, codec in self._codecs.items()
+            if all(self._legal(step, codec) for step in steps)
+        }
+        roles = tuple(dict.fromkeys(step.role.name for step in steps))
+        numel = sum(prod(step.rows.shape) for step in steps)
+        return Unit(name, roles, steps[0].role.layer, numel, sizes)
+
+    def _legal(self, step: Step, codec: Codec) -> bool:
+        """Whether a codec can hold the weight of a step, and say something with it."""
+        if codec.fits(_spec(step)):
+            return False
+        return not codec.needs_importance or self._plan.options.importance(step, 0) is not None
+
+    def _stored(self, step: Step, codec: Codec) -> int:
+        return sum(self._tunable.stored(out.nbytes) for out in codec.layout(_spec(step)))
+
+    @property
+    def weights(self) -> int:
+        """Weights of the artifact, decided or not: what bits per weight are counted by."""
+        return sum(prod(step.rows.shape) for step in self._plan.written)
+
+    def size(self, chosen: Allocation) -> int:
+        """Return the exact bytes of the weight files of an artifact."""
+        kinds = {
+            step.outputs[0].name: chosen[name]
+            for name, steps in self._members.items()
+            for step in steps
+        }
+        return self._tunable.size(self._plan, kinds, lambda: self._planned(chosen))
+
+    def errors(self, threads: int, progress: Progress) -> dict[str, dict[str, float]]:
+        """Measure the relative squared error of every unit in each of its choices.
+
+        Rows are read once, encoded and decoded in each. The error of a weight counts as much as the
+        mean square of its input, where an importance matrix knows it: the sum is then that of the
+        product's squared error, relative to the product's square.
+        """
+        jobs = [
+            (unit, step, part)
+            for unit in self.units
+            for step in self._members[unit.name]
+            for part in self._parts(step)
+        ]
+        squared: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        norms: dict[str, float] = defaultdict(float)
+        progress.begin("errors of choices", sum(_numel(step, part) for _, step, part in jobs))
+        [kernels] = kernels_for("cpu")
+        try:
+            with Reader(self.checkpoint) as reader, ThreadPoolExecutor(threads) as pool:
+
+                def work(job: tuple[Unit, Step, list[RowChunk]]) -> tuple[float, dict[str, float]]:
+                    unit, step, part = job
+                    packed = {c: self._codecs[c] for c in unit.sizes if c != self.exact}
+                    return _Trial(self._plan, step, part, packed, kernels).measure(reader)
+
+                results = pool.map(work, jobs)
+                for (unit, step, part), (norm, errors) in zip(jobs, results, strict=True):
+                    norms[unit.name] += norm
+                    for choice, error in errors.items():
+                        squared[unit.name][choice] += error
+                    progress.advance(_numel(step, part), step.weight.name)
+        finally:
+            progress.end()
+        return {
+            unit.name: {c: squared[unit.name][c] / (norms[unit.name] or 1.0) for c in unit.sizes}
+            for unit in self.units
+        }
+
+    def _parts(self, step: Step) -> Iterator[list[RowChunk]]:
+        """Yield chunks that must be encoded together: one, or all of a weight."""
+        codecs = [codec for choice, codec in self._codecs.items() if choice != self.exact]
+        grain = max((codec.grain(step.spec) for codec in codecs), default=1)
+        chunks = step.rows.chunks(grain)
+        if all(codec.independent for codec in codecs):
+            yield from ([chunk] for chunk in chunks)
+        else:
+            yield list(chunks)
+
+    def recipe(self, chosen: Allocation, description: str, *, explicit: bool = False) -> str:
+        """Return the recipe that makes an artifact so."""
+        return recipe_text(
+            self.format,
+            self.units,
+            chosen,
+            description=description,
+            base=self._tunable.base(self.format),
+            default=self._tunable.usual(self.format),
+            explicit=explicit,
+        )
+
+    def _planned(self, chosen: Allocation) -> Plan:
+        return self._tunable.plan(self.checkpoint, self._recipe(chosen), self.imatrix)
+
+    def _recipe(self, chosen: Allocation) -> Recipe:
+        """Return the recipe for an allocation, through its text: what is measured is what it says.
+
+        A format that packs refuses a recipe by which nothing is packed.
+        """
+        container, unpacked = container_of(self.format).name, self._tunable.exact_recipe
+        if unpacked and set(chosen.values()) == {self.exact}:
+            return load_recipe(unpacked, container)
+        with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+            file.write(self.recipe(chosen, "a probe"))
+            file.flush()
+            return replace(load_recipe(file.name, container), name="tuned")
+
+    def reference(self, folder: Path) -> str:
+        """Return the unquantized model for the engine that runs the artifacts; made if need be."""
+        return self._tunable.reference(self.checkpoint, folder)
+
+    def make(self, chosen: Allocation, out: Path, threads: int) -> str:
+        """Write an artifact; return what an evaluation takes."""
+        return str(write(self._planned(chosen), out, threads=threads).out)
+
+
+def _spec(step: Step) -> TensorSpec:
+    return TensorSpec(step.outputs[0].name, step.spec.dtype, step.rows.shape)
+
+
+def _numel(step: Step, part: Sequence[RowChunk]) -> int:
+    return sum(chunk.count for chunk in part) * step.rows.row
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Some rows of a weight in each of several codecs.
+
+    Args:
+        plan: what the weight is a step of.
+        step: the step.
+        chunks: the rows; all of them, or one run.
+        codecs: choice to codec.
+        kernels: that encode.
+    """
+
+    plan: Plan
+    step: Step
+    chunks: list[RowChunk]
+    codecs: dict[str, Codec]
+    kernels: Kernels
+
+    def measure(self, reader: Reader) -> tuple[float, dict[str, float]]:
+        """Return the sums of squares: of the values, and of the errors of each choice.
+
+        Memory is a piece, and what the codecs make of these rows: pieces are read anew to be
+        compared, which costs little for what was just read.
+        """
+        from qwen35.codecs.floats import f32_from
+
+        trips = self._trips()
+        opened = self.step.rows.open(reader)
+        for chunk in self.chunks:
+            piece = opened.piece(chunk, self._importance(chunk))
+            for trip in trips.values():
+                trip.add(piece)
+        for trip in trips.values():
+            trip.finish()
+        norm, errors = 0.0, dict.fromkeys(trips, 0.0)
+        for chunk in self.chunks:
+            piece = opened.piece(chunk, self._importance(chunk))
+            values = f32_from(piece.values, piece.dtype)
+            norm += _weighted(values, piece.importance)
+            for choice, trip in trips.items():
+                errors[choice] += _weighted(values - trip.decoded(piece), piece.importance)
+        return norm, errors
+
+    def _trips(self) -> dict[str, RoundTrip]:
+        rows, [first, *more] = self.step.rows, self.chunks
+        begin = 0 if more else first.slab * rows.count + first.first
+        count = sum(chunk.count for chunk in self.chunks)
+        spec = TensorSpec(self.step.outputs[0].name, self.step.spec.dtype, (count, rows.row))
+        return {
+            choice: RoundTrip(
+                codec,
+                spec,
+                first=begin,
+                settings=self.plan.settings,
+                kernel=self.kernels.get(codec.name),
+            )
+            for choice, codec in self.codecs.items()
+        }
+
+    def _importance(self, chunk: RowChunk) -> F32 | None:
+        return self.plan.options.importance(self.step, chunk.slab)
+
+
+def _weighted(values: F32, weight: F32 | None) -> float:
+    """Return the sum of squares, each column counting by its weight; values: [rows, row]."""
+    import numpy as np
+
+    columns = np.einsum("ij,ij->j", values, values, dtype=np.float64)
+    return float(columns.sum() if weight is None else columns @ weight)

@@ -1,0 +1,193 @@
+"""What tuning must know of a container; everything else in this room is the same for all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.codec import Codec
+from qwen35.codecs.ggml.codec import codec_name
+from qwen35.codecs.ggml.types import GGML_TYPES, ggml_type
+from qwen35.codecs.registry import CODECS
+from qwen35.planning.containers import container_of
+from qwen35.planning.gguf_files.gguf_plan import files_of
+from qwen35.planning.gguf_files.metadata import ALIGNMENT
+from qwen35.planning.gguf_files.mixes import quantizable
+from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.planning.rules import Recipe
+from qwen35.planning.step import Step
+from qwen35.writing.write import write
+
+if TYPE_CHECKING:
+    from qwen35.planning.gguf_files.imatrix import Imatrix
+
+__all__ = ["TUNABLE", "Tunable", "tunable_of"]
+
+
+class Tunable(ABC):
+    """What artifacts of one container are chosen from.
+
+    Attributes:
+        typed: whether the user says which types there are, and gives an importance matrix.
+        exact: the choice that changes nothing.
+        exact_recipe: the built-in recipe of nothing but that, where rules cannot say it.
+        remedy: a hint for weights that no choice fits.
+    """
+
+    typed: ClassVar[bool] = False
+    exact: ClassVar[str]
+    exact_recipe: ClassVar[str] = ""
+    remedy: ClassVar[str] = ""
+
+    @abstractmethod
+    def choices(self, kind: str, types: Iterable[str]) -> tuple[str, ...]:
+        """Return what there is to choose from, the exact one last.
+
+        Args:
+            kind: the format.
+            types: as the user named them; the usual ones if there are none.
+
+        Raises:
+            UsageError: there is no such type.
+        """
+
+    @abstractmethod
+    def codec(self, choice: str) -> Codec:
+        """Return the codec that a choice names."""
+
+    @abstractmethod
+    def base(self, kind: str) -> str:
+        """Return the built-in recipe that decides what has no unit."""
+
+    @abstractmethod
+    def usual(self, kind: str) -> str:
+        """Return what the base does with every unit; nothing if it differs."""
+
+    @abstractmethod
+    def plan(self, checkpoint: Checkpoint, recipe: Recipe, imatrix: Imatrix | None) -> Plan:
+        """Plan an artifact."""
+
+    @abstractmethod
+    def steps(self, plan: Plan) -> Iterator[Step]:
+        """Yield the steps of a plan by the base that could be decided otherwise, in order."""
+
+    def stored(self, nbytes: int) -> int:
+        """Return what a tensor of so many bytes takes in a file."""
+        return nbytes
+
+    def size(self, plan: Plan, kinds: Mapping[str, str], planned: Callable[[], Plan]) -> int:
+        """Return the bytes of the weight files.
+
+        Args:
+            plan: by the base.
+            kinds: the choice for each tensor of its steps that is decided.
+            planned: makes the plan of what was chosen.
+        """
+        del plan, kinds
+        return sum(file.nbytes for file in planned().files)
+
+    @abstractmethod
+    def reference(self, checkpoint: Checkpoint, folder: Path) -> str:
+        """Return the unquantized model for the engine that runs artifacts, made if need be."""
+
+
+class _Safetensors(Tunable):
+    """Whether each weight is packed."""
+
+    exact = "plain"
+    exact_recipe = "bf16"
+
+    def choices(self, kind: str, types: Iterable[str]) -> tuple[str, ...]:
+        del types
+        return (kind, self.exact)
+
+    def codec(self, choice: str) -> Codec:
+        return CODECS[choice]
+
+    def base(self, kind: str) -> str:
+        return kind
+
+    def usual(self, kind: str) -> str:
+        return kind
+
+    def plan(self, checkpoint: Checkpoint, recipe: Recipe, imatrix: Imatrix | None) -> Plan:
+        del imatrix
+        return make_plan(checkpoint, recipe)
+
+    def steps(self, plan: Plan) -> Iterator[Step]:
+        for step in plan.steps:
+            if step.packing and not step.targets[0].copied:
+                yield step
+
+    def reference(self, checkpoint: Checkpoint, folder: Path) -> str:
+        del folder
+        return str(checkpoint.folder())
+
+
+class _Gguf(Tunable):
+    """Which type of ggml each tensor gets."""
+
+    typed = True
+    exact = "f16"
+    remedy = "add q8_0 or f16"
+
+    types = ("q3_K", "iq4_xs", "q4_K", "q5_K", "q6_K", "q8_0", "f16")
+    file_type = "Q4_K_M"
+    """Of what is written: it decides what has no unit, such as the MTP layer."""
+
+    def choices(self, kind: str, types: Iterable[str]) -> tuple[str, ...]:
+        del kind
+        names = tuple(types) or self.types
+        found = {ggml_type(name.strip(), "--types").name for name in names} - {self.exact}
+        by_size = sorted(found, key=lambda name: GGML_TYPES[name].nbytes / GGML_TYPES[name].block)
+        return (*by_size, self.exact)
+
+    def codec(self, choice: str) -> Codec:
+        return CODECS[codec_name(choice)]
+
+    def base(self, kind: str) -> str:
+        del kind
+        return "mix"
+
+    def usual(self, kind: str) -> str:
+        del kind
+        return ""
+
+    def plan(self, checkpoint: Checkpoint, recipe: Recipe, imatrix: Imatrix | None) -> Plan:
+        return make_plan(checkpoint, recipe, types=(self.file_type,), imatrix=imatrix)
+
+    def steps(self, plan: Plan) -> Iterator[Step]:
+        """Yield steps in the order of the file."""
+        by_name = {step.outputs[0].name: step for step in plan.steps}
+        for tensor in files_of(plan)[0].tensors:
+            if quantizable(tensor.name, tensor.shape):
+                yield by_name[tensor.name]
+
+    def stored(self, nbytes: int) -> int:
+        return nbytes + -nbytes % ALIGNMENT
+
+    def size(self, plan: Plan, kinds: Mapping[str, str], planned: Callable[[], Plan]) -> int:
+        del planned  # types do not change the length of a head, whose vocabulary takes seconds
+        [file] = files_of(plan)
+        return file.size_with({**file.kinds, **kinds})
+
+    def reference(self, checkpoint: Checkpoint, folder: Path) -> str:
+        plan = make_plan(checkpoint, load_recipe("mix", "gguf"), types=("F16",))
+        return str(write(plan, folder / "F16").out)
+
+
+TUNABLE: dict[str, Tunable] = {"safetensors": _Safetensors(), "gguf": _Gguf()}
+"""Container to what tuning must know of it."""
+
+
+def tunable_of(kind: str) -> Tunable:
+    """Return what there is to know of the container that holds a format.
+
+    Raises:
+        InputError: there is no such format.
+    """
+    return TUNABLE[container_of(kind).name]

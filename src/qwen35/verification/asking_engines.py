@@ -1,0 +1,70 @@
+"""How an artifact is asked: in transformers, in vLLM, or file by file in llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from qwen35.checkpoint.gguf_header import GgufHeader
+from qwen35.errors import Finding
+from qwen35.verification.asking_transformers import Asker
+from qwen35.verification.asking_vllm import VllmAsker, check_vllm
+from qwen35.verification.behaviour import Answer, BehaviourResult, ask, behaviour_findings
+from qwen35.verification.subject import Engine
+
+__all__ = ["check_engine", "in_engine", "in_llama"]
+
+
+def check_engine(engine: Engine | None) -> None:
+    """Check that an engine other than the usual one is there, without importing it.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    if engine == "vllm":
+        check_vllm()
+
+
+def in_engine(engine: Engine | None, folder: Path, *, vision: bool) -> BehaviourResult:
+    """Load a checkpoint in an engine, transformers if None, and ask it everything."""
+    return _in_vllm(folder, vision) if engine == "vllm" else _in_transformers(folder)
+
+
+def _in_vllm(folder: Path, vision: bool) -> BehaviourResult:
+    answers = tuple(ask(VllmAsker(folder, vision=vision), image=vision))
+    return BehaviourResult(answers, tuple(behaviour_findings(answers)), ("asked in vLLM",))
+
+
+def _in_transformers(folder: Path) -> BehaviourResult:
+    asker = Asker(folder)
+    findings = [
+        Finding("load", name, "missing or unexpected when transformers loads it")
+        for name in asker.missing
+    ]
+    answers = tuple(ask(asker, image=asker.vision))
+    notes = [f"asked in transformers, on the {asker.model.device.type}"]
+    if asker.settled:
+        notes.append(
+            f"{asker.settled} layers kept off bitsandbytes' AVX512-BF16 path, which fails on them"
+        )
+    return BehaviourResult(answers, (*findings, *behaviour_findings(answers)), tuple(notes))
+
+
+def in_llama(containers: Iterable[GgufHeader], threads: int) -> BehaviourResult:
+    """Load text models in llama.cpp, one after the other, and ask each everything but pictures."""
+    from qwen35.verification.asking_llama import LlamaAsker
+
+    answers: list[Answer] = []
+    findings: list[Finding] = []
+    for container in containers:
+        file = container.path.name
+        with LlamaAsker(container, threads) as asker:
+            said = list(ask(asker, image=False))
+        answers += [replace(answer, file=file) for answer in said]
+        findings += [
+            replace(finding, subject=f"{file}: {finding.subject}")
+            for finding in behaviour_findings(said)
+        ]
+    note = "asked in llama.cpp, without pictures: the binding is built without its vision part"
+    return BehaviourResult(tuple(answers), tuple(findings), (note,))

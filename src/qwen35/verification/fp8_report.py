@@ -1,0 +1,229 @@
+"""The report on an FP8 conversion: every tensor beside its original, judged by bands."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.fp8.error_sums import ErrorSums
+from qwen35.codecs.fp8.layout import ScaleChoice
+from qwen35.codecs.registry import codec_of
+from qwen35.errors import Finding
+from qwen35.model.fused import FUSED, fused_group
+from qwen35.model.roles import Role, role_of
+from qwen35.progress import Progress
+from qwen35.verification.bands import BANDS, Band, BandMetric, judge, worse
+from qwen35.verification.memo import ReadOnlyMemo
+from qwen35.verification.numbers_check import check_numbers
+from qwen35.verification.safetensors_subject import CheckpointSubject
+from qwen35.verification.structure_check import check_structure
+from qwen35.verification.subject import HeldWeight
+
+__all__ = ["BandsName", "Fp8Report", "check_fp8"]
+
+BandsName = Literal["derived", "documented"]
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Fp8Report:
+    """What a check of an FP8 conversion saw.
+
+    Args:
+        scale_choice: how the scales were chosen.
+        bands: a key of `BANDS`.
+        shards: files.
+        packed: FP8 weights.
+        passthrough: weights that are not FP8.
+        identical: passthrough weights whose bytes are those of the source.
+        errors: for each FP8 weight that was compared, how far it is off.
+        findings: what is wrong beside the bands.
+    """
+
+    scale_choice: ScaleChoice
+    bands: BandsName
+    shards: int
+    packed: int
+    passthrough: int
+    identical: int
+    errors: Mapping[str, ErrorSums]
+    findings: Sequence[Finding]
+
+    @property
+    def metrics(self) -> tuple[BandMetric, ...]:
+        """The rows of the table."""
+        return BANDS[self.bands]
+
+    @property
+    def judged(self) -> Counter[Band]:
+        """How many of the compared weights are in each band."""
+        return Counter(judge(errors, self.metrics) for errors in self.errors.values())
+
+    @property
+    def verdict(self) -> Band:
+        """FAIL if anything was found or a weight failed, else the worst weight's band."""
+        return "FAIL" if self.findings else worse(*self.judged)
+
+    def value(self, metric: BandMetric) -> float:
+        """Return a metric over all compared weights, their mean or their largest."""
+        values = [metric.value(errors) for errors in self.errors.values()]
+        return max(values) if metric.largest else sum(values) / len(values)
+
+    def recommendations(self) -> Iterator[str]:
+        """Yield what would improve a metric that is not good."""
+        if any(errors.misplaced for errors in self.errors.values()):
+            yield (
+                "Codes and scales do not belong together, or not to this source: convert again "
+                "from the original."
+            )
+            return
+        off = {n: e for n, e in self.errors.items() if judge(e, self.metrics) != "GOOD"}
+        if not off:
+            return
+        clipped = sum(errors.clipped for errors in off.values())
+        if clipped and self.scale_choice.mode == "rms":
+            yield (
+                f"{clipped} weights saturate: raise --rms-factor (now "
+                f"{self.scale_choice.rms_factor:g}) until none does."
+            )
+        if clipped and self.scale_choice.mode == "percentile":
+            yield (
+                f"{clipped} weights saturate: raise --calib-percentile (now "
+                f"{self.scale_choice.percentile:g}; 100 saturates none)."
+            )
+        if self.scale_choice.mode != "search":
+            yield "Switch to --calib-mode search: it never saturates and has the least error."
+        else:
+            name, _ = max(off.items(), key=lambda pair: _badness(pair[1], self.metrics))
+            keep = " ".join(f"--keep {role}" for role in _loaded_together(role_of(name)))
+            yield f"Leave the worst, {name}, in bf16: {keep}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return {
+            "calibration": str(self.scale_choice),
+            "bands": self.bands,
+            "verdict": self.verdict,
+            "shards": self.shards,
+            "fp8": self.packed,
+            "passthrough": self.passthrough,
+            "passthrough_identical": self.identical,
+            "checked": {band: self.judged[band] for band in ("GOOD", "WARN", "FAIL")},
+            "metrics": {m.name: self.value(m) for m in self.metrics} if self.errors else {},
+            "tensors": {
+                name: {
+                    "cosine": errors.cosine,
+                    "mae": errors.mae,
+                    "max_ae": errors.worst,
+                    "relative_rmse": errors.relative_rmse,
+                    "clipped": errors.clipped,
+                    "misplaced": errors.misplaced,
+                    "band": judge(errors, self.metrics),
+                }
+                for name, errors in self.errors.items()
+            },
+            "findings": [finding.to_json() for finding in self.findings],
+            "recommendations": list(self.recommendations()),
+        }
+
+
+def _loaded_together(role: Role) -> tuple[str, ...]:
+    """Return the roles that can only be kept with `role`, as --keep takes them."""
+    group = fused_group(role)
+    if group is None:
+        return (role.name,)
+    prefix = "mtp.layers." if role.scope == "mtp" else ""
+    parts = ("mlp.experts",) if group[2] == "mlp.experts" else FUSED[group[2]]
+    return tuple(prefix + part for part in parts)
+
+
+def _badness(errors: ErrorSums, metrics: tuple[BandMetric, ...]) -> tuple[bool, float]:
+    return judge(errors, metrics) == "FAIL", errors.relative_rmse
+
+
+def check_fp8(
+    artifact: Checkpoint,
+    source: Checkpoint,
+    scale_choice: ScaleChoice,
+    *,
+    bands: BandsName = "derived",
+    samples: int | None = None,
+    seed: int = _SEED,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    seen: Mapping[str, Any] | None = None,
+) -> Fp8Report:
+    """Compare an FP8 conversion with its source.
+
+    Args:
+        artifact: opened leniently.
+        source: what it was made from.
+        scale_choice: how its scales were chosen.
+        bands: a key of `BANDS`.
+        samples: FP8 weights to compare in each file, chosen by `seed`; all of them when None.
+            Everything that is not FP8 is compared in any case.
+        seed: of the choice.
+        threads: weights compared at a time.
+        progress: told of the bytes read.
+        seen: weights that were compared as they were written, and what was found, as plain values
+            (`qwen35.execution.judging.compare_steps`); they are not read again.
+
+    Raises:
+        UsageError: the artifact has no files at hand.
+    """
+    subject = CheckpointSubject(artifact)
+    structure = check_structure(subject)
+    weights = [held for part in subject.parts for held in part.weights]
+    packed = [held for held in weights if _is_judged(held)]
+    chosen = {held.subject for held in _sample(packed, samples, seed)}
+    numbers = check_numbers(
+        subject,
+        source,
+        only=lambda held: not _is_judged(held) or held.subject in chosen,
+        memo=ReadOnlyMemo({name: one for name, one in (seen or {}).items() if _is_told(one)}),
+        threads=threads,
+        progress=progress,
+    )
+    errors = {
+        held.subject: ErrorSums(**one.errors)  # type: ignore[arg-type]  # counts are whole numbers
+        for held, one in numbers.compared
+        if _is_judged(held) and one.errors is not None
+    }
+    misplaced = {name for name, found in errors.items() if found.misplaced}
+    return Fp8Report(
+        scale_choice=scale_choice,
+        bands=bands,
+        shards=len(subject.files),
+        packed=len(packed),
+        passthrough=len(weights) - len(packed),
+        identical=sum(one.identical for held, one in numbers.compared if not _is_judged(held)),
+        errors=errors,
+        findings=[
+            *structure.findings,
+            *(f for f in numbers.findings if f.check != "codes" or f.subject not in misplaced),
+        ],
+    )
+
+
+def _is_told(found: Mapping[str, Any]) -> bool:
+    """Whether what was found earlier tells all that is told today."""
+    errors = found.get("errors")
+    return errors is None or errors.keys() == {field.name for field in fields(ErrorSums)}
+
+
+def _is_judged(held: HeldWeight) -> bool:
+    """Whether bands are for it: its codec chooses scales, well or badly."""
+    return codec_of(held.weight).chooses_scales
+
+
+def _sample(weights: Sequence[HeldWeight], count: int | None, seed: int) -> Iterator[HeldWeight]:
+    files: dict[str, list[HeldWeight]] = {}
+    for held in weights:
+        files.setdefault(held.weight.main.file, []).append(held)
+    generator = random.Random(seed)
+    for _, members in sorted(files.items()):
+        yield from members if count is None else generator.sample(members, min(count, len(members)))

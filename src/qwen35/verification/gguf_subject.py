@@ -1,0 +1,273 @@
+"""GGUF files: keys and tensors of each agree; where originals are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf
+from qwen35.checkpoint.inventory import InventoryItem
+from qwen35.checkpoint.locations import LocalFolder
+from qwen35.checkpoint.open import GgufFiles, gguf_files
+from qwen35.checkpoint.source import Checkpoint, FolderReader
+from qwen35.codecs.ggml.codec import BlockSpec, codec_name
+from qwen35.codecs.ggml.types import GGML_TYPES
+from qwen35.errors import Finding, InputError, UsageError
+from qwen35.planning.gguf_files.expected_tensors import KEYS, expected, missing_keys
+from qwen35.planning.gguf_files.gguf_container import GgufContainer
+from qwen35.planning.gguf_files.tensor_names import UntypedTensor, text_tensors, vision_tensors
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
+from qwen35.threads import default_threads
+from qwen35.verification.asking_engines import in_llama
+from qwen35.verification.behaviour import BehaviourResult
+from qwen35.verification.subject import (
+    Engine,
+    HeldWeight,
+    SourceWeights,
+    Subject,
+    SubjectPart,
+    TensorTable,
+)
+
+__all__ = ["GgufSubject"]
+
+_VISION = "clip"
+"""The architecture of a file that holds the vision tower."""
+
+
+class GgufSubject(Subject):
+    """GGUF files of one place, each a model by itself.
+
+    Args:
+        name: what the user called them.
+        files: what `qwen35.checkpoint.open.gguf_files` found.
+
+    Raises:
+        HubError: the Hub refused, or was not reached.
+    """
+
+    suffix = ".gguf"
+
+    def __init__(self, name: str, files: GgufFiles) -> None:
+        super().__init__(name, files.place)
+        self._found = files
+        self._containers: dict[str, GgufHeader] = {}
+        self._unreadable: list[Finding] = []
+        for file in files.names:
+            try:
+                container = read_gguf(files, file)
+            except InputError as error:
+                self._unreadable.append(Finding("readable", file, error.message))
+            else:
+                self._containers[container.path.name] = container
+
+    # --- opened
+
+    @classmethod
+    def find(cls, name: str, token: str | None) -> Any:
+        """Return the files, if there are some."""
+        return gguf_files(name, token=token)
+
+    @classmethod
+    def refuse(cls, engine: Engine | None, tensor_parallel: int | None) -> None:
+        """Refuse every engine but llama.cpp, and GPUs."""
+        if engine:
+            raise UsageError("--engine", "is for checkpoints", expected="llama.cpp, for GGUF")
+        if tensor_parallel is not None:
+            found = "there are no FP8 weights in GGUF"
+            raise UsageError("--tensor-parallel", found, hint="leave it out")
+
+    @classmethod
+    def open(cls, name: str, found: Any, *, weights: bool, token: str | None) -> Subject:
+        """Read the heads; on the Hub by ranges, unless weights are wanted too."""
+        return cls(name, found.fetch(token) if weights else found)
+
+    # --- structure
+
+    @property
+    def kind(self) -> str:
+        """Say the container: a file has many types."""
+        return GgufContainer.name
+
+    @property
+    def vision(self) -> bool:
+        """Whether a file holds the tower."""
+        return any(one.architecture == _VISION for one in self._containers.values())
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The GGUF files, those included that cannot be read."""
+        return self._found.names
+
+    @property
+    def whole(self) -> bool:
+        """Whether no file was picked out."""
+        return self._found.whole
+
+    def structure(self) -> Iterator[Finding]:
+        """Yield what is wrong with each file by itself."""
+        yield from self._unreadable
+        for container in self._containers.values():
+            yield from _structure(container)
+
+    def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
+        """Yield a table for each file: they have tensors of the same names."""
+        for file, container in self._containers.items():
+            stored = {
+                f"{file}: {name}": (f"{entry.kind.name} {list(_squeezed(entry.shape))}", "")
+                for name, entry in container.tensors.items()
+            }
+            planned = manifest["tensors"].get(file, {})
+            texts = {f"{file}: {name}": (str(text), "") for name, text in planned.items()}
+            yield TensorTable(stored, texts, _meaning)
+
+    # --- numbers
+
+    @cached_property
+    def parts(self) -> Sequence[SubjectPart]:
+        """The tensors of each file."""
+        return [
+            SubjectPart(file, one.nbytes, tuple(_held(file, e) for e in one.tensors.values()), True)
+            for file, one in self._containers.items()
+        ]
+
+    def folder(self) -> Path:
+        """Return the folder of the files."""
+        if self._found.root is None:
+            hint = "open them with their weights"
+            raise InputError(self.name, "only the heads of its files are here", hint=hint)
+        return self._found.root
+
+    def stamps(self) -> list[Any]:
+        """Return folder, sizes and times of the files."""
+        return [str(self.folder().resolve()), {n: list(s) for n, s in self._stamps.items()}]
+
+    @cached_property
+    def _stamps(self) -> dict[str, tuple[int, int]]:
+        stamps = LocalFolder(self.folder()).stamps()
+        return {name: stamps[name] for name in self.files if name in stamps}
+
+    def reader(self) -> FolderReader:
+        """Return what reads the files as they are now."""
+        return FolderReader(self.folder(), self._stamps)
+
+    def originals(
+        self, part: SubjectPart, source: Checkpoint, items: Sequence[InventoryItem]
+    ) -> SourceWeights:
+        """Match tensors by what the converter makes of the source; all must be there."""
+        container = self._containers[part.name]
+        tensors = {tensor.name: tensor for tensor in _made_of(container, source, items)}
+        findings = tuple(_source_findings(container, tensors))
+        rows = {f"{part.name}: {name}": tensor.rows for name, tensor in tensors.items()}
+        return SourceWeights(rows, findings, comparable=not findings)
+
+    # --- behaviour
+
+    def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
+        """Ask every text model in llama.cpp."""
+        del engine
+        texts = [one for one in self._containers.values() if one.architecture != _VISION]
+        return in_llama(texts, threads or default_threads())
+
+
+def _held(file: str, entry: GgufTensor) -> HeldWeight:
+    spec = BlockSpec(entry.name, entry.kind.name, entry.shape)
+    stored = StoredTensor(spec, file, entry.begin)
+    weight = Weight(entry.name, codec_name(entry.kind.name), (stored,))
+    decoded = TensorSpec(entry.name, "F32", entry.shape)
+    return HeldWeight(weight, decoded, f"{file}: {entry.name}", entry.kind.name)
+
+
+def _structure(container: GgufHeader) -> Iterator[Finding]:
+    name = container.path.name
+    if container.architecture not in KEYS:
+        found = f"architecture {container.architecture!r}, expected {' or '.join(KEYS)}"
+        yield Finding("metadata", name, found)
+        return
+    missing = missing_keys(container)
+    yield from (Finding("metadata", name, f"no key {key}") for key in missing)
+    if missing:
+        return
+    yield from _vocabulary(container)
+    try:
+        table = expected(container)
+    except InputError as error:
+        yield Finding("metadata", name, error.message)
+        return
+    yield from _tensors(container, table)
+
+
+def _vocabulary(container: GgufHeader) -> Iterator[Finding]:
+    if container.architecture == _VISION:
+        return
+    keys, name = container.keys, container.path.name
+    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
+    if len(tokens) != len(types):
+        yield Finding("metadata", name, f"{len(tokens)} tokens, but {len(types)} token types")
+    if len(set(tokens)) != len(tokens):
+        yield Finding("metadata", name, "a token occurs twice")
+    for key in ("eos_token_id", "padding_token_id", "bos_token_id"):
+        value = keys.get(f"tokenizer.ggml.{key}", 0)
+        if not 0 <= value < len(tokens):
+            yield Finding("metadata", name, f"{key} is {value}, beyond the {len(tokens)} tokens")
+    if "tokenizer.chat_template" not in keys:
+        yield Finding("metadata", name, "no chat template: chat programs will guess one")
+
+
+def _tensors(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> Iterator[Finding]:
+    file = container.path.name
+    for name, tensor in table.items():
+        entry = container.tensors.get(name)
+        if entry is None:
+            yield Finding("tensors", f"{file}: {name}", "missing, but the keys promise it")
+            continue
+        if _squeezed(entry.shape) != _squeezed(tensor.shape):
+            message = f"shape {list(entry.shape)}, expected {list(tensor.shape)} by the keys"
+            yield Finding("tensors", f"{file}: {name}", message)
+        if tensor.storage in GGML_TYPES and entry.kind.name != tensor.storage:
+            message = f"{entry.kind.name}, but llama.cpp computes with it in {tensor.storage}"
+            yield Finding("tensors", f"{file}: {name}", message)
+    for name in sorted(container.tensors.keys() - table.keys()):
+        yield Finding("tensors", f"{file}: {name}", "not a tensor that the keys promise")
+
+
+def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without leading ones, which ggml does not count."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
+
+def _meaning(text: str) -> str:
+    """Return a tensor's type and shape as a manifest has them, leading ones not counted."""
+    kind, _, shape = text.partition(" ")
+    sizes = tuple(int(size) for size in shape.strip("[]").split(",") if size.strip().isdigit())
+    return f"{kind} {list(_squeezed(sizes))}"
+
+
+def _made_of(
+    container: GgufHeader, source: Checkpoint, items: Sequence[InventoryItem]
+) -> list[UntypedTensor]:
+    """Return the tensors that the converter would write into such a file."""
+    if container.architecture == _VISION:
+        return vision_tensors(items)
+    mtp = bool(container.keys.get(f"{container.architecture}.nextn_predict_layers"))
+    return text_tensors(items, source.config, mtp=mtp)
+
+
+def _source_findings(
+    container: GgufHeader, table: Mapping[str, UntypedTensor]
+) -> Iterator[Finding]:
+    """Yield what keeps a file from being compared with the source."""
+    file = container.path.name
+    for name, tensor in table.items():
+        entry = container.tensors.get(name)
+        if entry is None:
+            yield Finding("source", f"{file}: {name}", "in the source, but not here")
+        elif _squeezed(entry.shape) != _squeezed(tensor.shape):
+            message = f"shape {list(entry.shape)}, the source has {list(tensor.shape)}"
+            yield Finding("source", f"{file}: {name}", message)
+    for name in sorted(container.tensors.keys() - table.keys()):
+        yield Finding("source", f"{file}: {name}", "not in the source")

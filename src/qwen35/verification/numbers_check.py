@@ -1,0 +1,136 @@
+"""Numbers: every weight decoded and, with a source, compared with its original."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from qwen35.checkpoint.inventory import inventory
+from qwen35.checkpoint.source import Checkpoint, FolderReader, Reader
+from qwen35.codecs.comparison import WeightComparison
+from qwen35.codecs.registry import codec_of
+from qwen35.errors import Finding
+from qwen35.execution.judging import judge
+from qwen35.progress import Progress, Silent
+from qwen35.threads import default_threads
+from qwen35.verification.memo import ReadOnlyMemo, ResultMemo
+from qwen35.verification.role_errors import RoleError, by_role
+from qwen35.verification.subject import HeldWeight, SourceWeights, Subject, SubjectPart
+
+__all__ = ["NumbersResult", "check_numbers"]
+
+
+@dataclass(frozen=True)
+class NumbersResult:
+    """What `check_numbers` saw.
+
+    Args:
+        roles: errors per role, of the weights that were compared to their end.
+        compared: every weight that was looked at.
+        findings: what is wrong.
+    """
+
+    roles: Sequence[RoleError]
+    compared: Sequence[tuple[HeldWeight, WeightComparison]]
+    findings: Sequence[Finding]
+
+    def too_far(self) -> Iterator[Finding]:
+        """Yield weights of which every value may be sound, but not their error."""
+        for held, one in self.compared:
+            if one.errors is not None and (why := codec_of(held.weight).too_far(one.errors)):
+                yield Finding("error", held.subject, why)
+
+
+def check_numbers(
+    subject: Subject,
+    source: Checkpoint | None,
+    *,
+    only: Callable[[HeldWeight], bool] | None = None,
+    memo: ResultMemo | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> NumbersResult:
+    """Decode every weight; with a source, compare each with its original.
+
+    Args:
+        subject: what is checked, with its weights at hand.
+        source: the checkpoint it was made from.
+        only: which weights to decode; all when None.
+        memo: what was seen before, and where to note what is seen now.
+        threads: weights decoded at a time.
+        progress: told of the bytes read.
+
+    Raises:
+        InputError: the source cannot be read.
+    """
+    if not subject.parts:
+        return NumbersResult((), (), ())
+    roles: list[RoleError] = []
+    compared: list[tuple[HeldWeight, WeightComparison]] = []
+    findings: list[Finding] = []
+    items = inventory(source) if source else ()
+    with (
+        subject.reader() as reader,
+        Reader(source) if source else nullcontext() as source_reader,
+    ):
+        for part in subject.parts:
+            originals = subject.originals(part, source, items) if source else SourceWeights({})
+            findings += originals.findings
+            if not originals.comparable:
+                continue
+            check = _Check(
+                reader, source_reader, originals, memo or ReadOnlyMemo({}), progress or Silent()
+            )
+            seen = check.part(part, only, threads or default_threads())
+            compared += seen
+            findings += [finding for _, one in seen for finding in one.findings]
+            roles += _roles(part, originals, seen)
+    return NumbersResult(roles, compared, findings)
+
+
+def _roles(
+    part: SubjectPart, originals: SourceWeights, seen: Sequence[tuple[HeldWeight, WeightComparison]]
+) -> list[RoleError]:
+    """Add up the weights that were compared with an original, to their end."""
+    rows = originals.rows
+    judged = [(held, one) for held, one in seen if one.judged and held.subject in rows]
+    if part.by_name:
+        judged.sort(key=lambda pair: pair[0].weight.name)
+    return by_role((rows[held.subject].item.role.name, held.storage, one) for held, one in judged)
+
+
+@dataclass(frozen=True)
+class _Check:
+    reader: FolderReader
+    source: Reader | None
+    originals: SourceWeights
+    memo: ResultMemo
+    progress: Progress
+
+    def part(
+        self, part: SubjectPart, only: Callable[[HeldWeight], bool] | None, threads: int
+    ) -> list[tuple[HeldWeight, WeightComparison]]:
+        """Check the chosen weights of a part."""
+        chosen = [held for held in part.weights if only is None or only(held)]
+        left_out = sum(h.weight.nbytes for h in part.weights if only and not only(h))
+        self.progress.begin(f"checking {part.name}", part.nbytes - left_out)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                return list(zip(chosen, pool.map(self._weight, chosen), strict=True))
+        finally:
+            self.progress.end()
+
+    def _weight(self, held: HeldWeight) -> WeightComparison:
+        """Check one weight, unless it was seen before."""
+        seen = self.memo.get(held.subject)
+        result = WeightComparison.from_json(seen) if seen else self._judged(held)
+        self.memo.add(held.subject, result.to_json())
+        self.progress.advance(held.weight.nbytes, held.weight.name)
+        return result
+
+    def _judged(self, held: HeldWeight) -> WeightComparison:
+        """Check one weight; what cannot be read or decoded becomes a finding."""
+        original = self.originals.rows.get(held.subject)
+        return judge(held.weight, held.spec, self.reader, original, self.source, held.subject)

@@ -1,0 +1,300 @@
+"""Safetensors checkpoints: headers, index, config and template agree; where originals are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from qwen35.checkpoint.inventory import InventoryItem, match
+from qwen35.checkpoint.locations import FileLocation
+from qwen35.checkpoint.open import describe, fetch, looks_like_artifact
+from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, Reader, read_json
+from qwen35.codecs.codec import Codec
+from qwen35.codecs.plain.codec import Plain
+from qwen35.codecs.registry import packings
+from qwen35.errors import Finding, InputError, TensorError, UsageError
+from qwen35.planning.rows import rows_of
+from qwen35.planning.safetensors_files.safetensors_container import SafetensorsContainer
+from qwen35.verification.asking_engines import check_engine, in_engine
+from qwen35.verification.behaviour import BehaviourResult
+from qwen35.verification.memo import stamped
+from qwen35.verification.subject import (
+    Engine,
+    HeldWeight,
+    SourceWeights,
+    Subject,
+    SubjectPart,
+    TensorTable,
+)
+from qwen35.verification.unreadable import Unreadable
+
+__all__ = ["CheckpointSubject"]
+
+_TEMPLATE = "chat_template.jinja"
+
+
+class CheckpointSubject(Subject):
+    """A checkpoint.
+
+    Args:
+        checkpoint: opened leniently (`qwen35.checkpoint.open`), so that faults are findings.
+
+    Attributes:
+        checkpoint: the same.
+
+    Raises:
+        UsageError: it is the description of a published size.
+    """
+
+    suffix = ".safetensors"
+    unlisted: ClassVar[Literal["files", "hash"]] = "hash"
+    place: FileLocation
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.place is None:
+            hint = "give a folder or a Hub id"
+            raise UsageError(checkpoint.name, "only a description, nothing to verify", hint=hint)
+        super().__init__(checkpoint.name, checkpoint.place)
+        self.checkpoint = checkpoint
+
+    # --- opened
+
+    @classmethod
+    def find(cls, name: str, token: str | None) -> Any:
+        """Return the name: what no other container holds is taken for a checkpoint."""
+        del token
+        return name
+
+    @classmethod
+    def refuse(cls, engine: Engine | None, tensor_parallel: int | None) -> None:
+        """Refuse an engine that is not installed."""
+        del tensor_parallel
+        check_engine(engine)
+
+    @classmethod
+    def open(cls, name: str, found: Any, *, weights: bool, token: str | None) -> Subject:
+        """Open a checkpoint; one that is there and cannot be read is `Unreadable`."""
+        del found
+        opened = fetch if weights else describe
+        try:
+            return cls(opened(name, token=token, lenient=True))
+        except InputError as error:
+            if not looks_like_artifact(name):
+                raise
+            return Unreadable(name, error)
+
+    # --- structure
+
+    @property
+    def kind(self) -> str:
+        """The codec that packs weights, or the one of weights that are not packed."""
+        held = {item.codec for item in self.items}
+        return next((name for name in _packings() if name in held), Plain.name)
+
+    @property
+    def vision(self) -> bool:
+        """Whether config.json describes a vision tower."""
+        return self.checkpoint.config.architecture.vision
+
+    @property
+    def files(self) -> Sequence[str]:
+        """The files that the index names."""
+        return tuple(self.checkpoint.file_sizes)
+
+    @cached_property
+    def _matched(self) -> tuple[tuple[InventoryItem, ...], list[TensorError]]:
+        return match(self.checkpoint)
+
+    @property
+    def items(self) -> tuple[InventoryItem, ...]:
+        """The weights that fit config.json."""
+        return self._matched[0]
+
+    def structure(self) -> Iterator[Finding]:
+        """Yield what is wrong with packing, tensors, config, index and template."""
+        problems = self.checkpoint.problems
+        yield from (_finding("packing", problem) for problem in problems)
+        known = {problem.subject for problem in problems}
+        unfit = self._matched[1]
+        yield from (_finding("tensors", p) for p in unfit if p.subject not in known)
+        yield from self._config_findings()
+        yield from self._index_findings()
+        yield from self._template_findings()
+
+    def _config_findings(self) -> Iterator[Finding]:
+        config = self.checkpoint.config
+        if config.mtp_layers and not self.checkpoint.layout.mtp:
+            message = f"mtp_num_hidden_layers is {config.mtp_layers}, but there is no mtp tensor"
+            yield Finding("mtp", "config.json", message)
+        quantization = config.quantization or {}
+        method = quantization.get("quant_method")
+        for codec in _packings().values():
+            count = self._count(codec)
+            if count and method != _method(codec):
+                message = f"quant_method is {method!r}, but {count} weights are packed {codec.name}"
+                yield Finding("quantization-config", "config.json", message)
+        for codec in self._promised():
+            yield from codec.config_findings(quantization, self.items, vision=self.vision)
+
+    def _count(self, codec: Codec) -> int:
+        return sum(item.codec == codec.name for item in self.items)
+
+    def _promised(self) -> list[Codec]:
+        """Return the codecs that config.json means; of several, those that weights are held by."""
+        method = (self.checkpoint.config.quantization or {}).get("quant_method")
+        meant = [codec for codec in _packings().values() if _method(codec) == method]
+        return [codec for codec in meant if self._count(codec)] or meant
+
+    def _index_findings(self) -> Iterator[Finding]:
+        sizes = self.place.sizes()
+        for name in sizes:
+            if name.endswith(self.suffix) and name not in self.checkpoint.file_sizes:
+                yield Finding("files", name, f"not in {INDEX_NAME}: no loader reads it")
+        if INDEX_NAME not in sizes:
+            return
+        metadata = read_json(self.place, INDEX_NAME).get("metadata")
+        stated = metadata if isinstance(metadata, dict) else {}
+        total, nbytes = stated.get("total_size", "missing"), self.checkpoint.nbytes
+        if total != nbytes and not self.checkpoint.problems:
+            yield Finding("index", INDEX_NAME, f"total_size is {total}, the tensors have {nbytes}")
+
+    def _template_findings(self) -> Iterator[Finding]:
+        if _TEMPLATE not in self.checkpoint.sidecars:
+            return
+        from qwen35.planning.safetensors_files.chat_template import compiles
+
+        try:
+            content = self.place.read(_TEMPLATE, 0, self.place.sizes()[_TEMPLATE])
+            compiles(content.decode(), _TEMPLATE)
+        except InputError as error:
+            yield Finding("template", _TEMPLATE, error.message)
+        except UnicodeDecodeError as error:
+            yield Finding("template", _TEMPLATE, str(error))
+
+    def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
+        """Yield one table: a tensor may lie in any file."""
+        stored = {
+            part.spec.name: (f"{part.spec.dtype} {list(part.spec.shape)}", part.file)
+            for weight in self.checkpoint.weights
+            for part in weight.parts
+        }
+        planned = {
+            name: (text, file)
+            for file, tensors in manifest["tensors"].items()
+            for name, text in tensors.items()
+        }
+        yield TensorTable(stored, planned)
+
+    def shared(self, ranks: int) -> Iterator[Finding]:
+        """Yield what codecs with tiles say of weights in parts.
+
+        Raises:
+            UsageError: neither config.json nor any weight speaks of such a codec.
+        """
+        tiled = [codec for codec in _packings().values() if codec.tiled]
+        promised = self._promised()
+        asked = [codec for codec in tiled if codec in promised or self._count(codec)]
+        if not asked:
+            labels = " or ".join(codec.label for codec in tiled)
+            found = f"there are no {labels} weights here"
+            raise UsageError("--tensor-parallel", found, hint="leave it out")
+        for codec in asked:
+            yield from codec.tensor_parallel(self.checkpoint.config, self.items, ranks)
+
+    # --- numbers
+
+    @cached_property
+    def parts(self) -> Sequence[SubjectPart]:
+        """All weights at once."""
+        weights = [
+            HeldWeight(i.weight, i.spec, i.weight.name, i.weight.storage) for i in self.items
+        ]
+        nbytes = sum(held.weight.nbytes for held in weights)
+        return (SubjectPart(self.name, nbytes, tuple(weights)),)
+
+    def folder(self) -> Path:
+        """Return the checkpoint's folder."""
+        return self.checkpoint.folder()
+
+    def stamps(self) -> list[Any]:
+        """Return folder, sizes and times of its files."""
+        return stamped(self.checkpoint)
+
+    def reader(self) -> Reader:
+        """Return what reads the checkpoint as it was when it was opened."""
+        return Reader(self.checkpoint)
+
+    def originals(
+        self, part: SubjectPart, source: Checkpoint, items: Sequence[InventoryItem]
+    ) -> SourceWeights:
+        """Match weights by role, layer and expert; tower and MTP layer may be left out whole."""
+        del part, source
+        originals = _originals(items, {_key(item) for item in self.items})
+        findings = list(_unmatched(self.items, originals))
+        rows = {}
+        for item in self.items:
+            original = originals.get(_key(item))
+            if original is None:
+                continue
+            here, there = list(item.spec.shape), list(original.spec.shape)
+            if here == there:
+                rows[item.weight.name] = rows_of(original)
+                continue
+            message = f"shape {here}, the source has {there}"
+            findings.append(Finding("source", item.weight.name, message))
+        return SourceWeights(rows, tuple(findings))
+
+    # --- behaviour
+
+    def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
+        """Ask it in transformers, or in the engine that is asked for."""
+        del threads
+        return in_engine(engine, self.folder(), vision=self.vision)
+
+
+def _packings() -> dict[str, Codec]:
+    """Return the codecs that quantize in safetensors files, by name."""
+    return packings(SafetensorsContainer.name)
+
+
+def _method(codec: Codec) -> str:
+    """Return the ``quant_method`` by which loaders know a codec."""
+    return codec.method or codec.name
+
+
+def _finding(check: str, error: InputError) -> Finding:
+    return Finding(check, error.subject, error.message)
+
+
+_Key = tuple[str, int | None, int | None]
+
+
+def _key(item: InventoryItem) -> _Key:
+    return item.role.name, item.role.layer, item.role.expert
+
+
+def _originals(items: Sequence[InventoryItem], wanted: Set[_Key]) -> dict[_Key, InventoryItem]:
+    """Return a source's weights by key; fused experts one by one where they are wanted so."""
+    originals: dict[_Key, InventoryItem] = {}
+    for item in items:
+        parts = [item]
+        if _key(item) not in wanted:
+            parts = list(item.experts()) or parts
+        originals |= {_key(part): part for part in parts}
+    return originals
+
+
+def _unmatched(
+    items: Sequence[InventoryItem], originals: Mapping[_Key, InventoryItem]
+) -> Iterator[Finding]:
+    found = {_key(item) for item in items}
+    for item in items:
+        if _key(item) not in originals:
+            yield Finding("source", item.weight.name, "the source has no such weight")
+    scopes = {item.role.scope for item in items}
+    whole = {scope for scope in ("visual", "mtp") if scope not in scopes}
+    for key, item in originals.items():
+        if key not in found and item.role.scope not in whole:
+            yield Finding("source", item.weight.name, "in the source, but not here")

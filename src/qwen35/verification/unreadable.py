@@ -1,0 +1,98 @@
+"""What is there and cannot even be opened: one finding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen35.checkpoint.inventory import InventoryItem
+from qwen35.checkpoint.source import Checkpoint, FolderReader
+from qwen35.errors import Finding, InputError
+from qwen35.verification.behaviour import BehaviourResult
+from qwen35.verification.subject import Engine, SourceWeights, Subject, SubjectPart, TensorTable
+
+__all__ = ["Unreadable"]
+
+
+class Unreadable(Subject):
+    """An artifact that cannot be opened.
+
+    Args:
+        name: what the user called it.
+        error: why.
+    """
+
+    suffix = ""
+
+    def __init__(self, name: str, error: InputError) -> None:
+        super().__init__(name, None)
+        self._error = error
+
+    @classmethod
+    def find(cls, name: str, token: str | None) -> Any:
+        """Find nothing: this is no container."""
+        del name, token
+
+    @classmethod
+    def refuse(cls, engine: Engine | None, tensor_parallel: int | None) -> None:
+        """Refuse nothing."""
+
+    @classmethod
+    def open(cls, name: str, found: Any, *, weights: bool, token: str | None) -> Subject:
+        """Open what could not be opened."""
+        del weights, token
+        return cls(name, found)
+
+    @property
+    def kind(self) -> str:
+        """Say what it is."""
+        return "unreadable"
+
+    @property
+    def vision(self) -> bool:
+        """No tower is known."""
+        return False
+
+    @property
+    def files(self) -> Sequence[str]:
+        """No file is known."""
+        return ()
+
+    def structure(self) -> Iterator[Finding]:
+        """Yield why it cannot be opened."""
+        yield Finding("readable", self._error.subject, self._error.message)
+
+    def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
+        """Yield nothing."""
+        del manifest
+        yield from ()
+
+    @property
+    def parts(self) -> Sequence[SubjectPart]:
+        """Nothing to look at."""
+        return ()
+
+    def folder(self) -> Path:
+        """Say again why there is nothing."""
+        raise self._error
+
+    def stamps(self) -> list[Any]:
+        """Return its name: nothing that would be remembered is seen."""
+        return [self.name]
+
+    def reader(self) -> FolderReader:
+        """Say again why there is nothing."""
+        raise self._error
+
+    def originals(
+        self, part: SubjectPart, source: Checkpoint, items: Sequence[InventoryItem]
+    ) -> SourceWeights:
+        """Return nothing."""
+        del part, source, items
+        return SourceWeights({})
+
+    def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
+        """Ask nothing."""
+        del engine, threads
+        return BehaviourResult()

@@ -1,0 +1,43 @@
+"""A verdict as text of 80 columns."""
+
+from __future__ import annotations
+
+from qwen35.verification.verdict import Verdict
+
+__all__ = ["verdict_text"]
+
+
+def verdict_text(verdict: Verdict) -> str:
+    """Render a verdict."""
+    counts = verdict.counts
+    lines = [
+        f"{verdict.name}: {verdict.kind}, {counts['weights']} weights "
+        f"({counts['packed']} packed) in {counts['files']} files, checked: {verdict.depth}"
+    ]
+    inexact = [row for row in verdict.errors if row.squared]
+    if verdict.errors:
+        exact = sum(row.count for row in verdict.errors if not row.squared)
+        lines.append(f"{exact} weights are exactly those of the source")
+    if inexact:
+        lines += ["", f"{'  role':<38} {'stored':>6} {'count':>6} {'rel. error':>12} {'worst':>12}"]
+    for row in inexact:
+        values = f"{row.relative:>12.6f} {row.worst:>12.6f}"
+        lines.append(f"  {row.role:<36} {row.storage:>6} {row.count:>6} {values}")
+    if verdict.answers:
+        lines += ["", f"{'  asked':<62} {'thinking':>8}  answer"]
+    file = ""
+    for answer in verdict.answers:
+        if answer.file != file:
+            lines.append(answer.file)
+        file = answer.file
+        thinking = "on" if answer.question.thinking else "off"
+        mark = "right" if answer.right else "WRONG"
+        lines.append(f"  {answer.question.prompt[:60]:<60} {thinking:>8}  {mark}")
+    if verdict.findings:
+        lines.append("")
+        lines += [f"error: {f.subject}: {f.message} [{f.check}]" for f in verdict.findings]
+    lines += [f"note: {note}" for note in verdict.notes]
+    errors = len(verdict.findings)
+    found = "finding" if errors == 1 else "findings"
+    lines += ["", "passed: nothing found" if verdict.passed else f"FAILED: {errors} {found}"]
+    return "\n".join(lines)

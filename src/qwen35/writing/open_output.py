@@ -1,0 +1,143 @@
+"""One output while it is written: its files, what is left to do for them, and what is done."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from qwen35.checkpoint.source import FolderReader
+from qwen35.execution.step_runner import StepRunner
+from qwen35.execution.window import RangeReader
+from qwen35.planning.output_plan import Plan, PlannedFile
+from qwen35.planning.rows import RowSpan
+from qwen35.planning.step import Step, StepTarget
+from qwen35.progress import Progress
+from qwen35.sinks.files import TensorFile
+from qwen35.sinks.staging import StagedResult, os_errors
+from qwen35.sinks.tensor_writer import TensorWriter
+
+__all__ = ["OpenOutput"]
+
+
+@dataclass
+class OpenOutput:
+    """One execution of a plan: everything its steps share.
+
+    Args:
+        out: the folder that it becomes.
+        plan: what is executed.
+        folder: where its files are while they are made.
+        written: its files.
+        carrier: of its steps.
+        progress: told of the bytes read.
+        filled: called when a file holds all its tensors, if anybody wants to know.
+
+    Attributes:
+        hashes: SHA-256 of the finished files.
+        compared: weight to what its check found, where workers checked it.
+        result: known at the end.
+    """
+
+    out: Path
+    plan: Plan
+    folder: Path
+    written: TensorWriter
+    carrier: StepRunner
+    progress: Progress
+    filled: Callable[[str], None] = lambda _: None
+    hashes: dict[str, str] = field(default_factory=dict)
+    compared: dict[str, Any] = field(default_factory=dict)
+    result: StagedResult = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._files = {file.name: file for file in self.plan.files}
+        self._opened: dict[str, TensorFile] = {}
+        self._unfilled: Counter[str] = Counter()
+        self._spans: Counter[int] = Counter()
+        self._lock = Lock()
+
+    def find_finished(self, pool: Executor) -> list[PlannedFile]:
+        """Note the hashes of files that an earlier run finished; return the others."""
+        files = self.plan.files
+        found = pool.map(lambda file: self.written.hash_of(file.name, file.nbytes), files)
+        left = []
+        for file, digest in zip(files, found, strict=True):
+            if digest is None:
+                left.append(file)
+            else:
+                self.hashes[file.name] = digest
+        return left
+
+    def left(self, steps: Sequence[Step]) -> list[Step]:
+        """Return those of some steps that are still to be done, each for the files left to it."""
+        return [step for step in map(self._wanting, steps) if step.targets]
+
+    def _wanting(self, step: Step) -> Step:
+        done = [
+            file
+            for target in step.targets
+            for file in target.files
+            if self.written.has(file, target.outputs[0].name)
+        ]
+        return step.into(set(step.files) - set(done)) if done else step
+
+    def works(self, owner: int, steps: Sequence[Step]) -> Iterator[RangeReader]:
+        """Yield what is to be done for some steps, as `left` returned them."""
+        self._unfilled = Counter(file for step in steps for file in step.files)
+        ranks = {name: rank for rank, name in enumerate(self._files)}
+        for number, step in enumerate(steps):
+            spans = self.carrier.spans(step)
+            self._spans[number] = len(spans)
+            rank = min(ranks[file] for file in step.files)
+            for span in spans:
+                yield self._work(owner, number, step, span, rank)
+
+    def _work(self, owner: int, number: int, step: Step, span: RowSpan, rank: int) -> RangeReader:
+        def run(reader: FolderReader) -> Iterator[int]:
+            with os_errors(self.out):
+                yield from self.carrier.carry(step, span, self._write, reader)
+                self._done(number, step)
+            self.progress.advance(step.rows.share(span), step.weight.name)
+
+        return RangeReader(owner, *step.rows.bounds(span), rank, run)
+
+    def _write(self, target: StepTarget, name: str, offset: int, data: memoryview) -> None:
+        for file in target.files:
+            self._open(file).write(name, offset, data)
+
+    def _open(self, name: str) -> TensorFile:
+        found = self._opened.get(name)
+        if found is not None:
+            return found
+        with self._lock:
+            if name not in self._opened:
+                file = self._files[name]
+                opened = self.written.open(name, file.head, file.offsets, file.nbytes)
+                self._opened[name] = opened
+            return self._opened[name]
+
+    def _done(self, number: int, step: Step) -> None:
+        """Note that a span of a step is done; with the last one the step is, and maybe files."""
+        with self._lock:
+            self._spans[number] -= 1
+            if self._spans[number]:
+                return
+        for target in step.targets:
+            self.written.done(target.outputs[0].name, target.files)
+        with self._lock:
+            self._unfilled.subtract(step.files)
+            full = [file for file in step.files if not self._unfilled[file]]
+        for file in full:
+            self.filled(file)
+
+    def finish(self, files: Iterable[str]) -> None:
+        """Flush and hash files that hold all their tensors."""
+        with os_errors(self.out):
+            for name in files:
+                self._open(name)  # one whose steps an earlier run had all done
+                self.hashes[name] = self.written.finish(name)
