@@ -96,7 +96,7 @@ def seeds(target: str) -> Iterator[bytes]:
     elif target == "index":
         yield b'{"metadata": {}, "weight_map": {"a": "b.safetensors"}}'
     else:
-        folder = TESTS.parent / "src" / "qwen35" / "plan" / "recipes"
+        folder = TESTS.parent / "src" / "qwen35" / "planning" / "recipes"
         yield from (path.read_bytes() for path in folder.glob("*.toml"))
 
 

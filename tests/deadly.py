@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from patience import PATIENCE
 from qwen35.execution.worker import answer
 from qwen35.execution.worker_process import serve
 
@@ -53,14 +54,23 @@ def _names(done: Mapping[str, Any], tensor: str) -> bool:
 
 
 def slow(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a job on the processor, a little late; note on which node of Ray, and its GPU."""
+    """Do a job on the processor; note on which node of Ray, and its GPU.
+
+    It waits for a job elsewhere, so that one node, or one GPU, does not do all while the other
+    starts; and is a little late, so that it can be killed in between.
+    """
     import ray
 
     node = ray.get_runtime_context().get_node_id()
     what = job.get("steps"), job.get("hash")
     line = [node, os.environ.get("CUDA_VISIBLE_DEVICES"), *what]
-    with (Path(os.environ["QWEN35_DEADLY"]) / "log").open("a") as log:
-        log.write(f"{json.dumps(line)}\n")
+    log = Path(os.environ["QWEN35_DEADLY"]) / "log"
+    with log.open("a") as file:
+        file.write(f"{json.dumps(line)}\n")
+    for _ in range(20 * PATIENCE):
+        if len({tuple(json.loads(row)[:2]) for row in log.read_text().splitlines()}) > 1:
+            break
+        time.sleep(0.05)
     time.sleep(0.15)
     return answer({**job, "device": "cpu"})
 

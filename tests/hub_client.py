@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import qwen35
 from fake_hub import FakeHub, Repo
+from patience import PATIENCE
 
 __all__ = ["CONTENT", "REPO", "Client", "Done", "World", "environment", "files_in"]
 
@@ -51,7 +52,6 @@ def environment(hub: FakeHub, home: Path) -> dict[str, str]:
         "HF_HOME": str(home / "hf"),
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "1",
         "XDG_CACHE_HOME": str(home / "cache"),
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
@@ -86,7 +86,7 @@ class Client:
     def __exit__(self, *error: object) -> None:
         assert self._process.stdin
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(PATIENCE)
         assert self._process.stdout
         self._process.stdout.close()
 

@@ -16,11 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import qwen35
+from patience import PATIENCE
 
 __all__ = ["Ended", "Limited", "limited"]
 
 SECONDS = 10
-"""Of wall time; after that a command is killed."""
+"""Of time of the processor; after that a command is killed."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _child(command: list[str], folder: str, pipe: int) -> None:
 
     from qwen35.cli.main import main
 
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     os.chdir(folder)
     said = io.StringIO()

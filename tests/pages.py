@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import qwen35
+from patience import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 RUN = ("bash", "python")
@@ -122,7 +123,7 @@ def run_page(blocks: Sequence[Block], folder: Path) -> list[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=PATIENCE,
     )
     printed = []
     for number, block in enumerate(wanted):

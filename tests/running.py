@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from checkpoints import Tensors, write_checkpoint
 from qwen35.checkpoint.source import INDEX_NAME, open_folder
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
@@ -47,3 +48,43 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Parse config.json."""
     parsed: dict[str, Any] = json.loads((folder / "config.json").read_text())
     return parsed
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    """Whether two sets of tensors are the same, byte for byte."""
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype
+        and torch.equal(
+            one[name].contiguous().view(torch.uint8), other[name].contiguous().view(torch.uint8)
+        )
+        for name in one
+        if one[name].ndim
+    )
+
+
+def statistics(source: Path, folder: Path, *, name: str = "stats.json", seed: int = 3) -> Path:
+    """Write statistics of all packed linear layers, as the collector before us names them."""
+    generator = torch.Generator().manual_seed(seed)
+    table = {}
+    for step in plan_of(source, "fp8").steps:
+        if step.op == "fp8" and ".experts." not in step.spec.name and step.role.scope == "text":
+            values = torch.rand(step.spec.shape[1], generator=generator).pow(6) * 20
+            table[step.spec.name] = {"input_channel_max": values.bfloat16().float().tolist()}
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(table))
+    return folder / name
+
+
+def changed(source: Path, out: Path, changes: Tensors) -> Path:
+    """Write a copy of a checkpoint with some tensors replaced."""
+    return write_checkpoint(out, read_config(source), {**load_all(source), **changes})
+
+
+def dequantize(tensors: Tensors, name: str) -> torch.Tensor:
+    """Decode an NF4 weight with bitsandbytes."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    parts = {key: value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    state = QuantState.from_dict(parts, device=torch.device("cpu"))
+    result: torch.Tensor = dequantize_4bit(tensors[name], state)
+    return result

@@ -25,8 +25,8 @@ __all__ = ["check", "said"]
 _GOLDEN = Path(__file__).parent / "golden" / "sentences.txt"
 
 _OF = (
-    "qwen35.plan.",
-    "qwen35.verify.",
+    "qwen35.planning.",
+    "qwen35.verification.",
     "qwen35.codecs.comparison",
     "qwen35.codecs.fp8.config",
     "qwen35.codecs.nf4.config",

@@ -90,13 +90,13 @@ IMAGE_CONVERSATIONS: list[list[dict[str, Any]]] = [
 
 def render(template: str, messages: list[dict[str, Any]], **options: Any) -> str:
     """Render as transformers does: sandboxed, with blocks trimmed."""
-    from qwen35.planning.safetensors_files.chat_template import _Generation
+    from qwen35.planning.safetensors_files.chat_template import GenerationTag
 
     def fail(message: str) -> None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
     )
     environment.globals["raise_exception"] = fail
     compiled = environment.from_string(template)

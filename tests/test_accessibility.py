@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import qwen35
+from browser import CHROMIUM, DARK, DESKTOP, LIGHT, PHONE, chromium
 from checkpoints import ASSET
 from evaluating import gguf as gguf_in
-from test_report import CHROMIUM, DARK, DESKTOP, LIGHT, PHONE, chromium
 
 pytest.importorskip("matplotlib", reason="the extra eval is not installed")
 FOUND = find_spec("axe_playwright_python")
@@ -164,7 +164,7 @@ def contrast(one: str, other: str) -> float:
 
 
 def test_every_colour_stands_out() -> None:
-    css = (Path(qwen35.__file__).parent / "report" / "style.css").read_text()
+    css = (Path(qwen35.__file__).parent / "reporting" / "style.css").read_text()
     themes = [dict(re.findall(r"--([\w-]+): (#\w+)", block)) for block in css.split(":root {")[1:3]]
     assert len(themes) == 2
     for theme in themes:

@@ -90,7 +90,7 @@ def test_statistics_that_name_another_geometry_are_refused(dense: Path, tmp_path
 @pytest.mark.parametrize(
     ("name", "columns", "sentence"),
     [
-        (f"{LAYER}.4.mlp.up_proj.weight", 256, "has 4.mlp.up_proj, which this model has not"),
+        (f"{LAYER}.4.mlp.up_proj.weight", 256, "has 4.mlp.up_proj, which this model lacks"),
         ("mtp.layers.1.mlp.up_proj.weight", 256, "has 1.mtp.layers.mlp.up_proj, which this"),
         (f"{LAYER}.0.mlp.experts.2.up_proj.weight", 256, "has 0.mlp.experts.up_proj, which this"),
         (DOWN, 511, "511 columns for 1.mlp.down_proj, expected 512"),
@@ -141,7 +141,7 @@ def test_search_weighs_by_mean_squares_where_there_are_any(tmp_path: Path) -> No
     ],
 )
 def test_experts_that_saw_little_are_noted(made: dict[str, int], notes: tuple[str, ...]) -> None:
-    assert Activations("s", "0", {}, made=made).notes() == notes
+    assert Activations("s", "0", {}, provenance=made).notes() == notes
 
 
 def test_weights_without_statistics_are_counted_in_a_note(dense: Path, tmp_path: Path) -> None:
@@ -172,9 +172,9 @@ def test_both_forms_of_a_file_are_read(name: str, tmp_path: Path) -> None:
     entries = table(name) | table(f"{LAYER}.2.mlp.up_proj.weight")
     made = {"tokens": 7}
     ours = load_activations(stats(tmp_path, by_line(made, entries)))
-    assert ours.made == made
+    assert ours.provenance == made
     others = load_activations(stats(tmp_path, json.dumps({**entries, "__metadata__": made})))
-    assert others.made == made
+    assert others.provenance == made
     assert {k: v.tolist() for k, v in ours.columns.items()} == {
         k: v.tolist() for k, v in others.columns.items()
     }
@@ -186,21 +186,21 @@ def test_a_file_of_ours_is_read_by_line_whatever_its_size(
 ) -> None:
     text = by_line({}, table(UP, DOWN))
     longest = max(map(len, text.splitlines()))
-    monkeypatch.setattr(activations, "_MAX_BYTES", 10)
-    monkeypatch.setattr(activations, "_MAX_LINE", longest + 1)
+    monkeypatch.setattr(activations, "MAX_BYTES", 10)
+    monkeypatch.setattr(activations, "MAX_LINE", longest + 1)
     assert len(load_activations(stats(tmp_path, text)).columns) == 2
-    monkeypatch.setattr(activations, "_MAX_LINE", longest - 1)
+    monkeypatch.setattr(activations, "MAX_LINE", longest - 1)
     with pytest.raises(InputError):
         load_activations(stats(tmp_path, text))
 
 
 def test_a_file_of_others_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = json.dumps(table(UP))
-    monkeypatch.setattr(activations, "_MAX_BYTES", len(text))
+    monkeypatch.setattr(activations, "MAX_BYTES", len(text))
     assert load_activations(stats(tmp_path, text)).columns
     path = tmp_path / "stats.json"
     assert refusal(tmp_path, f"{text} ") == (
-        f"{path}: larger than any statistics, expected at most 1 GiB"
+        f"{path}: too large for a statistics file, expected at most 1 GiB"
     )
 
 
@@ -244,8 +244,8 @@ OVERFLOWED = "a forward pass that overflowed made it: collect the statistics in 
     [
         ([], f"{UP} is malformed, expected input_channel_max: {NUMBER}"),
         ({"input_channel_max": []}, f"{UP} is malformed, expected input_channel_max: {NUMBER}"),
-        ({"input_channel_max": [True]}, f"{UP} holds what is not a number"),
-        ({"input_channel_max": [1, "1"]}, f"{UP} holds what is not a number"),
+        ({"input_channel_max": [True]}, f"{UP} holds a value that is not a number"),
+        ({"input_channel_max": [1, "1"]}, f"{UP} holds a value that is not a number"),
         (
             {"input_channel_max": [1, -1]},
             f"{UP} holds a negative or infinite number, or NaN; {OVERFLOWED}",

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import doctest
-import importlib
 import inspect
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, assert_type
@@ -20,6 +17,7 @@ import qwen35
 from checkpoints import ASSET
 from evaluating import gguf as gguf_in
 from hub_client import REPO, World
+from parsers import actions_of
 from qwen35.api.run_api import RunResult
 from qwen35.api.write_result import WriteResult
 from qwen35.calibration.calibration_run import CalibrationResult
@@ -48,7 +46,7 @@ ONLY_KEYWORDS = {"run": {"tell"}}
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_flags_are_keywords(verb: str) -> None:
-    flags = {a.dest for a in parser_of(verb)._actions if a.dest != argparse.SUPPRESS} - {"help"}
+    flags = {a.dest for a in actions_of(parser_of(verb)) if a.dest != argparse.SUPPRESS} - {"help"}
     keywords = set(inspect.signature(getattr(qwen35, verb)).parameters)
     assert flags - TERMINAL - ONLY_FLAGS.get(verb, set()) == (
         keywords - {"progress"} - ONLY_KEYWORDS.get(verb, set())
@@ -57,7 +55,7 @@ def test_flags_are_keywords(verb: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_defaults_are_the_flags(verb: str) -> None:
-    flags = {action.dest: action.default for action in parser_of(verb)._actions}
+    flags = {action.dest: action.default for action in actions_of(parser_of(verb))}
     for name, parameter in inspect.signature(getattr(qwen35, verb)).parameters.items():
         if parameter.default is inspect.Parameter.empty or name not in flags:
             continue
@@ -88,36 +86,14 @@ def test_public_names_are_the_verbs() -> None:
         qwen35.__getattr__("nonsense")
 
 
-def test_importing_a_module_of_a_verbs_name_leaves_the_verb() -> None:
-    for name in VERBS:
-        importlib.import_module(f"qwen35.api.{name}")
-    for module in ("plan.plan", "verify.artifact", "reproduce", "tune"):
-        importlib.import_module(f"qwen35.{module}")
-    for verb in VERBS:
-        assert inspect.isfunction(getattr(qwen35, verb)), verb
-    program = (
-        "import qwen35.reproduce, qwen35.planning.output_plan\nimport qwen35\n"
-        "import qwen35.planning.recipe as recipes\nfrom qwen35.plan import layers\n"
-        "from qwen35 import plan\n"
-        "assert callable(qwen35.convert) and plan is qwen35.plan\n"
-        "assert recipes.built_in is qwen35.planning.recipe.built_in\n"
-        "assert layers.spell_layers([1]) == '1'\n"
-    )
-    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
-
-
-def test_what_is_set_on_a_verb_is_set_in_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests name what they replace by its dotted path."""
-    module = sys.modules["qwen35.reproduce"]
-    monkeypatch.setattr("qwen35.reproduction.digest_file", "replaced")
-    assert vars(module)["digest_file"] == "replaced"
-    monkeypatch.undo()
-    assert callable(vars(module)["digest_file"])
+def test_verbs_are_functions_of_their_own_modules() -> None:
     for verb in VERBS:
         function = getattr(qwen35, verb)
+        assert inspect.isfunction(function), verb
         assert function.__name__ == verb
-        assert function.__module__ == f"qwen35.api.{verb}"
+        assert function.__module__ == f"qwen35.api.{verb}_api"
         assert "Args:" in (function.__doc__ or "")
+        assert set(vars(function)) <= {"__wrapped__"}, "a function has no attributes of a module"
 
 
 def test_it_is_typed() -> None:

@@ -26,7 +26,7 @@ from qwen35.checkpoint.gguf_header import read_container
 from qwen35.cli.main import main
 from qwen35.errors import InputError, UsageError
 from qwen35.verification import asking_vllm
-from qwen35.verification.asking_llama import LlamaAsker, _template
+from qwen35.verification.asking_llama import LlamaAsker, compile_template
 from qwen35.verification.asking_transformers import Asker, Question
 from qwen35.verification.behaviour import IMAGE, TASKS
 from running import run
@@ -84,8 +84,8 @@ class FakeTransformers:
 @pytest.fixture
 def fake() -> tuple[Asker, FakeTransformers]:
     asker, engine = object.__new__(Asker), FakeTransformers()
-    asker._torch, asker.vision = torch, True
-    asker.model = asker.tokenizer = asker._images = engine
+    asker.torch, asker.vision = torch, True
+    asker.model = asker.tokenizer = asker.images = engine
     return asker, engine
 
 
@@ -106,7 +106,10 @@ def test_transformers_is_asked_greedily(fake: tuple[Asker, FakeTransformers]) ->
 def test_transformers_is_shown_a_picture(fake: tuple[Asker, FakeTransformers]) -> None:
     """One token for every 2 x 2 patches, where the template has one for the whole picture."""
     asker, engine = fake
-    given = {name: part.tolist() for name, part in asker._inputs(IMAGE).items()}
+    engine.device = torch.device("cpu")
+    asker.ask(IMAGE)
+    parts = {n: part for n, part in engine.given.items() if isinstance(part, torch.Tensor)}
+    given = {name: part.tolist() for name, part in parts.items()}
     assert given.pop("pixel_values") == [[1.0] * 3] * 24
     assert given == {
         "input_ids": [[7, 8, *[99] * 6, 9]],
@@ -169,9 +172,12 @@ def test_penalty_and_template_are_those_of_transformers(gguf: Path) -> None:
 def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
     gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    made: list[Any] = []
+
     class FakeLlama:
         def __init__(self, path: Path, *, context: int, threads: int) -> None:
             self.opened = path, context, threads
+            made.append(self)
 
         def encode(self, text: str) -> str:
             return text
@@ -186,7 +192,7 @@ def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
     monkeypatch.setattr("qwen35.verification.asking_llama.Llama", FakeLlama)
     container = read_container(gguf)
     asker = LlamaAsker(container, threads=3)
-    engine: Any = asker._llama
+    [engine] = made
     assert engine.opened == (gguf, 2048, 3)
     question = Question("2 + 2?", "4", thinking=True, tokens=5)
     assert asker.ask(question, repetition_penalty=1.5) == "said ids"
@@ -208,8 +214,8 @@ def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
     assert row.tolist() == [3, -3, 0, 6, -6, 0.5]
     asker.ask(question)
     assert engine.change(row, [0, 1]).tolist() == row.tolist()
-    alone: Any = LlamaAsker(container)._llama
-    assert alone.opened == (gguf, 2048, 1)
+    LlamaAsker(container)
+    assert made[-1].opened == (gguf, 2048, 1)
     broken = replace(container, keys={**container.keys, "tokenizer.chat_template": "{% if %}"})
     with pytest.raises(InputError, match=rf"^{gguf.name}: its chat template does not compile"):
         LlamaAsker(broken)
@@ -221,7 +227,7 @@ def test_a_template_is_compiled_as_transformers_compiles_it() -> None:
 
     source = "{% for x in 'abc' %}\n  {% if x == 'b' %}\n{% break %}{% endif %}\n-{{ x }}\n"
     source += "{% endfor %}\n."
-    ours = _template(Path("x.gguf"), source).render()
+    ours = compile_template(Path("x.gguf"), source).render()
     [theirs], _ = render_jinja_template([[]], chat_template=source)
     assert ours == theirs == "-a\n."
 
@@ -229,9 +235,9 @@ def test_a_template_is_compiled_as_transformers_compiles_it() -> None:
 @pytest.mark.sentences
 def test_template_that_refuses_is_a_sentence() -> None:
     with pytest.raises(InputError, match="does not compile"):
-        _template(Path("x.gguf"), "{% if %}")
+        compile_template(Path("x.gguf"), "{% if %}")
     with pytest.raises(InputError, match="refuses the question"):
-        _template(Path("x.gguf"), "{{ raise_exception('no') }}").render()
+        compile_template(Path("x.gguf"), "{{ raise_exception('no') }}").render()
 
 
 # --- vLLM

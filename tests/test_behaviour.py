@@ -387,7 +387,7 @@ def test_nothing_is_asked_when_the_files_are_wrong(tmp_path: Path, capsys: Captu
     assert main(["verify", str(out), "--depth", "behaviour", "--quiet"]) == 1
     shown = capsys.readouterr().out
     assert "weight_block_size" in shown
-    assert "note: not asked anything" in shown
+    assert "note: no questions asked" in shown
 
 
 def test_answer_is_judged_once_more_from_its_fields() -> None:
@@ -453,7 +453,7 @@ def test_wrong_answers_of_every_file_are_found(gguf: Path, monkeypatch: pytest.M
         name for name in asked for _ in range(10)
     ]
     assert verdict.notes == (
-        "asked in llama.cpp, without pictures: the binding is built without its vision part",
+        "asked in llama.cpp, without pictures: the binding is built without vision support",
     )
 
 
@@ -472,5 +472,5 @@ def test_gguf_that_llama_cpp_does_not_load(tmp_path: Path) -> None:
 
     path = tmp_path / "none.gguf"
     path.write_bytes(b"GGUF")
-    with pytest.raises(InputError, match="llama.cpp does not load it"):
+    with pytest.raises(InputError, match="llama.cpp cannot load it"):
         Llama(path)

@@ -14,13 +14,8 @@ import pytest
 import torch
 import transformers
 
-from checkpoints import (
-    layout_of,
-    random_tensors,
-    tiny_config,
-    write_checkpoint,
-)
-from gguf_models import make_variant, sidecars
+from calibrating import source
+from gguf_models import make_variant
 from llama_importance import Importance
 from qwen35.calibration.calibration_plan import CalibrationPlan, CalibrationRequest, make_plan
 from qwen35.calibration.calibration_run import calibrate
@@ -44,18 +39,6 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["the", "in", "a", "seven", "Model", "x = 3;", "rain", "Zürich", "(and)", "\n"]
     path.write_text(" ".join(generator.choice(words, 300)))
     return path
-
-
-def source(folder: Path, *, per_expert: bool = False, **options: Any) -> Path:
-    """Write a random checkpoint with a tokenizer, of uneven activations."""
-    config = tiny_config(**options)
-    tensors = random_tensors(config, layout_of(config, per_expert=per_expert), seed=3)
-    for name, tensor in tensors.items():
-        if name.endswith("norm.weight"):
-            tensor.view(-1)[::7] += 3
-        elif tensor.ndim > 1:
-            tensor *= 3
-    return write_checkpoint(folder / "in", config, tensors, sidecars=sidecars())
 
 
 def plan_for(folder: Path, text: Path, **asked: Any) -> CalibrationPlan:

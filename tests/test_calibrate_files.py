@@ -13,7 +13,9 @@ import torch
 import transformers
 from gguf import GGUFReader
 
+from calibrating import source
 from checkpoints import ASSET
+from imatrices import gguf_file, ones
 from llama import quantize
 from qwen35.calibration.blocks import Builder
 from qwen35.calibration.calibration_plan import CalibrationRequest, make_plan
@@ -31,8 +33,6 @@ from qwen35.planning.output_plan import make_plan as make_convert_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.writing.write import write
 from running import load_all
-from test_calibrate import source
-from test_gguf_imatrix import gguf_file, ones
 
 WINDOWS, CONTEXT = 6, 256
 
@@ -85,7 +85,7 @@ def test_entries_have_the_published_form(made: CalibrationResult) -> None:
 
 def test_what_made_them_is_told_in_both_files(made: CalibrationResult, text: Path) -> None:
     digest = hashlib.sha256(text.read_bytes()).hexdigest()
-    known = read_imatrix(made.result.out / "imatrix.gguf").made
+    known = read_imatrix(made.result.out / "imatrix.gguf").provenance
     assert known == table_of(made)["__metadata__"]
     assert known["text"] == [{"name": "held-out.txt", "sha256": digest}]
     assert known["source"] == {"folder": "qwen3.5-tiny"}
@@ -139,7 +139,7 @@ def test_reformatted_statistics_are_the_same(made: CalibrationResult, tmp_path: 
     file = tmp_path / "stats.json"
     file.write_text(json.dumps(table_of(made), indent=1))
     other = load_activations(file)
-    assert (ours.made, ours.columns.keys()) == (other.made, other.columns.keys())
+    assert (ours.provenance, ours.columns.keys()) == (other.provenance, other.columns.keys())
     for key, values in ours.columns.items():
         assert np.array_equal(values, other.columns[key])
         assert np.array_equal(ours.squares[key], other.squares[key])

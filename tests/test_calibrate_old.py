@@ -11,15 +11,15 @@ import pytest
 import torch
 import transformers
 
+from calibrating import source
 from checkpoints import ASSET
+from parsers import defaults
 from qwen35.calibration.generate import PROMPTS
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.old import front_doors
 from qwen35.cli.old.old_collect import add_arguments
 from qwen35.planning.activations import load_activations
-from test_calibrate import source
-from test_old_commands import defaults
 
 PROMPT = ("def add(a, b):", "import os")
 

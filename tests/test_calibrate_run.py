@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from calibrating import source
 from checkpoints import layout_of, tiny_config, write_checkpoint
 from fake_hub import FakeHub, serving
 from gguf_models import sidecars
 from hub_client import files_in
+from hub_command import command as command_in
 from hub_store import COMMIT, Repo
 from qwen35.calibration.blocks import Block
 from qwen35.calibration.calibration_plan import CalibrationPlan, CalibrationRequest, make_plan
@@ -30,8 +32,6 @@ from qwen35.model.model_config import parse_config
 from qwen35.model.roles import expected_tensors
 from qwen35.progress import Silent
 from running import load_all
-from test_calibrate import source
-from test_hub import command as command_in
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_dry_run_states_memory_and_touches_nothing(
     assert told["files"] == ["activation-stats.json", "imatrix.gguf", "coverage.json"]
     assert command(folder, prose, out, "--dry-run") == 0
     shown = capsys.readouterr().out
-    assert "beside Python and its libraries" in shown
+    assert "plus Python and its libraries" in shown
     assert list(tmp_path.iterdir()) == []
 
 
@@ -169,13 +169,13 @@ def test_interrupted_run_goes_on_at_its_layer(
         calibrate(plan, out, threads=1, progress=Interrupt(block))
     assert not out.exists()
     built: list[str] = []
-    real = ForwardStream._module
+    real = ForwardStream.build
 
     def noted(self: ForwardStream, one: Block) -> Any:
         built.append(one.name)
         return real(self, one)
 
-    monkeypatch.setattr(ForwardStream, "_module", noted)
+    monkeypatch.setattr(ForwardStream, "build", noted)
     again = calibrate(plan, out, threads=1)
     names = [one.name for one in plan.blocks]
     assert built == names[names.index(block) + 1 :]
@@ -215,7 +215,7 @@ def test_another_command_does_not_take_over_the_work(
     kept = files_in(work_folder(out))
     assert command(folder, prose, out, "--floor", "7") == 2
     error = capsys.readouterr().err
-    assert "holds an interrupted run of something else (3 blocks done)" in error
+    assert "holds an interrupted run of another plan (3 blocks done)" in error
     assert "--overwrite" in error
     assert files_in(work_folder(out)) == kept
     assert command(folder, prose, out, "--floor", "7", "--overwrite") == 0
@@ -241,7 +241,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from qwen35.calibration.blocks import Block
-from qwen35.calibration.calibration_plan import Asked, make_plan
+from qwen35.calibration.calibration_plan import CalibrationRequest, make_plan
 from qwen35.calibration.calibration_run import calibrate
 from qwen35.calibration.text_windows import read_text
 from qwen35.checkpoint.source import open_folder
@@ -249,7 +249,7 @@ from qwen35.checkpoint.source import open_folder
 def plan_for(folder):
     checkpoint = open_folder(Path(folder))
     text = read_text(checkpoint, [Path(sys.argv[4])], context=32)
-    return make_plan(checkpoint, text, Asked())
+    return make_plan(checkpoint, text, CalibrationRequest())
 
 small, large, out = sys.argv[1:4]
 calibrate(plan_for(small), Path(out) / "warm", threads=1)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import qwen35
+from patience import PATIENCE
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,7 +27,7 @@ def test_the_demonstration(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.endswith("demo passed\n")

@@ -20,6 +20,7 @@ import pytest
 from markdown_it.token import Token
 
 from pages import ROOT, tokens_of
+from parsers import actions_of
 from qwen35.checkpoint.source import open_folder
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
@@ -65,7 +66,7 @@ def checks_of(module: Path) -> Iterator[str]:
 
 def test_every_check_is_in_the_table() -> None:
     package = ROOT / "src" / "qwen35"
-    rooms = ("verify", "codecs", "work")
+    rooms = ("verification", "codecs", "execution")
     modules = [module for room in rooms for module in (package / room).rglob("*.py")]
     told = re.findall(r"^\| `([\w-]+)` \|", (DOCS / "verify.md").read_text("utf-8"), re.MULTILINE)
     assert len(told) == len(set(told))
@@ -78,7 +79,7 @@ def test_every_command_has_a_section_with_every_option() -> None:
     for page, found in ((commands, parsers()), (old, old_commands())):
         for name, parser in found.items():
             section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-            for action in parser._actions[1:]:
+            for action in actions_of(parser)[1:]:
                 spelled = ", ".join(action.option_strings) or action.metavar or action.dest
                 assert str(spelled) in section, (name, spelled)
 
@@ -186,7 +187,7 @@ def commands(tokens: list[Token]) -> Iterator[list[str]]:
 def options() -> dict[str, frozenset[str]]:
     known = {**parsers(), **old_commands()}
     return {
-        name: frozenset(flag for action in parser._actions for flag in action.option_strings)
+        name: frozenset(flag for action in actions_of(parser) for flag in action.option_strings)
         for name, parser in known.items()
     }
 
@@ -222,7 +223,7 @@ def test_migration_names_every_option_of_the_old_commands() -> None:
     text = (DOCS / "migration.md").read_text("utf-8")
     sections = {part.splitlines()[0]: part for part in re.split(r"^##+ ", text, flags=re.M)[1:]}
     for name, parser in old_commands().items():
-        for action in parser._actions:
+        for action in actions_of(parser):
             spelled = [flag for flag in action.option_strings if flag not in ("-h", "--help")]
             if spelled and spelled[0] not in ("--json", "--quiet"):
                 assert any(f"`{flag}" in sections[name] for flag in spelled), (name, spelled)

@@ -327,8 +327,9 @@ _PEAK = """
 import sys
 from pathlib import Path
 from qwen35.evaluation.evaluation_run import run
-from qwen35.evaluation.evaluation_job import Asked, prepare
-job = prepare(Asked(sys.argv[1], tuple(sys.argv[3:]), Path(sys.argv[2]), threads=1, chunks=2))
+from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
+base, text, *candidates = sys.argv[1:]
+job = prepare(EvaluationRequest(base, tuple(candidates), Path(text), threads=1, chunks=2))
 run(job)
 status = Path("/proc/self/status").read_text()
 print(job.memory, int(status.split("VmHWM:")[1].split()[0]) * 1024)

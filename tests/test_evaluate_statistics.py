@@ -17,7 +17,7 @@ from qwen35.evaluation.reference import ChunkComparison, ExactReference, normali
 
 F32 = npt.NDArray[np.float32]
 
-FEW = settings(max_examples=50, deadline=None)
+FEW = settings(max_examples=50)
 
 logits = st.integers(2, 700).flatmap(
     lambda width: arrays(np.float32, (2, 3, width), elements=st.floats(-40, 40, width=32))

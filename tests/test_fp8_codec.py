@@ -161,7 +161,7 @@ def test_every_code_comes_back() -> None:
         assert torch.equal(decode(got, scales), weight)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(ALL),
@@ -191,7 +191,7 @@ def test_any_weight_is_encoded_to_nearest(
     assert torch.equal(codes.view(torch.uint8), to_codes(weight, scales).view(torch.uint8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=40)
 )
@@ -257,7 +257,7 @@ def test_mse_errs_less_than_max_and_search_less_than_both() -> None:
         assert max(found["percentile"], found["rms"]) > found["max"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.floats(-6, 6), st.booleans())
 def test_search_never_clips_and_never_does_worse_than_max(
     seed: int, power: float, tails: bool

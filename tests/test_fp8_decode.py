@@ -70,7 +70,7 @@ def test_decoding_is_that_of_torch_bit_by_bit(rows: int, columns: int) -> None:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 400), st.integers(1, 300), st.integers(0, 2**32 - 1))
 def test_any_shape_is_decoded_as_torch_does(rows: int, columns: int, seed: int) -> None:
     codes, scale = random_weight(rows, columns, seed)

@@ -64,7 +64,7 @@ def test_it_reads_what_the_gguf_library_reads(written: Path) -> None:
             assert ours.keys[name] == field.contents()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 2**32 - 1), cut=st.booleans())
 def test_damage_gives_a_sentence_or_a_checked_head(written: Path, seed: int, cut: bool) -> None:
     generator = np.random.default_rng(seed)

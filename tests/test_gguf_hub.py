@@ -10,10 +10,10 @@ import pytest
 
 from fake_hub import FakeHub, serving
 from gguf_models import make_variant
+from hub_command import command
 from hub_store import Repo
+from imatrices import UP, gguf_file, ones
 from qwen35.cli.main import main
-from test_gguf_imatrix import UP, gguf_file, ones
-from test_hub import command
 
 REPO = "owner/Tiny-dense-1B"
 

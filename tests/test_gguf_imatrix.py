@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from gguf import GGUFWriter
 
 from gguf_models import make_variant
+from imatrices import UP, gguf_file, ones
 from llama import quantize
 from qwen35.checkpoint.gguf_header import GgufHeader, read_container
 from qwen35.checkpoint.source import open_folder
@@ -23,8 +23,6 @@ from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.writing.write import write
 
-F32 = npt.NDArray[np.float32]
-
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,28 +32,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan_of(source: Path, imatrix: Imatrix, *types: str, rules: Sequence[str] = ()) -> Plan:
     recipe = load_recipe("mix", "gguf").preceded(pattern_rules(rules, []))
     return make_plan(open_folder(source), recipe, types=types or ("Q4_K_M",), imatrix=imatrix)
-
-
-def gguf_file(
-    path: Path, entries: Mapping[str, tuple[F32, F32]], *, drop: str = "", chunks: int = 5
-) -> Path:
-    """Write an importance matrix: name to sums [slices, row] and counts [slices]."""
-    writer = GGUFWriter(path, "")
-    writer.kv_data[0].clear()
-    writer.add_type("imatrix")
-    if drop != "imatrix.datasets":
-        writer.add_array("imatrix.datasets", ["a.txt", "b.txt"])
-    writer.add_uint32("imatrix.chunk_count", chunks)
-    writer.add_uint32("imatrix.chunk_size", 512)
-    for name, (sums, counts) in entries.items():
-        writer.add_tensor(f"{name}.in_sum2", sums)
-        if drop != "counts":
-            writer.add_tensor(f"{name}.counts", counts[:, None])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def dat_file(
@@ -73,16 +49,9 @@ def dat_file(
     return path
 
 
-def ones(rows: int, width: int, count: float = 4) -> tuple[F32, F32]:
-    return np.full((rows, width), 8, np.float32), np.full(rows, count, np.float32)
-
-
 def data_of(container: GgufHeader, name: str) -> bytes:
     entry = container.tensors[name]
     return container.path.read_bytes()[entry.begin : entry.begin + entry.nbytes]
-
-
-UP = "blk.0.ffn_up.weight"
 
 
 def test_values_are_means_of_squares(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qwen35.checkpoint.open import GgufFiles
 from qwen35.codecs.codec import Piece
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.fp8.error_sums import ErrorSums
-from qwen35.codecs.ggml.judge import _LOOSE, BOUNDS, _bad_blocks, _bound, _rounded, judge
+from qwen35.codecs.ggml.judge import BOUNDS, LOOSE, bad_blocks, check_bound, judge, round_as
 from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.errors import Finding
 from qwen35.verification.gguf_subject import GgufSubject
@@ -77,7 +77,8 @@ def test_a_file_that_shrinks_meanwhile_is_named(tmp_path: Path) -> None:
     subject, path = written(tmp_path, np.zeros((2, 64), np.float32)), tmp_path / "x.gguf"
     path.write_bytes(path.read_bytes()[:-1])
     message = (
-        "x.gguf ends within it: it changed since its header was read; run again on files at rest"
+        "x.gguf ends within it: it changed since its header was read; "
+        "run again once it no longer changes"
     )
     assert [(f.check, f.subject, f.message) for f in check(subject).findings] == [
         ("decode", "a.weight", message)
@@ -117,35 +118,35 @@ def messages(result: WeightComparison) -> list[str]:
 @pytest.mark.parametrize("kind", [*BOUNDS, "iq2_xxs"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_a_block_is_bad_beyond_its_bound(kind: str, sign: int) -> None:
-    _, bound = BOUNDS.get(kind, _LOOSE)
+    _, bound = BOUNDS.get(kind, LOOSE)
     expected = sign * ones(2, 512)
     difference = 0 * expected
-    assert _bad_blocks(expected, difference, kind) == 0
+    assert bad_blocks(expected, difference, kind) == 0
     difference[0, :256] = 0.99 * bound
     difference[1, 256:] = -0.99 * bound
-    assert _bad_blocks(expected, difference, kind) == 0
+    assert bad_blocks(expected, difference, kind) == 0
     difference[0, :256] = 1.01 * bound
-    assert _bad_blocks(expected, difference, kind) == 1
+    assert bad_blocks(expected, difference, kind) == 1
     difference[1, 256:] = -1.01 * bound
-    assert _bad_blocks(expected, difference, kind) == 2
-    assert _bad_blocks(3 * expected, 3 * difference, kind) == 2
-    assert _bad_blocks(3 * expected, difference, kind) == 0
+    assert bad_blocks(expected, difference, kind) == 2
+    assert bad_blocks(3 * expected, 3 * difference, kind) == 2
+    assert bad_blocks(3 * expected, difference, kind) == 0
 
 
 def test_a_block_is_judged_by_its_root_mean_square_and_largest() -> None:
     expected, difference = np.zeros((1, 256), np.float32), np.zeros((1, 256), np.float32)
     expected[0, 7] = -2
     difference[0, 9] = 16 * 2 * 0.0039  # one of 256: a sixteenth of it in the mean
-    assert _bad_blocks(expected, difference, "q8_0") == 0
+    assert bad_blocks(expected, difference, "q8_0") == 0
     difference[0, 9] = 16 * 2 * 0.0041
-    assert _bad_blocks(expected, difference, "q8_0") == 1
+    assert bad_blocks(expected, difference, "q8_0") == 1
 
 
 def test_rows_of_less_than_a_block_are_blocks() -> None:
     expected, difference = ones(4, 64), np.zeros((4, 64), np.float32)
     difference[2] = 0.0041
-    assert _bad_blocks(expected, difference, "q8_0") == 1
-    assert _bad_blocks(ones(2, 384), np.full((2, 384), 0.0041, np.float32), "q8_0") == 2
+    assert bad_blocks(expected, difference, "q8_0") == 1
+    assert bad_blocks(ones(2, 384), np.full((2, 384), 0.0041, np.float32), "q8_0") == 2
 
 
 @pytest.mark.parametrize(
@@ -158,8 +159,8 @@ def test_rows_of_less_than_a_block_are_blocks() -> None:
 )
 def test_floats_are_rounded_as_the_file_holds_them(kind: str, value: float, rounded: float) -> None:
     values = np.full((2, 3), value, np.float32)
-    assert _rounded(values, kind).tolist() == [[rounded] * 3] * 2
-    assert _rounded(values, kind).dtype == np.float32
+    assert round_as(values, kind).tolist() == [[rounded] * 3] * 2
+    assert round_as(values, kind).dtype == np.float32
 
 
 def test_differences_add_up_piece_by_piece() -> None:
@@ -196,7 +197,7 @@ def test_each_block_is_judged_beside_its_own_largest() -> None:
     expected, difference = ones(2, 256), np.zeros((2, 256), np.float32)
     expected[1] *= 1000
     difference[0] = 0.0041
-    assert _bad_blocks(expected, difference, "q8_0") == 1
+    assert bad_blocks(expected, difference, "q8_0") == 1
 
 
 def test_what_the_file_cannot_hold_is_not_held_against_it() -> None:
@@ -224,7 +225,7 @@ def test_a_tensor_is_judged_by_error_then_blocks(
     kind: str, squared: float, norm: float, blocks: int, said: str | None
 ) -> None:
     result = WeightComparison("x.gguf: a.weight", squared, norm)
-    _bound(result, kind, blocks)
+    check_bound(result, kind, blocks)
     assert messages(result) == [said] * (said is not None)
     assert all(f.check == "bound" and f.subject == result.subject for f in result.findings)
 

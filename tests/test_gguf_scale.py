@@ -113,7 +113,7 @@ def test_a_worker_that_always_dies_is_an_error_and_threads_do_the_rest(
         write(plan, tmp_path / "out", pool=ProcessPool(1))
     assert len(list(deaths.glob("death*"))) == 3
     assert not (tmp_path / "out").exists()
-    assert "the same command continues" in caught.value.__notes__[0]
+    assert "run the same command to resume" in caught.value.__notes__[0]
     rest = Watching()
     write(plan, tmp_path / "out", threads=1, progress=rest)
     assert rest.total < plan.read_bytes

@@ -284,7 +284,7 @@ def test_every_missing_tensor_and_what_must_be_f32(out: Path) -> None:
     rewrite(path, change)
     assert {(f.check, f.subject, f.message) for f in check(out).findings} == {
         *(
-            ("tensors", f"{path.name}: {name}", "missing, but the keys promise it")
+            ("tensors", f"{path.name}: {name}", "missing, but the keys imply it")
             for name in names
         ),
         (
@@ -344,7 +344,7 @@ def test_a_tensor_that_was_planned_and_is_not_there(out: Path) -> None:
     del manifest["tensors"][name]["blk.0.ffn_up.weight"]
     path.write_text(json.dumps(manifest))
     assert [(f.check, f.subject, f.message) for f in check(out).findings] == [
-        ("plan", f"{name}: blk.9.norm.weight", "planned as f32 [1, 256], but not there"),
+        ("plan", f"{name}: blk.9.norm.weight", "planned as f32 [1, 256], but missing"),
         ("plan", f"{name}: blk.0.ffn_up.weight", "not in the plan"),
     ]
 
@@ -395,11 +395,11 @@ def test_a_file_with_other_tensors_is_not_compared_but_the_next_is(out: Path, so
         progress=progress,
     )
     assert [(f.check, f.subject, f.message) for f in verdict.findings] == [
-        ("tensors", f"{first.name}: blk.1.ffn_up.weight", "missing, but the keys promise it"),
+        ("tensors", f"{first.name}: blk.1.ffn_up.weight", "missing, but the keys imply it"),
         (
             "tensors",
             f"{first.name}: blk.0.extra.weight",
-            "not a tensor that the keys promise",
+            "not a tensor that the keys imply",
         ),
         ("source", f"{first.name}: blk.1.ffn_up.weight", "in the source, but not here"),
         ("source", f"{first.name}: blk.0.extra.weight", "not in the source"),
@@ -499,4 +499,4 @@ def test_inspect_of_a_damaged_file(out: Path, capsys: pytest.CaptureFixture[str]
     path = quantized(out)
     path.write_bytes(path.read_bytes()[:3000])
     assert main(["inspect", str(path)]) == 2
-    assert "promises 512 array items in 3000 bytes" in capsys.readouterr().err
+    assert "declares 512 array items in 3000 bytes" in capsys.readouterr().err

@@ -84,10 +84,10 @@ def test_there_are_enough_abuses() -> None:
 @pytest.mark.parametrize("abuse", HOSTILE)
 def test_malformed_file_is_refused_with_its_name(abuse: str, tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(HOSTILE[abuse])
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(HeaderError) as caught:
         read_header(LocalFolder(tmp_path), "bad.safetensors")
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     sentence = str(caught.value)
     assert sentence.startswith("bad.safetensors")
     assert "\n" not in sentence

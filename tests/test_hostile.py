@@ -35,7 +35,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def commands(sound: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Limited]:
-    modules = [f"qwen35.cli.{name}" for name in MODULES]
+    modules = [f"qwen35.cli.{name}_command" for name in MODULES]
     with limited(
         *modules,
         "qwen35.planning.gguf_files.gguf_plan",

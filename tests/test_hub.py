@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-import qwen35
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from fake_hub import COMMIT, FakeHub, Fault, Repo, serving
+from hub_command import command
 from qwen35.checkpoint.hub import HubId
 
 REPO = "owner/tiny-Qwen3.5"
@@ -36,43 +32,6 @@ def hub(source: Path) -> Iterator[FakeHub]:
     repos = {name: Repo.of(source) for name in (REPO, "owner/gated")}
     with serving(FakeHub(repos, gated={"owner/gated"})) as hub:
         yield hub
-
-
-@dataclass(frozen=True)
-class Done:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-def command(*arguments: str, home: Path, url: str, token: str = "") -> Done:
-    """Run the command with the Hub at `url` in a process of its own."""
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))
-    }
-    environment |= {
-        "PYTHONPATH": str(Path(qwen35.__file__).parent.parent),
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(home / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
-    if token:
-        environment["HF_TOKEN"] = token
-    done = subprocess.run(
-        [sys.executable, "-m", "qwen35.cli.main", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=home,
-        env=environment,
-        check=False,
-        timeout=60,
-    )
-    return Done(done.returncode, done.stdout, done.stderr)
 
 
 def refusal(*arguments: str, home: Path, url: str, token: str = "") -> str:

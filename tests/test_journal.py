@@ -72,7 +72,7 @@ def test_other_work_is_refused_and_the_difference_named(tmp_path: Path) -> None:
     path = tmp_path / "j"
     with Journal(path, KEY) as journal:
         journal.record({"a": 1})
-    words = "j: holds an unfinished run with another plan and another model; repeat the command"
+    words = "j: holds an unfinished run with another plan and another model; run the original"
     for _ in range(2):
         with pytest.raises(OutputError, match=words):
             Journal(path, {**KEY, "plan": "x", "model": 1})

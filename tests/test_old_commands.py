@@ -11,6 +11,7 @@ import pytest
 
 from checkpoints import ASSET
 from hub_client import REPO, World
+from parsers import defaults
 from qwen35.cli.old import front_doors
 from qwen35.cli.old.old_convert import add_arguments as convert_arguments
 from qwen35.cli.old.old_strip import add_arguments as strip_arguments
@@ -18,14 +19,6 @@ from qwen35.cli.old.old_upload import add_arguments as upload_arguments
 from running import load_all, read_config, run
 
 pytestmark = pytest.mark.sentences
-
-
-def defaults(add: object) -> dict[str, object]:
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add(parser)  # type: ignore[operator]
-    return {action.dest: action.default for action in parser._actions if action.dest != "help"}
 
 
 def test_flags_and_defaults_are_the_documented_ones() -> None:

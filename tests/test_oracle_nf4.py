@@ -97,7 +97,7 @@ def test_codes_and_statistics_are_those_of_bitsandbytes(
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=64)
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_block_is_coded_as_bitsandbytes_does(values: list[float]) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         block = torch.zeros(64)
@@ -114,7 +114,7 @@ def test_any_block_is_coded_as_bitsandbytes_does(values: list[float]) -> None:
 
 
 @given(st.lists(st.floats(0, 10, width=32), min_size=1, max_size=700))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_statistics_are_those_of_bitsandbytes(values: list[float]) -> None:
     absmax = np.array(values, np.float32)
     ours = AbsmaxStatistics.of(absmax)

@@ -21,7 +21,7 @@ from qwen35.planning.safetensors_files.safetensors_options import (
     MAX_SHARD_BYTES,
     SafetensorsOptions,
 )
-from qwen35.planning.work_order import order_of, other_names, plan_from
+from qwen35.planning.work_order import key_differences, order_of, plan_from
 from running import plan_of
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
@@ -149,8 +149,8 @@ def test_all_that_differs_is_told(dense: Path) -> None:
     changed = {**order, "key": {"plan": "0", "source": "0", "tool version": tools}}
     numpy = f"numpy (0, here {key['tool version']['numpy']})"
     assert refusal(changed) == (
-        f"{dense}: {platform.node()} finds another plan and another source and another {numpy}, "
-        "expected what the run was begun with; use the same files and the same versions everywhere"
+        f"{dense}: {platform.node()} has a different plan, source, {numpy}, "
+        "expected what the run started with; use the same files and the same versions everywhere"
     )
 
 
@@ -166,8 +166,8 @@ def test_all_that_differs_is_told(dense: Path) -> None:
     ],
 )
 def test_what_differs_is_named(then: dict[str, Any], names: list[str]) -> None:
-    assert other_names({"key": then}, KEY) == names
+    assert key_differences({"key": then}, KEY) == names
 
 
 def test_a_key_without_tools_differs_in_the_rest_alone() -> None:
-    assert other_names({"key": {"plan": "x"}}, {"plan": "1"}) == ["plan"]
+    assert key_differences({"key": {"plan": "x"}}, {"plan": "1"}) == ["plan"]

@@ -16,7 +16,14 @@ from qwen35.codecs.ggml.kernel import open_kernel
 from qwen35.errors import UsageError
 from qwen35.pipeline.graph import GATES, make_graph
 from qwen35.pipeline.planned_artifacts import plan_artifacts, sweep_memory, threads_within
-from qwen35.pipeline.run_file import _ARTIFACT, _EVALUATE, _GGUF, _PUBLISH, _TOP, read_job
+from qwen35.pipeline.run_file import (
+    ARTIFACT_KEYS,
+    EVALUATE_KEYS,
+    GGUF_KEYS,
+    PUBLISH_KEYS,
+    TOP_KEYS,
+    read_run_file,
+)
 from qwen35.pipeline.run_request import (
     ArtifactRequest,
     MeasurementRequest,
@@ -37,7 +44,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def job_of(tmp_path: Path, text: str) -> RunRequest:
     path = tmp_path / "run.toml"
     path.write_text(text)
-    return read_job(path)
+    return read_run_file(path)
 
 
 def sentences(tmp_path: Path, text: str) -> list[str]:
@@ -107,7 +114,7 @@ def test_file_is_read_relative_to_itself(tmp_path: Path) -> None:
     assert job.problems == ()
     assert (job.model, job.out) == (str(tmp_path / "model"), tmp_path / "made")
     assert (job.depth, job.owner, job.private) == ("numbers", "me", True)
-    assert job.measuring == MeasurementRequest(tmp_path / "eval.txt", 3)
+    assert job.measurement == MeasurementRequest(tmp_path / "eval.txt", 3)
     nf4, text, gguf, own, more = job.artifacts
     assert (nf4.recipe, text.recipe, gguf.types) == ("text-nf4", "text", ("F16", "Q4_K_M"))
     assert (own.recipe, own.name, own.repo) == (str(tmp_path / "mine.toml"), "own", "them/own")
@@ -129,16 +136,16 @@ HEAD = 'model = "m"\nout = "o"\n'
     [
         ('out = "o"\npath = "A"', "model: is missing"),
         ('model = "m"\npath = "A"', "out: is missing"),
-        (HEAD, "path: nothing to make; say path"),
+        (HEAD, "path: nothing to make; set path"),
         (HEAD + 'path = "C"', "path 'C': unknown, expected A, B, fp8"),
-        (HEAD + "path = 1", "path: 1, expected a text or a list of texts"),
-        (HEAD + 'path = ["A", 1]', "path: ['A', 1], expected a text or a list of texts"),
+        (HEAD + "path = 1", "path: 1, expected a string or a list of strings"),
+        (HEAD + 'path = ["A", 1]', "path: ['A', 1], expected a string or a list of strings"),
         (HEAD + 'path = "A"\ntypes = ["Q8_0"]', "types and imatrix: are for path B"),
         (HEAD + 'path = "A"\ndepth = "deep"', "depth: 'deep', expected structure or numbers or"),
         (HEAD + 'path = "A"\nmodle = "x"', "modle: unknown key, expected model, out, path"),
         (HEAD + 'path = "A"\n[evaluate]', "evaluate.text: is missing"),
         (HEAD + 'path = "A"\n[evaluate]\ntext = "t"\nchunks = -1', "evaluate.chunks: -1, expected"),
-        (HEAD + 'path = "A"\n[evaluate]\ntext = true', "evaluate.text: True, expected a text"),
+        (HEAD + 'path = "A"\n[evaluate]\ntext = true', "evaluate.text: True, expected a string"),
         (HEAD + 'path = "A"\n[publish]\nowner = "a/b"', "publish.owner: 'a/b', expected a user"),
         (HEAD + 'path = "A"\n[publish]\nprivate = 1', "publish.private: 1, expected true or false"),
         (HEAD + "artifact = [1]", "artifact 1: not a table; write [[artifact]]"),
@@ -157,7 +164,7 @@ HEAD = 'model = "m"\nout = "o"\n'
             "artifact 1.repo: 'me/x@v1' is malformed, expected owner/name",
         ),
         (HEAD + "[[gguf]]", "gguf 1.types: is missing"),
-        (HEAD + '[[gguf]]\ntypes = "Q8_0"', "gguf 1.types: 'Q8_0', expected a list of texts"),
+        (HEAD + '[[gguf]]\ntypes = "Q8_0"', "gguf 1.types: 'Q8_0', expected a list of strings"),
         (HEAD + '[[gguf]]\ntypes = ["F16"]\nmmproj = "yes"', "gguf 1.mmproj: 'yes', expected tr"),
     ],
 )
@@ -256,7 +263,7 @@ def test_everything_that_does_not_fit_is_told_at_once(source: Path, tmp_path: Pa
     starts = [
         "nfx: recipe 'nfx': not a built-in recipe",
         "gguf mix: types: 'Q9' is unknown, expected F32",
-        f"{source.name}-text-bnb-4bit: two artifacts of this name",
+        f"{source.name}-text-bnb-4bit: two artifacts with this name",
         "me/x: two artifacts for this repository",
         f"{tmp_path / 'none.txt'}: cannot be read",
     ]
@@ -287,7 +294,7 @@ def test_missing_library_is_told_before_anything(
 def test_graph_has_the_four_gates_in_their_places(source: Path, tmp_path: Path) -> None:
     wanted = path_artifacts(["B"])
     job = RunRequest(
-        str(source), tmp_path, wanted, measuring=MeasurementRequest(tmp_path), owner="me"
+        str(source), tmp_path, wanted, measurement=MeasurementRequest(tmp_path), owner="me"
     )
     artifacts, _ = plan_artifacts(describe(str(source)), job)
     graph = {step.name: step for step in make_graph(job, artifacts)}
@@ -310,11 +317,11 @@ def test_graph_has_the_four_gates_in_their_places(source: Path, tmp_path: Path) 
 def test_quantized_source_cannot_be_measured_against(source: Path, tmp_path: Path) -> None:
     nf4 = converted(source, tmp_path / "nf4").out
     (tmp_path / "text.txt").write_text("Some text.")
-    measuring = MeasurementRequest(tmp_path / "text.txt")
+    measurement = MeasurementRequest(tmp_path / "text.txt")
     wanted = (ArtifactRequest("text"),)
-    job = RunRequest(str(nf4), tmp_path / "out", wanted, depth="numbers", measuring=measuring)
+    job = RunRequest(str(nf4), tmp_path / "out", wanted, depth="numbers", measurement=measurement)
     _, (problem,) = plan(nf4, job)
-    assert "quantized itself: there is nothing exact to measure against" in problem
+    assert "quantized, so there is no exact reference to measure against" in problem
 
 
 def test_memory_takes_threads_away(source: Path, tmp_path: Path) -> None:
@@ -375,12 +382,15 @@ def test_file_in_the_documents_is_one(tmp_path: Path) -> None:
     job = job_of(tmp_path, shown)
     assert job.problems == ()
     assert len(job.artifacts) == 5
-    assert all(key in text for key in (*_TOP, *_ARTIFACT, *_GGUF, *_EVALUATE, *_PUBLISH))
+    assert all(
+        key in text
+        for key in (*TOP_KEYS, *ARTIFACT_KEYS, *GGUF_KEYS, *EVALUATE_KEYS, *PUBLISH_KEYS)
+    )
 
 
 def test_file_of_the_demo_is_one() -> None:
-    job = read_job(ROOT / "demo" / "run.toml")
+    job = read_run_file(ROOT / "demo" / "run.toml")
     assert job.problems == ()
     assert Path(job.model).is_dir()
-    assert job.measuring is not None
-    assert job.measuring.text.is_file()
+    assert job.measurement is not None
+    assert job.measurement.text.is_file()

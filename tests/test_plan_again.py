@@ -113,7 +113,6 @@ def opened(sources: Sources, name: str) -> Checkpoint:
 
 MANY = settings(
     max_examples=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -318,7 +318,7 @@ def test_digest_is_gits_and_sha256(tmp_path: Path) -> None:
 
 @pytest.fixture
 def rested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen35.publishing.hashes._SETTLED_NS", -1)
+    monkeypatch.setattr("qwen35.publishing.hashes.SETTLED_NS", -1)
 
 
 def test_large_file_is_known_by_its_sha256_alone(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fake_hub import Fault
-from hub_client import CONTENT, REPO, World, files_in
+from hub_client import CONTENT, REPO, Client, World, files_in
 
 RESOLVE = f"/{REPO}/resolve"
 SHARD = "model-00001-of-00002.safetensors"
@@ -133,10 +134,12 @@ def test_damaged_download_is_told(world: World) -> None:
     assert "the download was damaged: run again" in sentence
 
 
-def test_slow_body_is_waited_for(world: World) -> None:
+def test_slow_body_is_waited_for(world: World, tmp_path: Path) -> None:
+    """The client asks for the rest of a body that has not come within its timeout."""
     theirs(world)
     world.hub.faults = [Fault(RESOLVE, method="GET", slow=1.5)]
-    assert world.publish("--mode", "pull").code == 0
+    with Client(world.hub, tmp_path / "home", HF_HUB_DOWNLOAD_TIMEOUT="1") as client:
+        assert replace(world, client=client).publish("--mode", "pull").code == 0
     assert files_in(world.folder) == {**CONTENT, **NEW}
 
 

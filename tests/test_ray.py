@@ -130,7 +130,7 @@ def test_a_worker_that_always_dies_is_an_error_and_the_rest_is_kept(
     ) as caught:
         write(plan, tmp_path / "out", pool=RayWorkers("auto"))
     assert len(list(folder.glob("death*"))) == 3
-    assert "the same command continues" in caught.value.__notes__[0]
+    assert "run the same command to resume" in caught.value.__notes__[0]
     monkeypatch.undo()
     monkeypatch.setattr(
         "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD

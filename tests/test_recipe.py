@@ -21,7 +21,7 @@ from qwen35.planning.containers import CONTAINERS
 from qwen35.planning.gguf_files.gguf_plan import files_of
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import built_in, load_recipe
-from qwen35.planning.recipe_files import _KEYS
+from qwen35.planning.recipe_files import KEYS
 from qwen35.planning.rules import Recipe, Rule
 from qwen35.planning.safetensors_files.safetensors_container import ACTIONS
 
@@ -57,7 +57,7 @@ ALL_ROLES = [
 
 
 def test_built_in_recipes_are_the_files_of_the_package() -> None:
-    folder = Path(qwen35.__file__).parent / "plan" / "recipes"
+    folder = Path(qwen35.__file__).parent / "planning" / "recipes"
     names = [name for container in CONTAINERS for name in built_in(container)]
     assert sorted(path.stem for path in folder.glob("*")) == sorted(names)
 
@@ -182,7 +182,7 @@ def test_user_recipe_is_read(tmp_path: Path) -> None:
         (HEAD, "no [[rules]] in it"),
         (HEAD + "rules = []\n", "no [[rules]] in it"),
         (HEAD + 'rules = "*"\n', "no [[rules]] in it"),
-        (HEAD + "rules = [1]\n", "rule 1: malformed, expected match, action and"),
+        (HEAD + "rules = [1]\n", "rule 1: malformed, expected match and action"),
         (HEAD + 'keep = ["mlp"]\n' + REST, "unknown key 'keep'"),
         (HEAD + '[[rules]]\nmatch = "*"\n', "rule 1: malformed"),
         (HEAD + '[[rules]]\naction = "nf4"\n', "rule 1: malformed"),
@@ -395,7 +395,7 @@ def test_drop_mtp_of_a_checkpoint_without_it_is_fine() -> None:
 
 
 def test_recipes_of_the_package_have_only_known_keys() -> None:
-    folder = Path(qwen35.__file__).parent / "plan" / "recipes"
+    folder = Path(qwen35.__file__).parent / "planning" / "recipes"
     for path in folder.glob("*.toml"):
         keys = set(tomllib.loads(path.read_text()))
         assert {"format", "description"} <= keys
@@ -475,7 +475,7 @@ def first_column(title: str) -> set[str]:
 
 
 def test_the_guide_has_every_key_format_and_action() -> None:
-    assert first_column("The file") == _KEYS
+    assert first_column("The file") == KEYS
     assert first_column("A rule") == {"match", "action", "layers", "reason"}
     assert first_column("Actions in safetensors") == set(ACTIONS)
     for name in (name for container in CONTAINERS.values() for name in container.formats):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from html import escape, unescape
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from browser import DARK, DESKTOP, LIGHT, PHONE, chromium, in_a_browser
 from checkpoints import ASSET
 from evaluating import gguf, measure
 from qwen35.cli.main import main
@@ -26,11 +25,6 @@ from qwen35.reporting.report_files import HTML_NAME, JSON_NAME
 
 pytest.importorskip("matplotlib", reason="the extra eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:.*FP8.*", "ignore:.*is deprecated.*")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), "")
-in_a_browser = pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
-PHONE, DESKTOP = (390, 800), (1280, 900)
-DARK, LIGHT = 0, 1
 
 
 @pytest.fixture(scope="module")
@@ -204,22 +198,6 @@ _FRAME = """<!DOCTYPE html><meta name="color-scheme" content="light dark">
 """Windows of the browser have a least width; frames have not."""
 
 Look = Callable[[tuple[int, int], int], tuple[dict[str, Any], Path]]
-
-
-def chromium(*options: str, theme: int, window: tuple[int, int], home: Path, url: Path) -> str:
-    """Run the browser once; return what it prints."""
-    flags = (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={home}",
-        f"--blink-settings=preferredColorScheme={theme}",
-        f"--window-size={window[0]},{window[1]}",
-    )
-    command = [CHROMIUM, *flags, *options, url.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_calibration_comes_from_the_manifest(
     statistics.write_text(json.dumps({name: {"input_channel_max": values[::-1]}}))
     assert reproduce(out, *given) == 2
     assert "not the statistics that the manifest names" in capsys.readouterr().err
-    edit(out / "qwen35.json", scale_choice={"mode": "rms"})
+    edit(out / "qwen35.json", calibration={"mode": "rms"})
     assert reproduce(out, *given) == 2
     assert "a malformed calibration" in capsys.readouterr().err
 
@@ -146,11 +146,12 @@ def test_other_bytes_are_found(
     weights.write_bytes(content)
     assert reproduce(out, "--source", dense) == 1
     text = capsys.readouterr().out
-    assert "DIFFERS model.safetensors: beside the manifest is missing, or has other bytes" in text
+    assert "DIFFERS model.safetensors: the file beside the manifest is missing, or differs" in text
     assert "not reproduced" in text
     weights.unlink()
     assert reproduce(out, "--source", dense) == 1
-    assert "DIFFERS model.safetensors: beside the manifest is missing" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "DIFFERS model.safetensors: the file beside the manifest is missing" in text
 
 
 def test_other_source_is_found(
@@ -179,9 +180,9 @@ def test_other_manifest_is_found(
     (out / "gone.json").write_text("x")
     assert reproduce(out, "--source", dense) == 1
     text = capsys.readouterr().out
-    assert "DIFFERS qwen35.json: the plan made now is another" in text
+    assert "DIFFERS qwen35.json: the plan computed now differs" in text
     assert "DIFFERS config.json: sha256 " in text
-    assert "DIFFERS gone.json: not made again" in text
+    assert "DIFFERS gone.json: not rebuilt" in text
     assert "note: qwen35 0.1.0 here, 0.0.1 then" in text
 
 
@@ -190,7 +191,7 @@ def test_folder_as_source_must_be_named(
 ) -> None:
     out = run(dense, tmp_path / "out").out
     assert reproduce(out) == 2
-    assert "made from a folder called source; say where it is with --source" in (
+    assert "made from a folder called source; give its location with --source" in (
         capsys.readouterr().err
     )
 
@@ -212,7 +213,7 @@ def test_manifest_that_does_not_say_what_was_asked_for(
     out = run(dense, tmp_path / "out").out
     edit(out / "qwen35.json", recipe={"name": "mix", "format": "gguf", "rules": []})
     assert reproduce(out, "--source", dense) == 2
-    assert "does not say what was asked for" in capsys.readouterr().err
+    assert "does not record the options" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("action", ["zzz", "ggml:q8_0", "fp8", "mix", ""])
@@ -233,7 +234,7 @@ def test_a_manifest_that_lists_what_its_recipe_does_not_make(
     out = run(dense, tmp_path / "out").out
     edit(out / "qwen35.json", files={"x.gguf": {"size": 1, "sha256": "0"}})
     assert reproduce(out, "--source", dense) == 1
-    assert "DIFFERS x.gguf: not made again" in capsys.readouterr().out
+    assert "DIFFERS x.gguf: not rebuilt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -257,7 +258,7 @@ def test_gguf_files_are_made_again(
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert reproduce(out, "--source", source) == 1
-    assert f"DIFFERS {file.name}: beside the manifest" in capsys.readouterr().out
+    assert f"DIFFERS {file.name}: the file beside the manifest" in capsys.readouterr().out
 
 
 def test_gguf_files_of_rules_for_layers_are_made_again(
@@ -350,7 +351,7 @@ def test_published_artifact_is_made_again_from_the_hub_alone(
     done = world.client.run("reproduce", REPO)
     assert done.code == 1
     for name in ("model.safetensors", "config.json"):
-        assert f"DIFFERS {name}: beside the manifest is missing, or has other bytes" in done.out
+        assert f"DIFFERS {name}: the file beside the manifest is missing, or differs" in done.out
     asked = [r.path for r in world.hub.requests if f"/{SOURCE}/resolve/" in r.path]
     assert asked
     assert all(COMMIT in path for path in asked)

@@ -161,8 +161,8 @@ def test_another_plan_refuses_to_continue_and_says_how_to_start_over(
 ) -> None:
     interrupted(plan_of(dense), tmp_path / "out")
     words = (
-        r"\.out\.partial: holds an unfinished run with another plan; repeat the command that began "
-        "it to continue, or remove this to start over"
+        r"\.out\.partial: holds an unfinished run with another plan; run the original command "
+        "again to resume, or remove this to start over"
     )
     for _ in range(2):
         with pytest.raises(OutputError, match=words):

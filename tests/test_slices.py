@@ -161,7 +161,7 @@ def test_missing_slices_are_named_and_finalizing_again_is_refused(
     dense: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="out: there are no slices of it; they are made by"):
+    with pytest.raises(OutputError, match="out: has no slices; write them with"):
         finalize(out)
     plan = plan_of(dense)
     write_slice(plan, out, 2, 4)
@@ -173,7 +173,7 @@ def test_missing_slices_are_named_and_finalizing_again_is_refused(
     assert write_slice(plan, out, 3, 4).weights > 0  # again, harmless
     finalize(out)
     assert tree(out) == expected
-    with pytest.raises(OutputError, match=r"out: is there already"):
+    with pytest.raises(OutputError, match=r"out: already exists"):
         finalize(out)
     assert tree(out) == expected
 
@@ -214,7 +214,7 @@ def test_slices_and_other_runs_keep_out_of_each_others_way(dense: Path, tmp_path
     plan, out = plan_of(dense), tmp_path / "out"
     write_slice(plan, out, 1, 2)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(OutputError, match=r"holds an unfinished run in slices; run those"):
+    with pytest.raises(OutputError, match=r"holds an unfinished run in slices; run the remaining"):
         write(plan, out)
     with pytest.raises(
         OutputError, match=r"slices of a run with another number of slices; give all"
@@ -279,7 +279,7 @@ def test_a_file_that_is_gone_is_not_made_anew_with_holes(dense: Path, tmp_path: 
     victim = sorted((tmp_path / ".out.partial" / "files").iterdir())[0]
     victim.unlink()
     write_slice(plan, out, 2, 2)
-    with pytest.raises(OutputError, match=r"is gone or was cut since; remove .*\.out\.partial"):
+    with pytest.raises(OutputError, match=r"is missing or was truncated; remove .*\.out\.partial"):
         finalize(out)
 
 

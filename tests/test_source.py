@@ -18,7 +18,7 @@ import qwen35
 from checkpoints import make_checkpoint, random_tensors, tiny_config, write_checkpoint
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import describe, fetch
-from qwen35.checkpoint.sidecars import SIDECARS, travelling
+from qwen35.checkpoint.sidecars import SIDECARS, sidecar_names
 from qwen35.checkpoint.source import (
     INDEX_NAME,
     Checkpoint,
@@ -118,7 +118,7 @@ def test_folder_without_safetensors_is_refused(sharded: Path) -> None:
 
 def test_missing_shard_is_named(sharded: Path) -> None:
     (sharded / LAST).unlink()
-    with pytest.raises(InputError, match=f"^{LAST}: listed in .* but not there; download it again"):
+    with pytest.raises(InputError, match=f"^{LAST}: listed in .* but missing; download it again"):
         open_folder(sharded)
 
 
@@ -392,15 +392,15 @@ def test_published_checkpoint_lies_in_one_gapless_file() -> None:
 
 
 def test_vision_sidecars_travel_only_with_the_tower() -> None:
-    dropped = set(travelling(vision=True)) - set(travelling(vision=False))
+    dropped = set(sidecar_names(vision=True)) - set(sidecar_names(vision=False))
     assert dropped == {
         "preprocessor_config.json",
         "processor_config.json",
         "video_preprocessor_config.json",
     }
-    assert set(travelling(vision=True)) == {row.name for row in SIDECARS}
-    assert "config.json" not in travelling(vision=True)
-    assert INDEX_NAME not in travelling(vision=True)
+    assert set(sidecar_names(vision=True)) == {row.name for row in SIDECARS}
+    assert "config.json" not in sidecar_names(vision=True)
+    assert INDEX_NAME not in sidecar_names(vision=True)
 
 
 def test_wrong_path_below_a_folder_never_asks_the_hub(
@@ -408,7 +408,7 @@ def test_wrong_path_below_a_folder_never_asks_the_hub(
 ) -> None:
     (tmp_path / "build").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qwen35.checkpoint.open.HubPlace", None)
+    monkeypatch.setattr("qwen35.checkpoint.open.HubLocation", None)
     for call in (describe, fetch, qwen35.verify):
         with pytest.raises(InputError, match=r"^build/nfx: no such folder in build/ here; .*@main"):
             call("build/nfx")
@@ -421,7 +421,7 @@ def test_id_that_the_hub_does_not_have_may_be_a_wrong_path(
         raise HubError("a/b", "the Hub was not reached (ConnectError)", hint="check the network")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qwen35.checkpoint.open.HubPlace", refuse)
+    monkeypatch.setattr("qwen35.checkpoint.open.HubLocation", refuse)
     for call in (describe, fetch, qwen35.verify):
         with pytest.raises(HubError, match=r"^a/b: no such folder here, and the Hub was not rea"):
             call("a/b")
@@ -438,7 +438,7 @@ def test_revision_asks_the_hub_although_there_is_a_folder_of_the_owners_name(
         asked.append(hub_id)
         raise HubError("owner/name", "no")
 
-    monkeypatch.setattr("qwen35.checkpoint.open.HubPlace", refuse)
+    monkeypatch.setattr("qwen35.checkpoint.open.HubLocation", refuse)
     with pytest.raises(HubError):
         describe("owner/name@main")
     assert len(asked) == 1

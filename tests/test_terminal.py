@@ -22,6 +22,8 @@ import pytest
 import qwen35
 from checkpoints import ASSET
 from evaluating import gguf as gguf_in
+from parsers import actions_of
+from patience import PATIENCE
 from qwen35.cli.completion import script
 from qwen35.cli.console import Console
 from qwen35.cli.main import SHELLS, VERBS, main, parser_of, whole_parser
@@ -40,7 +42,7 @@ LONG = "Qwen3.5-text-0.8B-a-name-that-somebody-found-good-because-it-says-all"
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_examples_of_help_parse(verb: str) -> None:
-    examples: dict[str, str] = import_module(f"qwen35.cli.{verb}").EXAMPLES
+    examples: dict[str, str] = import_module(f"qwen35.cli.{verb}_command").EXAMPLES
     assert len(examples) >= 2
     first = {command.split()[1] for command in examples.values()}
     assert verb in first
@@ -52,7 +54,7 @@ def test_examples_of_help_parse(verb: str) -> None:
 
 def test_examples_name_recipes_and_sizes_that_exist() -> None:
     for verb in VERBS:
-        for command in import_module(f"qwen35.cli.{verb}").EXAMPLES.values():
+        for command in import_module(f"qwen35.cli.{verb}_command").EXAMPLES.values():
             words = shlex.split(command.replace("\\\n", " "))
             args = parser_of(words[1]).parse_args(words[2:])
             recipe = getattr(args, "recipe", None)
@@ -301,7 +303,7 @@ def in_terminal(columns: int, *words: object, **environment: str) -> str:
             shown += part
     except OSError:  # the other end is closed
         pass
-    process.wait(60)
+    process.wait(PATIENCE)
     os.close(main_end)
     return shown.decode().replace("\r\n", "\n")
 
@@ -324,7 +326,7 @@ def test_completion_knows_every_verb_and_flag(shell: str, capsys: Capture) -> No
     text = capsys.readouterr().out
     for verb in VERBS:
         assert re.search(rf"\b{verb}\b", text)
-        for action in parser_of(verb)._actions:
+        for action in actions_of(parser_of(verb)):
             for option in action.option_strings:
                 if option.startswith("--") and "_" not in option:
                     name = option.removeprefix("--") if shell == "fish" else option
@@ -410,7 +412,7 @@ def test_starting_does_not_load_what_completion_needs(tmp_path: Path) -> None:
 
 
 def test_the_whole_parser_is_that_of_every_verb() -> None:
-    (verbs,) = [a for a in whole_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    (verbs,) = [a for a in actions_of(whole_parser()) if isinstance(a, argparse._SubParsersAction)]
     for verb in VERBS:
         assert verbs.choices[verb].format_help() == parser_of(verb).format_help()
 
@@ -428,7 +430,7 @@ def test_roles_fold_their_meaning_only(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 SAID_ALREADY = {
-    "calibration/states.py: 'was changed by something else'",
+    "calibration/states.py: 'was changed by another process'",
     "checkpoint/hub.py: 'the Hub named no commit'",
     "codecs/ggml/kernel.py: f'cannot be opened ({error})'",
     "planning/gguf_files/type_patterns.py: 'no rules in it'",

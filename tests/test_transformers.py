@@ -73,14 +73,14 @@ def test_transformers_cannot_load_packed_experts(
     moe_per_expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Why the recipe leaves experts alone. When this fails, the recipe can pack them."""
-    real = planning._decided
+    real = planning.decide
 
     def pack_experts(recipe: str, rule: Any, codec: Any, item: Any, unfit: Any) -> Any:
         if item.role.info.kind == "experts" and item.role.scope == "text":
             return "nf4", False, "packed for this test"
         return real(recipe, rule, codec, item, unfit)
 
-    monkeypatch.setattr(planning, "_decided", pack_experts)
+    monkeypatch.setattr(planning, "decide", pack_experts)
     run(moe_per_expert, tmp_path / "out")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load_model(tmp_path / "out", "Qwen3_5MoeForConditionalGeneration")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from checkpoints import ASSET
 from gguf_models import make_variant
+from imatrices import gguf_file
 from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import Reader
 from qwen35.cli.main import main
@@ -44,7 +45,6 @@ from qwen35.tuning.recipe_search import tune as tune_space
 from qwen35.tuning.solve import cheapest, nearest
 from qwen35.tuning.space import ChoiceSpace
 from qwen35.tuning.units import Unit
-from test_gguf_imatrix import gguf_file
 
 Capture = pytest.CaptureFixture[str]
 
@@ -87,7 +87,7 @@ def every(units: Sequence[Unit], costs: dict[str, dict[str, float]]) -> list[tup
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(), share=st.floats(0, 1.1))
 def test_nearest_is_optimal(
     problem: tuple[list[Unit], dict[str, dict[str, float]]], share: float
@@ -105,7 +105,7 @@ def test_nearest_is_optimal(
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(problem=problems(), share=st.floats(0, 1))
 def test_cheapest_is_optimal(
     problem: tuple[list[Unit], dict[str, dict[str, float]]], share: float
@@ -176,7 +176,7 @@ def test_rank_correlation() -> None:
     assert rank_correlation([1], [1]) == 0
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.randoms(use_true_random=False), explicit=st.booleans())
 def test_a_recipe_says_what_was_chosen(
     gguf_space: ChoiceSpace, tmp_path_factory: pytest.TempPathFactory, seed: object, explicit: bool
@@ -191,10 +191,10 @@ def test_a_recipe_says_what_was_chosen(
     recipe = load_recipe(str(path), "gguf")
     plan = make_plan(gguf_space.checkpoint, recipe, types=("Q4_K_M",))
     [file] = files_of(plan)
-    for name, steps in gguf_space._members.items():
+    for name, steps in gguf_space.members.items():
         assert {file.kinds[step.outputs[0].name] for step in steps} == {chosen[name]}
     assert file.nbytes == gguf_space.size(chosen)
-    manifest = json.loads(json.dumps(plan.container.asked_json(plan)))
+    manifest = json.loads(json.dumps(plan.container.request_json(plan)))
     assert plan_again(plan.checkpoint, manifest, ContainerInputs()).digest == plan.digest
 
 
@@ -226,7 +226,7 @@ def test_packed_recipes_say_what_was_chosen(kind: str, tmp_path: Path) -> None:
         }
         wanted = {
             step.weight.name
-            for name, steps in space._members.items()
+            for name, steps in space.members.items()
             for step in steps
             if chosen[name] == kind
         }
@@ -267,7 +267,7 @@ def test_mixture_of_experts(tmp_path: Path) -> None:
     space = ChoiceSpace(fetch(str(make_variant(tmp_path, "moe"))), "gguf", ("q8_0", "f16"))
     fused = [unit for unit in space.units if unit.kind == "mlp.experts.gate_up_proj"]
     assert fused
-    assert {len(space._members[unit.name]) for unit in fused} == {2}
+    assert {len(space.members[unit.name]) for unit in fused} == {2}
     chosen = {unit.name: "q8_0" for unit in space.units}
     assert space.size(chosen) < space.size(dict.fromkeys(chosen, "f16"))
 
@@ -391,7 +391,7 @@ def test_only_types_that_rows_fit(tmp_path: Path) -> None:
     """Rows that are no multiple of 256 have no k-quants to choose from; no fallback is needed."""
     space = ChoiceSpace(fetch(str(make_variant(tmp_path, "odd-rows"))), "gguf", TYPES)
     for unit in space.units:
-        rows = {step.rows.row for step in space._members[unit.name]}
+        rows = {step.rows.row for step in space.members[unit.name]}
         fits = all(row % 256 == 0 for row in rows)
         assert ("q4_K" in unit.sizes) == fits
         assert "f16" in unit.sizes
@@ -402,7 +402,7 @@ def test_only_types_that_rows_fit(tmp_path: Path) -> None:
 
 def test_errors_count_by_the_importance_matrix(gguf_space: ChoiceSpace, tmp_path: Path) -> None:
     """Columns that no input reaches may be as wrong as they like."""
-    [step] = gguf_space._members["mlp.down_proj@0"]
+    [step] = gguf_space.members["mlp.down_proj@0"]
     name, width = step.outputs[0].name, step.rows.row
     values = np.zeros((1, width), np.float32)
     values[0, :256] = 1.0

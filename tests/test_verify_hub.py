@@ -10,10 +10,10 @@ import pytest
 
 from checkpoints import ASSET
 from fake_hub import FakeHub, serving
+from hub_command import command
 from hub_store import Repo
 from qwen35.cli.main import main
 from running import run
-from test_hub import command
 
 RECIPES = ("text", "nf4", "text-nf4", "fp8", "fp8-conservative", "bf16")
 SMALL = 500_000

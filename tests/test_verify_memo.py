@@ -8,8 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,35 +17,20 @@ import pytest
 
 from gguf_models import make_variant
 from qwen35.checkpoint.open import fetch
+from qwen35.execution.judging import judge
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
-from qwen35.progress import Progress, Silent
 from qwen35.sinks.journal import Journal
-from qwen35.verification import memo, numbers_check
+from qwen35.verification import memo
 from qwen35.verification.behaviour import BehaviourResult
-from qwen35.verification.opening import open_artifact
-from qwen35.verification.verdict import Depth, Verdict, verify
+from qwen35.verification.verdict import Verdict
 from qwen35.writing.write import write
 from running import run
+from stopping import Stopping, check
 
 pytestmark = pytest.mark.sentences
 
 KINDS = ("nf4", "fp8", "text", "gguf")
-
-
-class Stopping(Silent):
-    """Progress of a check that is interrupted after some weights; more are slow to come."""
-
-    def __init__(self, weights: int, stop: Callable[[], None]) -> None:
-        self._left = weights
-        self._stop = stop
-
-    def advance(self, nbytes: int, item: str) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._stop()
-        if self._left < 0:  # begun before the rest was called off
-            time.sleep(0.1)
 
 
 def interrupt() -> None:
@@ -79,27 +63,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the weights that were really looked at."""
     names: list[str] = []
-    judged = numbers_check._Check._judged
 
-    def _judged(self, held):  # type: ignore[no-untyped-def]
-        names.append(held.subject)
-        return judged(self, held)
+    def noted(*given: Any) -> Any:
+        names.append(given[-1])
+        return judge(*given)
 
-    monkeypatch.setattr(numbers_check._Check, "_judged", _judged)
+    monkeypatch.setattr("qwen35.verification.numbers_check.judge", noted)
     return names
-
-
-def check(
-    artifact: Path,
-    source: Path | None,
-    progress: Progress | None = None,
-    *,
-    threads: int = 1,
-    depth: Depth = "numbers",
-) -> Verdict:
-    original = fetch(str(source)) if source else None
-    opened = open_artifact(str(artifact), depth)
-    return verify(opened, source=original, depth=depth, threads=threads, progress=progress)
 
 
 def damage(artifact: Path) -> None:
@@ -161,7 +131,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from qwen35.verification import memo
-from test_verify_memo import Stopping, check
+from stopping import Stopping, check
 memo.SECONDS = 0.0
 stop = lambda: os.kill(os.getpid(), signal.SIGKILL)
 check(Path(sys.argv[1]), Path(sys.argv[2]), Stopping(int(sys.argv[3]), stop), threads=2)
@@ -233,7 +203,7 @@ def test_the_cache_is_where_the_specification_says(
     if home is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", home)
     expected = Path("/absolute") if home == "/absolute" else tmp_path / ".cache"
-    assert memo._folder() == expected / "qwen35"
+    assert memo.memo_folder() == expected / "qwen35"
 
 
 def test_a_short_check_writes_nothing(
@@ -264,8 +234,10 @@ def test_notes_of_the_check_and_of_the_model_are_both_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache.parent.write_text("in the way")
-    for asking in ("asked._in_transformers", "gguf.in_llama"):
-        monkeypatch.setattr(f"qwen35.verify.{asking}", lambda *_: BehaviourResult(notes=("asked",)))
+    for asking in ("asking_engines._in_transformers", "gguf_subject.in_llama"):
+        monkeypatch.setattr(
+            f"qwen35.verification.{asking}", lambda *_: BehaviourResult(notes=("asked",))
+        )
     verdict = check(artifacts[kind][0], None, depth="behaviour")
     assert [note.partition(":")[0] for note in verdict.notes] == [
         "a check that is killed starts over",

@@ -51,7 +51,7 @@ def test_recorded_fault_stops_a_push_until_it_is_mended(
     path.write_bytes(right)
     done = world.publish(folder=nf4)
     assert done.code == 1
-    assert "STOPPED qwen35.json: says that verification found faults" in done.out
+    assert "STOPPED qwen35.json: records a failed verification" in done.out
     assert not world.hub.repos
     assert main(["verify", str(nf4), "--source", str(dense), "--record", "--quiet"]) == 0
     assert world.publish(folder=nf4).code == 0

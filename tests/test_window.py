@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from patience import PATIENCE
 from qwen35.checkpoint.source import FolderReader, Reader, open_folder
 from qwen35.errors import TensorError
 from qwen35.execution.step_runner import ThreadCrew
@@ -69,7 +70,7 @@ def fails(owner: int, error: Exception) -> None:
     raise error
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(pieces=st.lists(st.integers(1, 700), min_size=1, max_size=5))
 def test_every_byte_is_read_once_and_seen_by_all(pieces: list[int]) -> None:
     source, seen = Source(), dict[int, bytes]()
@@ -152,7 +153,7 @@ def test_what_comes_up_at_the_end_is_done_by_all_threads() -> None:
     together = Barrier(3)
 
     def meet() -> None:
-        together.wait(60)
+        together.wait(PATIENCE)
 
     def run(reader: FolderReader) -> Iterator[int]:
         yield 9

@@ -21,6 +21,7 @@ import qwen35
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from deadly import dying
 from killing import Trial, killer
+from patience import PATIENCE
 from qwen35.cli.main import main
 from qwen35.codecs import devices
 from qwen35.errors import InputError, OutputError, TensorError, UsageError, WorkerError
@@ -122,7 +123,7 @@ def test_a_worker_that_always_dies_is_an_error_that_names_the_tensor_and_keeps_t
     named = str(caught.value).partition(": ")[0].partition(" and ")[0]
     assert named in {step.weight.name for step in plan.files[-1].steps}
     assert not (tmp_path / "out").exists()
-    assert "the same command continues" in caught.value.__notes__[0]
+    assert "run the same command to resume" in caught.value.__notes__[0]
     (deaths / "kill").write_text("0")
     rest = Watching()
     write(plan, tmp_path / "out", pool=ProcessPool(1), progress=rest)
@@ -235,7 +236,7 @@ def test_a_worker_with_another_plan_refuses(dense: Path, tmp_path: Path) -> None
     plan = plan_of(dense)
     key = {**order_of(plan, 10**6)["key"], "plan": "0" * 64}
     said = said_by(job_of(plan, tmp_path, key=key))
-    assert "finds another plan, expected what the run was begun with" in said
+    assert "has a different plan, expected what the run started with" in said
 
 
 def test_a_worker_with_another_version_says_which(
@@ -243,7 +244,7 @@ def test_a_worker_with_another_version_says_which(
 ) -> None:
     job = job_of(plan_of(dense), tmp_path)
     monkeypatch.setattr("qwen35.planning.manifest.__version__", "99")
-    assert f"another qwen35 ({qwen35.__version__}, here 99)" in said_by(job)
+    assert f"a different qwen35 ({qwen35.__version__}, here 99)" in said_by(job)
 
 
 def test_a_worker_with_another_source_refuses(dense: Path, tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_a_worker_with_another_source_refuses(dense: Path, tmp_path: Path) -> No
     shutil.copytree(dense, source)
     job = job_of(plan_of(source), tmp_path)
     os.utime(source / "config.json")
-    assert "finds another source" in said_by(job)
+    assert "has a different source" in said_by(job)
 
 
 def test_a_worker_that_does_not_see_the_folders_says_so(dense: Path, tmp_path: Path) -> None:
@@ -307,8 +308,8 @@ def test_workers_end_with_the_run_that_began_them(dense: Path, tmp_path: Path) -
         "from pathlib import Path\n"
         "from running import plan_of\n"
         "from qwen35.writing.write import write\n"
-        "from qwen35.execution.process_pool import Processes\n"
-        "pool = Processes(2)\n"
+        "from qwen35.execution.process_pool import ProcessPool\n"
+        "pool = ProcessPool(2)\n"
         "class Dies:\n"
         "    def begin(self, *_): pass\n"
         "    def end(self): pass\n"
@@ -328,7 +329,7 @@ def test_workers_end_with_the_run_that_began_them(dense: Path, tmp_path: Path) -
     assert ended.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in ended.stdout.split()]
     assert pids
-    for _ in range(200):
+    for _ in range(20 * PATIENCE):
         if not any(is_running(pid) for pid in pids):
             break
         time.sleep(0.05)
@@ -403,12 +404,10 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
 
     def visible(device: str) -> list[str]:
         begun.clear()
-        for number in range(4):
-            with ProcessPool(4, device=device) as pool:
-                for _ in range(number):
-                    pool._free.append(pool._free.pop(0))
+        with ProcessPool(4, device=device) as pool:
+            for number in range(4):
                 with pytest.raises(KeyboardInterrupt):
-                    pool.begin(0, {})
+                    pool.begin(number, {})
         return [env.get("CUDA_VISIBLE_DEVICES", "") for env in begun]
 
     monkeypatch.setattr("subprocess.Popen", Begun)

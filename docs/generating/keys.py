@@ -22,7 +22,7 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding
 from qwen35.planning.gguf_files.imatrix import Imatrix
-from qwen35.planning.manifest import made_bytes, manifest_bytes
+from qwen35.planning.manifest import manifest_bytes, render_manifest
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.publishing.repo_documents import REPORT_NAME, documents
@@ -201,7 +201,7 @@ def _calibration() -> Any:
 
 def _with_scale_choice(tiny: Checkpoint) -> Mapping[str, Any]:
     recipe = {"name": "calibrate", "format": "statistics", "rules": [], **_calibration().provenance}
-    parsed: Mapping[str, Any] = json.loads(made_bytes(tiny, recipe, "", {}, {}))
+    parsed: Mapping[str, Any] = json.loads(render_manifest(tiny, recipe, "", {}, {}))
     return parsed
 
 

@@ -60,7 +60,7 @@ def recipes_page() -> str:
 
 
 def _recipe(name: str, rules: Sequence[Rule]) -> Iterator[str]:
-    path = resources.files("qwen35.plan").joinpath(f"recipes/{name}.toml")
+    path = resources.files("qwen35.planning").joinpath(f"recipes/{name}.toml")
     head = tomllib.loads(path.read_text("utf-8"))
     yield from (f"### {name}", "", f"{cell(head['description'])}. Format `{head['format']}`.")
     if "base" in head:

@@ -1,4 +1,4 @@
-"""The README's table of results, from the figures that `make results` measured."""
+"""The README's results table, built from the figures that `make results` measured."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _BEGIN, _END = "<!-- results.json -->", "<!-- /results.json -->"
 
 
 def with_results(readme: str) -> str:
-    """Return the README with the table between its marks made anew."""
+    """Return the README with the table between its marks rebuilt."""
     lines = "\n".join(results_lines(json.loads(RESULTS.read_text("utf-8"))))
     marked = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
     if len(marked.findall(readme)) != 1:
-        raise SystemExit(f"README.md: {_BEGIN} and {_END} are wanted once")
+        raise SystemExit(f"README.md: {_BEGIN} and {_END} must each occur once")
     return marked.sub(lambda _: f"{_BEGIN}\n{lines}{_END}", readme)
 
 
@@ -29,7 +29,7 @@ def results_lines(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the table."""
     base, tokens = results["base"], results["tokens"]
     yield (
-        f"{tokens['scored']:,} tokens in {tokens['chunks']} chunks of {tokens['context']}; ± takes "
+        f"{tokens['scored']:,} tokens in {tokens['chunks']} chunks of {tokens['context']}; ± treats "
         "chunks as independent."
     )
     yield ""

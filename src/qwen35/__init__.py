@@ -7,8 +7,8 @@ Every verb of the command line is a function here, with the same name; a flag is
 >>> sum(step.op == "nf4" for step in plan.steps), plan.nbytes > 7 * 10**9
 (248, True)
 
-What is expected to go wrong raises `Qwen35Error` or a kind of it (`qwen35.errors`); nothing is
-printed. Importing this package loads none of its modules: each is imported when it is first used.
+Expected failures raise a subclass of `Qwen35Error` (`qwen35.errors`); nothing is printed. Importing
+this package loads none of its modules; each is imported on first use.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("qwen35.errors")
     if name not in _HOMES:
         raise AttributeError(f"module 'qwen35' has no attribute {name!r}")
-    found = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = found
-    return found
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next access skips __getattr__
+    return value
 
 
 def __dir__() -> list[str]:

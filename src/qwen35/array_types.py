@@ -1,4 +1,4 @@
-"""What arrays are called in signatures."""
+"""Type aliases for NumPy arrays in signatures."""
 
 from __future__ import annotations
 

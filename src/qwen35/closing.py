@@ -1,4 +1,4 @@
-"""What is closed at the end of a ``with`` block."""
+"""Base class of resources closed at the end of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Closing"]
 
 
 class Closing(ABC):
-    """Something that holds files or memory until it is closed."""
+    """A context manager that holds files or memory until closed."""
 
     def __enter__(self) -> Self:
         return self
@@ -25,4 +25,4 @@ class Closing(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of it; harmless when closed."""
+        """Release the resources; calling it twice is harmless."""

@@ -1,15 +1,15 @@
-"""How sizes and names are shown to people."""
+"""Human-readable sizes and names."""
 
 from __future__ import annotations
 
-__all__ = ["bytes_of", "least", "printable", "size"]
+__all__ = ["bytes_of", "printable", "size", "size_rounded_up"]
 
 
 def bytes_of(text: str) -> int:
-    """Parse a size as people write it.
+    """Parse a human-written size.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `text` is not a size.
 
     >>> bytes_of("400MB"), bytes_of("1.5GiB"), bytes_of("123")
     (400000000, 1610612736, 123)
@@ -17,12 +17,13 @@ def bytes_of(text: str) -> int:
     units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     for unit, factor in units.items():
         if text.lower().endswith(unit.lower()):
+            # The cap keeps "infGB" from raising OverflowError in round().
             return round(min(float(text[: -len(unit)]), 1e9) * factor)
     return int(text)
 
 
 def size(nbytes: int) -> str:
-    """Return a size in decimal units, for people.
+    """Format a size in decimal units.
 
     >>> size(1_234_000_000)
     '1.23 GB'
@@ -31,10 +32,10 @@ def size(nbytes: int) -> str:
     return f"{nbytes / factor:.2f} {unit}" if factor > 1 else f"{nbytes} B"
 
 
-def least(nbytes: int) -> str:
-    """Return a size as `size` does, rounded up: so much is enough when it is typed.
+def size_rounded_up(nbytes: int) -> str:
+    """Format a size like `size`, rounded up: parsing the result never yields less.
 
-    >>> least(1_234_000_001)
+    >>> size_rounded_up(1_234_000_001)
     '1.24 GB'
     """
     factor, _ = _unit(nbytes)
@@ -42,13 +43,13 @@ def least(nbytes: int) -> str:
 
 
 def _unit(nbytes: int) -> tuple[int, str]:
-    """Return the bytes of the unit that a size is shown in, and its name."""
+    """Return the display unit of a size: its bytes and its name."""
     units = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
     return next((unit for unit in units if nbytes >= unit[0]), (1, "B"))
 
 
 def printable(text: str) -> str:
-    r"""Escape what a hostile name could do to a terminal: control codes, surrogates.
+    r"""Escape control codes and surrogates, so that a hostile name cannot drive a terminal.
 
     >>> printable("a\x1b[2J")
     'a\\x1b[2J'

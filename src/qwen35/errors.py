@@ -1,16 +1,17 @@
-"""Everything that can go wrong and is not a bug of ours.
+"""Expected failures: everything that can go wrong without a bug in this package.
 
     Qwen35Error
     +-- UsageError          a flag, a name or a recipe that does not exist or does not fit
-    +-- InputError          what was given to read is damaged, incomplete or of another kind
+    +-- InputError          an input is damaged, incomplete or of the wrong kind
     |   +-- HeaderError     a safetensors header or an index file
     |   +-- ConfigError     config.json
-    |   +-- TensorError     a tensor: unknown, missing, of another shape, not finite
-    +-- OutputError         where the output should go: exists, is full, is not writable
-    +-- HubError            the Hub said no, or could not be reached
-    +-- WorkerError         what does the work failed: a process died, a GPU ran out of memory
+    |   +-- TensorError     a tensor: unknown, missing, wrong shape, not finite
+    +-- OutputError         the output exists, does not fit on the disk or cannot be written
+    +-- HubError            the Hub refused a request or could not be reached
+    +-- WorkerError         a worker process died, or a GPU ran out of memory
 
-Only these become a sentence on the terminal (exit code 2). Any other exception keeps its traceback.
+The command line prints these as one sentence and exits with 2; other exceptions keep their
+traceback.
 """
 
 from __future__ import annotations
@@ -33,31 +34,31 @@ __all__ = [
 ]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint at the one of `known` that is spelled most like `name`, or nothing.
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Return a hint naming the candidate spelled most like `name`; empty if none is close.
 
     >>> did_you_mean("Convrt", ["convert", "plan"])
     'did you mean convert?'
     """
-    import difflib
+    import difflib  # only needed once something has failed
 
-    names = {_plain(one): one for one in known}
-    near = difflib.get_close_matches(_plain(name), names, n=1)
-    return f"did you mean {names[near[0]]}?" if near else ""
+    names = {_normalized(candidate): candidate for candidate in candidates}
+    matches = difflib.get_close_matches(_normalized(name), names, n=1)
+    return f"did you mean {names[matches[0]]}?" if matches else ""
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return name.lower().replace("_", "-")
 
 
 class Qwen35Error(Exception):
-    """An expected failure, told in one sentence.
+    """An expected failure, reported in one sentence.
 
     Args:
-        subject: the file, tensor or flag it is about.
-        found: what is there.
-        expected: what should be there instead, if that helps.
-        hint: what to do next.
+        subject: the file, tensor or flag at fault.
+        found: the actual state.
+        expected: the required state, if that helps.
+        hint: the next step for the user.
     """
 
     def __init__(self, subject: str, found: str, *, expected: str = "", hint: str = "") -> None:
@@ -72,7 +73,7 @@ class Qwen35Error(Exception):
 
     @property
     def message(self) -> str:
-        """The sentence without its subject, which a finding names by itself."""
+        """The sentence without its subject, which a `Finding` stores separately."""
         text = f"{self.found}, expected {self.expected}" if self.expected else self.found
         return f"{text}; {self.hint}" if self.hint else text
 
@@ -82,7 +83,7 @@ class UsageError(Qwen35Error):
 
 
 class InputError(Qwen35Error):
-    """Something given to read is damaged, incomplete or of another kind."""
+    """An input is damaged, incomplete or of the wrong kind."""
 
 
 class HeaderError(InputError):
@@ -94,29 +95,29 @@ class ConfigError(InputError):
 
 
 class TensorError(InputError):
-    """A tensor is unknown, missing, of another shape, or not finite."""
+    """A tensor is unknown, missing, has the wrong shape or is not finite."""
 
 
 class OutputError(Qwen35Error):
-    """The output exists already, does not fit on the disk or cannot be written."""
+    """The output already exists, does not fit on the disk or cannot be written."""
 
 
 class HubError(Qwen35Error):
-    """The Hub refused, or could not be reached."""
+    """The Hub refused a request or could not be reached."""
 
 
 class WorkerError(Qwen35Error):
-    """A process died again and again, or a GPU ran out of memory: another try may succeed."""
+    """A worker died repeatedly or a GPU ran out of memory; a retry may succeed."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing a check found.
+    """One problem reported by a check.
 
     Args:
-        check: the short name of the check, stable for programs (``companions``).
+        check: short name of the check, stable for programs (``companions``).
         subject: the tensor or file.
-        message: what was found and what was expected.
+        message: the actual and the expected state.
     """
 
     check: str
@@ -124,5 +125,5 @@ class Finding:
     message: str
 
     def to_json(self) -> dict[str, str]:
-        """Return the finding as plain strings."""
+        """Return the finding as a dict of strings."""
         return asdict(self)

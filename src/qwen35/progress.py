@@ -1,4 +1,4 @@
-"""How long work tells what it is doing; the terminal's side of it is `qwen35.cli.console`."""
+"""Progress events of long work; `qwen35.cli.console` renders them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ __all__ = ["Progress", "Silent"]
 
 
 class Progress(Protocol):
-    """Receives events from a piece of long work; calls may come from several threads."""
+    """Receives progress events, possibly from several threads."""
 
     def begin(self, title: str, total: int) -> None:
-        """Work called `title` begins; whoever made this progress says in what `total` counts."""
+        """Start the work called `title`; the caller defines the unit of `total`."""
 
     def advance(self, amount: int, item: str) -> None:
-        """So much more is done; the last thing worked on is `item`."""
+        """Report `amount` more units done; `item` was processed last."""
 
     def end(self) -> None:
-        """The work is over, well or badly."""
+        """End the work, whether it succeeded or failed."""
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that discards all events."""
 
     def begin(self, title: str, total: int) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def advance(self, amount: int, item: str) -> None:
-        """Ignore it."""
+        """Do nothing."""
 
     def end(self) -> None:
-        """Ignore it."""
+        """Do nothing."""

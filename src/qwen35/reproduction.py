@@ -1,4 +1,4 @@
-"""Rebuild an artifact from its manifest and compare it, byte for byte."""
+"""Rebuild an artifact from its manifest and compare it byte for byte."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qwen35.checkpoint.open import fetch, hub_token
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.planning.container import ContainerInputs
-from qwen35.planning.containers import container_told
+from qwen35.planning.containers import container_from_manifest
 from qwen35.planning.manifest import manifest_versions, read_manifest, source_of
 from qwen35.planning.output_plan import Plan
 from qwen35.planning.work_order import plan_again as plan_from_manifest
@@ -28,13 +28,13 @@ __all__ = ["ArtifactOrigin", "Reproduction", "plan_again", "reproduce"]
 
 @dataclass(frozen=True)
 class ArtifactOrigin:
-    """An artifact's manifest, and where it was found.
+    """An artifact's manifest and location.
 
     Args:
-        name: what the user called it.
-        manifest: parsed.
-        folder: the artifact, if it is on this machine.
-        remote: the artifact, if it is on the Hub.
+        name: the user's name for it.
+        manifest: the parsed manifest.
+        folder: the artifact's folder, if local.
+        remote: the artifact's repository, if on the Hub.
     """
 
     name: str
@@ -44,11 +44,11 @@ class ArtifactOrigin:
 
     @classmethod
     def find(cls, name: str, token: str | None = None) -> ArtifactOrigin:
-        """Read the manifest that `name` means: a qwen35.json, its folder or a Hub id.
+        """Read a manifest from a qwen35.json, its folder or a Hub id.
 
         Raises:
-            InputError: there is none, or it is malformed.
-            HubError: the Hub refused, or was not reached.
+            InputError: the manifest is missing or malformed.
+            HubError: the Hub refused, or could not be reached.
         """
         path = Path(name).expanduser()
         path = path.parent if path.is_file() and path.name == MANIFEST_NAME else path
@@ -66,19 +66,19 @@ class ArtifactOrigin:
 def _manifest(place: FileLocation, name: str) -> Mapping[str, Any]:
     manifest = read_manifest(place)
     if manifest is None:
-        hint = "only what qwen35 wrote can be made again"
+        hint = "only outputs written by qwen35 can be reproduced"
         raise InputError(name, f"no {MANIFEST_NAME} in it", hint=hint)
     return manifest
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of it.
+    """The result of a reproduction.
 
     Args:
-        files: names compared.
-        findings: every file that is otherwise.
-        notes: what may explain a difference: versions that are not those of the manifest.
+        files: names of the compared files.
+        findings: the differences.
+        notes: possible causes: tool versions that differ from the manifest's.
     """
 
     files: tuple[str, ...]
@@ -86,7 +86,7 @@ class Reproduction:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return the result as plain values."""
         return {
             "same": not self.findings,
             "files": list(self.files),
@@ -101,27 +101,27 @@ def plan_again(
     token: str | None = None,
     inputs: ContainerInputs | None = None,
 ) -> Plan:
-    """Plan the artifact once more, from the manifest's source and recipe.
+    """Plan the artifact again, from the manifest's source and recipe.
 
     Args:
-        origin: the manifest.
-        source: where the source is, if not at the manifest's repository and commit.
+        origin: the artifact's manifest.
+        source: the source, if not the manifest's repository and commit.
         token: access token for the Hub.
-        inputs: the files that it was made with, beside the source.
+        inputs: the files beside the source that it was made from.
 
     Raises:
-        UsageError: the source is not known, or a file that it was made with is not given.
-        InputError: the source is damaged, or these are other files.
+        UsageError: the source is unknown, or an input file is missing.
+        InputError: the source is damaged, or the input files differ.
     """
     manifest, inputs = origin.manifest, inputs or ContainerInputs()
-    container = container_told(manifest)
-    container.asked_again(manifest, inputs)  # refuses what is wrong before anything is fetched
+    container = container_from_manifest(manifest)
+    container.request_from_manifest(manifest, inputs)  # fail before anything is downloaded
     repo, revision = source_of(manifest)
     model = source or (f"{repo}@{revision}" if repo else None)
     if model is None:
         folder = manifest["source"].get("folder")
         found = f"made from a folder called {folder}"
-        raise UsageError(origin.name, found, hint="say where it is with --source")
+        raise UsageError(origin.name, found, hint="give its location with --source")
     checkpoint = fetch(model, token=token, extra=container.extra)
     return plan_from_manifest(checkpoint, manifest, inputs)
 
@@ -135,9 +135,9 @@ def reproduce(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Reproduction:
-    """Write the artifact again and compare it with the manifest, and with the files beside that.
+    """Rebuild the artifact and compare it with the manifest and the files beside it.
 
-    Files on the Hub are compared by the hashes that it lists; they are not downloaded.
+    Files on the Hub are compared by their listed hashes, without a download.
 
     Raises:
         OutputError: `out` exists, or the disk is full.
@@ -155,38 +155,39 @@ def reproduce(
 def _findings(origin: ArtifactOrigin, plan: Plan, result: StagedResult) -> Iterator[Finding]:
     manifest = origin.manifest
     if manifest.get("plan") != plan.digest:
-        yield Finding("plan", MANIFEST_NAME, "the plan made now is another")
+        yield Finding("plan", MANIFEST_NAME, "the plan computed now differs")
     for name, entry in manifest["files"].items():
-        again = result.hashes.get(name)
-        if again is None:
-            yield Finding("missing", name, "not made again")
+        rebuilt = result.hashes.get(name)
+        if rebuilt is None:
+            yield Finding("missing", name, "not rebuilt")
             continue
-        if again != entry["sha256"]:
-            message = f"sha256 {again[:12]} now, {entry['sha256'][:12]} in the manifest"
+        if rebuilt != entry["sha256"]:
+            message = f"sha256 {rebuilt[:12]} now, {entry['sha256'][:12]} in the manifest"
             yield Finding("bytes", name, message)
-        if not _lies_there(origin, name, result.out / name):
-            message = "beside the manifest is missing, or has other bytes than the one now"
+        # The manifest may be intact while the file beside it is not.
+        if not _same_file(origin, name, result.out / name):
+            message = "the file beside the manifest is missing, or differs from the rebuilt one"
             yield Finding("artifact", name, message)
     for name in sorted(result.hashes.keys() - manifest["files"].keys()):
-        yield Finding("extra", name, "made now, but the manifest does not list it")
+        yield Finding("extra", name, "rebuilt, but not listed in the manifest")
 
 
-def _lies_there(origin: ArtifactOrigin, name: str, made: Path) -> bool:
-    """Whether the artifact's own file is the one made now."""
-    digest = digest_file(made)
+def _same_file(origin: ArtifactOrigin, name: str, rebuilt: Path) -> bool:
+    """Return whether the artifact's own file equals the rebuilt one."""
+    digest = digest_file(rebuilt)
     if origin.remote is not None:
-        there = origin.remote.files.get(name)
-        return there is not None and there.holds(digest)
+        remote_file = origin.remote.files.get(name)
+        return remote_file is not None and remote_file.holds(digest)
     assert origin.folder is not None
     path = origin.folder / name
     return path.is_file() and digest_file(path) == digest
 
 
 def _notes(manifest: Mapping[str, Any]) -> list[str]:
-    then = manifest.get("tool")
-    then = then if isinstance(then, dict) else {}
+    recorded = manifest.get("tool")
+    recorded = recorded if isinstance(recorded, dict) else {}
     return [
-        f"{name} {version} here, {then.get(name, 'unknown')} then"
+        f"{name} {version} here, {recorded.get(name, 'unknown')} then"
         for name, version in manifest_versions().items()
-        if then.get(name) != version
+        if recorded.get(name) != version
     ]

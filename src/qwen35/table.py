@@ -1,4 +1,4 @@
-"""Tables as text, in as many blocks of columns as the width asks for."""
+"""Text tables, split into blocks of columns to fit a width."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from collections.abc import Sequence
 __all__ = ["described_lines", "table_lines"]
 
 _GAP = 2
-_NARROW = 6
+_NARROW = 6  # narrower columns of prose are unreadable: let them overflow instead
 
 
 def table_lines(
     columns: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None
 ) -> list[str]:
-    """Lay out a table: the first column to the left, the others to the right.
+    """Lay out a table: first column left-aligned, the others right-aligned.
 
     Args:
         columns: headings.
-        rows: cells, as many in each row.
-        width: what lines should fit into; if they do not, the columns after the first are divided
-            among several blocks, below each other, each with the first column. None for one block.
+        rows: cells, one per column.
+        width: maximum line length; wider tables are split into stacked blocks that each repeat the
+            first column. None for a single block.
 
     >>> table_lines(["", "one", "two"], [["a", "1", "2"], ["b", "10", "20"]])
     ['   one  two', 'a    1    2', 'b   10   20']
@@ -48,7 +48,7 @@ def table_lines(
 def described_lines(
     columns: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None
 ) -> list[str]:
-    """Lay out a table whose last column is text, folded below itself to fit into `width`.
+    """Lay out a table whose last column is prose, wrapped to fit `width`.
 
     >>> described_lines(["role", "means"], [["a", "one two"]], width=12)
     ['role  means', 'a     one', '      two']

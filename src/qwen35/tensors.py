@@ -1,4 +1,4 @@
-"""Dtypes and tensor descriptions: names, shapes and bytes, never values."""
+"""Tensor descriptions: names, dtypes, shapes and sizes, never values."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ DTYPE_BITS: dict[str, int] = {
     "F64": 64,
     "C64": 64,
 }
-"""Bits of one element, by the dtype's name in a safetensors header (safetensors 0.8 `Dtype`)."""
+"""Bits per element, by dtype name in a safetensors header (safetensors 0.8 `Dtype`)."""
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-"""What a weight that is not quantized may be stored as."""
+"""Dtypes of unquantized weights."""
 
 HUB_DTYPES: dict[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""The dtype's name in config.json to its name in a safetensors header."""
+"""Dtype names in config.json, mapped to those in safetensors headers."""
 
 DTYPE_NAMES: dict[str, str] = {short: name for name, short in HUB_DTYPES.items()}
-"""The other way round."""
+"""The inverse of `HUB_DTYPES`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What is known of a tensor before its data is read.
+    """The description of a tensor: everything but its data.
 
     Args:
         name: full name in the checkpoint.
@@ -80,23 +80,23 @@ class TensorSpec:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of one element."""
+        """Bytes per element."""
         return DTYPE_BITS[self.dtype] // 8
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the data."""
+        """Size of the data in bytes."""
         return self.numel * self.itemsize
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as a file holds it.
+    """A tensor in a file.
 
     Args:
         spec: its description.
-        file: name of the file, relative to the checkpoint.
-        begin: offset of its first byte in the file.
+        file: file name, relative to the checkpoint.
+        begin: file offset of its first byte.
     """
 
     spec: TensorSpec
@@ -110,8 +110,8 @@ class Weight:
 
     Args:
         name: the tensor's name in an unquantized checkpoint.
-        storage: how it is held: a key of `qwen35.codecs.registry.CODECS`.
-        parts: stored tensors, the one called `name` first.
+        storage: the codec: a key of `qwen35.codecs.registry.CODECS`.
+        parts: the stored tensors, the one called `name` first.
     """
 
     name: str
@@ -120,21 +120,21 @@ class Weight:
 
     @property
     def main(self) -> StoredTensor:
-        """The stored tensor that has the weight's own name."""
+        """The stored tensor that carries the weight's name."""
         return self.parts[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes to read for all parts."""
+        """Total size of all parts in bytes."""
         return sum(part.spec.nbytes for part in self.parts)
 
     def part(self, suffix: str) -> StoredTensor | None:
-        """Return the companion called ``{name}{suffix}``, if there is one."""
-        wanted = self.name + suffix
-        return next((part for part in self.parts if part.spec.name == wanted), None)
+        """Return the companion called ``{name}{suffix}``, or None."""
+        name = self.name + suffix
+        return next((part for part in self.parts if part.spec.name == name), None)
 
     def need(self, suffix: str) -> StoredTensor:
-        """Return a companion that must be there: the weight was grouped by it."""
+        """Return a companion that must exist: grouping the weight required it."""
         part = self.part(suffix)
         assert part is not None, suffix
         return part

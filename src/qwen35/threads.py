@@ -1,4 +1,4 @@
-"""How many processors there are to use."""
+"""The default number of threads."""
 
 from __future__ import annotations
 
@@ -9,4 +9,5 @@ __all__ = ["default_threads"]
 
 def default_threads() -> int:
     """Return the number of processors this process may use."""
+    # Unlike os.cpu_count(), this honours taskset and container CPU sets.
     return len(os.sched_getaffinity(0))

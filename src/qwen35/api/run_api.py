@@ -170,7 +170,7 @@ class PreparedRun:
             self.threads,
             progress=progress,
             chunks=chunks,
-            tell=tell,
+            announce=tell,
         )
         return RunResult(self.job, runner.run())
 
@@ -220,7 +220,7 @@ def job_for(
     Raises:
         UsageError: they contradict, or the file is malformed.
     """
-    from qwen35.pipeline.run_file import read_job
+    from qwen35.pipeline.run_file import read_run_file
 
     of_a_path = {
         "types": types, "imatrix": imatrix, "depth": depth, "text": text, "chunks": chunks,
@@ -233,7 +233,7 @@ def job_for(
         if len(what) != 1 or not what[0].endswith(".toml"):
             expected = "one FILE.toml, or --path with MODEL and OUT"
             raise UsageError("run", " ".join(what), expected=expected)
-        return read_job(Path(what[0]))
+        return read_run_file(Path(what[0]))
     if len(what) != 2:
         raise UsageError("--path", f"given with {' '.join(what)!r}", expected="MODEL and OUT")
     names = types.split(",") if isinstance(types, str) else types or ()

@@ -1,4 +1,4 @@
-"""Parts of the model that are in memory one at a time, built from a checkpoint's files."""
+"""Blocks of the model, built one at a time from a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from qwen35.planning.rows import rows_of
 __all__ = ["Block", "Builder", "Embedding", "blocks"]
 
 _ALIGNED = 64
-"""Elements to which a parameter's place is rounded, so that rows lie well for vector loads."""
+"""Parameters start at multiples of this many elements, so that vector loads are aligned."""
 
 _TORCH = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
@@ -40,7 +40,7 @@ class Block:
 
     @property
     def numel(self) -> int:
-        """Weights."""
+        """Number of weights."""
         return sum(item.spec.numel for item in self.items)
 
     @property
@@ -50,7 +50,7 @@ class Block:
 
 
 def blocks(items: Sequence[InventoryItem]) -> list[Block]:
-    """Return the blocks of the text model in the order they compute."""
+    """Return the blocks of the text model in execution order."""
     parts: dict[str, list[InventoryItem]] = {}
     for item in items:
         role = item.role
@@ -69,13 +69,13 @@ def _number(name: str) -> int:
 
 
 class Builder:
-    """Makes modules of transformers and fills them from a checkpoint.
+    """Builds transformers modules and loads their weights from a checkpoint.
 
     Args:
         reader: of the checkpoint.
         config: its geometry.
-        dtype: what to compute in, ``bfloat16`` or ``float32``.
-        device: where.
+        dtype: compute dtype, ``bfloat16`` or ``float32``.
+        device: where to compute.
     """
 
     def __init__(self, reader: Reader, config: ModelConfig, dtype: str, device: str) -> None:
@@ -92,7 +92,7 @@ class Builder:
         raw = {key: value for key, value in config.text_raw.items() if key != "dtype"}
         self.config: Any = text.from_dict(raw)
         self.config._attn_implementation = "sdpa"
-        self.config._experts_implementation = "eager"
+        self.config._experts_implementation = "eager"  # the loop that the hooks replace
         self._rotary: dict[tuple[int, int], Any] = {}
 
     def _class(self, name: str) -> Any:
@@ -101,15 +101,17 @@ class Builder:
     def rotary(self, rows: int, length: int) -> Any:
         """Return the position embeddings (cosine, sine) for `rows` windows of `length`."""
         if (rows, length) not in self._rotary:
+            # Time, height and width coincide for text.
             positions = self.torch.arange(length).expand(3, rows, -1).to(self.device)
             like = self.torch.empty(0, dtype=self.dtype, device=self.device)
             module = self._class("TextRotaryEmbedding")(self.config)
+            # Only the last shape is kept: all batches but the last one have it.
             self._rotary = {(rows, length): module(like, positions)}
         return self._rotary[rows, length]
 
     def layer(self, block: Block) -> Any:
         """Build decoder layer ``layers.N``."""
-        with self.torch.device("meta"):
+        with self.torch.device("meta"):  # no memory: `_filled` assigns it
             module = self._class("DecoderLayer")(self.config, _number(block.name))
         return self._filled(module, block)
 
@@ -123,7 +125,7 @@ class Builder:
         return self._class("RMSNorm")(self.config.hidden_size, eps=self.config.rms_norm_eps)
 
     def mtp(self, block: Block, layers: int) -> Any:
-        """Build the multi-token-prediction part: fc, three norms, full-attention layers."""
+        """Build the MTP part: fc, three norms, full-attention layers."""
         nn, size = self.torch.nn, self.config.hidden_size
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = layers
@@ -141,7 +143,7 @@ class Builder:
         return self._filled(module, block)
 
     def _filled(self, module: Any, block: Block) -> Any:
-        """Give a module on no device its weights, in one piece of memory that goes with it."""
+        """Load the weights of a meta-device module into one allocation, freed with the module."""
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         sizes = {name: -(-shape.numel() // _ALIGNED) * _ALIGNED for name, shape in shapes.items()}
         memory = self.torch.empty(sum(sizes.values()), dtype=self.dtype)
@@ -151,22 +153,23 @@ class Builder:
         }
         module.load_state_dict(parameters, assign=True)
         module.requires_grad_(requires_grad=False)
-        left = sum(parameter.numel() for parameter in parameters.values())
+        missing = sum(parameter.numel() for parameter in parameters.values())
         for item in block.items:
             target = _target(parameters, item, block.name)
             self._read(item, target.view(-1))
-            left -= target.numel()
-        if left:
-            raise TensorError(block.name, f"{left} weights of it are in no file")
+            missing -= target.numel()
+        if missing:
+            raise TensorError(block.name, f"{missing} of its weights are missing from the files")
         return module.eval().to(self.device)
 
     def _read(self, item: InventoryItem, target: Any) -> None:
-        """Fill flat `target` with a weight, decoded and rounded to its dtype."""
+        """Fill the flat `target` with a weight, decoded and rounded to the target's dtype."""
         torch, spec = self.torch, item.spec
         if not is_packed(item.weight) and getattr(torch, _TORCH[spec.dtype]) == self.dtype:
-            self.reader.read_into(item.weight.main, 0, _bytes(torch, target))
+            self.reader.read_into(item.weight.main, 0, _bytes(torch, target))  # no copy
             return
         rows, done = rows_of(item), 0
+        # Non-finite weights are not checked here: the sums of their products are.
         for piece in rows.open(self.reader, check=False).pieces(rows.chunks()):
             values = piece.values.reshape(-1)
             target[done : done + values.size].copy_(_tensor(torch, values, piece.dtype))
@@ -178,36 +181,36 @@ def _bytes(torch: Any, flat: Any) -> memoryview:
 
 
 def _tensor(torch: Any, values: Any, dtype: str) -> Any:
-    """Return a tensor that shares the memory of an array of `dtype` (BF16 as its bits)."""
+    """Return a tensor sharing memory with an array of `dtype` (BF16 arrays hold the bits)."""
     if dtype == "BF16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)
 
 
 def _target(parameters: Mapping[str, Any], item: InventoryItem, block: str) -> Any:
-    """Return the parameter that holds a weight, or the part of a fused one."""
+    """Return the parameter of a weight, or the weight's part of a fused parameter."""
     path = item.role.info.path
     if block == HEAD:
         path = "weight"
     elif item.role.scope == "mtp" and item.role.layer is not None:
         path = f"layers.{item.role.layer}.{path}"
     if item.role.expert is None:
-        found = parameters.get(path)
+        parameter = parameters.get(path)
     else:
-        found = _expert(parameters, path, item.role.expert)
-    if found is None or tuple(found.shape) != item.spec.shape:
-        shape = f"shape {list(found.shape)}" if found is not None else "no such parameter"
+        parameter = _expert(parameters, path, item.role.expert)
+    if parameter is None or tuple(parameter.shape) != item.spec.shape:
+        shape = f"shape {list(parameter.shape)}" if parameter is not None else "no such parameter"
         raise InputError(
             item.spec.name,
-            f"transformers has {shape} for it",
+            f"transformers has {shape}",
             expected=str(list(item.spec.shape)),
-            hint="this version of transformers builds another model",
+            hint="this version of transformers builds a different model",
         )
-    return found
+    return parameter
 
 
 def _expert(parameters: Mapping[str, Any], path: str, expert: int) -> Any:
-    """Return where the matrix of one expert lies in transformers' stacks."""
+    """Return the view of one expert's matrix in transformers' stacks."""
     stem, _, leaf = path.removesuffix(".weight").rpartition(".")
     if leaf == "down_proj":
         return parameters[f"{stem}.down_proj"][expert]
@@ -217,14 +220,14 @@ def _expert(parameters: Mapping[str, Any], path: str, expert: int) -> Any:
 
 
 class Embedding:
-    """Rows of the token embedding, read as they are needed.
+    """Rows of the token embedding, read on demand.
 
     Args:
-        builder: dtype and device.
+        builder: has the reader, dtype and device.
         item: the embedding.
 
     Raises:
-        InputError: it is packed.
+        InputError: the embedding is packed.
     """
 
     def __init__(self, builder: Builder, item: InventoryItem) -> None:
@@ -235,11 +238,11 @@ class Embedding:
     def rows(self, ids: Any) -> Any:
         """Return the embeddings of token ids, [...] int -> [..., hidden]."""
         torch, spec = self._builder.torch, self._item.spec
-        wanted, places = np.unique(ids, return_inverse=True)
+        unique_ids, places = np.unique(ids, return_inverse=True)
         dtype = getattr(torch, _TORCH[spec.dtype])
-        table = torch.empty((len(wanted), spec.shape[1]), dtype=dtype)
+        table = torch.empty((len(unique_ids), spec.shape[1]), dtype=dtype)
         view, row = _bytes(torch, table.view(-1)), spec.shape[1] * spec.itemsize
-        for i, first, count in _runs(wanted.tolist()):
+        for i, first, count in _runs(unique_ids.tolist()):
             part = view[i * row : (i + count) * row]
             self._builder.reader.read_into(self._item.weight.main, first * row, part)
         table = table.to(self._builder.dtype)
@@ -249,7 +252,7 @@ class Embedding:
 
 
 def _runs(ids: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Yield (place, first id, count) of consecutive ids."""
+    """Yield (position, first id, count) of each run of consecutive ids."""
     start = 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or ids[i] != ids[i - 1] + 1:

@@ -1,4 +1,4 @@
-"""A calibration's plan and what it reached, for people and for programs."""
+"""A calibration's plan and expert coverage, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from qwen35.display import size
 __all__ = ["coverage_text", "plan_json", "plan_text"]
 
 _SHOWN = 12
+"""Most experts named per line."""
 
 
 def plan_text(plan: CalibrationPlan) -> str:
-    """Return the plan as lines."""
+    """Return the plan as text."""
     text = plan.text
     rows = [
-        ("text", f"{len(text.windows)} windows of {text.context} tokens, {text.left_over} left"),
-        ("compute", f"{plan.dtype}, {plan.batch} windows at once, {len(plan.blocks)} blocks"),
+        ("text", f"{len(text.windows)} windows of {text.context} tokens, {text.left_over} unused"),
+        ("compute", f"{plan.dtype}, {plan.batch} windows per batch, {len(plan.blocks)} blocks"),
         ("read", size(plan.read_bytes)),
-        ("memory", f"{size(plan.peak_bytes)} beside Python and its libraries:"),
-        ("", f"{size(plan.layer_bytes)} the largest layer, {size(plan.batch_bytes)} a batch"),
-        ("disk", f"{size(plan.disk_bytes)} at most, beside the output until it is done:"),
-        ("", f"twice {size(plan.hidden_bytes)} of hidden states, sums, files"),
+        ("memory", f"{size(plan.peak_bytes)}, plus Python and its libraries:"),
+        ("", f"{size(plan.layer_bytes)} for the largest layer, {size(plan.batch_bytes)} per batch"),
+        ("disk", f"at most {size(plan.disk_bytes)} until the output is complete:"),
+        ("", f"twice {size(plan.hidden_bytes)} of hidden states, sums, output"),
         ("files", ", ".join(plan.file_names)),
     ]
     return "\n".join(f"{name:<9}{value}" for name, value in rows)
 
 
 def plan_json(plan: CalibrationPlan) -> Mapping[str, Any]:
-    """Return the plan as plain values."""
+    """Return the plan as plain values for JSON."""
     return {
         **plan.provenance,
         "windows": len(plan.text.windows),
@@ -48,13 +49,13 @@ def plan_json(plan: CalibrationPlan) -> Mapping[str, Any]:
 
 
 def coverage_text(coverage: Mapping[str, Any]) -> list[str]:
-    """Return a line on each layer's experts: tokens seen, and who saw too few."""
+    """Return a line per layer: tokens its experts saw, and the experts below the floor."""
     lines = []
-    for place, tokens in coverage.get("tokens", {}).items():
+    for layer, tokens in coverage.get("tokens", {}).items():
         ordered = sorted(tokens)
-        line = f"{place}: {len(tokens)} experts saw {ordered[0]} to {ordered[-1]} tokens"
+        line = f"{layer}: {len(tokens)} experts saw {ordered[0]} to {ordered[-1]} tokens"
         line += f", half of them {ordered[len(ordered) // 2]} or more"
-        few = coverage["below_floor"].get(place, [])
+        few = coverage["below_floor"].get(layer, [])
         if few:
             shown = ", ".join(map(str, few[:_SHOWN]))
             more = f" and {len(few) - _SHOWN} more" if len(few) > _SHOWN else ""

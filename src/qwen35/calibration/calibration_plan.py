@@ -1,4 +1,4 @@
-"""What a calibration will read, hold and write, from headers and the text alone."""
+"""The plan of a calibration: what it reads, keeps in memory and writes, from headers and text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen35.calibration.sums import FLOOR
 from qwen35.calibration.text_windows import TextWindows
 from qwen35.checkpoint.inventory import InventoryItem, inventory
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.display import least, size
+from qwen35.display import size, size_rounded_up
 from qwen35.errors import InputError, UsageError
 from qwen35.model.model_config import ModelConfig
 from qwen35.planning.gguf_files.mixes import quantizable
@@ -43,20 +43,22 @@ STATISTICS, IMATRIX, LEGACY, COVERAGE = (
     "coverage.json",
 )
 
-_TOKENS_AT_ONCE = 2048
-_LARGEST_TEXT = 16
-"""Bytes of a number in the JSON file, at most, with its separator."""
+_BATCH_TOKENS = 2048
+"""Most tokens per batch, unless one window is longer."""
+
+_NUMBER_BYTES = 16
+"""Upper bound for a number in the JSON file with its separator."""
 
 
 @dataclass(frozen=True)
 class CalibrationRequest:
-    """What the user chose.
+    """User options of a calibration.
 
     Args:
-        dtype: what to compute in; ``auto`` is bfloat16 for a bfloat16 checkpoint, else float32.
-        floor: tokens below which an expert's statistics are filled up from its layer's.
-        legacy: whether the older ``.dat`` form is written as well.
-        memory: bytes that a run may take beside the libraries, if limited.
+        dtype: compute dtype; ``auto`` is bfloat16 for a bfloat16 checkpoint, else float32.
+        floor: tokens below which an expert's statistics are topped up from its layer's.
+        legacy: also write the older ``.dat`` form.
+        memory: most bytes a run may take on top of the libraries; None for no limit.
     """
 
     dtype: Dtype = "auto"
@@ -67,20 +69,20 @@ class CalibrationRequest:
 
 @dataclass(frozen=True)
 class CalibrationPlan:
-    """A run, known before it.
+    """A planned calibration.
 
     Args:
         checkpoint: the source.
-        text: what to run over it.
-        asked: what the user chose.
+        text: the calibration text.
+        request: the user's options.
         items: the checkpoint's weights.
-        blocks: what is in memory one at a time, in order.
-        batch: windows computed at once.
+        blocks: parts of the model in execution order; one is in memory at a time.
+        batch: windows per forward call.
     """
 
     checkpoint: Checkpoint
     text: TextWindows
-    asked: CalibrationRequest
+    request: CalibrationRequest
     items: tuple[InventoryItem, ...]
     blocks: tuple[Block, ...]
     batch: int
@@ -92,17 +94,17 @@ class CalibrationPlan:
 
     @property
     def dtype(self) -> str:
-        """What is computed in, as torch calls it."""
-        return _dtype(self.config, self.asked.dtype)
+        """Compute dtype, as torch calls it."""
+        return _dtype(self.config, self.request.dtype)
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number that is computed with."""
+        """Bytes per value of the compute dtype."""
         return _ITEMSIZE[self.dtype]
 
     @property
     def hidden_bytes(self) -> int:
-        """Bytes of the hidden states of all tokens; two such files are on the disk."""
+        """Bytes of all tokens' hidden states; two such files are on disk."""
         return self.text.tokens * self.config.dims["hidden"] * self.itemsize
 
     @property
@@ -112,12 +114,12 @@ class CalibrationPlan:
 
     @property
     def batch_bytes(self) -> int:
-        """Bytes that a batch takes within a layer, an upper bound."""
+        """Upper bound on a batch's bytes within a layer."""
         return self.batch * workspace(self.config, self.text.context, self.itemsize)
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes of memory beside Python and its libraries; the hidden states are on the disk."""
+        """Peak memory on top of Python and its libraries; hidden states are on disk."""
         return self.layer_bytes + self.batch_bytes
 
     @property
@@ -133,30 +135,31 @@ class CalibrationPlan:
 
     @property
     def file_names(self) -> tuple[str, ...]:
-        """The files that are written, but for the manifest."""
+        """The files written, without the manifest."""
         names: tuple[str, ...] = (STATISTICS, IMATRIX)
-        names += (LEGACY,) if self.asked.legacy else ()
+        names += (LEGACY,) if self.request.legacy else ()
         return names + ((COVERAGE,) if self.config.moe else ())
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of the files, at most."""
+        """Upper bound on the bytes of the files."""
         values = sum(tensor.row * len(tensor.rows.slabs) for tensor in self.tensors)
-        return values * (2 * _LARGEST_TEXT + 8) + 2**20
+        # Per value two JSON numbers and two float32 (GGUF and .dat); 1 MiB for names and metadata.
+        return values * (2 * _NUMBER_BYTES + 8) + 2**20
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes on the disk at most: hidden states, sums, and the output."""
+        """Upper bound on disk use: hidden states, sums and the output."""
         return 2 * self.hidden_bytes + 2 * self.output_bytes
 
     @property
     def read_bytes(self) -> int:
-        """Tensor bytes that are read, but for the embedding."""
+        """Tensor bytes to read, without the embedding."""
         return sum(block.nbytes for block in self.blocks)
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What made the statistics, for the files."""
+        """Origin of the statistics, recorded in the files."""
         return {
             "qwen35": __version__,
             **{name: version(name) for name in ("torch", "transformers")},
@@ -165,13 +168,13 @@ class CalibrationPlan:
             "tokens": self.text.tokens,
             "context": self.text.context,
             "dtype": self.dtype,
-            "floor": self.asked.floor,
+            "floor": self.request.floor,
             "geometry": self.config.geometry,
         }
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides the result; another digest cannot be resumed."""
+        """SHA-256 of everything the result depends on; only the same digest is resumed."""
         described = {
             **self.provenance,
             "windows": hashlib.sha256(self.text.windows.tobytes()).hexdigest(),
@@ -180,13 +183,13 @@ class CalibrationPlan:
                 for item in self.items
                 for part in item.weight.parts
             ],
-            "files": self._stamps(),
-            "batch": self.batch,
+            "files": self._mtimes(),
+            "batch": self.batch,  # float sums depend on it
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
-    def _stamps(self) -> dict[str, int]:
-        """Return when each file was last changed, in nanoseconds."""
+    def _mtimes(self) -> dict[str, int]:
+        """Return the modification time of each file, in nanoseconds."""
         root = self.checkpoint.root
         if root is None:
             return {}
@@ -196,20 +199,21 @@ class CalibrationPlan:
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
 
 
-def _dtype(config: ModelConfig, asked: Dtype) -> str:
-    if asked != "auto":
-        return asked
+def _dtype(config: ModelConfig, dtype: Dtype) -> str:
+    if dtype != "auto":
+        return dtype
     return "bfloat16" if config.dtype == "BF16" else "float32"
 
 
 def make_plan(
-    checkpoint: Checkpoint, text: TextWindows, asked: CalibrationRequest
+    checkpoint: Checkpoint, text: TextWindows, request: CalibrationRequest
 ) -> CalibrationPlan:
-    """Plan a calibration, reading nothing but headers.
+    """Plan a calibration; read only headers.
 
     Raises:
-        TensorError: the checkpoint does not have the weights that its config promises.
-        UsageError: one layer and one window are more than `asked.memory`.
+        InputError: the checkpoint is quantized.
+        TensorError: the checkpoint lacks weights that its config implies.
+        UsageError: one layer and one window exceed `request.memory`.
     """
     items = inventory(checkpoint)
     config = checkpoint.config
@@ -218,28 +222,29 @@ def make_plan(
             checkpoint.name,
             "quantized",
             expected="the original checkpoint",
-            hint="statistics of rounded weights would be those of another model",
+            hint="rounded weights would give the statistics of another model",
         )
     parts = tuple(blocks(items))
-    itemsize = _ITEMSIZE[_dtype(config, asked.dtype)]
+    itemsize = _ITEMSIZE[_dtype(config, request.dtype)]
     window = workspace(config, text.context, itemsize)
     layer = max(block.numel for block in parts) * itemsize
-    batch = min(max(1, _TOKENS_AT_ONCE // text.context), max(1, layer // 2 // window))
-    if asked.memory is not None:
-        if layer + window > asked.memory:
-            expected = f"at least {least(layer + window)}"
-            raise UsageError(f"--memory {size(asked.memory)}", "too little", expected=expected)
-        batch = min(batch, (asked.memory - layer) // window)
+    # A batch takes at most half a layer's bytes, so that memory stays close to one layer.
+    batch = min(max(1, _BATCH_TOKENS // text.context), max(1, layer // 2 // window))
+    if request.memory is not None:
+        if layer + window > request.memory:
+            expected = f"at least {size_rounded_up(layer + window)}"
+            raise UsageError(f"--memory {size(request.memory)}", "too little", expected=expected)
+        batch = min(batch, (request.memory - layer) // window)
     batch = min(batch, len(text.windows))
-    return CalibrationPlan(checkpoint, text, asked, items, parts, batch)
+    return CalibrationPlan(checkpoint, text, request, items, parts, batch)
 
 
 def workspace(config: ModelConfig, context: int, itemsize: int) -> int:
-    """Return the bytes that one window takes within a layer, an upper bound.
+    """Return an upper bound on the bytes of one window within a layer.
 
-    Linear attention holds some sixteen float32 copies of its value heads (transformers'
-    ``torch_chunk_gated_delta_rule``); a feed-forward layer three inner vectors, one in float32 to
-    be squared.
+    Linear attention keeps about sixteen float32 copies of its value heads (transformers'
+    ``torch_chunk_gated_delta_rule``); a feed-forward layer keeps three inner vectors, one of them
+    in float32 for squaring.
     """
     dims = config.dims
     heads = 16 * 4 * max(dims["linear_value"], dims["attention"])

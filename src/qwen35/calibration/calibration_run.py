@@ -1,4 +1,4 @@
-"""Calibrate: run the plan, write the files, leave nothing else behind."""
+"""Run a calibration plan and write its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Reader
 from qwen35.errors import UsageError
-from qwen35.planning.manifest import made_bytes
+from qwen35.planning.manifest import render_manifest
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import flushed, write_file
 from qwen35.sinks.staging import (
@@ -40,12 +40,12 @@ __all__ = ["CalibrationResult", "calibrate", "check_before", "device_for"]
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What came of a run.
+    """The result of a calibration.
 
     Args:
         result: the files.
-        coverage: tokens that each expert saw, and the experts below the floor; empty if dense.
-        resumed: blocks that an earlier run had done.
+        coverage: tokens seen by each expert, and the experts below the floor; empty if dense.
+        resumed: number of blocks taken over from an interrupted run.
     """
 
     result: StagedResult
@@ -53,7 +53,7 @@ class CalibrationResult:
     resumed: int
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return plain values for JSON."""
         return {
             "out": str(self.result.out),
             "bytes": self.result.nbytes,
@@ -64,7 +64,7 @@ class CalibrationResult:
 
 
 def device_for(name: str) -> str:
-    """Return the device that `name` means: ``auto`` is a GPU if there is one.
+    """Return the torch device for `name`; ``auto`` is a GPU if there is one.
 
     Raises:
         UsageError: there is no such device.
@@ -77,12 +77,12 @@ def device_for(name: str) -> str:
         raise UsageError("--device", repr(name), expected="auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(number or 0) >= count:
-        raise UsageError("--device", f"{name}: {count} GPUs here", expected="a GPU that is there")
+        raise UsageError("--device", f"{name}: {count} GPUs here", expected="an available GPU")
     return name
 
 
 def check_before(out: Path, *, overwrite: bool, device: str) -> None:
-    """Check what can be checked before the source is downloaded.
+    """Check the output and device, before the source is downloaded.
 
     Raises:
         OutputError: the output exists.
@@ -103,8 +103,8 @@ def calibrate(
 ) -> CalibrationResult:
     """Run a plan's text through its checkpoint and write statistics to the folder `out`.
 
-    Memory is one decoder layer and one batch; hidden states lie in a hidden folder beside `out`. A
-    run that was interrupted goes on at the layer it was at.
+    Keeps one decoder layer and one batch in memory, and hidden states in a hidden folder beside
+    `out`. An interrupted run resumes at the unfinished layer.
 
     Raises:
         OutputError: the output exists, or the disk is full.
@@ -112,7 +112,7 @@ def calibrate(
     """
     out = resolved(out)
     check_output(out, source=plan.checkpoint.folder(), overwrite=overwrite)
-    where = device_for(device)
+    device = device_for(device)
     torch, _ = libraries()
     if threads:
         torch.set_num_threads(threads)
@@ -123,50 +123,53 @@ def calibrate(
     with os_errors(out), locked(folder):
         work = CalibrationFolder(folder, plan.digest, restart=overwrite)
         resumed = max(0, len(work.done) - 1)
+        # A resumed run has its hidden states on disk already.
         check_space(out.parent, plan.disk_bytes if not resumed else plan.output_bytes)
         progress.begin(f"calibrating {out.name}", plan.read_bytes)
         try:
             with work, Reader(plan.checkpoint) as reader:
-                ForwardStream(plan, work, reader, where, progress).run()
+                ForwardStream(plan, work, reader, device, progress).run()
         finally:
             progress.end()
-        found = _coverage(plan, work)
-        result = _write(plan, work, out, found, overwrite=overwrite)
+        expert_coverage = _coverage(plan, work)
+        result = _write(plan, work, out, expert_coverage, overwrite=overwrite)
         work.remove()
-    return CalibrationResult(result, found, resumed)
+    return CalibrationResult(result, expert_coverage, resumed)
 
 
 def _coverage(plan: CalibrationPlan, work: CalibrationFolder) -> dict[str, Any]:
     if not plan.config.moe:
         return {}
     names = (block.name for block in plan.blocks)
-    return coverage(((name, work.sums(name)) for name in names), plan.asked.floor)
+    return coverage(((name, work.sums(name)) for name in names), plan.request.floor)
 
 
 def _write(
     plan: CalibrationPlan,
     work: CalibrationFolder,
     out: Path,
-    found: dict[str, Any],
+    expert_coverage: dict[str, Any],
     *,
     overwrite: bool,
 ) -> StagedResult:
-    floor = plan.asked.floor
-    made = {**plan.provenance, "experts_below_floor": _count(found)}
+    floor = plan.request.floor
+    provenance = {**plan.provenance, "experts_below_floor": _count_below(expert_coverage)}
     with staging(out, overwrite=overwrite) as folder:
-        write_statistics(folder / STATISTICS, plan.items, plan.config, work, floor=floor, made=made)
-        write_imatrix(folder / IMATRIX, plan, work, made)
-        if plan.asked.legacy:
+        write_statistics(
+            folder / STATISTICS, plan.items, plan.config, work, floor=floor, provenance=provenance
+        )
+        write_imatrix(folder / IMATRIX, plan, work, provenance)
+        if plan.request.legacy:
             write_legacy(folder / LEGACY, plan, work)
-        if found:
-            write_file(folder / COVERAGE, json_bytes(found))
+        if expert_coverage:
+            write_file(folder / COVERAGE, json_bytes(expert_coverage))
         sizes = {name: (folder / name).stat().st_size for name in plan.file_names}
         hashes = {name: flushed(folder / name) for name in plan.file_names}
         recipe = {"name": "calibrate", "format": "statistics", "rules": [], **plan.provenance}
-        manifest = made_bytes(plan.checkpoint, recipe, plan.digest, sizes, hashes)
+        manifest = render_manifest(plan.checkpoint, recipe, plan.digest, sizes, hashes)
         write_file(folder / MANIFEST_NAME, manifest)
     return StagedResult(out, hashes, sum(sizes.values()) + len(manifest))
 
 
-def _count(found: dict[str, Any]) -> int:
-    return sum(map(len, found.get("below_floor", {}).values()))
+def _count_below(expert_coverage: dict[str, Any]) -> int:
+    return sum(map(len, expert_coverage.get("below_floor", {}).values()))

@@ -1,4 +1,4 @@
-"""Statistics of a loaded model that continues prompts: what the toolkit before us collected."""
+"""Statistics of a fully loaded model continuing prompts, for `qwen35-collect-activation-stats`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from qwen35.calibration.hooks import BlockSums, measured
+from qwen35.calibration.hooks import BlockSums, record_inputs
 from qwen35.calibration.inputs import HEAD
 from qwen35.calibration.libraries import libraries
 from qwen35.calibration.statistics_file import coverage, write_statistics
@@ -36,14 +36,14 @@ PROMPTS = (
     "SELECT name, COUNT(*) FROM orders GROUP BY name; What does this query do?",
     "Compare renting and buying a home for a family that may move in three years.",
 )
-"""What is continued when no file of prompts is given: prose, code, reckoning, other languages."""
+"""Default prompts: prose, code, arithmetic, another language."""
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read prompts from a file, one a line; empty lines are skipped.
+    """Read prompts from a file, one per line; skip empty lines.
 
     Raises:
-        InputError: it cannot be read, is not UTF-8, or holds none.
+        InputError: the file cannot be read, is not UTF-8, or has no prompts.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -53,19 +53,19 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         raise InputError(str(path), "not UTF-8 text") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise InputError(str(path), "no prompts in it", expected="one a line")
+        raise InputError(str(path), "no prompts in it", expected="one per line")
     return prompts
 
 
-class _Held:
+class _MemorySums:
     """The sums of all blocks, in memory."""
 
     def __init__(self) -> None:
         self.blocks: dict[str, BlockSums] = {}
 
     def sums(self, block: str) -> Mapping[str, Sums]:
-        found = self.blocks.get(block)
-        return found.sums if found else {}
+        block_sums = self.blocks.get(block)
+        return block_sums.sums if block_sums else {}
 
 
 def collect(
@@ -77,21 +77,21 @@ def collect(
     device_map: str,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Load a model, let it continue prompts greedily, and write the statistics of its inputs.
+    """Load a model, continue prompts greedily, and write statistics of its layers' inputs.
 
-    The prompts have no chat template. The whole model is in memory; MTP layers, which transformers
-    does not build, have no entries.
+    Prompts get no chat template. The whole model is in memory; MTP layers, which transformers does
+    not build, have no entries.
 
     Args:
         checkpoint: in a folder.
-        out: the JSON file, whose folder exists.
+        out: the JSON file; its folder exists.
         prompts: to continue.
-        tokens: new tokens at most for each.
+        tokens: most new tokens per prompt.
         device_map: for ``from_pretrained``.
-        progress: told of each prompt.
+        progress: receives each prompt.
 
     Returns:
-        What made the file.
+        The provenance recorded in the file.
 
     Raises:
         InputError: an input is not finite.
@@ -103,14 +103,15 @@ def collect(
     model = getattr(transformers, kind).from_pretrained(folder, dtype="auto", device_map=device_map)
     model.eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    # Only the text model is measured: prompts have no images.
     text = model.model.language_model if vision else model.model
-    held = _Held()
-    with _all_measured(text, held), torch.inference_mode():
+    sums = _MemorySums()
+    with _record_all(text, sums), torch.inference_mode():
         count = _continue(model, tokenizer, prompts, tokens, progress)
-    for block, measures in held.blocks.items():
-        measures.check(block)
-    found = coverage(((name, one.sums) for name, one in held.blocks.items()), FLOOR)
-    made = {
+    for block, block_sums in sums.blocks.items():
+        block_sums.check(block)
+    expert_coverage = coverage(((name, one.sums) for name, one in sums.blocks.items()), FLOOR)
+    provenance = {
         "qwen35": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -119,24 +120,24 @@ def collect(
         "tokens": count,
         "max_tokens": tokens,
         "floor": FLOOR,
-        "experts_below_floor": sum(map(len, found["below_floor"].values())),
+        "experts_below_floor": sum(map(len, expert_coverage["below_floor"].values())),
         "geometry": checkpoint.config.geometry,
     }
-    write_statistics(out, items, checkpoint.config, held, floor=FLOOR, made=made)
-    return made
+    write_statistics(out, items, checkpoint.config, sums, floor=FLOOR, provenance=provenance)
+    return provenance
 
 
 def _digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
-def _all_measured(text: Any, held: _Held) -> ExitStack:
-    """Measure every decoder layer, and what the head reads, while the context lasts."""
+def _record_all(text: Any, sums: _MemorySums) -> ExitStack:
+    """Record the inputs of every decoder layer and of the head while the context is open."""
     stack = ExitStack()
     for i, layer in enumerate(text.layers):
-        held.blocks[f"layers.{i}"] = BlockSums()
-        stack.enter_context(measured(layer, held.blocks[f"layers.{i}"]))
-    head = held.blocks.setdefault(HEAD, BlockSums())
+        sums.blocks[f"layers.{i}"] = BlockSums()
+        stack.enter_context(record_inputs(layer, sums.blocks[f"layers.{i}"]))
+    head = sums.blocks.setdefault(HEAD, BlockSums())
     handle = text.norm.register_forward_hook(lambda _, __, out: head.add("lm_head", out))
     stack.callback(handle.remove)
     return stack
@@ -145,7 +146,7 @@ def _all_measured(text: Any, held: _Held) -> ExitStack:
 def _continue(
     model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int, progress: Progress
 ) -> int:
-    """Continue each prompt; return the tokens that were seen as inputs."""
+    """Continue each prompt; return the number of input tokens."""
     count = 0
     progress.begin("continuing prompts", len(prompts))
     try:
@@ -157,7 +158,7 @@ def _continue(
                 max_new_tokens=tokens,
                 do_sample=False,
             )
-            count += ids.shape[1] - 1  # the last one is not fed back
+            count += ids.shape[1] - 1  # the last token is not fed back
             progress.advance(1, prompt[:40])
     finally:
         progress.end()

@@ -1,4 +1,4 @@
-"""Hooks that sum up what the linear layers and experts of a decoder layer read."""
+"""Hooks that sum up the inputs of a decoder layer's linear layers and experts."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from qwen35.calibration.inputs import EXPERTS_IN, EXPERTS_OUT, HOOKED
 from qwen35.calibration.sums import Sums
 
-__all__ = ["BlockSums", "measured"]
+__all__ = ["BlockSums", "record_inputs"]
 
 
 class BlockSums:
-    """The sums of one block, by the weight that is measured."""
+    """The sums of one block, keyed by measured weight."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Sums] = {}
@@ -24,14 +24,15 @@ class BlockSums:
         Args:
             name: of the weight.
             x: [..., width] of any float dtype, on any device.
-            number: of the matrix in a stack.
-            slices: matrices of the stack.
+            number: index of the matrix in a stack.
+            slices: number of matrices in the stack.
         """
         flat = x.detach().reshape(-1, x.shape[-1])
         if name not in self.sums:
             self.sums[name] = Sums.zeros(slices, flat.shape[1])
         if not len(flat):
             return
+        # float32 within a batch, float64 across batches.
         squares = flat.float().square().sum(0).double().cpu().numpy()
         largest = flat.abs().amax(0).float().cpu().numpy()
         self.sums[name].add(number, squares, largest, len(flat))
@@ -47,63 +48,65 @@ class BlockSums:
 
 
 @contextmanager
-def measured(layer: Any, measures: BlockSums) -> Iterator[None]:
-    """Measure the inputs in a decoder layer of transformers while the context lasts."""
+def record_inputs(layer: Any, block_sums: BlockSums) -> Iterator[None]:
+    """Record the inputs within a transformers decoder layer while the context is open."""
     modules = dict(layer.named_modules())
     handles = [
-        modules[name].register_forward_pre_hook(_hook(name, measures))
+        modules[name].register_forward_pre_hook(_hook(name, block_sums))
         for name in HOOKED
         if name in modules
     ]
     experts = modules.get("mlp.experts")
-    place = "_old_forward" if hasattr(experts, "_old_forward") else "forward"  # accelerate's
-    before = vars(experts).get(place) if experts is not None else None
+    # Hooks see only the input of a fused experts module, not each expert's share of it or the inner
+    # vectors, so its forward is replaced. accelerate keeps the real one in `_old_forward`.
+    attribute = "_old_forward" if hasattr(experts, "_old_forward") else "forward"
+    original = vars(experts).get(attribute) if experts is not None else None
     if experts is not None:
-        setattr(experts, place, _counting(experts, measures))
+        setattr(experts, attribute, _recording_forward(experts, block_sums))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        if before is not None:
-            setattr(experts, place, before)
+        if original is not None:
+            setattr(experts, attribute, original)
         elif experts is not None:
-            delattr(experts, place)
+            delattr(experts, attribute)
 
 
-def _hook(name: str, measures: BlockSums) -> Any:
-    def note(_: Any, arguments: tuple[Any, ...]) -> None:
-        measures.add(name, arguments[0])
+def _hook(name: str, block_sums: BlockSums) -> Any:
+    def record(_: Any, arguments: tuple[Any, ...]) -> None:
+        block_sums.add(name, arguments[0])
 
-    return note
+    return record
 
 
-def _counting(experts: Any, measures: BlockSums) -> Any:
-    """Return a forward of fused experts that measures what each expert reads.
+def _recording_forward(experts: Any, block_sums: BlockSums) -> Any:
+    """Return a forward of fused experts that records each expert's inputs.
 
-    It computes what transformers' own plain loop does (``Qwen3_5MoeExperts.forward``), expert by
-    expert; the tests compare its output.
+    Computes the same as transformers' plain loop over experts (``Qwen3_5MoeExperts.forward``); the
+    tests compare the outputs.
     """
     from torch.nn.functional import linear
 
     def forward(hidden: Any, chosen: Any, weights: Any) -> Any:
-        """Return [tokens, width] for `hidden` of that shape; the others are [tokens, top-k]."""
+        """Return [tokens, width], like `hidden`; the other arguments are [tokens, top-k]."""
         result = hidden.new_zeros(hidden.shape)
         count = experts.num_experts
         for name, width in (
             (EXPERTS_IN, hidden.shape[1]),
             (EXPERTS_OUT, experts.down_proj.shape[2]),
-        ):
-            measures.add(name, hidden.new_empty(0, width), slices=count)
+        ):  # create the sums even if no token reaches an expert
+            block_sums.add(name, hidden.new_empty(0, width), slices=count)
         for expert in chosen.unique().tolist():
             if expert >= count:  # an expert of another rank, in transformers' numbering
                 continue
             rows, places = (chosen == expert).nonzero(as_tuple=True)
             x = hidden[rows]
-            measures.add(EXPERTS_IN, x, number=expert)
+            block_sums.add(EXPERTS_IN, x, number=expert)
             gate, up = linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
             inner = experts.act_fn(gate) * up
-            measures.add(EXPERTS_OUT, inner, number=expert)
+            block_sums.add(EXPERTS_OUT, inner, number=expert)
             out = linear(inner, experts.down_proj[expert]) * weights[rows, places, None]
             result.index_add_(0, rows, out.to(result.dtype))
         return result

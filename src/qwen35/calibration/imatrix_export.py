@@ -1,4 +1,4 @@
-"""The sums as an importance matrix for llama.cpp, in both of its forms."""
+"""Export of the sums as llama.cpp importance matrices: GGUF and the older binary form."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from qwen35.calibration.calibration_plan import CalibrationPlan
 from qwen35.calibration.inputs import input_of
 from qwen35.calibration.statistics_file import SumsSource
 from qwen35.calibration.sums import Sums
-from qwen35.planning.gguf_files.imatrix import COUNTS, MADE, SUMS
+from qwen35.planning.gguf_files.imatrix import COUNTS, PROVENANCE_KEY, SUMS
 from qwen35.planning.gguf_files.tensor_names import UntypedTensor
 
 __all__ = ["write_imatrix", "write_legacy"]
 
 
 def write_imatrix(
-    path: Path, plan: CalibrationPlan, source: SumsSource, made: Mapping[str, Any]
+    path: Path, plan: CalibrationPlan, source: SumsSource, provenance: Mapping[str, Any]
 ) -> None:
     """Write ``NAME.in_sum2`` [slices, row] and ``NAME.counts`` [slices, 1] of every tensor.
 
-    Columns stand in the order of the GGUF tensor. Experts below the floor are filled up
-    (`Sums.filled`), in the counts as well, so that sum / count is what quantizers shall use.
+    Columns are in the order of the GGUF tensor. Experts below the floor are topped up
+    (`Sums.filled`), counts included, so that stock quantizers, which use sum / count, benefit too.
     """
     writer = GGUFWriter(path, "")
     writer.kv_data[0].clear()  # an importance matrix names no architecture
@@ -36,7 +36,7 @@ def write_imatrix(
     writer.add_array("imatrix.datasets", [name for name, _ in plan.text.files])
     writer.add_uint32("imatrix.chunk_count", len(plan.text.windows))
     writer.add_uint32("imatrix.chunk_size", plan.text.context)
-    writer.add_string(MADE, json.dumps(made, ensure_ascii=False))
+    writer.add_string(PROVENANCE_KEY, json.dumps(provenance, ensure_ascii=False))
     tensors = plan.tensors
     for tensor in tensors:
         slices = len(tensor.rows.slabs)
@@ -57,20 +57,20 @@ def _entries(
     tensors: Sequence[UntypedTensor], plan: CalibrationPlan, source: SumsSource
 ) -> Iterator[tuple[UntypedTensor, F32, F32]]:
     """Yield each tensor with sums of squares [slices, row] and counts [slices]."""
-    held: dict[str, dict[str, Sums]] = {}
+    cached: dict[str, dict[str, Sums]] = {}  # one block at a time
     for tensor in tensors:
-        found = input_of(tensor.rows.item.role, plan.config)
-        assert found is not None  # what `CalibrationPlan.tensors` lists is measured
-        block, name = found
-        if block not in held:
-            held = {block: dict(source.sums(block))}
-        sums = held[block][name].filled(plan.asked.floor)
+        source_input = input_of(tensor.rows.item.role, plan.config)
+        assert source_input is not None  # `CalibrationPlan.tensors` lists only measured tensors
+        block, name = source_input
+        if block not in cached:
+            cached = {block: dict(source.sums(block))}
+        sums = cached[block][name].filled(plan.request.floor)
         squares = tensor.rows.columns(sums.squares.astype(np.float32))
         yield tensor, squares, sums.tokens.astype(np.float32)
 
 
 def write_legacy(path: Path, plan: CalibrationPlan, source: SumsSource) -> None:
-    """Write the older form: mean squares times the number of windows, in counted records."""
+    """Write the older form: length-prefixed records of mean squares times the window count."""
     chunks = len(plan.text.windows)
     tensors = plan.tensors
     with path.open("xb") as file:

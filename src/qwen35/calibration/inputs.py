@@ -1,4 +1,4 @@
-"""Which input each weight reads: weights that read the same one are measured once."""
+"""Which input each weight reads; weights that share an input are measured once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from qwen35.model.roles import Role
 __all__ = ["EXPERTS_IN", "EXPERTS_OUT", "HEAD", "HOOKED", "MTP", "Input", "input_of"]
 
 Input = tuple[str, str]
-"""A block (``layers.3``, ``head``, ``mtp``) and the weight measured in it."""
+"""A block (``layers.3``, ``head``, ``mtp``) and the measured weight in it."""
 
 HEAD, MTP = "head", "mtp"
 
@@ -24,7 +24,7 @@ HOOKED = (
     "mlp.shared_expert.gate_proj",
     "mlp.shared_expert.down_proj",
 )
-"""The linear layers of a decoder layer whose inputs are measured; each layer has some of them."""
+"""The measured linear layers of a decoder layer; each layer has some of them."""
 
 _SAME: dict[str, str] = {
     "linear_attn.in_proj_z": "linear_attn.in_proj_qkv",
@@ -38,13 +38,16 @@ _SAME: dict[str, str] = {
     "mlp.experts.up_proj": EXPERTS_IN,
     "mlp.experts.gate_up_proj": EXPERTS_IN,
 }
-"""Weight to the one measured for it (transformers 5.23 ``models/qwen3_5*/modeling_*.py``)."""
+"""Weight to the measured weight that reads the same input.
+
+Source: transformers 5.23 ``models/qwen3_5*/modeling_*.py``.
+"""
 
 
 def input_of(role: Role, config: ModelConfig) -> Input | None:
-    """Return what a weight reads; None if no matrix product with it is measured.
+    """Return the input of a weight; None if its product is not measured.
 
-    An embedding is looked up, not multiplied, unless it is the head as well.
+    An embedding is looked up, not multiplied, unless it is tied to the head.
     """
     if role.scope == "visual" or role.info.kind not in ("linear", "experts", "head", "embedding"):
         return None

@@ -1,4 +1,4 @@
-"""torch and transformers, which only this part and the checks by loading need."""
+"""Late import of torch and transformers, which most commands do without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that outlives its process: hidden states and sums on the disk, a block at a time."""
+"""Resumable state of a calibration: hidden states and sums on disk, block by block."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _STATE = "state.json"
 
 
 def work_folder(out: Path) -> Path:
-    """Return the folder beside `out` that holds the work until it is done."""
+    """Return the folder beside `out` that holds unfinished work."""
     absolute = out.absolute()
     return absolute.with_name(f".{absolute.name}.calibrating")
 
 
 class CalibrationFolder(Closing):
-    """The folder of one calibration: two files of hidden states, and the sums of finished blocks.
+    """The work folder of one calibration: two files of hidden states, sums of finished blocks.
 
-    A block reads one file and writes the other, so an interrupted block begins again.
+    A block reads one file and writes the other, so an interrupted block can be run again.
 
     Args:
-        folder: made if it is not there.
-        digest: of the plan; work on another is not continued.
-        restart: throw other work away.
+        folder: created if missing.
+        digest: of the plan; only work with the same digest is resumed.
+        restart: discard work of another plan.
 
     Attributes:
-        done: finished blocks.
+        done: names of the finished blocks.
 
     Raises:
-        OutputError: the folder holds the work of another plan, or cannot be written.
+        OutputError: the folder holds work of another plan, or cannot be written.
     """
 
     def __init__(self, folder: Path, digest: str, *, restart: bool) -> None:
@@ -49,12 +49,12 @@ class CalibrationFolder(Closing):
         self._digest = digest
         self._files: dict[int, int] = {}
         with os_errors(folder):
-            self.done: list[str] = self._found(restart)
+            self.done: list[str] = self._load_done(restart)
             folder.mkdir(exist_ok=True)
             if not self.done:
                 self._save()
 
-    def _found(self, restart: bool) -> list[str]:
+    def _load_done(self, restart: bool) -> list[str]:
         if not self.folder.exists():
             return []
         try:
@@ -69,7 +69,7 @@ class CalibrationFolder(Closing):
         if not restart:
             raise OutputError(
                 str(self.folder),
-                f"holds an interrupted run of something else ({len(done)} blocks done)",
+                f"holds an interrupted run of another plan ({len(done)} blocks done)",
                 hint="repeat that command, or give --overwrite to start again",
             )
         shutil.rmtree(self.folder)
@@ -78,18 +78,19 @@ class CalibrationFolder(Closing):
     def _save(self) -> None:
         new = self.folder / f"{_STATE}.new"
         new.write_text(json.dumps({"plan": self._digest, "done": self.done}))
-        new.replace(self.folder / _STATE)
+        new.replace(self.folder / _STATE)  # atomic: a reader sees the old state or the new one
 
     def close(self) -> None:
-        """Close the files; harmless when closed."""
+        """Close the files; closing twice is harmless."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
     def finish(self, block: str, sums: Mapping[str, Sums]) -> None:
-        """Note that a block is finished: its sums are kept, its hidden states flushed."""
+        """Record a finished block: save its sums, flush its hidden states."""
         with os_errors(self.folder):
             save_sums(self.folder / f"{block}.npz", sums)
+            # The next block reads these states, so they must be on disk before the block is listed.
             for descriptor in self._files.values():
                 os.fsync(descriptor)
             self.done.append(block)
@@ -110,27 +111,27 @@ class CalibrationFolder(Closing):
         return self._files[number]
 
     def write(self, number: int, offset: int, data: memoryview) -> None:
-        """Write bytes of hidden states into file `number`, 0 or 1.
+        """Write hidden states into file `number`, 0 or 1.
 
         Raises:
             OutputError: the disk is full.
         """
         with os_errors(self.folder):
-            while data:
+            while data:  # pwrite may write less than asked
                 count = os.pwrite(self._file(number), data, offset)
                 data, offset = data[count:], offset + count
 
     def read(self, number: int, offset: int, count: int) -> Array:
-        """Return bytes of hidden states as uint8.
+        """Return hidden states as uint8.
 
         Raises:
-            OutputError: the file is shorter.
+            OutputError: the file is too short.
         """
         buffer = np.empty(count, np.uint8)
         view, done = buffer.data, 0
         while done < count:
-            got = os.preadv(self._file(number), [view[done:]], offset + done)
-            if got == 0:
-                raise OutputError(str(self.folder), "was changed by something else")
-            done += got
+            received = os.preadv(self._file(number), [view[done:]], offset + done)
+            if received == 0:
+                raise OutputError(str(self.folder), "was changed by another process")
+            done += received
         return buffer

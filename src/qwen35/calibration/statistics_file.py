@@ -1,4 +1,4 @@
-"""The statistics as JSON: one line a weight, largest magnitudes and mean squares of its columns."""
+"""The statistics as JSON: per weight, one line with its columns' maxima and mean squares."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from qwen35.calibration.inputs import input_of
 from qwen35.calibration.sums import Sums
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.model.model_config import ModelConfig
-from qwen35.planning.activations import LARGEST, MADE, SQUARES, TOKENS
+from qwen35.planning.activations import LARGEST, PROVENANCE, SQUARES, TOKENS
 
 __all__ = ["SumsSource", "coverage", "weights", "write_statistics"]
 
 
 class SumsSource(Protocol):
-    """Where sums come from, a block at a time."""
+    """A source of sums, read block by block."""
 
     def sums(self, block: str) -> Mapping[str, Sums]:
-        """Return the sums of a block, by the weight that was measured."""
+        """Return the sums of a block, keyed by measured weight."""
 
 
 def weights(
     items: tuple[InventoryItem, ...], config: ModelConfig, source: SumsSource
 ) -> Iterator[tuple[InventoryItem, Sums, int]]:
-    """Yield every weight that was measured, with its sums and its place in their stack.
+    """Yield every measured weight with its sums and its slice number in them.
 
-    Fused stacks of experts are yielded expert by expert, named as per-expert checkpoints do. The
-    sums of one block are in memory at a time.
+    Fused stacks are yielded expert by expert, under the names that per-expert checkpoints use. One
+    block's sums are in memory at a time.
     """
-    held, sums = "", {}
+    loaded, sums = "", {}
     for item in items:
-        found = input_of(item.role, config)
-        if found is None:
+        measured_input = input_of(item.role, config)
+        if measured_input is None:
             continue
-        block, name = found
-        if block != held:
-            held, sums = block, dict(source.sums(block))
+        block, name = measured_input
+        if block != loaded:
+            loaded, sums = block, dict(source.sums(block))
         if name not in sums:
             continue
         for part in list(item.experts()) or [item]:
@@ -53,16 +53,17 @@ def write_statistics(
     source: SumsSource,
     *,
     floor: int,
-    made: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> None:
-    """Write the JSON file; experts below `floor` are filled up (`Sums.filled`).
+    """Write the JSON file; experts below `floor` are topped up (`Sums.filled`).
 
-    ``tokens`` is what a weight really saw.
+    ``tokens`` is the number actually seen, before topping up.
     """
     last: tuple[Sums, Sums, F32] | None = None
     with path.open("x", encoding="utf-8") as file:
-        file.write(f"{{\n{json.dumps(MADE)}: {json.dumps(made, ensure_ascii=False)}")
+        file.write(f"{{\n{json.dumps(PROVENANCE)}: {json.dumps(provenance, ensure_ascii=False)}")
         for item, sums, number in weights(items, config, source):
+            # Experts of a layer share their sums: top them up once, not per expert.
             if last is None or last[0] is not sums:
                 filled = sums.filled(floor)
                 last = sums, filled, filled.mean_squares
@@ -76,22 +77,18 @@ def write_statistics(
 
 
 def _numbers(values: F32) -> str:
+    # Seven significant digits are about float32's precision and keep the file small.
     return ", ".join(f"{value:.7g}" for value in values.tolist())
 
 
 def coverage(blocks: Iterable[tuple[str, Mapping[str, Sums]]], floor: int) -> dict[str, Any]:
-    """Return how many tokens reached each expert, and which experts fewer than `floor` reached.
-
-    Args:
-        blocks: the name and sums of each block.
-        floor: tokens.
-    """
+    """Return the tokens that reached each expert, and the experts below `floor` tokens."""
     seen, below = {}, {}
     for block, sums in blocks:
         for name, one in sums.items():
             if one.stacked and name.endswith("mlp.experts.gate_proj"):
-                place = f"{block}.{name}".removesuffix(".mlp.experts.gate_proj")
-                seen[place] = one.tokens.tolist()
+                layer = f"{block}.{name}".removesuffix(".mlp.experts.gate_proj")
+                seen[layer] = one.tokens.tolist()
                 if few := one.below(floor):
-                    below[place] = few
+                    below[layer] = few
     return {"floor": floor, "tokens": seen, "below_floor": below}

@@ -1,4 +1,4 @@
-"""The forward pass: all tokens through one block, then through the next."""
+"""The forward pass: all tokens through one block, then all through the next."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen35.calibration.blocks import Block, Builder, Embedding
 from qwen35.calibration.calibration_plan import CalibrationPlan
-from qwen35.calibration.hooks import BlockSums, measured
+from qwen35.calibration.hooks import BlockSums, record_inputs
 from qwen35.calibration.inputs import HEAD, MTP
 from qwen35.calibration.states import CalibrationFolder
 from qwen35.calibration.sums import Sums
@@ -24,13 +24,13 @@ class ForwardStream:
     """One run over a plan's text.
 
     Args:
-        plan: what to do.
-        work: where the hidden states lie.
+        plan: the plan.
+        work: holds the hidden states.
         reader: of the checkpoint.
-        device: where to compute; beside a GPU, the next block is read while one computes.
-        progress: told of each block.
-        ahead: read the next block while one computes; by default on a GPU only, because then two
-            are in memory.
+        device: where to compute.
+        progress: receives the bytes of each block.
+        ahead: read the next block while the current one computes; by default only on a GPU,
+            because two blocks are then in memory.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class ForwardStream:
         embedding = next(i for i in plan.items if i.role.name == "embed_tokens")
         self.embedding = Embedding(self.builder, embedding)
         self.current = 0
-        """The file of hidden states that the next block reads."""
+        """Number of the hidden-state file that the next block reads."""
 
     def run(self) -> None:
-        """Run every block that is not done yet.
+        """Run every unfinished block.
 
         Raises:
             InputError: a weight cannot be read, or an input is not finite.
@@ -63,6 +63,7 @@ class ForwardStream:
             if EMBEDDED not in self.work.done:
                 self._embed()
                 self.work.finish(EMBEDDED, {})
+            # Blocks alternate between the two files, starting with 0 after the embeddings.
             self.current = len(self.work.done[1:]) % 2
             left = [block for block in self.plan.blocks if block.name not in self.work.done]
             for block in self.plan.blocks:
@@ -75,21 +76,24 @@ class ForwardStream:
                 self.current = 1 - self.current
 
     def _modules(self, left: list[Block]) -> Iterator[tuple[Block, Any]]:
-        """Yield each block with its module; nothing keeps a module that was yielded."""
+        """Yield each block with its module; keep no reference, so the caller's `del` frees it."""
         if not self.ahead:
             for block in left:
-                yield block, self._module(block)
+                yield block, self.build(block)
             return
+        # One worker: at most one block is read ahead, so at most two are in memory.
         with ThreadPoolExecutor(1) as pool:
-            waiting = [pool.submit(self._module, block) for block in left[:1]]
+            pending = [pool.submit(self.build, block) for block in left[:1]]
             for block, following in zip(left, [*left[1:], None], strict=True):
-                module = waiting.pop().result()
+                module = pending.pop().result()
                 if following is not None:
-                    waiting.append(pool.submit(self._module, following))
+                    pending.append(pool.submit(self.build, following))
                 yield block, module
                 del module
 
-    def _module(self, block: Block) -> Any:
+    def build(self, block: Block) -> Any:
+        """Build the module of a block, with its weights."""
+        """Return the module of a block with its weights."""
         if block.name == HEAD:
             return self.builder.norm(block)
         if block.name == MTP:
@@ -97,41 +101,42 @@ class ForwardStream:
         return self.builder.layer(block)
 
     def _block(self, block: Block, module: Any) -> None:
-        if block.name == MTP:
+        if block.name == MTP:  # last, and reads the normed states that the head block wrote
             sums = self._mtp(module)
         elif block.name == HEAD:
-            measures = BlockSums()
+            block_sums = BlockSums()
 
             def normed(x: Any) -> Any:
                 out = module(x)
-                measures.add("lm_head", out)
+                block_sums.add("lm_head", out)
                 return out
 
             self._pass(normed)
-            measures.check(HEAD)
-            sums = measures.sums
+            block_sums.check(HEAD)
+            sums = block_sums.sums
         else:
-            measures = BlockSums()
-            with measured(module, measures):
-                self._pass(lambda x: module(x, **self._where(x)))
-            measures.check(block.name)
-            sums = measures.sums
+            block_sums = BlockSums()
+            with record_inputs(module, block_sums):
+                self._pass(lambda x: module(x, **self._positions(x)))
+            block_sums.check(block.name)
+            sums = block_sums.sums
         self.work.finish(block.name, sums)
 
-    def _where(self, x: Any) -> dict[str, Any]:
-        """Return what a decoder layer wants to know of positions."""
+    def _positions(self, x: Any) -> dict[str, Any]:
+        """Return the position arguments of a decoder layer."""
         rows, length = x.shape[:2]
         return {"position_embeddings": self.builder.rotary(rows, length), "attention_mask": None}
 
     def _mtp(self, module: Any) -> dict[str, Sums]:
-        measures = BlockSums()
-        layers = [BlockSums() for _ in module["layers"]]
+        fc_sums = BlockSums()
+        layer_sums = [BlockSums() for _ in module["layers"]]
         for start, ids in self._batches():
             states = self._load(start, ids.shape)
-            mtp_forward(self.builder, module, states, self.embedding.rows(ids), measures, layers)
-        measures.check(MTP)
-        sums = dict(measures.sums)
-        for i, one in enumerate(layers):
+            embedded = self.embedding.rows(ids)
+            mtp_forward(self.builder, module, states, embedded, fc_sums, layer_sums)
+        fc_sums.check(MTP)
+        sums = dict(fc_sums.sums)
+        for i, one in enumerate(layer_sums):
             one.check(f"mtp.layers.{i}")
             sums |= {f"layers.{i}.{name}": value for name, value in one.sums.items()}
         return sums
@@ -161,6 +166,7 @@ class ForwardStream:
         return states.view(*shape, -1).to(self.builder.device)
 
     def _store(self, number: int, start: int, states: Any) -> None:
+        # As bytes: NumPy has no bfloat16.
         flat = states.contiguous().cpu().view(-1).view(self.torch.uint8).numpy()
         self.work.write(number, start * self._window_bytes, memoryview(flat))
 
@@ -170,28 +176,28 @@ def mtp_forward(
     module: Any,
     states: Any,
     embedded: Any,
-    measures: BlockSums,
-    layers: list[BlockSums],
+    fc_sums: BlockSums,
+    layer_sums: list[BlockSums],
 ) -> Any:
-    """Run the multi-token-prediction part, which transformers does not build.
+    """Run the multi-token-prediction (MTP) part, which transformers does not build.
 
     The trunk's state at t (after its final norm) and the embedding of token t + 1 are normed,
-    joined (embedding first), projected by ``fc`` and run through a full-attention layer; a further
-    layer takes the state of the one before and the embedding one token on.
+    concatenated (embedding first), projected by ``fc`` and run through a full-attention layer. Each
+    further layer takes the previous layer's state and the embedding one token later.
     Source: vLLM ``qwen3_5_mtp.py``, llama.cpp 0c1e5709 ``src/models/qwen35.cpp`` (``graph_mtp``).
 
     Args:
-        builder: for the positions.
-        module: what `Builder.mtp` made.
-        states: [rows, length, hidden] of the trunk, normed.
-        embedded: [rows, length, hidden] of the tokens.
-        measures: of ``fc``.
-        layers: of each layer.
+        builder: computes the positions.
+        module: returned by `Builder.mtp`.
+        states: [rows, length, hidden] trunk states, normed.
+        embedded: [rows, length, hidden] token embeddings.
+        fc_sums: receives the inputs of ``fc``.
+        layer_sums: receive the inputs of each layer.
 
     Returns:
         [rows, length - layers, hidden], normed: the last layer's states.
     """
-    for i, (layer, found) in enumerate(zip(module["layers"], layers, strict=True)):
+    for i, (layer, sums) in enumerate(zip(module["layers"], layer_sums, strict=True)):
         following = embedded[:, i + 1 :]
         joined = builder.torch.cat(
             [
@@ -200,10 +206,10 @@ def mtp_forward(
             ],
             dim=-1,
         )
-        measures.add("fc", joined)
+        fc_sums.add("fc", joined)
         mixed = module["fc"](joined)
-        where = builder.rotary(*mixed.shape[:2])
-        with measured(layer, found):
-            out = layer(mixed, position_embeddings=where, attention_mask=None)
+        positions = builder.rotary(*mixed.shape[:2])
+        with record_inputs(layer, sums):
+            out = layer(mixed, position_embeddings=positions, attention_mask=None)
         states = module["norm"](out)
     return states

@@ -1,4 +1,4 @@
-"""What is summed up over the inputs of a weight."""
+"""Sums over the inputs of a weight."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ __all__ = ["FLOOR", "Sums", "load_sums", "save_sums"]
 
 
 FLOOR = 128
-"""Tokens that an expert's own statistics need to stand alone: with n of them, the mean of squares
-of a bell-shaped channel is known to sqrt(2 / n), an eighth."""
+"""Tokens an expert needs before its own statistics are used alone: over n tokens, the mean square
+of a normally distributed channel has a relative error of sqrt(2 / n), an eighth at 128."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over the tokens that a matrix multiplied, or each matrix of a stack of experts.
+    """Sums over the input tokens of a matrix, or of each matrix in a stack of experts.
+
+    Sums and maxima, not means: they merge across batches. Squares are float64 because they
+    accumulate over the whole text.
 
     Args:
-        squares: [slices, width] sum of squares of each input channel.
-        largest: [slices, width] largest magnitude.
+        squares: [slices, width] sum of squares per input channel.
+        largest: [slices, width] largest magnitude per input channel.
         tokens: [slices] tokens seen.
     """
 
@@ -36,32 +39,32 @@ class Sums:
 
     @classmethod
     def zeros(cls, slices: int, width: int) -> Self:
-        """Return the sums before any token."""
+        """Return sums over no tokens."""
         return cls(
             np.zeros((slices, width)), np.zeros((slices, width), np.float32), np.zeros(slices, "i8")
         )
 
     def add(self, number: int, squares: Any, largest: Any, tokens: int) -> None:
-        """Add what was found in one batch, [width] each, to slice `number`."""
+        """Add the sums of one batch, [width] each, to slice `number`."""
         self.squares[number] += squares
         np.maximum(self.largest[number], largest, out=self.largest[number])
         self.tokens[number] += tokens
 
-    def check(self, where: str) -> None:
+    def check(self, subject: str) -> None:
         """Check that every input was finite.
 
         Raises:
-            InputError: one was not.
+            InputError: an input of `subject` was not.
         """
         if not (np.isfinite(self.squares).all() and np.isfinite(self.largest).all()):
             raise InputError(
-                where,
+                subject,
                 "its input holds NaN or infinity",
                 hint="the weights before it are damaged, or overflow: try --dtype float32",
             )
 
     def below(self, floor: int) -> list[int]:
-        """Return the experts that fewer than `floor` tokens reached."""
+        """Return the experts reached by fewer than `floor` tokens."""
         return [i for i, n in enumerate(self.tokens.tolist()) if n < floor] if self.stacked else []
 
     @property
@@ -70,12 +73,12 @@ class Sums:
         return len(self.tokens) > 1
 
     def filled(self, floor: int) -> Self:
-        """Return the sums with experts below `floor` filled up from the average token.
+        """Return the sums with experts below `floor` topped up with average tokens.
 
-        An expert with n < floor tokens gets floor - n more, each with the mean squares of all
-        tokens that the layer's experts saw together, and the largest magnitudes of all of them. So
-        an expert that was never reached counts as the average one does, and no weight is zero that
-        is not zero for every expert.
+        An expert with n < floor tokens gets floor - n more, each with the mean squares over all
+        experts of the layer, and the largest magnitudes over all of them. An expert that was never
+        reached thus weighs its channels like the average expert, and a channel has weight zero only
+        if it is zero for every expert.
         """
         below = self.below(floor)
         if not below:
@@ -89,12 +92,12 @@ class Sums:
 
     @property
     def mean_squares(self) -> F32:
-        """[slices, width] mean square of each channel; 0 where there was no token."""
+        """[slices, width] mean square of each channel; 0 without tokens."""
         return (self.squares / np.maximum(1, self.tokens)[:, None]).astype(np.float32)
 
 
 def save_sums(path: Path, sums: Mapping[str, Sums]) -> None:
-    """Write the sums of a block, by the name of the weight measured, as plain arrays."""
+    """Write the sums of a block, keyed by measured weight, as plain arrays."""
     arrays = {f"{name}/{part}": getattr(one, part) for name, one in sums.items() for part in _PARTS}
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **arrays)
@@ -104,7 +107,7 @@ _PARTS = ("squares", "largest", "tokens")
 
 
 def load_sums(path: Path) -> dict[str, Sums]:
-    """Read what `save_sums` wrote."""
+    """Read a file written by `save_sums`."""
     with np.load(path, allow_pickle=False) as arrays:
         names = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files)
         return {name: Sums(*(arrays[f"{name}/{part}"] for part in _PARTS)) for name in names}

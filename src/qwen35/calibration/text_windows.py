@@ -1,4 +1,4 @@
-"""Calibration text: files to windows of tokens."""
+"""Calibration text: files cut into windows of tokens."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class TextWindows:
-    """Windows of one length over all files, one file after the other.
+    """Windows of one length over the concatenated files.
 
     Args:
         windows: [windows, context] token ids.
         files: name and SHA-256 of each file.
-        left_over: tokens after the last whole window, or beyond the windows asked for.
+        left_over: unused tokens: a partial window, or beyond the requested number of windows.
     """
 
     windows: I32
@@ -36,7 +36,7 @@ class TextWindows:
 
     @property
     def context(self) -> int:
-        """Tokens of a window."""
+        """Tokens per window."""
         return int(self.windows.shape[1])
 
     @property
@@ -50,18 +50,18 @@ def read_text(
 ) -> TextWindows:
     """Tokenize text files with a checkpoint's tokenizer and cut them into windows.
 
-    What is left after the last whole window is not used, as in llama-imatrix. Special tokens that
-    the text spells out (``<|im_start|>``) are special.
+    Tokens after the last whole window are dropped, as in llama-imatrix. Special tokens spelled out
+    in the text (``<|im_start|>``) are encoded as special tokens.
 
     Args:
-        checkpoint: whose tokenizer.json to use.
-        paths: UTF-8 text.
-        context: tokens of a window.
-        windows: windows at most.
+        checkpoint: provides tokenizer.json.
+        paths: UTF-8 text files.
+        context: tokens per window.
+        windows: most windows; None for all.
 
     Raises:
-        InputError: a file cannot be read, or is not UTF-8; the tokenizer does not fit the model.
-        UsageError: there is not one window of text.
+        InputError: a file cannot be read or is not UTF-8, or the tokenizer does not fit the model.
+        UsageError: the text is shorter than one window.
     """
     if context < 2:
         raise UsageError("--context", str(context), expected="2 tokens at least")
@@ -74,15 +74,19 @@ def read_text(
             text = data.decode()
         except UnicodeDecodeError as error:
             raise InputError(str(path), "not UTF-8 text", expected="plain text") from error
-        encoded = tokenizer.encode(text, add_special_tokens=False)
+        encoded = tokenizer.encode(text, add_special_tokens=False)  # no BOS between files
         ids.append(np.array(encoded.ids, np.int32))
         files.append((path.name, hashlib.sha256(data).hexdigest()))
     flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
     whole = len(flat) // context
     if whole == 0:
         raise UsageError(
-            "--text", f"{len(flat)} tokens", expected=f"a window of {context}", hint="give more"
+            "--text",
+            f"{len(flat)} tokens",
+            expected=f"a window of {context}",
+            hint="give more text",
         )
+    # A tokenizer of another model would otherwise index past the embedding.
     vocabulary = checkpoint.config.dims["vocab"]
     if int(flat.max()) >= vocabulary:
         raise ConfigError(_TOKENIZER, f"token {flat.max()}", expected=f"less than {vocabulary}")

@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its headers: for people and for programs."""
+"""Summary of a checkpoint from its headers, as text and as plain values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PREFIXES = ("model.language_model", "model.visual", "model", "lm_head", "mtp")
 
 
 class CheckpointSummary(TypedDict):
-    """What a checkpoint is, in plain values; `prefixes` by bytes, the largest first."""
+    """A checkpoint summary in plain values; `prefixes` are sorted by size, largest first."""
 
     model: str
     repo: str | None
@@ -30,7 +30,7 @@ class CheckpointSummary(TypedDict):
 
 
 def summarize(checkpoint: Checkpoint) -> CheckpointSummary:
-    """Return what a checkpoint is."""
+    """Return the summary of a checkpoint."""
     prefixes: dict[str, dict[str, int]] = {}
     dtypes: Counter[str] = Counter()
     storages: Counter[str] = Counter()

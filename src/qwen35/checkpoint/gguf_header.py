@@ -1,11 +1,11 @@
-"""The head of a GGUF file, parsed and checked before anything trusts it.
+"""Parse and validate the header of GGUF files.
 
-Format: magic, version, counts of tensors and keys, the keys with typed values, a record for each
-tensor (name, sizes, type, offset), padding, data. All numbers are little-endian.
+Format: magic, version, tensor count, key count, keys with typed values, one record per tensor
+(name, sizes, type, offset), padding, data. All numbers are little-endian.
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
-The `gguf` library's reader takes every count in a file at its word and maps it into memory; this
-one reads within limits, and files that break a rule are refused with a sentence.
+The reader of the `gguf` library trusts every count in the file and maps the file into memory; this
+one enforces limits and reports each violation of the format.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ __all__ = ["MAGIC", "GgufHeader", "GgufTensor", "is_gguf", "read_container", "re
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
+# Far above real files; they bound time and memory on hostile ones.
 _MAX_KEYS = 100_000
 _MAX_TENSORS = 1_000_000
 _MAX_ITEMS = 10_000_000
 _MAX_STRING = 64 * 2**20
 _MAX_HEAD = 2**30
 _MAX_NAME = 127
-_MAX_RANK = 4
+_MAX_RANK = 4  # GGML_MAX_DIMS
 _SCALARS = {
     0: "B",
     1: "b",
@@ -47,8 +48,8 @@ _SCALARS = {
     12: "d",
 }
 _STRING, _ARRAY = 8, 9
-_FIRST_PIECE = 256 * 1024
-_AHEAD = 64 * 1024
+_FIRST_CHUNK = 256 * 1024
+_READ_AHEAD = 64 * 1024  # records are tens of bytes: one read() each would dominate
 _LENGTH = struct.Struct("<Q")
 _BY_CODE = {kind.code: kind for kind in GGML_TYPES.values()}
 
@@ -59,12 +60,12 @@ class _Readable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor as the head lists it.
+    """A tensor record.
 
     Args:
         name: its name.
-        kind: its type.
-        shape: outermost first.
+        kind: its ggml type.
+        shape: dimensions, outermost first.
         begin: absolute offset of its first byte.
     """
 
@@ -75,19 +76,19 @@ class GgufTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its data."""
+        """Size of the data in bytes."""
         return self.kind.size(self.shape)
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A checked head.
+    """A validated header.
 
     Args:
-        path: the file; only its name, if it is on the Hub.
-        nbytes: its size.
-        keys: key to value, arrays as lists.
-        tensors: in the order of the file.
+        path: the file; only its name for a file on the Hub.
+        nbytes: file size in bytes.
+        keys: metadata values by key; arrays are lists.
+        tensors: tensors by name, in file order.
     """
 
     path: Path
@@ -97,12 +98,12 @@ class GgufHeader:
 
     @property
     def architecture(self) -> str:
-        """What ``general.architecture`` says, or nothing."""
+        """Value of ``general.architecture``, or an empty string."""
         return str(self.keys.get("general.architecture", ""))
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether `path` is a file that begins like a GGUF file."""
+    """Return whether `path` is a file that starts with the GGUF magic."""
     try:
         with path.open("rb") as file:
             return file.read(4) == MAGIC
@@ -111,10 +112,10 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_container(path: Path) -> GgufHeader:
-    """Read and check the head of a GGUF file.
+    """Read and validate the header of a GGUF file.
 
     Raises:
-        HeaderError: any rule of the format is broken.
+        HeaderError: the header violates the format.
         InputError: the file cannot be read.
     """
     try:
@@ -125,23 +126,23 @@ def read_container(path: Path) -> GgufHeader:
 
 
 def read_gguf(files: GgufFiles, name: str) -> GgufHeader:
-    """Read and check the head of one of `files`; on the Hub by ranges, without what follows it.
+    """Read and validate the header of one of `files`; from the Hub, without the tensor data.
 
     Raises:
-        HeaderError: any rule of the format is broken.
-        HubError: the Hub refused, or was not reached.
-        InputError: the file is not there or cannot be read.
+        HeaderError: the header violates the format.
+        HubError: the Hub refused a request or could not be reached.
+        InputError: the file is missing or cannot be read.
     """
     if files.root is not None:
         return read_container(files.root / name)
     size = files.place.sizes().get(name)
     if size is None:
         raise InputError(f"{files.place}, {name}", "no such file")
-    return _Parser(_Pieces(files.place, name, size), Path(name), size).parse()
+    return _Parser(_RemoteFile(files.place, name, size), Path(name), size).parse()
 
 
-class _Pieces:
-    """A file of a place, read from its beginning in pieces that grow as more is wanted."""
+class _RemoteFile:
+    """Sequential reads of a remote file, fetched in growing chunks."""
 
     def __init__(self, place: FileLocation, name: str, size: int) -> None:
         self._place, self._name, self._size = place, name, size
@@ -151,16 +152,17 @@ class _Pieces:
     def read(self, count: int) -> bytes:
         at = self._position - self._begin
         if at + count > len(self._fetched):
-            wanted = max(count, _FIRST_PIECE, self._position)
-            wanted = min(wanted, self._size - self._position)
-            self._fetched = self._place.read(self._name, self._position, wanted)
+            # Doubling keeps the number of requests logarithmic in the header's size.
+            length = max(count, _FIRST_CHUNK, self._position)
+            length = min(length, self._size - self._position)
+            self._fetched = self._place.read(self._name, self._position, length)
             self._begin, at = self._position, 0
         self._position += count
         return self._fetched[at : at + count]
 
 
 class _Parser:
-    """Reads a head from the beginning; knows how much of the file is left."""
+    """Parses a header front to back and checks every count against the bytes left."""
 
     def __init__(self, file: _Readable, path: Path, size: int) -> None:
         self._file = file
@@ -172,7 +174,7 @@ class _Parser:
 
     @property
     def _left(self) -> int:
-        """Bytes that may still belong to the head."""
+        """Number of bytes that may still belong to the header."""
         return self._limit - self._begin - self._at
 
     def parse(self) -> GgufHeader:
@@ -181,8 +183,9 @@ class _Parser:
         version = self._number("I")
         if version not in _VERSIONS:
             raise self._error(f"version {version}", expected="2 or 3, little-endian")
-        tensors = self._count(_MAX_TENSORS, "tensors", least=24)
-        count = self._count(_MAX_KEYS, "keys", least=13)
+        # Name length 8, rank 4, type 4, offset 8; key length 8, type 4, at least one byte of value.
+        tensors = self._count(_MAX_TENSORS, "tensors", min_bytes=24)
+        count = self._count(_MAX_KEYS, "keys", min_bytes=13)
         keys: dict[str, Any] = {}
         for _ in range(count):
             key = self._string()
@@ -190,7 +193,7 @@ class _Parser:
                 raise self._error(f"key {key[:80]!r} twice")
             keys[key] = self._value(self._number("I"), depth=0)
         entries = [self._entry() for _ in range(tensors)]
-        return GgufHeader(self._path, self._size, keys, self._placed(entries, keys))
+        return GgufHeader(self._path, self._size, keys, self._with_offsets(entries, keys))
 
     def _error(self, found: str, *, expected: str = "", hint: str = "") -> HeaderError:
         return HeaderError(self._path.name, found, expected=expected, hint=hint)
@@ -205,16 +208,16 @@ class _Parser:
         return data
 
     def _fill(self, count: int) -> None:
-        """Read on, so that `count` bytes and as a rule many more are at the buffer's beginning."""
+        """Refill the buffer so that it starts with the next `count` bytes."""
         if count > self._left:
             raise self._error(
                 f"ends within its head ({self._size} bytes)",
                 hint="the file is truncated or damaged: write or download it again",
             )
         rest = self._buffer[self._at :]
-        wanted = min(max(count, _AHEAD), self._left) - len(rest)
-        data = self._file.read(wanted)
-        if len(data) != wanted:
+        length = min(max(count, _READ_AHEAD), self._left) - len(rest)
+        data = self._file.read(length)
+        if len(data) != length:
             raise self._error("changed while it was read")
         self._begin += self._at
         self._buffer, self._at = rest + data, 0
@@ -222,14 +225,15 @@ class _Parser:
     def _number(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))[0]
 
-    def _count(self, limit: int, what: str, *, least: int) -> int:
-        """Read a count of things that take `least` bytes each."""
+    def _count(self, limit: int, items: str, *, min_bytes: int) -> int:
+        """Read a count of `items` that occupy at least `min_bytes` each."""
         count = int(self._number("Q"))
-        if count > limit or count * least > self._left:
-            raise self._error(f"promises {count} {what} in {self._size} bytes")
+        if count > limit or count * min_bytes > self._left:
+            raise self._error(f"declares {count} {items} in {self._size} bytes")
         return count
 
     def _string(self) -> str:
+        # Inlined _number() and _take(): vocabularies hold hundreds of thousands of strings.
         if self._at + 8 > len(self._buffer):
             self._fill(8)
         (length,) = _LENGTH.unpack_from(self._buffer, self._at)
@@ -247,7 +251,7 @@ class _Parser:
             raise self._error(f"value type {code}", expected="0 to 12, arrays three deep at most")
         item = self._number("I")
         width = struct.calcsize(f"<{_SCALARS[item]}") if item in _SCALARS else 8
-        count = self._count(_MAX_ITEMS, "array items", least=width)
+        count = self._count(_MAX_ITEMS, "array items", min_bytes=width)
         if item in _SCALARS:
             return list(struct.unpack(f"<{count}{_SCALARS[item]}", self._take(count * width)))
         if item == _STRING:
@@ -255,18 +259,20 @@ class _Parser:
         return [self._value(item, depth=depth + 1) for _ in range(count)]
 
     def _entry(self) -> GgufTensor:
-        """Read a tensor's record; its offset is still relative to the data."""
+        """Read a tensor record; its offset is relative to the data section."""
         name = self._string()
         if not name or len(name.encode()) > _MAX_NAME:
             raise self._error(f"tensor name {name[:80]!r}")
         rank = self._number("I")
         if not 1 <= rank <= _MAX_RANK:
             raise self._error(f"tensor {name!r} of {rank} dimensions", expected="1 to 4")
+        # ggml lists the innermost dimension first.
         shape = tuple(reversed([int(self._number("Q")) for _ in range(rank)]))
         code, offset = self._number("I"), int(self._number("Q"))
         kind = _BY_CODE.get(code)
         if kind is None:
             raise self._error(f"tensor {name!r} of type {code}", expected="a type of ggml")
+        # Bounded, so that byte counts and offsets stay far below 2**63.
         if not all(0 < size < 2**48 for size in shape) or prod(shape) >= 2**48:
             raise self._error(f"tensor {name!r} of shape {list(shape)}")
         if shape[-1] % kind.block:
@@ -276,23 +282,25 @@ class _Parser:
             )
         return GgufTensor(name, kind, shape, offset)
 
-    def _placed(self, entries: list[GgufTensor], keys: Mapping[str, Any]) -> dict[str, GgufTensor]:
-        """Check that the data holds the tensors one after the other; make offsets absolute."""
+    def _with_offsets(
+        self, entries: list[GgufTensor], keys: Mapping[str, Any]
+    ) -> dict[str, GgufTensor]:
+        """Check that the tensors follow each other without gaps; make their offsets absolute."""
         alignment = keys.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & alignment - 1:
             raise self._error(f"general.alignment {alignment!r}", expected="a power of two")
-        done = self._begin + self._at
-        start = done + -done % alignment
-        placed: dict[str, GgufTensor] = {}
+        header_end = self._begin + self._at
+        start = header_end + -header_end % alignment
+        tensors: dict[str, GgufTensor] = {}
         position = 0
         for entry in entries:
-            if entry.name in placed:
+            if entry.name in tensors:
                 raise self._error(f"tensor {entry.name!r} twice")
             if entry.begin != position:
                 raise self._error(
                     f"tensor {entry.name!r} at offset {entry.begin}", expected=str(position)
                 )
-            placed[entry.name] = GgufTensor(entry.name, entry.kind, entry.shape, start + position)
+            tensors[entry.name] = GgufTensor(entry.name, entry.kind, entry.shape, start + position)
             position += entry.nbytes + -entry.nbytes % alignment
         if entries and start + position > self._size:
             raise self._error(
@@ -300,4 +308,4 @@ class _Parser:
                 expected=f"{start + position} by its head",
                 hint="the file is truncated: write or download it again",
             )
-        return placed
+        return tensors

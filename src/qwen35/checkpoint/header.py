@@ -1,11 +1,11 @@
-"""The safetensors header: parsed and checked before anything trusts it.
+"""Parse, validate and render safetensors headers.
 
-Format: 8 bytes little-endian header length N, N bytes of JSON
+Format: the header length N (8 bytes, little-endian), N bytes of JSON
 ``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}}``, then the
 data, which the offsets must cover without overlap or gap.
 Source: https://github.com/huggingface/safetensors/blob/v0.8.0/README.md#format
-The safetensors library accepts a few things that are wrong (a key given twice, spaces before the
-JSON, unknown fields); they are refused here.
+Duplicate keys, spaces before the JSON and unknown fields are refused here, although the safetensors
+library accepts them.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ __all__ = [
 ]
 
 MAX_HEADER_BYTES = 100_000_000
-"""The safetensors library's own limit on a header (``MAX_HEADER_SIZE``)."""
+"""The safetensors library's limit on headers (``MAX_HEADER_SIZE``)."""
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_SIZE = 2**63 - 1
-_MAX_RANK = 64
+_MAX_RANK = 64  # NumPy's limit
 
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsHeader:
-    """A checked header.
+    """A validated header.
 
     Args:
-        tensors: description and byte range of each tensor; ranges are absolute file offsets, in
-            file order, and cover the file from the header's end to its last byte.
+        tensors: description and byte range of each tensor, in file order; the ranges are absolute
+            file offsets and cover the file from the end of the header to the last byte.
         metadata: the ``__metadata__`` strings.
     """
 
@@ -55,6 +55,7 @@ class SafetensorsHeader:
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Python keeps the last of two equal keys, other parsers may keep the first.
     result = dict(pairs)
     if len(result) != len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -67,10 +68,10 @@ def _refuse_constant(name: str) -> Any:
 
 
 def strict_json(raw: bytes, subject: str, error: type[InputError] = HeaderError) -> Any:
-    """Parse JSON, refusing repeated keys, NaN and bottomless nesting.
+    """Parse JSON, refusing duplicate keys, NaN and excessive nesting.
 
     Raises:
-        InputError: `raw` is not such JSON; it is an `error`, and `subject` names the file in it.
+        InputError: `raw` is not valid; an instance of `error` about the file `subject`.
     """
     try:
         return json.loads(
@@ -84,8 +85,9 @@ def strict_json(raw: bytes, subject: str, error: type[InputError] = HeaderError)
 
 
 def json_bytes(value: Any) -> bytes:
-    """Render a JSON document as the files of a checkpoint are: indented, in UTF-8, newline last."""
+    """Render JSON in the style of checkpoint files: indented UTF-8 with a final newline."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # UTF-8 cannot encode lone surrogates, which JSON strings may contain.
     return text.encode(errors="backslashreplace")
 
 
@@ -94,7 +96,8 @@ def _is_size(value: object) -> bool:
 
 
 def _entry(subject: str, name: str, entry: object) -> tuple[TensorSpec, int, int]:
-    """Check one header entry; offsets are relative to the data section."""
+    """Validate one header entry; its offsets are relative to the data section."""
+    # Messages quote at most 200 characters of a name: it may be megabytes long.
     where = f"{subject}, tensor {name[:200]!r}"
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         raise HeaderError(where, "malformed entry", expected="dtype, shape and data_offsets")
@@ -140,10 +143,10 @@ def _check_coverage(
 
 
 def header_length(prefix: bytes, file_size: int, subject: str) -> int:
-    """Return the header's length from the first 8 bytes of a file of `file_size` bytes.
+    """Return the header length encoded in the first 8 bytes of a file.
 
     Raises:
-        HeaderError: the file cannot hold such a header.
+        HeaderError: the length is too large for the format or for `file_size`.
     """
     if len(prefix) < 8:
         raise HeaderError(subject, f"{len(prefix)} bytes long", expected="a safetensors file")
@@ -163,21 +166,22 @@ def header_length(prefix: bytes, file_size: int, subject: str) -> int:
 
 
 def parse_header(raw: bytes, file_size: int, subject: str) -> SafetensorsHeader:
-    """Parse and check the JSON of a header.
+    """Parse and validate the JSON of a header.
 
     Args:
-        raw: the JSON bytes, without the 8 bytes of length.
+        raw: the JSON bytes, without the length prefix.
         file_size: size of the whole file in bytes.
-        subject: the file's name for error sentences.
+        subject: the file name for error messages.
 
     Raises:
-        HeaderError: any rule of the format is broken.
+        HeaderError: the header violates the format.
     """
     if not raw.startswith(b"{"):
         raise HeaderError(subject, "a header that is not a JSON object")
     parsed = strict_json(raw, subject)
     metadata = _metadata(subject, parsed.pop("__metadata__", {}))
     entries = [_entry(subject, name, entry) for name, entry in parsed.items()]
+    # By end as well: an empty tensor begins where the next one does, and comes first.
     entries.sort(key=lambda item: (item[1], item[2]))
     start = 8 + len(raw)
     _check_coverage(subject, entries, file_size - start)
@@ -187,7 +191,7 @@ def parse_header(raw: bytes, file_size: int, subject: str) -> SafetensorsHeader:
 
 
 def read_header(place: FileLocation, name: str) -> SafetensorsHeader:
-    """Read and check the header of the safetensors file called `name`.
+    """Read and validate the header of the safetensors file called `name`.
 
     Raises:
         HeaderError: the file is not a well-formed safetensors file.
@@ -197,14 +201,15 @@ def read_header(place: FileLocation, name: str) -> SafetensorsHeader:
     return parse_header(place.read(name, 8, length), size, name)
 
 
+# The safetensors library writes tensors by descending dtype; the same order gives the same bytes.
 _FILE_ORDER = {dtype: rank for rank, dtype in enumerate(reversed(DTYPE_BITS))}
 
 
 def file_layout(specs: Iterable[TensorSpec]) -> tuple[bytes, dict[str, int]]:
-    """Lay tensors out in one file as the safetensors library does: by width of dtype, then name.
+    """Lay out tensors in one file like the safetensors library: by dtype, widest first, then name.
 
     Returns:
-        The bytes before the data (length and header, padded with spaces to a multiple of 8), and
+        The bytes before the data (length and header, padded with spaces to a multiple of 8) and
         the absolute offset of each tensor.
     """
     ordered = sorted(specs, key=lambda spec: (_FILE_ORDER[spec.dtype], spec.name))

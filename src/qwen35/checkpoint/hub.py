@@ -1,4 +1,4 @@
-"""Checkpoints on the Hub: resolved to a commit, read by ranges, downloaded into the Hub's cache."""
+"""Checkpoints on the Hub: pinned to a commit, read by byte range, downloaded to the Hub's cache."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qwen35.errors import HubError, InputError, UsageError
 __all__ = [
     "HubId",
     "HubLocation",
-    "ask",
     "bound_client",
+    "call_hub",
     "client_errors",
     "download",
     "download_file",
@@ -29,7 +29,7 @@ __all__ = [
 _T = TypeVar("_T")
 
 ANSWER_SECONDS = 300.0
-"""How long to wait for the next bytes of an answer; a commit of many files takes its time."""
+"""Timeout for the next bytes of a response; a commit of many files takes minutes."""
 
 _CONNECT_SECONDS = 20.0
 
@@ -38,24 +38,25 @@ _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?\Z", re.
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository and, if given, a branch, tag or commit."""
+    """A repository and, optionally, a branch, tag or commit."""
 
     repo: str
     revision: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> HubId | None:
-        """Parse ``owner/name[@revision]``; None if `text` is not of that form."""
+        """Parse ``owner/name[@revision]``; return None if `text` has another form."""
         match = _ID.match(text)
         return cls(match["repo"], match["revision"]) if match else None
 
 
 def explain(subject: str, error: Exception) -> HubError:
-    """Turn an exception of the Hub's client into a sentence; the URL and token stay out of it."""
+    """Convert an exception of the Hub's client to a `HubError` without URL and token."""
+    # Imported late throughout this module: the client takes longer to import than the whole CLI.
     from huggingface_hub import errors
 
     rows: tuple[tuple[type[Exception], str, str], ...] = (
-        (
+        (  # before its base class RepositoryNotFoundError
             errors.GatedRepoError,
             "access is gated",
             "accept its terms on the Hub, then give a token",
@@ -65,7 +66,7 @@ def explain(subject: str, error: Exception) -> HubError:
             "no such repository, or it is private",
             "check the name; for a private one set HF_TOKEN or give --hf-token",
         ),
-        (errors.HFValidationError, "no repository can be called so", "check the name"),
+        (errors.HFValidationError, "not a valid repository name", "check the name"),
         (errors.RevisionNotFoundError, "no such revision", "check the part after @"),
         (errors.RemoteEntryNotFoundError, "a file is missing there", "is it a model repository?"),
     )
@@ -73,12 +74,13 @@ def explain(subject: str, error: Exception) -> HubError:
         if isinstance(error, kind):
             return HubError(subject, found, hint=hint)
     status = status_of(error)
-    found = f"the Hub answered {status}" if status else f"the Hub was not reached ({_kind(error)})"
+    name = type(error).__name__
+    found = f"the Hub answered {status}" if status else f"the Hub was not reached ({name})"
     return HubError(subject, found, hint="check the network and HF_ENDPOINT, then run again")
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """Return the HTTP status that an exception of the Hub's client, or its cause, came with."""
+    """Return the HTTP status attached to an exception of the Hub's client or to its causes."""
     while error is not None:
         status: int | None = getattr(getattr(error, "response", None), "status_code", None)
         if status is not None:
@@ -87,18 +89,14 @@ def status_of(error: BaseException | None) -> int | None:
     return None
 
 
-def _kind(error: Exception) -> str:
-    return type(error).__name__
-
-
 def client_errors() -> tuple[type[Exception], ...]:
-    """Return what the Hub's client raises when the Hub refuses or is out of reach."""
+    """Return the exceptions of the Hub's client for refused requests and failed connections."""
     import httpx2
     from huggingface_hub import errors
 
     try:
         from hf_xet import XetAuthenticationError, XetObjectNotFoundError
-    except ImportError:  # a machine for which there is no build: the client does without
+    except ImportError:  # no build for this platform: the client works without it
         xet: tuple[type[Exception], ...] = ()
     else:
         xet = (XetAuthenticationError, XetObjectNotFoundError)
@@ -108,13 +106,13 @@ def client_errors() -> tuple[type[Exception], ...]:
         errors.HFValidationError,
         errors.HfHubHTTPError,
         httpx2.HTTPError,
-        errors.LocalEntryNotFoundError,
+        errors.LocalEntryNotFoundError,  # the Hub is unreachable and the cache lacks the file
         ConnectionError,
     )
 
 
-def ask(subject: str, call: Callable[[], _T]) -> _T:
-    """Call the Hub; what its client raises becomes a `HubError`."""
+def call_hub(subject: str, call: Callable[[], _T]) -> _T:
+    """Run `call`; raise errors of the Hub's client as `HubError`."""
     try:
         return call()
     except client_errors() as error:
@@ -122,43 +120,43 @@ def ask(subject: str, call: Callable[[], _T]) -> _T:
 
 
 def bound_client() -> None:
-    """Make the Hub's client give up when no answer comes: by itself it waits for ever.
+    """Add timeouts to the Hub's client, which otherwise waits forever for a response.
 
-    Some of its calls ask for no limit explicitly, so each request is given one as it leaves. A
-    limit that somebody has chosen stays.
+    Some of its calls disable timeouts explicitly, so a hook adds them to each outgoing request.
+    Timeouts that are already set stay.
     """
     from huggingface_hub.utils import get_session
 
     hooks = get_session().event_hooks
-    if _limit in hooks["request"]:
+    if _add_timeouts in hooks["request"]:
         return
     import httpx2
     from huggingface_hub import set_client_factory
 
-    hooks = {**hooks, "request": [*hooks["request"], _limit]}
+    hooks = {**hooks, "request": [*hooks["request"], _add_timeouts]}
     set_client_factory(
         lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None)
     )
 
 
-def _limit(request: Any) -> None:
-    """Fill in the timeouts that a request of the client goes without."""
-    limits = {"connect": _CONNECT_SECONDS} | dict.fromkeys(
+def _add_timeouts(request: Any) -> None:
+    """Fill in the timeouts that a request of the client lacks."""
+    defaults = {"connect": _CONNECT_SECONDS} | dict.fromkeys(
         ("read", "write", "pool"), ANSWER_SECONDS
     )
     chosen = {n: v for n, v in request.extensions.get("timeout", {}).items() if v is not None}
-    request.extensions["timeout"] = limits | chosen
+    request.extensions["timeout"] = defaults | chosen
 
 
 class HubLocation:
-    """The files of a repository at one commit, read by range requests; nothing is stored.
+    """The files of a repository at one commit, read by range requests and not cached.
 
     Args:
-        hub_id: repository and revision; the revision is resolved to a commit at once.
-        token: access token, or None for the one the Hub's client finds.
+        hub_id: repository and revision; the constructor resolves the revision to a commit.
+        token: access token, or None for the client's default.
 
     Raises:
-        HubError: the repository or revision is not there, or the Hub is out of reach.
+        HubError: the repository or revision does not exist, or the Hub cannot be reached.
     """
 
     def __init__(self, hub_id: HubId, token: str | None = None) -> None:
@@ -167,7 +165,7 @@ class HubLocation:
         bound_client()
         self._id = hub_id
         self._api = HfApi(token=token)
-        info = ask(
+        info = call_hub(
             hub_id.repo,
             lambda: self._api.model_info(
                 hub_id.repo, revision=hub_id.revision, files_metadata=False
@@ -177,7 +175,7 @@ class HubLocation:
             raise HubError(hub_id.repo, "the Hub named no commit")
         self.repo = hub_id.repo
         self.revision = info.sha
-        self._sizes = ask(hub_id.repo, self._list)
+        self._sizes = call_hub(hub_id.repo, self._list)
 
     def _list(self) -> dict[str, int]:
         from huggingface_hub.hf_api import RepoFile
@@ -193,14 +191,14 @@ class HubLocation:
         return self._sizes
 
     def read(self, name: str, start: int, count: int) -> bytes:
-        """Return `count` bytes of a file from `start` on.
+        """Return `count` bytes of a file, starting at `start`.
 
         Raises:
-            HubError: the Hub refuses or sends something else.
+            HubError: the Hub refuses the request or sends too little.
         """
         if count == 0:
             return b""
-        return ask(f"{self}, {name}", lambda: self._read(name, start, count))
+        return call_hub(f"{self}, {name}", lambda: self._read(name, start, count))
 
     def _read(self, name: str, start: int, count: int) -> bytes:
         from huggingface_hub import hf_hub_url
@@ -209,19 +207,19 @@ class HubLocation:
         url = hf_hub_url(self.repo, name, revision=self.revision, endpoint=self._api.endpoint)
         headers = build_hf_headers(token=self._api.token)
         headers["Range"] = f"bytes={start}-{start + count - 1}"
-        headers["Accept-Encoding"] = "identity"
+        headers["Accept-Encoding"] = "identity"  # a range of compressed data would be useless
         with get_session().stream("GET", url, headers=headers, timeout=60) as response:
             hf_raise_for_status(response)
-            ignored = response.status_code == 200  # the whole file comes: stop when we have ours
-            skip = start if ignored else 0
+            range_ignored = response.status_code == 200  # the server sends the whole file
+            skip = start if range_ignored else 0
             content = b""
-            for piece in response.iter_bytes():
-                content += piece[skip:]
-                skip = max(0, skip - len(piece))
+            for chunk in response.iter_bytes():
+                content += chunk[skip:]
+                skip = max(0, skip - len(chunk))
                 if len(content) >= count:
                     break
         if len(content) < count:
-            raise HubError(f"{self}, {name}", f"{len(content)} bytes came", expected=str(count))
+            raise HubError(f"{self}, {name}", f"received {len(content)} bytes", expected=str(count))
         return content[:count]
 
 
@@ -229,7 +227,7 @@ def parse_address(address: str) -> tuple[HubId, str]:
     """Parse ``owner/name[@revision]/path``.
 
     Raises:
-        UsageError: it is malformed.
+        UsageError: `address` is malformed.
     """
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+)", address, re.ASCII)
     if match is None:
@@ -238,11 +236,11 @@ def parse_address(address: str) -> tuple[HubId, str]:
 
 
 def download_file(address: str, token: str | None = None) -> Path:
-    """Download one file into the Hub's cache; return where it is.
+    """Download one file into the Hub's cache and return its path.
 
     Args:
         address: ``owner/name[@revision]/path``.
-        token: access token, or None for the one the Hub's client finds.
+        token: access token, or None for the client's default.
 
     Raises:
         UsageError: the address is malformed.
@@ -254,8 +252,8 @@ def download_file(address: str, token: str | None = None) -> Path:
     hub_id, path = parse_address(address)
     options: dict[str, Any] = {"revision": hub_id.revision, "token": token}
     try:
-        return Path(ask(address, lambda: hf_hub_download(hub_id.repo, path, **options)))
-    except OSError as error:
+        return Path(call_hub(address, lambda: hf_hub_download(hub_id.repo, path, **options)))
+    except OSError as error:  # client errors are handled above: this is the local disk
         raise _not_stored(address, error) from error
 
 
@@ -265,45 +263,50 @@ def _not_stored(subject: str, error: OSError) -> HubError:
 
 
 def download(place: HubLocation, shards: list[str], token: str | None = None) -> Path:
-    """Download the checkpoint's files into the Hub's cache; return the snapshot's folder.
+    """Download a checkpoint into the Hub's cache and return the snapshot's folder.
 
     Args:
-        place: where from.
-        shards: its safetensors files, and other files that are wanted if they are there.
-        token: access token, or None for the one the Hub's client finds.
+        place: the repository.
+        shards: its safetensors files, and optional other files.
+        token: access token, or None for the client's default.
 
     Raises:
         HubError: the download failed.
-        InputError: the snapshot is not complete.
+        InputError: the snapshot is incomplete.
     """
-    wanted = [row.name for row in SIDECARS]
-    wanted += ["config.json", "*.safetensors.index.json", MANIFEST_NAME, *shards]
-    return download_files(place, wanted, token)
+    patterns = [row.name for row in SIDECARS]
+    patterns += ["config.json", "*.safetensors.index.json", MANIFEST_NAME, *shards]
+    return download_files(place, patterns, token)
 
 
-def download_files(place: HubLocation, wanted: Sequence[str], token: str | None = None) -> Path:
-    """Download files, if they are there, into the Hub's cache; return the snapshot's folder.
+def download_files(place: HubLocation, patterns: Sequence[str], token: str | None = None) -> Path:
+    """Download the files that exist into the Hub's cache and return the snapshot's folder.
 
     Args:
-        place: where from.
-        wanted: names, or patterns of names.
-        token: access token, or None for the one the Hub's client finds.
+        place: the repository.
+        patterns: file names or glob patterns.
+        token: access token, or None for the client's default.
 
     Raises:
         HubError: the download failed.
-        InputError: the snapshot is not complete.
+        InputError: the snapshot is incomplete.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty():  # progress bars would clutter pipes and logs
         disable_progress_bars()
-    options: dict[str, Any] = {"revision": place.revision, "token": token, "allow_patterns": wanted}
+    options: dict[str, Any] = {
+        "revision": place.revision,
+        "token": token,
+        "allow_patterns": patterns,
+    }
     try:
-        folder = Path(ask(place.repo, lambda: snapshot_download(place.repo, **options)))
+        folder = Path(call_hub(place.repo, lambda: snapshot_download(place.repo, **options)))
     except OSError as error:
         raise _not_stored(place.repo, error) from error
-    missing = [name for name in wanted if name in place.sizes() and not (folder / name).exists()]
+    # If the Hub becomes unreachable, the client falls back to a cached, possibly partial snapshot.
+    missing = [name for name in patterns if name in place.sizes() and not (folder / name).exists()]
     if missing:
-        raise InputError(str(place), f"{missing[0]} did not arrive", hint="run again")
+        raise InputError(str(place), f"{missing[0]} was not downloaded", hint="run again")
     return folder

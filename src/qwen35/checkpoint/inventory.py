@@ -1,4 +1,4 @@
-"""Every weight of a checkpoint matched with what its config says must be there."""
+"""Match every weight of a checkpoint with the tensors its config requires."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["InventoryItem", "inventory", "match"]
 
 @dataclass(frozen=True, slots=True)
 class InventoryItem:
-    """A weight with its meaning.
+    """A weight and its role.
 
     Args:
         weight: where its bytes are.
-        role: what it is.
-        spec: its name, shape and the dtype it has when decoded.
+        role: its role in the model.
+        spec: name and shape, with the dtype after decoding.
     """
 
     weight: Weight
@@ -30,24 +30,24 @@ class InventoryItem:
 
     @property
     def module(self) -> str:
-        """Its name without ``.weight``."""
+        """The weight's name without ``.weight``."""
         return self.spec.name.removesuffix(".weight")
 
     @property
     def codec(self) -> str:
-        """How it is held."""
+        """The name of the codec that holds it."""
         return self.weight.storage
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
-        """The tensors that hold it."""
+        """Descriptions of the tensors that hold it."""
         return tuple(part.spec for part in self.weight.parts)
 
     def experts(self) -> Iterator[InventoryItem]:
-        """Yield the matrices of a fused stack of experts, one by one; of anything else, nothing.
+        """Yield the matrices of a fused stack of experts; nothing for any other weight.
 
-        ``gate_up_proj`` [E, 2 I, H] holds the gate in the first I rows of each expert. The parts
-        are named as per-expert checkpoints name them.
+        In ``gate_up_proj`` [E, 2 I, H] the first I rows of each expert are the gate. The parts
+        get the names that per-expert checkpoints use.
 
         Raises:
             TensorError: the stack is packed.
@@ -64,6 +64,7 @@ class InventoryItem:
         shape = (rows // len(leaves), columns)
         roles = {part: role_of(f"{stem}.0.{part}.weight") for part in leaves}
         file, begin = self.weight.main.file, self.weight.main.begin
+        # Each matrix is a contiguous range of the stack.
         for expert in range(count):
             for part, role in roles.items():
                 spec = TensorSpec(f"{stem}.{expert}.{part}.weight", self.spec.dtype, shape)
@@ -74,15 +75,15 @@ class InventoryItem:
 
 
 def inventory(checkpoint: Checkpoint) -> tuple[InventoryItem, ...]:
-    """Match the weights of `checkpoint` with its config, in the order of the config.
+    """Match the weights of `checkpoint` with its config, in config order.
 
     Raises:
-        TensorError: a weight is unknown, missing, of another shape or of a dtype that no weight
-            has. The sentence names the first and counts the others.
+        TensorError: a weight is unknown, missing, or has an unexpected shape or dtype. The message
+            names the first and counts the others.
     """
     items, problems = match(checkpoint)
     if problems:
-        raise _first(problems)
+        raise _summary(problems)
     return items
 
 
@@ -90,8 +91,8 @@ def match(checkpoint: Checkpoint) -> tuple[tuple[InventoryItem, ...], list[Tenso
     """Match the weights of `checkpoint` with its config.
 
     Returns:
-        The weights that fit, and a problem for each that is unknown, missing, of another shape or
-        of a dtype that no weight has.
+        The weights that match, and one problem for each weight that is unknown, missing, or has an
+        unexpected shape or dtype.
     """
     weights = {weight.name: weight for weight in checkpoint.weights}
     items, problems = [], []
@@ -106,11 +107,11 @@ def match(checkpoint: Checkpoint) -> tuple[tuple[InventoryItem, ...], list[Tenso
             continue
         spec = TensorSpec(expected.name, _decoded_dtype(checkpoint, weight), expected.shape)
         items.append(InventoryItem(weight, role_of(expected.name), spec))
-    problems += [_extra(checkpoint, name) for name in weights]
+    problems += [_unexpected(checkpoint, name) for name in weights]
     return tuple(items), problems
 
 
-def _first(problems: list[TensorError]) -> TensorError:
+def _summary(problems: list[TensorError]) -> TensorError:
     first = problems[0]
     if len(problems) == 1:
         return first
@@ -124,6 +125,7 @@ def _decoded_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
 
 
 def _missing(checkpoint: Checkpoint, expected: TensorSpec) -> TensorError:
+    # One clear error instead of a list of missing experts.
     if ".mlp." in expected.name and checkpoint.config.moe and _has_dense(checkpoint):
         return TensorError(
             expected.name,
@@ -143,7 +145,7 @@ def _has_dense(checkpoint: Checkpoint) -> bool:
     return any(weight.name.endswith(".mlp.gate_proj.weight") for weight in checkpoint.weights)
 
 
-def _extra(checkpoint: Checkpoint, name: str) -> TensorError:
+def _unexpected(checkpoint: Checkpoint, name: str) -> TensorError:
     try:
         role_of(name)
     except TensorError as error:
@@ -151,6 +153,6 @@ def _extra(checkpoint: Checkpoint, name: str) -> TensorError:
     return TensorError(
         name,
         "config.json has no place for it",
-        expected=f"what {checkpoint.config.model_type} with its sizes has",
+        expected=f"a tensor of {checkpoint.config.model_type} with its sizes",
         hint="config.json and weights belong to different models",
     )

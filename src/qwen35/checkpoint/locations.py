@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a folder, or (see `qwen35.checkpoint.hub`) a Hub repository."""
+"""Locations of checkpoint files: a folder, or a Hub repository (`qwen35.checkpoint.hub`)."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ __all__ = ["FileLocation", "LocalFolder", "read_bounded", "stamp"]
 
 
 def stamp(status: os.stat_result) -> tuple[int, int]:
-    """Return size in bytes and time of the last change in ns: they tell that a file changed."""
+    """Return size in bytes and modification time in ns, which change when a file does."""
     return status.st_size, status.st_mtime_ns
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Return the content of a small file, reading no more than `limit` bytes of it.
+    """Return the content of a file of at most `limit` bytes.
 
     Raises:
-        InputError: it is no regular file, cannot be read or is larger.
+        InputError: not a regular file, not readable or larger.
     """
     try:
+        # Opening a FIFO would block.
         if path.exists() and not path.is_file():
             raise InputError(str(path), "not a file")
         with path.open("rb") as file:
@@ -37,20 +38,20 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 class FileLocation(Protocol):
-    """Named files of known size; `str()` says where, for error sentences."""
+    """Named files of known size; `str()` gives the location for error messages."""
 
     def sizes(self) -> Mapping[str, int]:
         """Return the size in bytes of each file."""
 
     def read(self, name: str, start: int, count: int) -> bytes:
-        """Return `count` bytes of a file from `start` on."""
+        """Return `count` bytes of a file, starting at `start`."""
 
 
 class LocalFolder:
     """The files directly in a folder.
 
     Raises:
-        InputError: there is no such folder, or a file cannot be read.
+        InputError: the folder is missing, or a file cannot be read.
     """
 
     def __init__(self, root: Path) -> None:
@@ -77,11 +78,11 @@ class LocalFolder:
         return {name: size for name, (size, _) in self._stamps.items()}
 
     def stamps(self) -> Mapping[str, tuple[int, int]]:
-        """Return size and time of the last change of each file, as they first were."""
+        """Return size and modification time of each file, as of the first call."""
         return self._stamps
 
     def read(self, name: str, start: int, count: int) -> bytes:
-        """Return `count` bytes of a file from `start` on."""
+        """Return `count` bytes of a file, starting at `start`."""
         try:
             with (self._root / name).open("rb") as file:
                 file.seek(start)

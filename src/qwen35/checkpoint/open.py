@@ -1,4 +1,4 @@
-"""From what a user typed to a checkpoint: a folder, a Hub id or a published size."""
+"""Open the model a user named: a folder, a Hub id or a published size."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ __all__ = [
 _LOCAL_STARTS = ("./", "../", "/", "~", ".")
 
 
-def hub_token(given: str | None) -> str | None:
-    """Return the token given, else HF_TOKEN's, else None (the Hub's client then looks itself)."""
-    return given or os.environ.get("HF_TOKEN") or None
+def hub_token(token: str | None) -> str | None:
+    """Return `token`, else HF_TOKEN, else None: the Hub's client then uses the saved login."""
+    return token or os.environ.get("HF_TOKEN") or None
 
 
 def describe(model: str, *, token: str | None = None, lenient: bool = False) -> Checkpoint:
-    """Open MODEL for its headers only; on the Hub nothing is downloaded but headers.
+    """Open a model for its headers only; from the Hub, only headers are read.
 
-    With `lenient`, what is wrong with the index or the packing is put into the result.
+    With `lenient`, problems with the index or the packing go into the result.
 
     Raises:
-        InputError: it is not a readable Qwen3.5 checkpoint.
-        HubError: the Hub refused, or was not reached.
+        InputError: not a readable Qwen3.5 checkpoint.
+        HubError: the Hub refused a request or could not be reached.
     """
     path = folder_of(model)
     if path is not None:
@@ -58,15 +58,15 @@ def describe(model: str, *, token: str | None = None, lenient: bool = False) -> 
 def fetch(
     model: str, *, token: str | None = None, lenient: bool = False, extra: Sequence[str] = ()
 ) -> Checkpoint:
-    """Open MODEL with its weights at hand; a Hub id is downloaded into the Hub's cache first.
+    """Open a model with its weights; a Hub repository is first downloaded into the Hub's cache.
 
-    With `lenient`, what is wrong with the index or the packing is put into the result. `extra`
-    names files that are downloaded beside those of every checkpoint, if they are there.
+    With `lenient`, problems with the index or the packing go into the result. `extra` names
+    optional files to download along with the checkpoint's own.
 
     Raises:
-        InputError: it is not a readable Qwen3.5 checkpoint.
-        HubError: the Hub refused, or was not reached.
-        UsageError: it is a published size: a description without weights.
+        InputError: not a readable Qwen3.5 checkpoint.
+        HubError: the Hub refused a request or could not be reached.
+        UsageError: `model` is a published size, which has no weights.
     """
     path = folder_of(model)
     if path is not None:
@@ -85,7 +85,7 @@ def fetch(
 
 
 def looks_like_artifact(model: str) -> bool:
-    """Whether there is something at MODEL that a check could find faults with."""
+    """Return whether `model` names a checkpoint, however broken: something to verify."""
     path = folder_of(model)
     if path is None:
         return _hub_id(model) is not None
@@ -95,13 +95,13 @@ def looks_like_artifact(model: str) -> bool:
 
 @dataclass(frozen=True)
 class GgufFiles:
-    """GGUF files of one place.
+    """GGUF files of one folder or repository.
 
     Args:
         place: the folder or repository.
-        names: the files.
-        whole: whether these are all that the place has, and not one picked out.
-        root: the folder, if they are on this machine.
+        names: the file names.
+        whole: True for all GGUF files of the place, False for one selected file.
+        root: the folder, if the files are local.
     """
 
     place: FileLocation
@@ -110,26 +110,26 @@ class GgufFiles:
     root: Path | None = None
 
     def fetch(self, token: str | None = None) -> GgufFiles:
-        """Return the same files on this machine; those of the Hub are downloaded to its cache.
+        """Return the files as local files, downloaded into the Hub's cache if necessary.
 
         Raises:
             HubError: the download failed.
         """
         if self.root is not None:
             return self
-        assert isinstance(self.place, HubLocation)  # places are folders or on the Hub
-        wanted = [*self.names, MANIFEST_NAME]
-        root = download_files(self.place, wanted, hub_token(token))
+        assert isinstance(self.place, HubLocation)  # the only location without a root
+        patterns = [*self.names, MANIFEST_NAME]
+        root = download_files(self.place, patterns, hub_token(token))
         return GgufFiles(LocalFolder(root), self.names, self.whole, root)
 
 
 def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
-    """Find GGUF files: `model` itself, or those of a folder or repository without safetensors.
+    """Find GGUF files: `model` itself, or all in a folder or repository without safetensors files.
 
-    On the Hub ``owner/name[@revision]`` is a repository and ``hf:owner/name/path`` one file of it.
+    On the Hub, ``owner/name[@revision]`` is a repository and ``hf:owner/name/path`` a single file.
 
     Raises:
-        HubError: the Hub refused, or was not reached.
+        HubError: the Hub refused a request or could not be reached.
         UsageError: the address of a file is malformed.
     """
     if model.startswith("hf:"):
@@ -138,9 +138,9 @@ def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
     try:
         path = Path(model).expanduser()
         if path.is_file():
-            one = GgufFiles(LocalFolder(path.parent), (path.name,), whole=False, root=path.parent)
-            return one if path.suffix == ".gguf" else None
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
+            file = GgufFiles(LocalFolder(path.parent), (path.name,), whole=False, root=path.parent)
+            return file if path.suffix == ".gguf" else None
+    except (OSError, RuntimeError, ValueError):  # name too long, unknown ~user, NUL
         return None
     root = folder_of(model)
     place: FileLocation
@@ -157,63 +157,64 @@ def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
 
 
 def folder_of(model: str) -> Path | None:
-    """Return the folder that `model` names, if it names one."""
+    """Return `model` as a folder, or None if it is not one."""
     try:
         path = Path(model).expanduser()
         return path if path.is_dir() else None
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
+    except (OSError, RuntimeError, ValueError):  # name too long, unknown ~user, NUL
         return None
 
 
 def _hub_id(model: str) -> HubId | None:
-    """Return the repository that `model` names; None if it can only be meant for a folder."""
+    """Parse `model` as a repository; None if it must mean a folder."""
     if model.startswith(_LOCAL_STARTS):
         return None
     hub_id = HubId.parse(model)
+    # If a local folder is called like the owner, "owner/name" is more likely a mistyped path.
     if hub_id is not None and hub_id.revision is None and folder_of(model.partition("/")[0]):
         return None
     return hub_id
 
 
 def _hub_place(model: str, token: str | None, *, sizes: bool = False) -> HubLocation:
-    """Ask the Hub for `model`, which is no folder here.
+    """Open `model`, which is not a local folder, on the Hub.
 
     Args:
-        model: as the user gave it.
-        token: of the Hub.
-        sizes: whether the name of a published size would do as well.
+        model: the name the user typed.
+        token: the Hub's access token.
+        sizes: whether a published size is acceptable too.
     """
     hub_id = _hub_id(model)
     if hub_id is None:
-        raise _not_there(model, sizes)
+        raise _not_found(model, sizes)
     try:
         return HubLocation(hub_id, hub_token(token))
     except HubError as error:
-        if hub_id.revision is not None:  # no folder was meant
+        if hub_id.revision is not None:  # a revision rules out a folder
             raise
         found = f"no such folder here, and {error.found}"
         raise HubError(error.subject, found, expected=error.expected, hint=error.hint) from error
 
 
-def _not_there(model: str, sizes: bool) -> InputError:
-    """Say that there is nothing at `model`, and what was likely meant."""
+def _not_found(model: str, sizes: bool) -> InputError:
+    """Return the error for a `model` that does not exist, with a guess at the intended one."""
     expected = "a folder or a Hub id (owner/name)"
     try:
         if Path(model).expanduser().is_file():
             return InputError(model, "a file", expected=expected)
-    except (OSError, RuntimeError, ValueError):  # too long, no such user, NUL in it
+    except (OSError, RuntimeError, ValueError):  # name too long, unknown ~user, NUL
         pass
     if HubId.parse(model) and not model.startswith(_LOCAL_STARTS):
         parent = model.partition("/")[0]
-        hint = f"should the repository on the Hub be meant, name a revision: {model}@main"
+        hint = f"for the repository on the Hub, give a revision: {model}@main"
         return InputError(model, f"no such folder in {parent}/ here", hint=hint)
-    near = did_you_mean(model, PUBLISHED)
-    if not sizes or not near:
-        also = "a folder, a Hub id (owner/name) or a published size (qwen35 plan --help)"
-        return InputError(model, "no such folder", expected=also if sizes else expected)
+    suggestion = did_you_mean(model, PUBLISHED)
+    if not sizes or not suggestion:
+        with_sizes = "a folder, a Hub id (owner/name) or a published size (qwen35 plan --help)"
+        return InputError(model, "no such folder", expected=with_sizes if sizes else expected)
     return InputError(
         model,
         "no such folder, and no published size",
         expected=f"a folder, a Hub id (owner/name) or one of {', '.join(PUBLISHED)}",
-        hint=near,
+        hint=suggestion,
     )

@@ -1,24 +1,24 @@
-"""The files beside the weights: which travel to an output, and to which kind of output."""
+"""Sidecars: the files beside the weights, and which outputs receive a copy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["MANIFEST_NAME", "SIDECARS", "Sidecar", "travelling"]
+__all__ = ["MANIFEST_NAME", "SIDECARS", "Sidecar", "sidecar_names"]
 
 MANIFEST_NAME = "qwen35.json"
-"""The file by which a folder of ours is known: what it was made from, and how."""
+"""The manifest: marks a folder as output of this package and records how it was made."""
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """One row: a file and the side of the model that needs it.
+    """A sidecar and the part of the model that needs it.
 
     Args:
         name: file name in the checkpoint's folder.
-        side: ``text`` files travel always, ``vision`` files only with the vision tower.
-        use: who reads it.
+        side: ``text`` files are always copied, ``vision`` files only with the vision tower.
+        use: its purpose.
     """
 
     name: str
@@ -41,9 +41,9 @@ SIDECARS: tuple[Sidecar, ...] = (
     Sidecar("video_preprocessor_config.json", "vision", "video preprocessing"),
     Sidecar("vocab.json", "text", "vocabulary of slow tokenizers"),
 )
-"""What travels. config.json, the index and qwen35.json are written anew; nothing else is copied."""
+"""All files that are copied. config.json, the index and qwen35.json are written anew."""
 
 
-def travelling(*, vision: bool) -> tuple[str, ...]:
-    """Return the names that travel to an output with or without the vision tower."""
+def sidecar_names(*, vision: bool) -> tuple[str, ...]:
+    """Return the sidecars to copy to an output with or without the vision tower."""
     return tuple(row.name for row in SIDECARS if vision or row.side == "text")

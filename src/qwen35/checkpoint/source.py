@@ -1,4 +1,4 @@
-"""A checkpoint to read: its config, its weights and their bytes."""
+"""An opened checkpoint: its config, its weights and readers of their bytes."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ __all__ = [
 
 INDEX_NAME = "model.safetensors.index.json"
 _MAX_JSON_BYTES = 256 * 2**20
-_MAX_PROBLEMS = 1000
-_MAX_NAME = 255
+_MAX_PROBLEMS = 1000  # a hostile index may list millions of names
+_MAX_NAME = 255  # NAME_MAX of Linux file systems
 _CHANGED = "changed since its header was read"
-_AT_REST = "run again on files at rest"
+_RETRY = "run again once it no longer changes"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is known of a checkpoint from its headers.
+    """Everything the headers of a checkpoint say.
 
     Args:
-        name: what the user called it.
-        config: the checked config.json.
-        weights: all weights, in the order of the files.
+        name: the name the user gave it.
+        config: the validated config.json.
+        weights: all weights, in file order.
         layout: how its tensors are named and grouped.
-        sidecars: name and size in bytes of every other file of use.
-        place: where small files can be read from, None for a published size.
-        root: the folder, or None when only headers are at hand (a published size, the Hub).
-        revision: commit of the Hub repository it came from, if it did.
-        repo: that repository.
+        sidecars: size in bytes of each sidecar, by name.
+        place: where its files are; None for a published size.
+        root: the folder; None if only headers are available (a published size, the Hub).
+        revision: commit of the Hub repository, if any.
+        repo: the Hub repository, if any.
         file_sizes: size in bytes of each safetensors file.
-        stamps: size and time of the last change of every file used, if they are at hand.
-        problems: what is wrong with the index or the packing; empty unless opened to be checked.
+        stamps: size and modification time of each local file used.
+        problems: problems with the index or the packing; empty unless opened leniently.
     """
 
     name: str
@@ -76,14 +76,14 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data."""
+        """Size of the tensor data in bytes."""
         return sum(weight.nbytes for weight in self.weights)
 
     def folder(self) -> Path:
-        """Return the folder with the tensors' bytes.
+        """Return the folder that holds the files.
 
         Raises:
-            InputError: only headers are at hand.
+            InputError: only headers are available.
         """
         if self.root is None:
             raise InputError(
@@ -93,7 +93,7 @@ class Checkpoint:
 
 
 def open_published(name: str) -> Checkpoint:
-    """Describe a published size (`qwen35.model.sizes.PUBLISHED`) without any file."""
+    """Describe a published size (`qwen35.model.sizes.PUBLISHED`) without reading files."""
     config = parse_config(published_config(name))
     layout = CheckpointNaming.published(config)
     if name in FUSED_MTP_EXPERTS:
@@ -107,7 +107,7 @@ def open_published(name: str) -> Checkpoint:
 
 
 def is_published(name: str) -> bool:
-    """Whether `name` is a published size rather than a place."""
+    """Return whether `name` is a published size rather than a location."""
     return name in PUBLISHED
 
 
@@ -116,12 +116,12 @@ def open_folder(root: Path, *, name: str = "", repo: str = "", revision: str = "
 
     Args:
         root: the folder.
-        name: what the user called it.
+        name: the name the user gave it.
         repo: the Hub repository that `root` is a snapshot of.
         revision: the snapshot's commit.
 
     Raises:
-        InputError: it is not a readable Qwen3.5 checkpoint.
+        InputError: not a readable Qwen3.5 checkpoint.
     """
     return open_place(
         LocalFolder(root), name=name or str(root), root=root, repo=repo, revision=revision
@@ -139,10 +139,10 @@ def open_place(
 ) -> Checkpoint:
     """Read the headers of the checkpoint at `place`; arguments as for `open_folder`.
 
-    With `lenient`, what is wrong with the index or the packing is put into the result.
+    With `lenient`, problems with the index or the packing go into the result.
 
     Raises:
-        InputError: it is not a readable Qwen3.5 checkpoint.
+        InputError: not a readable Qwen3.5 checkpoint.
     """
     sizes = place.sizes()
     config = parse_config(read_json(place, "config.json"))
@@ -153,15 +153,16 @@ def open_place(
     problems += packing
     if problems and not lenient:
         raise problems[0]
-    known = {row.name for row in SIDECARS}
+    sidecars = {row.name for row in SIDECARS}
     stamps = place.stamps() if isinstance(place, LocalFolder) else {}
-    used = {"config.json", INDEX_NAME, *shards, *known} & stamps.keys()
+    # Other files in the folder may change during a run.
+    used = {"config.json", INDEX_NAME, *shards, *sidecars} & stamps.keys()
     return Checkpoint(
         name=name,
         config=config,
         weights=weights,
         layout=CheckpointNaming.of(tensors),
-        sidecars=MappingProxyType({n: size for n, size in sorted(sizes.items()) if n in known}),
+        sidecars=MappingProxyType({n: size for n, size in sorted(sizes.items()) if n in sidecars}),
         place=place,
         root=root,
         repo=repo or None,
@@ -176,19 +177,19 @@ def read_json(place: FileLocation, name: str) -> Any:
     """Read a JSON file of a checkpoint.
 
     Raises:
-        InputError: it is missing, far too large or not JSON.
+        InputError: it is missing, too large or not valid JSON.
     """
     size = place.sizes().get(name)
     if size is None:
         raise ConfigError(str(place), f"no {name} in it", hint="is this a checkpoint?")
-    if size > _MAX_JSON_BYTES:
+    if size > _MAX_JSON_BYTES:  # before reading it into memory
         raise ConfigError(name, f"{size} bytes", expected=f"at most {_MAX_JSON_BYTES}")
     kind = HeaderError if name == INDEX_NAME else ConfigError
     return strict_json(place.read(name, 0, size), name, kind)
 
 
 def _shards(place: FileLocation) -> tuple[list[str], dict[str, str] | None]:
-    """Return the shard files, and the index's map if there is an index."""
+    """Return the shard files, and the weight map if there is an index."""
     sizes = place.sizes()
     if INDEX_NAME in sizes:
         weight_map = check_index(read_json(place, INDEX_NAME))
@@ -196,7 +197,7 @@ def _shards(place: FileLocation) -> tuple[list[str], dict[str, str] | None]:
         for shard in shards:
             if shard not in sizes:
                 raise InputError(
-                    shard, f"listed in {INDEX_NAME} but not there", hint="download it again"
+                    shard, f"listed in {INDEX_NAME} but missing", hint="download it again"
                 )
         return shards, weight_map
     found = sorted(name for name in sizes if name.endswith(".safetensors"))
@@ -215,11 +216,12 @@ def check_index(parsed: object) -> dict[str, str]:
     """Return the weight map of a parsed index file.
 
     Raises:
-        HeaderError: it is malformed, or a file name leads out of the folder.
+        HeaderError: it is malformed, or a shard name points outside the folder.
     """
     weight_map = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(INDEX_NAME, "no weight_map in it")
+    # The index is untrusted: refuse path separators of any platform, NUL and other file types.
     for shard in {str(value) for value in weight_map.values()}:
         path = PurePosixPath(shard)
         if (
@@ -269,12 +271,12 @@ def _map_problems(
 class FolderReader(Closing):
     """Reads byte ranges of the files in a folder; safe to share between threads.
 
-    Files are read with ``pread``, not mapped: memory stays bounded, and a file that shrinks while
-    it is read is an error sentence and not a signal.
+    Files are read with ``pread`` rather than mapped: memory stays bounded, and a file truncated
+    during a read raises an error instead of SIGBUS.
 
     Args:
         root: the folder.
-        stamps: size and time of the last change of each file; one that differs from it is refused.
+        stamps: expected size and modification time per file; a file that differs is refused.
     """
 
     def __init__(self, root: Path, stamps: Mapping[str, tuple[int, int]] | None = None) -> None:
@@ -284,13 +286,13 @@ class FolderReader(Closing):
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Close the files; they are opened anew when read."""
+        """Close the files; a later read reopens them."""
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
 
     def _descriptor(self, file: str) -> int:
-        with self._lock:
+        with self._lock:  # two threads opening the same file would leak a descriptor
             if file not in self._files:
                 try:
                     self._files[file] = os.open(self._root / file, os.O_RDONLY | os.O_CLOEXEC)
@@ -299,10 +301,10 @@ class FolderReader(Closing):
             return self._files[file]
 
     def read_into(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `tensor` from `offset` on.
+        """Fill `buffer` with the bytes of `tensor`, starting at `offset`.
 
         Raises:
-            TensorError: the file ends before, or cannot be read.
+            TensorError: the file is too short or cannot be read.
         """
         descriptor = self._descriptor(tensor.file)
         position, done = tensor.begin + offset, 0
@@ -317,11 +319,12 @@ class FolderReader(Closing):
                 raise TensorError(
                     tensor.spec.name,
                     f"{tensor.file} ends within it: it {_CHANGED}",
-                    hint=_AT_REST,
+                    hint=_RETRY,
                 )
             done += count
+        # Compare after the read, so that a change during it is noticed too.
         if self._stamps and stamp(os.fstat(descriptor)) != self._stamps[tensor.file]:
-            raise TensorError(tensor.spec.name, f"{tensor.file} {_CHANGED}", hint=_AT_REST)
+            raise TensorError(tensor.spec.name, f"{tensor.file} {_CHANGED}", hint=_RETRY)
 
     def read(self, tensor: StoredTensor) -> bytearray:
         """Return all bytes of a (small) tensor."""
@@ -331,7 +334,7 @@ class FolderReader(Closing):
 
 
 class Reader(FolderReader):
-    """Reads byte ranges of a checkpoint's files, as they were when their headers were read."""
+    """Reads byte ranges of a checkpoint; refuses files changed since their headers were read."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.folder(), checkpoint.stamps)

@@ -112,7 +112,7 @@ def _job_json(job: EvaluationJob, state: Path | None) -> dict[str, object]:
         "chunks": chunks.count,
         "context": chunks.context,
         "scored": chunks.count * chunks.scored,
-        "reads": str(job.reads_base) if job.reads_base else None,
+        "reads": str(job.reference_file) if job.reference_file else None,
         "writes": {str(path): nbytes for path, nbytes in job.writes.items()},
         "temporary_bytes": job.temporary,
         "peak_memory": job.memory,
@@ -129,8 +129,8 @@ def _job_text(job: EvaluationJob, state: Path | None) -> str:
         f"{chunks.count} chunks of {chunks.context} tokens, {chunks.count * chunks.scored} scored",
         f"peak memory at most about {size(job.memory)} with {job.threads} threads",
     ]
-    if job.reads_base is not None:
-        lines.append(f"reads {job.reads_base} in place of running the base")
+    if job.reference_file is not None:
+        lines.append(f"reads {job.reference_file} in place of running the base")
     lines += [f"writes {path}, at most {size(nbytes)}" for path, nbytes in job.writes.items()]
     if job.temporary:
         lines.append(

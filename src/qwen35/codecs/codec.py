@@ -1,8 +1,8 @@
-"""The protocol: everything that the rest of the package asks of a way to hold a weight.
+"""The codec protocol: everything the rest of the package needs from a weight format.
 
-A codec is a folder beside this file and a row in `qwen35.codecs.registry`. What has a default here
-may be left out. Methods that work on values import their kernels when they are called, so that a
-plan, which needs headers alone, starts fast.
+A codec is a folder beside this file and a row in `qwen35.codecs.registry`. Members with a default
+are optional. Methods that process values import their kernels when called, so that planning, which
+needs only headers, starts fast.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Kernel = Callable[..., bool]
-"""Encodes a piece on one device; what it takes is the codec's own affair. False: not finite."""
+"""Encodes a piece on one device; arguments differ by codec. False: a value is not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,10 @@ class Piece:
     """Consecutive rows of an output, ready to be encoded or compared.
 
     Args:
-        first: number of the first row, in the output.
-        values: [rows, row] elements of `dtype` (BF16 as its uint16 bits), valid until the next.
+        first: index of the first row in the output.
+        values: [rows, row] elements of `dtype` (BF16 as uint16 bits), valid until the next piece.
         dtype: BF16, F16 or F32.
-        importance: [row] float32, how much an error in each column matters; None: all alike.
+        importance: [row] float32, error weight of each column; None for equal weights.
     """
 
     first: int
@@ -56,15 +56,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class EncodingRequest:
-    """What one weight, or a run of its rows, is to be encoded to.
+    """Parameters for encoding one weight, or a run of its rows.
 
     Args:
-        source: name of the weight in the checkpoint, for error sentences.
-        spec: the weight as the output names it, decoded.
-        outputs: the tensors that it becomes, as `Codec.layout` gives them.
-        write: takes the name of one of `outputs`, an offset in bytes, and data.
-        settings: how scales are chosen, for codecs that are `chooses_scales`.
-        kernel: of the device, for codecs that have some.
+        source: name of the weight in the checkpoint, for error messages.
+        spec: the decoded weight, with its name in the output.
+        outputs: the tensors to write, as returned by `Codec.layout`.
+        write: called with the name of one of `outputs`, a byte offset and data.
+        settings: how to choose scales, for codecs with `chooses_scales`.
+        kernel: the device's kernel, for codecs that have kernels.
     """
 
     source: str
@@ -76,88 +76,87 @@ class EncodingRequest:
 
 
 class StoredValues(Protocol):
-    """The values of a stored weight, wherever in it."""
+    """Random access to the values of a stored weight."""
 
     def read_into(self, first: int, out: Array) -> None:
-        """Fill flat `out` with the elements from number `first` on, in the weight's dtype.
+        """Fill flat `out` with elements in the weight's dtype, starting at index `first`.
 
         Raises:
-            TensorError: they cannot be read or decoded.
+            TensorError: the elements cannot be read or decoded.
         """
 
 
 class Encoding(ABC):
-    """One weight, or a run of its rows, on the way to an output."""
+    """The encoding of one weight, or a run of its rows, in progress."""
 
     @abstractmethod
     def add(self, piece: Piece) -> None:
         """Encode and write a piece.
 
         Raises:
-            TensorError: it holds NaN or infinity, or what the codec cannot say.
+            TensorError: it holds NaN, infinity or values the codec cannot represent.
         """
 
     def finish(self) -> None:  # noqa: B027 - most have nothing left to write
-        """Write what only all pieces together give."""
+        """Write everything that depends on all pieces."""
 
 
 class LoaderModule(Protocol):
-    """A weight of an artifact as its loader meets it: a step of a plan, or what lies in a file."""
+    """A weight of an artifact from a loader's view: a step of a plan, or a stored weight."""
 
     @property
     def module(self) -> str:
-        """Its name in the artifact, without ``.weight``."""
+        """The weight's name in the artifact, without ``.weight``."""
 
     @property
     def role(self) -> Role:
-        """What it is."""
+        """The role of the weight."""
 
     @property
     def spec(self) -> TensorSpec:
-        """The weight, decoded."""
+        """The decoded weight."""
 
     @property
     def codec(self) -> str:
-        """How it is held."""
+        """The name of its codec."""
 
     @property
     def parts(self) -> Sequence[TensorSpec]:
-        """The tensors that hold it, the one of its own name first."""
+        """The tensors that hold it, the one with its own name first."""
 
 
 class Codec(ABC):
-    """One way to hold a weight.
+    """A weight format.
 
     Attributes:
-        name: in recipes, plans and manifests.
-        packed: whether it is a quantization.
-        meaning: what a recipe's action of this name does.
-        independent: whether pieces can be encoded without each other, in any order, and decoded
-            with nothing large in memory beside them.
-        checks: whether encoding refuses values that are not finite by itself; else they are
-            refused before they reach it.
-        per_expert: whether a fused stack of experts is written matrix by matrix, the rows of gate
-            and up apart; else whole, with its three dimensions.
-        joined: whether what engines join (`qwen35.model.fused`) must be packed together.
-        chooses_scales: whether `EncodingRequest.settings` and activation statistics matter to it.
-        needs_importance: whether it is garbage where it is not known how much columns matter.
-        widens: whether values that are not BF16 are made float32 before they are encoded.
-        packable: what of a model it can hold, for error sentences.
-        spared: kinds of weights that a rule for a group leaves alone.
-        method: ``quant_method`` of config.json.
-        container: what holds it; a key of `qwen35.planning.containers.CONTAINERS`.
-        suffix: what an artifact's name ends with.
-        tags: of a model card.
-        title: how `inspect` calls it, `label` if empty.
-        described: how a model card does, `label` if empty.
-        toolkit: what the toolkit before us calls checkpoints of it.
-        library: what loads it, as the Hub calls it; nothing if nothing does.
+        name: its name in recipes, plans and manifests.
+        packed: whether it is quantized.
+        meaning: description of the recipe action with this name.
+        independent: whether pieces can be encoded in any order without each other, and decoded
+            without large state in memory.
+        checks: whether encoding itself refuses NaN and infinity; otherwise the caller must.
+        per_expert: whether a fused stack of experts is written as one matrix per expert, with gate
+            and up separated; otherwise it stays one 3-D tensor.
+        joined: whether weights that engines fuse (`qwen35.model.fused`) must be packed together.
+        chooses_scales: whether it uses `EncodingRequest.settings` and activation statistics.
+        needs_importance: whether it is unusable without the importance of each column.
+        widens: whether values other than BF16 are converted to float32 before encoding.
+        packable: the weights it can hold, for error messages.
+        spared: kinds of weights that group rules skip.
+        method: ``quant_method`` in config.json.
+        container: the file format; a key of `qwen35.planning.containers.CONTAINERS`.
+        suffix: suffix of artifact names.
+        tags: tags for the model card.
+        title: its name in `inspect`; `label` if empty.
+        described: its description in model cards; `label` if empty.
+        toolkit: its name in the predecessor of this package.
+        library: the library that loads it, by its Hub name; empty if none does.
         trains: whether peft trains adapters on it.
-        load_format: what SGLang must be told to load it.
-        libraries: what its engine needs beside transformers, as modules.
-        loads: whether transformers reads it; other codecs are decoded for it.
+        load_format: the ``load_format`` argument SGLang needs.
+        libraries: modules its engine needs besides transformers.
+        loads: whether transformers loads it; other codecs are decoded first.
         in_memory: whether transformers keeps it packed in memory.
-        tiled: whether GPUs can share a weight in whole tiles alone (`tensor_parallel`).
+        tiled: whether tensor parallelism can only split at tile boundaries (`tensor_parallel`).
     """
 
     name: ClassVar[str]
@@ -189,178 +188,180 @@ class Codec(ABC):
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """The display name."""
         return self.name.upper()
 
     @property
     def op(self) -> str:
-        """What a plan says is done to a weight that becomes this."""
+        """The operation a plan shows for a weight encoded this way."""
         return self.name
 
-    # --- in a source
+    # --- stored weights
 
     def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
-        """Return the other stored tensors of the weight called `name`, in the order of parts.
+        """Return the companion tensors of the weight called `name`, in the order of parts.
 
-        None: it is not held so. The first codec that says otherwise has the weight: tell it by
-        names that no other tool gives, or by dtypes too. `mismatch` looks at shapes, `problem` at
-        what else can be wrong.
+        None means that this codec does not hold the weight. The first codec to return a list claims
+        it, so recognize weights by unambiguous names, or by names and dtypes. `mismatch` checks
+        shapes, `problem` everything else.
         """
         del tensors, name
         return None
 
     def is_companion(self, name: str) -> bool:
-        """Whether a tensor called so belongs to a weight of another name, there or not."""
+        """Return whether a tensor of this name belongs to another weight, present or not."""
         del name
         return False
 
     def problem(self, tensors: Mapping[str, StoredTensor], name: str) -> TensorError | None:
-        """Return what is wrong with the tensors that `companions` found, if anything."""
+        """Return the problem with the tensors found by `companions`, or None."""
         del tensors, name
         return None
 
     def mismatch(self, weight: Weight, expected: TensorSpec) -> TensorError | None:
-        """Return why a stored weight cannot be the one that the config promises, if it cannot.
+        """Return why a stored weight does not match the one the config requires, or None.
 
-        By default its tensors must have the shapes that `layout` gives for it, and dtypes that it
-        gives for a weight of some dtype.
+        By default its tensors must have the shapes that `layout` returns for it, and the dtypes
+        that it returns for any float dtype of the weight.
         """
         layouts = [
             self.layout(TensorSpec(expected.name, dtype, expected.shape)) for dtype in FLOAT_DTYPES
         ]
-        for part, wanted in zip(weight.parts, zip(*layouts, strict=True), strict=False):
-            if part.spec.shape != wanted[0].shape:
-                found, expect = f"shape {list(part.spec.shape)}", list(wanted[0].shape)
-                return TensorError(part.spec.name, found, expected=f"{expect} by config.json")
-            dtypes = list(dict.fromkeys(spec.dtype for spec in wanted))
+        for part, specs in zip(weight.parts, zip(*layouts, strict=True), strict=False):
+            if part.spec.shape != specs[0].shape:
+                found, expected_shape = f"shape {list(part.spec.shape)}", list(specs[0].shape)
+                expected_text = f"{expected_shape} by config.json"
+                return TensorError(part.spec.name, found, expected=expected_text)
+            dtypes = list(dict.fromkeys(spec.dtype for spec in specs))
             if part.spec.dtype not in dtypes:
                 found = f"dtype {part.spec.dtype}"
                 return TensorError(part.spec.name, found, expected=" or ".join(dtypes))
         return None
 
     def numel(self, weight: Weight) -> int:
-        """Return how many weights are stored; to be said where an element holds several."""
+        """Return the number of weights; override it if an element packs several."""
         return weight.main.spec.numel
 
     @abstractmethod
     def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
-        """Return the values of a stored weight; `spec` is the weight, decoded.
+        """Open the values of a stored weight; `spec` is the decoded weight.
 
-        Values that are not finite are refused where they are used.
+        NaN and infinity among the values are refused on use, not here.
 
         Raises:
-            TensorError: what they are decoded by is damaged.
+            TensorError: the scales or other decoding parameters are damaged.
         """
 
     def check(self, reader: Readable, weight: Weight) -> None:  # noqa: B027
-        """Check what a copy of the stored bytes would carry along.
+        """Check a weight that is copied without being decoded.
 
         Raises:
-            TensorError: it is damaged.
+            TensorError: the weight is damaged.
         """
 
-    # --- in an output
+    # --- encoding
 
     @abstractmethod
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
-        """Return the tensors that a weight becomes, the one of its own name first."""
+        """Return the tensors that a weight becomes, the one with its own name first."""
 
     def fits(self, spec: TensorSpec) -> str:
-        """Return why a weight of this shape cannot be held; nothing if it can.
+        """Return why a weight of this shape cannot be packed; empty if it can.
 
-        Such a weight is copied, with this as the reason in the plan.
+        Such a weight is copied, and the plan shows this reason.
         """
         del spec
         return ""
 
     def packs(self, role: Role) -> bool:
-        """Whether weights of this role may be held so at all.
+        """Return whether weights of this role may be packed.
 
-        A rule that names such a weight is refused, one for a group passes it over (`spared`).
+        Rules that name an unpackable weight are refused; group rules skip it (`spared`).
         """
         return role.info.kind == "linear"
 
     def grain(self, spec: TensorSpec) -> int:
-        """Return the rows to whose multiples a weight may be cut."""
+        """Return the number of rows whose multiples are valid cut points."""
         del spec
         return 1
 
     @abstractmethod
-    def encode(self, order: EncodingRequest) -> Encoding:
-        """Return what takes the pieces of a weight."""
+    def encode(self, request: EncodingRequest) -> Encoding:
+        """Start encoding a weight."""
 
     def kernel(self, device: str) -> Kernel | None:
-        """Return what encodes on ``cpu`` or a GPU; None if there is nothing to choose.
+        """Return the kernel for ``cpu`` or a GPU; None if the codec has no kernels.
 
         Raises:
-            UsageError: there is no such device, or a library for it is missing.
+            UsageError: the device does not exist, or a library for it is missing.
         """
         del device
         return None
 
     def memory(self, spec: TensorSpec) -> int:
-        """Return bytes that encoding a weight takes, beside its piece."""
+        """Return the memory in bytes that encoding a weight takes besides its piece."""
         del spec
         return 0
 
     def decoding_memory(self, spec: TensorSpec) -> int:
-        """Return bytes that decoding a weight takes, beside its piece."""
+        """Return the memory in bytes that decoding a weight takes besides its piece."""
         del spec
         return 0
 
-    # --- in the eyes of a loader
+    # --- loading by engines
 
     def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
-        """Return ``quantization_config``.
+        """Return ``quantization_config`` for config.json.
 
         Args:
-            modules: every weight that is written.
-            prefix: what names of text tensors begin with.
-            dtype: of the checkpoint, as safetensors names it.
+            modules: every weight in the output.
+            prefix: prefix of the names of text tensors.
+            dtype: the checkpoint's dtype, by its safetensors name.
 
         Raises:
-            UsageError: no loader could read them.
+            UsageError: no engine could load the combination.
         """
         del prefix, dtype
-        return {"quant_method": self.method or self.name, "ignore": self._kept(modules)}
+        return {"quant_method": self.method or self.name, "ignore": self._unpacked(modules)}
 
-    def _kept(self, modules: Sequence[LoaderModule]) -> list[str]:
-        """Return the matrices that are not held so."""
-        kept = (m.module for m in modules if m.codec != self.name and len(m.spec.shape) == 2)
-        return sorted(kept)
+    def _unpacked(self, modules: Sequence[LoaderModule]) -> list[str]:
+        """Return the names of all matrices in other codecs."""
+        names = (m.module for m in modules if m.codec != self.name and len(m.spec.shape) == 2)
+        return sorted(names)
 
     def config_findings(
         self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
     ) -> Iterator[Finding]:
-        """Yield where ``quantization_config`` and the weights contradict each other.
+        """Yield contradictions between ``quantization_config`` and the weights.
 
-        By default it must be as `config` writes it; what writes another must say another check.
+        The default matches the default `config`; override both together.
         """
         del vision
         if not any(module.codec == self.name for module in modules):
             message = f"promises {self.label}, but nothing is packed"
             yield Finding("quantization-config", "config.json", message)
-        said, kept = quantization.get("ignore"), self._kept(modules)
-        if not isinstance(said, list) or not all(isinstance(name, str) for name in said):
+        ignored, unpacked = quantization.get("ignore"), self._unpacked(modules)
+        if not isinstance(ignored, list) or not all(isinstance(name, str) for name in ignored):
             yield Finding("skip-list", "config.json", "ignore is not a list of names")
             return
-        for name in sorted(set(said) ^ set(kept)):
-            packed = "not packed, and missing from ignore"
-            yield Finding("skip-list", name, packed if name in kept else "in ignore, but packed")
+        for name in sorted(set(ignored) ^ set(unpacked)):
+            missing = "not packed, and missing from ignore"
+            message = missing if name in unpacked else "in ignore, but packed"
+            yield Finding("skip-list", name, message)
 
     def tensor_parallel(
         self, config: ModelConfig, modules: Sequence[LoaderModule], ranks: int
     ) -> Iterator[Finding]:
-        """Yield the weights that `ranks` GPUs could not share."""
+        """Yield the weights that cannot be split across `ranks` GPUs."""
         del config, modules, ranks
         yield from ()
 
     def notes(self, modules: Sequence[LoaderModule], dtype: str) -> Iterator[str]:
-        """Yield what the user of an output should know of it."""
+        """Yield notes for users of the output."""
         del modules, dtype
         yield from ()
 
-    # --- in the eyes of a check
+    # --- verification
 
     @abstractmethod
     def judge(
@@ -371,30 +372,30 @@ class Codec(ABC):
         original: Iterator[Piece],
         result: WeightComparison,
     ) -> None:
-        """Compare a stored weight with its original; put errors and findings into `result`.
+        """Compare a stored weight with its original; add errors and findings to `result`.
 
         Args:
-            reader: of the artifact.
-            weight: as it holds it.
-            spec: the weight, decoded.
-            original: all of it, in pieces of whole grains, in the order of the original's file.
-            result: empty; its `subject` is what findings are about.
+            reader: reads the artifact.
+            weight: the stored weight.
+            spec: the decoded weight.
+            original: the entire original in pieces of whole grains, in source file order.
+            result: empty; findings are about its `subject`.
 
         Raises:
             InputError: a part cannot be read or decoded.
         """
 
     def too_far(self, errors: Mapping[str, float]) -> str:
-        """Return why a weight is too far from its original though no value is; nothing if not.
+        """Return why a weight as a whole is too far from its original; empty if it is not.
 
         Args:
-            errors: what `judge` put into its result.
+            errors: the errors that `judge` put into its result.
         """
         del errors
         return ""
 
 
 def stacked(spec: TensorSpec) -> tuple[int, int]:
-    """Return (rows, row) of a weight with all dimensions but the last made one."""
+    """Return (rows, row) of a weight with all leading dimensions merged."""
     row = spec.shape[-1] if spec.shape else 1
     return (spec.numel // row if row else 0), row

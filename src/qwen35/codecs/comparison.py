@@ -1,4 +1,4 @@
-"""What a comparison with the source comes to, for one weight."""
+"""The result of comparing one weight with its source."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["WeightComparison"]
 
 @dataclass
 class WeightComparison:
-    """One weight beside its original.
+    """The comparison of one weight with its original.
 
     Args:
-        subject: what findings call it.
+        subject: the subject of its findings.
         squared: sum of squared differences.
-        norm: sum of squared weights of the original.
-        errors: more of the differences, as plain values, if its codec tells them.
-        identical: whether the stored bytes are those of the source.
-        judged: whether it was compared to the end.
-        findings: what is wrong with it.
+        norm: sum of squares of the original.
+        errors: further error measures of the codec, as plain values.
+        identical: whether the stored bytes equal those of the source.
+        judged: whether the comparison completed.
+        findings: the problems found.
     """
 
     subject: str = ""
@@ -41,24 +41,25 @@ class WeightComparison:
         self.findings.append(Finding(check, subject or self.subject, message))
 
     def add(self, got: F32, expected: F32) -> None:
-        """Add up the differences of flat arrays, in float64."""
+        """Accumulate the differences of flat arrays."""
         import numpy as np
 
+        # float64: float32 sums over millions of squares lose the digits that verdicts depend on.
         difference = (got - expected).astype(np.float64)
         self.squared += float(difference @ difference)
         wide = expected.astype(np.float64)
         self.norm += float(wide @ wide)
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values, floats exact."""
+        """Return the comparison as plain values, with exact floats."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Return what `to_json` was called on.
+        """Restore a comparison from `to_json`.
 
         Raises:
-            TypeError, KeyError, ValueError, AttributeError: nothing of the kind.
+            TypeError, KeyError, ValueError, AttributeError: `value` has another form.
         """
         errors = value["errors"]
         return cls(

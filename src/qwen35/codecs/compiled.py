@@ -1,4 +1,4 @@
-"""Numba kernels, compiled once and kept in its on-disk cache."""
+"""Decorators for Numba kernels, compiled once and cached on disk."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["compiled", "inlined"]
 
 
 def _import_arrays() -> None:
-    """Import Numba's array functions without SciPy, which takes longer than all of Numba.
+    """Import Numba's array functions without SciPy, which takes longer to import than Numba.
 
-    They look for its BLAS when they are imported, for products of matrices in kernels. We have
-    none; kernels of others in this process find it as they would have.
+    Numba imports SciPy's BLAS for matrix products in kernels. Ours have none; other kernels in this
+    process still find BLAS.
     """
     blas, arrays = "scipy.linalg.cython_blas", "numba.np.arraymath"
     if blas in sys.modules or arrays in sys.modules:
@@ -33,17 +33,19 @@ _import_arrays()
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compile a kernel, kept on disk where there is a place for it.
+    """Compile a kernel, cached on disk if possible.
 
-    No reordering of float operations is allowed: a result depends on no processor's vector width.
+    Float operations are never reordered (no fastmath), so that results do not depend on the
+    processor's vector width.
     """
+    # nogil: threads encode in parallel. error_model: x / 0 is inf, without a branch per division.
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+    except RuntimeError:  # neither the package folder nor the user's cache is writable
         return njit(**options)(function)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """Compile a part of kernels, copied into each."""
+    """Compile a function that is inlined into kernels."""
     return njit(inline="always")(function)

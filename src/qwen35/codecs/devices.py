@@ -1,4 +1,4 @@
-"""Where weights are encoded: the processor, or one or several GPUs."""
+"""Devices that encode weights: the CPU, or one or several GPUs."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from qwen35.errors import UsageError, WorkerError
 __all__ = ["Kernels", "gpu_numbers", "kernels_for"]
 
 Kernels = Mapping[str, Kernel]
-"""Codec to what encodes for it on one device."""
+"""Kernels of one device, by codec name."""
 
 
 def kernels_for(devices: str) -> tuple[Kernels, ...]:
     """Return the kernels for ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``cuda:N,cuda:M``.
 
-    ``auto`` is the CPU: its kernels are faster than disks are, and need no torch. ``cuda`` is all
-    GPUs that are visible. A kernel raises `WorkerError` when its GPU has too little memory.
+    ``auto`` is the CPU: its kernels outpace disks and need no torch. ``cuda`` means all visible
+    GPUs. A kernel raises `WorkerError` if its GPU runs out of memory.
 
     Raises:
-        UsageError: a device is unknown or not there.
+        UsageError: a device is unknown or missing.
     """
     if devices in ("auto", "cpu"):
         return (_kernels("cpu"),)
-    found = []
-    for device in _each(devices):
+    per_device = []
+    for device in _gpus(devices):
         try:
             kernels = _kernels(device)
         except ImportError as error:
@@ -36,29 +36,30 @@ def kernels_for(devices: str) -> tuple[Kernels, ...]:
                 f"{error.name} is not installed",
                 hint="leave the flag out: a CPU is enough",
             ) from error
-        found.append({name: _in_memory(kernel, device) for name, kernel in kernels.items()})
-    return tuple(found)
+        guarded = {name: _guarded(kernel, device) for name, kernel in kernels.items()}
+        per_device.append(guarded)
+    return tuple(per_device)
 
 
 def _kernels(device: str) -> dict[str, Kernel]:
-    found = {name: codec.kernel(device) for name, codec in CODECS.items()}
-    return {name: kernel for name, kernel in found.items() if kernel is not None}
+    kernels = {name: codec.kernel(device) for name, codec in CODECS.items()}
+    return {name: kernel for name, kernel in kernels.items() if kernel is not None}
 
 
 def gpu_numbers(devices: str) -> tuple[int, ...]:
-    """Return the numbers of the GPUs that ``--device`` names; none for the CPU.
+    """Return the indices of the GPUs in ``--device``; none for the CPU.
 
     Raises:
-        UsageError: a device is unknown or not there.
+        UsageError: a device is unknown or missing.
     """
     if devices in ("auto", "cpu"):
         return ()
-    kernels_for(devices)
-    return tuple(int(device.partition(":")[2] or "0") for device in _each(devices))
+    kernels_for(devices)  # raises for devices that do not exist
+    return tuple(int(device.partition(":")[2] or "0") for device in _gpus(devices))
 
 
-def _each(devices: str) -> Iterator[str]:
-    """Yield the GPUs of a list one by one; ``cuda`` stands for all of them."""
+def _gpus(devices: str) -> Iterator[str]:
+    """Yield each GPU of a list; ``cuda`` stands for all GPUs."""
     for device in devices.split(","):
         if device == "cuda":
             from qwen35.codecs.nf4.torch import gpu_count
@@ -71,13 +72,13 @@ def _each(devices: str) -> Iterator[str]:
             raise UsageError(f"--device {devices}", "unknown", expected=expected)
 
 
-def _in_memory(encode: Kernel, device: str) -> Callable[..., bool]:
-    """Return the kernel with a sentence for a GPU that has too little memory."""
+def _guarded(encode: Kernel, device: str) -> Callable[..., bool]:
+    """Wrap a kernel: running out of GPU memory raises `WorkerError`."""
 
     def call(*arguments: Any) -> bool:
         try:
             return encode(*arguments)
-        except RuntimeError as error:  # torch's, and those of CUDA and Triton, have no class alone
+        except RuntimeError as error:  # torch, CUDA and Triton share no more specific class
             if "out of memory" not in str(error):
                 raise
             raise WorkerError(

@@ -1,6 +1,6 @@
 """Conversions between the float formats of checkpoints, on flat arrays.
 
-NumPy has no bfloat16; such data travels as its uint16 bits.
+NumPy has no bfloat16; it is represented by uint16 arrays of its bits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CARRIER: dict[str, type[np.generic]] = {
     "F8_E4M3": np.uint8,
 }
 CARRIED = tuple(_CARRIER)
-"""The dtypes that `empty` knows."""
+"""The dtypes supported by `empty`."""
 
 _EXPONENT = {
     "BF16": (np.uint16, 0x7F80),
@@ -30,33 +30,35 @@ _EXPONENT = {
 
 
 def empty(dtype: str, size: int) -> Array:
-    """Return an uninitialised flat array that carries `size` elements of `dtype`."""
+    """Return an uninitialized flat array for `size` elements of `dtype`."""
     return np.empty(size, _CARRIER[dtype])
 
 
 def f32_from(values: Array, dtype: str) -> F32:
-    """Return `values` of the format `dtype` as float32; exact for BF16, F16 and F32."""
+    """Convert `values` of `dtype` to float32; exact for BF16, F16 and F32."""
     if dtype == "BF16":
         return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return values.astype(np.float32, copy=False)
 
 
 def bf16_from_f32(values: F32) -> U16:
-    """Round finite float32 values to bfloat16, to nearest with ties to even."""
+    """Round finite float32 values to the nearest bfloat16, ties to even."""
     bits = values.view(np.uint32)
+    # Adding 0x7FFF rounds up everything above a tie; the last kept bit rounds ties to even.
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     return ((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)).astype(np.uint16)
 
 
 def from_f32(values: F32, dtype: str) -> Array:
-    """Round finite float32 values to the format `dtype`."""
+    """Round finite float32 values to `dtype`."""
     return bf16_from_f32(values) if dtype == "BF16" else values.astype(_CARRIER[dtype])
 
 
 def all_finite(values: Array, dtype: str) -> bool:
-    """Whether no element of the format `dtype` is NaN or infinite."""
-    if dtype == "F8_E4M3":  # no infinities, and one NaN for each sign
+    """Return whether `values` of `dtype` contain no NaN and no infinity."""
+    if dtype == "F8_E4M3":  # no infinities, one NaN per sign
         return not np.any(values & np.uint8(0x7F) == 0x7F)
     kind, exponent = _EXPONENT[dtype]
+    # NaN and infinity have all exponent bits set; np.isfinite does not exist for bfloat16.
     masked = values.view(kind) & np.array(exponent, kind)
     return not masked.size or int(masked.max()) != exponent

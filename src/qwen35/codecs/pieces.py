@@ -1,4 +1,4 @@
-"""Stored tensors read in pieces of bounded size, as they lie in a file."""
+"""Read stored tensors in pieces of bounded size, in file order."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 __all__ = ["PIECE", "Readable", "not_finite", "stored", "whole"]
 
 PIECE = 2**19
-"""Elements of a piece; a multiple of every codec's block."""
+"""Elements per piece; a multiple of every codec's block size."""
 
 
 class Readable(Protocol):
-    """What reads bytes of stored tensors (`qwen35.checkpoint.source.Reader`)."""
+    """Reads bytes of stored tensors (`qwen35.checkpoint.source.Reader`)."""
 
     def read_into(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:
-        """Fill `buffer` with the bytes of `tensor` from `offset` on."""
+        """Fill `buffer` with the bytes of `tensor`, starting at `offset`."""
 
     def read(self, tensor: StoredTensor) -> bytearray:
         """Return all bytes of a (small) tensor."""
 
 
 def not_finite(name: str) -> TensorError:
-    """The refusal of a weight that holds NaN or infinity."""
+    """Return the error for a weight that holds NaN or infinity."""
     return TensorError(
         name,
         "holds NaN or infinity",
@@ -37,10 +37,10 @@ def not_finite(name: str) -> TensorError:
 
 
 def stored(reader: Readable, tensor: StoredTensor, *, check: bool = True) -> Iterator[Array]:
-    """Yield the elements of a stored tensor in flat pieces of `PIECE`, each valid until the next.
+    """Yield the elements of a stored tensor in flat pieces, each valid until the next.
 
     Raises:
-        TensorError: it cannot be read, or (with `check`) holds a NaN or an infinity.
+        TensorError: the tensor cannot be read, or (with `check`) holds NaN or infinity.
     """
     import numpy as np
 
@@ -48,6 +48,7 @@ def stored(reader: Readable, tensor: StoredTensor, *, check: bool = True) -> Ite
 
     spec = tensor.spec
     checked = check and (spec.dtype in FLOAT_DTYPES or spec.dtype == "F8_E4M3")
+    # One buffer for all pieces; dtypes without a carrier are copied as bytes.
     buffer = empty(spec.dtype, min(PIECE, spec.numel)) if spec.dtype in CARRIED else None
     for start in range(0, spec.numel, PIECE):
         count = min(PIECE, spec.numel - start)
@@ -59,7 +60,7 @@ def stored(reader: Readable, tensor: StoredTensor, *, check: bool = True) -> Ite
 
 
 def whole(reader: Readable, tensor: StoredTensor) -> Array:
-    """Return all elements of a small tensor, flat; floats as float32."""
+    """Return all elements of a small tensor as a flat array; floats become float32."""
     from qwen35.codecs.floats import empty, f32_from
 
     array = empty(tensor.spec.dtype, tensor.spec.numel)

@@ -1,4 +1,4 @@
-"""Every way to hold a weight, by name; and stored tensors grouped into the weights they are."""
+"""All codecs by name, and the grouping of stored tensors into weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CODECS: dict[str, Codec] = {
         *GGML,
     )
 }
-"""Name to codec. Of a stored tensor, the first that has companions for it is asked."""
+"""Codecs by name. The first codec that finds companions for a stored tensor claims it."""
 
 
 def codec_of(weight: Weight) -> Codec:
@@ -32,22 +32,22 @@ def codec_of(weight: Weight) -> Codec:
 
 
 def is_packed(weight: Weight) -> bool:
-    """Whether a weight is quantized."""
+    """Return whether a weight is quantized."""
     return CODECS[weight.storage].packed
 
 
 def packings(container: str) -> dict[str, Codec]:
-    """Return the codecs of a container that quantize, by name."""
-    found = CODECS.items()
-    return {name: codec for name, codec in found if codec.packed and codec.container == container}
+    """Return the quantizing codecs of a container, by name."""
+    codecs = CODECS.items()
+    return {name: codec for name, codec in codecs if codec.packed and codec.container == container}
 
 
 def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list[TensorError]]:
-    """Group the stored tensors of a safetensors checkpoint, in their order.
+    """Group the stored tensors of a safetensors checkpoint into weights, in stored order.
 
     Returns:
-        The weights, and what is wrong: a companion without its weight, packed data without its
-        companions. Such tensors are in the weights all the same, as plain ones.
+        The weights, and the problems: companions without a weight, and packed data without
+        companions, which is also returned as a plain weight.
     """
     codecs = list(packings("safetensors").values())
     weights: list[Weight] = []
@@ -60,6 +60,7 @@ def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list
                 claimed.update(companions, (name,))
                 weights.append(_weight(tensors, name, codec, companions, problems))
                 break
+    # A second pass: a companion may be stored before its weight.
     for name, stored in tensors.items():
         if name in claimed:
             continue
@@ -80,7 +81,7 @@ def _weight(
     companions: list[str],
     problems: list[TensorError],
 ) -> Weight:
-    """Return a weight with its companions; without them, if something is wrong with those."""
+    """Return a weight with its companions, or a plain weight if they have a problem."""
     problem = codec.problem(tensors, name)
     if problem is not None:
         problems.append(problem)

@@ -1,4 +1,4 @@
-"""There and back: what a codec makes of values, without a file."""
+"""Encode and decode values in memory, to measure what a codec does to them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["RoundTrip"]
 
 
 class RoundTrip:
-    """A run of rows, encoded into memory and decoded from there.
+    """A run of rows, encoded to memory and decoded again.
 
     Args:
-        codec: how they are held.
-        spec: the rows, decoded, as a weight of their own.
-        first: number of the first of them, in the weight they are of.
-        settings: how scales are chosen, for codecs that are `chooses_scales`.
-        kernel: of the device, for codecs that have some.
+        codec: the codec.
+        spec: the decoded rows, as a weight.
+        first: index of the first row in the full weight.
+        settings: how to choose scales, for codecs with `chooses_scales`.
+        kernel: the device's kernel, for codecs that have kernels.
     """
 
     def __init__(
@@ -39,25 +39,26 @@ class RoundTrip:
         self._memory = _Memory(outputs)
         parts = tuple(StoredTensor(out, "", 0) for out in outputs)
         self._weight = Weight(spec.name, codec.name, parts)
-        order = EncodingRequest(spec.name, spec, outputs, self._memory.write, settings, kernel)
-        self._encoding = codec.encode(order)
+        request = EncodingRequest(spec.name, spec, outputs, self._memory.write, settings, kernel)
+        self._encoding = codec.encode(request)
 
     def add(self, piece: Piece) -> None:
-        """Encode some of the rows.
+        """Encode a piece.
 
         Raises:
-            TensorError: they hold NaN or infinity, or what the codec cannot say.
+            TensorError: it holds NaN, infinity or values the codec cannot represent.
         """
         self._encoding.add(replace(piece, first=piece.first - self._first))
 
     def finish(self) -> None:
-        """Encode what only all rows together give; then they can be decoded."""
+        """Finish encoding; afterwards the rows can be decoded."""
         self._encoding.finish()
+        # F32, so that the error measured is the codec's and not the checkpoint dtype's.
         spec = TensorSpec(self._spec.name, "F32", self._spec.shape)
         self._values = self._codec.open(self._memory, self._weight, spec)
 
     def decoded(self, piece: Piece) -> F32:
-        """Return what became of the values of a piece, not rounded to its dtype."""
+        """Return the decoded values of a piece, not rounded to its dtype."""
         import numpy as np
 
         rows, row = piece.values.shape
@@ -67,7 +68,7 @@ class RoundTrip:
 
 
 class _Memory:
-    """The tensors of one weight."""
+    """The encoded tensors of one weight, in memory."""
 
     def __init__(self, outputs: tuple[TensorSpec, ...]) -> None:
         self._data = {out.name: bytearray(out.nbytes) for out in outputs}

@@ -1,4 +1,4 @@
-"""llama.cpp, through llama-cpp-python's low-level functions, on the CPU."""
+"""llama.cpp on the CPU, through llama-cpp-python's low-level bindings."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from qwen35.errors import InputError, UsageError
 __all__ = ["Llama", "llama_cpp"]
 
 _CACHE_F32 = 0
-"""``GGML_TYPE_F32``: the attention cache is kept exact."""
+"""``GGML_TYPE_F32``: an exact attention cache."""
 
 
 @cache
 def llama_cpp() -> Any:
-    """Return the binding, with llama.cpp told to keep quiet.
+    """Return the bindings with llama.cpp's logging off.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: they are not installed.
     """
     try:
         import llama_cpp as binding
@@ -38,22 +38,23 @@ def llama_cpp() -> Any:
         ) from error
     quiet = binding.llama_log_callback(lambda *_: None)
     binding.llama_log_set(quiet, ctypes.c_void_p(0))
-    llama_cpp.quiet = quiet  # type: ignore[attr-defined]  # llama.cpp keeps calling it
+    # llama.cpp keeps the pointer, so the callback must not be collected.
+    llama_cpp.quiet = quiet  # type: ignore[attr-defined]
     binding.llama_backend_init()
     return binding
 
 
 class Llama(Closing):
-    """A loaded model, with the kernels that some processors break switched off.
+    """A loaded model, without the kernels that fail on some processors.
 
     Args:
         path: the GGUF file.
-        context: tokens at most.
-        threads: of llama.cpp.
-        vocabulary_only: load the vocabulary alone, to encode and decode.
+        context: maximum tokens.
+        threads: for llama.cpp.
+        vocabulary_only: load only the vocabulary, to encode and decode.
 
     Raises:
-        InputError: llama.cpp does not load the file.
+        InputError: llama.cpp cannot load the file.
     """
 
     def __init__(
@@ -63,27 +64,29 @@ class Llama(Closing):
         self._context: Any = None
         params = self._llama.llama_model_default_params()
         params.vocab_only = vocabulary_only
-        params.use_extra_bufts = False  # repacking brings in AMX code, which fails on some machines
+        # Repacking selects AMX kernels; depending on the compiler they crash or compute garbage.
+        params.use_extra_bufts = False
         params.n_gpu_layers = 0
         self._model = self._llama.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            raise InputError(path.name, "llama.cpp does not load it", hint="qwen35 verify it first")
+            raise InputError(path.name, "llama.cpp cannot load it", hint="qwen35 verify it first")
         self.context = context
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
         self.tokens = int(self._llama.llama_vocab_n_tokens(self._vocabulary))
         if vocabulary_only:
             return
         options = self._llama.llama_context_default_params()
+        # One batch holds a whole context, so that all its logits come from one call.
         options.n_ctx = options.n_batch = options.n_ubatch = context
         options.n_threads = options.n_threads_batch = threads
         options.type_k = options.type_v = _CACHE_F32
         self._context = self._llama.llama_init_from_model(self._model, options)
         if not self._context:
             self.close()
-            raise InputError(path.name, f"llama.cpp makes no context of {context} tokens for it")
+            raise InputError(path.name, f"llama.cpp cannot create a context of {context} tokens")
 
     def close(self) -> None:
-        """Free the model; harmless when freed."""
+        """Free the model; closing twice is harmless."""
         if self._context:
             self._llama.llama_free(self._context)
         if self._model:
@@ -91,9 +94,9 @@ class Llama(Closing):
         self._context = self._model = None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return token ids; without `special`, special tokens in the text are text."""
+        """Return token ids; without `special`, special tokens in the text stay plain text."""
         data = text.encode()
-        ids = (self._llama.llama_token * (len(data) + 8))()
+        ids = (self._llama.llama_token * (len(data) + 8))()  # at most one token per byte
         count = self._llama.llama_tokenize(
             self._vocabulary, data, len(data), ids, len(ids), False, special
         )
@@ -102,7 +105,7 @@ class Llama(Closing):
         return list(ids[:count])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids; special tokens of control are nothing, others are text."""
+        """Return the text of token ids, special tokens included."""
         pieces = []
         buffer = ctypes.create_string_buffer(1024)
         for token in ids:
@@ -111,7 +114,7 @@ class Llama(Closing):
         return b"".join(pieces).decode(errors="replace")
 
     def ends(self, token: int) -> bool:
-        """Whether a token ends a turn."""
+        """Return whether a token ends a turn."""
         return bool(self._llama.llama_vocab_is_eog(self._vocabulary, token))
 
     def logits(self, ids: Sequence[int], first: int = 0) -> F32:
@@ -119,9 +122,9 @@ class Llama(Closing):
         return self.lend_logits(ids, first).copy()
 
     def lend_logits(self, ids: Sequence[int], first: int) -> F32:
-        """Return `logits` in llama.cpp's own memory.
+        """Return `logits` as a view of llama.cpp's memory.
 
-        The next call of any method writes over them, and `close` frees them.
+        The next call of any method overwrites them, and `close` frees them.
         """
         self._clear()
         self._feed(ids, 0, first)
@@ -129,7 +132,7 @@ class Llama(Closing):
         return np.ctypeslib.as_array(pointer, (len(ids) - first, self.tokens))
 
     def seconds(self, prompt: int, generated: int) -> tuple[float, float]:
-        """Return how long a prompt of that many tokens takes, and as many tokens after it."""
+        """Return the seconds for processing `prompt` tokens, and for generating `generated`."""
         self._clear()
         begin = time.perf_counter()
         self._feed([0] * prompt, 0, prompt - 1)
@@ -137,14 +140,14 @@ class Llama(Closing):
         middle = time.perf_counter()
         for i in range(generated):
             self._feed([0], prompt + i, 0)
-            self._llama.llama_synchronize(self._context)
+            self._llama.llama_synchronize(self._context)  # decoding may be asynchronous
         return middle - begin, time.perf_counter() - middle
 
     def _clear(self) -> None:
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
     def _feed(self, ids: Sequence[int], start: int, first: int) -> None:
-        """Run tokens at places `start` on; logits are wanted after those from `first` on."""
+        """Run tokens from position `start`; compute logits from the `first` of them on."""
         batch = self._llama.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
@@ -162,24 +165,24 @@ class Llama(Closing):
         limit: int = 96,
         adjust: Callable[[F32, Sequence[int]], F32] | None = None,
     ) -> list[int]:
-        """Continue `prompt` greedily until a token that ends a turn.
+        """Continue `prompt` greedily until a token ends the turn.
 
         Args:
             prompt: token ids.
-            limit: tokens at most; the context ends it too.
-            adjust: changes the logits, given all tokens so far.
+            limit: maximum new tokens, also limited by the context.
+            adjust: called with the logits and all tokens so far, returns adjusted logits.
         """
         self._clear()
         self._feed(prompt, 0, len(prompt) - 1)
-        said: list[int] = []
-        while len(said) < min(limit, self.context - len(prompt)):
+        generated: list[int] = []
+        while len(generated) < min(limit, self.context - len(prompt)):
             pointer = self._llama.llama_get_logits_ith(self._context, -1)
             row = np.ctypeslib.as_array(pointer, (self.tokens,))
             if adjust is not None:
-                row = adjust(row, [*prompt, *said])
+                row = adjust(row, [*prompt, *generated])
             token = int(row.argmax())
             if self.ends(token):
                 break
-            said.append(token)
-            self._feed([token], len(prompt) + len(said) - 1, 0)
-        return said
+            generated.append(token)
+            self._feed([token], len(prompt) + len(generated) - 1, 0)
+        return generated

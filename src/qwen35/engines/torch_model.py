@@ -1,4 +1,4 @@
-"""transformers: a checkpoint loaded as its users load it, around what fails on a CPU."""
+"""transformers: load a checkpoint as users do, with workarounds for CPUs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from qwen35.writing.write import write
 __all__ = ["TorchModel", "torch_and_transformers"]
 
 _DECODED = "bf16"
-"""The recipe by which nothing stays packed."""
+"""The recipe that unpacks every weight."""
 
 
 def torch_and_transformers(what: str) -> tuple[Any, Any]:
-    """Return both libraries, told to keep quiet.
+    """Return both libraries with logging and progress bars off.
 
     Args:
-        what: what they are needed for, for the error sentence.
+        what: subject of the error if one is missing.
 
     Raises:
         UsageError: one is not installed.
@@ -48,18 +48,18 @@ class TorchModel:
     """A loaded checkpoint.
 
     Args:
-        folder: the checkpoint; one that transformers cannot load is decoded first.
-        exact: compute in float32 with whatever weights it has, instead of as its config says.
-        device: where to.
+        folder: the checkpoint; decoded to a temporary folder if transformers cannot load it.
+        exact: compute in float32, whatever its config says.
+        device: to load it on.
 
     Attributes:
         model: transformers' model.
-        vision: whether it sees pictures.
-        missing: weights that the model has and the files have not, or the other way round.
-        settled: 4-bit layers that were kept off a path which this processor cannot take.
+        vision: whether it takes images.
+        missing: weights missing from the files or unexpected by the model.
+        settled: number of 4-bit layers kept off a path that fails on this processor.
 
     Raises:
-        InputError: it must be decoded first, and a weight of it cannot be.
+        InputError: a weight of a checkpoint that needs decoding cannot be decoded.
         UsageError: transformers or torch is not installed.
     """
 
@@ -80,13 +80,14 @@ class TorchModel:
         self.model, info = getattr(transformers, kind).from_pretrained(
             folder, device_map=device, output_loading_info=True, **options
         )
+        # transformers only warns about these, and initializes missing weights at random.
         self.missing = sorted({*info["missing_keys"], *info["unexpected_keys"]})
 
     def _widen(self) -> None:
-        """Bring what loading left in 16 bits to float32: FP8 decoded on a CPU, 4-bit arithmetic."""
+        """Convert to float32 what loading leaves in 16 bits: decoded FP8 weights, 4-bit layers."""
         torch = self._torch
         for module in self.model.modules():
-            if hasattr(module, "compute_dtype"):
+            if hasattr(module, "compute_dtype"):  # bitsandbytes' 4-bit layers
                 module.compute_dtype = torch.float32
             for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if own.dtype in (torch.bfloat16, torch.float16):
@@ -98,17 +99,15 @@ class TorchModel:
         row = torch.tensor([list(ids)], device=self.model.device)
         with torch.inference_mode():
             out = self.model(input_ids=row, use_cache=False, logits_to_keep=len(ids) - first)
-        found: F32 = out.logits[0].float().cpu().numpy()
-        return found
+        logits: F32 = out.logits[0].float().cpu().numpy()
+        return logits
 
 
 @contextmanager
 def _loadable(folder: Path) -> Iterator[Path]:
-    """Yield the folder, or one of its weights decoded where transformers does not know a codec.
-
-    What is no checkpoint to us is for transformers to judge.
-    """
-    checkpoint = _opened(folder)
+    """Yield the folder, or a decoded copy if transformers cannot load one of its codecs."""
+    checkpoint = _open_checkpoint(folder)
+    # If we cannot read the folder, transformers' own error is the better one.
     if checkpoint is None or all(codec_of(weight).loads for weight in checkpoint.weights):
         yield folder
         return
@@ -117,7 +116,7 @@ def _loadable(folder: Path) -> Iterator[Path]:
         yield write(plan, Path(temporary) / "decoded").out
 
 
-def _opened(folder: Path) -> Checkpoint | None:
+def _open_checkpoint(folder: Path) -> Checkpoint | None:
     try:
         return open_place(LocalFolder(folder), name=str(folder), root=folder, lenient=True)
     except InputError:
@@ -125,10 +124,10 @@ def _opened(folder: Path) -> Checkpoint | None:
 
 
 def _settle(model: Any) -> int:
-    """Switch off bitsandbytes' packed path on CPUs with AVX512-BF16; return how many layers.
+    """Switch off bitsandbytes' packed path on CPUs with AVX512-BF16; return the layer count.
 
-    It asserts that a layer has a multiple of 32 outputs, which the gates of most sizes have not,
-    and rewrites the weights on first use (bitsandbytes 0.50 ``nn/modules.py``, `Linear4bit`).
+    That path asserts that a layer has a multiple of 32 outputs, which the gates of most sizes lack,
+    and it rewrites the weights on first use (bitsandbytes 0.50 ``nn/modules.py``, `Linear4bit`).
     """
     count = 0
     for module in model.modules():

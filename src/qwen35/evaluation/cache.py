@@ -1,12 +1,12 @@
-"""A base's log probabilities, kept small: the likely tokens exactly, all others as a sum.
+"""A compact file of a base's log probabilities: likely tokens exactly, all others as a sum.
 
-For each scored token: the most likely tokens with their float32 log probabilities, most likely
-first taken until less than `REST` is left or `most_kept` are taken; the probability of all others
-together and its entropy. Divergences from it are too low by at most what `ChunkComparison.bound` says.
+Per scored token: the most likely tokens with float32 log probabilities, until less than `REST`
+remains or `most_kept` are taken; then the total probability of all others and its entropy.
+Divergences from it are too low, by at most `ChunkComparison.bound`.
 
-Size: a kept token takes at most 7 bytes, a row 24 more, so `most_kept` makes the file at least
-`RATIO` times smaller than llama-perplexity's at vocabularies from 92,000 on, whatever the logits
-are. Below, 512 tokens are kept all the same.
+Size: a kept token takes at most 7 bytes and a row 24 more, so `most_kept` makes the file at least
+`RATIO` times smaller than llama-perplexity's for vocabularies of 92,000 or more, whatever the
+logits. For smaller vocabularies 512 tokens are still kept.
 """
 
 from __future__ import annotations
@@ -37,19 +37,18 @@ __all__ = [
 
 
 RATIO = 50
-"""How many times smaller than llama-perplexity's file, at large vocabularies, at least."""
+"""Minimum size ratio of llama-perplexity's file to this one, for large vocabularies."""
 
 REST = 1e-6
-"""Probability that may be left to the sum."""
+"""Tail probability that may be summed up."""
 
 _MAGIC = "qwen35 reference 1"
 _LEAST_KEPT = 512
-_ROW_BYTES, _TOKEN_BYTES = 24, 7
-_PIECE = 16
+_ROW_BYTES, _TOKEN_BYTES = 24, 7  # upper bounds after compression
 
 
 def most_kept(vocabulary: int) -> int:
-    """Return how many tokens of a row are kept at most.
+    """Return the maximum number of tokens kept per row.
 
     >>> most_kept(248_320), most_kept(4096)
     (1415, 512)
@@ -59,13 +58,13 @@ def most_kept(vocabulary: int) -> int:
 
 
 def cache_size(chunks: TokenChunks, vocabulary: int) -> int:
-    """Return the bytes of a cache over all of `chunks` at most, but for a few of frames."""
+    """Return the maximum bytes of a cache over all of `chunks`, without record framing."""
     row = _ROW_BYTES + _TOKEN_BYTES * most_kept(vocabulary)
     return chunks.count * chunks.scored * row
 
 
 def compact(exact: ExactReference) -> CompactReference:
-    """Keep what the measures need of a chunk's logits."""
+    """Reduce a chunk's logits to the likely tokens and the sum of the rest."""
     limit = most_kept(exact.logits.shape[1])
     counts, ids, kept, rest, inner = [], [], [], [], []
     for row, total in zip(exact.logits, exact.total, strict=True):
@@ -92,20 +91,28 @@ def _split(row: F32, total: float, limit: int) -> tuple[Any, Any]:
     """Return the ids to keep, ascending, and the log probabilities of all others, [v - kept]."""
     if limit >= len(row):
         return np.arange(len(row)), np.empty(0)
+    # Partition first: sorting a whole vocabulary per row would dominate.
     parted = np.argpartition(row, len(row) - limit)
     likely = parted[len(row) - limit :]
     likely = likely[np.argsort(-row[likely], kind="stable")]
     log_p = row.astype(np.float64) - total
     unlikely = parted[: len(row) - limit]
-    left = np.exp(log_p[unlikely]).sum() + np.exp(log_p[likely])[::-1].cumsum()[::-1]
-    enough = int(np.searchsorted(-left, -REST)) or 1  # left[i] is what is missed by keeping i
+    # remaining[i]: probability left out if only the i most likely are kept. Summed from the small
+    # end, so that rounding does not hide a tail as small as REST.
+    remaining = np.exp(log_p[unlikely]).sum() + np.exp(log_p[likely])[::-1].cumsum()[::-1]
+    enough = int(np.searchsorted(-remaining, -REST)) or 1
     others = np.concatenate([log_p[unlikely], log_p[likely[enough:]]])
     return np.sort(likely[:enough]), others
 
 
 def pack(part: CompactReference) -> bytes:
-    """Return a chunk as bytes: numbers by their bytes' places, compressed."""
+    """Return a chunk as bytes: byte planes, compressed.
+
+    Ids are stored as gaps, and the bytes of each column are grouped by significance: both make
+    zlib more effective.
+    """
     gaps = np.diff(part.ids.astype(np.int64), prepend=0)
+    # Each row starts anew with its first id, since ids ascend only within a row.
     gaps[part.starts[:-1]] = part.ids[part.starts[:-1]]
     rows = np.stack([part.nll, part.rest, part.inner]).astype("<f4")
     columns = [
@@ -121,10 +128,10 @@ def pack(part: CompactReference) -> bytes:
 
 
 def unpack(data: bytes) -> CompactReference:
-    """Return what `pack` packed.
+    """Return the chunk from the bytes of `pack`.
 
     Raises:
-        ValueError: it is not that.
+        ValueError: the bytes are malformed.
     """
     plain = zlib.decompress(data)
     n, m = (int(i) for i in np.frombuffer(plain[:8], "<u4"))
@@ -157,26 +164,26 @@ def _head(chunks: TokenChunks, vocabulary: int) -> dict[str, Any]:
 
 
 class CacheFile:
-    """A cache to read.
+    """A cache open for reading.
 
     Raises:
-        InputError: it is not whole, or over another text.
+        InputError: the cache is incomplete, or of another text.
     """
 
     def __init__(self, path: Path, chunks: TokenChunks, vocabulary: int) -> None:
         self._path = path
         self._records = RecordFile(path, _MAGIC)
         self._vocabulary = vocabulary
-        expected, found = _head(chunks, vocabulary), self._records.head
+        expected, head = _head(chunks, vocabulary), self._records.head
         for key, value in expected.items():
-            has = found.get(key) if isinstance(found, dict) else None
-            if has != value:
+            stored = head.get(key) if isinstance(head, dict) else None
+            if stored != value:
                 self.close()
                 raise InputError(
                     path.name,
-                    f"{key} {has}",
+                    f"{key} {stored}",
                     expected=str(value),
-                    hint="it was made over another text or with another model: name another file",
+                    hint="it was made from another text or model: give another file",
                 )
         if self._records.count != chunks.count:
             self.close()
@@ -198,11 +205,11 @@ class CacheFile:
 
 
 class CacheWriter:
-    """Writes a cache as chunks come; it has its name when it is whole.
+    """Writes a cache chunk by chunk, under a temporary name until it is complete.
 
     Args:
-        path: where to.
-        chunks: what is measured.
+        path: the finished file.
+        chunks: the evaluation tokens.
         vocabulary: values in a row.
     """
 
@@ -212,7 +219,7 @@ class CacheWriter:
         self._records = RecordFile(self._partial, _MAGIC, _head(chunks, vocabulary))
 
     def resume(self, done: int) -> int:
-        """Go on after `done` chunks, or after as many of them as are there; return how many."""
+        """Resume after at most `done` chunks; return the number of chunks kept."""
         done = min(done, self._records.count)
         self._records.cut(done)
         return done
@@ -222,10 +229,10 @@ class CacheWriter:
         self._records.append(pack(compact(reference)))
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Rename the file to its final name."""
         self._records.close()
         self._partial.rename(self._path)
 
     def close(self) -> None:
-        """Leave the unfinished file for a later run."""
+        """Close the file; an unfinished one stays for a later run."""
         self._records.close()

@@ -1,4 +1,4 @@
-"""One pass over the chunks: the base once, every candidate against it, nothing of it kept."""
+"""One pass over the chunks: run the base once, compare every candidate, keep no logits."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Source(Protocol):
 
 
 class _Running:
-    """The base, run."""
+    """The base, run chunk by chunk."""
 
     def __init__(self, job: EvaluationJob, device: str) -> None:
         self._job = job
@@ -62,7 +62,7 @@ class _Running:
 
 
 class _Results:
-    """What was measured, chunk by chunk; in a file too, if it is to outlive an interruption.
+    """The results of each chunk, optionally also in a file so that a run can resume.
 
     A chunk is [2 + 4 * models, scored] float64: negative log probability and most likely token of
     the base, then divergence, negative log probability, most likely token and bound of each model.
@@ -103,9 +103,9 @@ class _Results:
 
 
 def _identity(job: EvaluationJob, models: Sequence[EvaluatedModel]) -> dict[str, Any]:
-    """Return what must be the same for a run to go on where an earlier one was."""
-    reads = job.reads_base
-    made = [job.base.name, "made"]
+    """Return everything that must be equal for a run to resume an earlier one."""
+    reference = job.reference_file
+    made = [job.base.name, "made"]  # written anew by each run: its files have new times
     return {
         "version": __version__,
         "tokens": job.chunks.sha256,
@@ -114,8 +114,12 @@ def _identity(job: EvaluationJob, models: Sequence[EvaluatedModel]) -> dict[str,
         "models": [
             made if job.floor_to_make and m not in job.candidates else m.identity() for m in models
         ],
-        "reference": [reads.name, reads.stat().st_size, reads.stat().st_mtime_ns] if reads else [],
-        "device": job.asked.device,
+        "reference": (
+            [reference.name, reference.stat().st_size, reference.stat().st_mtime_ns]
+            if reference
+            else []
+        ),
+        "device": job.request.device,
     }
 
 
@@ -130,12 +134,11 @@ def sweep(
     """Measure the base and `models` on all chunks.
 
     Args:
-        job: what was prepared.
-        models: what is compared with the base.
+        job: the prepared evaluation.
+        models: compared with the base.
         device: for transformers.
-        state: where what is measured is kept until the sweep is over, to go on after an
-            interruption.
-        progress: told of the chunks.
+        state: file that keeps results until the sweep ends, so that it can resume.
+        progress: receives chunks.
 
     Returns:
         The base's series and one for each model.
@@ -144,31 +147,33 @@ def sweep(
         InputError: a model does not run, or computes NaN.
         OutputError: a file cannot be written, or another run is writing it.
     """
-    watched = progress or Silent()
+    progress = progress or Silent()
     with ExitStack() as stack:
+        # Locks first: two runs appending to one file would corrupt it.
         for path in filter(None, (state, *job.writes)):
             with os_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(path))
         results = stack.enter_context(closing(_Results(job, models, state)))
         writers = list(_writers(job, stack))
+        # Resume at the first chunk that any file lacks: a crash may leave them uneven.
         done = len(results.parts)
         for writer in writers:
             done = min(done, writer.resume(done))
         results.cut(done)
-        before = f", {done} chunks were measured before" if done else ""
-        watched.begin(f"evaluating{before}", job.chunks.count - done)
+        resumed = f", {done} chunks already measured" if done else ""
+        progress.begin(f"evaluating{resumed}", job.chunks.count - done)
         try:
             if done < job.chunks.count:
-                _run(job, models, device, results, writers, watched)
+                _run(job, models, device, results, writers, progress)
         finally:
-            watched.end()
-        with os_errors(job.asked.kld_file or job.asked.cache or Path()):
+            progress.end()
+        with os_errors(job.request.kld_file or job.request.cache or Path()):
             for writer in writers:
                 writer.finish()
-        found = np.stack(results.parts)
+        values = np.stack(results.parts)
         results.remove()
-    return _series(found, len(models))
+    return _series(values, len(models))
 
 
 def _run(
@@ -191,9 +196,10 @@ def _run(
             rows: list[Any] = [reference.nll, reference.top]
             for model, runner in zip(models, runners, strict=True):
                 rows += _compare(job, model, runner, reference, index)
-            with os_errors(job.asked.kld_file or job.asked.cache or Path()):
+            # Writers before results: a chunk listed in the results is in every file.
+            with os_errors(job.request.kld_file or job.request.cache or Path()):
                 for writer in writers:
-                    assert isinstance(reference, ExactReference)
+                    assert isinstance(reference, ExactReference)  # writers imply a running base
                     writer.add(reference)
                 results.add(np.stack([np.asarray(row, np.float64) for row in rows]))
             progress.advance(1, f"chunk {index + 1}")
@@ -208,12 +214,12 @@ def _compare(
 ) -> Iterator[F64]:
     chunks = job.chunks
     logits = runner.logits(chunks.inputs(index), chunks.first)
-    found = reference.against(logits, chunks.targets(index), job.threads)
-    _check(model, index, found.nll + found.kld)
-    yield found.kld
-    yield found.nll
-    yield found.top.astype(np.float64)
-    yield found.kld * 0 if found.bound is None else found.bound
+    result = reference.against(logits, chunks.targets(index), job.threads)
+    _check(model, index, result.nll + result.kld)
+    yield result.kld
+    yield result.nll
+    yield result.top.astype(np.float64)
+    yield result.kld * 0 if result.bound is None else result.bound
 
 
 def _check(model: EvaluatedModel, index: int, values: F64) -> None:
@@ -226,31 +232,31 @@ def _check(model: EvaluatedModel, index: int, values: F64) -> None:
 
 
 def _source(job: EvaluationJob, device: str) -> _Source:
-    path = job.reads_base
+    path = job.reference_file
     if path is None:
         return _Running(job, device)
-    if path == job.asked.kld_file:
+    if path == job.request.kld_file:
         return KldFile(path)
     return CacheFile(path, job.chunks, job.base.width)
 
 
 def _writers(job: EvaluationJob, stack: ExitStack) -> Iterator[_Writer]:
-    if job.reads_base is not None:
+    if job.reference_file is not None:
         return
-    for path, kind in ((job.asked.kld_file, KldWriter), (job.asked.cache, CacheWriter)):
+    for path, kind in ((job.request.kld_file, KldWriter), (job.request.cache, CacheWriter)):
         if path is None:
             continue
         with os_errors(path):
-            if kind is KldWriter:
+            if kind is KldWriter:  # 126.6 MB per chunk at a vocabulary of 248,320
                 check_space(path.parent, kld_file_size(job.chunks, job.base.width))
             yield stack.enter_context(closing(kind(path, job.chunks, job.base.width)))
 
 
-def _series(found: F64, count: int) -> tuple[Series, list[Series]]:
-    """found: [chunks, 2 + 4 * count, scored]."""
-    base = Series(found[:, 0], found[:, 1].astype(np.int64))
+def _series(values: F64, count: int) -> tuple[Series, list[Series]]:
+    """Split values, [chunks, 2 + 4 * count, scored], by model."""
+    base = Series(values[:, 0], values[:, 1].astype(np.int64))
     models = []
     for i in range(count):
-        kld, nll, top, bound = (found[:, _BASE_ROWS + _MODEL_ROWS * i + j] for j in range(4))
+        kld, nll, top, bound = (values[:, _BASE_ROWS + _MODEL_ROWS * i + j] for j in range(4))
         models.append(Series(nll, top.astype(np.int64), kld, bound if bound.any() else None))
     return base, models

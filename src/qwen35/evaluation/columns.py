@@ -1,4 +1,4 @@
-"""The columns of an evaluation's table, in the words of llama-perplexity."""
+"""The table of an evaluation, with llama-perplexity's row names."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def _plain(value: float) -> str:
     return f"{value:.6f}"
 
 
-def _with_errors(found: Estimate, unit: float = 1.0, digits: int = 6) -> str:
-    """Write a figure, its error by tokens and, in brackets, by chunks."""
-    text = f"{found.value * unit:.{digits}f} ± {found.error * unit:.{digits}f}"
-    if found.block_error is not None:
-        text += f" ({found.block_error * unit:.{digits}f})"
+def _with_errors(estimate: Estimate, unit: float = 1.0, digits: int = 6) -> str:
+    """Format a figure with its error by tokens and, in brackets, by chunks."""
+    text = f"{estimate.value * unit:.{digits}f} ± {estimate.error * unit:.{digits}f}"
+    if estimate.block_error is not None:
+        text += f" ({estimate.block_error * unit:.{digits}f})"
     return text
 
 
@@ -41,7 +41,7 @@ _ROWS: tuple[tuple[str, Cell], ...] = (
     ("RMS Δp, %", lambda c: _with_errors(c.change_rms, 100, 3)),
     ("Same top p, %", lambda c: _with_errors(c.same_top, 100, 3)),
 )
-_FASTER: tuple[tuple[str, Callable[[ModelMeasurement], str]], ...] = (
+_SPEED_ROWS: tuple[tuple[str, Callable[[ModelMeasurement], str]], ...] = (
     (
         "Prompt, tokens/s",
         lambda m: f"{m.speed.prompt:.1f} (x{m.speed.prompt_ratio:.2f})" if m.speed else "-",
@@ -54,23 +54,23 @@ _FASTER: tuple[tuple[str, Callable[[ModelMeasurement], str]], ...] = (
 
 
 def table(
-    base: EvaluatedModel, perplexity: Estimate, every: Sequence[ModelMeasurement]
+    base: EvaluatedModel, perplexity: Estimate, candidates: Sequence[ModelMeasurement]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows, a column for each candidate; of the base alone without any.
+    """Return headings and rows with a column per candidate, or of the base if there are none.
 
     Args:
         base: the unquantized model.
         perplexity: of the base.
-        every: the candidates.
+        candidates: the candidates' results.
     """
-    if not every:
+    if not candidates:
         cell = _with_errors(perplexity, digits=4)
         return ["", base.name], [["PPL", cell], ["Bytes", f"{base.nbytes:,}"]]
-    rows = [[name, *(cell(m.comparison) for m in every)] for name, cell in _ROWS]
-    if any(m.comparison.bound for m in every):
-        cells = [f"{m.comparison.bound:.6f}" for m in every]
+    rows = [[name, *(cell(m.comparison) for m in candidates)] for name, cell in _ROWS]
+    if any(m.comparison.bound for m in candidates):
+        cells = [f"{m.comparison.bound:.6f}" for m in candidates]
         rows.insert(1, ["Mean KLD, higher by at most", *cells])
-    rows.append(["Bytes", *(f"{m.model.nbytes:,}" for m in every)])
-    if any(m.speed for m in every):
-        rows += [[name, *(cell(m) for m in every)] for name, cell in _FASTER]
-    return ["KLD metric", *(m.model.name for m in every)], rows
+    rows.append(["Bytes", *(f"{m.model.nbytes:,}" for m in candidates)])
+    if any(m.speed for m in candidates):
+        rows += [[name, *(cell(m) for m in candidates)] for name, cell in _SPEED_ROWS]
+    return ["KLD metric", *(m.model.name for m in candidates)], rows

@@ -1,8 +1,8 @@
-"""The statistics of `llama-perplexity --kl-divergence`, from values a token.
+"""The statistics of `llama-perplexity --kl-divergence`, from values per token.
 
 Source: ``tools/perplexity/perplexity.cpp`` of ggml-org/llama.cpp at 0c1e570, `kl_divergence`. Its
-errors treat tokens as independent draws. Neighbouring tokens share their context, so every figure
-here also has an error that treats chunks as the draws.
+errors treat tokens as independent samples. Neighbouring tokens share context, so every figure here
+also has an error that treats chunks as the samples.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ __all__ = ["PERCENTILES", "Comparison", "Estimate", "Series", "compare_series", 
 PERCENTILES = (99.9, 99.0, 95.0, 90.0, 50.0, 10.0, 5.0, 1.0, 0.1)
 """In the order of llama-perplexity's table."""
 
-_LEAST_TOKENS = 10
-_LEAST_CHUNKS = 2
+_LEAST_TOKENS = 10  # llama-perplexity gives no error for so few
+_LEAST_CHUNKS = 2  # one chunk has no spread
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Estimate:
 
     Args:
         value: the figure.
-        error: tokens taken as independent, as llama-perplexity has it.
-        block_error: chunks taken as independent; None with a single chunk.
+        error: treating tokens as independent, as llama-perplexity does.
+        block_error: treating chunks as independent; None for a single chunk.
     """
 
     value: float
@@ -40,20 +40,20 @@ class Estimate:
     block_error: float | None
 
     def through(self, function: Callable[[float], float], slope: float) -> Estimate:
-        """Return `function` of the figure; errors to first order, by its slope there."""
+        """Return `function` of the figure; propagate errors to first order by its slope there."""
         blocks = None if self.block_error is None else abs(slope) * self.block_error
         return Estimate(function(self.value), abs(slope) * self.error, blocks)
 
 
 @dataclass(frozen=True)
 class Series:
-    """What one model says of every scored token.
+    """One model's values for every scored token.
 
     Args:
-        nll: [chunks, scored] float64, negative log probability of the token, in nats.
-        top: [chunks, scored] int64, the token it holds most likely.
-        kld: [chunks, scored] float64, divergence from the base in nats; None for the base.
-        bound: [chunks, scored] float64, how much more the divergence can be; None if it is exact.
+        nll: [chunks, scored] float64, negative log probability of the actual token, in nats.
+        top: [chunks, scored] int64, the most likely token.
+        kld: [chunks, scored] float64, divergence from the base, in nats; None for the base.
+        bound: [chunks, scored] float64, upper bound on what `kld` misses; None if it is exact.
     """
 
     nll: F64
@@ -64,23 +64,23 @@ class Series:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A candidate against the base.
+    """A candidate compared with the base.
 
     Args:
-        kld: mean Kullback-Leibler divergence, in nats a token.
-        bound: how much more the mean can be because of a compact reference; 0.0 if it is exact.
-        maximum: its largest value.
-        minimum: its smallest value.
-        percentiles: percent to value.
+        kld: mean Kullback-Leibler divergence, in nats per token.
+        bound: upper bound on what the mean misses with a compact reference; 0.0 if it is exact.
+        maximum: largest divergence.
+        minimum: smallest divergence.
+        percentiles: percent to divergence.
         perplexity: of the candidate.
         base_perplexity: of the base.
-        ratio: of perplexities.
-        log_ratio: its logarithm.
-        difference: of perplexities.
+        ratio: of the perplexities.
+        log_ratio: logarithm of `ratio`.
+        difference: of the perplexities.
         correlation: of the two models' log probabilities.
-        change: mean change of the probability of the token that came.
-        change_rms: root of the mean square of it.
-        same_top: share of tokens of which both hold the same most likely.
+        change: mean change in the probability of the actual token.
+        change_rms: root mean square of that change.
+        same_top: share of positions where both have the same most likely token.
     """
 
     kld: Estimate
@@ -109,7 +109,7 @@ def mean(values: F64) -> Estimate:
 
 
 def _error(values: F64) -> float:
-    """sqrt((mean of squares - square of mean) / (n - 1)); 0 for ten values or fewer, as there."""
+    """sqrt((mean of squares - square of mean) / (n - 1)); 0 for ten or fewer, as upstream."""
     if values.size <= _LEAST_TOKENS:
         return 0.0
     return float(values.std() / math.sqrt(values.size - 1))
@@ -123,13 +123,13 @@ def _block_error(values: F64) -> float | None:
 
 def perplexity(nll: F64) -> Estimate:
     """Return exp of the mean negative log probability; nll: [chunks, scored]."""
-    found = mean(nll)
-    value = math.exp(found.value)
-    return found.through(math.exp, value)
+    mean_nll = mean(nll)
+    value = math.exp(mean_nll.value)
+    return mean_nll.through(math.exp, value)
 
 
 def compare_series(base: Series, candidate: Series) -> Comparison:
-    """Compute all figures of a candidate, whose `kld` is given."""
+    """Compute all figures of a candidate; its `kld` must be set."""
     assert candidate.kld is not None
     log_ratio = mean(candidate.nll - base.nll)
     change = np.exp(-candidate.nll) - np.exp(-base.nll)
@@ -137,14 +137,14 @@ def compare_series(base: Series, candidate: Series) -> Comparison:
     rms = math.sqrt(square.value)
     same = (candidate.top == base.top).astype(np.float64)
     values = candidate.kld.reshape(-1)
-    found = np.percentile(values, PERCENTILES)
+    percentiles = np.percentile(values, PERCENTILES)
     ppl, base_ppl = perplexity(candidate.nll), perplexity(base.nll)
     return Comparison(
         kld=mean(candidate.kld),
         bound=0.0 if candidate.bound is None else float(candidate.bound.mean()),
         maximum=float(values.max()),
         minimum=float(values.min()),
-        percentiles={p: float(v) for p, v in zip(PERCENTILES, found, strict=True)},
+        percentiles={p: float(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
         perplexity=ppl,
         base_perplexity=base_ppl,
         ratio=log_ratio.through(math.exp, math.exp(log_ratio.value)),
@@ -158,9 +158,9 @@ def compare_series(base: Series, candidate: Series) -> Comparison:
 
 
 def _difference(nll: F64, base: F64, ppl: float, base_ppl: float) -> Estimate:
-    """PPL(Q) - PPL(base): to first order each token moves it by ppl * nll - base_ppl * base."""
-    moved = mean(ppl * nll - base_ppl * base)
-    return Estimate(ppl - base_ppl, moved.error, moved.block_error)
+    """PPL(Q) - PPL(base); to first order a token contributes ppl * nll - base_ppl * base."""
+    contribution = mean(ppl * nll - base_ppl * base)
+    return Estimate(ppl - base_ppl, contribution.error, contribution.block_error)
 
 
 def _correlation(first: F64, second: F64) -> float:

@@ -1,4 +1,4 @@
-"""What an evaluation will do, known before anything runs: models, tokens, noise floor, memory."""
+"""A prepared evaluation: models, tokens, noise floor and memory, fixed before anything runs."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ __all__ = ["EvaluationJob", "EvaluationRequest", "prepare"]
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What the user asks for.
+    """User options of an evaluation.
 
     Args:
         base: folder, Hub id or GGUF file of the unquantized model.
         candidates: folders, Hub ids, GGUF files, folders of them, ``hf:owner/name/path`` of one.
-        text: what to measure on; may be left out where `kld_file` is read.
-        context: tokens a chunk; that of `kld_file` where it is read.
-        chunks: at most so many; 0 for the whole text.
-        threads: of engines and statistics; 0 for all processors.
+        text: the evaluation text; optional if `kld_file` exists.
+        context: tokens per chunk; 0 for the default, or that of an existing `kld_file`.
+        chunks: most chunks; 0 for the whole text.
+        threads: for engines and statistics; 0 for all processors.
         device: for transformers: ``auto``, ``cpu``, ``cuda``, ``cuda:N``.
-        unquantized: the base in the other engine's format, for the noise floor; made from the
-            base where that is possible.
-        kld_file: a file of llama-perplexity's, read in place of the base if it exists, or else
+        unquantized: the base in the other engine's format, for the noise floor; by default made
+            from the base if possible.
+        kld_file: llama-perplexity file, read instead of running the base if it exists, else
             written.
         cache: the same in compact form.
-        memory: refuse to take more bytes; 0 for no limit.
+        memory: most bytes to use; 0 for no limit.
         token: for the Hub.
     """
 
@@ -71,19 +71,19 @@ class EvaluationJob:
     """A prepared evaluation.
 
     Args:
-        asked: what was asked for.
+        request: the user's options.
         base: the unquantized model.
-        candidates: what is compared with it.
+        candidates: the models compared with it.
         floors: the unquantized model in engines that the base does not run in.
         floor_to_make: whether a GGUF file of the base must be written for the noise floor.
-        text: what is measured on, where it was given.
+        text: the evaluation text, if given.
         chunks: its tokens.
-        decode: the base's tokenizer, backwards.
-        threads: of engines and statistics.
-        reads_base: the file that is read in place of running the base, if it was there.
+        decode: decodes token ids with the base's tokenizer.
+        threads: for engines and statistics.
+        reference_file: the existing file read instead of running the base, if any.
     """
 
-    asked: EvaluationRequest
+    request: EvaluationRequest
     base: EvaluatedModel
     candidates: tuple[EvaluatedModel, ...]
     floors: tuple[EvaluatedModel, ...]
@@ -92,83 +92,86 @@ class EvaluationJob:
     chunks: TokenChunks
     decode: Decode
     threads: int
-    reads_base: Path | None
+    reference_file: Path | None
 
     @property
     def memory(self) -> int:
         """Upper estimate of peak memory in bytes."""
         running = [*self.candidates, *self.floors]
-        if self.reads_base is None:
+        if self.reference_file is None:
             running.append(self.base)
         if self.floor_to_make:
+            # The F16 file is about as large as the base.
             running.append(replace(self.base, engine="llama.cpp", loaded=self.base.nbytes))
         return _INTERPRETER + running_memory(running, self.chunks.scored) + self.results
 
     @property
     def temporary(self) -> int:
-        """About how many bytes the GGUF file takes that is made for the noise floor."""
+        """Approximate bytes of the GGUF file written for the noise floor."""
         return self.base.nbytes if self.floor_to_make else 0
 
     @property
     def writes(self) -> dict[Path, int]:
-        """Files that are written of the base's log probabilities, and how large at most."""
-        if self.reads_base is not None:
+        """Files of the base's log probabilities to write, with their maximum sizes."""
+        if self.reference_file is not None:
             return {}
         sizes = {}
-        if self.asked.kld_file is not None:
-            sizes[self.asked.kld_file] = kld_file_size(self.chunks, self.base.width)
-        if self.asked.cache is not None:
-            sizes[self.asked.cache] = cache_size(self.chunks, self.base.width)
+        if self.request.kld_file is not None:
+            sizes[self.request.kld_file] = kld_file_size(self.chunks, self.base.width)
+        if self.request.cache is not None:
+            sizes[self.request.cache] = cache_size(self.chunks, self.base.width)
         return sizes
 
     @property
     def results(self) -> int:
-        """Bytes of what is kept of every scored token."""
+        """Bytes of the results kept per scored token, over all tokens."""
         rows = 2 + 4 * (len(self.candidates) + len(self.floors) + self.floor_to_make)
         return self.chunks.count * self.chunks.scored * rows * 8
 
 
 _INTERPRETER = 300_000_000
-"""The interpreter with NumPy, Numba and its compiler, and the tokenizer."""
+"""Bytes of the interpreter with NumPy, Numba and its compiler, and the tokenizer."""
 
 
-def prepare(asked: EvaluationRequest) -> EvaluationJob:
-    """Open everything by its headers, check that it fits together, make the tokens.
+def prepare(request: EvaluationRequest) -> EvaluationJob:
+    """Open all inputs by their headers, check that they fit together, and tokenize the text.
 
     Raises:
-        InputError: something is not a model, is quantized but given as BASE, or has other tokens.
-        UsageError: something is missing or contradicts.
+        InputError: an input is not a model, the base is quantized, or tokenizers differ.
+        UsageError: an option is missing, or options contradict each other.
     """
-    if asked.kld_file is not None and asked.cache is not None:
+    if request.kld_file is not None and request.cache is not None:
         raise UsageError("--cache", "given with --kl-divergence-base", hint="one of them is enough")
-    base = open_base(asked.base, token=asked.token)
-    candidates = open_candidates(asked.candidates, token=asked.token)
-    floors, to_make = _floors(asked, base, candidates)
+    base = open_base(request.base, token=request.token)
+    candidates = open_candidates(request.candidates, token=request.token)
+    floors, to_make = _floors(request, base, candidates)
     for model in (*candidates, *floors):
         check_same_tokens(model, base)
-    text = None if asked.text is None else read_text(asked.text)
+    text = None if request.text is None else read_text(request.text)
     encode, decode = tokenizer_of(base)
-    reads = next((p for p in (asked.kld_file, asked.cache) if p is not None and p.exists()), None)
-    if reads is not None and reads == asked.kld_file:
-        chunks = _kept_chunks(reads, asked, base)
+    reference = next(
+        (p for p in (request.kld_file, request.cache) if p is not None and p.exists()), None
+    )
+    if reference is not None and reference == request.kld_file:
+        chunks = _stored_chunks(reference, request, base)
         if text is not None:
-            _check_same_text(reads, chunks, tokenize(encode, text, chunks.context))
+            _check_same_text(reference, chunks, tokenize(encode, text, chunks.context))
     elif text is None:
         raise UsageError("--text", "missing", hint="give the text to measure on")
     else:
-        chunks = tokenize(encode, text, asked.context or CONTEXT)
-    if asked.chunks:
-        chunks = TokenChunks(chunks.ids[: asked.chunks])
-    threads = asked.threads or default_threads()
+        chunks = tokenize(encode, text, request.context or CONTEXT)
+    if request.chunks:
+        chunks = TokenChunks(chunks.ids[: request.chunks])
+    threads = request.threads or default_threads()
     job = EvaluationJob(
-        asked, base, tuple(candidates), floors, to_make, text, chunks, decode, threads, reads
+        request, base, tuple(candidates), floors, to_make, text, chunks, decode, threads, reference
     )
-    if reads is not None and reads == asked.cache:
-        CacheFile(reads, chunks, base.width).close()
-    if asked.memory and job.memory > asked.memory:
+    if reference is not None and reference == request.cache:
+        CacheFile(reference, chunks, base.width).close()  # check it before anything runs
+    if request.memory and job.memory > request.memory:
         raise UsageError(
             "--memory",
-            f"{asked.memory / 1e9:.2f} GB",
+            f"{request.memory / 1e9:.2f} GB",
             expected=f"{job.memory / 1e9:.2f} GB",
             hint="give fewer candidates at a time, with --cache",
         )
@@ -176,14 +179,14 @@ def prepare(asked: EvaluationRequest) -> EvaluationJob:
 
 
 def _floors(
-    asked: EvaluationRequest, base: EvaluatedModel, candidates: Sequence[EvaluatedModel]
+    request: EvaluationRequest, base: EvaluatedModel, candidates: Sequence[EvaluatedModel]
 ) -> tuple[tuple[EvaluatedModel, ...], bool]:
     """Return the models of the noise floor, and whether one must be made from the base."""
     others: set[Engine] = {c.engine for c in candidates} - {base.engine}
-    if asked.unquantized is not None:
-        model = open_base(asked.unquantized, token=asked.token)
+    if request.unquantized is not None:
+        model = open_base(request.unquantized, token=request.token)
         if model.engine not in others:
-            found = f"{model.name} runs in {model.engine}, as the base or no candidate does"
+            found = f"{model.name} runs in {model.engine}, which needs no noise floor here"
             raise UsageError("--unquantized", found, hint="leave it out")
         return (model,), False
     if not others:
@@ -192,27 +195,27 @@ def _floors(
         raise UsageError(
             base.name,
             "is a GGUF file and a candidate runs in transformers",
-            hint="give --unquantized CHECKPOINT, so that the engines' own disagreement is measured",
+            hint="give --unquantized CHECKPOINT to measure the noise between the engines",
         )
     return (), True
 
 
-def _kept_chunks(path: Path, asked: EvaluationRequest, base: EvaluatedModel) -> TokenChunks:
+def _stored_chunks(path: Path, request: EvaluationRequest, base: EvaluatedModel) -> TokenChunks:
     file = KldFile(path)
     file.close()
     if file.vocabulary != base.width:
         found = f"a vocabulary of {file.vocabulary}"
         raise InputError(path.name, found, expected=f"{base.width} as in {base.name}")
-    if asked.context and asked.context != file.chunks.context:
+    if request.context and request.context != file.chunks.context:
         found = f"a context of {file.chunks.context}"
-        raise InputError(path.name, found, expected=f"{asked.context} (--context)")
+        raise InputError(path.name, found, expected=f"{request.context} (--context)")
     return file.chunks
 
 
-def _check_same_text(path: Path, kept: TokenChunks, made: TokenChunks) -> None:
-    if made.count < kept.count or (made.ids[: kept.count] != kept.ids).any():
+def _check_same_text(path: Path, stored: TokenChunks, text: TokenChunks) -> None:
+    if text.count < stored.count or (text.ids[: stored.count] != stored.ids).any():
         raise InputError(
             path.name,
-            "its tokens are not those of the text",
-            expected="a file made over the same text, or none yet",
+            "its tokens differ from those of the text",
+            expected="a file made from the same text, or a new one",
         )

@@ -1,4 +1,4 @@
-"""What an evaluation found, as values: for tables, report.json and the page."""
+"""The results of an evaluation as values, for the table, report.json and the HTML page."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ REPORT_VERSION = 1
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """An evaluation.
+    """The results of an evaluation.
 
     Args:
         base: the unquantized model.
         base_perplexity: its perplexity.
-        candidates: in the order they were given.
-        floors: the unquantized model in the other engine: what engines alone make of difference.
-        chunks: what was measured on.
-        text: where it came from, if that was given.
-        reference: where the base's figures came from: ``run``, or a file's kind.
-        device: what transformers ran on, if it ran.
-        versions: of everything that a figure passed through.
+        candidates: in the order of the request.
+        floors: the unquantized model in the other engine, for the noise floor.
+        chunks: the evaluation tokens.
+        text: their text; None if the tokens came from a file of log probabilities.
+        reference: source of the base's log probabilities: ``run``, or the kind of file.
+        device: the device transformers ran on; empty if it did not run.
+        versions: of all software that affects the results.
     """
 
     base: EvaluatedModel
@@ -45,16 +45,16 @@ class EvaluationReport:
 
     @property
     def floor(self) -> float:
-        """The largest mean divergence that the engines alone make, in nats."""
+        """The noise floor: the largest mean divergence between engines alone, in nats."""
         return max((row.comparison.kld.value for row in self.floors), default=0.0)
 
     @property
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and rows, a column for each candidate; of the base alone without any."""
+        """Headings and rows with a column per candidate, or of the base if there are none."""
         return table(self.base, self.base_perplexity, self.candidates)
 
     def to_json(self) -> dict[str, Any]:
-        """Return report.json: the same for the same inputs on the same machine, speed apart."""
+        """Return report.json; apart from speed, the same inputs on one machine give equal bytes."""
         columns, rows = self.table
         text = self.text
         return {
@@ -70,14 +70,14 @@ class EvaluationReport:
             "reference": self.reference,
             "device": self.device,
             "table": {"columns": columns, "rows": rows},
-            "base": {**_facts(self.base), "perplexity": asdict(self.base_perplexity)},
-            "noise_floor": [_measured(row) for row in self.floors],
-            "candidates": [_measured(row) for row in self.candidates],
+            "base": {**_model_json(self.base), "perplexity": asdict(self.base_perplexity)},
+            "noise_floor": [_row_json(row) for row in self.floors],
+            "candidates": [_row_json(row) for row in self.candidates],
             "bins": list(EDGES),
         }
 
 
-def _facts(model: EvaluatedModel) -> dict[str, Any]:
+def _model_json(model: EvaluatedModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "stored": model.stored,
@@ -88,14 +88,14 @@ def _facts(model: EvaluatedModel) -> dict[str, Any]:
     }
 
 
-def _measured(row: ModelMeasurement) -> dict[str, Any]:
+def _row_json(row: ModelMeasurement) -> dict[str, Any]:
     figures = asdict(row.comparison)
     figures["percentiles"] = {f"{p:g}": v for p, v in row.comparison.percentiles.items()}
     return {
-        **_facts(row.model),
+        **_model_json(row.model),
         "front": row.front,
         "figures": figures,
         "distribution": list(row.distribution),
-        "worst": [asdict(wrong) for wrong in row.worst],
+        "worst": [asdict(token) for token in row.worst],
         "speed": row.speed and asdict(row.speed),
     }

@@ -1,4 +1,4 @@
-"""The one call that evaluates: prepare, sweep, figures."""
+"""Evaluate: prepare, sweep over the chunks, compute the statistics."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def evaluate(
     speed: bool = False,
     state: Path | None = None,
     progress: Progress | None = None,
-    **asked: Any,
+    **options: Any,
 ) -> EvaluationReport:
-    """Measure how far candidates are from the unquantized model.
+    """Measure how far candidates diverge from the unquantized model.
 
     Args:
         base: folder, Hub id or GGUF file of the unquantized model.
         candidates: folders, Hub ids, GGUF files, folders of them, ``hf:owner/name/path`` of one.
-        text: a text file to measure on.
-        speed: measure tokens a second of GGUF candidates too.
-        state: a file that keeps what is measured until all is, to go on after an interruption.
-        progress: told of the chunks.
-        **asked: further fields of `EvaluationRequest`.
+        text: the evaluation text.
+        speed: also measure tokens per second of GGUF candidates.
+        state: file that keeps results until the end, so that an interrupted run can resume.
+        progress: receives chunks.
+        **options: further fields of `EvaluationRequest`.
 
     Raises:
-        InputError: something cannot be read, compared or run.
-        UsageError: something is missing or contradicts.
+        InputError: a model or file cannot be read, compared or run.
+        UsageError: an option is missing, or options contradict each other.
     """
-    job = prepare(EvaluationRequest(str(base), tuple(map(str, candidates)), text, **asked))
+    job = prepare(EvaluationRequest(str(base), tuple(map(str, candidates)), text, **options))
     return run(job, speed=speed, state=state, progress=progress)
 
 
@@ -67,10 +67,10 @@ def run(
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """Do what was prepared; arguments and errors as for `evaluate`."""
+    """Run a prepared evaluation; arguments and errors as for `evaluate`."""
     device = _device(job)
-    with _floor(job) as made:
-        floors = (*job.floors, *made)
+    with _floor(job) as written:
+        floors = (*job.floors, *written)
         models = (*job.candidates, *floors)
         base, series = sweep(job, models, device=device, state=state, progress=progress)
         speeds = _speeds(job, floors) if speed else {}
@@ -109,30 +109,33 @@ def _measured(
 
 
 def _reference(job: EvaluationJob) -> str:
-    if job.reads_base is None:
+    if job.reference_file is None:
         return "run"
-    return "16-bit file" if job.reads_base == job.asked.kld_file else "compact file"
+    return "16-bit file" if job.reference_file == job.request.kld_file else "compact file"
 
 
 def _device(job: EvaluationJob) -> str:
-    """Return what transformers runs on; nothing if it does not run."""
-    running = [*job.candidates, *job.floors, *([] if job.reads_base else [job.base])]
+    """Return the device for transformers; empty if it does not run."""
+    running = [*job.candidates, *job.floors, *([] if job.reference_file else [job.base])]
     if all(model.engine != "transformers" for model in running):
         return ""
-    import torch
+    import torch  # late: llama.cpp alone does without
 
-    asked = job.asked.device
+    device = job.request.device
     torch.set_num_threads(job.threads)
-    if asked == "auto":
+    if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if asked.startswith("cuda") and not torch.cuda.is_available():
-        raise UsageError(f"--device {asked}", "torch sees no such device", hint="leave it out")
-    return asked
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {device}", "torch sees no such device", hint="leave it out")
+    return device
 
 
 @contextmanager
 def _floor(job: EvaluationJob) -> Iterator[tuple[EvaluatedModel, ...]]:
-    """Write the base as a GGUF file, where the noise floor needs one, for as long as it does."""
+    """Yield the base as a temporary F16 GGUF file if the noise floor needs one.
+
+    F16 is what people call the unquantized GGUF file, at half the size of F32.
+    """
     if not job.floor_to_make:
         yield ()
         return
@@ -140,8 +143,8 @@ def _floor(job: EvaluationJob) -> Iterator[tuple[EvaluatedModel, ...]]:
         checkpoint = fetch(str(job.base.path))
         plan = make_plan(checkpoint, load_recipe("mix", "gguf"), types=("F16",), drop_mtp=True)
         out = write(plan, Path(folder) / "floor", threads=job.threads).out
-        made = open_base(str(out / plan.files[0].name))
-        yield (replace(made, name=f"{job.base.name} in llama.cpp", plan=None, sha256=None),)
+        model = open_base(str(out / plan.files[0].name))
+        yield (replace(model, name=f"{job.base.name} in llama.cpp", plan=None, sha256=None),)
 
 
 def _speeds(job: EvaluationJob, floors: Sequence[EvaluatedModel]) -> Mapping[str, Speed]:
@@ -153,10 +156,10 @@ def _speeds(job: EvaluationJob, floors: Sequence[EvaluatedModel]) -> Mapping[str
 
 
 def _versions() -> dict[str, str]:
-    found = {"qwen35": __version__, "python": platform.python_version()}
+    versions = {"qwen35": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:
-            found[name] = version(name)
-        except PackageNotFoundError:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # engines are optional extras
             continue
-    return found
+    return versions

@@ -1,4 +1,4 @@
-"""An evaluation for people: its table, and what a reader of it must know."""
+"""An evaluation as text: its table, and notes on how to read it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from qwen35.table import table_lines
 __all__ = ["notes", "report_text"]
 
 _NEAR = 3.0
-"""Up to so many times the noise floor, a divergence says little."""
+"""A divergence below this multiple of the noise floor says little."""
 
 
 def report_text(report: EvaluationReport, width: int | None = None) -> str:
-    """Render a report for a terminal of so many columns, or for none."""
+    """Render a report, for a terminal of `width` columns if given."""
     chunks = report.chunks
     lines = [
         f"{report.base.name}, {report.base.stored} in {report.base.engine}: {chunks.count} chunks "
@@ -20,15 +20,15 @@ def report_text(report: EvaluationReport, width: int | None = None) -> str:
         "",
         *table_lines(*report.table, width),
         "",
-        "± takes tokens as independent, as llama-perplexity does; (in brackets) takes chunks",
+        "± assumes independent tokens, as llama-perplexity does; (in brackets) independent chunks",
         *notes(report),
     ]
     return "\n".join(lines)
 
 
 def notes(report: EvaluationReport) -> list[str]:
-    """Return what a reader of the table must know, a sentence each."""
-    said = [
+    """Return notes on the table, one sentence each."""
+    sentences = [
         f"noise floor: the unquantized model in {row.model.engine} ({row.model.stored}) is "
         f"{row.comparison.kld.value:.3g} nats from itself in {report.base.engine} "
         f"(99.9%: {row.comparison.percentiles[99.9]:.3g}, same top p "
@@ -36,14 +36,14 @@ def notes(report: EvaluationReport) -> list[str]:
         for row in report.floors
     ]
     if report.candidates and not report.floors:
-        said.append(f"noise floor: none between engines, all run in {report.base.engine}")
+        sentences.append(f"noise floor: none between engines, all run in {report.base.engine}")
     for row in report.candidates:
         same = row.model.engine == report.base.engine
         if not same and row.comparison.kld.value < _NEAR * report.floor:
-            said.append(f"{row.model.name}: within {_NEAR:g} times the noise floor")
+            sentences.append(f"{row.model.name}: within {_NEAR:g} times the noise floor")
     if report.reference == "16-bit file":
-        said.append(
+        sentences.append(
             "the base's log probabilities come from a 16-bit file: steps of up to 2.4e-4 nats, "
-            "so that small percentiles are noise"
+            "so small percentiles are noise"
         )
-    return said
+    return sentences

@@ -1,9 +1,9 @@
-"""The files of ``llama-perplexity --kl-divergence-base``, read and written.
+"""Reader and writer of ``llama-perplexity --kl-divergence-base`` files.
 
-``_logits_``, context (uint32), vocabulary and chunks (int32), the tokens of all chunks (int32),
-then a row for each scored token: scale and smallest log probability (float32), one uint16 for each
+Layout: ``_logits_``, context (uint32), vocabulary and chunks (int32), the tokens of all chunks
+(int32), then a row per scored token: scale and smallest log probability (float32), one uint16 per
 token of the vocabulary, padded to an even number. A log probability is ``scale * word + smallest``;
-what is more than 16 nats below the largest is cut off, so the step is at most 2.4e-4 nats.
+values more than 16 nats below the largest are clamped, so the step is at most 2.4e-4 nats.
 Source: ``tools/perplexity/perplexity.cpp`` of ggml-org/llama.cpp at 0c1e570.
 """
 
@@ -29,24 +29,25 @@ _HEAD = struct.Struct("<8sIii")
 _RANGE = np.float32(16)
 _STEPS = np.float32(65535)
 _ROWS = 16
-"""Rows encoded at a time."""
+"""Rows encoded at a time, to bound temporary arrays."""
 
 
 def _row_words(vocabulary: int) -> int:
+    """Return the uint16 words of a row: an even vocabulary, and two float32."""
     return 2 * ((vocabulary + 1) // 2) + 4
 
 
 def kld_file_size(chunks: TokenChunks, vocabulary: int) -> int:
-    """Return the bytes of a file over all of `chunks`."""
+    """Return the size in bytes of a file over all of `chunks`."""
     head = _HEAD.size + chunks.ids.size * 4
     return head + chunks.count * chunks.scored * _row_words(vocabulary) * 2
 
 
 class KldFile:
-    """A file to read, chunk by chunk.
+    """A file read chunk by chunk.
 
     Raises:
-        InputError: it is not such a file, or not whole.
+        InputError: the file has another format, or is incomplete.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,6 +62,7 @@ class KldFile:
             self.close()
             raise InputError(path.name, "not a file of llama-perplexity --kl-divergence-base")
         _, context, self.vocabulary, count = _HEAD.unpack(head)
+        # Bounds before anything is read by them: the header may be damaged or hostile.
         if not 4 <= context <= 2**20 or self.vocabulary < 1 or count < 1:
             self.close()
             found = f"context {context}, vocabulary {self.vocabulary}, {count} chunks"
@@ -71,7 +73,7 @@ class KldFile:
         if size != expected:
             self.close()
             raise InputError(
-                path.name, f"{size} bytes", expected=str(expected), hint="it is not whole"
+                path.name, f"{size} bytes", expected=str(expected), hint="the file is incomplete"
             )
         ids = np.frombuffer(self._file.read(4 * context * count), "<i4")
         self.chunks = TokenChunks(ids.reshape(count, context))
@@ -92,8 +94,8 @@ class KldFile:
         if not np.isfinite(parts).all():
             raise InputError(self._path.name, f"values that are not finite in chunk {index + 1}")
         scale, least = (np.ascontiguousarray(parts[:, i]) for i in (0, 1))
-        taken = table[:, 4 : 4 + self.vocabulary]
-        return SixteenBitReference(taken, scale, least, self.chunks.targets(index))
+        log_p = table[:, 4 : 4 + self.vocabulary]
+        return SixteenBitReference(log_p, scale, least, self.chunks.targets(index))
 
     def close(self) -> None:
         """Close the file."""
@@ -101,11 +103,11 @@ class KldFile:
 
 
 class KldWriter:
-    """Writes a file as chunks come; it has its name when it is whole.
+    """Writes a file chunk by chunk, under a temporary name until it is complete.
 
     Args:
-        path: where to.
-        chunks: what is measured.
+        path: the finished file.
+        chunks: the evaluation tokens.
         vocabulary: values in a row.
     """
 
@@ -118,35 +120,35 @@ class KldWriter:
         self._file: BinaryIO = self._partial.open("ab+")
 
     def resume(self, done: int) -> int:
-        """Go on after `done` chunks, or after as many of them as are there; return how many."""
+        """Resume after at most `done` chunks; return the number of chunks kept."""
         self._file.seek(0)
-        known = self._file.read(len(self._head)) == self._head
+        same_head = self._file.read(len(self._head)) == self._head
         size = os.fstat(self._file.fileno()).st_size - len(self._head)
-        done = min(done, size // self._chunk_bytes) if known else 0
-        self._file.truncate(len(self._head) + done * self._chunk_bytes if known else 0)
-        if not known:
+        done = min(done, size // self._chunk_bytes) if same_head else 0
+        self._file.truncate(len(self._head) + done * self._chunk_bytes if same_head else 0)
+        if not same_head:
             self._file.write(self._head)
         return done
 
     def add(self, reference: ExactReference) -> None:
-        """Append a chunk and flush it to the disk."""
+        """Append a chunk and flush it."""
         for start in range(0, len(reference.logits), _ROWS):
             self._file.write(encode(reference.logits[start : start + _ROWS]).tobytes())
         self._file.flush()
 
     def finish(self) -> None:
-        """Give the file its name."""
+        """Sync the file and rename it to its final name."""
         os.fsync(self._file.fileno())
         self._file.close()
         self._partial.rename(self._path)
 
     def close(self) -> None:
-        """Leave the unfinished file for a later run."""
+        """Close the file; an unfinished one stays for a later run."""
         self._file.close()
 
 
 def encode(logits: F32) -> U16:
-    """Encode rows in llama-perplexity's float32 arithmetic.
+    """Encode rows in llama-perplexity's float32 arithmetic, operation by operation.
 
     logits: [n, v] float32 -> [n, v + 4 or 5] uint16.
     """
@@ -155,6 +157,7 @@ def encode(logits: F32) -> U16:
     total = np.exp(logits - largest).sum(axis=1, keepdims=True, dtype=np.float64)
     log_total = np.log(total).astype(np.float32)
     scale = (largest - smallest) / _STEPS
+    # llama-perplexity multiplies by the reciprocal, which rounds differently from a division.
     inverse = np.divide(np.float32(1), scale, where=scale > 0, out=np.zeros_like(scale))
     rows = np.zeros((len(logits), _row_words(logits.shape[1])), "<u2")
     rows[:, :4] = np.hstack([scale, smallest - largest - log_total]).astype("<f4").view("<u2")

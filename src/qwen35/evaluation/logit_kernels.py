@@ -1,7 +1,7 @@
-"""The inner loops over logits, compiled by Numba: one pass over a pair of rows, nothing kept.
+"""Numba kernels over logits: one pass per pair of rows, without temporary arrays.
 
-Sums run in 256 lanes that are added up in order, so that they vectorize and still depend on no
-processor's vector width. Everything is float64 but the logits themselves.
+Sums run in 256 lanes that are added in order, so they vectorize, yet no result depends on the
+processor's vector width or the number of threads. All arithmetic is float64; logits are float32.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ __all__ = ["compare", "compare_compact", "compare_sixteen", "log_sum_exp"]
 
 _LANES = 256
 _LOG2E = 1.4426950408889634
-_LN2_HIGH, _LN2_LOW = 0.6931471805599453, 2.3190468138462996e-17
+_LN2_HIGH, _LN2_LOW = 0.6931471805599453, 2.3190468138462996e-17  # ln 2 in two parts
 _SHIFT = 6755399441055744.0
-"""1.5 * 2**52: adding it rounds to a whole number, which is then in the low bits."""
+"""1.5 * 2**52: adding it rounds to an integer, which is then in the low bits."""
 
 _LEAST = -700.0
+"""Arguments of `_exp` are clamped here, where e**x is still a normal float64."""
+
 _CUT = -16.0
-"""llama-perplexity leaves out tokens whose base log probability is not above this."""
+"""llama-perplexity skips tokens whose base log probability is not above this."""
 
 
 @inlined
 def _exp(x: Any) -> Any:
-    """Return e**x to 1e-15 relative, for x <= 0: 2**n times a Taylor polynomial, no branch."""
+    """Return e**x for x <= 0, to a relative 1e-15: 2**n times a Taylor polynomial.
+
+    Inlined and free of branches and calls, so that the loops around it vectorize.
+    """
     x = max(x, _LEAST)
     shifted = x * _LOG2E + _SHIFT
     whole = shifted - _SHIFT
@@ -54,17 +59,18 @@ def _top(row: Any) -> Any:
     """Return the index of the largest value, the first of equals; -1 if any value is NaN."""
     lanes = row[:1].repeat(_LANES)
     whole = row.size - row.size % _LANES
-    odd: Any = 0
+    # NaN is counted rather than branched on, so that the loop vectorizes.
+    nans: Any = 0
     for start in range(0, whole, _LANES):
         for k in range(_LANES):
             value = row[start + k]
-            odd += np.int32(value != value)  # NaN
+            nans += np.int32(value != value)
             lanes[k] = max(lanes[k], value)
     largest = lanes.max()
     for j in range(whole, row.size):
-        odd += np.int32(row[j] != row[j])
+        nans += np.int32(row[j] != row[j])
         largest = max(largest, row[j])
-    if odd:
+    if nans:
         return -1
     for j in range(row.size):
         if row[j] == largest:
@@ -74,10 +80,10 @@ def _top(row: Any) -> Any:
 
 @compiled
 def log_sum_exp(logits: Any, total: Any, top: Any) -> Any:
-    """Normalize rows.
+    """Compute log-sum-exp and top token of each row.
 
     logits: [n, v] float32 -> total: [n] float64, log of the sum of exponentials; top: [n] int64,
-    where the largest is, -1 in a row that holds NaN (its total is NaN too).
+    index of the largest, or -1 in a row with NaN (its total is NaN too).
     """
     lanes = np.empty(_LANES)
     for i in range(logits.shape[0]):
@@ -99,7 +105,7 @@ def log_sum_exp(logits: Any, total: Any, top: Any) -> Any:
 
 @compiled
 def compare(base: Any, base_total: Any, logits: Any, total: Any, kld: Any) -> Any:
-    """Kullback-Leibler divergence of rows from the base's, in nats.
+    """Compute the Kullback-Leibler divergence of rows from the base's, in nats.
 
     base, logits: [n, v] float32; base_total, total: their `log_sum_exp` -> kld: [n] float64, the
     sum of p * (log p - log q), never below 0.
@@ -116,16 +122,18 @@ def compare(base: Any, base_total: Any, logits: Any, total: Any, kld: Any) -> An
         for j in range(whole, p.size):
             x = np.float64(p[j])
             lanes[j - whole] += _exp(x - norm) * (x - np.float64(q[j]))
+        # The normalizers are constant over a row, so they are added once after the loop. Rounding
+        # may then leave equal rows a little below 0.
         kld[i] = max(0.0, lanes.sum() - (norm - total[i]))
 
 
 @compiled
 def compare_sixteen(words: Any, scale: Any, least: Any, logits: Any, total: Any, kld: Any) -> Any:
-    """Kullback-Leibler divergence of rows from 16-bit log probabilities, as llama-perplexity's.
+    """Compute the divergence of rows from 16-bit log probabilities, like llama-perplexity.
 
-    words: [n, v] uint16; scale, least: [n] float32, so that a log probability is scale * word +
-    least in float32; logits: [n, v] float32; total: their `log_sum_exp` -> kld: [n] float64. It may
-    be below 0: the words do not add up to 1, and tokens at `_CUT` or below are left out.
+    words: [n, v] uint16; scale, least: [n] float32: a log probability is scale * word + least in
+    float32; logits: [n, v] float32; total: their `log_sum_exp` -> kld: [n] float64. It may be below
+    0: the stored probabilities do not add up to 1, and tokens at `_CUT` or below are skipped.
     """
     lanes = np.empty(_LANES)
     for i in range(logits.shape[0]):
@@ -136,8 +144,8 @@ def compare_sixteen(words: Any, scale: Any, least: Any, logits: Any, total: Any,
         for start in range(0, whole, _LANES):
             for k in range(_LANES):
                 x = np.float64(np.float32(step * np.float32(w[start + k])) + low)
-                taken = np.float64(x > _CUT)
-                lanes[k] += taken * _exp(x) * (x - np.float64(q[start + k]) + norm)
+                mask = np.float64(x > _CUT)  # a factor, not a branch, so that the loop vectorizes
+                lanes[k] += mask * _exp(x) * (x - np.float64(q[start + k]) + norm)
         for j in range(whole, q.size):
             x = np.float64(np.float32(step * np.float32(w[j])) + low)
             if x > _CUT:
@@ -157,12 +165,13 @@ def compare_compact(
     ids: Any,
     kept: Any,
 ) -> Any:
-    """Kullback-Leibler divergence from a base of which only the likely tokens are known.
+    """Compute the divergence from a base of which only the likely tokens are stored.
 
-    begins, ends: [n] int64, which of ids (ascending) and kept, tokens and log probabilities, are a
-    row's; rest: [n] float64, the probability of all others together; logits: [n, v] float32; total:
-    their `log_sum_exp` -> kld: [n] float64, the others counted as one; spread: [n] float64, how far
-    the model's log probabilities of the least likely token and of all others together are apart.
+    begins, ends: [n] int64, each row's range in ids (ascending tokens) and kept (their log
+    probabilities); rest: [n] float64, total probability of the others; logits: [n, v] float32;
+    total: their `log_sum_exp` -> kld: [n] float64, with the others as one token; spread: [n]
+    float64, the model's log probability of all others together minus that of its least likely
+    token.
     """
     for i in range(logits.shape[0]):
         row, norm = logits[i], total[i]
@@ -177,7 +186,7 @@ def compare_compact(
                 slot += 1
             else:
                 others += _exp(x - norm)
-        log_others = np.log(max(others, 1e-300))
+        log_others = np.log(max(others, 1e-300))  # 0 if every token is kept
         if rest[i] > 0.0:
             inside += rest[i] * (np.log(rest[i]) - log_others)
         kld[i] = max(0.0, inside)

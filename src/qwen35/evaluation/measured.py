@@ -1,4 +1,4 @@
-"""What was found of one model, as values."""
+"""The measurements of one model, as values."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from qwen35.evaluation.text_chunks import Decode, TokenChunks
 __all__ = ["EDGES", "ModelMeasurement", "WrongToken", "distribution", "front", "worst"]
 
 EDGES = tuple(10 ** (i / 5) for i in range(-40, 11))
-"""Bounds of the bins of divergence, in nats: five a factor of ten, 1e-8 to 100."""
+"""Bin edges of the divergence histogram, in nats: five per decade, 1e-8 to 100."""
 
 _WORST = 12
 _BEFORE, _AFTER = 48, 8
-"""Tokens of context shown around one that went wrong."""
+"""Tokens of context shown around a wrong one."""
 
 
 @dataclass(frozen=True)
 class WrongToken:
-    """A token where a candidate is far from the base.
+    """A token where a candidate diverges far from the base.
 
     Args:
         chunk: counted from 1.
-        place: in the chunk, counted from 0.
-        kld: divergence of the prediction of it, in nats.
+        place: position in the chunk, counted from 0.
+        kld: divergence of its prediction, in nats.
         before: the text before it.
-        token: the token that came.
+        token: the actual token.
         after: the text after it.
-        base_top: what the base held most likely.
-        top: what the candidate did.
-        base_probability: the base's, of the token that came.
-        probability: the candidate's.
+        base_top: the base's most likely token.
+        top: the candidate's most likely token.
+        base_probability: the base's probability of the actual token.
+        probability: the candidate's probability of the actual token.
     """
 
     chunk: int
@@ -54,15 +54,15 @@ class WrongToken:
 
 @dataclass(frozen=True)
 class ModelMeasurement:
-    """One model and what was found of it.
+    """The measurements of one model.
 
     Args:
-        model: what was run.
+        model: the model.
         comparison: its figures.
-        distribution: tokens in each bin of `EDGES`; those below the first are in the first bin.
-        worst: tokens where it is farthest from the base.
-        speed: on this machine, if that was asked for.
-        front: whether no other candidate is both smaller and nearer.
+        distribution: tokens per bin of `EDGES`; smaller and larger values count in the end bins.
+        worst: the tokens that diverge most from the base.
+        speed: on this machine, if requested.
+        front: whether it is on the Pareto front of size and divergence.
     """
 
     model: EvaluatedModel
@@ -81,14 +81,14 @@ def distribution(series: Series) -> list[int]:
 
 
 def worst(base: Series, series: Series, chunks: TokenChunks, decode: Decode) -> list[WrongToken]:
-    """Return the tokens of largest divergence, largest first."""
+    """Return the tokens with the largest divergences, largest first."""
     assert series.kld is not None
     order = np.argsort(-series.kld, axis=None, kind="stable")[:_WORST]
-    found = []
+    tokens = []
     for chunk, row in zip(*np.unravel_index(order, series.kld.shape), strict=True):
         ids = [int(i) for i in chunks.ids[chunk]]
         place = chunks.first + 1 + int(row)
-        found.append(
+        tokens.append(
             WrongToken(
                 chunk=int(chunk) + 1,
                 place=place,
@@ -102,11 +102,11 @@ def worst(base: Series, series: Series, chunks: TokenChunks, decode: Decode) -> 
                 probability=exp(-float(series.nll[chunk, row])),
             )
         )
-    return found
+    return tokens
 
 
 def front(sizes: Sequence[int], klds: Sequence[float]) -> list[bool]:
-    """Return which points no other one beats in both; equal points are on the front together.
+    """Return which points are on the Pareto front; equal points are on it together.
 
     >>> front([3, 2, 4, 3], [0.1, 0.2, 0.05, 0.3])
     [True, True, True, False]

@@ -1,4 +1,4 @@
-"""What is measured: a checkpoint or a GGUF file, which engine runs it, and its vocabulary."""
+"""Models to evaluate: a checkpoint or GGUF file, the engine that runs it, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ Engine = Literal["llama.cpp", "transformers"]
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What turns text into token ids, apart from code.
+    """The data of a tokenizer, for comparison.
 
     Args:
         pre: llama.cpp's name of the pre-tokenizer.
-        tokens: by id, padding included: as many as a row of logits has values.
-        merges: in order, two tokens and a space between.
+        tokens: by id, with padding: as many as a row of logits has values.
+        merges: in order, two tokens separated by a space.
     """
 
     pre: str
@@ -47,12 +47,12 @@ class TokenizerIdentity:
     merges: Sequence[str]
 
     def difference(self, base: TokenizerIdentity) -> tuple[str, str] | None:
-        """Return what is here and what the base has instead; None if they are the same."""
+        """Return the first difference as (this, the base's); None if they are the same."""
         if len(self.tokens) != len(base.tokens):
             return f"a vocabulary of {len(self.tokens)}", str(len(base.tokens))
-        for i, (mine, its) in enumerate(zip(self.tokens, base.tokens, strict=True)):
-            if mine != its:
-                return f"token {i} is {mine!r}", repr(its)
+        for i, (own, other) in enumerate(zip(self.tokens, base.tokens, strict=True)):
+            if own != other:
+                return f"token {i} is {own!r}", repr(other)
         if list(self.merges) != list(base.merges):
             return "other merges in its tokenizer", "the base's"
         return (f"pre-tokenizer {self.pre!r}", repr(base.pre)) if self.pre != base.pre else None
@@ -63,15 +63,15 @@ class EvaluatedModel:
     """A model to run.
 
     Args:
-        name: what it is called in tables.
+        name: its name in tables.
         path: a GGUF file or the folder of a checkpoint.
-        engine: what runs it.
-        stored: how its weights are stored: a GGUF file type, a codec's label or a dtype.
+        engine: runs it.
+        stored: storage format: a GGUF file type, a codec's label or a dtype.
         exact: whether nothing in it is quantized.
         nbytes: bytes of its weight files.
-        loaded: bytes that its weights take in memory.
-        alphabet: its vocabulary.
-        plan: digest of the plan that it was written by, if it has a manifest.
+        loaded: bytes of its weights in memory.
+        tokenizer: its tokenizer.
+        plan: digest of the plan it was written by, if it has a manifest.
         sha256: of a GGUF file, if it has a manifest.
     """
 
@@ -82,33 +82,33 @@ class EvaluatedModel:
     exact: bool
     nbytes: int
     loaded: int
-    alphabet: TokenizerIdentity
+    tokenizer: TokenizerIdentity
     plan: str | None = None
     sha256: str | None = None
 
     @property
     def width(self) -> int:
         """Values in a row of its logits."""
-        return len(self.alphabet.tokens)
+        return len(self.tokenizer.tokens)
 
     def identity(self) -> list[object]:
-        """Return what changes when its files change: name, size and time of each."""
+        """Return what changes with its files: name, size and modification time of each."""
         files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
         rows = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         return [self.name, self.engine, rows]
 
 
-def open_base(given: str, *, token: str | None = None) -> EvaluatedModel:
+def open_base(source: str, *, token: str | None = None) -> EvaluatedModel:
     """Open BASE: a checkpoint, or one GGUF file.
 
     Raises:
         InputError: it is quantized, or not a model.
         HubError: the Hub refused, or was not reached.
     """
-    models = _open(given, token)
+    models = _open(source, token)
     if len(models) > 1:
         names = ", ".join(model.path.name for model in models)
-        raise InputError(given, f"{len(models)} models in it ({names})", hint="name one as BASE")
+        raise InputError(source, f"{len(models)} models in it ({names})", hint="name one as BASE")
     if not models[0].exact:
         raise InputError(
             models[0].name,
@@ -119,19 +119,19 @@ def open_base(given: str, *, token: str | None = None) -> EvaluatedModel:
     return models[0]
 
 
-def open_candidates(given: Sequence[str], *, token: str | None = None) -> list[EvaluatedModel]:
-    """Open candidates; a folder of GGUF files is as many candidates. Names are made unique.
+def open_candidates(sources: Sequence[str], *, token: str | None = None) -> list[EvaluatedModel]:
+    """Open candidates, each GGUF file of a folder as one; make their names unique.
 
     Raises:
         InputError: one is not a model.
         HubError: the Hub refused, or was not reached.
     """
-    models = [model for text in given for model in _open(text, token)]
+    models = [model for source in sources for model in _open(source, token)]
     counts = Counter(model.name for model in models)
-    twice = [model for model in models if counts[model.name] > 1]
+    same_name = [model for model in models if counts[model.name] > 1]
     if len({model.path.resolve() for model in models}) < len(models):
-        raise InputError(twice[0].name, "given twice")
-    return [_renamed(model) if model in twice else model for model in models]
+        raise InputError(same_name[0].name, "given twice")
+    return [_renamed(model) if model in same_name else model for model in models]
 
 
 def _renamed(model: EvaluatedModel) -> EvaluatedModel:
@@ -139,12 +139,12 @@ def _renamed(model: EvaluatedModel) -> EvaluatedModel:
 
 
 def check_same_tokens(candidate: EvaluatedModel, base: EvaluatedModel) -> None:
-    """Refuse a candidate that would read the base's token ids as other text.
+    """Refuse a candidate that would decode the base's token ids to other text.
 
     Raises:
         InputError: its vocabulary or tokenizer differs.
     """
-    difference = candidate.alphabet.difference(base.alphabet)
+    difference = candidate.tokenizer.difference(base.tokenizer)
     if difference is not None:
         found, expected = difference
         raise InputError(
@@ -155,15 +155,16 @@ def check_same_tokens(candidate: EvaluatedModel, base: EvaluatedModel) -> None:
         )
 
 
-def _open(given: str, token: str | None) -> list[EvaluatedModel]:
-    found = gguf_files(given, token=token)
-    if found is None:
-        return [_checkpoint(given, token)]
-    files = found.fetch(token)
+def _open(source: str, token: str | None) -> list[EvaluatedModel]:
+    located = gguf_files(source, token=token)
+    if located is None:
+        return [_checkpoint(source, token)]
+    files = located.fetch(token)
+    # A folder may also hold importance matrices and vision projectors, which have another type.
     containers = [read_gguf(files, name) for name in files.names]
     models = [_gguf(c) for c in containers if c.keys.get("general.type", "model") == "model"]
     if not models:
-        raise InputError(given, "no language model in it", expected="GGUF files of Qwen3.5")
+        raise InputError(source, "no language model in it", expected="GGUF files of Qwen3.5")
     return models
 
 
@@ -176,6 +177,7 @@ def _gguf(container: GgufHeader) -> EvaluatedModel:
     tokens, merges = (keys.get(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
     if not isinstance(tokens, list) or not isinstance(merges, list):
         raise InputError(path.name, "no vocabulary in it", expected="tokenizer.ggml.tokens, merges")
+    # Every model gets the base's token ids, without the tokens that such a file expects.
     if keys.get("tokenizer.ggml.add_bos_token") or keys.get("tokenizer.ggml.add_eos_token"):
         raise InputError(path.name, "its tokenizer adds tokens", expected="that of Qwen3.5")
     code = keys.get("general.file_type")
@@ -190,7 +192,7 @@ def _gguf(container: GgufHeader) -> EvaluatedModel:
         exact=not any(_codec(entry).packed for entry in container.tensors.values()),
         nbytes=container.nbytes,
         loaded=container.nbytes,
-        alphabet=TokenizerIdentity(str(keys.get("tokenizer.ggml.pre", "")), tokens, merges),
+        tokenizer=TokenizerIdentity(str(keys.get("tokenizer.ggml.pre", "")), tokens, merges),
         plan=str(manifest["plan"]) if manifest and entry else None,
         sha256=entry["sha256"] if entry else None,
     )
@@ -200,8 +202,8 @@ def _codec(entry: GgufTensor) -> Codec:
     return CODECS[codec_name(entry.kind.name)]
 
 
-def _checkpoint(given: str, token: str | None) -> EvaluatedModel:
-    checkpoint = fetch(given, token=token)
+def _checkpoint(source: str, token: str | None) -> EvaluatedModel:
+    checkpoint = fetch(source, token=token)
     folder = checkpoint.folder()
     packed = [weight for weight in checkpoint.weights if is_packed(weight)]
     width = checkpoint.config.dims["vocab"]
@@ -216,7 +218,7 @@ def _checkpoint(given: str, token: str | None) -> EvaluatedModel:
         exact=not packed,
         nbytes=sum(checkpoint.file_sizes.values()),
         loaded=sum(map(_in_memory, checkpoint.weights)),
-        alphabet=TokenizerIdentity(
+        tokenizer=TokenizerIdentity(
             vocabulary.pre, vocabulary.tokens, list(vocabulary.special.merges)
         ),
         plan=str(manifest["plan"]) if manifest else None,
@@ -224,6 +226,6 @@ def _checkpoint(given: str, token: str | None) -> EvaluatedModel:
 
 
 def _in_memory(weight: Weight) -> int:
-    """Return what a weight takes in transformers: as stored, or decoded to float32."""
+    """Return a weight's bytes in transformers: as stored, or decoded to float32."""
     codec = codec_of(weight)
     return weight.nbytes if codec.in_memory else 4 * codec.numel(weight)

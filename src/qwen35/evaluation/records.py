@@ -1,7 +1,7 @@
-"""A file that grows record by record and never holds half of one: it is cut after the last whole.
+"""An append-only record file for resuming: a torn last record is ignored and overwritten.
 
-A line that says what it is, a JSON header on a line of its own, then records: length and CRC-32
-(uint32), payload.
+Layout: a magic line, a line with a JSON header, then records of length (uint32), CRC-32 (uint32)
+and payload.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ __all__ = ["RecordFile"]
 
 _FRAME = struct.Struct("<II")
 _MAX_HEAD = 2**20
+"""Bound on the header's bytes, so that a file of another kind is not read whole."""
 
 
 class RecordFile:
-    """Such a file.
+    """A record file, open for appending or reading.
 
     Args:
         path: the file.
-        magic: its first line, without the line end.
-        head: what it must say of itself when it is continued; None to read whatever there is.
+        magic: its first line, without the newline.
+        head: header to write; an existing file with another header is emptied. None opens the file
+            for reading.
 
     Attributes:
-        head: what it says of itself.
-        count: how many records are whole.
+        head: the file's header.
+        count: number of complete records.
 
     Raises:
-        InputError: reading, and it is not such a file.
+        InputError: the file cannot be opened, or is read and has another format.
     """
 
     def __init__(self, path: Path, magic: str, head: Mapping[str, Any] | None = None) -> None:
@@ -46,17 +48,17 @@ class RecordFile:
         except OSError as error:
             raise InputError(str(path), f"cannot be opened ({error.strerror})") from error
         self._size = os.fstat(self._file.fileno()).st_size
-        found = self._read_head(magic)
-        if writing and found != head:
+        current = self._read_head(magic)
+        if writing and current != head:
             self._file.truncate(0)
             self._file.write(f"{magic}\n{json.dumps(head)}\n".encode())
             self._file.flush()
             self._size = os.fstat(self._file.fileno()).st_size
-            found = self._read_head(magic)
-        if found is None:
+            current = self._read_head(magic)
+        if current is None:
             self.close()
             raise InputError(path.name, "not a file of this kind", expected=magic)
-        self.head: Any = found
+        self.head: Any = current
         self._start = self._file.tell()
         self._frames = self._scan()
 
@@ -71,13 +73,13 @@ class RecordFile:
             return None
 
     def _scan(self) -> list[tuple[int, int, int]]:
-        """Return start, length and checksum of each record that is there in full length."""
+        """Return start, length and checksum of each record of full length."""
         frames, position = [], self._start
         while position + _FRAME.size <= self._size:
             self._file.seek(position)
             length, checksum = _FRAME.unpack(self._file.read(_FRAME.size))
             position += _FRAME.size
-            if position + length > self._size:
+            if position + length > self._size:  # torn by a crash
                 break
             frames.append((position, length, checksum))
             position += length
@@ -85,14 +87,14 @@ class RecordFile:
 
     @property
     def count(self) -> int:
-        """How many records."""
+        """Number of records."""
         return len(self._frames)
 
     def read(self, index: int) -> bytes:
         """Return a record.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the record is damaged.
         """
         begin, length, checksum = self._frames[index]
         self._file.seek(begin)
@@ -102,7 +104,7 @@ class RecordFile:
         return data
 
     def cut(self, count: int) -> None:
-        """Drop all records but the first `count`, and what is broken after them."""
+        """Keep only the first `count` records; drop a torn one too."""
         self._frames = self._frames[:count]
         if self._frames:
             begin, length, _ = self._frames[-1]
@@ -111,7 +113,7 @@ class RecordFile:
             self._file.truncate(self._start)
 
     def append(self, data: bytes) -> None:
-        """Add a record and hand it to the system; one write, so that it is whole or broken."""
+        """Append a record with one flushed write, so that a crash can tear only this record."""
         self._file.seek(0, os.SEEK_END)
         begin = self._file.tell() + _FRAME.size
         self._file.write(_FRAME.pack(len(data), zlib.crc32(data)) + data)

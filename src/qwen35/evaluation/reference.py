@@ -1,6 +1,6 @@
-"""What candidates are compared with: the base's logits, 16-bit log probabilities, or a few of them.
+"""References that candidates are compared with: exact logits, 16-bit or compact log probabilities.
 
-Every reference holds one chunk's scored tokens: `n` rows over a vocabulary of `v`.
+Every reference covers one chunk's scored tokens: `n` rows over a vocabulary of `v`.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ChunkComparison:
-    """One model's chunk.
+    """One model's results for a chunk.
 
     Args:
         nll: [n] float64, negative log probability of each target, in nats.
         top: [n] int64, the most likely token.
-        kld: [n] float64, divergence from the reference in nats.
-        bound: [n] float64, how much more it can be; None if it is exact.
+        kld: [n] float64, divergence from the reference, in nats.
+        bound: [n] float64, upper bound on what `kld` misses; None if `kld` is exact.
     """
 
     nll: F64
@@ -46,7 +46,7 @@ class ChunkComparison:
 
 
 class Reference(Protocol):
-    """One chunk of the base: its own figures, and a candidate's against it."""
+    """One chunk of the base: its own results, and comparison with a candidate."""
 
     @property
     def nll(self) -> F64:
@@ -61,14 +61,14 @@ class Reference(Protocol):
 
 
 def normalize(logits: F32, targets: I64, threads: int) -> tuple[F64, F64, I64]:
-    """Return log-sum-exp, negative log probability of the target and most likely token; all [n]."""
+    """Return log-sum-exp, negative log probability of the target, and top token; all [n]."""
     total, top = np.empty(len(logits)), np.empty(len(logits), np.int64)
     _spread(threads, logit_kernels.log_sum_exp, logits, total, top)
     return total, total - logits[np.arange(len(logits)), targets], top
 
 
 def _spread(threads: int, kernel: Callable[..., Any], *arrays: Any) -> None:
-    """Run a kernel on ranges of rows of all arrays, one range a thread."""
+    """Run a kernel on row ranges of all arrays, one range per thread."""
     count = len(arrays[0])
     cuts = np.linspace(0, count, min(threads, count) + 1).astype(int)
     parts = [tuple(a[i:j] for a in arrays) for i, j in pairwise(cuts)]
@@ -76,17 +76,17 @@ def _spread(threads: int, kernel: Callable[..., Any], *arrays: Any) -> None:
         kernel(*parts[0])
         return
     with ThreadPoolExecutor(len(parts)) as pool:
-        for done in [pool.submit(kernel, *part) for part in parts]:
-            done.result()
+        for future in [pool.submit(kernel, *part) for part in parts]:
+            future.result()
 
 
 class ExactReference:
     """The base's own logits.
 
     Args:
-        logits: [n, v] float32; kept, not copied.
-        targets: [n], the tokens that came.
-        threads: of the kernels.
+        logits: [n, v] float32; not copied.
+        targets: [n], the actual next tokens.
+        threads: for the kernels.
     """
 
     def __init__(self, logits: F32, targets: I64, threads: int) -> None:
@@ -102,23 +102,23 @@ class ExactReference:
 
 
 class SixteenBitReference:
-    """A chunk of a file of llama-perplexity's.
+    """A chunk of a llama-perplexity file.
 
     Args:
         words: [n, v] uint16.
         scale: [n] float32.
         least: [n] float32; a log probability is ``scale * word + least``.
-        targets: [n], the tokens that came.
+        targets: [n], the actual next tokens.
     """
 
     def __init__(self, words: U16, scale: F32, least: F32, targets: I64) -> None:
         self.words, self.scale, self.least = words, scale, least
-        taken = words[np.arange(len(words)), targets].astype(np.float32)
-        self.nll = -(scale * taken + least).astype(np.float64)
+        target_words = words[np.arange(len(words)), targets].astype(np.float32)
+        self.nll = -(scale * target_words + least).astype(np.float64)
         self.top = words.argmax(axis=1)
 
     def against(self, logits: F32, targets: I64, threads: int) -> ChunkComparison:
-        """Compare a candidate's logits, [n, v]; the divergence is as rough as the file."""
+        """Compare a candidate's logits, [n, v]; the divergence has the file's 16-bit precision."""
         total, nll, top = normalize(logits, targets, threads)
         kld = np.empty(len(logits))
         arrays = (self.words, self.scale, self.least, logits, total, kld)
@@ -126,25 +126,26 @@ class SixteenBitReference:
         return ChunkComparison(nll, top, kld)
 
 
-def _with_tokens(*rows: Any, ids: Any, kept: Any) -> None:
+def _compare_compact(*rows: Any, ids: Any, kept: Any) -> None:
+    # `_spread` slices positional arrays by row; ids and kept are indexed by token instead.
     logit_kernels.compare_compact(*rows, ids, kept)
 
 
 @dataclass(frozen=True)
 class CompactReference:
-    """The likely tokens of each row, and the sum of all others.
+    """The likely tokens of each row, and the sum over the others.
 
-    The divergence is that of the kept tokens one by one and all others as one token: never above
-    the true one. What is missing is ``rest * KL(others of base || others of candidate)``, and that
-    is at most ``inner + rest * log(q(others) / min q)``.
+    The divergence counts the kept tokens one by one and all others as a single token, so by the log
+    sum inequality it is never above the true one. It misses ``rest * KL(others of base || others of
+    candidate)``, which is at most ``inner + rest * log(q(others) / min q)``.
 
     Args:
         nll: [n] float64.
         top: [n] int64.
-        starts: [n + 1] int64, where each row's tokens begin.
+        starts: [n + 1] int64, index of each row's first token.
         ids: tokens, ascending in each row.
-        kept: [starts[-1]] float32, their log probabilities.
-        rest: [n] float64, the probability of all others.
+        kept: [starts[-1]] float32, log probabilities of `ids`.
+        rest: [n] float64, the probability of all other tokens.
         inner: [n] float64, the sum of p * log(p / rest) over them, 0 or less.
     """
 
@@ -161,7 +162,7 @@ class CompactReference:
         total, nll, top = normalize(logits, targets, threads)
         kld, spread = np.empty(len(logits)), np.empty(len(logits))
         ranges = (self.starts[:-1], self.starts[1:], self.rest)
-        kernel = partial(_with_tokens, ids=self.ids, kept=self.kept)
+        kernel = partial(_compare_compact, ids=self.ids, kept=self.kept)
         _spread(threads, kernel, *ranges, logits, total, kld, spread)
         bound = np.maximum(0.0, self.inner + self.rest * spread)
         return ChunkComparison(nll, top, kld, bound)

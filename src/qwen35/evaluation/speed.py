@@ -1,4 +1,4 @@
-"""How fast llama.cpp runs a file on this machine."""
+"""Speed of GGUF files in llama.cpp on this machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _PROMPT, _GENERATED, _ROUNDS = 512, 32, 3
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second, medians of several rounds.
+    """Tokens per second, medians of several rounds.
 
     Args:
-        prompt: reading a prompt of 512 tokens.
-        generation: writing after it, one token at a time.
-        prompt_ratio: to that of the unquantized file.
-        generation_ratio: the same.
+        prompt: processing a prompt of 512 tokens.
+        generation: generating after it, one token at a time.
+        prompt_ratio: relative to the unquantized file.
+        generation_ratio: relative to the unquantized file.
     """
 
     prompt: float
@@ -34,22 +34,25 @@ class Speed:
 def measure_speed(
     models: Sequence[EvaluatedModel], unquantized: EvaluatedModel, threads: int
 ) -> Mapping[str, Speed]:
-    """Measure GGUF files in turn, round by round, against the unquantized one; by name."""
-    every = [unquantized, *models]
-    seconds: list[list[tuple[float, float]]] = [[] for _ in every]
-    loaded = [Llama(m.path, context=_PROMPT + _GENERATED, threads=threads) for m in every]
+    """Measure GGUF files and the unquantized one; return speeds by name."""
+    files = [unquantized, *models]
+    timings: list[list[tuple[float, float]]] = [[] for _ in files]
+    loaded = [Llama(m.path, context=_PROMPT + _GENERATED, threads=threads) for m in files]
     try:
-        for llama in loaded:
+        for llama in loaded:  # warm-up: pages in the mapped file
             llama.seconds(_PROMPT, 1)
+        # Round by round rather than file by file, so that drift of the machine hits all alike.
         for _ in range(_ROUNDS):
-            for llama, taken in zip(loaded, seconds, strict=True):
-                taken.append(llama.seconds(_PROMPT, _GENERATED))
+            for llama, rounds in zip(loaded, timings, strict=True):
+                rounds.append(llama.seconds(_PROMPT, _GENERATED))
     finally:
         for llama in loaded:
             llama.close()
-    prompt = [_PROMPT / median(p for p, _ in taken) for taken in seconds]
-    written = [_GENERATED / median(g for _, g in taken) for taken in seconds]
+    prompt = [_PROMPT / median(p for p, _ in rounds) for rounds in timings]
+    generation = [_GENERATED / median(g for _, g in rounds) for rounds in timings]
     return {
-        model.name: Speed(prompt[i], written[i], prompt[i] / prompt[0], written[i] / written[0])
-        for i, model in enumerate(every)
+        model.name: Speed(
+            prompt[i], generation[i], prompt[i] / prompt[0], generation[i] / generation[0]
+        )
+        for i, model in enumerate(files)
     }

@@ -1,4 +1,4 @@
-"""From a text to chunks of token ids, as llama-perplexity cuts it."""
+"""Text cut into chunks of token ids, as in llama-perplexity."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["CONTEXT", "Decode", "TokenChunks", "cut", "read_text", "tokenize", "
 Decode = Callable[[Sequence[int]], str]
 
 CONTEXT = 512
-"""Tokens a chunk, llama-perplexity's default."""
+"""Tokens per chunk; llama-perplexity's default."""
 
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text to measure on.
+    """The evaluation text.
 
     Args:
         name: of its file.
-        content: without one newline at its end, which llama-perplexity drops.
+        content: without one trailing newline, which llama-perplexity drops too.
         nbytes: of the file.
         sha256: of the file.
     """
@@ -43,7 +43,7 @@ class EvaluationText:
 
 @dataclass(frozen=True)
 class TokenChunks:
-    """Token ids in chunks; what is left at the end of the text is dropped.
+    """Token ids in chunks; a partial chunk at the end is dropped.
 
     Args:
         ids: [chunks, context] int32.
@@ -53,26 +53,26 @@ class TokenChunks:
 
     @property
     def count(self) -> int:
-        """How many chunks."""
+        """Number of chunks."""
         return len(self.ids)
 
     @property
     def context(self) -> int:
-        """Tokens a chunk."""
+        """Tokens per chunk."""
         return int(self.ids.shape[1])
 
     @property
     def first(self) -> int:
-        """The place from whose logits on tokens are scored: half a context is always known."""
+        """First position whose logits are scored: every prediction sees half a chunk."""
         return self.context // 2
 
     @property
     def scored(self) -> int:
-        """Scored tokens a chunk: those after the places `first` to the last but one."""
+        """Scored tokens per chunk: those after positions `first` to the last but one."""
         return self.context - 1 - self.first
 
     def inputs(self, chunk: int) -> list[int]:
-        """Return what a model reads: all but the last token, which is only a target."""
+        """Return a model's input: all but the last token, which is only a target."""
         return [int(i) for i in self.ids[chunk, :-1]]
 
     def targets(self, chunk: int) -> I64:
@@ -81,7 +81,7 @@ class TokenChunks:
 
     @property
     def sha256(self) -> str:
-        """A hash of the ids as little-endian int32."""
+        """Hash of the ids as little-endian int32."""
         return hashlib.sha256(np.ascontiguousarray(self.ids, "<i4").tobytes()).hexdigest()
 
 
@@ -89,7 +89,7 @@ def read_text(path: Path) -> EvaluationText:
     """Read a text file.
 
     Raises:
-        InputError: it cannot be read, or is not UTF-8.
+        InputError: the file cannot be read or is not UTF-8.
     """
     try:
         data = path.read_bytes()
@@ -105,10 +105,10 @@ def read_text(path: Path) -> EvaluationText:
 
 
 def tokenizer_of(model: EvaluatedModel) -> tuple[Callable[[str], Sequence[int]], Decode]:
-    """Return a model's own tokenizer, both ways; special tokens in a text are text to it.
+    """Return a model's encode and decode; special tokens spelled out in a text stay plain text.
 
     Raises:
-        UsageError: what it needs is not installed.
+        UsageError: the engine is not installed.
     """
     if model.engine == "llama.cpp":
         llama = Llama(model.path, vocabulary_only=True)
@@ -131,16 +131,16 @@ def tokenize(
     """Cut a text into chunks.
 
     Raises:
-        InputError: it is shorter than two chunks.
+        InputError: the text is shorter than two chunks.
     """
     return cut(encode(text.content), context, text.name)
 
 
 def cut(ids: Sequence[int], context: int, name: str) -> TokenChunks:
-    """Cut token ids into chunks; two are the least, as in llama-perplexity.
+    """Cut token ids into chunks, at least two, as in llama-perplexity.
 
     Raises:
-        InputError: there are fewer.
+        InputError: there are too few tokens.
     """
     count = len(ids) // context
     if count < 2:

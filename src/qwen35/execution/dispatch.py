@@ -1,4 +1,4 @@
-"""Handing out jobs: to processes here or elsewhere, again when one dies, until all are done."""
+"""Dispatch jobs to a pool of workers, and retry jobs whose worker dies."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from qwen35.execution.failures import raise_failure
 __all__ = ["TRIES", "JobOutcome", "WorkerJob", "WorkerPool", "dispatch"]
 
 TRIES = 3
-"""How often a job is begun whose worker dies."""
+"""Attempts at a job whose worker dies."""
 
 
 @dataclass(frozen=True)
 class WorkerJob:
-    """Something to be done by a worker.
+    """A job for a worker.
 
     Args:
-        name: what it is about, for people.
-        order: for the worker, plain JSON.
-        done: told of the worker's answer; returns jobs that can be done from now on.
+        name: shown in progress and errors.
+        request: plain JSON for the worker.
+        done: receives the worker's result; returns the jobs that can start now.
     """
 
     name: str
-    order: Mapping[str, Any]
+    request: Mapping[str, Any]
     done: Callable[[Any], Sequence[WorkerJob]]
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """How a job ended.
+    """The end of a job.
 
     Args:
-        number: of the job.
-        answer: of `qwen35.execution.worker.answer`; None if the worker died.
-        lost: how it died.
+        number: the job's number.
+        answer: returned by `qwen35.execution.worker.answer`; None if the worker died.
+        lost: how the worker died.
     """
 
     number: int
@@ -50,31 +50,31 @@ class JobOutcome:
 
 
 class WorkerPool(Closing):
-    """Workers, wherever they are; closing it ends all of them, whatever they are doing."""
+    """A set of workers; closing the pool kills them, busy or not."""
 
     @property
     @abstractmethod
     def slots(self) -> int:
-        """How many jobs are worth beginning at once."""
+        """Number of jobs to run at once."""
 
     @abstractmethod
-    def begin(self, number: int, order: Mapping[str, Any]) -> None:
-        """Give a job to a worker."""
+    def begin(self, number: int, request: Mapping[str, Any]) -> None:
+        """Start a job on a free worker."""
 
     @abstractmethod
     def wait(self) -> Iterable[JobOutcome]:
-        """Wait until a job ends; return all that have."""
+        """Wait until a job ends; return all jobs that ended."""
 
 
 def dispatch(pool: WorkerPool, jobs: Iterable[WorkerJob]) -> None:
-    """Have all jobs done; no slot of the pool is idle while one is left to begin.
+    """Run all jobs; no slot of the pool is idle while jobs are waiting.
 
-    A job whose worker dies is begun again, `TRIES` times in all; that costs no other job.
+    A job whose worker dies gets up to `TRIES` attempts; other jobs are not affected.
 
     Raises:
-        WorkerError: its workers died each time.
-        Qwen35Error: what went wrong in a worker; so are OSError and MemoryError.
-        WorkerBugError: a bug of ours in a worker.
+        WorkerError: a job's worker died at every attempt.
+        Qwen35Error: a worker raised it; OSError and MemoryError are raised likewise.
+        WorkerBugError: a worker raised any other exception.
     """
     todo = deque(jobs)
     running: dict[int, WorkerJob] = {}
@@ -84,23 +84,24 @@ def dispatch(pool: WorkerPool, jobs: Iterable[WorkerJob]) -> None:
         while todo and len(running) < pool.slots:
             number = next(numbers)
             running[number] = todo.popleft()
-            pool.begin(number, running[number].order)
-        for ended in pool.wait():
-            job = running.pop(ended.number)
-            if ended.answer is None:
+            pool.begin(number, running[number].request)
+        for outcome in pool.wait():
+            job = running.pop(outcome.number)
+            if outcome.answer is None:
                 deaths[job.name] += 1
                 if deaths[job.name] == TRIES:
-                    raise _hopeless(job, ended.lost)
+                    raise _worker_error(job, outcome.lost)
                 todo.appendleft(job)
-            elif "failure" in ended.answer:
-                raise_failure(ended.answer["failure"])
+            elif "failure" in outcome.answer:
+                raise_failure(outcome.answer["failure"])
             else:
-                todo.extendleft(job.done(ended.answer["done"]))
+                # new jobs go first: a full file is hashed while other files are being filled
+                todo.extendleft(job.done(outcome.answer["done"]))
 
 
-def _hopeless(job: WorkerJob, lost: str) -> WorkerError:
+def _worker_error(job: WorkerJob, lost: str) -> WorkerError:
     return WorkerError(
         job.name,
         f"its worker died {TRIES} times ({lost})",
-        hint="perhaps for want of memory: use fewer --workers or fewer --threads",
+        hint="it may have run out of memory: use fewer --workers or --threads",
     )

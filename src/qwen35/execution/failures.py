@@ -1,4 +1,4 @@
-"""Failures as plain values, so that a worker's failure reads as if it had happened here."""
+"""Exceptions as plain JSON values: what fails in a worker is raised again in this process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ __all__ = ["WorkerBugError", "failure_json", "raise_failure"]
 
 
 class WorkerBugError(Exception):
-    """A bug that showed in another process, with the traceback from there."""
+    """An unexpected exception in a worker, with its traceback."""
 
 
 def failure_json(error: BaseException) -> dict[str, Any]:
-    """Return a failure as plain values."""
+    """Return an exception as plain values."""
     if isinstance(error, Qwen35Error):
+        # keep an OSError as the cause: by it `sinks.staging` decides whether a rerun can succeed
         cause = error.__cause__
         return {
             "kind": type(error).__name__,
@@ -35,13 +36,13 @@ def failure_json(error: BaseException) -> dict[str, Any]:
 
 
 def raise_failure(failure: Mapping[str, Any]) -> NoReturn:
-    """Raise what `failure_json` described.
+    """Raise the exception that `failure_json` serialized.
 
     Raises:
-        Qwen35Error: of the same kind and words.
+        Qwen35Error: of the same class and message.
         OSError: of the same number and file.
-        MemoryError: the worker had too little memory.
-        WorkerBugError: anything else.
+        MemoryError: the worker ran out of memory.
+        WorkerBugError: any other exception.
     """
     kind = failure["kind"]
     if kind == "OSError":

@@ -1,4 +1,4 @@
-"""Filling the files of an output by a pool of workers; the journal is written here alone."""
+"""Fill an output's files with a pool of workers; only this process writes the journal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["FilledOutput", "fill"]
 
 
 class FilledOutput(Protocol):
-    """The output that is filled (`qwen35.writing.open_output.OpenOutput`)."""
+    """The output to fill (`qwen35.writing.open_output.OpenOutput`)."""
 
     plan: Plan
     folder: Path
@@ -36,20 +36,24 @@ class FilledOutput(Protocol):
 
 
 def fill(
-    output: FilledOutput, left: Sequence[PlannedFile], pool: WorkerPool, *, check: bool = False
+    output: FilledOutput,
+    unfinished: Sequence[PlannedFile],
+    pool: WorkerPool,
+    *,
+    check: bool = False,
 ) -> None:
-    """Have workers carry out what is left of a plan's steps, and hash the files.
+    """Have workers run the remaining steps of a plan and hash the files.
 
     Args:
-        output: what is filled, in a folder that all workers see; gets the SHA-256 of each of
-            `left`, and what checks found.
-        left: files that are not finished.
+        output: in a folder that all workers can access; receives the SHA-256 of each unfinished
+            file and the results of the checks.
+        unfinished: files to complete.
         pool: the workers.
-        check: whether they compare what they write with the source.
+        check: compare what workers write with the source.
 
     Raises:
-        InputError: a worker does not see the source or the folder, or would make other bytes.
-        WorkerError: workers died at a task again and again.
+        InputError: a worker cannot access the source or the folder, or would write other bytes.
+        WorkerError: the workers of a task died at every attempt.
     """
     plan, folder, written = output.plan, output.folder, output.written
     size = task_bytes(plan, pool.slots)
@@ -57,61 +61,62 @@ def fill(
     (folder.parent / ORDER_NAME).unlink(missing_ok=True)
     write_file(folder.parent / ORDER_NAME, order)
     fsync_folder(folder.parent)
-    for file in left:
+    for file in unfinished:  # workers only open files that exist
         written.prepare(file.name, file.head, file.offsets, file.nbytes)
     common = {"work": os.fspath(folder.parent), "order": hashlib.sha256(order).hexdigest()}
     fleet = _Fleet(common, output)
     with pool:
-        dispatch(pool, fleet.jobs(left, size))
+        dispatch(pool, fleet.jobs(unfinished, size))
 
 
 @dataclass
 class _Fleet:
-    """What the jobs of one output share.
+    """Shared state of one output's jobs.
 
     Args:
-        common: what all of them tell a worker.
-        output: what is filled.
+        common: the part that all requests have in common.
+        output: the output to fill.
 
     Attributes:
-        unfilled: tasks that are left of each file.
+        unfilled: number of unfinished tasks per file.
     """
 
     common: Mapping[str, Any]
     output: FilledOutput
     unfilled: Counter[str] = field(default_factory=Counter)
 
-    def jobs(self, left: Sequence[PlannedFile], size: int) -> list[WorkerJob]:
-        """Return what can be done at once, in the order in which to begin it."""
+    def jobs(self, unfinished: Sequence[PlannedFile], size: int) -> list[WorkerJob]:
+        """Return the jobs that can start now, in starting order."""
         jobs = []
         for task in scheduled(make_tasks(self.output.plan.written, size), size):
             steps = list(self._steps(task))
             if steps:
                 self.unfilled.update(task.files)
                 jobs.append(self._task(task, steps))
-        return [self._hashing(f.name) for f in left if not self.unfilled[f.name]] + jobs
+        filled = [file.name for file in unfinished if not self.unfilled[file.name]]
+        return [*map(self._hashing, filled), *jobs]
 
     def _steps(self, task: Task) -> Iterator[int]:
-        """Yield the numbers, among those that write, of the steps that are left of a task."""
+        """Yield a task's unfinished steps by their number in `Plan.written`."""
         for number, step in enumerate(task.steps, task.begin):
             if not all(self.output.written.has(*entry) for entry in _entries(step)):
                 yield number
 
     def _task(self, task: Task, steps: Sequence[int]) -> WorkerJob:
-        chosen = [task.steps[i - task.begin] for i in steps]
-        first = chosen[0].weight.name
-        more = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
+        unfinished = [task.steps[i - task.begin] for i in steps]
+        first = unfinished[0].weight.name
+        others = f" and {len(steps) - 1} more" if len(steps) > 1 else ""
 
         def done(answer: Mapping[str, Any]) -> list[WorkerJob]:
             for file, tensors in answer["tensors"].items():
                 self.output.written.filled(file, tensors)
             self.output.compared.update(answer["compared"])
-            for step in chosen:
+            for step in unfinished:
                 self.output.progress.advance(step.read_bytes, step.weight.name)
             self.unfilled.subtract(task.files)
             return [self._hashing(file) for file in task.files if not self.unfilled[file]]
 
-        return WorkerJob(f"{first}{more}", {**self.common, "steps": list(steps)}, done)
+        return WorkerJob(f"{first}{others}", {**self.common, "steps": list(steps)}, done)
 
     def _hashing(self, name: str) -> WorkerJob:
         def done(digest: str) -> list[WorkerJob]:
@@ -123,7 +128,7 @@ class _Fleet:
 
 
 def _entries(step: Step) -> Iterator[tuple[str, str]]:
-    """Yield what a step writes: each file, and the first tensor in it."""
+    """Yield a step's journal entries: each file that it writes, with the first tensor in it."""
     for target in step.targets:
         for file in target.files:
             yield file, target.outputs[0].name

@@ -1,4 +1,4 @@
-"""A written weight held against its original: what every check of numbers comes down to."""
+"""Compare a stored weight with its original: the core of every numbers check."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def judge(
     source: Readable | None,
     subject: str = "",
 ) -> WeightComparison:
-    """Decode a stored weight; with an original, compare them.
+    """Decode a stored weight; if there is an original, compare the two.
 
     Args:
-        weight: of the artifact.
-        spec: the weight, decoded.
-        reader: of the artifact.
-        original: where its values come from.
-        source: what reads them.
-        subject: what findings call it; the weight's name if empty.
+        weight: as the artifact stores it.
+        spec: its shape and dtype when decoded.
+        reader: reads the artifact.
+        original: the rows of the source that it was made from.
+        source: reads the source.
+        subject: name of the weight in findings; its own if empty.
 
     Returns:
-        What was found; what cannot be read or decoded is a finding too.
+        The comparison; a weight that cannot be read or decoded is a finding.
     """
     result = WeightComparison(subject or weight.name)
     try:
@@ -77,13 +77,13 @@ def _decode(weight: Weight, spec: TensorSpec, reader: Readable) -> None:
 
 
 def _alike(weight: Weight, original: Rows) -> bool:
-    """Whether the original is stored in the same way, so that bytes must be equal."""
+    """Return whether both are stored in the same way, so that their bytes must be equal."""
     if original.transforms or len(original.slabs) > 1:
         return False
-    there = original.item.weight
-    return weight.storage == there.storage and [
+    source_weight = original.item.weight
+    return weight.storage == source_weight.storage and [
         (part.spec.dtype, part.spec.shape) for part in weight.parts
-    ] == [(part.spec.dtype, part.spec.shape) for part in there.parts]
+    ] == [(part.spec.dtype, part.spec.shape) for part in source_weight.parts]
 
 
 def _same(
@@ -96,21 +96,21 @@ def _same(
 ) -> None:
     import numpy as np
 
-    for here, there in zip(weight.parts, original.item.weight.parts, strict=True):
-        both = stored(reader, here), stored(source, there, check=False)
-        wrong = sum(
+    for part, source_part in zip(weight.parts, original.item.weight.parts, strict=True):
+        both = stored(reader, part), stored(source, source_part, check=False)
+        differing = sum(
             int(np.count_nonzero(a.view(np.uint8) != b.view(np.uint8)))
             for a, b in zip(*both, strict=True)
         )
-        if wrong:
-            result.found("bytes", f"{wrong} bytes differ from the source", here.spec.name)
+        if differing:
+            result.found("bytes", f"{differing} bytes differ from the source", part.spec.name)
     result.identical = not result.findings
-    if result.findings:
+    if result.findings:  # add the size of the error; the difference itself is reported already
         codec = codec_of(weight)
         opened = original.open(source, check=False)
         values = codec.open(reader, weight, spec)
-        shown = opened.pieces(original.chunks(codec.grain(spec)))
-        judge_values(values, spec, shown, result, report=False)
+        expected = opened.pieces(original.chunks(codec.grain(spec)))
+        judge_values(values, spec, expected, result, report=False)
 
 
 def _judge(
@@ -122,7 +122,7 @@ def _judge(
     result: WeightComparison,
 ) -> None:
     codec = codec_of(weight)
-    opened = original.open(source, check=not codec.checks)
+    opened = original.open(source, check=not codec.checks)  # such codecs refuse NaN themselves
     codec.judge(reader, weight, spec, opened.pieces(original.chunks(codec.grain(spec))), result)
     if not isfinite(result.squared):  # no comparison with a NaN is ever true
         raise not_finite(weight.name)
@@ -138,14 +138,14 @@ def compare_steps(
     """Read back what steps wrote and compare it with the source.
 
     Args:
-        steps: that were carried out.
-        files: of the plan, by name.
+        steps: completed steps.
+        files: the plan's files by name.
         written: reads the output.
         source: reads the source.
-        pool: for a weight each.
+        pool: compares one weight per call.
 
     Returns:
-        Name of the weight in the output to what was found, as plain values (`WeightComparison`).
+        Name of the weight in the output to its comparison as plain values (`WeightComparison`).
     """
 
     def compare(step: Step) -> tuple[str, Any]:

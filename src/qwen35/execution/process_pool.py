@@ -1,4 +1,4 @@
-"""Workers that are processes of this machine, each with a GPU of its own if there are any."""
+"""Workers as processes on this machine; GPUs, if any, are dealt out among them."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from qwen35.threads import default_threads
 __all__ = ["MODULE", "ProcessPool"]
 
 MODULE = "qwen35.execution.worker_process"
-"""What a worker runs."""
+"""The module that a worker process runs."""
 
 
 class ProcessPool(WorkerPool):
-    """Processes, each begun when there is work for it.
+    """A pool of processes; each starts with its first job.
 
     Args:
-        count: how many.
-        device: where they encode; each has one GPU, dealt out in turn.
-        threads: of each; the processors shared out, if not given.
+        count: number of processes.
+        device: to encode on; each process gets one GPU, round-robin.
+        threads: per process; by default the processors divided among them.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: the device does not exist.
     """
 
     def __init__(self, count: int, *, device: str = "auto", threads: int | None = None) -> None:
@@ -49,36 +49,36 @@ class ProcessPool(WorkerPool):
 
     @property
     def slots(self) -> int:
-        """One for each process."""
+        """One per process."""
         return len(self._free) + len(self._busy)
 
     @property
     def pids(self) -> list[int]:
-        """The processes that were begun and did not end, for whoever watches or kills them."""
+        """Ids of the running processes, for tests and monitoring."""
         slots = (*self._free, *self._busy.values())
         return [slot.process.pid for slot in slots if slot.process and slot.process.poll() is None]
 
-    def begin(self, number: int, order: Mapping[str, Any]) -> None:
-        """Give a job to a process that has none."""
+    def begin(self, number: int, request: Mapping[str, Any]) -> None:
+        """Send a job to an idle process."""
         slot = self._busy[number] = self._free.pop(0)
-        slot.begin({**order, "device": self._device, "threads": self._threads})
+        slot.begin({**request, "device": self._device, "threads": self._threads})
 
     def wait(self) -> Iterator[JobOutcome]:
-        """Wait until a job ends, or a process does; return all that have."""
+        """Wait until a job or its process ends; yield all jobs that ended."""
         with selectors.DefaultSelector() as selector:
             for number, slot in self._busy.items():
                 selector.register(slot.answers, selectors.EVENT_READ, number)
             ready = [key.data for key, _ in selector.select()]
         for number in ready:
             slot = self._busy.pop(number)
-            line = slot.answers.readline()
+            line = slot.answers.readline()  # a partial line, or none: the process died
             lost = "" if line.endswith("\n") else slot.end()
             self._free.append(slot)
             yield JobOutcome(number, None if lost else json.loads(line), lost)
 
 
 class _Slot:
-    """A place for one process; another takes it when one has died."""
+    """Holds one process, and replaces one that died."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
@@ -93,21 +93,21 @@ class _Slot:
     def begin(self, job: Mapping[str, Any]) -> None:
         if self.process is None or self.process.poll() is not None:
             self.end()
-            self.process = subprocess.Popen(  # noqa: S603 - ourselves
+            self.process = subprocess.Popen(  # noqa: S603 - our own module
                 [sys.executable, "-m", MODULE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 env=self._environment,
-                process_group=0,  # an interrupt is for the run, which then ends its workers
+                process_group=0,  # Ctrl-C reaches this process only, which then kills its workers
             )
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it died just now, which `wait` will find
+        with suppress(BrokenPipeError):  # it has just died: `wait` reports that
             self.process.stdin.write(f"{json.dumps(job)}\n")
             self.process.stdin.flush()
 
     def end(self) -> str:
-        """Kill the process if it lives; return how it ended."""
+        """Kill the process if it is running; return how it ended."""
         if self.process is None:
             return ""
         process, self.process = self.process, None
@@ -121,12 +121,13 @@ class _Slot:
 
 
 def _environment(gpus: Sequence[int], number: int) -> dict[str, str]:
-    """Return the environment of a worker: this package, one thread of BLAS, its GPU."""
+    """Return a worker's environment: this package, one BLAS thread, its GPU."""
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ}
+    environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ}  # BLAS threads would spin
     environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     if gpus:
+        # numbers count the visible GPUs only, so look up the entry of the list we inherited
         gpu = gpus[number % len(gpus)]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)

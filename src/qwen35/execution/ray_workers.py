@@ -1,4 +1,4 @@
-"""Workers on the machines of a Ray cluster. Ray places and runs the jobs; all else is ours."""
+"""Workers on a Ray cluster. Ray places and runs jobs; dispatching and retrying are ours."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from qwen35.execution.worker import answer
 __all__ = ["RayWorkers"]
 
 _THREADS = 4
-"""Of a job, where machines have as many processors: each process makes the plan once."""
+"""Default threads per job. Each process makes the plan once, so few processes with several
+threads cost less than many with one."""
 
 
 class RayWorkers(WorkerPool):
     """Workers on a Ray cluster.
 
-    A job takes a processor for each thread, and with ``cuda`` a GPU. Ray itself repeats nothing:
-    a lost job comes back to the dispatcher, which counts.
+    A job takes one processor per thread and, with ``cuda``, one GPU. Ray's retries are off: a lost
+    job returns to the dispatcher, which counts attempts.
 
     Args:
-        address: of the cluster, as `ray.init` takes it: ``auto``, ``HOST:PORT``. A connection
-            that the process has already is used, and left open.
-        device: ``auto`` or ``cpu``, or ``cuda``.
-        threads: of a job; 4, or as many as a machine has processors, if not given.
+        address: as `ray.init` takes it: ``auto`` or ``HOST:PORT``. An existing connection of this
+            process is used and left open.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        threads: per job; by default 4, or all processors of a smaller node.
 
     Raises:
-        UsageError: Ray is not installed, there is no such cluster, or none of its machines has
-            what a job needs.
+        UsageError: Ray is not installed, no cluster answers, or no node has what a job needs.
     """
 
     def __init__(self, address: str, *, device: str = "auto", threads: int | None = None) -> None:
@@ -48,19 +48,19 @@ class RayWorkers(WorkerPool):
         self._gpus = int(device == "cuda")
         self._device = "cuda" if self._gpus else "cpu"
         self._running: dict[Any, int] = {}
-        self._ours = not ray.is_initialized()
+        self._owns_connection = not ray.is_initialized()
         self._connect()
         try:
-            self._threads = self._fitting(threads)
+            self._threads = self._job_threads(threads)
         except UsageError:
             self._disconnect()
             raise
         needs = {"num_cpus": self._threads, "num_gpus": self._gpus, "max_retries": 0}
-        # processes with GPUs too are used again: each has made the plan, and keeps its first GPU
+        # max_calls=0: Ray ends a process with a GPU after each task, but ours has made the plan
         self._remote = ray.remote(**needs, max_calls=0)(answer)
 
     def _connect(self) -> None:
-        if not self._ours:
+        if not self._owns_connection:
             return
         try:
             _reach(self._address)
@@ -74,11 +74,11 @@ class RayWorkers(WorkerPool):
             ) from error
 
     def _disconnect(self) -> None:
-        if self._ours:
+        if self._owns_connection:
             self._ray.shutdown()
 
     def close(self) -> None:
-        """End the jobs that are running, and the connection if it is ours."""
+        """Cancel the running jobs, and close the connection if this pool opened it."""
         running, self._running = self._running, {}
         for reference in running:
             with suppress(self._ray.exceptions.RayError):
@@ -86,11 +86,11 @@ class RayWorkers(WorkerPool):
         self._disconnect()
 
     def _nodes(self) -> list[Mapping[str, float]]:
-        """Return what each machine of the cluster that lives has in all."""
+        """Return the total resources of each live node."""
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
 
-    def _fitting(self, threads: int | None) -> int:
-        """Return the threads of a job, if some machine can run it."""
+    def _job_threads(self, threads: int | None) -> int:
+        """Return the threads per job, if a node can run it."""
         flag, nodes = f"--ray-address {self._address}", self._nodes()
         fit = [node for node in nodes if node.get("GPU", 0) >= self._gpus]
         if not fit:
@@ -108,30 +108,30 @@ class RayWorkers(WorkerPool):
 
     @property
     def slots(self) -> int:
-        """How many jobs the cluster can run at once, as it is now."""
-        return max(1, sum(self._room(node) for node in self._nodes()))
+        """Number of jobs that the current nodes can run at once."""
+        return max(1, sum(self._node_slots(node) for node in self._nodes()))
 
-    def _room(self, node: Mapping[str, float]) -> int:
+    def _node_slots(self, node: Mapping[str, float]) -> int:
         jobs = int(node.get("CPU", 0)) // self._threads
         return min(jobs, int(node.get("GPU", 0))) if self._gpus else jobs
 
-    def begin(self, number: int, order: Mapping[str, Any]) -> None:
-        """Give a job to Ray."""
-        job = {**order, "device": self._device, "threads": self._threads}
+    def begin(self, number: int, request: Mapping[str, Any]) -> None:
+        """Submit a job to Ray."""
+        job = {**request, "device": self._device, "threads": self._threads}
         self._running[self._remote.remote(job)] = number
 
     def wait(self) -> Iterator[JobOutcome]:
-        """Wait until a job ends or is lost; return it."""
+        """Wait until a job ends or is lost; yield it."""
         ready: Sequence[Any]
         ready, _ = self._ray.wait(list(self._running), num_returns=1)
         for reference in ready:
-            yield self._ended(self._running.pop(reference), reference)
+            yield self._outcome(self._running.pop(reference), reference)
 
-    def _ended(self, number: int, reference: Any) -> JobOutcome:
+    def _outcome(self, number: int, reference: Any) -> JobOutcome:
         exceptions = self._ray.exceptions
         try:
             return JobOutcome(number, self._ray.get(reference))
-        except exceptions.RayTaskError as error:  # `answer` raises nothing: it could not be loaded
+        except exceptions.RayTaskError as error:  # `answer` never raises: import failed
             raise UsageError(
                 f"--ray-address {self._address}",
                 "a node of the cluster cannot import qwen35",
@@ -142,13 +142,13 @@ class RayWorkers(WorkerPool):
 
 
 def _reach(address: str) -> None:
-    """Try whether anything listens at HOST:PORT: Ray itself would try for minutes."""
+    """Raise OSError if nothing listens at HOST:PORT; Ray itself would retry for minutes."""
     host, colon, port = address.rpartition(":")
     if colon and port.isdigit() and "/" not in host:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _first_words(error: Exception) -> str:
-    """Return the name of Ray's error and the first sentence of it, which goes on at length."""
-    said = str(error).strip().partition("\n")[0].partition(". ")[0]
-    return f"{type(error).__name__}: {said}"
+    """Return the class and first sentence of a Ray error; the whole text fills a screen."""
+    sentence = str(error).strip().partition("\n")[0].partition(". ")[0]
+    return f"{type(error).__name__}: {sentence}"

@@ -1,4 +1,4 @@
-"""Carrying out steps: read rows, encode them for every target, write, in pieces of bounded size."""
+"""Run steps: read rows, encode them for every target and write, in pieces of bounded size."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ from qwen35.tensors import TensorSpec
 __all__ = ["StepRunner", "ThreadCrew", "Write"]
 
 Write = Callable[[StepTarget, str, int, memoryview], None]
-"""Writes to the files of a target: tensor, offset in bytes, data."""
+"""Writes to a target's files: tensor, offset in bytes, data."""
 
 _SPAN = 32
-"""Pieces after which a weight is handed to another thread, where its codec lets it be cut."""
+"""Pieces per span, the part of a weight that one thread encodes."""
 
 
 @dataclass(frozen=True)
 class StepRunner:
-    """Carries out the steps of a plan.
+    """Runs the steps of a plan.
 
     Args:
-        plan: what they are of.
-        kernels: for each device.
+        plan: the plan.
+        kernels: one set per device.
     """
 
     plan: Plan
     kernels: tuple[Kernels, ...]
 
     def spans(self, step: Step) -> list[RowSpan]:
-        """Cut a step into parts that need nothing of each other, for several threads."""
+        """Cut a step into independent spans, for several threads."""
         rows = step.rows
+        # others stay whole: NF4, say, quantizes the scales of a weight together at the end
         codecs = [codec_of(step.weight), *(CODECS[target.codec] for target in step.targets)]
         if any(target.copied for target in step.targets) or not all(c.independent for c in codecs):
             return [rows.whole_span]
@@ -54,11 +55,12 @@ class StepRunner:
     def _grain(self, step: Step) -> int:
         return max(CODECS[target.codec].grain(step.spec) for target in step.targets)
 
-    def carry(self, step: Step, span: RowSpan, write: Write, reader: FolderReader) -> Iterator[int]:
-        """Carry out a span; yield after each piece how far into its source file it has read.
+    def run(self, step: Step, span: RowSpan, write: Write, reader: FolderReader) -> Iterator[int]:
+        """Run a span; yield the position in its source file after each piece.
 
         Raises:
-            TensorError: a weight cannot be read, holds NaN or infinity, or what a codec cannot say.
+            TensorError: a weight cannot be read, holds NaN or infinity, or values that a codec
+                cannot encode.
         """
         if step.targets[0].copied:
             yield from self._copy(step, step.targets[0], write, reader)
@@ -82,6 +84,7 @@ class StepRunner:
         def to_target(name: str, offset: int, data: memoryview) -> None:
             write(target, name, offset, data)
 
+        # not hash(), which differs between processes: every run uses the same device
         device = zlib.crc32(step.weight.name.encode()) % len(self.kernels)
         spec = TensorSpec(target.outputs[0].name, step.spec.dtype, step.rows.shape)
         return CODECS[target.codec].encode(
@@ -109,38 +112,40 @@ class StepRunner:
 
 
 class ThreadCrew:
-    """Threads that do works: group by group, and whatever comes up meanwhile first.
+    """Threads that run groups of range readers, and urgent jobs before the next group.
 
     Args:
-        works: what is to be done.
-        failed: told the owner of a work that raised one of our errors.
-        stopped: whether an owner's works are no longer wanted.
+        readers: the range readers.
+        failed: called with the owner of a reader that raised a `Qwen35Error`, and the error.
+        stopped: returns whether to skip an owner's readers.
     """
 
     def __init__(
         self,
-        works: Sequence[RangeReader],
+        readers: Sequence[RangeReader],
         failed: Callable[[int, Qwen35Error], None],
         stopped: Callable[[int], bool],
     ) -> None:
-        ordered = sorted(groups(works), key=lambda g: (min(w.rank for w in g), -_span(g)))
+        # file by file, so that one can be hashed while the next is filled; in a file, the largest
+        # groups first, so that no thread is left with one at the end
+        ordered = sorted(groups(readers), key=lambda g: (min(r.rank for r in g), -_span(g)))
         self._groups = deque(ordered)
         self._urgent: deque[Callable[[], None]] = deque()
-        self._failed, self._unwanted = failed, stopped
+        self._failed, self._owner_stopped = failed, stopped
         self._changed = Condition()
         self._busy = 0
         self._stop = Event()
 
     def soon(self, job: Callable[[], None]) -> None:
-        """Have a thread do this before it takes another group."""
+        """Queue a job that a thread runs before it takes another group."""
         with self._changed:
             self._urgent.append(job)
             self._changed.notify()
 
     def run(self, pool: ThreadPoolExecutor, threads: int, reader: FolderReader) -> None:
-        """Do all works; what is none of our errors ends all of them between two pieces.
+        """Run everything; an exception other than `Qwen35Error` stops all threads.
 
-        When this returns, nobody works any more.
+        They stop after their current piece. No thread is running when this returns.
         """
         futures = [pool.submit(self._thread, reader) for _ in range(threads)]
         try:
@@ -164,7 +169,7 @@ class ThreadCrew:
                     self._changed.notify_all()
 
     def _next(self, reader: FolderReader) -> Callable[[], None] | None:
-        """Return what a thread does next; while others work, more may come up: it waits."""
+        """Return a thread's next job; wait while busy threads may still queue urgent ones."""
         with self._changed:
             while not self._stop.is_set():
                 if self._urgent:
@@ -180,8 +185,8 @@ class ThreadCrew:
         return None
 
     def _stopped(self, owner: int) -> bool:
-        return self._stop.is_set() or self._unwanted(owner)
+        return self._stop.is_set() or self._owner_stopped(owner)
 
 
 def _span(group: Sequence[RangeReader]) -> int:
-    return max(work.end for work in group) - min(work.begin for work in group)
+    return max(reader.end for reader in group) - min(reader.begin for reader in group)

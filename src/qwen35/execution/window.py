@@ -1,8 +1,8 @@
-"""One read for several readers: works that go through the same bytes side by side.
+"""Share reads: several readers go through the same bytes side by side.
 
-Every work advances piece by piece; the one that is furthest behind goes next. So all of them stay
-within about a piece of each other, and what the first has read is kept for the others until the
-last has passed: memory is a few pieces, whatever the size of the weight.
+Readers advance piece by piece, the one furthest behind first. So they stay within about a piece of
+each other, and bytes are kept only until the last reader has passed them: memory is a few pieces,
+whatever the size of the weight.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ __all__ = ["RangeReader", "Window", "advance", "groups"]
 
 @dataclass(frozen=True)
 class RangeReader:
-    """Something to be done with a stretch of a source file.
+    """Reads a byte range of a source file for one output.
 
     Args:
-        owner: whose it is; what goes wrong with one owner's work does not stop the others'.
-        file: the file.
+        owner: number of the output; an error of one owner does not stop the others.
+        file: the source file.
         begin: first byte.
-        end: the byte behind the last.
-        rank: of its output file among those of the same output; lower ones are begun first.
-        run: does it; yields after each piece how far into the file it has read.
+        end: one past the last byte.
+        rank: position of the output file in its output; lower ranks start first.
+        run: reads the range; yields its position in the file after each piece.
     """
 
     owner: int
@@ -39,18 +39,18 @@ class RangeReader:
     run: Callable[[FolderReader], Iterator[int]]
 
 
-def groups(works: Sequence[RangeReader]) -> list[list[RangeReader]]:
-    """Join works whose stretches overlap; groups are in the order of the files."""
-    made: list[list[RangeReader]] = []
+def groups(readers: Sequence[RangeReader]) -> list[list[RangeReader]]:
+    """Group readers whose ranges overlap; return the groups in file order."""
+    result: list[list[RangeReader]] = []
     file, end = "", 0
-    for work in sorted(works, key=lambda work: (work.file, work.begin, -work.end)):
-        if made and work.file == file and work.begin < end:
-            made[-1].append(work)
-            end = max(end, work.end)
+    for reader in sorted(readers, key=lambda reader: (reader.file, reader.begin, -reader.end)):
+        if result and reader.file == file and reader.begin < end:
+            result[-1].append(reader)
+            end = max(end, reader.end)
         else:
-            made.append([work])
-            file, end = work.file, work.end
-    return made
+            result.append([reader])
+            file, end = reader.file, reader.end
+    return result
 
 
 @dataclass
@@ -65,7 +65,7 @@ class _Chunk:
 
 
 class Window(FolderReader):
-    """A reader that keeps what it has read until told that nobody needs it; for one thread."""
+    """A reader that caches what it reads until `forget`; for a single thread."""
 
     def __init__(self, source: FolderReader) -> None:
         self._source = source
@@ -73,14 +73,14 @@ class Window(FolderReader):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept."""
+        """Bytes in the cache."""
         return sum(len(chunk.data) for chunk in self._chunks)
 
     def read_into(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes of `tensor` from `offset` on.
 
         Raises:
-            TensorError: the file ends before, or cannot be read.
+            TensorError: the file is too short or cannot be read.
         """
         position, end = tensor.begin + offset, tensor.begin + offset + len(buffer)
         done = 0
@@ -93,52 +93,52 @@ class Window(FolderReader):
             done += count
 
     def _chunk(self, tensor: StoredTensor, position: int, end: int) -> _Chunk:
-        """Return the chunk that holds the byte at `position`, read from the file if need be."""
+        """Return the chunk that holds the byte at `position`; read it if it is not cached."""
         for chunk in self._chunks:
             if chunk.file == tensor.file:
                 if chunk.begin <= position < chunk.end:
                     return chunk
                 if position < chunk.begin < end:
-                    end = chunk.begin
-        made = _Chunk(tensor.file, position, bytearray(end - position))
-        self._source.read_into(tensor, position - tensor.begin, memoryview(made.data))
-        self._chunks.append(made)
-        return made
+                    end = chunk.begin  # read only up to the next cached byte
+        added = _Chunk(tensor.file, position, bytearray(end - position))
+        self._source.read_into(tensor, position - tensor.begin, memoryview(added.data))
+        self._chunks.append(added)
+        return added
 
     def forget(self, file: str, begin: int, end: int) -> None:
-        """Drop what lies wholly within these bytes of a file."""
+        """Drop the chunks that lie wholly within these bytes of a file."""
         self._chunks = [c for c in self._chunks if c.file != file or c.begin < begin or c.end > end]
 
 
 def advance(
-    works: Sequence[RangeReader],
+    readers: Sequence[RangeReader],
     source: FolderReader,
     failed: Callable[[int, Qwen35Error], None],
     stopped: Callable[[int], bool],
 ) -> None:
-    """Run the works of one group side by side.
+    """Run the readers of one group side by side.
 
     Args:
-        works: a group of `groups`.
-        source: what they read; one that is alone reads it directly.
-        failed: told the owner of a work that raised one of our errors; the work ends.
-        stopped: whether an owner's works are no longer wanted.
+        readers: one of `groups`.
+        source: reads the bytes; a single reader uses it directly.
+        failed: called with the owner of a reader that raised a `Qwen35Error`, and the error.
+        stopped: returns whether to skip an owner's readers.
     """
-    window = Window(source) if len(works) > 1 else None
-    running = [(work.begin, i, work.run(window or source)) for i, work in enumerate(works)]
-    heapq.heapify(running)
-    first = works[0].begin
+    window = Window(source) if len(readers) > 1 else None
+    running = [(reader.begin, i, reader.run(window or source)) for i, reader in enumerate(readers)]
+    heapq.heapify(running)  # by position, then number: the third, a generator, is not comparable
+    first = readers[0].begin
     while running:
         _, i, pieces = heapq.heappop(running)
-        work = works[i]
-        if stopped(work.owner):
+        reader = readers[i]
+        if stopped(reader.owner):
             continue
         try:
             position = next(pieces, None)
-        except Qwen35Error as error:
-            failed(work.owner, error)
+        except Qwen35Error as error:  # anything else is a bug, and ends the run
+            failed(reader.owner, error)
             continue
         if position is not None:
             heapq.heappush(running, (position, i, pieces))
         if running and window is not None:
-            window.forget(work.file, first, running[0][0])
+            window.forget(reader.file, first, running[0][0])

@@ -1,7 +1,7 @@
-"""The worker: takes a job as plain JSON, does it, and says in plain JSON what came of it.
+"""The worker: runs a job given as plain JSON and returns its result as plain JSON.
 
-A job names the work folder, the SHA-256 of the order in it (which proves that this machine sees
-the same folder), what to do, on which device and with how many threads.
+A job names the work folder, the SHA-256 of the order in it (proof that this machine sees the same
+folder), the work, the device and the number of threads.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ __all__ = ["answer"]
 
 
 def answer(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a job.
+    """Run a job.
 
     Args:
-        job: ``work``, ``order``, ``device``, ``threads``, and either ``hash``: the name of a file,
-            or ``steps``: the numbers of the steps to carry out, among those that write something.
+        job: ``work``, ``order``, ``device``, ``threads``, and either ``hash``, the name of a file,
+            or ``steps``, the numbers of steps in `Plan.written`.
 
     Returns:
-        ``done``: the file's SHA-256; or ``tensors``, by file, that lie there, on the disk, when
-        this returns, and ``compared``: what a check of them found, if the order asks for one. Or
-        ``failure``: what went wrong (`qwen35.execution.failures`).
+        ``done``: the file's SHA-256; or ``tensors``, the flushed tensors by file, and
+        ``compared``, the results of the check if the order asks for one. After an error,
+        ``failure`` instead (`qwen35.execution.failures`).
     """
     try:
         return {"done": _do(job)}
-    except Exception as error:  # noqa: BLE001 - told to the other side, which raises it
+    except Exception as error:  # noqa: BLE001 - raised again by the dispatcher
         return {"failure": failure_json(error)}
 
 
@@ -61,18 +61,18 @@ def _do(job: Mapping[str, Any]) -> Any:
     return prepared.fill([steps[i] for i in job["steps"]], job["threads"])
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # all jobs of a run share one plan, which takes seconds for large models
 def _prepare(work: str, digest: str, device: str) -> _Prepared:
     order = _order(work, digest)
     plan = plan_from(order)
     plan.container.prepare(plan)
-    carrier, reader = StepRunner(plan, kernels_for(device)), Reader(plan.checkpoint)
-    return _Prepared(plan, Path(work) / FILES_NAME, carrier, reader, bool(order["check"]))
+    runner, reader = StepRunner(plan, kernels_for(device)), Reader(plan.checkpoint)
+    return _Prepared(plan, Path(work) / FILES_NAME, runner, reader, bool(order["check"]))
 
 
 @lru_cache(maxsize=1)
 def _order(work: str, digest: str) -> dict[str, Any]:
-    """Read the order in the work folder, if this is the one that was meant."""
+    """Read the order in the work folder, and check its SHA-256."""
     try:
         content = (Path(work) / ORDER_NAME).read_bytes()
     except OSError as error:
@@ -86,16 +86,16 @@ def _order(work: str, digest: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What the jobs of one order share."""
+    """Shared state of an order's jobs."""
 
     plan: Plan
     folder: Path
-    carrier: StepRunner
+    runner: StepRunner
     reader: Reader
     check: bool
 
     def fill(self, steps: Sequence[Step], threads: int) -> dict[str, Any]:
-        """Carry out steps, flush what they wrote, and compare it if asked to."""
+        """Run steps, flush what they wrote and, if the order says so, compare it."""
         names = dict.fromkeys(file for step in steps for file in step.files)
         planned = {file.name: file for file in self.plan.files if file.name in names}
         with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
@@ -109,7 +109,7 @@ class _Prepared:
                 for file in target.files:
                     files[file].write(name, offset, data)
 
-            self._carry(steps, write, pool, threads)
+            self._run(steps, write, pool, threads)
             for file in files.values():
                 file.sync()
             compared = {}
@@ -123,19 +123,19 @@ class _Prepared:
                     tensors[name].append(target.outputs[0].name)
         return {"tensors": tensors, "compared": compared}
 
-    def _carry(
+    def _run(
         self, steps: Sequence[Step], write: Any, pool: ThreadPoolExecutor, threads: int
     ) -> None:
         errors: list[Qwen35Error] = []
 
-        def work(step: Step, span: RowSpan) -> RangeReader:
+        def range_reader(step: Step, span: RowSpan) -> RangeReader:
             def run(reader: FolderReader) -> Iterator[int]:
-                return self.carrier.carry(step, span, write, reader)
+                return self.runner.run(step, span, write, reader)
 
             return RangeReader(0, *step.rows.bounds(span), 0, run)
 
-        works = [work(step, span) for step in steps for span in self.carrier.spans(step)]
-        crew = ThreadCrew(works, lambda _, error: errors.append(error), lambda _: bool(errors))
+        readers = [range_reader(step, span) for step in steps for span in self.runner.spans(step)]
+        crew = ThreadCrew(readers, lambda _, error: errors.append(error), lambda _: bool(errors))
         crew.run(pool, threads, self.reader)
         for error in errors:
             raise error

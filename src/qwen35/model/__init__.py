@@ -1,1 +1,4 @@
-"""What is known of the Qwen3.5 family: geometry, names, roles."""
+"""The Qwen3.5 family: geometry, tensor names, roles, published sizes.
+
+Pure knowledge, derived from config.json alone: no files, weight formats or outputs.
+"""

@@ -1,7 +1,7 @@
-"""Weights that serving engines join into one matrix, and so must be stored alike.
+"""Weights that serving engines fuse into one matrix and that therefore need one storage format.
 
 Source: `packed_modules_mapping` of vLLM 0.32 ``model_executor/models/qwen3_5.py`` and the stacked
-parameters that its and SGLang's loaders name.
+parameters in the loaders of vLLM and SGLang.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ FUSED: dict[str, tuple[str, ...]] = {
         "mlp.experts.down_proj",
     ),
 }
-"""Joined matrix to its parts, in the order in which engines stack them; all experts are one."""
+"""Fused matrix to its parts, in stacking order; all experts of a layer form one group."""
 
 _GROUP_OF = {part: group for group, parts in FUSED.items() for part in parts}
 
 
 def fused_group(role: Role) -> tuple[str, int | None, str] | None:
-    """Return the matrix that `role` becomes a part of: scope, layer and name.
+    """Return the fused matrix that contains `role`, as (scope, layer, name); None if none does.
 
     >>> from qwen35.model.roles import role_of
     >>> fused_group(role_of("model.layers.3.self_attn.k_proj.weight"))
     ('text', 3, 'self_attn.qkv_proj')
     """
+    # MTP layers have the modules of a full-attention decoder layer.
     group = _GROUP_OF.get(role.name.removeprefix("mtp.layers."))
     return None if group is None else (role.scope, role.layer, group)

@@ -1,4 +1,4 @@
-"""config.json of a Qwen3.5 checkpoint, checked, as the numbers the rest of the package needs."""
+"""Validated config.json of a Qwen3.5 checkpoint, reduced to the numbers this package needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ARCHITECTURES", "ModelConfig", "parse_config"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One member of the family: what `model_type` stands for."""
+    """One member of the family, identified by `model_type`."""
 
     class_name: str
     moe: bool
@@ -26,7 +26,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_5_text": Architecture("Qwen3_5ForCausalLM", moe=False, vision=False),
     "qwen3_5_moe_text": Architecture("Qwen3_5MoeForCausalLM", moe=True, vision=False),
 }
-"""`model_type` of config.json to what it is (transformers 5.23, `models/qwen3_5*`)."""
+"""Architectures by `model_type` in config.json (transformers 5.23, `models/qwen3_5*`)."""
 
 _TEXT_SIZES = (
     "hidden_size",
@@ -61,7 +61,7 @@ _LIMITS = {
     "num_experts": 100_000,
     "mtp_num_hidden_layers": 100,
 }
-"""Counts that a plan runs through; a config beyond them is damaged or hostile."""
+"""Upper bounds of counts that planning loops over: larger values are damaged or hostile."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class ModelConfig:
     """The geometry of a checkpoint.
 
     Args:
-        raw: config.json as parsed, never changed.
+        raw: parsed config.json, never modified.
         model_type: a key of `ARCHITECTURES`.
-        dims: every symbolic size that `qwen35.model.roles` uses in shapes.
-        layer_types: ``linear_attention`` or ``full_attention`` for each decoder layer.
-        vision_depth: blocks of the vision tower, 0 without one.
-        mtp_layers: what ``mtp_num_hidden_layers`` says.
-        tied: whether ``lm_head`` is the embedding.
-        dtype: the checkpoint's dtype as safetensors names it.
+        dims: every symbolic size used in the shapes of `qwen35.model.roles`.
+        layer_types: ``linear_attention`` or ``full_attention``, per decoder layer.
+        vision_depth: number of vision blocks, 0 without a vision tower.
+        mtp_layers: value of ``mtp_num_hidden_layers``.
+        tied: whether ``lm_head`` shares the embedding matrix.
+        dtype: the checkpoint's dtype, by its safetensors name.
     """
 
     raw: dict[str, Any]
@@ -90,31 +90,31 @@ class ModelConfig:
 
     @property
     def architecture(self) -> Architecture:
-        """The member of the family."""
+        """The architecture named by `model_type`."""
         return ARCHITECTURES[self.model_type]
 
     @property
     def moe(self) -> bool:
-        """Whether the feed-forward layers are mixtures of experts."""
+        """True if the feed-forward layers are mixtures of experts."""
         return self.architecture.moe
 
     @property
     def text_raw(self) -> dict[str, Any]:
-        """The part of `raw` that describes the text model."""
+        """The section of `raw` that describes the text model."""
         text: dict[str, Any] = self.raw["text_config"] if self.architecture.vision else self.raw
         return text
 
     @property
     def geometry(self) -> dict[str, int]:
-        """The sizes of the text model, the same with a vision tower and without."""
+        """The sizes of the text model, identical with and without a vision tower."""
         sizes = {name: n for name, n in self.dims.items() if not name.startswith("vision")}
         return {"layers": len(self.layer_types), **sizes}
 
     @property
     def quantization(self) -> dict[str, Any] | None:
-        """``quantization_config`` of the checkpoint, if it has one."""
-        for holder in (self.raw, self.text_raw):
-            value = holder.get("quantization_config")
+        """The checkpoint's ``quantization_config``, or None."""
+        for section in (self.raw, self.text_raw):
+            value = section.get("quantization_config")
             if isinstance(value, dict):
                 return value
         return None
@@ -125,6 +125,7 @@ def _sizes(section: dict[str, Any], names: tuple[str, ...], where: str) -> dict[
     for name in names:
         value = section.get(name, _DEFAULTS.get(name))
         limit = _LIMITS.get(name, 2**31 - 1)
+        # type(), not isinstance(): JSON true is a Python int.
         if type(value) is not int or not 0 < value <= limit:
             raise ConfigError(
                 "config.json",
@@ -148,8 +149,8 @@ def _model_type(raw: dict[str, Any]) -> str:
 
 
 def _layer_types(text: dict[str, Any], layers: int) -> tuple[str, ...]:
-    given = text.get("layer_types")
-    if given is None:
+    layer_types = text.get("layer_types")
+    if layer_types is None:
         interval = text.get("full_attention_interval", 4)
         if type(interval) is not int or interval < 1:
             raise ConfigError("config.json", f"full_attention_interval is {interval!r}")
@@ -157,18 +158,23 @@ def _layer_types(text: dict[str, Any], layers: int) -> tuple[str, ...]:
             "full_attention" if (i + 1) % interval == 0 else "linear_attention"
             for i in range(layers)
         )
-    known = {"linear_attention", "full_attention"}
-    if not isinstance(given, list) or len(given) != layers or not set(map(str, given)) <= known:
+    valid = {"linear_attention", "full_attention"}
+    if (
+        not isinstance(layer_types, list)
+        or len(layer_types) != layers
+        or not set(map(str, layer_types)) <= valid
+    ):
         raise ConfigError(
             "config.json",
             "layer_types does not fit num_hidden_layers",
             expected=f"{layers} times linear_attention or full_attention",
         )
-    return tuple(given)
+    return tuple(layer_types)
 
 
 def _vision(section: dict[str, Any]) -> dict[str, int]:
     v = _sizes(section, _VISION_SIZES, "vision_config.")
+    # The merger concatenates a square of neighbouring patches.
     merged = v["hidden_size"] * v["spatial_merge_size"] ** 2
     return {
         "vision_depth": v["depth"],
@@ -188,6 +194,7 @@ def _text(text: dict[str, Any], moe: bool) -> dict[str, int]:
     t = _sizes(text, _TEXT_SIZES, "")
     key_dim = t["linear_num_key_heads"] * t["linear_key_head_dim"]
     value_dim = t["linear_num_value_heads"] * t["linear_value_head_dim"]
+    # q_proj computes queries and, interleaved per head, the output gate.
     gated = 2 if text.get("attn_output_gate", True) else 1
     dims = {
         "one": 1,
@@ -231,10 +238,10 @@ def _dtype(raw: dict[str, Any], text: dict[str, Any]) -> str:
 
 
 def parse_config(raw: object) -> ModelConfig:
-    """Check a parsed config.json.
+    """Validate a parsed config.json.
 
     Raises:
-        ConfigError: another architecture, or a size that is missing or nonsense.
+        ConfigError: the architecture is unknown, or a size is missing or invalid.
     """
     if not isinstance(raw, dict):
         raise ConfigError("config.json", "not a JSON object")

@@ -1,12 +1,12 @@
-"""What every tensor of the family is: the only place that knows names and shapes.
+"""The role of every tensor of the family: the single source of names and shapes.
 
-A role is a tensor's name without its prefix, its layer and expert numbers and ``.weight``:
+A role is a tensor's name without prefix, layer number, expert number and ``.weight``:
 ``model.language_model.layers.7.linear_attn.in_proj_a.weight`` has the role
-``linear_attn.in_proj_a``. Tensors of the vision tower begin with ``visual.``, those of the
-multi-token-prediction layer with ``mtp.``. Recipes and ``--keep`` name roles, or a group of them by
-their first segments (``linear_attn``, ``mtp``, ``visual``).
+``linear_attn.in_proj_a``. Roles of the vision tower start with ``visual.``, those of the
+multi-token-prediction layer with ``mtp.``. Recipes and ``--keep`` select roles, or groups of roles
+by their leading segments (``linear_attn``, ``mtp``, ``visual``).
 
-Source of names and shapes: transformers 5.23 ``models/qwen3_5*/modeling_*.py`` and the headers of
+Names and shapes come from transformers 5.23 ``models/qwen3_5*/modeling_*.py`` and the headers of
 the published checkpoints.
 """
 
@@ -37,16 +37,16 @@ Place = Literal["root", "layer", "linear", "full", "dense", "moe", "fused", "exp
 
 @dataclass(frozen=True)
 class RoleInfo:
-    """One row of the table.
+    """One row of the role table.
 
     Args:
-        path: the tensor's name below its layer, with suffix.
-        kind: ``linear`` is a matrix that transformers holds in an ``nn.Linear``.
-        place: where it occurs: once at the root, in every layer, in layers of linear or full
-            attention, in dense or mixture layers, with fused or with per-expert weights.
-        shape: names of `ModelConfig.dims`.
-        meaning: what it does, for ``plan --roles``.
-        dtype: how the published checkpoints store it.
+        path: the tensor's name within its layer, including the suffix.
+        kind: ``linear`` is a matrix that transformers puts in an ``nn.Linear``.
+        place: where it occurs: once at the root, in every layer, in linear-attention or
+            full-attention layers, in dense or MoE layers, with fused or per-expert weights.
+        shape: keys of `ModelConfig.dims`.
+        meaning: one-line description for ``plan --roles``.
+        dtype: dtype in the published checkpoints.
     """
 
     path: str
@@ -58,7 +58,7 @@ class RoleInfo:
 
     @property
     def name(self) -> str:
-        """The role: `path` without ``.weight``."""
+        """The role's name: `path` without ``.weight``."""
         return self.path.removesuffix(".weight")
 
 
@@ -73,7 +73,7 @@ _DECODER = (
         "vector",
         "linear",
         ("linear_heads",),
-        "log of the state's decay rate, one a value head",
+        "log of the state's decay rate, per value head",
         "F32",
     ),
     _row(
@@ -252,7 +252,7 @@ _VISION_ROOT = (
 
 @dataclass(frozen=True)
 class _Scope:
-    """A part of the model: how its tensors are named and what it holds."""
+    """A part of the model: its name prefix, its layer stack and its roles."""
 
     group: str
     stack: str
@@ -263,6 +263,7 @@ class _Scope:
 _SCOPES = (
     _Scope("", "layers", (*_TEXT_ROOT, _HEAD), _DECODER),
     _Scope("visual.", "blocks", _VISION_ROOT, _VISION_BLOCK),
+    # MTP layers use full attention only.
     _Scope("mtp.", "layers", _MTP_ROOT, tuple(row for row in _DECODER if row.place != "linear")),
 )
 
@@ -279,18 +280,18 @@ def _table() -> dict[str, RoleInfo]:
 
 
 ROLES: dict[str, RoleInfo] = _table()
-"""Path without numbers (``mtp.layers.mlp.up_proj.weight``) to what it is."""
+"""Roles by path without numbers (``mtp.layers.mlp.up_proj.weight``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What one tensor is.
+    """The role of one tensor.
 
     Args:
-        name: as recipes name it (``linear_attn.in_proj_qkv``, ``mtp.layers.mlp.up_proj``).
-        info: its row in the table.
-        layer: number of its layer or block, if it is in one.
-        expert: number of its expert, if it has one to itself.
+        name: its name in recipes (``linear_attn.in_proj_qkv``, ``mtp.layers.mlp.up_proj``).
+        info: its row in the role table.
+        layer: layer or block number, if any.
+        expert: expert number of a per-expert tensor.
     """
 
     name: str
@@ -305,6 +306,8 @@ class Role:
         return first if first in ("visual", "mtp") else "text"
 
 
+# Numbers have no leading zeros and at most six digits: each tensor has exactly one spelling, and a
+# hostile name cannot make int() slow.
 _NAME = re.compile(
     r"(?P<prefix>model\.language_model\.|model\.|(?=mtp\.|lm_head\.))"
     r"(?P<head>(?:visual\.|mtp\.)?)"
@@ -322,10 +325,10 @@ _EXPERT = re.compile(r"mlp\.experts\.(0|[1-9]\d{0,5})\.", re.ASCII)
 
 
 def role_of(name: str) -> Role:
-    """Return what the tensor called `name` is.
+    """Return the role of the tensor called `name`.
 
     Raises:
-        TensorError: no tensor of the family has that name.
+        TensorError: the family has no such tensor.
 
     >>> role_of("model.language_model.layers.7.linear_attn.in_proj_a.weight").name
     'linear_attn.in_proj_a'
@@ -334,15 +337,15 @@ def role_of(name: str) -> Role:
     if match is None:
         raise _unknown(name)
     path, expert = match["path"], None
-    found = _EXPERT.match(path)
-    if found:
-        expert = int(found[1])
-        path = "mlp.experts." + path[found.end() :]
+    expert_match = _EXPERT.match(path)
+    if expert_match:
+        expert = int(expert_match[1])
+        path = "mlp.experts." + path[expert_match.end() :]
     stack = match["stack"] or ""
     head = match["head"]
     key = f"{head}{stack}.{path}" if stack and head else f"{head}{path}"
     info = ROLES.get(key)
-    if info is None or not _placed(info, head, stack, expert):
+    if info is None or not _numbers_fit(info, head, stack, expert):
         raise _unknown(name)
     if match["prefix"] not in _PREFIXES[head if path != _HEAD.path else "lm_head."]:
         raise _unknown(name)
@@ -350,8 +353,8 @@ def role_of(name: str) -> Role:
     return Role(key.removesuffix(".weight"), info, layer, expert)
 
 
-def _placed(info: RoleInfo, head: str, stack: str, expert: int | None) -> bool:
-    """Whether the numbers in a name are those its row has."""
+def _numbers_fit(info: RoleInfo, head: str, stack: str, expert: int | None) -> bool:
+    """Return whether a name has a layer and an expert number exactly where its row requires."""
     rows, name = (_VISION_BLOCK, "blocks") if head == "visual." else (_DECODER, "layers")
     expected = name if info in rows else ""
     return stack == expected and (info.place == "expert") == (expert is not None)
@@ -366,7 +369,7 @@ def _unknown(name: str) -> TensorError:
 
 
 def in_group(role: str, group: str) -> bool:
-    """Whether `role` is `group` or begins with its whole segments.
+    """Return whether `role` equals `group` or starts with its segments.
 
     >>> in_group("mlp.gate_proj", "mlp"), in_group("mlp.gate_proj", "mlp.gate")
     (True, False)
@@ -376,12 +379,12 @@ def in_group(role: str, group: str) -> bool:
 
 @dataclass(frozen=True)
 class CheckpointNaming:
-    """How a checkpoint names and groups its tensors; read off its keys, never off its repository.
+    """How a checkpoint names and groups its tensors, derived from tensor names alone.
 
     Args:
-        prefix: what text tensors begin with (``model.language_model.`` or ``model.``).
-        per_expert: the blocks (``layers.3``, ``mtp.layers.0``) whose experts are 2-D, one by one.
-        mtp: whether the multi-token-prediction layer is there.
+        prefix: prefix of text tensors (``model.language_model.`` or ``model.``).
+        per_expert: blocks (``layers.3``, ``mtp.layers.0``) with one 2-D matrix per expert.
+        mtp: whether the multi-token-prediction layer is present.
         head: whether ``lm_head.weight`` is stored.
     """
 
@@ -392,12 +395,13 @@ class CheckpointNaming:
 
     @classmethod
     def of(cls, names: Iterable[str]) -> CheckpointNaming:
-        """Read the layout off the names of a checkpoint."""
+        """Derive the naming from the tensor names of a checkpoint."""
         prefix, head, mtp = "", False, False
         per_expert = set()
         for name in names:
             head = head or name == "lm_head.weight"
             mtp = mtp or name.startswith("mtp.")
+            # Every model has exactly one token embedding, so it reveals the prefix.
             if not prefix and name.endswith("embed_tokens.weight"):
                 prefix = name.removesuffix("embed_tokens.weight")
             block, separator, rest = name.partition(".mlp.experts.")
@@ -407,7 +411,7 @@ class CheckpointNaming:
 
     @classmethod
     def published(cls, config: ModelConfig) -> CheckpointNaming:
-        """The layout that official releases of this configuration have."""
+        """Return the naming that official releases of this configuration use."""
         vision = config.architecture.vision
         mtp_blocks = frozenset(f"mtp.layers.{i}" for i in range(config.mtp_layers))
         return cls(
@@ -419,9 +423,10 @@ class CheckpointNaming:
 
 
 def expected_tensors(config: ModelConfig, layout: CheckpointNaming) -> Iterator[TensorSpec]:
-    """Yield every tensor that a checkpoint of `config` in `layout` has, in model order.
+    """Yield every tensor that a checkpoint of `config` must contain, in model order.
 
-    What only the config can promise (the vision tower, an untied head) does not depend on `layout`.
+    The vision tower and an untied head follow from `config` alone: a checkpoint without them is
+    incomplete, not laid out differently.
     """
     prefix = "model.language_model." if config.architecture.vision else layout.prefix
     if layout.head or not config.tied:
@@ -447,6 +452,7 @@ def _vision_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
 
 def _spec(config: ModelConfig, prefix: str, info: RoleInfo) -> TensorSpec:
     shape = tuple(config.dims[size] for size in info.shape)
+    # Rows marked F32 stay F32 whatever the checkpoint's dtype.
     dtype = config.dtype if info.dtype == "BF16" else info.dtype
     return TensorSpec(f"{prefix}{info.path}", dtype, shape)
 

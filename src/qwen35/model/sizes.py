@@ -1,6 +1,6 @@
-"""The published family: the config.json of each release, to plan it without a download.
+"""The config.json of each published release, for planning without a download.
 
-Source: config.json of the repositories named; the tests hold these against copies of the originals.
+Source: config.json of each repository; tests compare these with copies of the originals.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _ALIASES = {
     "Qwen3.6-35B-A3B": "Qwen3.5-35B-A3B",
     "Qwen3.8-27B": "Qwen3.5-27B",
 }
-"""Releases of the same geometry."""
+"""Releases with the geometry of another release."""
 
 PUBLISHED: tuple[str, ...] = (*_TEXT, *_ALIASES)
-"""Names that `published_config` knows."""
+"""Names accepted by `published_config`."""
 
 FUSED_MTP_EXPERTS: tuple[str, ...] = ("Qwen3.6-35B-A3B",)
-"""Releases whose MTP experts are one 3-D stack; Qwen3.5 stores them one by one."""
+"""Releases whose MTP experts form one 3-D stack; Qwen3.5 stores one matrix per expert."""
 
 
 def published_config(name: str) -> dict[str, Any]:
     """Return config.json of the release `name`, a member of `PUBLISHED`.
 
-    For Qwen3.5 every key is that of the published file; later releases of the same geometry have
-    some keys more, which do not bear on a plan.
+    For Qwen3.5 every key matches the published file; later releases add keys that do not affect a
+    plan.
     """
     base = _ALIASES.get(name, name)
     hidden, layers, ffn, heads, linear_heads, experts = _TEXT[base]

@@ -1,4 +1,4 @@
-"""Evaluation as a step of a run: what is compared, and where the report goes."""
+"""The evaluation step of a run: its candidates and its report."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["candidates", "measure"]
 
 
 def candidates(artifacts: Sequence[PlannedArtifact]) -> list[Path]:
-    """Return what is measured: the folder of each artifact, or each of its GGUF models."""
+    """Return the paths to measure: each artifact's folder, or its GGUF models."""
     return [path for a in artifacts for path in a.plan.container.models(a.out)]
 
 
 def measure(
     source: Checkpoint,
     compared: Sequence[Path],
-    measuring: MeasurementRequest,
+    measurement: MeasurementRequest,
     folder: Path,
     *,
     threads: int,
@@ -31,22 +31,23 @@ def measure(
 ) -> None:
     """Measure how far artifacts are from their source; write report.json and report.html.
 
-    An interrupted measurement goes on where it was (a file beside `folder`).
+    An interrupted measurement resumes from a file beside `folder`.
 
     Args:
-        source: what they were made from, unquantized.
-        compared: what `candidates` found.
-        measuring: on what.
-        folder: where the report goes.
-        threads: of engines and statistics.
-        device: for transformers; the first of several.
-        token: for the Hub.
-        progress: told of the chunks.
+        source: the unquantized source.
+        compared: the result of `candidates`.
+        measurement: the text to measure on.
+        folder: the report's folder.
+        threads: for engines and statistics.
+        device: for transformers; of several, the first is used.
+        token: access token for the Hub.
+        progress: receives chunks.
 
     Raises:
-        InputError: something cannot be read, compared or run.
+        InputError: a model or the text cannot be read, compared or run.
         UsageError: a library is missing.
     """
+    # Late: runs that measure nothing do not load these.
     from qwen35.evaluation.evaluation_run import evaluate
     from qwen35.reporting.report_files import write_report
 
@@ -54,8 +55,8 @@ def measure(
     report = evaluate(
         base,
         [str(path) for path in compared],
-        measuring.text,
-        chunks=measuring.chunks,
+        measurement.text,
+        chunks=measurement.chunks,
         state=folder.absolute().with_name(f".{folder.name}.evaluation"),
         threads=threads,
         device=device.split(",")[0],

@@ -1,4 +1,4 @@
-"""What is up to date: by plan digest and by the hash of every file's content."""
+"""Whether artifacts are up to date, by plan digest and the hash of every file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from qwen35.pipeline.run_state import RunState, key_of
 from qwen35.planning.manifest import read_manifest
 from qwen35.publishing.hashes import FileHasher
 
-__all__ = ["foreign_files", "is_made", "make_key", "source_identity", "up_to_date"]
+__all__ = ["foreign_files", "is_up_to_date", "make_key", "source_identity", "up_to_date"]
 
 
 def source_identity(checkpoint: Checkpoint, hasher: FileHasher) -> Any:
-    """Return what the content of a source is known by: its commit, or the hash of each file.
+    """Return what identifies a source's content: its commit, or the hash of each file.
+
+    Times would not do, as a copy changes them; nor would headers, as retraining keeps them.
 
     Raises:
         InputError: a file cannot be read.
@@ -34,29 +36,32 @@ def source_identity(checkpoint: Checkpoint, hasher: FileHasher) -> Any:
 
 
 def make_key(artifact: PlannedArtifact, identity: Any) -> str:
-    """Return a hash of all that decides the bytes of an artifact.
+    """Return a hash of everything that decides an artifact's bytes.
 
     Args:
-        artifact: planned.
-        identity: of its source.
+        artifact: the planned artifact.
+        identity: its source's identity.
     """
     return key_of("make", artifact.plan.digest, identity)
 
 
-def is_made(artifact: PlannedArtifact, identity: Any, state: RunState, hasher: FileHasher) -> bool:
-    """Whether an earlier run made an artifact that would come out the same, and it is undamaged."""
+def is_up_to_date(
+    artifact: PlannedArtifact, identity: Any, state: RunState, hasher: FileHasher
+) -> bool:
+    """Return whether an earlier run made the same artifact, and its files are intact."""
     key = make_key(artifact, identity)
     if state.recorded(f"make {artifact.name}", key) is None or not artifact.out.is_dir():
         return False
     try:
         manifest = read_manifest(LocalFolder(artifact.out))
-    except InputError:
+    except InputError:  # damaged: rebuild it
         return False
     if manifest is None or manifest.get("plan") != artifact.plan.digest:
         return False
     paths = {name: artifact.out / name for name in manifest["files"]}
     if not all(path.is_file() for path in paths.values()):
         return False
+    # The plan digest alone would not notice files changed since.
     digests = hasher.digests(paths.values())
     return all(
         digests[path].sha256 == manifest["files"][name]["sha256"] for name, path in paths.items()
@@ -64,19 +69,19 @@ def is_made(artifact: PlannedArtifact, identity: Any, state: RunState, hasher: F
 
 
 def up_to_date(
-    job: RunRequest, source: Checkpoint, artifacts: Sequence[PlannedArtifact]
+    request: RunRequest, source: Checkpoint, artifacts: Sequence[PlannedArtifact]
 ) -> frozenset[str]:
-    """Return the names of the artifacts that a run would leave as they are; nothing is written."""
-    state = RunState.load(job.out)
+    """Return the names of the artifacts that a run would keep; write nothing."""
+    state = RunState.load(request.out)
     if not state.steps or (source.repo is None and source.root is None):
         return frozenset()
     hasher = FileHasher(remember=False)
     identity = source_identity(source, hasher)
-    return frozenset(a.name for a in artifacts if is_made(a, identity, state, hasher))
+    return frozenset(a.name for a in artifacts if is_up_to_date(a, identity, state, hasher))
 
 
 def foreign_files(folder: Path) -> Iterator[str]:
-    """Yield what lies in an artifact's folder and was not written by qwen35."""
+    """Yield the files in an artifact's folder that qwen35 did not write."""
     manifest = read_manifest(LocalFolder(folder)) or {}
     known = {MANIFEST_NAME, *manifest.get("files", {}), *manifest.get("added", {})}
     for path in folder.rglob("*"):

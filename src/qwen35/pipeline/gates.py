@@ -1,4 +1,4 @@
-"""The gates: each looks at what lies there and yields why it stays closed, or nothing."""
+"""The gates: each checks the files on disk and yields findings that keep it closed."""
 
 from __future__ import annotations
 
@@ -18,41 +18,42 @@ __all__ = ["artifact_gate", "publish_gate", "quantization_gate"]
 
 
 def artifact_gate(artifact: PlannedArtifact) -> Iterator[Finding]:
-    """Gate 1: the folder exists, holds the format asked for, and is what its plan says."""
+    """Gate 1: the folder exists, has the requested format, and matches its plan."""
     manifest = read_manifest(LocalFolder(artifact.out))
     if manifest is None:
-        yield Finding("artifact", MANIFEST_NAME, "missing: the folder was not written to its end")
+        yield Finding("artifact", MANIFEST_NAME, "missing: the folder is incomplete")
         return
     if manifest.get("plan") != artifact.plan.digest:
-        yield Finding("artifact", MANIFEST_NAME, "of another plan than the one of this run")
+        yield Finding("artifact", MANIFEST_NAME, "its plan differs from this run's")
     subject = open_artifact(str(artifact.out.absolute()))
     verdict = verify(subject, depth="structure")
     yield from verdict.findings
     if verdict.kind != artifact.kind:
         yield Finding("format", artifact.name, f"{verdict.kind}, expected {artifact.kind}")
     if verdict.findings:
-        return  # what was not read to its end says nothing of the tower
+        return  # the check may have stopped early, before the vision tower was seen
     if subject.vision != artifact.vision:
-        found = "with" if subject.vision else "without"
-        yield Finding("format", artifact.name, f"a model {found} vision tower, expected the other")
+        found, expected = ("with", "without") if subject.vision else ("without", "with")
+        message = f"a model {found} vision tower, expected {expected}"
+        yield Finding("format", artifact.name, message)
 
 
 def quantization_gate(artifact: PlannedArtifact) -> Iterator[Finding]:
-    """Gate 3: the file of every type asked for is there (Path B always asks for F16), and opens."""
+    """Gate 3: the file of every requested type (in path B also F16) exists and opens."""
     yield from artifact.plan.container.file_findings(artifact.plan, artifact.out)
 
 
 def publish_gate(diff: Diff, documents: Iterable[str]) -> Iterator[Finding]:
-    """Gate 4: a push is clean, uploads nothing but the artifact, and deletes nothing.
+    """Gate 4: a push has no findings, uploads only the artifact, and deletes nothing.
 
     Args:
-        diff: of the push.
-        documents: what belongs to the artifact beside the files that its manifest lists.
+        diff: the diff of the push.
+        documents: the artifact's files, as its manifest lists them.
     """
     yield from diff.findings
     expected = {*documents, MANIFEST_NAME, SIGNATURE_NAME, ATTRIBUTES}
     for operation in diff.of("upload"):
         if operation.path not in expected:
-            yield Finding("publish", operation.path, "not a part of the artifact")
+            yield Finding("publish", operation.path, "not part of the artifact")
     for operation in diff.of("delete", "remove"):
         yield Finding("publish", operation.path, "would be deleted")

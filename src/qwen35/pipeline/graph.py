@@ -1,4 +1,4 @@
-"""The graph of a run: steps, what each needs, and the gates that stand behind them."""
+"""The graph of a run: its steps, their dependencies, and the gates after them."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ Gate = Literal["artifact", "verification", "quantization", "publish"]
 Kind = Literal["make", "verify", "evaluate", "document", "publish"]
 
 GATES: dict[Gate, str] = {
-    "artifact": "the folder is there, of the format asked for, and what its plan says",
-    "verification": "structure, numbers and behaviour, as deep as asked, without a finding",
-    "quantization": "the F16 (Path B) and every file of a type asked for are there, and open",
-    "publish": "what would be pushed is the artifact and nothing else; nothing would be deleted",
+    "artifact": "the folder exists, has the requested format, and matches its plan",
+    "verification": "no findings in structure, numbers and behaviour, to the requested depth",
+    "quantization": "the file of every requested type (in path B also F16) exists and opens",
+    "publish": "the push uploads the artifact and nothing else, and deletes nothing",
 }
-"""Gate to what must be true for it to open."""
+"""The condition for each gate to open."""
 
 
 @dataclass(frozen=True)
 class GraphStep:
-    """One step.
+    """One step of a run.
 
     Args:
-        kind: what it does.
-        artifacts: to what; to all of a run if it is about all.
+        kind: the action.
+        artifacts: its artifacts; all of the run's for a step common to all.
         needs: names of the steps whose gates must be open.
-        gates: that are judged when it is done.
-        any_need: whether one open need is enough.
+        gates: the gates judged after it.
+        any_need: whether a single open need suffices.
     """
 
     kind: Kind
@@ -43,17 +43,17 @@ class GraphStep:
 
     @property
     def name(self) -> str:
-        """What it is called in a run: ``verify Qwen3.5-text-0.8B``."""
+        """The step's name in the run: ``verify Qwen3.5-text-0.8B``."""
         return self.kind if self.kind == "evaluate" else f"{self.kind} {self.artifact.name}"
 
     @property
     def artifact(self) -> PlannedArtifact:
-        """The only artifact, or the first of all."""
+        """The only artifact, or the first of several."""
         return self.artifacts[0]
 
 
-def make_graph(job: RunRequest, artifacts: Sequence[PlannedArtifact]) -> tuple[GraphStep, ...]:
-    """Return the steps of a run, each after what it needs."""
+def make_graph(request: RunRequest, artifacts: Sequence[PlannedArtifact]) -> tuple[GraphStep, ...]:
+    """Return the steps of a run, each after its needs."""
     steps: list[GraphStep] = []
     for artifact in artifacts:
         separate = artifact.plan.container.separate
@@ -63,9 +63,10 @@ def make_graph(job: RunRequest, artifacts: Sequence[PlannedArtifact]) -> tuple[G
         needs = (f"make {artifact.name}",)
         steps.append(GraphStep("verify", (artifact,), needs, ("verification",)))
     verified = tuple(f"verify {artifact.name}" for artifact in artifacts)
-    if job.measuring is not None and artifacts:
+    if request.measurement is not None and artifacts:
+        # What passed is measured together, even if another artifact failed.
         steps.append(GraphStep("evaluate", tuple(artifacts), verified, (), any_need=True))
-    measured = ("evaluate",) if job.measuring is not None else ()
+    measured = ("evaluate",) if request.measurement is not None else ()
     steps += [GraphStep("document", (a,), (f"verify {a.name}", *measured)) for a in artifacts]
     steps += [GraphStep("publish", (a,), (f"document {a.name}",), ("publish",)) for a in artifacts]
     return tuple(steps)

@@ -1,4 +1,4 @@
-"""Make artifacts of one source in one sweep; what goes wrong with one does not stop the others."""
+"""Make artifacts of one source in one sweep; a failure of one does not stop the others."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ __all__ = ["make_artifacts"]
 def make_artifacts(
     artifacts: Sequence[PlannedArtifact], *, threads: int, device: str, progress: Progress
 ) -> dict[str, Qwen35Error]:
-    """Write artifacts over whatever of theirs lies there; return what went wrong, by name.
-
-    Whether they may be replaced was asked before.
+    """Write artifacts, replacing existing ones; return errors by artifact name.
 
     Args:
-        artifacts: of one source.
-        threads: groups worked on at a time.
+        artifacts: artifacts of one source.
+        threads: number of step groups processed at a time.
         device: where weights are encoded.
-        progress: told of the bytes that steps have done with, each artifact's by itself.
+        progress: receives bytes processed; a weight counts once per artifact.
     """
+    # The caller has checked that existing outputs may be replaced.
     jobs = [WriteJob(artifact.plan, artifact.out, overwrite=True) for artifact in artifacts]
     _, errors = write_all(jobs, threads=threads, device=device, progress=progress)
     return {artifacts[number].name: error for number, error in errors.items()}

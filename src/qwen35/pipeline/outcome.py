@@ -1,4 +1,4 @@
-"""What became of a step, and of a run."""
+"""Outcomes of steps, and of a run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Status = Literal["done", "kept", "closed", "stopped", "skipped"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a step.
+    """The outcome of a step.
 
     Args:
-        step: which.
-        state: ``done``; ``kept``, as it was up to date; ``closed``: its gate is closed; ``stopped``
-            by a closed gate before it; ``skipped``, as nobody asked for it.
-        gate: that is closed.
+        step: the step.
+        state: ``done``; ``kept``: already up to date; ``closed``: its gate is closed; ``stopped``:
+            a gate before it is closed; ``skipped``: not requested.
+        gate: the closed gate.
         reasons: why it is not done.
-        facts: what is worth knowing of it, as plain values.
+        facts: results, as plain values.
     """
 
     step: GraphStep
@@ -35,19 +35,19 @@ class Outcome:
 
     @property
     def blame(self) -> str:
-        """What to say of it as the reason why another step is stopped."""
+        """The reason it gives for stopping a later step."""
         if self.gate:
             return f"the {self.gate} gate of {self.step.artifact.name} is closed"
         return f"{self.step.name} is not done"
 
     @property
     def open(self) -> bool:
-        """Whether what needs the step may go on."""
+        """Whether steps that need this one may run."""
         return self.state in ("done", "kept")
 
 
 def outcome_text(outcome: Outcome) -> str:
-    """Say what became of a step, in a line."""
+    """Return a step's outcome in one line."""
     if outcome.state == "closed" and outcome.gate:
         first = outcome.reasons[0] if outcome.reasons else ""
         more = f" (and {len(outcome.reasons) - 1} more)" if len(outcome.reasons) > 1 else ""
@@ -57,10 +57,10 @@ def outcome_text(outcome: Outcome) -> str:
     return f"{text}: {'; '.join(outcome.reasons)}" if outcome.reasons else text
 
 
-def outcomes_json(job: RunRequest, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Return what became of a run as plain values."""
+def outcomes_json(request: RunRequest, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Return a run's outcome as plain values."""
     return {
-        "out": str(job.out),
+        "out": str(request.out),
         "passed": passed(outcomes),
         "steps": [
             {
@@ -76,12 +76,12 @@ def outcomes_json(job: RunRequest, outcomes: Sequence[Outcome]) -> dict[str, Any
 
 
 def passed(outcomes: Sequence[Outcome]) -> bool:
-    """Whether no gate is closed."""
+    """Return whether all gates are open."""
     return all(outcome.state not in ("closed", "stopped") for outcome in outcomes)
 
 
 def outcomes_text(outcomes: Sequence[Outcome]) -> str:
-    """Return what became of a run for people."""
+    """Return a run's outcome as text."""
     width = max(len(outcome.step.name) for outcome in outcomes)
     lines: list[str] = []
     for outcome in outcomes:
@@ -94,7 +94,7 @@ def outcomes_text(outcomes: Sequence[Outcome]) -> str:
     closed = [outcome for outcome in outcomes if outcome.state == "closed"]
     lines.append("")
     if closed:
-        lines.append(f"{len(closed)} closed: what passed is kept, run again when it is mended")
+        lines.append(f"{len(closed)} closed: passed steps are kept; fix the cause and run again")
     else:
         lines.append("all gates open")
     return "\n".join(lines)

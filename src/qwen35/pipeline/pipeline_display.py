@@ -1,4 +1,4 @@
-"""A run before and after: its graph with bytes, memory and disk; what became of each step."""
+"""The forecast of a run: its graph with bytes, memory and disk space."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ class Forecast:
     """What a run would do.
 
     Args:
-        job: what for.
-        source: described or at hand.
-        graph: its steps.
-        threads: to be used.
+        request: the request.
+        source: the source; headers suffice.
+        graph: the steps.
+        threads: number of threads to use.
         kept: names of the artifacts that are up to date.
     """
 
     def __init__(
         self,
-        job: RunRequest,
+        request: RunRequest,
         source: Checkpoint,
         graph: Sequence[GraphStep],
         threads: int,
         kept: frozenset[str] = frozenset(),
     ) -> None:
-        self._job = job
+        self._request = request
         self._source = source
         self._graph = graph
         self._threads = threads
@@ -43,7 +43,7 @@ class Forecast:
 
     @property
     def artifacts(self) -> list[PlannedArtifact]:
-        """The artifacts that would be made."""
+        """The artifacts that the run would make."""
         steps = (step for step in self._graph if step.kind == "make")
         return [step.artifact for step in steps if step.artifact.name not in self._kept]
 
@@ -51,7 +51,9 @@ class Forecast:
         if step.kind == "make":
             return 0 if step.artifact.name in self._kept else step.artifact.plan.read_bytes
         own = sum(artifact.nbytes for artifact in step.artifacts)
-        if step.kind == "evaluate" or (step.kind == "verify" and self._job.depth != "structure"):
+        if step.kind == "evaluate" or (
+            step.kind == "verify" and self._request.depth != "structure"
+        ):
             return own + self._source.nbytes
         return own if step.kind == "publish" and step.artifact.repo else 0
 
@@ -64,7 +66,7 @@ class Forecast:
             return "up to date"
         if step.kind == "publish":
             return step.artifact.repo or "skipped: no repository was named"
-        return self._job.depth if step.kind == "verify" else ""
+        return self._request.depth if step.kind == "verify" else ""
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for step in self._graph:
@@ -74,19 +76,19 @@ class Forecast:
                 "gates": list(step.gates),
                 "read_bytes": self._reads(step),
                 "write_bytes": self._writes(step),
-                "memory": memory_of(step.kind, step.artifacts, self._job.depth, self._threads),
+                "memory": memory_of(step.kind, step.artifacts, self._request.depth, self._threads),
                 "note": self._note(step),
             }
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return the forecast as plain values."""
         rows = list(self._rows())
         needed = sum(row["write_bytes"] for row in rows)
         return {
             "model": self._source.name,
             "repo": self._source.repo,
             "revision": self._source.revision,
-            "out": str(self._job.out),
+            "out": str(self._request.out),
             "steps": rows,
             "artifacts": {
                 step.artifact.name: {
@@ -104,35 +106,35 @@ class Forecast:
                 sweep_memory(self.artifacts, self._threads), *(row["memory"] for row in rows)
             ),
             "disk_needed": needed,
-            "disk_free": shutil.disk_usage(existing(self._job.out)).free,
+            "disk_free": shutil.disk_usage(existing(self._request.out)).free,
             "threads": self._threads,
         }
 
     def text(self) -> str:
-        """Return it for people."""
-        said = self.to_json()
-        width = max(len(row["step"]) for row in said["steps"])
+        """Return the forecast as text."""
+        forecast = self.to_json()
+        width = max(len(row["step"]) for row in forecast["steps"])
         lines = [
-            f"{said['model']} -> {said['out']}",
+            f"{forecast['model']} -> {forecast['out']}",
             "",
             f"{'step':<{width}} {'reads':>10} {'writes':>10} {'memory':>10}",
         ]
-        for row in said["steps"]:
+        for row in forecast["steps"]:
             cells = [f"{size(row[key]) if row[key] else '-':>10}" for key in _COLUMNS]
             lines.append(f"{row['step']:<{width}} {' '.join(cells)}")
             needs = [f"after {', '.join(row['needs'])}"] if row["needs"] else []
-            behind = ", ".join(f"{gate} gate" for gate in row["gates"])
-            notes = [*needs, *(part for part in (behind, row["note"]) if part)]
+            gates_after = ", ".join(f"{gate} gate" for gate in row["gates"])
+            notes = [*needs, *(part for part in (gates_after, row["note"]) if part)]
             lines += [f"    {'; '.join(notes)}"] if notes else []
-        gates = {gate for row in said["steps"] for gate in row["gates"]}
+        gates = {gate for row in forecast["steps"] for gate in row["gates"]}
         lines += ["", *(f"{gate} gate: {GATES[gate]}" for gate in GATES if gate in gates)]
         lines += [
             "",
-            f"making reads {size(said['source_read_bytes'])} of the source, each byte once",
-            f"disk: needs {size(said['disk_needed'])}, {size(said['disk_free'])} are free; "
-            f"memory: about {size(said['peak_memory'])} with {said['threads']} threads",
+            f"making reads {size(forecast['source_read_bytes'])} of the source, each byte once",
+            f"disk: needs {size(forecast['disk_needed'])}, {size(forecast['disk_free'])} are free; "
+            f"memory: about {size(forecast['peak_memory'])} with {forecast['threads']} threads",
         ]
-        for name, artifact in said["artifacts"].items():
+        for name, artifact in forecast["artifacts"].items():
             lines += [f"note: {name}: {note}" for note in artifact["notes"]]
         return "\n".join(lines)
 

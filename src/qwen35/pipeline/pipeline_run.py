@@ -1,4 +1,4 @@
-"""Run a graph: every step whose needs are met, what is up to date left alone, gates judged."""
+"""Run a graph: run each step whose needs are met, skip what is up to date, judge the gates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding, InputError, OutputError, Qwen35Error
 from qwen35.pipeline.evaluation_step import candidates, measure
-from qwen35.pipeline.freshness import foreign_files, is_made, make_key, source_identity
+from qwen35.pipeline.freshness import foreign_files, is_up_to_date, make_key, source_identity
 from qwen35.pipeline.gates import artifact_gate, publish_gate, quantization_gate
 from qwen35.pipeline.graph import GraphStep
 from qwen35.pipeline.make import make_artifacts
@@ -40,56 +40,57 @@ class PipelineRunner:
     """One run.
 
     Args:
-        job: what for.
-        source: with its weights at hand.
-        graph: its steps.
-        options: how.
-        threads: how many to use; the options may allow more than fit into memory.
-        progress: told of the bytes worked on.
-        chunks: told of the chunks of text that were measured on.
-        tell: told what is going on.
-        hasher: knows files that it has seen before.
+        request: the request.
+        source: the source, with local weights.
+        graph: the steps.
+        options: options that do not affect the results.
+        threads: number of threads; the options may allow more than fit into memory.
+        progress: receives bytes processed.
+        chunks: receives chunks measured.
+        announce: receives a line per step.
+        hasher: caches hashes of unchanged files.
     """
 
-    job: RunRequest
+    request: RunRequest
     source: Checkpoint
     graph: Sequence[GraphStep]
     options: RunOptions
     threads: int = 1
     progress: Progress = field(default_factory=Silent)
     chunks: Progress = field(default_factory=Silent)
-    tell: Callable[[str], None] = lambda _: None
+    announce: Callable[[str], None] = lambda _: None
     hasher: FileHasher = field(default_factory=FileHasher)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def run(self) -> tuple[Outcome, ...]:
-        """Run all steps; return what became of each, in order.
+        """Run all steps; return their outcomes, in order.
 
         Raises:
-            OutputError: another run is at work in the folder, an output is not this run's to
-                replace, or the disk is too small. Nothing has been done then.
+            OutputError: another run is active in the folder, an output may not be replaced, or the
+                disk is too small. Nothing has been written then.
         """
-        out = self.job.out
-        fresh = not out.exists()
+        out = self.request.out
+        created = not out.exists()
         try:
             with os_errors(out):
                 out.mkdir(parents=True, exist_ok=True)
                 with locked(out.resolve() / "qwen35-run"):
                     self._run()
         finally:
-            if fresh:
-                with suppress(OSError):
-                    out.rmdir()  # nothing came of it
+            if created:
+                with suppress(OSError):  # not empty: the run produced something
+                    out.rmdir()
         return tuple(self.outcomes.values())
 
     def _run(self) -> None:
-        self._state = RunState.load(self.job.out)
+        self._state = RunState.load(self.request.out)
         self._identity = source_identity(self.source, self.hasher)
-        self._made = self._make()
+        # All artifacts first: one sweep reads the source once for all of them.
+        self._make_errors = self._make()
         for number, step in enumerate(self.graph, 1):
             outcome = self._outcome(step)
             self.outcomes[step.name] = outcome
-            self.tell(f"[{number}/{len(self.graph)}] {step.name}: {outcome_text(outcome)}")
+            self.announce(f"[{number}/{len(self.graph)}] {step.name}: {outcome_text(outcome)}")
 
     def _outcome(self, step: GraphStep) -> Outcome:
         needs = [self.outcomes[name] for name in step.needs]
@@ -105,39 +106,40 @@ class PipelineRunner:
         }[step.kind]
         try:
             return handler(step)
-        except Qwen35Error as error:
+        except Qwen35Error as error:  # any other exception is a bug and ends the run
             gate = step.gates[0] if step.gates else None
             return Outcome(step, "closed", gate, (str(error),))
 
     # --- make
 
     def _make(self) -> dict[str, Qwen35Error | None]:
-        """Make what is missing or changed; return what went wrong, or None, for each made."""
+        """Make missing or changed artifacts; return the error, or None, for each step run."""
         todo: dict[str, PlannedArtifact] = {}
         for step in self.graph:
-            if step.kind == "make" and not self._is_made(step.artifact):
+            if step.kind == "make" and not self._is_up_to_date(step.artifact):
                 todo[step.name] = step.artifact
         for name, artifact in todo.items():
             self._check_out(name, artifact)
-        check_space(self.job.out, sum(artifact.nbytes for artifact in todo.values()))
+        check_space(self.request.out, sum(artifact.nbytes for artifact in todo.values()))
+        # Recorded before making, so that a run killed between a rename and its record resumes.
         for name, artifact in todo.items():
             self._state.record(name, make_key(artifact, self._identity))
         if not todo:
             return {}
-        self.tell(f"making {', '.join(artifact.name for artifact in todo.values())}")
-        failed = make_artifacts(
+        self.announce(f"making {', '.join(artifact.name for artifact in todo.values())}")
+        errors = make_artifacts(
             list(todo.values()),
             threads=self.threads,
             device=self.options.device,
             progress=self.progress,
         )
-        return {name: failed.get(artifact.name) for name, artifact in todo.items()}
+        return {name: errors.get(artifact.name) for name, artifact in todo.items()}
 
-    def _is_made(self, artifact: PlannedArtifact) -> bool:
-        return is_made(artifact, self._identity, self._state, self.hasher)
+    def _is_up_to_date(self, artifact: PlannedArtifact) -> bool:
+        return is_up_to_date(artifact, self._identity, self._state, self.hasher)
 
     def _check_out(self, name: str, artifact: PlannedArtifact) -> None:
-        """Refuse to replace what this run did not make, unless told to."""
+        """Raise if a file that this run did not write would be replaced without --overwrite."""
         ours = name in self._state.steps or self.options.overwrite
         check_output(artifact.out, source=self.source.folder(), overwrite=ours)
         if self.options.overwrite or not artifact.out.is_dir():
@@ -145,20 +147,20 @@ class PipelineRunner:
         for path in sorted(foreign_files(artifact.out)):
             raise OutputError(
                 str(artifact.out),
-                f"holds {path}, which this run did not write, and has to be made again",
+                f"must be rebuilt, but holds {path}, which this run did not write",
                 hint="move it away, or give --overwrite",
             )
 
     def _gate_make(self, step: GraphStep) -> Outcome:
         artifact = step.artifact
-        error = self._made.get(step.name)
+        error = self._make_errors.get(step.name)
         if error is not None:
             return Outcome(step, "closed", "artifact", (str(error),))
         if found := list(artifact_gate(artifact)):
             return Outcome(step, "closed", "artifact", _sentences(found))
         if "quantization" in step.gates and (found := list(quantization_gate(artifact))):
             return Outcome(step, "closed", "quantization", _sentences(found))
-        state: Status = "done" if step.name in self._made else "kept"
+        state: Status = "done" if step.name in self._make_errors else "kept"
         facts = {"out": str(artifact.out), "bytes": artifact.nbytes, "plan": artifact.plan.digest}
         return Outcome(step, state, facts=facts)
 
@@ -167,13 +169,14 @@ class PipelineRunner:
     def _verify(self, step: GraphStep) -> Outcome:
         artifact = step.artifact
         manifest = self._manifest(artifact)
-        key = key_of("verify", self.job.depth, _hashes(manifest), self._identity)
-        said = manifest.get("verified")
+        key = key_of("verify", self.request.depth, _hashes(manifest), self._identity)
+        recorded = manifest.get("verified")
         row = self._state.recorded(step.name, key)
-        if row is not None and row.get("passed") and isinstance(said, dict) and said.get("passed"):
-            return Outcome(step, "kept", facts={"depth": self.job.depth, "passed": True})
-        verdict = self._verdict(artifact)
-        gc.collect()  # a model that was asked is large, and its parts refer to each other
+        passed = isinstance(recorded, dict) and recorded.get("passed")
+        if row is not None and row.get("passed") and passed:
+            return Outcome(step, "kept", facts={"depth": self.request.depth, "passed": True})
+        verdict = self.verdict_on(artifact)
+        gc.collect()  # a loaded model is large, and its reference cycles delay freeing it
         record_verdict(artifact.out, verdict)
         self._state.record(step.name, key, passed=verdict.passed)
         facts = {
@@ -186,8 +189,9 @@ class PipelineRunner:
             return Outcome(step, "closed", "verification", _sentences(verdict.findings), facts)
         return Outcome(step, "done", facts=facts)
 
-    def _verdict(self, artifact: PlannedArtifact) -> Verdict:
-        depth = self.job.depth
+    def verdict_on(self, artifact: PlannedArtifact) -> Verdict:
+        """Verify an artifact as deep as the run asks for."""
+        depth = self.request.depth
         source = None if depth == "structure" else self.source
         options: Any = {"source": source, "depth": depth, "threads": self.threads}
         subject = open_artifact(str(artifact.out.absolute()), depth)
@@ -203,21 +207,21 @@ class PipelineRunner:
     # --- evaluate
 
     def _evaluate(self, step: GraphStep) -> Outcome:
-        measuring = self.job.measuring
-        assert measuring is not None  # there is such a step
-        open_ones = [a for a in step.artifacts if self.outcomes[f"verify {a.name}"].open]
-        hashes = {a.name: _hashes(self._manifest(a)) for a in open_ones}
-        text = digest_file(measuring.text).sha256
-        key = key_of("evaluate", text, measuring.chunks, self._identity, hashes)
+        measurement = self.request.measurement
+        assert measurement is not None  # otherwise the graph has no such step
+        verified = [a for a in step.artifacts if self.outcomes[f"verify {a.name}"].open]
+        hashes = {a.name: _hashes(self._manifest(a)) for a in verified}
+        text = digest_file(measurement.text).sha256
+        key = key_of("evaluate", text, measurement.chunks, self._identity, hashes)
         report = self.report / REPORT_NAME
         row = self._state.recorded(step.name, key)
-        facts = {"report": str(report), "measured": [a.name for a in open_ones]}
+        facts = {"report": str(report), "measured": [a.name for a in verified]}
         if row and report.is_file() and digest_file(report).sha256 == row.get("report"):
             return Outcome(step, "kept", facts=facts)
         measure(
             self.source,
-            candidates(open_ones),
-            measuring,
+            candidates(verified),
+            measurement,
             self.report,
             threads=self.threads,
             device=self.options.device,
@@ -230,18 +234,18 @@ class PipelineRunner:
     @property
     def report(self) -> Path:
         """The folder of the report."""
-        return self.job.out / REPORT_FOLDER
+        return self.request.out / REPORT_FOLDER
 
     # --- documents
 
     def _document(self, step: GraphStep) -> Outcome:
         artifact = step.artifact
-        if self.job.measuring is not None:
+        if self.request.measurement is not None:
             content = (self.report / REPORT_NAME).read_bytes()
             write_documents(artifact.out, {REPORT_NAME: content})
-        made = documents(artifact.out, artifact.repo or f"OWNER/{artifact.name}")
-        write_documents(artifact.out, made)
-        return Outcome(step, "done" if made else "kept", facts={"written": sorted(made)})
+        written = documents(artifact.out, artifact.repo or f"OWNER/{artifact.name}")
+        write_documents(artifact.out, written)
+        return Outcome(step, "done" if written else "kept", facts={"written": sorted(written)})
 
     # --- publish
 
@@ -252,8 +256,8 @@ class PipelineRunner:
         target = SyncTarget.of(artifact.out, artifact.repo, self.options.token, self.progress)
         diff = diff_push(target, create=True)
         manifest = self._manifest(artifact)
-        belongs = [*manifest["files"], *manifest.get("added", {})]
-        if found := list(publish_gate(diff, belongs)):
+        listed = [*manifest["files"], *manifest.get("added", {})]
+        if found := list(publish_gate(diff, listed)):
             return Outcome(step, "closed", "publish", _sentences(found), {"repo": artifact.repo})
         if diff.base and not diff.changes:
             return Outcome(step, "kept", facts={"repo": artifact.repo, "commit": diff.base})
@@ -262,7 +266,7 @@ class PipelineRunner:
             artifact.out,
             message="Upload model",
             token=target.token,
-            private=self.job.private,
+            private=self.request.private,
             hasher=target.hasher,
             progress=self.progress,
         )

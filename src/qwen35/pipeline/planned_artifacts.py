@@ -1,4 +1,4 @@
-"""The artifacts of a run with their plans, and everything that can be wrong before it starts."""
+"""The artifacts of a run with their plans, and all problems that can be found before it starts."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class PlannedArtifact:
     """One artifact of a run.
 
     Args:
-        wanted: what was asked for.
-        name: of its folder, and of its repository.
+        request: the request for it.
+        name: name of its folder and its repository.
         out: its folder.
-        repo: where it is published, if it is.
-        plan: the whole of it.
+        repo: the repository to publish to, if any.
+        plan: its plan.
     """
 
-    wanted: ArtifactRequest
+    request: ArtifactRequest
     name: str
     out: Path
     repo: str | None
@@ -53,7 +53,7 @@ class PlannedArtifact:
 
     @property
     def kind(self) -> str:
-        """How it holds its weights: a codec, or the container of many."""
+        """The codec that packs its weights, or the container's name."""
         return self.plan.kind
 
     @property
@@ -68,84 +68,94 @@ class PlannedArtifact:
 
     @property
     def weights(self) -> list[Weight]:
-        """The weights of the source that making it reads."""
+        """The source weights read to make it."""
         return [slab.item.weight for step in self.plan.written for slab in step.rows.slabs]
 
     def peak_memory(self, threads: int) -> int:
-        """Return an upper estimate in bytes of the memory that making it needs."""
+        """Return an upper estimate, in bytes, of the memory needed to make it."""
         return peak_memory(self.plan, threads)
 
 
 def plan_artifacts(
-    checkpoint: Checkpoint, job: RunRequest, token: str | None = None
+    checkpoint: Checkpoint, request: RunRequest, token: str | None = None
 ) -> tuple[tuple[PlannedArtifact, ...], tuple[Qwen35Error, ...]]:
-    """Plan everything that a job asks for.
+    """Plan all artifacts of a run.
 
     Returns:
-        The artifacts that can be planned, and a problem for each thing that is wrong: a recipe
-        that does not fit, two artifacts of one name, a library that is not installed.
+        The artifacts that could be planned, and all problems: recipes that do not fit, artifacts
+        with the same name, missing libraries.
     """
     artifacts: list[PlannedArtifact] = []
     problems: list[Qwen35Error] = []
-    for wanted in job.artifacts:
+    for artifact_request in request.artifacts:
         try:
-            artifact = _artifact(checkpoint, job, wanted, token)
-        except Qwen35Error as error:
-            problems.append(_of(wanted, error))
+            artifact = _artifact(checkpoint, request, artifact_request, token)
+        except Qwen35Error as error:  # collected, so that the user sees all problems at once
+            problems.append(_labelled(artifact_request, error))
             continue
         artifacts.append(artifact)
     problems += _clashes(artifacts)
-    problems += _missing_libraries(artifacts, job)
-    if job.measuring is not None:
-        problems += _measuring_problems(checkpoint, job.measuring.text, job.out)
+    problems += _missing_libraries(artifacts, request)
+    if request.measurement is not None:
+        problems += _measuring_problems(checkpoint, request.measurement.text, request.out)
     return tuple(artifacts), tuple(problems)
 
 
-def _of(wanted: ArtifactRequest, error: Qwen35Error) -> Qwen35Error:
-    """Say which artifact a problem is of."""
+def _labelled(artifact_request: ArtifactRequest, error: Qwen35Error) -> Qwen35Error:
+    """Return the error with its artifact named in the subject."""
     return UsageError(
-        f"{wanted.label}: {error.subject}", error.found, expected=error.expected, hint=error.hint
+        f"{artifact_request.label}: {error.subject}",
+        error.found,
+        expected=error.expected,
+        hint=error.hint,
     )
 
 
 def _artifact(
-    checkpoint: Checkpoint, job: RunRequest, wanted: ArtifactRequest, token: str | None
+    checkpoint: Checkpoint,
+    request: RunRequest,
+    artifact_request: ArtifactRequest,
+    token: str | None,
 ) -> PlannedArtifact:
-    plan = _gguf(checkpoint, wanted, token) if wanted.types else _safetensors(checkpoint, wanted)
-    name = wanted.name or artifact_name(
+    plan = (
+        _gguf(checkpoint, artifact_request, token)
+        if artifact_request.types
+        else _safetensors(checkpoint, artifact_request)
+    )
+    name = artifact_request.name or artifact_name(
         model_name(checkpoint), checkpoint.config, plan.container.suffix(plan), text=_is_text(plan)
     )
-    repo = wanted.repo or (f"{job.owner}/{name}" if job.owner else None)
-    return PlannedArtifact(wanted, name, job.out / name, repo, plan)
+    repo = artifact_request.repo or (f"{request.owner}/{name}" if request.owner else None)
+    return PlannedArtifact(artifact_request, name, request.out / name, repo, plan)
 
 
 def _is_text(plan: Plan) -> bool:
     return not plan.container.has_vision(plan)
 
 
-def _safetensors(checkpoint: Checkpoint, wanted: ArtifactRequest) -> Plan:
-    recipe = load_recipe(wanted.recipe).keeping(wanted.keep)
-    statistics = wanted.activation_stats
+def _safetensors(checkpoint: Checkpoint, artifact_request: ArtifactRequest) -> Plan:
+    recipe = load_recipe(artifact_request.recipe).keeping(artifact_request.keep)
+    statistics = artifact_request.activation_stats
     return make_plan(
         checkpoint,
-        recipe.dropping_mtp() if wanted.drop_mtp else recipe,
-        keep_prefix=wanted.keep_prefix,
-        scale_choice=wanted.scale_choice,
+        recipe.dropping_mtp() if artifact_request.drop_mtp else recipe,
+        keep_prefix=artifact_request.keep_prefix,
+        scale_choice=artifact_request.scale_choice,
         activations=load_activations(statistics) if statistics else None,
     )
 
 
-def _gguf(checkpoint: Checkpoint, wanted: ArtifactRequest, token: str | None) -> Plan:
-    unknown = [name for name in wanted.types if name not in FILE_TYPES]
+def _gguf(checkpoint: Checkpoint, artifact_request: ArtifactRequest, token: str | None) -> Plan:
+    unknown = [name for name in artifact_request.types if name not in FILE_TYPES]
     if unknown:
         raise UsageError("types", f"{unknown[0]!r} is unknown", expected=", ".join(FILE_TYPES))
     return make_plan(
         checkpoint,
-        load_recipe(wanted.recipe, "gguf"),
-        types=wanted.types,
-        imatrix=open_imatrix(wanted.imatrix, token) if wanted.imatrix else None,
-        projector="F16" if wanted.mmproj else None,
-        drop_mtp=wanted.drop_mtp,
+        load_recipe(artifact_request.recipe, "gguf"),
+        types=artifact_request.types,
+        imatrix=open_imatrix(artifact_request.imatrix, token) if artifact_request.imatrix else None,
+        projector="F16" if artifact_request.mmproj else None,
+        drop_mtp=artifact_request.drop_mtp,
     )
 
 
@@ -154,33 +164,33 @@ def _clashes(artifacts: Sequence[PlannedArtifact]) -> Iterator[UsageError]:
         before = artifacts[:i]
         if any(other.name == artifact.name for other in before):
             yield UsageError(
-                artifact.name, "two artifacts of this name", hint="give one a name of its own"
+                artifact.name, "two artifacts with this name", hint="rename one of them"
             )
         elif artifact.repo and any(other.repo == artifact.repo for other in before):
             yield UsageError(
-                artifact.repo, "two artifacts for this repository", hint="one repository for each"
+                artifact.repo, "two artifacts for this repository", hint="give each its own"
             )
 
 
 def _missing_libraries(
-    artifacts: Sequence[PlannedArtifact], job: RunRequest
+    artifacts: Sequence[PlannedArtifact], request: RunRequest
 ) -> Iterator[UsageError]:
-    """Yield a problem for each library that an artifact will need and that is not installed."""
+    """Yield a problem for each missing library that an artifact will need."""
     problems = [problem for a in artifacts if (problem := _unprepared(a.plan)) is not None]
     yield from {str(problem): problem for problem in problems}.values()
-    if job.depth != "behaviour" and job.measuring is None:
+    if request.depth != "behaviour" and request.measurement is None:
         return
-    what = "depth behaviour" if job.depth == "behaviour" else "evaluate"
-    needed = {name: extra for artifact in artifacts for name, extra in _asked_in(artifact)}
+    subject = "depth behaviour" if request.depth == "behaviour" else "evaluate"
+    needed = {name: extra for artifact in artifacts for name, extra in _engine_modules(artifact)}
     for name, extra in needed.items():
         if importlib.util.find_spec(name) is None:
             yield UsageError(
-                what, f"{name} is not installed", hint=f"pip install 'qwen35[{extra}]'"
+                subject, f"{name} is not installed", hint=f"pip install 'qwen35[{extra}]'"
             )
 
 
 def _unprepared(plan: Plan) -> UsageError | None:
-    """Return what writing lacks, if anything."""
+    """Return the error if a library for writing is missing."""
     try:
         plan.container.prepare(plan)
     except UsageError as error:
@@ -188,8 +198,8 @@ def _unprepared(plan: Plan) -> UsageError | None:
     return None
 
 
-def _asked_in(artifact: PlannedArtifact) -> Iterator[tuple[str, str]]:
-    """Yield what an artifact is asked and measured in: a module, and the extra that brings it."""
+def _engine_modules(artifact: PlannedArtifact) -> Iterator[tuple[str, str]]:
+    """Yield the modules that running an artifact needs, each with its pip extra."""
     container = artifact.plan.container
     modules, extra = container.engine
     if not container.separate:
@@ -203,7 +213,7 @@ def _measuring_problems(checkpoint: Checkpoint, text: Path, out: Path) -> Iterat
     from qwen35.reporting.report_files import check_report
 
     if any(map(is_packed, checkpoint.weights)):
-        found = "quantized itself: there is nothing exact to measure against"
+        found = "quantized, so there is no exact reference to measure against"
         yield UsageError(f"evaluate: {checkpoint.name}", found, hint="leave the text out")
     try:
         check_report(out / REPORT_FOLDER, overwrite=True)
@@ -217,41 +227,40 @@ def _measuring_problems(checkpoint: Checkpoint, text: Path, out: Path) -> Iterat
 
 
 def source_bytes(artifacts: Sequence[PlannedArtifact]) -> int:
-    """Return the bytes of the source that one sweep for `artifacts` reads."""
-    stretches: dict[str, set[tuple[int, int]]] = {}
+    """Return the source bytes that one sweep for `artifacts` reads: the union of their ranges."""
+    ranges: dict[str, set[tuple[int, int]]] = {}
     for weight in (weight for artifact in artifacts for weight in artifact.weights):
         for part in weight.parts:
-            stretch = part.begin, part.begin + part.spec.nbytes
-            stretches.setdefault(part.file, set()).add(stretch)
+            ranges.setdefault(part.file, set()).add((part.begin, part.begin + part.spec.nbytes))
     total = 0
-    for found in stretches.values():
-        reached = 0
-        for begin, end in sorted(found):
+    for file_ranges in ranges.values():
+        reached = 0  # ranges overlap: artifacts share weights, and expert parts share a stack
+        for begin, end in sorted(file_ranges):
             total += max(0, end - max(begin, reached))
             reached = max(reached, end)
     return total
 
 
 def sweep_memory(artifacts: Sequence[PlannedArtifact], threads: int) -> int:
-    """Return an upper estimate in bytes of the memory that one sweep for `artifacts` needs."""
+    """Return an upper estimate, in bytes, of the memory that one sweep needs."""
     peaks = [artifact.peak_memory(threads) for artifact in artifacts]
     return sum(peaks) - _SHARED_MEMORY * max(0, len(peaks) - 1)
 
 
 _SHARED_MEMORY = 120_000_000
-"""What every estimate holds, and a sweep has once: the interpreter with its libraries."""
+"""The interpreter with its libraries: in every artifact's estimate, but only once in a sweep."""
 
 _CHECK_MEMORY = 450_000_000
-"""Reading and comparing every number, measured by benchmarks/verify.py."""
+"""Reading and comparing all numbers, as measured by benchmarks/verify.py."""
 
 _ENGINE_MEMORY = 1_000_000_000
-"""PyTorch with transformers, or llama.cpp, beside the weights that they load."""
+"""PyTorch with transformers, or llama.cpp, without the loaded weights."""
 
 
 def memory_of(kind: str, artifacts: Sequence[PlannedArtifact], depth: Depth, threads: int) -> int:
-    """Return an upper estimate in bytes of the memory that a step needs.
+    """Return an upper estimate, in bytes, of the memory that a step needs.
 
-    Making does not grow with the model; asking and measuring load the largest file or folder.
+    Making does not grow with the model; behaviour checks and evaluation load the largest artifact.
     """
     if kind == "make":
         return artifacts[0].peak_memory(threads)
@@ -267,9 +276,9 @@ def _loaded(artifact: PlannedArtifact) -> int:
 
 
 def threads_within(artifacts: Sequence[PlannedArtifact], threads: int, memory: int | None) -> int:
-    """Return the number of threads with which a sweep for `artifacts` stays below `memory`.
+    """Return the number of threads with which a sweep stays below `memory`.
 
     Raises:
-        UsageError: one thread alone needs more.
+        UsageError: a single thread exceeds the limit.
     """
     return threads_fitting(lambda n: sweep_memory(artifacts, n), threads, memory)

@@ -1,4 +1,4 @@
-"""A run's TOML file: read whole, every problem of it a sentence."""
+"""A run's TOML file: read completely, with all its problems collected."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from qwen35.pipeline.run_request import (
 )
 from qwen35.verification.verdict import Depth
 
-__all__ = ["read_job"]
+__all__ = ["read_run_file"]
 
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "text": (str, "a text"),
+    "text": (str, "a string"),
     "flag": (bool, "true or false"),
     "number": ((int, float), "a number"),
     "count": (int, "a whole number"),
-    "texts": (list, "a list of texts"),
-    "text or texts": ((str, list), "a text or a list of texts"),
+    "texts": (list, "a list of strings"),
+    "text or texts": ((str, list), "a string or a list of strings"),
     "table": (dict, "a table"),
     "tables": (list, "tables"),
 }
-"""Kind of a value to what Python makes of it and what a sentence calls it."""
+"""Kinds of values: the Python type, and its name in error messages."""
 
-_TOP = {
+TOP_KEYS = {
     "model": "text",
     "out": "text",
     "path": "text or texts",
@@ -47,7 +47,7 @@ _TOP = {
     "publish": "table",
 }
 _COMMON = {"recipe": "text", "name": "text", "repo": "text", "drop_mtp": "flag"}
-_ARTIFACT = _COMMON | {
+ARTIFACT_KEYS = _COMMON | {
     "keep": "texts",
     "keep_prefix": "flag",
     "calib_mode": "text",
@@ -56,15 +56,15 @@ _ARTIFACT = _COMMON | {
     "mse_grid_size": "count",
     "activation_stats": "text",
 }
-_GGUF = _COMMON | {"types": "texts", "imatrix": "text", "mmproj": "flag"}
-_EVALUATE = {"text": "text", "chunks": "count"}
-_PUBLISH = {"owner": "text", "private": "flag"}
+GGUF_KEYS = _COMMON | {"types": "texts", "imatrix": "text", "mmproj": "flag"}
+EVALUATE_KEYS = {"text": "text", "chunks": "count"}
+PUBLISH_KEYS = {"owner": "text", "private": "flag"}
 
 
-def read_job(path: Path) -> RunRequest:
+def read_run_file(path: Path) -> RunRequest:
     """Read a run's file; paths in it are relative to its folder.
 
-    Everything that is wrong is in the job's `problems`; the job is of use only if there are none.
+    All problems are collected in `RunRequest.problems`; use the request only if there are none.
 
     Raises:
         UsageError: the file cannot be read or is not TOML.
@@ -77,18 +77,18 @@ def read_job(path: Path) -> RunRequest:
         raise UsageError(str(path), "not UTF-8", expected="TOML") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(str(path), f"not valid TOML ({error})") from error
-    return _Reader(path).job(parsed)
+    return _Reader(path).request(parsed)
 
 
 @dataclass
 class _Reader:
-    """Collects problems while it reads."""
+    """Reads a parsed file and collects its problems."""
 
     path: Path
     problems: list[UsageError] = field(default_factory=list)
 
-    def job(self, parsed: Mapping[str, Any]) -> RunRequest:
-        top = self._checked("", parsed, _TOP)
+    def request(self, parsed: Mapping[str, Any]) -> RunRequest:
+        top = self._checked("", parsed, TOP_KEYS)
         for name in ("model", "out"):
             if not top.get(name):
                 self._problem(name, "is missing")
@@ -96,10 +96,10 @@ class _Reader:
         if depth not in get_args(Depth):
             self._problem("depth", repr(depth), expected=" or ".join(get_args(Depth)))
             depth = "behaviour"
-        evaluate = self._checked("evaluate", top.get("evaluate", {}), _EVALUATE)
+        evaluate = self._checked("evaluate", top.get("evaluate", {}), EVALUATE_KEYS)
         if "evaluate" in top and not evaluate.get("text"):
             self._problem("evaluate.text", "is missing", hint="name a text to measure on")
-        publish = self._checked("publish", top.get("publish", {}), _PUBLISH)
+        publish = self._checked("publish", top.get("publish", {}), PUBLISH_KEYS)
         owner = publish.get("owner", "")
         if owner and HubId.parse(f"{owner}/name") is None:
             self._problem("publish.owner", repr(owner), expected="a user or an organization")
@@ -111,7 +111,7 @@ class _Reader:
             out=self._near(top.get("out", ".")),
             artifacts=self._artifacts(top),
             depth=depth,
-            measuring=MeasurementRequest(self._near(text), chunks) if text else None,
+            measurement=MeasurementRequest(self._near(text), chunks) if text else None,
             owner=owner,
             private=publish.get("private", False),
             problems=tuple(self.problems),
@@ -120,30 +120,30 @@ class _Reader:
     def _artifacts(self, top: Mapping[str, Any]) -> tuple[ArtifactRequest, ...]:
         paths = top.get("path", [])
         paths = [paths] if isinstance(paths, str) else paths
-        made: list[ArtifactRequest] = []
+        requests: list[ArtifactRequest] = []
         try:
             imatrix = self._imatrix(top.get("imatrix", ""))
-            made += path_artifacts(paths, types=self._types(top), imatrix=imatrix)
+            requests += path_artifacts(paths, types=self._types(top), imatrix=imatrix)
         except UsageError as error:
             self._problem(error.subject, error.found, expected=error.expected, hint=error.hint)
-        made += self._each("artifact", top, _ARTIFACT, self._safetensors)
-        made += self._each("gguf", top, _GGUF, self._gguf)
-        if not made and not self.problems:
-            hint = 'say path = "A", "B" or "fp8", or give [[artifact]] or [[gguf]]'
+        requests += self._each("artifact", top, ARTIFACT_KEYS, self._safetensors)
+        requests += self._each("gguf", top, GGUF_KEYS, self._gguf)
+        if not requests and not self.problems:
+            hint = 'set path = "A", "B" or "fp8", or add [[artifact]] or [[gguf]]'
             self._problem("path", "nothing to make", hint=hint)
-        return tuple(made)
+        return tuple(requests)
 
     def _each(
         self, name: str, top: Mapping[str, Any], schema: Any, make: Any
     ) -> list[ArtifactRequest]:
-        made = []
+        requests = []
         for number, row in enumerate(top.get(name, []), 1):
             where = f"{name} {number}"
             if not isinstance(row, dict):
                 self._problem(where, "not a table", hint=f"write [[{name}]]")
                 continue
             try:
-                made.append(make(where, self._checked(where, row, schema)))
+                requests.append(make(where, self._checked(where, row, schema)))
             except UsageError as error:
                 self._problem(
                     f"{where}: {error.subject}",
@@ -151,7 +151,7 @@ class _Reader:
                     expected=error.expected,
                     hint=error.hint,
                 )
-        return made
+        return requests
 
     def _safetensors(self, where: str, row: Mapping[str, Any]) -> ArtifactRequest:
         if not row.get("recipe"):
@@ -162,8 +162,8 @@ class _Reader:
             if "calib_mode" not in row:
                 raise UsageError("calib_mode", "is missing", hint="its parameters need it")
             fields = ("mode", "rms_factor", "percentile", "grid_size")
-            given = {f: row[n] for f, n in zip(fields, names, strict=True) if n in row}
-            scale_choice = ScaleChoice(**given)
+            values = {f: row[n] for f, n in zip(fields, names, strict=True) if n in row}
+            scale_choice = ScaleChoice(**values)
         statistics = row.get("activation_stats")
         return ArtifactRequest(
             **self._common(where, row, "nf4"),
@@ -208,7 +208,7 @@ class _Reader:
         return self.path.parent / Path(name).expanduser()
 
     def _model(self, name: str) -> str:
-        """A folder beside the file if there is one; else what the user said."""
+        """Return a folder relative to the file if it exists, else the name unchanged (a Hub id)."""
         near = self._near(name)
         return str(near) if name and near.is_dir() else name
 
@@ -216,8 +216,8 @@ class _Reader:
         return name if not name or name.startswith("hf:") else str(self._near(name))
 
     def _checked(self, where: str, table: Any, schema: Mapping[str, str]) -> dict[str, Any]:
-        """Return the entries of a table that are of the kind they should be."""
-        good = {}
+        """Return the valid entries of a table; add a problem for each of the others."""
+        valid = {}
         for key, value in table.items() if isinstance(table, dict) else ():
             subject = f"{where}.{key}" if where else key
             kind = schema.get(key)
@@ -226,17 +226,18 @@ class _Reader:
             elif not _is(value, kind):
                 self._problem(subject, repr(value)[:80], expected=_KINDS[kind][1])
             else:
-                good[key] = value
-        return good
+                valid[key] = value
+        return valid
 
     def _problem(self, subject: str, found: str, *, expected: str = "", hint: str = "") -> None:
         subject = f"{self.path.name}: {subject}"
+        # One problem per entry: later checks of a faulty entry would only repeat it.
         if all(problem.subject != subject for problem in self.problems):
             self.problems.append(UsageError(subject, found, expected=expected, hint=hint))
 
 
 def _is(value: Any, kind: str) -> bool:
-    if isinstance(value, bool) and kind != "flag":
+    if isinstance(value, bool) and kind != "flag":  # bool is a subclass of int
         return False
     if kind in ("texts", "text or texts") and isinstance(value, list):
         return all(isinstance(item, str) for item in value)

@@ -1,4 +1,4 @@
-"""What a run is to make: the artifacts of a path, or those of a file, before anything is opened."""
+"""The request for a run: its artifacts, from a path or a file, before anything is opened."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ REPORT_FOLDER = "report"
 """The folder in a run's folder that holds report.json and report.html."""
 
 DEFAULT_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
-"""What Path B quantizes to beside its F16."""
+"""File types of path B beside F16."""
 
 
 @dataclass(frozen=True)
 class ArtifactRequest:
-    """One artifact that is asked for.
+    """The request for one artifact.
 
     Args:
         recipe: built-in name or TOML file.
-        types: file types of GGUF files; empty for safetensors.
-        name: of its folder; by the conventions if empty.
-        repo: where it is published, if not by the owner of all.
+        types: GGUF file types; empty for safetensors.
+        name: folder name; derived from the source (`artifact_name`) if empty.
+        repo: repository to publish to; derived from the run's owner if empty.
         keep: roles to leave unquantized.
         drop_mtp: whether to drop the multi-token-prediction layer.
         keep_prefix: text-only: whether tensors stay under ``model.language_model.``.
-        scale_choice: of FP8 scales.
+        scale_choice: FP8: how scales are chosen.
         activation_stats: FP8: statistics that weigh the columns.
         imatrix: GGUF: importance matrix, a file or ``hf:owner/name/path``.
-        mmproj: GGUF: whether the vision tower is written too.
+        mmproj: GGUF: whether to write the vision tower too.
     """
 
     recipe: str
@@ -65,17 +65,17 @@ class ArtifactRequest:
 
     @property
     def label(self) -> str:
-        """What sentences call it before it has a name."""
+        """Its name in error messages before it has one."""
         return self.name or (f"gguf {self.recipe}" if self.types else self.recipe)
 
 
 @dataclass(frozen=True)
 class MeasurementRequest:
-    """What quality is measured on.
+    """The text for measuring quality.
 
     Args:
         text: a text file.
-        chunks: at most so many chunks of it; 0 for all.
+        chunks: the most chunks to use; 0 for all.
     """
 
     text: Path
@@ -84,23 +84,24 @@ class MeasurementRequest:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """A run.
+    """The request for a run.
 
     Args:
         model: the source: a folder or a Hub id.
         out: the folder of all artifacts.
-        artifacts: what is made.
-        depth: how deep artifacts are verified.
-        measuring: what quality is measured on; nothing is measured without.
-        owner: under whose name artifacts without a repository of their own are published.
-        private: whether repositories that are created are private.
+        artifacts: the artifacts to make.
+        depth: depth of verification.
+        measurement: the text to measure on; None to skip evaluation.
+        owner: Hub account for artifacts that name no repository.
+        private: whether new repositories are private.
+        problems: errors found while reading the request.
     """
 
     model: str
     out: Path
     artifacts: tuple[ArtifactRequest, ...]
     depth: Depth = "behaviour"
-    measuring: MeasurementRequest | None = None
+    measurement: MeasurementRequest | None = None
     owner: str = ""
     private: bool = False
     problems: tuple[UsageError, ...] = field(default=(), compare=False)
@@ -108,12 +109,12 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run works, which does not change what comes out.
+    """Options of a run that do not affect its results.
 
     Args:
         device: where weights are encoded.
-        threads: at most so many; all processors if None.
-        memory: use fewer threads to stay below so many bytes.
+        threads: maximum; all processors if None.
+        memory: limit in bytes; reduces the number of threads.
         overwrite: whether outputs that this run did not make may be replaced.
         token: access token for the Hub.
     """
@@ -136,32 +137,32 @@ _PATHS: dict[PathName, tuple[ArtifactRequest, ...]] = {
 def path_artifacts(
     paths: Sequence[str], *, types: Sequence[str] = (), imatrix: str = ""
 ) -> tuple[ArtifactRequest, ...]:
-    """Return the artifacts of the paths asked for, each once.
+    """Return the artifacts of some paths, without duplicates.
 
     Args:
         paths: names of paths.
-        types: what Path B quantizes to, beside its F16; the default types if empty.
-        imatrix: an importance matrix for Path B.
+        types: file types of path B beside F16; `DEFAULT_TYPES` if empty.
+        imatrix: an importance matrix for path B.
 
     Raises:
-        UsageError: there is no such path, or what is for Path B is given without it.
+        UsageError: a path is unknown, or an option of path B is given without it.
     """
-    made: dict[str, ArtifactRequest] = {}
+    requests: dict[str, ArtifactRequest] = {}
     for name in paths:
         if name not in get_args(PathName):
             raise UsageError(f"path {name!r}", "unknown", expected=", ".join(get_args(PathName)))
-        made |= {wanted.label: wanted for wanted in _PATHS[name]}  # type: ignore[index]
+        requests |= {request.label: request for request in _PATHS[name]}  # type: ignore[index]
     if "B" not in paths and (types or imatrix):
         raise UsageError("types and imatrix", "are for path B", hint="leave them out")
-    wanted_types = tuple(dict.fromkeys(("F16", *(types or DEFAULT_TYPES))))
+    all_types = tuple(dict.fromkeys(("F16", *(types or DEFAULT_TYPES))))
     return tuple(
-        replace(wanted, types=wanted_types, imatrix=imatrix) if wanted.types else wanted
-        for wanted in made.values()
+        replace(request, types=all_types, imatrix=imatrix) if request.types else request
+        for request in requests.values()
     )
 
 
 def repo_problem(subject: str, repo: str) -> UsageError | None:
-    """Return what is wrong with a repository's name, if anything."""
+    """Return an error if a repository's name is malformed."""
     parsed = HubId.parse(repo)
     if parsed is None or parsed.revision:
         return UsageError(subject, f"{repo!r} is malformed", expected="owner/name")

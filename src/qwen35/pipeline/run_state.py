@@ -1,8 +1,8 @@
-"""What earlier runs did, so that a run does only what is missing or changed.
+"""State of earlier runs, so that a run does only what is missing or changed.
 
-Nothing is believed without a look: a step counts as done if its key is the one of now, and the
-files that it wrote still have the hashes that it recorded. A key is a hash of everything that
-decides the result: plan digest, content of the source, tool version.
+Records are checked, not trusted: a step counts as done if its key is unchanged and the files it
+wrote still have the recorded hashes. A key is a hash of everything that decides the result: plan
+digest, content of the source, tool version.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qwen35.version import __version__
 __all__ = ["STATE_NAME", "RunState", "key_of"]
 
 STATE_NAME = "qwen35-run.json"
-"""The file in a run's folder that remembers it."""
+"""The state file in a run's folder."""
 
 _VERSION = 1
 
@@ -34,11 +34,11 @@ def key_of(*parts: Any) -> str:
 
 @dataclass
 class RunState:
-    """What is remembered of a run's steps.
+    """The recorded state of a run's steps.
 
     Args:
-        path: the file.
-        steps: name of a step to its key and what it recorded.
+        path: the state file.
+        steps: each step's key and recorded facts, by name.
     """
 
     path: Path
@@ -46,11 +46,11 @@ class RunState:
 
     @classmethod
     def load(cls, folder: Path) -> RunState:
-        """Read what is remembered in `folder`; a file that is damaged remembers nothing."""
+        """Read the state in `folder`; a damaged file counts as empty."""
         path = folder / STATE_NAME
         try:
             parsed = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError, RecursionError):  # costs a rebuild, not the run
             return cls(path)
         steps = parsed.get("steps") if isinstance(parsed, dict) else None
         if not isinstance(steps, dict) or parsed.get("run") != _VERSION:
@@ -58,20 +58,20 @@ class RunState:
         return cls(path, {name: row for name, row in steps.items() if isinstance(row, dict)})
 
     def recorded(self, step: str, key: str) -> dict[str, Any] | None:
-        """Return what `step` recorded, if it had this key."""
+        """Return the record of `step` if it has this key."""
         row = self.steps.get(step)
         return row if row is not None and row.get("key") == key else None
 
     def record(self, step: str, key: str, **facts: Any) -> None:
-        """Remember a step, on the disk too.
+        """Record a step in memory and on disk.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         self.steps[step] = {"key": key, **facts}
-        beside = self.path.with_name(f".{STATE_NAME}.partial")
+        partial = self.path.with_name(f".{STATE_NAME}.partial")
         with os_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside.unlink(missing_ok=True)
-            write_file(beside, json_bytes({"run": _VERSION, "steps": self.steps}))
-            beside.replace(self.path)
+            partial.unlink(missing_ok=True)
+            write_file(partial, json_bytes({"run": _VERSION, "steps": self.steps}))
+            partial.replace(self.path)  # atomic: a kill leaves the old state or the new one

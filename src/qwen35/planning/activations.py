@@ -1,9 +1,9 @@
-"""Statistics of activations: how large the input of each weight's columns was in a forward pass.
+"""Activation statistics: how large each input channel of a weight was in a forward pass.
 
 The file is one JSON object, ``{weight name: {"input_channel_max": [a number per column]}}``.
-`qwen35 calibrate` and `qwen35-collect-activation-stats` add ``input_channel_mean_square``, in the
-same form, to each weight, ``tokens``, the number it saw, and the entry ``__metadata__``: what made
-the file.
+`qwen35 calibrate` and `qwen35-collect-activation-stats` add to each weight
+``input_channel_mean_square``, in the same form, and ``tokens``, the number of tokens seen. Their
+entry ``__metadata__`` records how the file was made.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ANOTHER_MODEL",
     "LARGEST",
-    "MADE",
+    "PROVENANCE",
     "SQUARES",
     "TOKENS",
     "Activations",
@@ -36,66 +36,67 @@ __all__ = [
 ]
 
 LARGEST, SQUARES, TOKENS = "input_channel_max", "input_channel_mean_square", "tokens"
-MADE = "__metadata__"
+PROVENANCE = "__metadata__"
 ANOTHER_MODEL = "these are statistics of another model: collect them from this one"
-_MAX_BYTES = 2**30
-_MAX_LINE = 2**26
-_BY_LINE = b"{\n" + json.dumps(MADE).encode()
-"""How a file of ours begins, which has a weight a line."""
+# Bounds for hostile files, far above any real ones: a line holds one weight's columns.
+MAX_BYTES = 2**30
+MAX_LINE = 2**26
+_LINE_FORMAT = b"{\n" + json.dumps(PROVENANCE).encode()
+"""First bytes of the files we write, which hold one weight per line."""
 
 Key = tuple[str, int | None, int | None]
-"""Role, layer and expert: the same weight has several names."""
+"""Role, layer and expert. Names would not do: one weight has several, by prefix."""
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What the inputs of weights were, per column.
+    """Per-column statistics of the inputs of weights.
 
     Args:
-        name: of the file.
-        sha256: of the file.
-        columns: for each weight, [columns] float32, not negative: the largest magnitudes.
-        squares: the same of mean squares, for the weights that have them.
-        made: what made the file, if it says so.
-        path: where it is, if it was read from there.
+        name: file name.
+        sha256: hash of the file.
+        columns: per weight, the largest magnitudes: [columns] float32, non-negative.
+        squares: per weight, the mean squares, where the file has them.
+        provenance: how the file was made, if it says so.
+        path: the file, if the statistics were read from one.
     """
 
     name: str
     sha256: str
     columns: Mapping[Key, F32]
     squares: Mapping[Key, F32] = field(default_factory=dict)
-    made: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
     def weights(self, role: Role, mode: str) -> F32 | None:
-        """Return how much the error of each column of a weight matters, if it is known.
+        """Return how much an error in each column of a weight matters; None if unknown.
 
-        Mode ``search`` weighs by mean squares where there are any: to first order, the squared
-        error of an output is the sum over columns of (error of the weight)^2 x^2. The other modes
-        are documented with the largest magnitudes.
+        Mode ``search`` weighs by mean squares if available: to first order, the squared error of an
+        output is the sum over columns of (weight error)^2 x^2. The other modes are documented to
+        use the largest magnitudes.
         """
         key = role.name, role.layer, role.expert
-        found = self.squares.get(key) if mode == "search" else None
-        return self.columns.get(key) if found is None else found
+        squares = self.squares.get(key) if mode == "search" else None
+        return self.columns.get(key) if squares is None else squares
 
     def check(self, items: Sequence[InventoryItem], geometry: Mapping[str, int]) -> None:
-        """Check that these are statistics of the model with the weights `items`.
+        """Check that the statistics belong to the model with the weights `items`.
 
         Raises:
-            InputError: a weight is not there or has another number of columns, or the file names
-                another geometry than `geometry`.
+            InputError: a weight is missing or has a different number of columns, or the file
+                records a geometry other than `geometry`.
         """
-        difference = other_geometry(self.made, geometry)
+        difference = other_geometry(self.provenance, geometry)
         if difference is not None:
             raise self._foreign(*difference)
         shapes = {}
         for item in items:
-            for one in (item, *item.experts()):
-                shapes[one.role.name, one.role.layer, one.role.expert] = one.spec.shape
+            for part in (item, *item.experts()):
+                shapes[part.role.name, part.role.layer, part.role.expert] = part.spec.shape
         for key, values in self.columns.items():
             name = ".".join(str(part) for part in key[1:2] + key[:1] if part is not None)
             if key not in shapes:
-                raise self._foreign(f"has {name}, which this model has not")
+                raise self._foreign(f"has {name}, which this model lacks")
             if shapes[key][-1] != len(values):
                 found = f"{len(values)} columns for {name}"
                 raise self._foreign(found, expected=f"{shapes[key][-1]}")
@@ -104,25 +105,27 @@ class Activations:
         return InputError(self.name, found, expected=expected, hint=ANOTHER_MODEL)
 
     def notes(self) -> tuple[str, ...]:
-        """Return what a user of the file should know."""
-        below = self.made.get("experts_below_floor")
+        """Return notes for the user of the file."""
+        below = self.provenance.get("experts_below_floor")
         if not below:
             return ()
-        floor = self.made.get("floor")
+        floor = self.provenance.get("floor")
         return (
             f"{self.name} saw fewer than {floor} tokens for {below} experts, which were filled up "
             "from the average of their layer",
         )
 
 
-def other_geometry(made: Mapping[str, Any], geometry: Mapping[str, int]) -> tuple[str, str] | None:
-    """Return what is found and what is expected, if statistics name another geometry.
+def other_geometry(
+    provenance: Mapping[str, Any], geometry: Mapping[str, int]
+) -> tuple[str, str] | None:
+    """Return the recorded and the expected geometry as text; None if they agree.
 
     Args:
-        made: what made the statistics; files of others say nothing.
+        provenance: how the statistics were made; files from other tools record no geometry.
         geometry: `ModelConfig.geometry`.
     """
-    theirs = made.get("geometry")
+    theirs = provenance.get("geometry")
     if not isinstance(theirs, dict) or theirs == dict(geometry):
         return None
     names = [name for name in {**theirs, **geometry} if theirs.get(name) != geometry.get(name)]
@@ -131,12 +134,12 @@ def other_geometry(made: Mapping[str, Any], geometry: Mapping[str, int]) -> tupl
 
 
 def load_activations(path: Path) -> Activations:
-    """Read a file of statistics.
+    """Read a statistics file.
 
     Raises:
-        InputError: it cannot be read or is malformed.
+        InputError: the file cannot be read or is malformed.
     """
-    made: Any = {}
+    provenance: Any = {}
     columns: dict[Key, F32] = {}
     squares: dict[Key, F32] = {}
     try:
@@ -145,8 +148,8 @@ def load_activations(path: Path) -> Activations:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             for name, entry in _entries(file, path):
-                if name == MADE:
-                    made = entry
+                if name == PROVENANCE:
+                    provenance = entry
                     continue
                 role = _role(path.name, name)
                 key = role.name, role.layer, role.expert
@@ -160,9 +163,9 @@ def load_activations(path: Path) -> Activations:
                         raise InputError(path.name, found, expected=f"{len(columns[key])}")
     except OSError as error:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
-    if not isinstance(made, dict) or not columns:
+    if not isinstance(provenance, dict) or not columns:
         raise _malformed(path)
-    return Activations(path.name, digest, columns, squares, made, path)
+    return Activations(path.name, digest, columns, squares, provenance, path)
 
 
 def _malformed(path: Path) -> InputError:
@@ -170,19 +173,19 @@ def _malformed(path: Path) -> InputError:
 
 
 def _entries(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield what the file says of each weight.
+    """Yield each weight's name and entry.
 
-    A file of ours has a weight a line, and only one of them is in memory: those of large mixtures
-    of experts take gigabytes. Any other is read whole.
+    Files that we write are read line by line, one weight in memory at a time: those of large
+    mixture-of-experts models take gigabytes. Any other file is read whole.
     """
     file.seek(0)
-    first = file.read(len(_BY_LINE))
+    start = file.read(len(_LINE_FORMAT))
     file.seek(0)
-    if first == _BY_LINE:
+    if start == _LINE_FORMAT:
         yield from _lines(file, path)
         return
-    if path.stat().st_size > _MAX_BYTES:
-        raise InputError(str(path), "larger than any statistics", expected="at most 1 GiB")
+    if path.stat().st_size > MAX_BYTES:
+        raise InputError(str(path), "too large for a statistics file", expected="at most 1 GiB")
     parsed = strict_json(file.read(), path.name)
     if not isinstance(parsed, dict):
         raise _malformed(path)
@@ -192,7 +195,7 @@ def _entries(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[str, Any]]:
     file.readline()
     last = b""
-    while (line := file.readline(_MAX_LINE)).strip() != b"}":
+    while (line := file.readline(MAX_LINE)).strip() != b"}":
         if last and not last.endswith(b","):
             raise _malformed(path)
         last = line.strip()
@@ -211,14 +214,14 @@ def _role(file: str, name: str) -> Role:
         raise InputError(file, f"names {name!r}", expected="weights of Qwen3.5") from error
 
 
-def _values(file: str, name: str, entry: Any, what: str) -> F32:
-    import numpy as np
+def _values(file: str, name: str, entry: Any, key: str) -> F32:
+    import numpy as np  # late: planning without statistics needs no numpy
 
-    values = entry.get(what) if isinstance(entry, dict) else None
+    values = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(values, list) or not values:
-        raise InputError(file, f"{name} is malformed", expected=f"{what}: a number per column")
-    if not all(type(value) in (int, float) for value in values):
-        raise InputError(file, f"{name} holds what is not a number")
+        raise InputError(file, f"{name} is malformed", expected=f"{key}: a number per column")
+    if not all(type(value) in (int, float) for value in values):  # bool is an int
+        raise InputError(file, f"{name} holds a value that is not a number")
     try:
         with np.errstate(over="ignore"):
             array = np.array(values, np.float64).astype(np.float32)

@@ -20,13 +20,13 @@ _FAMILY = re.compile(r"qwen(?P<version>\d+\.\d+)-(?P<text>text-)?(?P<size>.+)\Z"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?B(?:-A\d+(?:\.\d+)?B)?)(?:-|\Z)", re.IGNORECASE)
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _SUFFIXES = tuple(dict.fromkeys(codec.suffix for codec in CODECS.values() if codec.suffix))
-"""A source may have any of them."""
+"""Removed from a source's name before the output's own suffix is added."""
 
 _COMPARED = ("hidden", "ffn", "expert_ffn", "experts", "query", "key_value", "linear_qkv")
 
 
 def published_size(config: ModelConfig) -> str | None:
-    """Return the published size with this text geometry (``0.8B``), if there is one."""
+    """Return the published size with this text geometry (``0.8B``), or None."""
     for name in PUBLISHED:
         if not name.startswith("Qwen3.5-") or name.endswith("-Base"):
             continue
@@ -41,31 +41,33 @@ def _geometry(config: ModelConfig) -> tuple[object, ...]:
 
 
 def artifact_name(source: str, config: ModelConfig, suffix: str, *, text: bool) -> str:
-    """Return what an artifact is called.
+    """Return an artifact's name.
 
-    A name of the family (``Qwen3.5-4B``, ``qwen3.5-text-tiny``) is taken apart; any other stays,
-    with the same marks behind it. A folder that is only a commit is called by its geometry.
+    A family name (``Qwen3.5-4B``, ``qwen3.5-text-tiny``) is rebuilt from its parts; any other name
+    is kept, with the same marks appended. A folder named by a commit takes its name from the
+    geometry.
 
     Args:
-        source: name of the source: of its folder or repository, without the owner.
-        config: of the source.
-        suffix: what says how the artifact holds its weights (`Container.suffix`).
-        text: whether it has no vision tower.
+        source: name of the source folder or repository, without the owner.
+        config: the source's config.
+        suffix: marks how the artifact holds its weights (`Container.suffix`).
+        text: whether the artifact lacks the vision tower.
 
     Raises:
-        UsageError: the source is called by a published size that it does not have.
+        UsageError: the source's name claims a published size that it does not have.
     """
     size = published_size(config)
-    if _COMMIT.match(source) and size:
+    if _COMMIT.match(source) and size:  # the Hub cache names a snapshot by its commit
         source = f"Qwen3.5-{size}"
-    for other in _SUFFIXES:
-        source = source.removesuffix(other)
-    named = _FAMILY.match(source)
-    if named is None:
+    for known in _SUFFIXES:
+        source = source.removesuffix(known)
+    match = _FAMILY.match(source)
+    if match is None:
         return f"{source}{'-text' if text else ''}{suffix}"
-    claimed = _SIZE.match(named["size"])
+    claimed = _SIZE.match(match["size"])
+    # A 4B model published as "9B" would mislead whoever downloads it.
     if size and claimed and claimed[1].lower() != size.lower():
         raise UsageError(
-            source, f"has the geometry of {size}", hint="give the artifact a name of its own"
+            source, f"has the geometry of {size}", hint="give the artifact another name"
         )
-    return f"Qwen{named['version']}-{'text-' if text else ''}{named['size']}{suffix}"
+    return f"Qwen{match['version']}-{'text-' if text else ''}{match['size']}{suffix}"

@@ -1,4 +1,4 @@
-"""The protocol: everything that the rest of the package asks of a way to lay outputs into files."""
+"""The container protocol: all that the package needs to know about an output's file format."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ __all__ = ["Container", "ContainerInputs", "ContainerOptions"]
 
 @dataclass(frozen=True)
 class ContainerInputs:
-    """Files that an output was made with, beside its source; found again to make it again.
+    """Files beside the source that an output is made from; needed again to reproduce it.
 
     Args:
-        activations: statistics of activations, if there were any.
-        imatrix: an importance matrix, if there was one.
+        activations: activation statistics, if used.
+        imatrix: importance matrix, if used.
     """
 
     activations: Path | None = None
     imatrix: Path | None = None
 
     def to_json(self) -> dict[str, str]:
-        """Return the paths that there are, absolute."""
-        named = {"activations": self.activations, "imatrix": self.imatrix}
-        return {name: str(path.absolute()) for name, path in named.items() if path is not None}
+        """Return the paths that are set, made absolute."""
+        paths = {"activations": self.activations, "imatrix": self.imatrix}
+        return {name: str(path.absolute()) for name, path in paths.items() if path is not None}
 
     @classmethod
     def of(cls, paths: Mapping[str, str]) -> ContainerInputs:
-        """Return what `to_json` was called on."""
+        """Rebuild the inputs from `to_json`."""
         return cls(**{name: Path(path) for name, path in paths.items()})
 
 
 class ContainerOptions(Protocol):
-    """What a container was asked for beside the recipe; a frozen dataclass."""
+    """A container's options beside the recipe; a frozen dataclass."""
 
     @property
     def settings(self) -> Any:
-        """How codecs choose scales, if any of them do (`qwen35.codecs.codec.EncodingRequest`)."""
+        """How codecs choose scales; None if none do (`qwen35.codecs.codec.EncodingRequest`)."""
 
     @property
     def inputs(self) -> ContainerInputs:
-        """The files that it was made with."""
+        """The files beside the source."""
 
     def importance(self, step: Step, slab: int) -> F32 | None:
-        """Return how much an error in each column of a slab matters; None: all alike."""
+        """Return how much an error in each column of a slab matters; None: all equally."""
 
 
 class Container(ABC):
-    """A way to lay outputs into files.
+    """An output file format.
 
     Attributes:
-        name: in manifests.
-        verb: that writes it.
-        formats: of recipes that it holds.
-        recipes: what a name that is none of its recipes is not.
-        complete: whether rules must say what happens to every weight.
-        extra: files that are read beside those of every checkpoint, if they are there.
-        libraries: whose versions decide bytes too.
-        separate: whether each file is an artifact by itself, with a type of its own.
-        engine: what it is asked and measured in: modules, and the extra that brings them.
+        name: name in manifests.
+        verb: command that writes it.
+        formats: recipe formats it can hold.
+        recipes: what its recipes are called in error messages.
+        complete: whether the rules must cover every weight.
+        extra: further source files to read if present, beside those of every checkpoint.
+        libraries: further libraries whose versions affect the bytes.
+        separate: whether each file is an artifact by itself, with its own type.
+        engine: modules of the engine that runs it, and the pip extra that provides them.
         base_memory: bytes of the interpreter with the libraries that writing loads.
     """
 
@@ -87,75 +87,76 @@ class Container(ABC):
 
     @abstractmethod
     def action(self, recipe: str, rule: str, action: str, kind: str) -> str:
-        """Return the action that a rule names, spelled as plans do.
+        """Return the canonical spelling of a rule's action.
 
         Args:
-            recipe: the recipe, for sentences.
-            rule: the rule, for sentences.
-            action: as the recipe spells it.
+            recipe: the recipe, for error messages.
+            rule: the rule, for error messages.
+            action: as spelled in the recipe.
             kind: the recipe's format.
 
         Raises:
-            UsageError: there is no such action in this format.
+            UsageError: the format has no such action.
         """
 
     @abstractmethod
-    def options(self, **given: Any) -> ContainerOptions:
-        """Return what was asked for beside the recipe."""
+    def options(self, **values: Any) -> ContainerOptions:
+        """Return the options of this container."""
 
     @abstractmethod
     def make(self, checkpoint: Checkpoint, recipe: Recipe, options: Any) -> Plan:
         """Plan the output; errors are those of `qwen35.planning.output_plan.make_plan`."""
 
     @abstractmethod
-    def asked_json(self, plan: Plan, *, whole: bool = False) -> dict[str, Any]:
-        """Return what a plan was made of, as a manifest says it; `asked_again` reads it.
+    def request_json(self, plan: Plan, *, whole: bool = False) -> dict[str, Any]:
+        """Return the recipe and options as manifests record them (`request_from_manifest`).
 
-        With `whole`, what is as usual is said too: a worker's usual may be another.
+        With `whole`, include values that equal the defaults: a worker's defaults may differ.
         """
 
     @abstractmethod
-    def asked_again(
+    def request_from_manifest(
         self, manifest: Mapping[str, Any], inputs: ContainerInputs
     ) -> tuple[Recipe, ContainerOptions]:
-        """Return the recipe and the options of a manifest.
+        """Return the recipe and options recorded in a manifest.
 
         Args:
-            manifest: parsed; or a work order, which says the same.
-            inputs: the files that it was made with.
+            manifest: a parsed manifest, or a work order, which has the same entries.
+            inputs: the files beside the source that the output was made from.
 
         Raises:
-            InputError: the manifest is malformed, or these are other files.
-            UsageError: a file is not given, or there was none.
+            InputError: the manifest is malformed, or records other files.
+            UsageError: an input file is missing, or the output used none.
         """
 
     @abstractmethod
     def tensors_json(self, plan: Plan) -> dict[str, dict[str, str]]:
-        """Return file to tensor to type and shape."""
+        """Map each file's tensors to type and shape."""
 
     def prepare(self, plan: Plan) -> None:  # noqa: B027 - most need nothing
-        """Check that everything that writing needs is there.
+        """Check that everything needed for writing is installed.
 
         Raises:
             UsageError: a library is missing.
         """
 
     def head_memory(self, plan: Plan) -> int:
-        """Return the bytes that what stands before the data takes, with what describes it."""
+        """Estimate the memory for file heads and the structures that describe them."""
+        # A tensor's specs and steps take several times the bytes of its entry in the head.
         return 8 * sum(len(file.head) for file in plan.files)
 
     def file_findings(self, plan: Plan, folder: Path) -> Iterator[Finding]:
-        """Yield which files of a written output are missing or of another type than planned."""
+        """Yield findings for files that are missing or not of the planned type."""
         del plan, folder
         yield from ()
 
     def models(self, folder: Path) -> list[Path]:
-        """Return what of a written output can be measured."""
+        """Return the paths in a written output that can be evaluated."""
         return [folder]
 
     @abstractmethod
     def kind(self, plan: Plan) -> str:
-        """Return how an output holds its weights: a codec's name, or this container's."""
+        """Return the name of the codec that packs the weights, or this container's name."""
 
     @abstractmethod
     def has_vision(self, plan: Plan) -> bool:
@@ -163,7 +164,7 @@ class Container(ABC):
 
     @abstractmethod
     def suffix(self, plan: Plan) -> str:
-        """Return what the name of an output ends with."""
+        """Return the suffix of an artifact's name."""
 
     @abstractmethod
     def text(self, plan: Plan, threads: int) -> str:
@@ -171,13 +172,13 @@ class Container(ABC):
 
     @abstractmethod
     def json(self, plan: Plan, threads: int) -> dict[str, Any]:
-        """Return all of a plan as plain values."""
+        """Return a plan as plain values."""
 
     def packed_json(self, plan: Plan) -> dict[str, int]:
-        """Return how many weights each codec packs, where that is worth counting."""
+        """Return the number of weights per packing codec; empty if not meaningful."""
         del plan
         return {}
 
     @abstractmethod
     def written_text(self, plan: Plan) -> str:
-        """Say in a few words what was written, for the line after a run; nothing if that is all."""
+        """Summarize the output for the line printed after a run; may be empty."""

@@ -11,7 +11,7 @@ from qwen35.planning.container import Container
 from qwen35.planning.gguf_files.gguf_container import GgufContainer
 from qwen35.planning.safetensors_files.safetensors_container import SafetensorsContainer
 
-__all__ = ["CONTAINERS", "container_of", "container_told"]
+__all__ = ["CONTAINERS", "container_from_manifest", "container_of"]
 
 CONTAINERS: dict[str, Container] = {
     container.name: container for container in (SafetensorsContainer(), GgufContainer())
@@ -20,23 +20,23 @@ CONTAINERS: dict[str, Container] = {
 
 
 def container_of(kind: object) -> Container:
-    """Return the container that holds outputs of a recipe's format.
+    """Return the container for a recipe's format.
 
     Raises:
-        InputError: there is no such format.
+        InputError: the format is unknown.
     """
     for container in CONTAINERS.values():
         if kind in container.formats:
             return container
-    known = ", ".join(name for one in CONTAINERS.values() for name in one.formats)
+    known = ", ".join(name for container in CONTAINERS.values() for name in container.formats)
     raise InputError("recipe", f"format {kind!r}", expected=known)
 
 
-def container_told(manifest: Mapping[str, Any]) -> Container:
-    """Return the container that holds what a manifest, or a work order, describes.
+def container_from_manifest(manifest: Mapping[str, Any]) -> Container:
+    """Return the container of the output that a manifest or work order describes.
 
     Raises:
-        InputError: it does not say, or names none that there is.
+        InputError: the recipe's format is missing or unknown.
     """
     recipe = manifest.get("recipe")
     if not isinstance(recipe, dict) or "format" not in recipe:

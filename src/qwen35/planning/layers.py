@@ -10,19 +10,20 @@ from qwen35.errors import UsageError
 __all__ = ["parse_layers", "spell_layers"]
 
 _MOST = 10_000
+"""Exclusive bound on layer numbers, so that a range like ``0-99999999`` is not expanded."""
 _RANGE = re.compile(r"(\d{1,5})(?:\s*-\s*(\d{1,5}))?\Z")
 
 
 def parse_layers(subject: str, text: object) -> frozenset[int]:
-    """Read layer numbers and ranges, both ends included, with commas between.
+    """Parse comma-separated layer numbers and inclusive ranges.
 
     >>> sorted(parse_layers("a rule", "0-2, 7"))
     [0, 1, 2, 7]
 
     Raises:
-        UsageError: it is something else.
+        UsageError: `text` is anything else.
     """
-    found: set[int] = set()
+    layers: set[int] = set()
     for part in text.split(",") if isinstance(text, str) else [""]:
         match = _RANGE.match(part.strip())
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, _MOST)
@@ -30,12 +31,12 @@ def parse_layers(subject: str, text: object) -> frozenset[int]:
             raise UsageError(
                 subject, f"layers {text!r}", expected='numbers and ranges such as "0-3, 7"'
             )
-        found.update(range(first, last + 1))
-    return frozenset(found)
+        layers.update(range(first, last + 1))
+    return frozenset(layers)
 
 
 def spell_layers(layers: Iterable[int]) -> str:
-    """Write layer numbers the way `parse_layers` reads them, as short as it goes.
+    """Format layer numbers for `parse_layers`, as short as possible.
 
     >>> spell_layers([7, 0, 1, 2])
     '0-2, 7'

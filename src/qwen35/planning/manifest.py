@@ -1,4 +1,4 @@
-"""qwen35.json: what an output was made from, how, and what every file of it hashes to."""
+"""The manifest (qwen35.json): an output's source, recipe and tool versions, and its file hashes."""
 
 from __future__ import annotations
 
@@ -24,45 +24,45 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MANIFEST_VERSION",
-    "made_bytes",
     "manifest_bytes",
     "manifest_size",
     "manifest_versions",
     "read_manifest",
     "recipe_json",
     "recipe_of",
+    "render_manifest",
     "source_json",
     "source_of",
     "work_key",
 ]
 
 MANIFEST_VERSION = 1
-"""Raised when a reader of older manifests would misread a newer one."""
+"""Increase it when a reader of older manifests would misread a newer one."""
 
 _NO_HASH = "0" * 64
 
 
 def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
-    """Render the manifest.
+    """Render a plan's manifest.
 
     Args:
-        plan: what was executed.
+        plan: the executed plan.
         hashes: SHA-256 of every file in `Plan.file_sizes`.
     """
-    asked = plan.container.asked_json(plan)
-    return made_bytes(
+    request = plan.container.request_json(plan)
+    return render_manifest(
         plan.checkpoint,
-        asked["recipe"],
+        request["recipe"],
         plan.digest,
         dict(plan.file_sizes()),
         hashes,
-        scale_choice=asked.get("calibration"),
+        scale_choice=request.get("calibration"),
         tensors=plan.container.tensors_json(plan),
         notes=plan.notes,
     )
 
 
-def made_bytes(
+def render_manifest(
     checkpoint: Checkpoint,
     recipe: Mapping[str, Any],
     digest: str,
@@ -73,17 +73,17 @@ def made_bytes(
     tensors: Mapping[str, Mapping[str, str]] | None = None,
     notes: Sequence[str] = (),
 ) -> bytes:
-    """Render the manifest of an output, by whatever plan it was made.
+    """Render a manifest from its entries; calibration outputs have no `Plan`.
 
     Args:
         checkpoint: the source.
         recipe: name, format and rules, as plain values.
-        digest: of the plan.
-        sizes: bytes of every file but the manifest.
-        hashes: SHA-256 of each.
+        digest: the plan's digest.
+        sizes: bytes of every file except the manifest.
+        hashes: SHA-256 of every file.
         scale_choice: how scales were chosen, as plain values.
-        tensors: file to tensor to type and shape.
-        notes: of the plan.
+        tensors: each file's tensors, with type and shape.
+        notes: the plan's notes.
     """
     return json_bytes(
         {
@@ -101,47 +101,47 @@ def made_bytes(
 
 
 def manifest_size(plan: Plan) -> int:
-    """Return the manifest's exact size before there is anything to hash."""
+    """Return the manifest's exact size; all hashes are equally long, so none is needed."""
     return len(manifest_bytes(plan, {name: _NO_HASH for name, _ in plan.file_sizes()}))
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as plain values; `recipe_of` reads them."""
+    """Return a recipe as plain values, for `recipe_of`."""
     rules = [_rule_row(rule) for rule in recipe.rules]
     return {"name": recipe.name, "format": recipe.format, "rules": rules}
 
 
 def _rule_row(rule: Rule) -> list[str]:
-    """Return a rule as manifests list it; its layers last, if it is not for all."""
+    """Return a rule as a manifest row; layers come last, if it has any."""
     layers = [] if rule.layers is None else [spell_layers(rule.layers)]
     return [rule.match, rule.action, rule.reason, *layers]
 
 
 def manifest_versions() -> dict[str, str]:
-    """Return the versions of everything that a byte of the output passes through."""
+    """Return the versions of everything that can affect the output's bytes."""
     libraries = {name: version(name) for name in ("jinja2", "numba", "numpy")}
     return {"qwen35": __version__, "python": platform.python_version(), **libraries}
 
 
 def work_key(plan: Plan) -> dict[str, Any]:
-    """Return everything that decides an output's bytes, to tell whether a run can be continued.
+    """Return everything that decides an output's bytes; a run resumes only if it is unchanged.
 
-    That is the plan, the source (a commit, or files by size and time of their last change) and the
-    versions of what bytes pass through.
+    That is the plan, the source (a commit, or the size and modification time of each file) and the
+    tool versions.
     """
     tool = manifest_versions()
     for name in plan.container.libraries:
-        with suppress(PackageNotFoundError):
+        with suppress(PackageNotFoundError):  # optional: not every type needs it
             tool[name] = version(name)
     checkpoint = plan.checkpoint
     source = source_json(checkpoint)
-    if not checkpoint.repo:
+    if not checkpoint.repo:  # times are compared for equality alone, so clocks do not matter
         source["files"] = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
     return {"plan": plan.digest, "source": source, "tool version": tool}
 
 
 def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return where a checkpoint comes from, as manifests say it."""
+    """Return a checkpoint's origin as manifests record it."""
     if checkpoint.repo:
         return {"repo": checkpoint.repo, "revision": checkpoint.revision}
     folder = checkpoint.root.resolve() if checkpoint.root else PurePath(checkpoint.name)
@@ -149,10 +149,10 @@ def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def read_manifest(place: FileLocation) -> Mapping[str, Any] | None:
-    """Read and check the manifest of an artifact; None if it has none.
+    """Read and check an artifact's manifest; None if it has none.
 
     Raises:
-        InputError: it is malformed, or of another version.
+        InputError: the manifest is malformed, or has another version.
     """
     if MANIFEST_NAME not in place.sizes():
         return None
@@ -176,7 +176,7 @@ def _is_file_entry(entry: object) -> bool:
 
 
 def source_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Return repository and commit of the source; None and None if it was a folder.
+    """Return the source's repository and commit; both None if it was a folder.
 
     Raises:
         InputError: the manifest is malformed.
@@ -193,11 +193,11 @@ def source_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def recipe_of(manifest: Mapping[str, Any], container: Container) -> Recipe:
-    """Return the recipe that the output was made with, whatever its file says by now.
+    """Return the recipe as recorded; its own file may have changed since.
 
     Args:
         manifest: parsed.
-        container: what holds the output.
+        container: the output's container.
 
     Raises:
         InputError: the manifest is malformed.
@@ -212,7 +212,7 @@ def recipe_of(manifest: Mapping[str, Any], container: Container) -> Recipe:
     if not isinstance(name, str) or kind not in container.formats:
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="its name and format")
     rules = tuple(map(_rule_of, rows))
-    try:
+    try:  # a manifest is foreign input: refuse unknown actions here, not deep in planning
         for rule in rules:
             container.action(f"recipe {name}", f"recipe {name}", rule.action, kind)
     except UsageError as error:
@@ -225,10 +225,10 @@ def _rule_of(row: Any) -> Rule:
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="match, action and reason")
     match, action, reason, *layers = row
     try:
-        only = parse_layers(MANIFEST_NAME, layers[0]) if layers else None
+        parsed = parse_layers(MANIFEST_NAME, layers[0]) if layers else None
     except UsageError as error:
         raise InputError(MANIFEST_NAME, error.found, expected=error.expected) from error
-    return Rule(match, action, reason, layers=only)
+    return Rule(match, action, reason, layers=parsed)
 
 
 def _is_text(value: object) -> bool:

@@ -1,11 +1,11 @@
-"""The memory that a plan needs, and how many threads fit into what there is."""
+"""Peak memory of a plan, and the number of threads that fit into a limit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from qwen35.codecs.registry import CODECS, codec_of, is_packed
-from qwen35.display import least, size
+from qwen35.display import size, size_rounded_up
 from qwen35.errors import UsageError
 from qwen35.planning.output_plan import Plan
 from qwen35.threads import default_threads
@@ -13,19 +13,19 @@ from qwen35.threads import default_threads
 __all__ = ["peak_memory", "threads_within"]
 
 _THREAD_MEMORY = 20_000_000
-"""Buffers of one thread: a piece of `pieces.PIECE` weights, its codes, temporaries, a heap."""
+"""Buffers of one thread: a piece of `pieces.PIECE` weights, its codes, temporaries, heap."""
 
 _WIDE = 3
-"""Times as many where values are decoded or widened before they are encoded."""
+"""Factor on `_THREAD_MEMORY` if values are decoded or widened before encoding."""
 
 
 def peak_memory(plan: Plan, threads: int) -> int:
-    """Return an upper estimate in bytes of the memory that executing `plan` needs.
+    """Return an upper estimate, in bytes, of the memory needed to execute `plan`.
 
-    tests/test_memory.py holds it to what is measured. Where Numba's cache is empty, compiling its
+    tests/test_memory.py checks it against measurements. While Numba's cache is empty, compiling the
     kernels takes twice as much, once.
     """
-    beside, wide = 0, False
+    codec_memory, wide = 0, False
     for step in plan.steps:
         for target in step.targets:
             if target.copied:
@@ -33,10 +33,12 @@ def peak_memory(plan: Plan, threads: int) -> int:
             item, codec = step.rows.item, CODECS[target.codec]
             wide = wide or is_packed(item.weight) or (codec.widens and item.spec.dtype != "BF16")
             source = codec_of(item.weight)
-            beside = max(beside, codec.memory(item.spec) + source.decoding_memory(item.spec))
+            needed = codec.memory(item.spec) + source.decoding_memory(item.spec)
+            codec_memory = max(codec_memory, needed)
     piece = _THREAD_MEMORY * (_WIDE if wide else 1)
     container = plan.container
-    return container.base_memory + threads * (piece + beside) + container.head_memory(plan)
+    # Every thread may work on the largest weight at the same time.
+    return container.base_memory + threads * (piece + codec_memory) + container.head_memory(plan)
 
 
 def threads_within(
@@ -46,16 +48,16 @@ def threads_within(
     *,
     hint: str = "",
 ) -> int:
-    """Return how many threads to use.
+    """Return the number of threads to use.
 
     Args:
-        needed: bytes that so many threads need.
-        threads: at most so many; all processors if None.
-        memory: bytes to stay below; no limit if None.
-        hint: what to do if one thread alone needs more.
+        needed: bytes needed by a number of threads.
+        threads: maximum; all processors if None.
+        memory: limit in bytes; none if None.
+        hint: what to do if a single thread exceeds the limit.
 
     Raises:
-        UsageError: one thread alone needs more.
+        UsageError: a single thread exceeds the limit.
 
     >>> threads_within(lambda threads: 100 + 50 * threads, threads=8, memory=300)
     4
@@ -66,6 +68,6 @@ def threads_within(
     while threads > 1 and needed(threads) > memory:
         threads -= 1
     if needed(threads) > memory:
-        expected = f"at least {least(needed(threads))}"
+        expected = f"at least {size_rounded_up(needed(threads))}"
         raise UsageError(f"--memory {size(memory)}", "too little", expected=expected, hint=hint)
     return threads

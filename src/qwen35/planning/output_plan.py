@@ -1,4 +1,4 @@
-"""The plan: every tensor and file of an output, known from headers alone."""
+"""The plan: every tensor and file of an output, derived from headers alone."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["Plan", "PlannedFile", "make_plan"]
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """One file of the output that holds tensors.
+    """An output file that holds tensors.
 
     Args:
         name: file name.
-        head: the bytes before the data.
+        head: the bytes before the tensor data.
         offsets: absolute offset of each tensor.
-        nbytes: size of the file.
-        steps: the steps that fill it, in the plan's order.
+        nbytes: file size.
+        steps: the steps that fill it, in plan order.
     """
 
     name: str
@@ -46,15 +46,15 @@ class Plan:
 
     Args:
         checkpoint: the source.
-        recipe: what was asked for.
-        options: and what beside it; with what follows from the source where nothing was asked for.
-        steps: all of them, each file's together as far as that goes.
+        recipe: the rules for its weights.
+        options: the container's options; unset ones are filled in from the source.
+        steps: all steps, grouped by file as far as possible.
         files: the files that hold tensors.
-        documents: the files whose content the plan makes (config.json, the index, a template).
-        copied: side-car files that travel unchanged, with their sizes.
-        notes: what the user should know and could not see in the table.
-        described: everything that decides the output's bytes, as plain values.
-        comparison: recipe to file type to bytes, where a container compares its recipes.
+        documents: generated files and their content (config.json, the index, a template).
+        copied: sidecar files copied unchanged, with their sizes.
+        notes: for the user, beyond what the plan's table shows.
+        digest_input: everything that decides the output's bytes, as plain values.
+        comparison: file sizes by recipe and file type, where a container compares its recipes.
     """
 
     checkpoint: Checkpoint
@@ -65,16 +65,16 @@ class Plan:
     documents: Mapping[str, bytes]
     copied: Mapping[str, int]
     notes: tuple[str, ...]
-    described: Mapping[str, Any]
+    digest_input: Mapping[str, Any]
     comparison: Mapping[str, Mapping[str, int]]
 
     @property
     def container(self) -> Container:
-        """What holds the output."""
+        """The output's container."""
         return self.recipe.container
 
     def file_sizes(self) -> Iterator[tuple[str, int]]:
-        """Yield name and exact size of every file but the manifest, which describes the others."""
+        """Yield name and exact size of every file except the manifest."""
         for file in self.files:
             yield file.name, file.nbytes
         for name, content in self.documents.items():
@@ -83,12 +83,12 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all files but the manifest."""
+        """Bytes of all files except the manifest."""
         return sum(size for _, size in self.file_sizes())
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files, the manifest among them."""
+        """Bytes of all files, including the manifest."""
         from qwen35.planning.manifest import manifest_size
 
         return self.nbytes + manifest_size(self)
@@ -102,7 +102,7 @@ class Plan:
 
     @property
     def outputs(self) -> Iterator[TensorSpec]:
-        """Every tensor written, in model order."""
+        """All written tensors, in model order."""
         return (out for step in self.steps for out in step.outputs)
 
     @property
@@ -112,44 +112,44 @@ class Plan:
 
     @cached_property
     def read_bytes(self) -> int:
-        """Tensor bytes that executing the plan reads."""
+        """Tensor bytes read to execute the plan."""
         return sum(step.read_bytes for step in self.steps)
 
     @property
     def settings(self) -> Any:
-        """How codecs choose scales, if any of them do."""
+        """How codecs choose scales; None if none do."""
         return self.options.settings
 
     @property
     def kind(self) -> str:
-        """How the output holds its weights."""
+        """The codec that packs the weights, or the container's name."""
         return self.container.kind(self)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides the output's bytes, sizes of side-cars included.
+        """SHA-256 of everything that decides the output's bytes, including sidecar sizes.
 
-        Where the source lies is not in it: the same checkpoint elsewhere gives the same digest.
+        It excludes the source's location: a copy of the checkpoint gives the same digest.
         """
-        text = json.dumps(self.described, sort_keys=True)
+        text = json.dumps(self.digest_input, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def make_plan(
-    checkpoint: Checkpoint, recipe: Recipe, options: ContainerOptions | None = None, **given: Any
+    checkpoint: Checkpoint, recipe: Recipe, options: ContainerOptions | None = None, **values: Any
 ) -> Plan:
-    """Plan the output of `recipe` on `checkpoint`, reading nothing but headers and small files.
+    """Plan the output of `recipe` on `checkpoint`, reading only headers and small files.
 
     Args:
         checkpoint: the source.
         recipe: rules for its weights.
-        options: what is asked for beside it.
-        given: the same, one by one: the fields of `SafetensorsOptions` or `GgufOptions`.
+        options: the container's options.
+        values: fields of `SafetensorsOptions` or `GgufOptions`, instead of `options`.
 
     Raises:
-        ConfigError: config.json promises what is not there, or what no reader could load.
-        TensorError: the checkpoint does not have the weights that its config promises.
+        ConfigError: config.json promises tensors that are missing, or a model no reader could load.
+        TensorError: the checkpoint's weights do not match its config.
         UsageError: the recipe or the options do not fit the checkpoint.
     """
     container = recipe.container
-    return container.make(checkpoint, recipe, options or container.options(**given))
+    return container.make(checkpoint, recipe, options or container.options(**values))

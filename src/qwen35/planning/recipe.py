@@ -1,4 +1,4 @@
-"""Recipes by name, for the container that is to hold the output."""
+"""Recipes by name, for a given container."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from pathlib import Path
 
 from qwen35.errors import UsageError, did_you_mean
 from qwen35.planning.containers import CONTAINERS
-from qwen35.planning.recipe_files import own_recipe, shipped, shipped_recipe
+from qwen35.planning.recipe_files import built_in_names, built_in_recipe, read_recipe_file
 from qwen35.planning.rules import Recipe
 
 __all__ = ["built_in", "load_recipe"]
 
 
 def built_in(container: str) -> tuple[str, ...]:
-    """Return the names of the recipes that come with the package for a container."""
-    return shipped(CONTAINERS[container])
+    """Return the names of a container's built-in recipes."""
+    return built_in_names(CONTAINERS[container])
 
 
 def load_recipe(name: str, container: str = "safetensors") -> Recipe:
-    """Load a built-in recipe by name, or one from a TOML file.
+    """Load a built-in recipe by name, or a recipe from a TOML file.
 
     Args:
-        name: as the user gave it.
-        container: what must hold its output.
+        name: the user's input.
+        container: name of the output's container.
 
     Raises:
-        UsageError: there is no such recipe, or the file is not one.
+        UsageError: the recipe does not exist or is invalid.
     """
     if name in built_in(container):
-        return shipped_recipe(name, CONTAINERS[container])
+        return built_in_recipe(name, CONTAINERS[container])
     if name.endswith(".toml"):
-        return own_recipe(Path(name), CONTAINERS[container])
+        return read_recipe_file(Path(name), CONTAINERS[container])
     names = built_in(container)
     verb = next((c.verb for c in CONTAINERS.values() if name in built_in(c.name)), "")
     raise UsageError(

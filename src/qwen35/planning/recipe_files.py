@@ -1,4 +1,4 @@
-"""Recipes as TOML: those that come with the package, and files of one's own."""
+"""Recipes in TOML: the built-in ones, and the user's files."""
 
 from __future__ import annotations
 
@@ -14,46 +14,50 @@ from qwen35.planning.container import Container
 from qwen35.planning.layers import parse_layers
 from qwen35.planning.rules import Recipe, Rule, check_match
 
-__all__ = ["own_recipe", "shipped", "shipped_recipe"]
+__all__ = ["built_in_names", "built_in_recipe", "read_recipe_file"]
 
 _MAX_BYTES = 2**20
-_MAX_DOTS = 100
-"""In a line: Python's TOML parser takes the square of a key's dots in time and memory."""
+"""Bound on a recipe file, far above real ones."""
 
-_KEYS = {"format", "base", "description", "rules"}
+_MAX_DOTS = 100
+"""Per line: Python's TOML parser takes quadratic time and memory in the dots of a key."""
+
+KEYS = {"format", "base", "description", "rules"}
 _FIRST = (
     *("nf4", "text", "text-nf4"),
     *("fp8", "fp8-conservative", "text-fp8", "text-fp8-conservative", "bf16"),
 )
-"""The recipes that lists of them begin with; others follow by name."""
+"""Recipes listed first; the others follow by name."""
 
 
 @cache
-def _shipped() -> dict[str, dict[str, Any]]:
-    """Return every built-in recipe, parsed, in the order in which they are listed."""
-    folder = resources.files("qwen35.plan").joinpath("recipes")
+def _parsed_built_ins() -> dict[str, dict[str, Any]]:
+    """Return all built-in recipes, parsed, in listing order."""
+    folder = resources.files("qwen35.planning").joinpath("recipes")
     names = sorted(path.name.removesuffix(".toml") for path in folder.iterdir())
     names.sort(key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
     return {name: tomllib.loads((folder / f"{name}.toml").read_text("utf-8")) for name in names}
 
 
 @cache
-def shipped(container: Container) -> tuple[str, ...]:
-    """Return the names of the recipes that come with the package for a container."""
+def built_in_names(container: Container) -> tuple[str, ...]:
+    """Return the names of a container's built-in recipes."""
     formats = container.formats
-    return tuple(name for name, parsed in _shipped().items() if parsed["format"] in formats)
+    recipes = _parsed_built_ins().items()
+    return tuple(name for name, parsed in recipes if parsed["format"] in formats)
 
 
-def shipped_recipe(name: str, container: Container) -> Recipe:
-    """Return one of the recipes that come with the package for a container."""
-    return _parse(name, _shipped()[name], container, required=False)
+def built_in_recipe(name: str, container: Container) -> Recipe:
+    """Return one of a container's built-in recipes."""
+    # Not required: a dense model has no experts, and a text-only source no vision tower.
+    return _parse(name, _parsed_built_ins()[name], container, required=False)
 
 
-def own_recipe(path: Path, container: Container) -> Recipe:
-    """Return the recipe in a TOML file.
+def read_recipe_file(path: Path, container: Container) -> Recipe:
+    """Read a recipe from a TOML file.
 
     Raises:
-        UsageError: the file is not there, or is not one that the container could hold.
+        UsageError: the file is missing, malformed, or of a format the container cannot hold.
     """
     try:
         text = read_bounded(path, _MAX_BYTES).decode()
@@ -65,25 +69,25 @@ def own_recipe(path: Path, container: Container) -> Recipe:
         raise UsageError(f"recipe {path}", f"a line of more than {_MAX_DOTS} dots")
     try:
         parsed = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # nested arrays exhaust the parser's stack
         raise UsageError(f"recipe {path.name}", f"not valid TOML ({error})") from error
     return _parse(path.name, parsed, container, required=True)
 
 
 def _parse(name: str, parsed: dict[str, Any], container: Container, *, required: bool) -> Recipe:
     subject = f"recipe {name}"
-    unknown = set(parsed) - _KEYS
+    unknown = set(parsed) - KEYS
     if unknown:
-        expected = ", ".join(sorted(_KEYS))
+        expected = ", ".join(sorted(KEYS))
         raise UsageError(subject, f"unknown key {min(unknown)!r}", expected=expected)
     kind: Any = parsed.get("format")
     formats = container.formats
     if kind not in formats:
-        one = f"{formats[0]}, for this verb" if len(formats) == 1 else " or ".join(formats)
-        raise UsageError(subject, f"format {kind!r}", expected=one)
+        expected = f"{formats[0]}, for this verb" if len(formats) == 1 else " or ".join(formats)
+        raise UsageError(subject, f"format {kind!r}", expected=expected)
     rules = parsed.get("rules", [])
     if container.complete and not (isinstance(rules, list) and (rules or "base" in parsed)):
-        hint = 'write some, or go on with those of a built-in one: base = "nf4"'
+        hint = 'add some, or extend a built-in recipe: base = "nf4"'
         raise UsageError(subject, "no [[rules]] in it", hint=hint)
     if not isinstance(rules, list):
         raise UsageError(subject, "malformed rules", expected="[[rules]]")
@@ -95,11 +99,11 @@ def _parse(name: str, parsed: dict[str, Any], container: Container, *, required:
 
 
 def _base_rules(subject: str, base: Any, kind: str, container: Container) -> tuple[Rule, ...]:
-    """Return the rules of the built-in recipe that another one goes on with."""
-    known = shipped(container)
+    """Return the rules of the built-in recipe that another one extends."""
+    known = built_in_names(container)
     if base not in known:
         raise UsageError(subject, f"base {base!r}", expected=" or ".join(known))
-    recipe = shipped_recipe(base, container)
+    recipe = built_in_recipe(base, container)
     if recipe.format != kind:
         raise UsageError(subject, f"format {kind!r}", expected=f"that of {base}")
     return recipe.rules
@@ -111,7 +115,7 @@ def _rule(
     subject = f"{recipe}, rule {number}"
     known = {"match", "action", "layers", "reason"}
     if not isinstance(row, dict) or not {"match", "action"} <= set(row) <= known:
-        expected = "match, action and, if you like, layers and reason"
+        expected = "match and action, optionally layers and reason"
         raise UsageError(subject, "malformed", expected=expected)
     match = str(row["match"])
     check_match(subject, match)

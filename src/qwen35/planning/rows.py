@@ -1,8 +1,8 @@
-"""Rows: where the values of an output come from, and the only way in which they are read.
+"""Rows: where the values of an output tensor come from, and how they are read.
 
-An output has rows of one weight, or of several (a stack of experts), each after some transforms.
-They are read in chunks: runs of rows that lie one behind the other in the source as well, small
-enough that memory does not grow with the weight, whatever codec holds it.
+An output tensor consists of rows of one weight, or of several (a stack of experts), with transforms
+applied. They are read in chunks: runs of rows that are contiguous in the source too, small enough
+that memory does not grow with the weight, whatever its codec.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class WeightSlab:
 
 @dataclass(frozen=True, slots=True)
 class RowChunk:
-    """Rows of one slab that are read at once.
+    """Rows of one slab that are read together.
 
     Args:
-        slab: its number.
-        first: first row, counted in the slab as the output has it.
-        count: rows.
-        source: first row, counted in the weight.
+        slab: index of the slab.
+        first: first row, within the slab in output order.
+        count: number of rows.
+        source: first row, within the stored weight.
     """
 
     slab: int
@@ -58,11 +58,11 @@ class RowChunk:
 
 @dataclass(frozen=True, slots=True)
 class RowSpan:
-    """Rows that one thread goes through: of one slab, or all of several of the same weight.
+    """Rows that one thread processes: part of a slab, or several whole slabs of one weight.
 
     Args:
-        slabs: their numbers, one after the other.
-        first: first row of each slab, as the output has it.
+        slabs: indices of the slabs.
+        first: first row within each slab, in output order.
         count: rows of each slab.
     """
 
@@ -73,12 +73,12 @@ class RowSpan:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where the values of an output come from.
+    """The source of an output tensor's values.
 
     Args:
-        shape: of the output; all slabs have as many rows.
-        slabs: one, or one for each expert.
-        transforms: what happens to the values, in order.
+        shape: shape of the output; all slabs have equally many rows.
+        slabs: one, or one per expert.
+        transforms: applied to the values, in order.
     """
 
     shape: tuple[int, ...]
@@ -105,12 +105,12 @@ class Rows:
 
     @property
     def whole(self) -> bool:
-        """Whether a weight is needed whole for any of its rows."""
+        """Whether computing any row needs the whole weight."""
         return any(transform.whole for transform in self.transforms)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the source that hold these rows."""
+        """Source bytes that hold these rows."""
         return sum(self._share(slab.item) for slab in self.slabs)
 
     def _share(self, item: InventoryItem) -> int:
@@ -125,9 +125,9 @@ class Rows:
         return RowSpan(range(len(self.slabs)), 0, self.count)
 
     def spans(self, grain: int, elements: int) -> Iterator[RowSpan]:
-        """Cut the rows into spans of about so many elements, each of one weight.
+        """Cut the rows into spans of about `elements` elements, each within one weight.
 
-        A slab whose rows are not in the order of the source is not cut.
+        A slab whose rows are not in source order is not cut.
         """
         per_slab = max(1, self.count * self.row)
         if per_slab > elements and not self.whole and self._moved is None:
@@ -148,12 +148,13 @@ class Rows:
 
     @property
     def _moved(self) -> Transform | None:
-        """The transform that takes rows from elsewhere, if there is one."""
+        """The transform that reorders rows, if any."""
         return next((t for t in self.transforms if t.moves), None)
 
     def chunks(self, grain: int = 1, span: RowSpan | None = None) -> Iterator[RowChunk]:
-        """Cut rows into chunks of whole grains, slab by slab, in the order of the source."""
+        """Cut rows into chunks of whole grains, slab by slab, in source order."""
         span = span or self.whole_span
+        # Whole grains, so that no codec block is split between chunks.
         size = max(1, pieces.PIECE // max(1, self.row) // grain) * grain
         for number in span.slabs:
             base = self.slabs[number].row
@@ -162,72 +163,74 @@ class Rows:
                 continue
             runs = list(self._runs(span))
             starts = accumulate((count for _, count in runs), initial=span.first)
+            # Reordered rows are read in source order, so that the file is read forward once.
             for (source, count), begin in sorted(zip(runs, starts, strict=False)):
                 for done in range(0, count, size):
                     part = min(size, count - done)
                     yield RowChunk(number, begin + done, part, base + source + done)
 
     def _runs(self, span: RowSpan) -> Iterator[tuple[int, int]]:
-        """Yield (first row in the slab, rows) for the rows of a span, in order."""
+        """Yield (first row in the slab, number of rows) for a span, in output order."""
         if self._moved is None:
             yield span.first, span.count
             return
         yield from self._moved.runs(span.first, span.count)
 
     def bounds(self, span: RowSpan) -> tuple[str, int, int]:
-        """Return the file of the source and the bytes of it that a span's main parts lie in."""
+        """Return the source file and the byte range of a span's main parts."""
         item = self.slabs[span.slabs[0]].item
         main, numel = item.weight.main, item.spec.numel
         if self.whole or self._moved is not None or not numel or not self.row:
             return main.file, main.begin, main.begin + main.spec.nbytes
         first = self.slabs[span.slabs[0]].row + span.first
         end = self.slabs[span.slabs[-1]].row + span.first + span.count
-        begin, behind = (main.spec.nbytes * n * self.row // numel for n in (first, end))
-        return main.file, main.begin + begin, main.begin + behind
+        start, stop = (main.spec.nbytes * n * self.row // numel for n in (first, end))
+        return main.file, main.begin + start, main.begin + stop
 
     def share(self, span: RowSpan) -> int:
-        """Return how many bytes of the source a span stands for; its spans add up to `nbytes`."""
+        """Return a span's share of the source bytes; disjoint spans add up to `nbytes`."""
         total = 0
         for number in span.slabs:
             item = self.slabs[number].item
             if self.whole or not self.count:
                 total += self._share(item)
                 continue
+            # Differences of running totals, so that rounding loses no byte.
             done, nbytes = span.first, self._share(item)
             total += nbytes * (done + span.count) // self.count - nbytes * done // self.count
         return total
 
     def end_of(self, chunk: RowChunk) -> int:
-        """Return how far into its file a chunk has read when it is done."""
+        """Return the file offset reached after reading a chunk."""
         item = self.slabs[chunk.slab].item
         main, numel = item.weight.main, item.spec.numel
         done = numel if self.whole else (chunk.source + chunk.count) * self.row
         return main.begin + (main.spec.nbytes * done // numel if numel else 0)
 
     def columns(self, values: Array) -> Array:
-        """Return [n, row] values that belong to columns, in the order of the output's columns."""
+        """Reorder [n, row] per-column values to the output's column order."""
         for transform in self.transforms:
             if not transform.values:
                 values, _ = transform.apply(values, "F32")
         return values
 
     def open(self, reader: Readable, *, check: bool = True) -> RowReader:
-        """Return what reads these rows; with `check`, values that are not finite are refused."""
+        """Return a reader of these rows; with `check`, it refuses non-finite values."""
         return RowReader(self, reader, check)
 
 
 def rows_of(item: InventoryItem) -> Rows:
-    """Return a weight as it is."""
+    """Return the rows of a weight, unchanged."""
     return Rows(item.spec.shape, (WeightSlab(item),))
 
 
 class RowReader:
-    """Rows that are being read; for one thread.
+    """Reads rows; for use by one thread.
 
     Args:
-        rows: which.
-        reader: of the source.
-        check: whether values that are not finite are refused here; decoded ones always are.
+        rows: the rows to read.
+        reader: reader of the source.
+        check: whether to refuse non-finite stored values; decoded ones are always checked.
     """
 
     def __init__(self, rows: Rows, reader: Readable, check: bool) -> None:
@@ -239,7 +242,7 @@ class RowReader:
         """Read a chunk, decoded and transformed.
 
         Raises:
-            TensorError: it cannot be read or decoded, or holds NaN or infinity.
+            TensorError: the chunk cannot be read or decoded, or holds NaN or infinity.
         """
         from qwen35.codecs.floats import all_finite, empty
 
@@ -260,6 +263,6 @@ class RowReader:
         return Piece(chunk.slab * rows.count + chunk.first, values, dtype, importance)
 
     def pieces(self, chunks: Iterable[RowChunk]) -> Iterator[Piece]:
-        """Read chunks, one after the other."""
+        """Yield chunks one by one."""
         for chunk in chunks:
             yield self.piece(chunk)

@@ -1,4 +1,4 @@
-"""Recipes: tables from role to action, with a reason for each row."""
+"""Recipes: tables of rules that map roles to actions, each with a reason."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _KINDS = sorted({info.kind for info in ROLES.values()})
 
 @dataclass(frozen=True)
 class Rule:
-    """One row of a recipe; the first that matches a weight decides.
+    """One row of a recipe; the first that matches a weight applies.
 
-    An action that packs leaves alone, in a group, what its codec cannot hold: norms, biases,
-    tables, routers and convolutions.
+    In a group, a packing action skips what its codec cannot hold: norms, biases, tables, routers
+    and convolutions.
 
     Args:
-        match: a role or the group its first segments name, ``kind:linear``, ``*``; or, in a file
-            that names its tensors otherwise, a pattern on those names.
-        action: what a container's `Container.actions` names.
+        match: a role, a group (the first segments of role names), ``kind:linear`` or ``*``; or a
+            pattern on the output's tensor names.
+        action: as `Container.action` spells it.
         reason: why, in a few words; shown by ``plan``.
-        required: whether it is an error if no tensor is left for it.
-        layers: the layers it is for; None for all, and for what is in no layer.
-        subject: what sentences call it, if not by `match` and `reason`.
+        required: whether a rule that decides no tensor is an error.
+        layers: the layers it applies to; None for all, and for tensors outside layers.
+        subject: its name in error messages, if not `match` and `reason`.
         pattern: `match` compiled, if it is a pattern.
     """
 
@@ -45,7 +45,7 @@ class Rule:
     pattern: re.Pattern[str] | None = None
 
     def matches(self, role: Role, name: str = "") -> bool:
-        """Whether the rule speaks of the weight with `role`, which the output calls `name`."""
+        """Return whether the rule matches a weight with `role`, called `name` in the output."""
         if self.pattern is not None:
             return self.pattern.search(name) is not None
         if self.layers is not None and role.layer not in self.layers:
@@ -54,6 +54,7 @@ class Rule:
             return True
         if self.match.startswith("kind:"):
             return role.info.kind == self.match.removeprefix("kind:")
+        # Naming a role exactly asks for it; the codec then refuses what it cannot hold.
         if role.name != self.match and role.info.kind in _spared(self.action):
             return False
         return in_group(role.name, self.match)
@@ -67,14 +68,14 @@ def _spared(action: str) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A named list of rules; the first that matches a weight decides.
+    """A named list of rules; the first that matches a weight applies.
 
     Args:
         name: built-in name or file name.
-        format: what its rules may make of weights: a format of some container.
+        format: a format of `container`; it limits the actions of rules.
         description: one line.
-        rules: in order.
-        container: what holds the output.
+        rules: in order of precedence.
+        container: the output's container.
     """
 
     name: str
@@ -84,20 +85,20 @@ class Recipe:
     container: Container
 
     def find(self, role: Role, name: str = "") -> Rule | None:
-        """Return the first rule that matches a weight, if any does."""
+        """Return the first rule that matches a weight, or None."""
         return next((rule for rule in self.rules if rule.matches(role, name)), None)
 
     def rule_for(self, role: Role, name: str = "") -> Rule:
         """Return the first rule that matches a weight.
 
         Raises:
-            UsageError: none does.
+            UsageError: no rule matches.
         """
-        found = self.find(role, name)
-        if found is None:
+        rule = self.find(role, name)
+        if rule is None:
             hint = 'end it with match = "*"'
             raise UsageError(f"recipe {self.name}", f"no rule for {role.name}", hint=hint)
-        return found
+        return rule
 
     def keeping(self, roles: tuple[str, ...]) -> Recipe:
         """Return this recipe with `roles` left unquantized.
@@ -110,6 +111,7 @@ class Recipe:
             if role == "*" or role.startswith("kind:"):
                 raise UsageError(f"--keep {role}", "not a role", hint=_ROLES_HINT)
             check_match(f"--keep {role}", role)
+            # A role inside a group that is kept too would get a rule that decides nothing.
             if not any(role != other and in_group(role, other) for other in roles):
                 rules.append(Rule(role, "plain", "asked for by --keep", required=True))
         return self.preceded(rules)
@@ -119,7 +121,7 @@ class Recipe:
         return self.preceded([Rule("mtp", "drop", "asked for by --drop-mtp")])
 
     def preceded(self, rules: Iterable[Rule]) -> Recipe:
-        """Return this recipe with `rules` before its own."""
+        """Return this recipe with `rules` put first."""
         return replace(self, rules=(*rules, *self.rules))
 
 
@@ -131,18 +133,19 @@ def check_used(
     found: str,
     hint: str,
 ) -> None:
-    """Refuse rules that decide nothing.
+    """Raise if a required rule decides no tensor.
 
     Args:
-        rules: all of them.
-        used: those that decide something.
-        name: what to call a rule.
-        found: what to say of one that does not.
+        rules: all rules.
+        used: the rules that decide a tensor.
+        name: the error's subject, from a rule.
+        found: the error's message.
         hint: what to do about it.
 
     Raises:
-        UsageError: a required rule is left without a tensor.
+        UsageError: a required rule decides no tensor.
     """
+    # By identity: two equal rules are still two lines of a recipe, and the second is unused.
     identities = {id(rule) for rule in used}
     for rule in rules:
         if rule.required and id(rule) not in identities:
@@ -150,10 +153,10 @@ def check_used(
 
 
 def check_match(subject: str, match: str) -> None:
-    """Refuse a rule's `match` that names nothing of the family.
+    """Raise if a rule's `match` names nothing in this model family.
 
     Raises:
-        UsageError: it is neither ``*`` nor ``kind:`` and a kind, nor a role, nor a group of roles.
+        UsageError: `match` is not ``*``, ``kind:`` and a kind, a role, or a group of roles.
     """
     if match == "*":
         return

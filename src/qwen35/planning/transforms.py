@@ -1,7 +1,7 @@
-"""What happens to the values of a weight on the way into a file that wants them otherwise.
+"""Transforms of a weight's values between source and output.
 
-A transform says which rows of the weight a run of output rows comes from, and what is computed on
-them. Rows alone move, and arithmetic follows, so any run of rows can be made by itself.
+A transform maps a run of output rows to rows of the weight, and computes their values. It reorders
+whole rows first, then computes within them, so any run of rows can be produced independently.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["NegExp", "PatchFrame", "PlusOne", "TileValueColumns", "TileValueHead
 
 
 class Transform:
-    """One step on the way.
+    """The identity; base class of all transforms.
 
     Attributes:
-        whole: whether the weight is needed whole for any row of the output.
-        moves: whether rows come from elsewhere.
-        values: whether values change, and not only places.
+        whole: whether any output row needs the whole weight.
+        moves: whether rows are reordered.
+        values: whether values change, not only their positions.
     """
 
     whole: ClassVar[bool] = False
@@ -30,17 +30,17 @@ class Transform:
     values: ClassVar[bool] = False
 
     def runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """Yield (first row of the weight, rows) for the output rows from `first` on, in order."""
+        """Yield (first row of the weight, number of rows) for `count` output rows, in order."""
         yield first, count
 
     def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
-        """Return [rows, row] values of `dtype` as they become, and their dtype."""
+        """Transform [rows, row] values of `dtype`; return them with their new dtype."""
         return values, dtype
 
 
 @dataclass(frozen=True, slots=True)
 class PlusOne(Transform):
-    """A norm that is stored zero-centred: ``1 + w``."""
+    """A zero-centred norm weight: ``1 + w``."""
 
     values: ClassVar[bool] = True
 
@@ -48,12 +48,16 @@ class PlusOne(Transform):
         """Return float32."""
         import numpy as np
 
+        # The converter writes norms as F32; BF16 could not hold 1 + w.
         return _rounded(_floats(values, dtype) + np.float32(1), dtype), "F32"
 
 
 @dataclass(frozen=True, slots=True)
 class NegExp(Transform):
-    """``A_log`` becomes ``-exp(A_log)``, taken in float64."""
+    """``A_log`` becomes ``-exp(A_log)``, computed in float64.
+
+    Rounding that to float32 is the same on every processor; float32 ``exp`` is not.
+    """
 
     values: ClassVar[bool] = True
 
@@ -67,15 +71,15 @@ class NegExp(Transform):
 
 @dataclass(frozen=True, slots=True)
 class TileValueHeads(Transform):
-    """Rows of value heads, grouped by key head, are tiled, because ggml broadcasts so.
+    """Reorder rows of value heads from grouped by key head to tiled, as ggml broadcasts them.
 
-    Head ``k * r + v`` moves to ``v * n_k + k``, with ``r`` value heads a key head.
+    Head ``k * r + v`` moves to ``v * n_k + k``, with ``r`` value heads per key head.
 
     Args:
         first: the first row that moves.
-        head: rows of a value head.
-        keys: key heads.
-        rows: of the weight.
+        head: rows per value head.
+        keys: number of key heads.
+        rows: rows of the weight.
     """
 
     moves: ClassVar[bool] = True
@@ -86,7 +90,7 @@ class TileValueHeads(Transform):
     rows: int
 
     def runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
-        """Yield a run for each head, and one for the rows that stay."""
+        """Yield one run per head, and one for the rows that stay in place."""
         row, end = first, first + count
         groups = (self.rows - self.first) // self.head // self.keys
         while row < end:
@@ -103,18 +107,18 @@ class TileValueHeads(Transform):
 
 @dataclass(frozen=True, slots=True)
 class TileValueColumns(Transform):
-    """The same with columns.
+    """Reorder columns of value heads, as `TileValueHeads` does rows.
 
     Args:
-        head: columns of a value head.
-        keys: key heads.
+        head: columns per value head.
+        keys: number of key heads.
     """
 
     head: int
     keys: int
 
     def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
-        """Return the values with their columns in the order of the output."""
+        """Return the values with reordered columns."""
         import numpy as np
 
         rows, row = values.shape
@@ -128,8 +132,8 @@ class PatchFrame(Transform):
     """One time step of the patch embedding's kernel.
 
     Args:
-        shape: of the weight: [out, colours, frames, height, width].
-        step: which.
+        shape: the weight's shape: [out, colours, frames, height, width].
+        step: index of the time step.
     """
 
     whole: ClassVar[bool] = True
@@ -138,7 +142,7 @@ class PatchFrame(Transform):
     step: int
 
     def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
-        """Return [rows, width] of one time step; `values` is the whole weight, flat."""
+        """Return one time step as [rows, width]; `values` is the whole weight, flat."""
         import numpy as np
 
         kernel = values.reshape(self.shape)[:, :, self.step]
@@ -152,7 +156,7 @@ def _floats(values: Array, dtype: str) -> Array:
 
 
 def _rounded(values: Array, dtype: str) -> Array:
-    """Round what was computed on F16 weights to F16, as llama.cpp's converter computes in it."""
+    """Round results on F16 weights to F16, because llama.cpp's converter computes in F16."""
     import numpy as np
 
     return values.astype(np.float16).astype(np.float32) if dtype == "F16" else values

@@ -1,4 +1,4 @@
-"""The model card: what the manifest and the folder know, in huggingface_hub's card classes."""
+"""Write the model card from the manifest and the folder, with huggingface_hub's card classes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qwen35.codecs.codec import Codec
 from qwen35.codecs.plain.codec import Plain
 from qwen35.codecs.registry import CODECS, codec_of, group, is_packed, packings
 from qwen35.model.roles import role_of
-from qwen35.planning.containers import container_told
+from qwen35.planning.containers import container_from_manifest
 from qwen35.planning.gguf_files.gguf_container import GgufContainer
 from qwen35.planning.manifest import recipe_of, source_of
 from qwen35.planning.recipe import built_in, load_recipe
@@ -25,19 +25,19 @@ from qwen35.tensors import StoredTensor, TensorSpec, Weight
 __all__ = ["CardMeasurements", "card_text"]
 
 _LICENSES = {"Apache License": "apache-2.0", "MIT License": "mit"}
-"""How a LICENSE file begins, to what the Hub calls it."""
+"""First words of a LICENSE file to the Hub's identifier."""
 
-_ALONE = {"name", "format", "rules"}
-"""What a manifest says of a recipe where nothing was asked for beside it."""
+_RECIPE_ONLY = {"name", "format", "rules"}
+"""A manifest's keys of a recipe that was used without further options."""
 
 
 @dataclass(frozen=True)
 class CardMeasurements:
-    """The measured table of a report.
+    """The table of an evaluation report.
 
     Args:
         columns: headings.
-        rows: one value for each column.
+        rows: one value per column.
     """
 
     columns: tuple[str, ...]
@@ -45,7 +45,7 @@ class CardMeasurements:
 
     @classmethod
     def parse(cls, table: Any) -> Self | None:
-        """Read a table; None if it is none."""
+        """Read a table; return None if it is malformed."""
         if not isinstance(table, dict):
             return None
         columns, rows = table.get("columns"), table.get("rows")
@@ -62,7 +62,7 @@ class CardMeasurements:
 
 @dataclass(frozen=True)
 class _Treatment:
-    """A row of the card's table: what a rule of the recipe did to which tensors."""
+    """A row of the card's table: a rule of the recipe and its effect."""
 
     match: str
     stored: str
@@ -82,12 +82,12 @@ def card_text(
     Args:
         place: its folder.
         manifest: its manifest.
-        repo: where it will be published.
-        base_model: what to name as base, if not the manifest's source.
-        measures: what an evaluation measured, if there was one.
+        repo: the repository's name.
+        base_model: the base model; by default the manifest's source.
+        measures: the table of an evaluation, if there is one.
 
     Raises:
-        InputError: the manifest does not say what the card needs.
+        InputError: the manifest lacks a key that the card needs.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -100,7 +100,7 @@ def card_text(
         pipeline_tag="image-text-to-text" if facts.vision else "text-generation",
         tags=["qwen3_5", *facts.codec.tags],
     )
-    template = resources.files("qwen35.publish").joinpath("card.md.jinja").read_text("utf-8")
+    template = resources.files("qwen35.publishing").joinpath("card.md.jinja").read_text("utf-8")
     card = ModelCard.from_template(
         data,
         template_str=template,
@@ -115,14 +115,14 @@ def card_text(
 
 
 class _Facts:
-    """What the template asks for."""
+    """The values for the template."""
 
     def __init__(
         self, place: LocalFolder, manifest: Mapping[str, Any], base_model: str | None
     ) -> None:
         self._place = place
         self._manifest = manifest
-        self._recipe = recipe_of(manifest, container_told(manifest))
+        self._recipe = recipe_of(manifest, container_from_manifest(manifest))
         self.source, self.revision = source_of(manifest)
         self.base_model = base_model or self.source
         self.recipe = self._recipe.name
@@ -136,7 +136,7 @@ class _Facts:
 
     @property
     def license(self) -> str | None:
-        """The licence by its file; nothing is claimed without one."""
+        """The licence according to LICENSE; None without that file."""
         sizes = self._place.sizes()
         if "LICENSE" not in sizes:
             return None
@@ -146,7 +146,7 @@ class _Facts:
 
     @property
     def files(self) -> list[tuple[str, int]]:
-        """Name and size of each file that the manifest lists."""
+        """Name and size of each file in the manifest."""
         return [(name, entry["size"]) for name, entry in self._manifest["files"].items()]
 
     @property
@@ -156,14 +156,14 @@ class _Facts:
 
     @property
     def treatments(self) -> list[_Treatment]:
-        """What each rule of the recipe did; rules that met no tensor are left out."""
+        """The effect of each rule of the recipe; rules that match no tensor are left out."""
         return list(_treatments(self._recipe, self.weights)) if self.weights else []
 
     @property
     def command(self) -> str:
-        """The command that converts the source so, if a built-in recipe alone says it."""
+        """The command that writes this artifact, if a built-in recipe alone determines it."""
         name = self._recipe.name
-        if not self.source or self._manifest["recipe"].keys() != _ALONE:
+        if not self.source or self._manifest["recipe"].keys() != _RECIPE_ONLY:
             return ""
         container = self._recipe.container
         if name not in built_in(container.name):
@@ -174,12 +174,12 @@ class _Facts:
 
     @property
     def model_class(self) -> str:
-        """The class of transformers that loads it."""
+        """The transformers class that loads it."""
         return "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
 
     @property
     def architecture(self) -> str:
-        """What config.json calls the model."""
+        """The architecture in config.json."""
         if "config.json" not in self._place.sizes():
             return ""
         config = read_json(self._place, "config.json")
@@ -188,7 +188,7 @@ class _Facts:
 
 
 def _weights(manifest: Mapping[str, Any]) -> tuple[Weight, ...]:
-    """Group the tensors that the manifest lists into weights."""
+    """Group the manifest's tensors into weights."""
     stored: dict[str, StoredTensor] = {}
     for file, tensors in manifest["tensors"].items():
         if not file.endswith(".safetensors"):
@@ -201,8 +201,8 @@ def _weights(manifest: Mapping[str, Any]) -> tuple[Weight, ...]:
 
 
 def _codec(weights: tuple[Weight, ...], *, gguf: bool) -> Codec:
-    """Return the codec that speaks for an artifact: types of ggml say the same of themselves."""
-    if gguf:
+    """Return the codec that describes an artifact."""
+    if gguf:  # all ggml types have the same description
         return next(iter(packings(GgufContainer.name).values()))
     packed = {weight.storage for weight in weights if is_packed(weight)}
     return CODECS[min(packed, default=Plain.name)]

@@ -1,4 +1,4 @@
-"""The difference of a folder and a repository: a list of operations, shown before it is applied."""
+"""The difference between a folder and a repository: operations, shown before they are applied."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ Kind = Literal["same", "upload", "delete", "download", "remove", "keep"]
 
 _VERSION = 1
 ATTRIBUTES = ".gitattributes"
-"""The Hub's own file, which any commit may change: synced neither way unless asked for by name."""
+"""The Hub's own file, which any commit may change: not synced unless named explicitly."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What is to happen to one file.
+    """An operation on one file.
 
     Args:
-        path: its name in the repository and below the folder.
-        size: bytes of what will be there, or of what is deleted or kept.
+        path: relative to the repository and to the folder.
+        size: bytes of the resulting file, or of the deleted or kept one.
         kind: ``upload`` and ``delete`` change the repository, ``download`` and ``remove`` the
-            folder; ``keep`` stays as it is: it is on one side only, or the Hub's own.
+            folder; ``keep`` leaves a file that is on one side only, or the Hub's own.
         local: SHA-256 of the file in the folder, if there is one.
         remote: SHA-256 (LFS) or git blob of the file in the repository, if there is one.
     """
@@ -54,16 +54,16 @@ class Operation:
 
 @dataclass(frozen=True)
 class Diff:
-    """Everything that would happen, pinned to the commit it was made from.
+    """All operations of a sync, pinned to the commit that the diff was made from.
 
     Args:
-        direction: ``push`` makes the repository like the folder, ``pull`` the other way.
+        direction: ``push`` makes the repository equal to the folder, ``pull`` the reverse.
         repo: the repository.
         base: its head when the diff was made; None if there was no repository.
-        delete: whether files that only the changed side has are deleted there.
-        only: the files that were asked for; empty for all.
-        operations: one for each file, unchanged ones included, sorted by path.
-        findings: what stops it.
+        delete: delete files that only the changed side has.
+        only: the compared paths; empty for all.
+        operations: one per file, including unchanged files, sorted by path.
+        findings: reasons not to apply it.
     """
 
     direction: Direction
@@ -91,13 +91,13 @@ class Diff:
 def push_diff(
     local: LocalListing, remote: RemoteRepo, *, delete: bool = False, only: Sequence[str] = ()
 ) -> Diff:
-    """Return what makes the repository like the folder.
+    """Return the operations that make the repository equal to the folder.
 
     Args:
         local: the folder.
         remote: the repository.
-        delete: delete there what the folder does not have.
-        only: paths to look at; all if empty.
+        delete: delete files that the folder lacks.
+        only: paths to compare; all if empty.
 
     Raises:
         InputError: a file of `only` is not in the folder.
@@ -127,15 +127,15 @@ def push_diff(
 
 
 def pull_diff(local: LocalListing, remote: RemoteRepo, *, delete: bool = False) -> Diff:
-    """Return what makes the folder like the repository.
+    """Return the operations that make the folder equal to the repository.
 
-    A file that would never be pushed (an environment file, a key) is not removed either.
+    A file that is never pushed (an environment file, a key) is never removed either.
     """
     operations = [_pulled(there, local.files.get(path)) for path, there in remote.files.items()]
     for path, digest in local.files.items():
         if path not in remote.files:
-            spared = not delete or path == ATTRIBUTES or unwanted(path)
-            kind: Kind = "keep" if spared else "remove"
+            keep = not delete or path == ATTRIBUTES or unwanted(path)
+            kind: Kind = "keep" if keep else "remove"
             operations.append(Operation(path, digest.size, kind, digest.sha256, None))
     findings = [
         Finding("name", path, reason) for path in remote.files if (reason := bad_name(path))
@@ -175,14 +175,14 @@ def _pulled(there: RemoteFile, digest: FileDigest | None) -> Operation:
 
 
 def _collisions(paths: Sequence[str]) -> Iterator[Finding]:
-    """Yield paths that cannot lie in one folder together: one is a folder of the other."""
-    known = set(paths)
+    """Yield paths that cannot share a folder: a file and a folder, or names that differ in case."""
+    files = set(paths)
     for path in paths:
         parts = path.split("/")
         for i in range(1, len(parts)):
-            if "/".join(parts[:i]) in known:
+            if "/".join(parts[:i]) in files:
                 yield Finding("name", path, f"{'/'.join(parts[:i])} is a file, and a folder here")
-    folded: dict[str, str] = {}
+    folded: dict[str, str] = {}  # file systems of macOS and Windows ignore case
     for path in paths:
         other = folded.setdefault(path.casefold(), path)
         if other != path:
@@ -190,7 +190,7 @@ def _collisions(paths: Sequence[str]) -> Iterator[Finding]:
 
 
 def check_clean(diff: Diff) -> None:
-    """Refuse to apply a diff that something stops.
+    """Refuse to apply a diff with findings.
 
     Raises:
         InputError: it has findings.
@@ -224,10 +224,10 @@ def load_diff(path: Path) -> Diff:
 
 
 def check_same(saved: Diff, fresh: Diff) -> None:
-    """Refuse to apply a saved diff when one made now is another.
+    """Refuse to apply a saved diff if a fresh one differs.
 
     Raises:
-        UsageError: the repository moved, or a file in the folder changed.
+        UsageError: the repository or a file in the folder changed.
     """
     if saved.base != fresh.base:
         found = f"is at {_short(fresh.base)}, the diff was made at {_short(saved.base)}"

@@ -24,7 +24,7 @@ _SHA256_DIGITS = 64
 
 
 def counters(diff: Diff) -> dict[str, int]:
-    """Return the documented counters: files to upload, to delete and so on."""
+    """Return the number of files to upload, to delete and so on."""
     counted = {_STATUS[kind]: len(diff.of(kind)) for kind in _COUNTED[diff.direction]}
     kept = len(diff.of("keep"))
     return counted | ({"kept": kept} if kept else {})
@@ -43,7 +43,7 @@ def diff_text(diff: Diff) -> str:
 
 
 def findings_text(diff: Diff) -> Iterator[str]:
-    """Yield a line for each thing that stops the sync."""
+    """Yield a line for each finding that stops the sync."""
     for finding in diff.findings:
         yield f"STOPPED {printable(finding.subject)}: {finding.message}"
 

@@ -1,4 +1,4 @@
-"""What must not be pushed: by name, or by what is in it."""
+"""Find files that must not be pushed, by name or by content."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ UNWANTED: dict[str, str] = {
     "thumbs.db": "a file manager's notes",
     ".qwen35*": "a temporary file of qwen35",
 }
-"""Pattern (of any part of a path, in lower case) to what it is."""
+"""Pattern for any part of a path, in lower case, to the kind of file."""
 
 SECRETS: dict[str, str] = {
     "a Hugging Face token": r"hf_[A-Za-z0-9]{30,}",
@@ -75,32 +75,34 @@ SECRETS: dict[str, str] = {
     "a Weights & Biases key": r"WANDB_API_KEY\W{1,8}[0-9a-f]{40}\b",
     "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
 }
-"""What it is to what it looks like; nothing of a word stands before it.
+"""Kind of secret to its pattern, which matches at the start of a word only.
 
-Each begins with plain letters, which makes the search several times as fast.
+Each pattern begins with a literal, which makes the search several times as fast.
 """
 
 _PATTERNS = {name: re.compile(pattern.encode()) for name, pattern in SECRETS.items()}
 _PIECE = 4 * 2**20
 _OVERLAP = 4096
+"""Bytes searched again with the next piece, for a secret on the border of two."""
+
 _BINARY_BYTES = 16 * 2**20
-"""How far a binary file is read: its header, not its weights."""
+"""Bytes searched in a binary file: its header, not its weights."""
 
 
 def bad_name(path: str) -> str:
-    """Return why no file of a repository may be called `path`, or an empty string."""
+    """Return why a repository must not have a file named `path`, or an empty string."""
     parts = path.split("/")
     if "" in parts or "." in parts or ".." in parts:
         return "not a plain relative path"
     if "\\" in path or ":" in parts[0] or not path.isprintable():
         return "a name that other systems read differently"
     if any(part.lower() in (".git", ".cache") for part in parts):
-        return "in a folder of git's or of the Hub's client"
+        return "in a folder of git or of the Hub's client"
     return ""
 
 
 def unwanted(path: str) -> str:
-    """Return what a file of this name is that must not be pushed, or an empty string.
+    """Return the kind of file that must not be pushed, or an empty string.
 
     >>> unwanted("sub/.env"), unwanted("tokenizer.json")
     ('an environment file', '')
@@ -113,14 +115,14 @@ def unwanted(path: str) -> str:
 
 
 def secrets(path: Path, name: str, token: str | None = None) -> Iterator[Finding]:
-    """Yield a finding for each kind of secret in a file; never the secret itself.
+    """Yield a finding for each kind of secret in a file, without the secret itself.
 
-    Text is read to its end, of a binary file the first 16 MiB.
+    Text is searched to its end, a binary file in its first 16 MiB.
 
     Args:
         path: the file.
-        name: what findings call it.
-        token: the token in use; it must not be in the file, whatever it looks like.
+        name: its name in findings.
+        token: the token in use, which is searched for literally.
 
     Raises:
         InputError: it cannot be read.
@@ -137,12 +139,12 @@ def secrets(path: Path, name: str, token: str | None = None) -> Iterator[Finding
 def _search(path: Path, name: str, patterns: dict[str, re.Pattern[bytes]]) -> Iterator[Finding]:
     found: set[str] = set()
     with path.open("rb") as file:
-        binary = b"\0" in file.peek(8192)[:8192]
+        binary = b"\0" in file.peek(8192)[:8192]  # as git tells binary files from text
         rest, done = b"", 0
         while piece := file.read(_PIECE):
             window = rest + piece
             for kind, pattern in patterns.items():
-                if kind not in found and _begins_a_word(pattern, window):
+                if kind not in found and _starts_word(pattern, window):
                     found.add(kind)
                     yield Finding("secret", name, f"holds what looks like {kind}")
             rest = window[-_OVERLAP:]
@@ -151,6 +153,6 @@ def _search(path: Path, name: str, patterns: dict[str, re.Pattern[bytes]]) -> It
                 return
 
 
-def _begins_a_word(pattern: re.Pattern[bytes], window: bytes) -> bool:
+def _starts_word(pattern: re.Pattern[bytes], window: bytes) -> bool:
     starts = (match.start() for match in pattern.finditer(window))
     return any(start == 0 or not window[start - 1 : start].isalnum() for start in starts)

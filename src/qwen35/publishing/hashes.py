@@ -1,4 +1,4 @@
-"""Hashes of local files, and a cache of them: a file at rest is read once."""
+"""Hash local files, with a cache: an unchanged file is read once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from qwen35.threads import default_threads
 __all__ = ["FileDigest", "FileHasher", "digest_bytes", "digest_file"]
 
 _PIECE = 2**20
-_TOLD_BYTES = 100_000_000
+_PROGRESS_BYTES = 100_000_000
+"""Less than this is hashed without a progress bar."""
+
 BLOB_BYTES = 64 * 2**20
-_SETTLED_NS = 2 * 10**9
-"""A file changed more recently is not cached: its next change could bear the same time."""
+SETTLED_NS = 2 * 10**9
+"""A file changed more recently is not cached: its next change could have the same timestamp."""
 
 _TABLE = (
     "CREATE TABLE IF NOT EXISTS digest (device INTEGER, inode INTEGER, size INTEGER, mtime INTEGER,"
@@ -32,13 +34,13 @@ _TABLE = (
 
 @dataclass(frozen=True)
 class FileDigest:
-    """What the Hub knows a file's content by.
+    """The digests by which the Hub identifies content.
 
     Args:
         size: bytes.
-        sha256: of the content; how the Hub names large files (LFS).
-        blob: SHA-1 of git's blob object; how it names the others. Not known (empty) beyond
-            `BLOB_BYTES`: the Hub stores nothing of that size so.
+        sha256: of the content; identifies large files (LFS).
+        blob: SHA-1 of git's blob object; identifies the others. Empty beyond `BLOB_BYTES`: the Hub
+            stores larger files in LFS only.
     """
 
     size: int
@@ -61,7 +63,7 @@ def digest_file(path: Path) -> FileDigest:
     """Return the digest of a file, read once.
 
     Raises:
-        InputError: it cannot be read, or changes meanwhile.
+        InputError: it cannot be read, or changes while it is read.
     """
     try:
         return _digest(path)[0]
@@ -82,31 +84,34 @@ def _digest(path: Path) -> tuple[FileDigest, os.stat_result]:
                 blob.update(buffer[:count])
         after = os.fstat(file.fileno())
     if _state(before) != _state(after):
-        raise InputError(str(path), "changed while it was read", hint="run again when it rests")
+        raise InputError(
+            str(path), "changed while it was read", hint="run again when nothing writes to it"
+        )
     name = blob.hexdigest() if is_small else ""
     return FileDigest(before.st_size, sha256.hexdigest(), name), before
 
 
-def _told(path: Path, progress: Progress) -> tuple[FileDigest, os.stat_result]:
+def _digest_with_progress(path: Path, progress: Progress) -> tuple[FileDigest, os.stat_result]:
     digest, stat = _digest(path)
     progress.advance(digest.size, path.name)
     return digest, stat
 
 
 def _state(stat: os.stat_result) -> tuple[int, int, int, int, int]:
-    """What tells one state of a file from another: device, inode, size and both times."""
+    """Return values that change with the file: device, inode, size and both times."""
+    # inode and ctime too: a replaced file may have the same size and mtime
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 class FileHasher:
-    """Hashes files, several at a time, and remembers the results in the user's cache folder.
+    """Hashes files, several at a time, and caches the results in the user's cache folder.
 
-    A result counts as long as the file's inode, size and times are those it had when it was read.
+    A result is valid as long as the file's inode, size and times are unchanged.
 
     Args:
-        cache: the database; the default is ``qwen35/hashes.sqlite`` in ``$XDG_CACHE_HOME``.
-        progress: told of the bytes read, if they are many.
-        remember: whether new results are put into the cache.
+        cache: the database; by default ``qwen35/hashes.sqlite`` in ``$XDG_CACHE_HOME``.
+        progress: receives bytes read, if there are many.
+        remember: store new results in the cache.
     """
 
     def __init__(
@@ -126,35 +131,35 @@ class FileHasher:
         """Return the digest of each file.
 
         Raises:
-            InputError: one cannot be read, or changes while it is.
+            InputError: one cannot be read, or changes while it is read.
         """
-        known: dict[Path, FileDigest] = {}
-        unknown: dict[Path, int] = {}
-        remembered = self._load()
+        hits: dict[Path, FileDigest] = {}
+        misses: dict[Path, int] = {}
+        cached = self._load()
         for path in paths:
             try:
                 stat = path.stat()
             except OSError as error:
                 raise InputError(str(path), f"cannot be read ({error.strerror})") from error
-            if found := remembered.get(_state(stat)):
-                known[path] = found
+            if digest := cached.get(_state(stat)):
+                hits[path] = digest
             else:
-                unknown[path] = stat.st_size
-        return known | self._hash(unknown)
+                misses[path] = stat.st_size
+        return hits | self._hash(misses)
 
     def _hash(self, paths: Mapping[Path, int]) -> dict[Path, FileDigest]:
         if not paths:
             return {}
         total = sum(paths.values())
-        told = self._progress if total >= _TOLD_BYTES else Silent()
-        told.begin("hashing", total)
+        progress = self._progress if total >= _PROGRESS_BYTES else Silent()
+        progress.begin("hashing", total)
         try:
             with ThreadPoolExecutor(default_threads()) as pool:
-                results = list(pool.map(lambda path: _told(path, told), paths))
+                results = list(pool.map(lambda path: _digest_with_progress(path, progress), paths))
         except OSError as error:
             raise InputError(str(error.filename), f"cannot be read ({error.strerror})") from error
         finally:
-            told.end()
+            progress.end()
         self.read_bytes += sum(digest.size for digest, _ in results)
         self._store([row for row in results if _settled(row[1])])
         return {path: digest for path, (digest, _) in zip(paths, results, strict=True)}
@@ -167,10 +172,10 @@ class FileHasher:
                 "SELECT device, inode, size, mtime, ctime, sha256, blob FROM digest"
             )
             return {row[:5]: FileDigest(row[2], row[5], row[6]) for row in rows}
-        return {}  # damaged: it is only a cache
+        return {}  # a damaged cache counts as empty
 
     def _store(self, results: list[tuple[FileDigest, os.stat_result]]) -> None:
-        """Remember results; a home without room for a cache costs time, not the command."""
+        """Store results; a cache that cannot be written is not an error."""
         if not self._remember:
             return
         rows = [(*_state(stat), digest.sha256, digest.blob) for digest, stat in results]
@@ -182,4 +187,4 @@ class FileHasher:
 
 
 def _settled(stat: os.stat_result) -> bool:
-    return time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS
+    return time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_NS

@@ -1,4 +1,4 @@
-"""What lies in a folder and in a repository: names and digests, nothing else."""
+"""List a folder and a repository: names, sizes and digests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.hub import ask, bound_client
+from qwen35.checkpoint.hub import bound_client, call_hub
 from qwen35.errors import Finding, HubError, InputError
 from qwen35.publishing.guard import bad_name, unwanted
 from qwen35.publishing.hashes import FileDigest, FileHasher, digest_bytes
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _NEVER = ((".git",), (".cache", "huggingface"))
-"""Folders of git's and of the Hub's client: neither pushed nor touched."""
+"""Folders of git and of the Hub's client: neither pushed nor touched."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class RemoteFile:
     """A file of a repository.
 
     Args:
-        path: its name there.
+        path: relative to the repository.
         size: bytes.
-        blob: git's name for what is stored: the content, or the pointer of an LFS file.
-        sha256: of the content, known for LFS files only.
+        blob: git's object id of the content, or of the pointer if it is an LFS file.
+        sha256: of the content; for LFS files only.
     """
 
     path: str
@@ -45,7 +45,7 @@ class RemoteFile:
     sha256: str | None = None
 
     def holds(self, digest: FileDigest) -> bool:
-        """Whether the content is that of `digest`."""
+        """Return whether the content has this digest."""
         if self.size != digest.size:
             return False
         return self.sha256 == digest.sha256 if self.sha256 else self.blob == digest.blob
@@ -57,7 +57,7 @@ class RemoteRepo:
 
     Args:
         repo: its name.
-        commit: None if there is no such repository yet.
+        commit: the commit; None if the repository does not exist.
         files: by path.
     """
 
@@ -72,7 +72,7 @@ class LocalListing:
 
     Args:
         files: digest by path.
-        findings: what lies there and must not be pushed.
+        findings: entries that must not be pushed.
     """
 
     files: Mapping[str, FileDigest]
@@ -85,7 +85,7 @@ class FileTree:
 
     Args:
         files: path in the repository to the file.
-        findings: links that lead outside, and what is neither file nor folder.
+        findings: links that lead outside, and entries that are neither file nor folder.
     """
 
     files: dict[str, Path] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class FileTree:
 def walk(root: Path) -> FileTree:
     """Find the files below `root`.
 
-    A link to a file inside is that file; one that leads outside, or to a folder, is a finding.
+    A link to a file inside counts as that file; any other link is a finding.
 
     Raises:
         InputError: a folder cannot be read.
@@ -105,7 +105,7 @@ def walk(root: Path) -> FileTree:
     for path in _below(root):
         name = path.relative_to(root).as_posix()
         if path.is_symlink():
-            target = Path(os.path.realpath(path))  # no error in a loop
+            target = Path(os.path.realpath(path))  # unlike resolve(), no error for a cycle of links
             if not target.is_relative_to(inside):
                 tree.findings.append(Finding("link", name, "a symbolic link that leads outside"))
                 continue
@@ -138,11 +138,11 @@ def list_local(
 
     Args:
         root: the folder.
-        hasher: knows files that it has seen before.
-        overlay: content of files that will be written there first.
+        hasher: hashes files, with a cache.
+        overlay: content of files that will be written before the push.
 
     Raises:
-        InputError: something cannot be read.
+        InputError: a file or folder cannot be read.
     """
     tree = walk(root)
     overlay = overlay or {}
@@ -159,7 +159,7 @@ def list_local(
 
 
 def hub_api(token: str | None) -> Any:
-    """Return the Hub's client, told to print nothing: its lines hold URLs."""
+    """Return the Hub's client, silenced: its output contains URLs."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars, logging
 
@@ -172,16 +172,16 @@ def hub_api(token: str | None) -> Any:
 def list_remote(repo: str, token: str | None, *, missing_ok: bool = False) -> RemoteRepo:
     """Read the head of a repository and the names, sizes and digests of its files.
 
-    Two requests (and one more for each further thousand files); no content is read.
+    It takes two requests, plus one per further thousand files; no content is read.
 
     Raises:
-        HubError: the Hub refused or was not reached, at whatever page.
+        HubError: the Hub refused or was not reached; no partial listing is returned.
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
     api = hub_api(token)
     try:
-        info = ask(repo, lambda: api.model_info(repo))
+        info = call_hub(repo, lambda: api.model_info(repo))
     except HubError as error:
         absent = isinstance(error.__cause__, RepositoryNotFoundError)
         if absent and missing_ok:
@@ -189,19 +189,21 @@ def list_remote(repo: str, token: str | None, *, missing_ok: bool = False) -> Re
         raise
     if not info.sha:
         raise HubError(repo, "the Hub named no commit")
-    return list_commit(repo, info.sha, token)
+    return list_commit(repo, info.sha, token)  # by commit, since the head may move
 
 
 def list_commit(repo: str, commit: str, token: str | None) -> RemoteRepo:
     """Read the names, sizes and digests of the files of one commit.
 
     Raises:
-        HubError: the Hub refused or was not reached, at whatever page.
+        HubError: the Hub refused or was not reached; no partial listing is returned.
     """
     from huggingface_hub.hf_api import RepoFile
 
     api = hub_api(token)
-    entries = ask(repo, lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit)))
+    entries = call_hub(
+        repo, lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit))
+    )
     files = {
         entry.path: RemoteFile(
             entry.path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None

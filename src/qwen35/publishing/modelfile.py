@@ -1,4 +1,4 @@
-"""The Modelfile that `ollama create` reads, for a folder of GGUF files."""
+"""Write the Modelfile that `ollama create` reads, for a folder of GGUF files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwen35.errors import InputError
 __all__ = ["gguf_models", "is_gguf", "modelfile_text"]
 
 PREFERRED = ("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q6_K", "Q8_0")
-"""What Ollama loads if there is a choice: its own library's default first."""
+"""Types for Ollama in order of preference: first the default of its own library."""
 
 _SUFFIX = ".gguf"
 _PROJECTOR = "mmproj-"
@@ -24,12 +24,12 @@ _TEMPLATE = '''TEMPLATE """{{- range $i, $_ := .Messages }}<|im_start|>{{ .Role 
 
 
 def is_gguf(name: str) -> bool:
-    """Whether a file called so is a GGUF file."""
+    """Return whether a name is that of a GGUF file."""
     return name.endswith(_SUFFIX)
 
 
 def gguf_models(place: LocalFolder) -> list[str]:
-    """Return the GGUF files that are models, the preferred one first."""
+    """Return the GGUF files of models, not projectors, the preferred one first."""
     names = [name for name in place.sizes() if is_gguf(name)]
     return sorted((name for name in names if not name.startswith(_PROJECTOR)), key=_preference)
 
@@ -43,11 +43,11 @@ def _preference(name: str) -> tuple[int, str]:
 def modelfile_text(place: LocalFolder) -> str:
     """Return the Modelfile of a folder with at least one GGUF file.
 
-    It is for text: whether Ollama takes a separate projector depends on its version, so that line
+    It loads text only: support for a separate projector depends on Ollama's version, so that line
     is a comment.
 
     Raises:
-        InputError: there is no model among the GGUF files.
+        InputError: no GGUF file is a model.
     """
     models = gguf_models(place)
     if not models:
@@ -62,7 +62,7 @@ def modelfile_text(place: LocalFolder) -> str:
 
 
 def _sampling(place: LocalFolder) -> list[str]:
-    """Return the sampling defaults of generation_config.json, if it is there."""
+    """Return the sampling defaults of generation_config.json, if there is one."""
     if "generation_config.json" not in place.sizes():
         return []
     settings = read_json(place, "generation_config.json")

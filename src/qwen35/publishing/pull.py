@@ -1,4 +1,4 @@
-"""Apply a diff to the folder: download beside it, check every byte, then rename."""
+"""Apply a diff to the folder: download beside it, check every file, then rename."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from qwen35.checkpoint.hub import ask
+from qwen35.checkpoint.hub import call_hub
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import INDEX_NAME
 from qwen35.errors import HubError, InputError, OutputError
@@ -21,16 +21,16 @@ __all__ = ["PullResult", "apply_pull"]
 
 _MARK_NAME = ".qwen35-partial"
 _LAST = (INDEX_NAME, "config.json", MANIFEST_NAME)
-"""Renamed last: they say that the weights are there."""
+"""Renamed last: a folder with these files looks complete."""
 
 
 @dataclass(frozen=True)
 class PullResult:
-    """What a pull did.
+    """The result of a pull.
 
     Args:
-        folder: where.
-        commit: what it holds now.
+        folder: the folder.
+        commit: the commit that it holds.
         nbytes: bytes downloaded.
     """
 
@@ -47,22 +47,22 @@ def apply_pull(
     hasher: FileHasher | None = None,
     progress: Progress | None = None,
 ) -> PullResult:
-    """Carry out a pull: nothing in the folder changes before all has arrived and is right.
+    """Pull all files; nothing in the folder changes before every download is complete and checked.
 
-    Files that had arrived when a pull broke off wait in ``.NAME.pull`` beside the folder for the
-    next one.
+    Finished downloads of an interrupted pull stay in ``.NAME.pull`` beside the folder, and the next
+    pull uses them.
 
     Args:
-        diff: what to do; without findings.
-        root: the folder; it is created if it is missing.
-        token: access token, or None for the one the Hub's client finds.
+        diff: the operations; without findings.
+        root: the folder; created if missing.
+        token: access token; None for that of the Hub's client.
         hasher: as for the diff.
-        progress: told of the bytes downloaded.
+        progress: receives bytes downloaded.
 
     Raises:
         InputError: the diff has findings, or a file in the folder changed since.
-        HubError: the Hub refused, or what arrived is not what it lists.
-        OutputError: the disk is full or something is in the way.
+        HubError: the Hub refused, or a download differs from the listing.
+        OutputError: the disk is full, or the path of a file is blocked.
     """
     assert diff.direction == "pull"
     check_clean(diff)
@@ -75,7 +75,7 @@ def apply_pull(
             stage = _Stage(root, diff.repo, diff.base, token)
             stage.prepare(downloads)
             stage.fill(downloads, progress or Silent())
-            _check_unchanged(diff, root, hasher or FileHasher())
+            _check_unchanged(diff, root, hasher or FileHasher())  # after the slow part
             for op in sorted(downloads, key=_order):
                 _place(stage.folder / op.path, root, op.path)
             for op in diff.of("remove"):
@@ -91,7 +91,7 @@ def _order(op: Operation) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class _Stage:
-    """The folder beside `root` that downloads arrive in."""
+    """The folder beside `root` for downloads."""
 
     root: Path
     repo: str
@@ -103,26 +103,26 @@ class _Stage:
         return self.root.with_name(f".{self.root.name}.pull")
 
     def prepare(self, downloads: tuple[Operation, ...]) -> None:
-        """Make the folder, or go on with the one that an earlier pull left."""
+        """Create the folder, or reuse that of an earlier pull."""
         for op in downloads:
-            _check_way(self.root, op.path)
+            _check_path(self.root, op.path)
         folder = self.folder
         if folder.is_symlink() or (folder.exists() and not (folder / _MARK_NAME).is_file()):
             hint = "move it away"
             raise OutputError(str(folder), "is in the way and was not made by qwen35", hint=hint)
         folder.mkdir(exist_ok=True)
         (folder / _MARK_NAME).touch()
-        there = (folder / op.path for op in downloads)
-        arrived = sum(path.stat().st_size for path in there if path.is_file())
-        check_space(folder, sum(op.size for op in downloads) - arrived)
+        paths = (folder / op.path for op in downloads)
+        downloaded = sum(path.stat().st_size for path in paths if path.is_file())
+        check_space(folder, sum(op.size for op in downloads) - downloaded)
 
     def fill(self, downloads: tuple[Operation, ...], progress: Progress) -> None:
-        """Download what is not there yet; check everything."""
+        """Download missing files; check every file."""
         progress.begin(f"downloading {self.repo}", sum(op.size for op in downloads))
         try:
             for op in downloads:
                 path = self.folder / op.path
-                if not (path.is_file() and _is_right(digest_file(path), op)):
+                if not (path.is_file() and _matches(digest_file(path), op)):
                     self._download(op, path)
                 progress.advance(op.size, op.path)
         finally:
@@ -132,15 +132,16 @@ class _Stage:
         subject = f"{self.repo}@{self.commit[:12]}, {op.path}"
         api = hub_api(self.token)
         options = {"revision": self.commit, "local_dir": self.folder}
-        path.unlink(missing_ok=True)  # what lies there is something else
-        ask(subject, lambda: api.hf_hub_download(self.repo, op.path, **options))
-        digest = digest_file(path)
-        if not _is_right(digest, op):
+        path.unlink(missing_ok=True)  # of another version, or incomplete
+        call_hub(subject, lambda: api.hf_hub_download(self.repo, op.path, **options))
+        digest = digest_file(path)  # the client checks the size only
+        if not _matches(digest, op):
             path.unlink()
             found = f"{digest.size} bytes arrived with sha256 {digest.sha256[:12]}"
             hint = "the download was damaged: run again"
             expected = f"{op.size} bytes with {str(op.remote)[:12]}"
             raise HubError(subject, found, expected=expected, hint=hint)
+        # on disk before the rename, so that a crash leaves no empty file under the final name
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -148,12 +149,12 @@ class _Stage:
             os.close(descriptor)
 
 
-def _is_right(digest: FileDigest, op: Operation) -> bool:
+def _matches(digest: FileDigest, op: Operation) -> bool:
     return digest.size == op.size and op.remote in (digest.sha256, digest.blob)
 
 
-def _check_way(root: Path, name: str) -> None:
-    """Refuse a path that a file or a link in the folder is in the way of."""
+def _check_path(root: Path, name: str) -> None:
+    """Refuse a path that a file, a folder or a link blocks."""
     path = root / name
     for part in PurePosixPath(name).parents:
         folder = root / part
@@ -166,25 +167,25 @@ def _check_way(root: Path, name: str) -> None:
 
 
 def _check_unchanged(diff: Diff, root: Path, hasher: FileHasher) -> None:
-    """Refuse to replace or remove a file that is not the one the diff was made with."""
+    """Refuse to replace or remove a file that changed since the diff was made."""
     for op in diff.of("download", "remove"):
         path = root / op.path
-        there = path.is_file() or path.is_symlink()
-        known = hasher.digests([path])[path].sha256 if there else None
-        if known != op.local:
+        exists = path.is_file() or path.is_symlink()
+        sha256 = hasher.digests([path])[path].sha256 if exists else None
+        if sha256 != op.local:
             raise InputError(op.path, "changed since the diff was made", hint="run again")
 
 
 def _place(staged: Path, root: Path, name: str) -> None:
-    """Rename a file to its place; a link there is replaced, not written through."""
-    _check_way(root, name)
+    """Rename a file to its place; a link there is replaced, not followed."""
+    _check_path(root, name)  # again: the folder may have changed during the download
     target = root / name
     target.parent.mkdir(parents=True, exist_ok=True)
     staged.replace(target)
 
 
 def _remove_empty(root: Path, diff: Diff) -> None:
-    """Remove the folders that removing files left empty."""
+    """Remove folders that became empty."""
     for op in diff.of("remove"):
         for parent in PurePosixPath(op.path).parents:
             folder = root / parent

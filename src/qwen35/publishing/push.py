@@ -1,4 +1,4 @@
-"""Apply a diff to the repository: upload, one commit, and a look at what came of it."""
+"""Apply a diff to the repository: upload, make one commit, and check the result."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ __all__ = ["PushResult", "apply_push"]
 _T = TypeVar("_T")
 
 ALONE_BYTES = 10_000_000
-"""A file of this size or more is uploaded by itself: what is finished stays finished."""
+"""Files from this size on are uploaded one by one, so that a later push skips finished ones."""
 
 _LARGE_KINDS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 _SETTLE_SECONDS = (0.0, 1.0, 3.0)
-"""When to look whether a commit whose answer was lost has been made."""
+"""Waits before each look at whether a commit whose answer was lost was made."""
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did.
+    """The result of a push.
 
     Args:
         repo: the repository.
-        commit: its head now; the base if there was nothing to do.
+        commit: its head; the base if there was nothing to do.
         created: whether the repository was created.
-        notes: what the Hub remarked.
+        notes: warnings of the Hub's client.
     """
 
     repo: str
@@ -55,22 +55,22 @@ def apply_push(
     hasher: FileHasher | None = None,
     progress: Progress | None = None,
 ) -> PushResult:
-    """Carry out a push: all of it in one commit on top of the diff's base, or nothing.
+    """Push everything in one commit on top of the diff's base, or nothing.
 
-    Large files are uploaded first, one by one; those that the Hub already has are not sent again.
+    Large files are uploaded first, one by one; files that the Hub already has are skipped.
 
     Args:
-        diff: what to do; without findings.
+        diff: the operations; without findings.
         root: the folder.
-        message: of the commit.
-        token: access token, or None for the one the Hub's client finds.
-        private: if the repository is created: whether only its owner sees it.
+        message: the commit message.
+        token: access token; None for that of the Hub's client.
+        private: create the repository, if it is missing, as a private one.
         hasher: as for the diff.
-        progress: told of the bytes uploaded.
+        progress: receives bytes uploaded.
 
     Raises:
         InputError: the diff has findings, a file changed since, or README.md is not valid.
-        HubError: the Hub refused, the repository moved, or what arrived is not what was sent.
+        HubError: the Hub refused, the repository changed, or its files are not those sent.
     """
     assert diff.direction == "push"
     check_clean(diff)
@@ -81,7 +81,7 @@ def apply_push(
 
 @dataclass
 class _Push:
-    """One push: what its steps share."""
+    """One push: the state that its steps share."""
 
     diff: Diff
     root: Path
@@ -101,19 +101,19 @@ class _Push:
         if not self.diff.changes:
             return PushResult(before.repo, before.commit, created)
         additions = self._upload()
-        self._unchanged()
+        self._unchanged()  # again: uploads take long, and the client reads small files only now
         expected = _Expected(before, uploaded, tuple(op.path for op in self.diff.of("delete")))
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             commit = self._commit(additions, message, expected)
         after = list_commit(before.repo, commit, self.token)
         if problem := expected.problem(after):
-            hint = "it is not what was pushed: look at it before you go on"
+            hint = "it differs from what was pushed: inspect it before you go on"
             raise HubError(f"{before.repo}@{commit[:12]}", problem, hint=hint)
         return PushResult(before.repo, commit, created, tuple(str(w.message) for w in caught))
 
     def _unchanged(self) -> dict[str, FileDigest]:
-        """Return the digests of what is uploaded, which must be those of the diff."""
+        """Return the digests of the files to upload; raise if they differ from the diff."""
         paths = {op.path: self.root / op.path for op in self.diff.of("upload")}
         digests = self.hasher.digests(paths.values())
         for op in self.diff.of("upload"):
@@ -122,7 +122,7 @@ class _Push:
         return {name: digests[path] for name, path in paths.items()}
 
     def _before(self, private: bool) -> RemoteRepo:
-        """Return the repository as the diff found it, created if there was none."""
+        """Return the repository at the diff's base; create it if it is missing."""
         repo = self.diff.repo
         if self.diff.base:
             return list_commit(repo, self.diff.base, self.token)
@@ -130,7 +130,7 @@ class _Push:
         return list_remote(repo, self.token)
 
     def _upload(self) -> list[Any]:
-        """Upload the content of large files; return what the commit is to add."""
+        """Upload the content of large files; return the commit's additions."""
         from huggingface_hub import CommitOperationAdd
 
         uploads = self.diff.of("upload")
@@ -141,7 +141,8 @@ class _Push:
         try:
             for op in alone:
                 assert op.local
-                additions[op.path].upload_info.sha256 = bytes.fromhex(op.local)  # known already
+                # saves the client from hashing the file once more
+                additions[op.path].upload_info.sha256 = bytes.fromhex(op.local)
                 self._preupload(f"{self.diff.repo}, {op.path}", [additions[op.path]])
                 self.progress.advance(op.size, op.path)
             if together:
@@ -151,6 +152,8 @@ class _Push:
         return list(additions.values())
 
     def _preupload(self, subject: str, additions: list[Any]) -> None:
+        # the commit still needs the content; and an empty .gitignore, or the client would leave
+        # out files by the repository's own
         def call() -> None:
             self.api.preupload_lfs_files(
                 self.diff.repo, additions, free_memory=False, gitignore_content=""
@@ -158,14 +161,14 @@ class _Push:
 
         try:
             _write(subject, call)
-        except RuntimeError as error:  # from a thread of the client's, or from its Xet library
+        except RuntimeError as error:  # from a thread of the client, or from its Xet library
             if isinstance(error.__cause__, client_errors()):
                 raise _refusal(subject, error.__cause__) from error
             hint = "nothing was committed: run again"
-            raise HubError(subject, "the upload broke off", hint=hint) from error
+            raise HubError(subject, "the upload was interrupted", hint=hint) from error
 
     def _commit(self, additions: list[Any], message: str, expected: _Expected) -> str:
-        """Make the commit; if its answer is lost, look what became of it."""
+        """Make the commit; if its answer is lost, find out whether it was made."""
         from huggingface_hub import CommitOperationDelete
 
         operations = [*additions, *map(CommitOperationDelete, expected.deleted)]
@@ -174,19 +177,20 @@ class _Push:
             info = self.api.create_commit(self.diff.repo, operations, **options)
         except client_errors() as error:
             status = status_of(error)
-            if status == 412:
+            if status == 412:  # the parent is no longer the head
                 raise self._moved() from error
             if status is not None and status < 500:
                 raise _refusal(self.diff.repo, error) from error
+            # no answer, or a 5xx, which a proxy may send although the commit was made
             return self._settle(expected, error)
-        except ValueError as error:
+        except ValueError as error:  # the client checks the card's metadata
             if "README.md" not in str(error):
                 raise
             raise InputError("README.md", " ".join(str(error).split())) from error
         return str(info.oid)
 
     def _settle(self, expected: _Expected, error: Exception) -> str:
-        """Find out whether a commit was made whose answer did not come."""
+        """Find out whether a commit was made although its answer was lost."""
         repo = self.diff.repo
         for seconds in _SETTLE_SECONDS:
             time.sleep(seconds)
@@ -194,7 +198,7 @@ class _Push:
                 now = list_remote(repo, self.token)
             except HubError as failure:
                 found = f"the answer to the commit was lost, and then {failure.found}"
-                hint = "it may have been made: look with --mode check"
+                hint = "the commit may exist: look with --mode check"
                 raise HubError(repo, found, hint=hint) from error
             if now.commit and now.commit != expected.before.commit:
                 if expected.problem(now):
@@ -203,7 +207,7 @@ class _Push:
         raise HubError(
             repo,
             f"the commit was not made ({explain(repo, error).found})",
-            hint="nothing changed there; run again, what was uploaded is not sent again",
+            hint="nothing changed there; run again: uploaded files are not sent again",
         ) from error
 
     def _moved(self) -> HubError:
@@ -217,7 +221,7 @@ def _is_large(path: str, size: int) -> bool:
 
 
 def _write(subject: str, call: Callable[[], _T]) -> _T:
-    """Call the Hub to change something; what its client raises becomes a `HubError`."""
+    """Call the Hub to change something; turn errors of its client into `HubError`."""
     try:
         return call()
     except client_errors() as error:
@@ -230,20 +234,20 @@ def _refusal(subject: str, error: Exception) -> HubError:
         hint = "the token may not write there: check it, and the owner's name"
         return HubError(subject, f"the Hub answered {status}", hint=hint)
     if status == 409:
-        return HubError(subject, "someone else made it just now", hint="run again")
+        return HubError(subject, "someone else has just created it", hint="run again")
     return explain(subject, error)
 
 
 @dataclass(frozen=True)
 class _Expected:
-    """What the repository must hold after the commit."""
+    """The state that the repository must have after the commit."""
 
     before: RemoteRepo
     uploaded: dict[str, FileDigest]
     deleted: tuple[str, ...]
 
     def problem(self, after: RemoteRepo) -> str:
-        """Return the first thing that is otherwise in `after`, or an empty string."""
+        """Return the first difference in `after`, or an empty string."""
         for path, digest in self.uploaded.items():
             there = after.files.get(path)
             if path != ATTRIBUTES and (there is None or not there.holds(digest)):
@@ -251,8 +255,8 @@ class _Expected:
         for path in self.deleted:
             if path in after.files:
                 return f"{path} is still there after the push"
-        expected_else = {*self.uploaded, *self.deleted, ATTRIBUTES}
+        changed = {*self.uploaded, *self.deleted, ATTRIBUTES}
         for path in sorted(self.before.files.keys() | after.files.keys()):
-            if path not in expected_else and self.before.files.get(path) != after.files.get(path):
+            if path not in changed and self.before.files.get(path) != after.files.get(path):
                 return f"{path} changed with the push"
         return ""

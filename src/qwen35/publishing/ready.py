@@ -1,4 +1,4 @@
-"""Whether a folder of ours is fit to be published: it is what its manifest says, and verifies."""
+"""Check that an artifact is fit to publish: it matches its manifest and passes verification."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["readiness"]
 
 
 def readiness(folder: Path, local: LocalListing) -> list[Finding]:
-    """Compare a folder with its manifest by every file's SHA-256, and check its structure.
+    """Compare every file's SHA-256 with the manifest, and check the structure.
 
-    A folder without a manifest is not ours to judge.
+    A folder without a manifest has no findings: qwen35 did not write it.
 
     Args:
         folder: the folder.
@@ -30,7 +30,7 @@ def readiness(folder: Path, local: LocalListing) -> list[Finding]:
     findings: list[Finding] = []
     verified = manifest.get("verified")
     if isinstance(verified, dict) and verified.get("passed") is False:
-        message = "says that verification found faults: mend them, then verify with --record"
+        message = "records a failed verification: fix the artifact, then verify with --record"
         findings.append(Finding("verified", MANIFEST_NAME, message))
     for name, entry in manifest["files"].items():
         digest = local.files.get(name)

@@ -1,4 +1,4 @@
-"""What a repository needs beside the weights: model card, Modelfile, the manifest with both."""
+"""The documents of a repository: model card, Modelfile, and the manifest that records both."""
 
 from __future__ import annotations
 
@@ -36,37 +36,37 @@ REPORT_NAME = "report.json"
 def documents(
     folder: Path, repo: str, base_model: str | None = None, verdict: Verdict | None = None
 ) -> dict[str, bytes]:
-    """Return the documents that a folder of ours lacks or has in an older form.
+    """Return the documents of an artifact that are missing or out of date.
 
-    A README.md or Modelfile that someone wrote or changed stays as it is. The same folder gives the
-    same bytes again.
+    A README.md or Modelfile that someone else wrote or edited is left alone. The same folder gives
+    the same bytes.
 
     Args:
-        folder: the artifact; without a manifest it is not ours, and gets nothing.
-        repo: where it will be published; the card's examples name it.
-        base_model: what the card names as base, if not the manifest's source.
-        verdict: of a verification, for the manifest; without one it keeps what it has.
+        folder: the artifact; without a manifest it gets no documents.
+        repo: the repository's name, for the card's examples.
+        base_model: the card's base model; by default the manifest's source.
+        verdict: a verification's result, for the manifest; by default the earlier one stays.
 
     Raises:
         InputError: the manifest or the report cannot be read.
     """
     place = LocalFolder(folder)
-    found = read_manifest(place)
-    if found is None:
+    existing = read_manifest(place)
+    if existing is None:
         return {}
-    manifest = dict(found)
+    manifest = dict(existing)
     measures = _measures(place)
     texts = {CARD_NAME: card_text(place, manifest, repo, base_model, measures)}
     if any(map(is_gguf, place.sizes())):
         texts[MODELFILE_NAME] = modelfile_text(place)
     added = dict(manifest.get("added", {}))
-    made = {}
+    result = {}
     for name, text in texts.items():
-        if _is_ours(folder / name, added.get(name)):
-            made[name] = text.encode()
-            digest = digest_bytes(made[name])
+        if _may_write(folder / name, added.get(name)):
+            result[name] = text.encode()
+            digest = digest_bytes(result[name])
             added[name] = {"size": digest.size, "sha256": digest.sha256}
-        else:
+        else:  # someone else's by now
             added.pop(name, None)
     if measures:
         digest = digest_file(folder / REPORT_NAME)
@@ -78,19 +78,19 @@ def documents(
         manifest["measures"] = measures.to_json()
     else:
         manifest.pop("measures", None)
-    made[MANIFEST_NAME] = json_bytes(manifest)
-    return {name: made[name] for name in made if not _holds(folder / name, made[name])}
+    result[MANIFEST_NAME] = json_bytes(manifest)
+    return {name: result[name] for name in result if not _holds(folder / name, result[name])}
 
 
 def record_verdict(folder: Path, verdict: Verdict) -> bool:
-    """Write a verdict into the manifest of the artifact it is of, found faults included.
+    """Record a verdict, passed or failed, in the artifact's manifest.
 
     Returns:
-        Whether there is a manifest to hold it.
+        Whether the artifact has a manifest.
 
     Raises:
         InputError: the manifest cannot be read.
-        OutputError: the disk refuses.
+        OutputError: the manifest cannot be written.
     """
     manifest = read_manifest(LocalFolder(folder))
     if manifest is None:
@@ -102,27 +102,27 @@ def record_verdict(folder: Path, verdict: Verdict) -> bool:
 
 
 def _verified(verdict: Verdict) -> dict[str, Any]:
-    """What the manifest says of a verdict: all of it but where the artifact lay."""
-    said = verdict.to_json()
-    return {name: said[name] for name in said if name != "artifact"}
+    """Return a verdict for the manifest: without the artifact's path on this machine."""
+    values = verdict.to_json()
+    return {name: values[name] for name in values if name != "artifact"}
 
 
-def write_documents(folder: Path, made: Mapping[str, bytes]) -> None:
-    """Write documents to the folder, each whole: beside its place, then renamed to it.
+def write_documents(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write documents to the folder, each under a temporary name that is then renamed.
 
     Raises:
-        OutputError: the disk refuses.
+        OutputError: a document cannot be written.
     """
-    for name, content in made.items():
-        beside = folder / f".qwen35-{name}.partial"
+    for name, content in contents.items():
+        temporary = folder / f".qwen35-{name}.partial"
         with os_errors(folder):
-            beside.unlink(missing_ok=True)
-            write_file(beside, content)
-            beside.replace(folder / name)
+            temporary.unlink(missing_ok=True)
+            write_file(temporary, content)
+            temporary.replace(folder / name)
 
 
-def _is_ours(path: Path, entry: Any) -> bool:
-    """Whether there is no such file, or it is the one that an earlier call wrote."""
+def _may_write(path: Path, entry: Any) -> bool:
+    """Return whether the file is missing, or still as an earlier call wrote it."""
     if not path.is_file() or path.is_symlink():
         return not path.is_symlink()
     return isinstance(entry, dict) and entry.get("sha256") == digest_file(path).sha256
@@ -133,7 +133,7 @@ def _holds(path: Path, content: bytes) -> bool:
 
 
 def _measures(place: LocalFolder) -> CardMeasurements | None:
-    """Read the table of a report, if there is a report."""
+    """Read the table of report.json, if there is one."""
     if REPORT_NAME not in place.sizes():
         return None
     report = read_json(place, REPORT_NAME)

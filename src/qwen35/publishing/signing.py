@@ -1,4 +1,4 @@
-"""Signatures over every file of a folder, by the `model-signing` library (OpenSSF)."""
+"""Sign all files of a folder with the `model-signing` library (OpenSSF)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from qwen35.sinks.staging import os_errors
 __all__ = ["SIGNATURE_NAME", "sign"]
 
 SIGNATURE_NAME = "model.sig"
+# the signature itself, and the cache of the Hub's client
 _IGNORED = (SIGNATURE_NAME, f".qwen35-{SIGNATURE_NAME}.partial", ".cache")
 
 
 def sign(folder: Path, private_key: Path) -> bool:
-    """Sign a folder with an elliptic-curve key, unless its signature by this key still holds.
+    """Sign a folder with an elliptic-curve key, unless it has a valid signature by this key.
 
-    Whoever has the public key checks a copy with
+    Anyone with the public key verifies a copy with
     ``model_signing verify key --signature model.sig --public_key KEY FOLDER``.
 
     Returns:
@@ -68,7 +69,7 @@ def _load(private_key: Path) -> Any:
 
 
 def _holds(folder: Path, key: Any) -> bool:
-    """Whether there is a signature by this key over the files as they are."""
+    """Return whether there is a valid signature of the present files by this key."""
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
     from model_signing import verifying

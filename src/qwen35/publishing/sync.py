@@ -1,4 +1,4 @@
-"""Publishing from end to end: the documents, the two listings, the difference, its application."""
+"""The steps of a sync: documents, both listings, their difference and the checks on it."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["SyncTarget", "check_token", "diff_pull", "diff_push", "finish_folder
 
 @dataclass(frozen=True)
 class SyncTarget:
-    """A folder, a repository and what is needed to look at both.
+    """A folder, a repository and the means to read both.
 
     Args:
         folder: the folder.
         repo: ``owner/name``.
-        token: access token, or None for HF_TOKEN's or the one that `hf auth login` stored.
-        hasher: knows files that it has seen before.
+        token: access token; None for that of HF_TOKEN or `hf auth login`.
+        hasher: hashes files, with a cache.
 
     Raises:
-        UsageError: no repository can be called so.
+        UsageError: the repository's name is malformed.
     """
 
     folder: Path
@@ -54,25 +54,25 @@ class SyncTarget:
     def of(
         cls, folder: Path, repo: str, token: str | None = None, progress: Progress | None = None
     ) -> SyncTarget:
-        """Return a target with the token that is at hand and the user's cache of hashes."""
+        """Return a target with the default token and the user's cache of hashes."""
         return cls(folder, repo, hub_token(token), FileHasher(progress=progress))
 
     def secret(self) -> str | None:
-        """Return the token in use, wherever it comes from."""
+        """Return the token in use, given or stored."""
         from huggingface_hub import get_token
 
         return self.token or get_token()
 
 
 def check_token(target: SyncTarget) -> None:
-    """Refuse to begin a push without a token.
+    """Check, before a push, that there is a token.
 
     Raises:
         HubError: there is none.
     """
     if target.secret() is None:
         hint = "set HF_TOKEN or run `hf auth login`"
-        raise HubError(target.repo, "no token to write there with", hint=hint)
+        raise HubError(target.repo, "no access token", hint=hint)
 
 
 def diff_push(
@@ -84,28 +84,28 @@ def diff_push(
     base_model: str | None = None,
     verdict: Verdict | None = None,
 ) -> Diff:
-    """Return what a push would do, with what stops it among its findings; nothing is written.
+    """Return what a push would do; findings stop it. Nothing is written.
 
-    In a folder of ours the model card and the other documents are part of it, as they will be.
+    For a folder of qwen35 it includes the model card and the other documents, as they will be.
 
     Args:
-        target: what to compare.
-        create: a repository that does not exist counts as empty.
-        delete: delete there what the folder does not have.
-        only: paths to look at; all if empty.
-        base_model: what the card names as base, if not the manifest's source.
-        verdict: of a verification, for the manifest.
+        target: the folder and the repository.
+        create: treat a missing repository as empty.
+        delete: delete files that the folder lacks.
+        only: paths to compare; all if empty.
+        base_model: the card's base model; by default the manifest's source.
+        verdict: a verification's result, for the manifest.
 
     Raises:
         InputError: the folder is missing, holds no model, or cannot be read.
         HubError: the Hub refused, or was not reached.
     """
     _check_folder(target.folder)
-    made = {} if only else documents(target.folder, target.repo, base_model, verdict)
+    generated = {} if only else documents(target.folder, target.repo, base_model, verdict)
     remote = list_remote(target.repo, target.token, missing_ok=create)
-    local = list_local(target.folder, target.hasher, made)
+    local = list_local(target.folder, target.hasher, generated)
     diff = push_diff(local, remote, delete=delete, only=only)
-    findings = [*diff.findings, *_found(target, diff, made)]
+    findings = [*diff.findings, *_secret_findings(target, diff, generated)]
     if not only:
         findings += readiness(target.folder, local)
     return replace(diff, findings=tuple(findings))
@@ -118,7 +118,7 @@ def finish_folder(
     verdict: Verdict | None = None,
     signing_key: Path | None = None,
 ) -> bool:
-    """Write the documents that a diff showed, and sign the folder if there is a key.
+    """Write the documents that a diff showed; sign the folder if there is a key.
 
     Args:
         target: as for the diff.
@@ -127,19 +127,18 @@ def finish_folder(
         signing_key: an elliptic-curve key (PEM).
 
     Returns:
-        Whether the diff has to be made again: there is a new signature.
+        Whether there is a new signature, so that the diff must be made again.
 
     Raises:
-        OutputError: the disk refuses.
+        OutputError: a document cannot be written.
         UsageError: the key cannot be used.
     """
-    made = documents(target.folder, target.repo, base_model, verdict)
-    write_documents(target.folder, made)
+    write_documents(target.folder, documents(target.folder, target.repo, base_model, verdict))
     return signing_key is not None and sign(target.folder, signing_key)
 
 
 def diff_pull(target: SyncTarget, *, delete: bool = False) -> Diff:
-    """Return what a pull would do; a folder that does not exist counts as empty.
+    """Return what a pull would do; a missing folder counts as empty.
 
     Raises:
         InputError: the folder cannot be read.
@@ -154,7 +153,7 @@ def diff_pull(target: SyncTarget, *, delete: bool = False) -> Diff:
 
 
 def save_diff(diff: Diff, path: Path) -> None:
-    """Write a diff to a file, for `qwen35.publishing.diff.load_diff`.
+    """Save a diff to a file, for `qwen35.publishing.diff.load_diff`.
 
     Raises:
         OutputError: it cannot be written.
@@ -164,21 +163,23 @@ def save_diff(diff: Diff, path: Path) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that is not an artifact: most likely its name is mistyped."""
+    """Refuse a folder that is not an artifact: its name is probably mistyped."""
     if not folder.is_dir():
         raise InputError(str(folder), "not a folder" if folder.exists() else "no such folder")
     names = {path.name for path in folder.iterdir()}
-    known = {"config.json", MANIFEST_NAME}
-    if not known & names and not any(map(is_gguf, names)):
+    markers = {"config.json", MANIFEST_NAME}
+    if not markers & names and not any(map(is_gguf, names)):
         expected = "config.json, or GGUF files"
         raise InputError(str(folder), "holds no model", expected=expected, hint="check its name")
 
 
-def _found(target: SyncTarget, diff: Diff, made: Mapping[str, bytes]) -> list[Finding]:
-    """Search what would be uploaded for secrets, but for the documents of our own."""
+def _secret_findings(
+    target: SyncTarget, diff: Diff, generated: Mapping[str, bytes]
+) -> list[Finding]:
+    """Search files to be uploaded for secrets, except documents that we generate."""
     token = target.secret()
     findings: list[Finding] = []
     for op in diff.of("upload"):
-        if op.path not in made:
+        if op.path not in generated:
             findings += secrets(target.folder / op.path, op.path, token)
     return findings

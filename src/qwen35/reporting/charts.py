@@ -1,6 +1,6 @@
-"""Charts as SVG, drawn by Matplotlib; their colours are the page's, so that they follow its theme.
+"""SVG charts, drawn by Matplotlib in the page's colours, so that they follow its theme.
 
-Matplotlib knows no CSS variables: it is given colours that stand for them, replaced afterwards.
+Matplotlib has no CSS variables, so it draws in placeholder colours that are replaced afterwards.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 SERIES = 8
-"""Colours there are; a ninth candidate has the first again, with another dash."""
+"""Number of colours; a ninth candidate repeats the first with another dash pattern."""
 
 _INK, _RULE = "#010203", "#010204"
 _COLOURS = tuple(f"#0101{i:02x}" for i in range(0x10, 0x10 + SERIES))
@@ -42,7 +42,7 @@ _STYLE = {
     "grid.color": _RULE,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text: it is selectable and takes the page's font
     "text.color": _INK,
     "xtick.color": _INK,
     "ytick.color": _INK,
@@ -50,7 +50,7 @@ _STYLE = {
 
 
 def matplotlib_figure() -> Any:
-    """Return Matplotlib's `Figure`, which draws without a screen.
+    """Return Matplotlib's `Figure`, which needs no display.
 
     Raises:
         UsageError: Matplotlib is not installed.
@@ -65,7 +65,7 @@ def matplotlib_figure() -> Any:
 
 
 def short_names(names: Sequence[str], base: str) -> list[str]:
-    """Cut off the base's name, and what all names begin with, up to the last hyphen in it.
+    """Remove the base's name, and the common prefix of all names up to its last hyphen.
 
     >>> short_names(["Qwen3.5-4B-Q8_0", "Qwen3.5-4B-FP8"], "Qwen3.5-4B-F16")
     ['Q8_0', 'FP8']
@@ -75,8 +75,8 @@ def short_names(names: Sequence[str], base: str) -> list[str]:
     names = [name.removeprefix(f"{base}-") or name for name in names]
     if len(names) < 2:
         return names
-    same = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))))
-    cut = names[0][:same].rfind("-") + 1
+    common = len(list(takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))))
+    cut = names[0][:common].rfind("-") + 1
     return [name[cut:] or name for name in names]
 
 
@@ -86,7 +86,8 @@ def size_chart(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     sizes, unit = _units([row["bytes"] for row in rows])
-    klds = [max(row["figures"]["kld"]["value"], 1e-9) for row in rows]
+    klds = [max(row["figures"]["kld"]["value"], 1e-9) for row in rows]  # the axis is logarithmic
+    # A fixed salt makes element ids, and so the file, the same in every run.
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "size"}):
         figure = matplotlib_figure()(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
@@ -95,12 +96,13 @@ def size_chart(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
         axes.plot(*zip(*front, strict=True), color=_RULE, linewidth=2, zorder=1)
         order = sorted(range(len(rows)), key=lambda i: (sizes[i], klds[i]))
         for place, i in enumerate(order):
-            colour, on = _COLOURS[i % SERIES], rows[i]["front"]
-            face = colour if on else "none"
+            colour, on_front = _COLOURS[i % SERIES], rows[i]["front"]
+            face = colour if on_front else "none"
             axes.plot(
                 [sizes[i]], [klds[i]], _MARKS[i % SERIES], color=colour, markerfacecolor=face,
                 markersize=8, zorder=2, gid=f"point-{i}",
             )  # fmt: skip
+            # Labels alternate above and below, so that neighbours do not overlap.
             axes.annotate(
                 names[i], (sizes[i], klds[i]), xytext=(0, 8 if place % 2 == 0 else -17),
                 textcoords="offset points", ha="center", color=_INK,
@@ -110,7 +112,7 @@ def size_chart(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"size, {unit}")
-        axes.set_ylabel("mean KLD, nats a token")
+        axes.set_ylabel("mean KLD, nats per token")
         points = [
             f"{n} {s:.3g} {unit} {k:.3g} nats" for n, s, k in zip(names, sizes, klds, strict=True)
         ]
@@ -125,7 +127,7 @@ def _units(sizes: Sequence[int]) -> tuple[list[float], str]:
 def distribution_chart(
     rows: Sequence[Mapping[str, Any]], names: Sequence[str], bins: Sequence[float]
 ) -> str:
-    """Draw how many tokens lie where on a logarithmic axis of divergence; rows of report.json."""
+    """Draw a histogram of tokens over the logarithm of divergence; rows of report.json."""
     import matplotlib as mpl
 
     with mpl.rc_context({**_STYLE, "svg.hashsalt": "distribution"}):
@@ -147,12 +149,12 @@ def distribution_chart(
         figure.legend(loc="outside upper left", ncols=3, handlelength=1.6, columnspacing=1.2)
         medians = [row["figures"]["percentiles"].get("50") for row in rows]
         half = [f"{n} {m:.2g} nats" for n, m in zip(names, medians, strict=True) if m is not None]
-        label = "Share of tokens by their KL divergence, a line for each candidate"
+        label = "Share of tokens by KL divergence, one line per candidate"
         return _svg(figure, f"{label}; half of the tokens are below: {', '.join(half)}")
 
 
 def sensitivity_chart(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:
-    """Draw a disc for each unit, by layer and kind, whose area is its cost; rows of tune.json."""
+    """Draw a disc per unit, by layer and kind, with its cost as area; rows of tune.json."""
     import matplotlib as mpl
 
     largest = max((row["nats_per_million"] for row in rows), default=0.0) or 1.0
@@ -167,17 +169,17 @@ def sensitivity_chart(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -
         axes.invert_yaxis()
         axes.grid(visible=True, axis="y")
         axes.set_axisbelow(True)
-        axes.set_xlabel("layer (before 0: in no layer)")
+        axes.set_xlabel("layer (left of 0: outside the layers)")
         cost = dict.fromkeys(kinds, 0.0)
         for row in rows:
             cost[row["kind"]] = max(cost[row["kind"]], row["nats_per_million"])
-        dearest = sorted(cost, key=lambda kind: -cost[kind])[:3]
-        label = "Cost of the smallest type by role and layer, in nats for a million weights"
-        return _svg(figure, f"{label}; most in {', '.join(dearest)}")
+        highest = sorted(cost, key=lambda kind: -cost[kind])[:3]
+        label = "Cost of the smallest type by role and layer, in nats per million weights"
+        return _svg(figure, f"{label}; highest in {', '.join(highest)}")
 
 
 def front_chart(value: Mapping[str, Any]) -> str:
-    """Draw predicted divergence over size, and what was chosen; the content of tune.json."""
+    """Draw predicted divergence over size and mark the chosen recipe; value of tune.json."""
     import matplotlib as mpl
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -194,7 +196,7 @@ def front_chart(value: Mapping[str, Any]) -> str:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(f"size, {unit}")
-        axes.set_ylabel("mean KLD, nats a token")
+        axes.set_ylabel("mean KLD, nats per token")
         ends = [
             f"{s:.3g} {unit} {r['predicted_kld']:.2g} nats"
             for s, r in zip(sizes, rows, strict=False)
@@ -204,7 +206,8 @@ def front_chart(value: Mapping[str, Any]) -> str:
 
 
 def _svg(figure: Any, label: str) -> str:
-    """Return a figure as an inline SVG element that scales and takes the page's colours."""
+    """Return a figure as an inline SVG element that scales and uses the page's colours."""
+    # Without date and creator the same run gives the same bytes.
     target = io.StringIO()
     figure.savefig(target, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = target.getvalue()

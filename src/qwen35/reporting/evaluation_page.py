@@ -1,4 +1,4 @@
-"""report.html from the content of report.json: one file, no scripts, nothing fetched."""
+"""report.html from the content of report.json: one file without scripts or network requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def page(report: Mapping[str, Any]) -> str:
     """Render the page.
 
     Args:
-        report: what report.json holds.
+        report: the content of report.json.
 
     Raises:
         UsageError: Matplotlib is not installed.
@@ -30,7 +30,7 @@ def page(report: Mapping[str, Any]) -> str:
     environment.filters["visible"] = _visible
     names = short_names([row["name"] for row in rows], report["base"]["name"])
     charts = []
-    if rows:  # Matplotlib escapes what it draws
+    if rows:  # safe as Markup: Matplotlib escapes text
         charts.append(Markup(size_chart(rows, names)))  # noqa: S704
         charts.append(Markup(distribution_chart(rows, names, report["bins"])))  # noqa: S704
     return environment.from_string(source).render(
@@ -43,7 +43,7 @@ def page(report: Mapping[str, Any]) -> str:
 
 
 def _visible(text: str) -> str:
-    r"""Show a token that is, or begins with, white space.
+    r"""Make white space in a token visible.
 
     >>> _visible(" a"), _visible("\n")
     ('␣a', '⏎')

@@ -1,4 +1,4 @@
-"""Write a report's files: each appears whole."""
+"""Writing a report's files, each atomically."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ HTML_NAME = "report.html"
 def check_report(
     folder: Path, *, overwrite: bool, names: Sequence[str] = (JSON_NAME, HTML_NAME)
 ) -> None:
-    """Refuse a place for a report before any work.
+    """Check that a report can be written, before any work.
 
     Args:
-        folder: the place.
-        overwrite: whether files there may be replaced.
+        folder: where to write it.
+        overwrite: whether existing files may be replaced.
         names: the files.
 
     Raises:
-        OutputError: it is no folder, or a report is in it and may not be replaced.
-        UsageError: what draws the charts is not installed.
+        OutputError: `folder` is not a folder, or has a report that may not be replaced.
+        UsageError: Matplotlib is not installed.
     """
     from qwen35.reporting.charts import matplotlib_figure
 
-    matplotlib_figure()
+    matplotlib_figure()  # raises if Matplotlib is missing, rather than after hours of work
     with os_errors(folder):
         if folder.exists() and not folder.is_dir():
             hint = "choose another name"
             raise OutputError(str(folder), "exists and is not a folder", hint=hint)
-        taken = [name for name in names if (folder / name).exists()]
-    if taken and not overwrite:
+        existing = [name for name in names if (folder / name).exists()]
+    if existing and not overwrite:
         raise OutputError(
-            str(folder / taken[0]), "exists already", hint="give --overwrite to replace it"
+            str(folder / existing[0]), "exists already", hint="give --overwrite to replace it"
         )
 
 
@@ -49,17 +49,17 @@ def write_report(report: EvaluationReport, folder: Path) -> None:
     """Write report.json and report.html into `folder`.
 
     Raises:
-        OutputError: the disk refuses.
+        OutputError: a file cannot be written.
     """
     value = report.to_json()
     write_files(folder, {JSON_NAME: json_bytes(value), HTML_NAME: page(value).encode()})
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into `folder`, each whole.
+    """Write files into `folder`, each atomically.
 
     Raises:
-        OutputError: the disk refuses.
+        OutputError: a file cannot be written.
     """
     with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

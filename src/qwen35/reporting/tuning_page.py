@@ -1,4 +1,4 @@
-"""The page of a tuning: how sensitive what is, and what each size costs."""
+"""The report of a tuning: sensitivity of each unit, and divergence over size."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_tuning(
     """Write tune.json and tune.html into `folder`.
 
     Raises:
-        OutputError: the disk refuses.
+        OutputError: a file cannot be written.
     """
     value = {
         "model": name,
@@ -45,7 +45,7 @@ def write_tuning(
 
 
 def _sensitivity(space: ChoiceSpace, tuned: TunedRecipe) -> list[dict[str, Any]]:
-    """Return for each unit what its smallest choice costs, in nats for a million weights."""
+    """Return the cost of each unit's smallest choice, in nats per million weights."""
     rows = []
     for unit in space.units:
         smallest = min(unit.sizes, key=lambda choice: unit.sizes[choice])

@@ -1,4 +1,4 @@
-"""Files in a staging folder: written, flushed to the disk, and hashed as they lie there."""
+"""Files in a staging folder: write, flush to disk, and hash what is on disk."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _PIECE = 2**20
 
 
 class TensorFile:
-    """A file whose head and size are known before its data; tensors may come in any order.
+    """A file whose head and size are known in advance; tensors may be written in any order.
 
     Args:
         path: where to create it.
         head: the bytes before the data.
         offsets: absolute offset of each tensor.
-        nbytes: size of the whole file, reserved on the disk at once.
-        again: it is there, of this head and size, and keeps the data it has.
-        shared: other processes fill it as well; whoever comes first creates it.
+        nbytes: size of the whole file, reserved on disk at once.
+        again: reopen an existing file of this head and size, and keep its data.
+        shared: other processes fill it too; the first one creates it.
     """
 
     def __init__(
@@ -37,14 +37,16 @@ class TensorFile:
     ) -> None:
         self._path = path
         self._offsets = offsets
-        new = 0 if again else os.O_CREAT if shared else os.O_CREAT | os.O_EXCL
-        how = os.O_WRONLY if shared else os.O_RDWR
-        self._descriptor = os.open(path, new | how | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        create = 0 if again else os.O_CREAT if shared else os.O_CREAT | os.O_EXCL
+        access = os.O_WRONLY if shared else os.O_RDWR  # as `join`
+        self._descriptor = os.open(path, create | access | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             if not shared:
                 _reserve(self._descriptor, nbytes)
             elif os.fstat(self._descriptor).st_size < nbytes:
-                os.ftruncate(self._descriptor, nbytes)  # only ever to this size: harms no data
+                # all processes extend to this size and write this head, so no lock is needed,
+                # which some shared file systems would not honour
+                os.ftruncate(self._descriptor, nbytes)
             self._write_at(0, memoryview(head))
         except OSError:
             self.close()
@@ -52,10 +54,10 @@ class TensorFile:
 
     @classmethod
     def join(cls, path: Path, offsets: Mapping[str, int]) -> TensorFile:
-        """Open a file that another process created and that several fill.
+        """Open a file that another process created and that several processes fill.
 
-        For writing alone: network file systems then send just the bytes that are written, and not
-        the whole pages they are on, which hold what others write.
+        Write-only: with read access some network file systems fetch and send back whole pages,
+        which may hold tensors of other processes.
         """
         file = cls.__new__(cls)
         file._path, file._offsets = path, offsets
@@ -63,37 +65,38 @@ class TensorFile:
         return file
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        """Write `data` at byte `offset` of the tensor called `name`; safe from several threads."""
+        """Write `data` at byte `offset` of the tensor `name`; thread-safe."""
         self._write_at(self._offsets[name] + offset, data.cast("B"))
 
     def _write_at(self, position: int, data: memoryview) -> None:
         done = 0
-        while done < len(data):
+        while done < len(data):  # a write may be partial
             done += os.pwrite(self._descriptor, data[done:], position + done)
 
     def sync(self) -> None:
-        """Flush what was written to the disk; safe from several threads."""
+        """Flush the file to disk; thread-safe."""
         os.fsync(self._descriptor)
 
     def finish(self) -> str:
-        """Flush the file to the disk and return its SHA-256, read back from it."""
+        """Flush the file to disk, read it back and return its SHA-256."""
         self.sync()
         return hash_file(self._path)
 
     def close(self) -> None:
-        """Close the file; harmless when closed."""
+        """Close the file; may be called twice."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
-    """Allocate the file's blocks, so that a full disk shows at once."""
-    if nbytes == 0:
+    """Allocate the file's blocks, so that a full disk is an error at the start."""
+    if nbytes == 0:  # posix_fallocate refuses a length of 0
         return
     try:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
+        # these mean that the file system cannot allocate in advance; anything else is a real error
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
         os.ftruncate(descriptor, nbytes)
@@ -110,7 +113,7 @@ def hash_file(path: Path) -> str:
 
 
 def flushed(path: Path) -> str:
-    """Flush a file that a library wrote to the disk and return its SHA-256."""
+    """Flush a file that a library wrote and return its SHA-256."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,7 +123,7 @@ def flushed(path: Path) -> str:
 
 
 def write_file(path: Path, content: bytes) -> str:
-    """Write a new file, flush it to the disk and return its SHA-256."""
+    """Write a new file, flush it to disk and return its SHA-256."""
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o666)
     try:

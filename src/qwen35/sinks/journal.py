@@ -1,8 +1,8 @@
-"""What a long piece of work has finished, on disk, so that a run continues one that was killed.
+"""A journal of finished pieces on disk, from which a run resumes one that was killed.
 
-The first line says what the work is (its key), every other one holds finished pieces: a JSON
-object of name and result. A line counts when its CRC-32 fits, and is on the disk when `record`
-returns; a line that a crash tore is dropped with all that follows it.
+The first line holds the key of the work; each further line holds finished pieces, as a JSON object
+of name to result, with its CRC-32. A line is on disk when `record` returns. Reading stops at the
+first line whose CRC-32 does not match, which a crash has torn.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ __all__ = ["Journal", "fsync_folder"]
 
 
 class Journal(Closing, Mapping[str, Any]):
-    """The finished pieces of one piece of work: name to result, as plain JSON values.
+    """The finished pieces of a run: name to result, as plain JSON values.
 
     Args:
-        path: the file; made if it is not there. One process at a time may have it open.
-        key: everything that decides the results, by names that a user understands. With another
-            key there is nothing to continue.
-        home: what to remove to start over, if not the journal alone.
+        path: the file; created if missing. Only one process at a time may open it.
+        key: everything that decides the results, under names that a user understands. A run with
+            another key cannot resume.
+        home: what a user removes to start over; by default the journal.
 
     Raises:
-        OutputError: it holds finished pieces of other work, or another process has it open.
+        OutputError: it holds finished pieces under another key, or another process has it open.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any], *, home: Path | None = None) -> None:
@@ -41,7 +41,8 @@ class Journal(Closing, Mapping[str, Any]):
         flags = os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         self._descriptor = os.open(path, flags, 0o666)
         try:
-            self._hold(path)
+            self._lock_file(path)
+            # through JSON and back, to compare equal to what was read: tuples become lists
             self._load(path, json.loads(json.dumps(key)), home or path)
         except BaseException:
             self.close()
@@ -57,15 +58,15 @@ class Journal(Closing, Mapping[str, Any]):
         return len(self._pieces)
 
     def close(self) -> None:
-        """Let go of the file; harmless when closed."""
+        """Close and unlock the file; may be called twice."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def record(self, finished: Mapping[str, Any]) -> None:
-        """Note pieces as finished, all of them or none, and flush that to the disk.
+        """Record finished pieces, all or none, and flush them to disk; thread-safe.
 
-        What their results refer to must be on the disk already. Safe from several threads.
+        Files that the results refer to must be on disk already.
         """
         if finished:
             with self._lock:
@@ -78,7 +79,7 @@ class Journal(Closing, Mapping[str, Any]):
             line = line[os.write(self._descriptor, line) :]
         os.fdatasync(self._descriptor)
 
-    def _hold(self, path: Path) -> None:
+    def _lock_file(self, path: Path) -> None:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -87,28 +88,28 @@ class Journal(Closing, Mapping[str, Any]):
 
     def _load(self, path: Path, key: dict[str, Any], home: Path) -> None:
         size = 0
-        begun: dict[str, Any] | None = None
+        stored_key: dict[str, Any] | None = None
         for value, size in _lines(path.read_bytes()):  # noqa: B007
-            if begun is None:
-                begun = value
+            if stored_key is None:
+                stored_key = value
             else:
                 self._pieces.update(value)
-        if begun != key:
+        if stored_key != key:
             if self._pieces:
-                raise _other(begun or {}, key, home)
+                raise _key_error(stored_key or {}, key, home)
             os.ftruncate(self._descriptor, 0)
             self._append(key)
             fsync_folder(path.parent)
             return
-        os.ftruncate(self._descriptor, size)
+        os.ftruncate(self._descriptor, size)  # cut off a torn line: new ones are appended
 
 
-def _other(begun: Mapping[str, Any], key: Mapping[str, Any], home: Path) -> OutputError:
-    names = [name for name in {**begun, **key} if begun.get(name) != key.get(name)]
+def _key_error(stored_key: Mapping[str, Any], key: Mapping[str, Any], home: Path) -> OutputError:
+    names = [name for name in {**stored_key, **key} if stored_key.get(name) != key.get(name)]
     return OutputError(
         str(home),
         f"holds an unfinished run with another {' and another '.join(names)}",
-        hint="repeat the command that began it to continue, or remove this to start over",
+        hint="run the original command again to resume, or remove this to start over",
     )
 
 
@@ -118,7 +119,7 @@ def _line(value: Mapping[str, Any]) -> bytes:
 
 
 def _lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the value of each sound line and the offset of its end, up to the first torn one."""
+    """Yield the value and the end offset of each intact line, up to the first torn one."""
     start = 0
     while (end := data.find(b"\n", start)) >= 0:
         digits, _, text = data[start:end].partition(b" ")
@@ -132,7 +133,7 @@ def _lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk."""
+    """Flush a folder's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""One work folder that several independent runs, the slices of one, fill together.
+"""A work folder that the slices of one output, independent runs, fill together.
 
-Each has a journal of its own, which it holds while it runs; what all of them must agree on is the
-order, which the first one leaves there. Nothing is ever removed by a slice.
+Each slice locks its own journal while it runs. The first one writes the order, which all the others
+must match. A slice never removes anything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from qwen35.errors import OutputError
-from qwen35.planning.work_order import ORDER_NAME, order_bytes, other_names
+from qwen35.planning.work_order import ORDER_NAME, key_differences, order_bytes
 from qwen35.sinks.files import write_file
 from qwen35.sinks.journal import Journal, fsync_folder
 from qwen35.sinks.staging import (
@@ -36,17 +36,18 @@ def slice_name(number: int, count: int) -> str:
 
 @contextmanager
 def joined(out: Path, number: int, order: Mapping[str, Any]) -> Iterator[tuple[Path, Journal]]:
-    """Take part in the work folder of `out`; yields the folder of files, and a slice's journal.
+    """Join the work folder of `out`; yield the folder of files and the slice's journal.
 
-    Whatever happens, what is finished stays.
+    Finished work stays, however the block ends.
 
     Args:
         out: the output, resolved.
-        number: of the slice, from 1.
-        order: `qwen35.planning.work_order.order_of` with ``slices``, their number.
+        number: number of the slice, from 1.
+        order: `qwen35.planning.work_order.order_of` with ``slices``, the number of slices.
 
     Raises:
-        OutputError: the same slice is being run, the folder holds other work, or the disk refuses.
+        OutputError: the slice is running, the folder holds other work, or the folder cannot be
+            written.
     """
     work = work_path(out)
     with os_errors(out):
@@ -62,7 +63,7 @@ def joined(out: Path, number: int, order: Mapping[str, Any]) -> Iterator[tuple[P
 
 
 def _files_folder(work: Path) -> Path:
-    """Make the folders; another run may just then take an empty one for a leftover."""
+    """Create the folders; retry if another run removes an empty one as a leftover."""
     files = work / FILES_NAME
     if work.is_symlink():
         claim(work)
@@ -77,20 +78,21 @@ def _files_folder(work: Path) -> Path:
 
 
 def _agree(work: Path, order: Mapping[str, Any]) -> None:
-    """Leave the order, or compare with the one that is there."""
+    """Write the order, or compare it with the existing one."""
     if not (work / ORDER_NAME).exists():
-        beside = work / f"{ORDER_NAME}.{uuid4().hex}"
-        write_file(beside, order_bytes(order))
-        os.replace(beside, work / ORDER_NAME)
+        # under a unique name first: several slices may start at once, and each reads a whole file
+        temporary = work / f"{ORDER_NAME}.{uuid4().hex}"
+        write_file(temporary, order_bytes(order))
+        os.replace(temporary, work / ORDER_NAME)
         fsync_folder(work)
-    found = read_order(work)
-    if found == order:
+    existing = read_order(work)
+    if existing == order:
         return
-    if "slices" not in found:
+    if "slices" not in existing:
         raise OutputError(str(work), _WITHOUT, hint="remove this to start over")
-    names = other_names(found, order["key"])
-    names += [word for name, word in _WORDS.items() if found.get(name) != order.get(name)]
-    before, now = _inputs(found), _inputs(order)
+    names = key_differences(existing, order["key"])
+    names += [word for name, word in _WORDS.items() if existing.get(name) != order.get(name)]
+    before, now = _inputs(existing), _inputs(order)
     names += [word for name, word in _INPUTS.items() if before.get(name) != now.get(name)]
     raise OutputError(
         str(work),
@@ -107,7 +109,7 @@ _WORDS = {
     "check": "--skip-verify",
     "root": "path to the source",
 }
-"""What an order has beside the key of the work and what the plan tells already."""
+"""Keys of an order that its ``key`` does not cover, and their names in messages."""
 
 _INPUTS = {"activations": "path to the statistics", "imatrix": "path to the importance matrix"}
 
@@ -118,29 +120,29 @@ def _inputs(order: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read_order(work: Path) -> dict[str, Any]:
-    """Read the order that slices left in a work folder.
+    """Read the order in a work folder of slices.
 
     Raises:
-        OutputError: there is none.
+        OutputError: it is missing or malformed.
     """
     try:
         order = json.loads((work / ORDER_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         order = None
     if not isinstance(order, dict) or not isinstance(order.get("key"), dict):
-        raise OutputError(str(work), "no order of slices in it", hint="nothing can be finalized")
-    for name, sound in _SOUND.items():
-        if name in order and not sound(order[name]):
+        raise OutputError(str(work), "holds no order of slices", hint="nothing can be finalized")
+    for name, is_valid in _VALID.items():
+        if name in order and not is_valid(order[name]):
             found = f"holds a damaged order ({name})"
             raise OutputError(str(work), found, hint="remove this to start over")
     return order
 
 
-_SOUND: dict[str, Callable[[Any], bool]] = {
+_VALID: dict[str, Callable[[Any], bool]] = {
     "root": lambda value: isinstance(value, str),
     "repo": lambda value: value is None or isinstance(value, str),
     "revision": lambda value: value is None or isinstance(value, str),
-    "task_bytes": lambda value: type(value) is int and value > 0,
+    "task_bytes": lambda value: type(value) is int and value > 0,  # not isinstance: bool is an int
     "slices": lambda value: type(value) is int and value > 0,
     "overwrite": lambda value: isinstance(value, bool),
     "inputs": lambda value: (
@@ -149,4 +151,4 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
         and all(isinstance(path, str) for path in value.values())
     ),
 }
-"""What of an order must be so, whoever wrote it."""
+"""Checks of an order's values, so that a damaged file is an error and not a traceback."""

@@ -1,4 +1,4 @@
-"""An output folder that appears whole or not at all."""
+"""An output folder that appears whole or not at all: files are staged beside it, then renamed."""
 
 from __future__ import annotations
 
@@ -33,23 +33,24 @@ __all__ = [
 ]
 
 FILES_NAME, JOURNAL_NAME = "files", "journal"
-"""In a work folder: the output's files, and the journal of a run that fills them alone."""
+"""In a work folder: the output's files, and the journal of a run without slices."""
 
 _MARK_NAME = ".qwen35-partial"
 _OLD_NAME = "old"
 _SLICES = "slice-*"
 _SPARE_BYTES = 16 * 2**20
+"""Space beyond the files' bytes, for the journal and the file system's own blocks."""
 
 
 @dataclass(frozen=True)
 class StagedResult:
-    """What was written.
+    """A written output.
 
     Args:
         out: the folder.
         hashes: SHA-256 of every file but the manifest, by name.
         nbytes: bytes of all files.
-        compared: weight to what a check of it found, as plain values, where workers checked it.
+        compared: weight to the result of its check as plain values, where workers checked it.
     """
 
     out: Path
@@ -59,15 +60,15 @@ class StagedResult:
 
 
 def resolved(out: Path) -> Path:
-    """Return the folder that an output is; a link stays one, to be refused."""
+    """Resolve an output path; a link stays a link, so that `check_output` can refuse it."""
     return out.resolve() if not out.is_symlink() else out
 
 
 def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
-    """Refuse an output that would harm something, before any work.
+    """Refuse, before any work, an output that would overwrite anything of value.
 
     Raises:
-        OutputError: it exists (and is not ours to overwrite), or overlaps the source.
+        OutputError: it exists and may not be overwritten, or overlaps the source.
     """
     if source is not None:
         _check_overlap(out, source)
@@ -108,7 +109,7 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
 
 
 def _clean_up(out: Path) -> None:
-    """Remove what a run left that was killed between its last rename and its end."""
+    """Remove the work folder of a run that was killed after its last rename."""
     work = work_path(out)
     if work.is_dir() and _is_ours(work) and not (work / FILES_NAME).exists():
         with suppress(OutputError), locked(out):
@@ -116,14 +117,14 @@ def _clean_up(out: Path) -> None:
 
 
 def check_space(folder: Path, needed: int, *, keeping: Path | None = None) -> None:
-    """Refuse to start when the disk of `folder` has less than `needed` bytes free.
+    """Check that the disk of `folder` has `needed` bytes free.
 
-    What the files in `keeping` take already is not needed again.
+    Blocks that the files in `keeping` already occupy count as free.
 
     Raises:
-        OutputError: it has not.
+        OutputError: it has fewer.
     """
-    if keeping is not None:
+    if keeping is not None:  # st_blocks counts units of 512 bytes, whatever the block size
         needed -= sum(path.stat().st_blocks * 512 for path in keeping.iterdir())
     free = shutil.disk_usage(existing(folder)).free
     if free < needed + _SPARE_BYTES:
@@ -143,19 +144,19 @@ def existing(folder: Path) -> Path:
 
 
 def work_path(out: Path) -> Path:
-    """Return the folder beside `out` that everything unfinished is in."""
+    """Return the folder beside `out` for unfinished work."""
     absolute = out.absolute()
     return absolute.with_name(f".{absolute.name}.partial")
 
 
 @contextmanager
 def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Prepare `out` in a folder beside it; rename it on success, remove it on any failure.
+    """Prepare `out` in a folder beside it; rename it on success, remove it on failure.
 
-    What an earlier, killed run left is removed first. A lock keeps a second run off.
+    Leftovers of a killed run are removed first. A lock keeps out a second run.
 
     Raises:
-        OutputError: another run is at it, something else took the name, or the disk refuses.
+        OutputError: another run is writing it, the name is taken, or it cannot be written.
     """
     with _working(out, overwrite) as work:
         _remove(work.path / JOURNAL_NAME)
@@ -166,59 +167,59 @@ def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def resumable(
     out: Path, key: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[tuple[Path, Journal]]:
-    """Prepare `out` as `staging` does, in a folder that outlives a run which ends before its time.
+    """Prepare `out` as `staging` does, in a folder from which a later run can resume.
 
-    Yields the folder and the journal of what is finished in it. When pieces are finished, the
-    folder stays after an interrupt or a failure, and the next run goes on with it. It does not
-    stay when it is the source that was found wrong: then there is nothing to go on with.
+    Yields the folder and its journal. Once pieces are finished, the folder stays after an interrupt
+    or a failure. It does not stay if the source or the arguments were found wrong: then no rerun
+    can succeed.
 
     Args:
         out: the output.
-        key: everything that decides the output's bytes, by names that a user understands.
-        overwrite: replace an output of ours.
+        key: everything that decides the output's bytes, under names that a user understands.
+        overwrite: replace an output of qwen35.
 
     Raises:
-        OutputError: as `staging`, or an unfinished run with another key is there.
+        OutputError: as `staging`, or there is an unfinished run with another key.
     """
     with _working(out, overwrite) as work:
         path = work.path / JOURNAL_NAME
-        work.stays = path.exists()  # should it be of another run, which is refused
+        work.stays = path.exists()  # opening the journal of another run fails: do not remove it
         with Journal(path, key, home=work.path) as journal:
             if not journal:
                 _refuse_slices(work)
             try:
                 with os_errors(out):
                     yield work.path / FILES_NAME if journal else work.fresh(), journal
-                    work.stays = True  # should it not come into place
+                    work.stays = True  # keep the complete files if the rename fails
             except BaseException as error:
                 work.stays = bool(journal) and _may_continue(error)
                 if work.stays:
-                    hint = f"what is finished is in {work.path}: the same command continues"
+                    hint = f"finished work is kept in {work.path}: run the same command to resume"
                     error.add_note(hint)
                 raise
 
 
 def _may_continue(error: BaseException) -> bool:
-    """Whether the same run could succeed later: not if the source or the arguments are wrong."""
+    """Return whether a rerun could succeed: not if the source or the arguments are wrong."""
     if isinstance(error, InputError | UsageError):
-        return isinstance(error.__cause__, OSError)
+        return isinstance(error.__cause__, OSError)  # a failing read may work next time
     return True
 
 
 @dataclass
 class _Work:
-    """The folder that everything unfinished is in.
+    """The folder for unfinished work.
 
     Args:
-        path: where.
-        stays: whether it is kept when the run fails.
+        path: the folder.
+        stays: keep it when the run fails.
     """
 
     path: Path
     stays: bool = False
 
     def fresh(self) -> Path:
-        """Return an empty folder in it for the output's files."""
+        """Create and return an empty folder for the output's files."""
         folder = self.path / FILES_NAME
         _remove(folder)
         folder.mkdir()
@@ -228,9 +229,9 @@ class _Work:
 
 @contextmanager
 def _working(out: Path, overwrite: bool) -> Iterator[_Work]:
-    """Hold the lock and the work folder of `out`; put the files in place at the end."""
+    """Lock `out` and prepare its work folder; rename the files into place at the end."""
     out = out.resolve()
-    made = _make_parents(out.parent)
+    created = _make_parents(out.parent)
     work: _Work | None = None
     done = False
     try:
@@ -248,14 +249,14 @@ def _working(out: Path, overwrite: bool) -> Iterator[_Work]:
                     _discard(work.path)
     finally:
         if not done and (work is None or not work.stays):
-            for parent in made:
+            for parent in created:
                 with suppress(OSError):
                     parent.rmdir()
 
 
 @contextmanager
 def os_errors(out: Path) -> Iterator[None]:
-    """Turn what the operating system says about the output into a sentence."""
+    """Turn errors of the operating system about the output into `OutputError`."""
     try:
         yield
     except OSError as error:
@@ -273,7 +274,7 @@ _NEXT = {
     errno.EPERM: "choose a folder that you may write to",
     errno.EROFS: "choose a folder that you may write to",
 }
-"""What to do next, where that is plain."""
+"""Hints for errors that the user can fix."""
 
 _DISK_ERRORS = (
     errno.EACCES,
@@ -292,7 +293,7 @@ _DISK_ERRORS = (
 
 
 def _make_parents(parent: Path) -> list[Path]:
-    """Create `parent`; return what was created, deepest first."""
+    """Create `parent`; return the folders that were created, deepest first."""
     missing = []
     folder = parent
     while not folder.exists():
@@ -304,10 +305,10 @@ def _make_parents(parent: Path) -> list[Path]:
 
 
 def _refuse_slices(work: _Work) -> None:
-    """Refuse to take a folder that slices of a run share."""
+    """Refuse a work folder that slices share."""
     if any(work.path.glob(_SLICES)):
         work.stays = True
-        hint = "run those that are left and `qwen35 finalize`, or remove this to start over"
+        hint = "run the remaining slices and `qwen35 finalize`, or remove this to start over"
         raise OutputError(str(work.path), "holds an unfinished run in slices", hint=hint)
 
 
@@ -321,7 +322,7 @@ def _make_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Hold the lock file beside `out`; it is removed while it is still held."""
+    """Hold the lock file beside `out`; it is removed before it is released."""
     path = out.with_name(f".{out.name}.lock")
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
@@ -329,7 +330,8 @@ def locked(out: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _busy(out) from error
-        if not _is_same_file(descriptor, path):  # its holder ended just now and removed it
+        # its holder may have removed it after we opened it: a lock on a removed file locks nothing
+        if not _is_same_file(descriptor, path):
             raise _busy(out)
         try:
             yield
@@ -351,7 +353,7 @@ def _is_same_file(descriptor: int, path: Path) -> bool:
 
 
 def _work_folder(out: Path) -> Path:
-    """Return the work folder, marked as ours; an output that was moved into it is put back."""
+    """Create and return the work folder; put back an output that was moved into it."""
     folder = work_path(out)
     claim(folder)
     old = folder / _OLD_NAME
@@ -362,10 +364,10 @@ def _work_folder(out: Path) -> Path:
 
 
 def claim(folder: Path) -> None:
-    """Make a work folder and mark it as ours; several runs may do so at once.
+    """Create a work folder and mark it as ours; several runs may do so at once.
 
     Raises:
-        OutputError: something else is there.
+        OutputError: the path holds something else.
     """
     if not _is_ours(folder):
         raise OutputError(
@@ -377,7 +379,7 @@ def claim(folder: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a work folder may be taken: ours, empty or not there."""
+    """Return whether a work folder may be used: it is marked, empty or missing."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return False
     return not folder.exists() or not any(folder.iterdir()) or (folder / _MARK_NAME).is_file()
@@ -391,7 +393,7 @@ def _remove(path: Path) -> None:
 
 
 def _discard(work: Path) -> None:
-    """Remove a work folder as far as the disk lets us, its mark last."""
+    """Remove a work folder as far as possible, its mark last, so that it stays recognizable."""
     for path in work.iterdir():
         if path.name != _MARK_NAME:
             with suppress(OSError):
@@ -403,10 +405,10 @@ def _discard(work: Path) -> None:
 
 
 def _replace(work: Path, out: Path, overwrite: bool) -> None:
-    """Rename the prepared files to `out`; an `out` of ours that is in the way is moved aside."""
+    """Rename the prepared files to `out`; move an existing output aside first."""
     folder, old = work / FILES_NAME, work / _OLD_NAME
-    fsync_folder(folder)
-    check_output(out, source=None, overwrite=overwrite)
+    fsync_folder(folder)  # the names must be on disk before the folder becomes the output
+    check_output(out, source=None, overwrite=overwrite)  # again: it may have appeared meanwhile
     moved = out.exists() and any(out.iterdir())
     if moved:
         os.rename(out, old)

@@ -1,1 +1,5 @@
-"""Recipes under a budget: which weights deserve more bits, by measurement."""
+"""Tuning: find a recipe under a budget, by measuring which weights need more bits.
+
+Probes, fits costs, solves for the best allocation and writes it as an ordinary recipe. Must not
+know the bytes of a format: plans and codecs do.
+"""

@@ -1,4 +1,4 @@
-"""An allocation as an ordinary recipe: a rule for a role, after those for layers that differ."""
+"""An allocation as an ordinary recipe: a rule per role, after rules for layers that differ."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def recipe_text(
     default: str = "",
     explicit: bool = False,
 ) -> str:
-    """Return the TOML of a recipe that stores every unit as `chosen` says.
+    """Return the TOML of a recipe that stores every unit as `chosen`.
 
     Args:
         kind: the recipe's format.
-        units: all of them.
+        units: all units.
         chosen: unit to action.
         description: one line.
-        base: the built-in recipe whose rules decide the rest.
-        default: what `base` does with every unit, so that it needs no rule; nothing if it differs.
-        explicit: a rule for every unit, rather than as few as will do.
+        base: the built-in recipe for everything else.
+        default: the action of `base` for every unit, which needs no rule; empty if it differs.
+        explicit: write a rule for every unit, instead of as few as possible.
     """
     lines = [f'format = "{kind}"', f'base = "{base}"', f'description = "{description}"']
     for role, layers, action in _rules(units, chosen, default, explicit=explicit):
@@ -45,7 +45,7 @@ def recipe_text(
 def _rules(
     units: Sequence[Unit], chosen: Allocation, default: str, *, explicit: bool
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield role, layers (nothing for all of them) and action."""
+    """Yield role, layers (empty for all) and action."""
     by_role: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
         for role in unit.roles:
@@ -63,10 +63,13 @@ def _rules(
 def _ranges(
     role: str, members: Sequence[Unit], chosen: Allocation, default: str
 ) -> Iterator[tuple[str, str, str]]:
-    """Yield a rule for each action; the last, without layers, is `default` or the most common."""
+    """Yield a rule per action; the last, without layers, is `default` or the most common.
+
+    The first matching rule wins, so the rule for all layers comes last.
+    """
     layers: dict[str, list[int]] = defaultdict(list)
     for unit in members:
-        assert unit.layer is not None  # asked before
+        assert unit.layer is not None  # request before
         layers[chosen[unit.name]].append(unit.layer)
     [(usual, _)] = Counter({action: len(of) for action, of in layers.items()}).most_common(1)
     last = default if default in layers else usual

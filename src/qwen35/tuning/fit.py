@@ -1,10 +1,9 @@
-"""From squared errors to divergence: a scale for every group of units, fitted to measurements.
+"""Cost model: divergence from squared errors, with a slope per group of units fitted to probes.
 
-Small errors of different weights add up in the divergence, and each grows with the square of its
-size, so the divergence is about a sum over the units; what a unit's relative squared error costs
-depends on where in the model it is. A group's cost is ``slope * error + offset``: the offset is
-what does not depend on the type, such as the rounding of its inputs to 8 bits in llama.cpp's
-products with quantized weights.
+For small errors the divergence is close to a sum over the units, each term quadratic in its error;
+the cost of a relative squared error depends on where in the model the unit is. A group costs
+``slope * error + offset``. The offset is independent of the type, such as llama.cpp's rounding of
+inputs to 8 bits in products with quantized weights.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ Errors = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """Units of one kind in neighbouring layers, whose scale is measured together."""
+    """Units of one kind in neighbouring layers, probed together."""
 
     name: str
     units: tuple[str, ...]
@@ -34,8 +33,8 @@ class Probe:
     """A measurement: one group stored as `choice`, everything else exact.
 
     Args:
-        group: its name.
-        choice: a type.
+        group: name of the group.
+        choice: its type.
         kld: mean divergence in nats.
     """
 
@@ -46,10 +45,10 @@ class Probe:
 
 @dataclass(frozen=True)
 class CostFit:
-    """What units cost.
+    """The fitted costs of all units.
 
     Args:
-        slopes: group to nats for a relative squared error of 1.
+        slopes: group to nats per relative squared error of 1.
         offsets: group to nats for being quantized at all.
         costs: unit to choice to nats.
     """
@@ -60,9 +59,9 @@ class CostFit:
 
 
 def group_units(units: Sequence[Unit], most: int) -> list[UnitGroup]:
-    """Put units of a kind in neighbouring layers together, until there are `most` groups or fewer.
+    """Group units of a kind in neighbouring layers, into at most `most` groups if possible.
 
-    No kind is joined with another, so there are at least as many groups as kinds.
+    Kinds are never mixed, so there are at least as many groups as kinds.
     """
     kinds: dict[str, list[Unit]] = defaultdict(list)
     for unit in units:
@@ -87,10 +86,10 @@ def fit(
     """Fit every group's slope and offset to its probes.
 
     Args:
-        groups: together all units.
-        probes: any number for a group; without one its slope is the mean of all slopes.
+        groups: cover all units.
+        probes: any number per group; a group without probes gets the mean slope.
         errors: of every unit and choice.
-        exact: choices that leave the input as it is, to what they cost: nothing, as a rule.
+        exact: lossless choices to their cost, usually 0.
     """
     by_group: dict[str, list[Probe]] = defaultdict(list)
     for probe in probes:
@@ -121,8 +120,8 @@ def _error(group: UnitGroup, choice: str, errors: Errors) -> float:
 def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
     """Return slope and offset, neither negative, of a line through points (error, divergence).
 
-    Two points give the line through them, more the least squares of relative deviations; where that
-    falls below zero at either end, the line through the origin or the level one takes its place.
+    Two points give the line through them, more the least squares of relative deviations. A negative
+    offset is replaced by the line through the origin, a negative slope by a constant.
     """
     weights = [1.0 / max(y, 1e-12) ** 2 for _, y in points]
     total = sum(weights)
@@ -132,10 +131,12 @@ def _line(points: list[tuple[float, float]]) -> tuple[float, float]:
     through_origin = sum(w * x * y for w, (x, y) in zip(weights, points, strict=True))
     squares = sum(w * x * x for w, (x, _) in zip(weights, points, strict=True))
     origin = (max(through_origin, 0.0) / squares if squares else 0.0, 0.0)
-    if spread <= 1e-12 * squares:
+    if spread <= 1e-12 * squares:  # one error only: no slope to be had
         return origin
-    moved = sum(w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, points, strict=True))
-    slope = moved / spread
+    covariance = sum(
+        w * (x - mean_x) * (y - mean_y) for w, (x, y) in zip(weights, points, strict=True)
+    )
+    slope = covariance / spread
     offset = mean_y - slope * mean_x
     if offset < 0:
         return origin
@@ -151,14 +152,14 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     a, b = _ranks(first), _ranks(second)
     if len(a) < 2:
         return 0.0
-    middle = (len(a) - 1) / 2
-    norm = (sum((x - middle) ** 2 for x in a) * sum((y - middle) ** 2 for y in b)) ** 0.5
-    moved = sum((x - middle) * (y - middle) for x, y in zip(a, b, strict=True))
-    return moved / norm if norm else 0.0
+    mean = (len(a) - 1) / 2
+    norm = (sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b)) ** 0.5
+    covariance = sum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
+    return covariance / norm if norm else 0.0
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Return ranks from 0; equal values share the mean of theirs."""
+    """Return ranks from 0; equal values share their mean rank."""
     order = sorted(range(len(values)), key=lambda i: values[i])
     ranks = [0.0] * len(values)
     start = 0
@@ -166,7 +167,7 @@ def _ranks(values: Sequence[float]) -> list[float]:
         end = start
         while end + 1 < len(order) and values[order[end + 1]] == values[order[start]]:
             end += 1
-        for place in order[start : end + 1]:
-            ranks[place] = (start + end) / 2
+        for index in order[start : end + 1]:
+            ranks[index] = (start + end) / 2
         start = end + 1
     return ranks

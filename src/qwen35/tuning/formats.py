@@ -1,4 +1,4 @@
-"""The formats of recipes that can be tuned; light, since parsers offer them."""
+"""The tunable recipe formats; cheap to import, because the command line lists them."""
 
 from __future__ import annotations
 
@@ -11,4 +11,4 @@ FORMATS: tuple[str, ...] = (
     *CONTAINERS["gguf"].formats,
     *(name for name in CONTAINERS["safetensors"].formats if name in built_in("safetensors")),
 )
-"""Of checkpoints, those that a built-in recipe is named after: it decides what has no unit."""
+"""Of safetensors, only formats with a built-in recipe of that name: tuning builds on it."""

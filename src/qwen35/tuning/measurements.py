@@ -1,4 +1,4 @@
-"""What was measured, in a file: for another budget, another run, a fine-tune of the model."""
+"""Measurements in a file, reused by resumed runs, other budgets, and fine-tunes of the model."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ __all__ = ["MeasuredTrial", "MeasurementKey", "Measurements", "load_measurements
 
 _VERSION = 2
 _MAX_BYTES = 2**28
+"""Bound on the file's bytes, far above any real one: users pass files of others."""
 
 
 @dataclass(frozen=True)
 class MeasurementKey:
-    """What measurements depend on.
+    """Everything the measurements depend on.
 
     Args:
         format: of the artifacts.
         model: digest of the weights.
         text: SHA-256 of the text.
-        context: tokens a chunk.
-        chunks: how many were measured.
-        imatrix: digest of the importance matrix, if there was one.
+        context: tokens per chunk.
+        chunks: most chunks measured.
+        imatrix: digest of the importance matrix, if any.
         tool: version of this package.
     """
 
@@ -48,13 +49,13 @@ class MeasurementKey:
 
 @dataclass(frozen=True)
 class MeasuredTrial:
-    """A whole allocation that was made and measured.
+    """A whole allocation that was written and measured.
 
     Args:
         digest: of the allocation.
         nbytes: of its weight files.
-        predicted: mean divergence by the fit, in nats.
-        kld: what was measured.
+        predicted: mean divergence predicted by the fit, in nats.
+        kld: measured mean divergence, in nats.
     """
 
     digest: str
@@ -65,15 +66,15 @@ class MeasuredTrial:
 
 @dataclass
 class Measurements:
-    """Everything measured of one model for one format.
+    """All measurements of one model in one format.
 
     Args:
-        key: what it depends on.
-        name: of the model, for people.
+        key: everything they depend on.
+        name: display name of the model.
         errors: unit to choice to relative squared error.
         groups: probed group to its units.
-        probes: what each group costs.
-        trials: what whole allocations cost.
+        probes: measured divergences of groups.
+        trials: measured divergences of whole allocations.
     """
 
     key: MeasurementKey
@@ -84,21 +85,21 @@ class Measurements:
     trials: list[MeasuredTrial] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
-        """Write all of it; the file is replaced whole."""
+        """Write the file, replacing an old one atomically."""
         content = {"version": _VERSION, **asdict(self)}
         part = path.with_name(f".{path.name}.part")
         with part.open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=1, sort_keys=True)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename, or a crash could leave an empty file
         part.replace(path)
 
 
 def load_measurements(path: Path) -> Measurements:
-    """Read what `Measurements.save` wrote.
+    """Read a file written by `Measurements.save`.
 
     Raises:
-        InputError: it cannot be read, or is something else.
+        InputError: the file cannot be read, or has another format.
     """
     try:
         raw = path.read_bytes()[: _MAX_BYTES + 1]
@@ -129,7 +130,7 @@ def _parsed(content: Mapping[str, Any]) -> Measurements:
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
-    """Return what names the weights: the commit on the Hub, or a SHA-256 over all files."""
+    """Return an identifier of the weights: the commit on the Hub, or a SHA-256 over all files."""
     if checkpoint.revision:
         return f"{checkpoint.repo}@{checkpoint.revision}"
     digest = hashlib.sha256()

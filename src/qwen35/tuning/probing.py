@@ -1,4 +1,4 @@
-"""True divergences: artifacts made by an allocation, run in their engine beside the exact model."""
+"""Probing: write an artifact for an allocation and measure its divergence in its engine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qwen35.tuning.fit import UnitGroup
 from qwen35.tuning.space import ChoiceSpace
 from qwen35.tuning.units import Allocation
 
-__all__ = ["ProbeLab", "ProbeSetting", "opened", "probe_choices"]
+__all__ = ["ProbeLab", "ProbeSetting", "open_lab", "probe_choices"]
 
 _SIDE_BY_SIDE = 8
-"""Models that run at a time, if memory allows; the exact one runs once for all of them."""
+"""Most models per evaluation, if memory allows; they share one run of the exact model."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class ProbeSetting:
     """How divergence is measured.
 
     Args:
-        text: what on.
-        context: tokens a chunk.
-        chunks: at most so many; 0 for all.
-        threads: of engines.
+        text: the tuning text.
+        context: tokens per chunk.
+        chunks: most chunks; 0 for all.
+        threads: for engines.
         device: for transformers.
     """
 
@@ -41,12 +41,12 @@ class ProbeSetting:
 
 @dataclass(frozen=True)
 class ProbeLab:
-    """Where artifacts are made, measured and removed.
+    """Writes, measures and removes artifacts.
 
     Args:
         space: the choices.
         setting: how divergence is measured.
-        folder: for files of a moment.
+        folder: for temporary files.
         reference: the exact model.
     """
 
@@ -57,22 +57,23 @@ class ProbeLab:
 
     @property
     def side_by_side(self) -> int:
-        """How many artifacts are measured at a time, by the memory that they take."""
+        """Number of artifacts to measure at a time: together at most a quarter of memory."""
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         exact = {unit.name: self.space.exact for unit in self.space.units}
+        # The exact model's size bounds that of any artifact.
         return max(1, min(_SIDE_BY_SIDE, memory // 4 // self.space.size(exact)))
 
     def measure(self, allocations: Sequence[Allocation]) -> list[float]:
-        """Return the mean divergence of each allocation, in nats a token."""
+        """Return the mean divergence of each allocation, in nats per token."""
         threads = self.setting.threads
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            made = [
+            artifacts = [
                 self.space.make(chosen, Path(folder) / f"probe-{i}", threads)
                 for i, chosen in enumerate(allocations)
             ]
             report = evaluate(
                 self.reference,
-                made,
+                artifacts,
                 self.setting.text,
                 context=self.setting.context,
                 chunks=self.setting.chunks,
@@ -83,20 +84,20 @@ class ProbeLab:
 
 
 @contextmanager
-def opened(
+def open_lab(
     space: ChoiceSpace, setting: ProbeSetting, folder: Path | None = None
 ) -> Iterator[ProbeLab]:
-    """Make the exact model for the engine of `space`, for as long as it is needed."""
+    """Yield a lab with the exact model in the format of its engine; remove all files after."""
     with tempfile.TemporaryDirectory(prefix="qwen35-", dir=folder) as work:
         reference = space.reference(Path(work))
         yield ProbeLab(space, setting, Path(work), reference)
 
 
 def probe_choices(space: ChoiceSpace, group: UnitGroup) -> list[str]:
-    """Return the types that a group is measured in: a small one and the most precise.
+    """Return the types to probe a group in: a small one and the most precise one.
 
-    The smallest of all is often far from where the divergence is still a sum, so it is left out
-    where there are enough others.
+    The two smallest are skipped if there are enough others: their errors are often too large for
+    the divergence to be additive.
     """
     sizes = {unit.name: unit.sizes for unit in space.units}
     common = [c for c in sizes[group.units[0]] if all(c in sizes[name] for name in group.units)]

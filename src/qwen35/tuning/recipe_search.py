@@ -1,4 +1,4 @@
-"""From a budget to a recipe: errors, probes, fit, solution, and a last look at the truth."""
+"""Recipe search: squared errors, probes, fit, solution, and a measurement of the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen35.errors import UsageError
 from qwen35.progress import Progress, Silent
 from qwen35.tuning.fit import CostFit, Probe, UnitGroup, fit, group_units, rank_correlation
 from qwen35.tuning.measurements import MeasuredTrial, Measurements
-from qwen35.tuning.probing import ProbeLab, ProbeSetting, opened, probe_choices
+from qwen35.tuning.probing import ProbeLab, ProbeSetting, open_lab, probe_choices
 from qwen35.tuning.solve import KnapsackSolution, cheapest, nearest
 from qwen35.tuning.space import ChoiceSpace
 from qwen35.tuning.units import Allocation
@@ -23,20 +23,28 @@ from qwen35.tuning.units import Allocation
 __all__ = ["TunedRecipe", "TuningBudget", "tune"]
 
 _FRONT = 24
+"""Number of steps between the smallest and the largest size on the predicted front."""
+
 _SMOOTHING = (0.0, 0.5, 1.0)
-"""How far the slopes of a kind are drawn to their mean, in the solutions that are compared."""
+"""How far slopes are pulled to the mean of their kind, one candidate solution each.
+
+A probe of one layer is noisy where layers are much alike, so the best value is measured.
+"""
 
 _ROUNDS = 5
+"""Most corrections of a predicted divergence by a measured one."""
+
 _MARGIN = 0.98
+"""A divergence of at least this share of the limit is close enough to stop."""
 
 
 @dataclass(frozen=True)
 class TuningBudget:
-    """What must be kept to: one of the two.
+    """The limit on a recipe; exactly one of the two is set.
 
     Args:
-        nbytes: of the weight files, at most.
-        kld: mean divergence in nats, at most, on the tuning text.
+        nbytes: most bytes of the weight files.
+        kld: largest mean divergence on the tuning text, in nats.
     """
 
     nbytes: int | None = None
@@ -45,18 +53,18 @@ class TuningBudget:
 
 @dataclass(frozen=True)
 class TunedRecipe:
-    """What came out.
+    """The result of tuning.
 
     Args:
         chosen: unit to choice.
         nbytes: of the weight files.
-        predicted: mean divergence by the fit, in nats.
-        kld: what was measured; None without probes.
-        fitted: what each unit costs in each choice.
+        predicted: mean divergence predicted by the fit, in nats.
+        kld: measured mean divergence; None without probes.
+        fitted: cost of each unit in each choice.
         front: bytes and predicted divergence of the best allocations of other sizes.
-        probes: groups measured.
+        probes: number of probes measured.
         errors_rank: rank correlation of a group's squared error with its measured divergence.
-        prediction: measured over predicted divergence of whole allocations, for each tried.
+        prediction: measured over predicted divergence of each allocation tried.
     """
 
     chosen: Allocation
@@ -81,23 +89,23 @@ def tune(
     work: Path | None = None,
     progress: Callable[[str], Progress] = lambda _: Silent(),
 ) -> TunedRecipe:
-    """Find the allocation that keeps to a budget and costs least.
+    """Find the allocation of least cost within a budget.
 
     Args:
         space: the choices.
-        budget: what must be kept to.
+        budget: the limit.
         setting: how divergence is measured.
-        measured: what is known already; what is missing is measured and added.
-        probes: groups to measure, at most; 0 to go by squared errors alone.
-        save: called whenever something was added.
-        work: folder for files of a moment.
-        progress: makes progress that counts a unit.
+        measured: earlier measurements; missing ones are measured and added.
+        probes: most groups to probe; 0 to use squared errors alone.
+        save: called after measurements were added.
+        work: folder for temporary files.
+        progress: returns a progress that counts the named unit.
 
     Raises:
-        UsageError: the budget cannot be kept to.
+        UsageError: the budget cannot be met.
     """
-    wanted = {unit.name: set(unit.sizes) for unit in space.units}
-    if wanted != {unit: set(row) for unit, row in measured.errors.items()}:
+    required = {unit.name: set(unit.sizes) for unit in space.units}
+    if required != {unit: set(row) for unit, row in measured.errors.items()}:
         measured.errors = space.errors(setting.threads, progress("weights"))
         save(measured)
     if not probes:
@@ -107,7 +115,7 @@ def tune(
         solution = _within(space, fitted, budget.nbytes)
         return _tuned(space, solution, None, fitted, measured)
     groups = _groups(space, measured, probes)
-    with opened(space, setting, work) as lab:
+    with open_lab(space, setting, work) as lab:
         _probe(lab, groups, measured, save, progress("probes"))
         if budget.kld is not None:
             solution, kld, fitted = _below(lab, groups, measured, budget.kld, save)
@@ -117,11 +125,11 @@ def tune(
 
 
 def _groups(space: ChoiceSpace, measured: Measurements, most: int) -> list[UnitGroup]:
-    """Return the groups measured before, if they still cover the units, or else new ones."""
-    known = [UnitGroup(name, tuple(units)) for name, units in measured.groups.items()]
-    covered = sorted(unit for group in known for unit in group.units)
+    """Return the groups probed before if they cover the units exactly, else new ones."""
+    earlier = [UnitGroup(name, tuple(units)) for name, units in measured.groups.items()]
+    covered = sorted(unit for group in earlier for unit in group.units)
     if covered == sorted(unit.name for unit in space.units):
-        return known
+        return earlier
     groups = group_units(space.units, most)
     measured.groups = {group.name: list(group.units) for group in groups}
     measured.probes = []
@@ -136,19 +144,19 @@ def _probe(
     progress: Progress,
 ) -> None:
     done = {(probe.group, probe.choice) for probe in measured.probes}
-    wanted = [(group, choice) for group in groups for choice in probe_choices(lab.space, group)]
-    missing = [(group, choice) for group, choice in wanted if (group.name, choice) not in done]
+    required = [(group, choice) for group in groups for choice in probe_choices(lab.space, group)]
+    missing = [(group, choice) for group, choice in required if (group.name, choice) not in done]
     exact = {unit.name: lab.space.exact for unit in lab.space.units}
-    progress.begin("probes", len(wanted))
+    progress.begin("probes", len(required))
     try:
-        progress.advance(len(wanted) - len(missing), "measured before")
+        progress.advance(len(required) - len(missing), "already measured")
         for start in range(0, len(missing), lab.side_by_side):
-            part = missing[start : start + lab.side_by_side]
-            tried = [{**exact, **dict.fromkeys(group.units, choice)} for group, choice in part]
-            for (group, choice), kld in zip(part, lab.measure(tried), strict=True):
+            batch = missing[start : start + lab.side_by_side]
+            tried = [{**exact, **dict.fromkeys(group.units, choice)} for group, choice in batch]
+            for (group, choice), kld in zip(batch, lab.measure(tried), strict=True):
                 measured.probes.append(Probe(group.name, choice, kld))
             save(measured)
-            progress.advance(len(part), part[-1][0].name)
+            progress.advance(len(batch), batch[-1][0].name)
     finally:
         progress.end()
 
@@ -156,44 +164,48 @@ def _probe(
 def _fit(
     space: ChoiceSpace, groups: Sequence[UnitGroup], measured: Measurements, smoothing: float
 ) -> CostFit:
+    """Fit costs, with slopes pulled to the geometric mean of their kind by `smoothing`."""
     exact = {space.exact: 0.0}
-    found = fit(groups, measured.probes, measured.errors, exact)
+    fitted = fit(groups, measured.probes, measured.errors, exact)
     if not smoothing:
-        return found
+        return fitted
     kinds: dict[str, list[float]] = defaultdict(list)
     for group in groups:
-        kinds[group.name.partition("@")[0]].append(max(found.slopes[group.name], 1e-15))
+        kinds[group.name.partition("@")[0]].append(max(fitted.slopes[group.name], 1e-15))
     costs: dict[str, dict[str, float]] = {}
     for group in groups:
-        own = max(found.slopes[group.name], 1e-15)
+        own = max(fitted.slopes[group.name], 1e-15)  # slopes may be 0, logarithms may not
         shared = fmean(map(log, kinds[group.name.partition("@")[0]]))
         factor = exp(smoothing * (shared - log(own)))
         for unit in group.units:
-            offset = found.offsets[group.name] / len(group.units)
+            offset = fitted.offsets[group.name] / len(group.units)
             costs[unit] = {
                 choice: cost if choice in exact else (cost - offset) * factor + offset
-                for choice, cost in found.costs[unit].items()
+                for choice, cost in fitted.costs[unit].items()
             }
-    return CostFit(found.slopes, found.offsets, costs)
+    return CostFit(fitted.slopes, fitted.offsets, costs)
 
 
 def _within(space: ChoiceSpace, fitted: CostFit, nbytes: int | None) -> KnapsackSolution:
-    """Solve for a size of the weight files, whose heads depend a little on what is chosen."""
-    assert nbytes is not None  # one of the two is given
+    """Solve for a size of the weight files.
+
+    File headers depend slightly on the choices, so the budget shrinks until the exact size fits.
+    """
+    assert nbytes is not None  # a budget sets exactly one limit
     room = nbytes
     while True:
-        found = nearest(space.units, fitted.costs, room - _beside(space))
-        if set(found.choices.values()) == {space.exact}:
+        solution = nearest(space.units, fitted.costs, room - _fixed_bytes(space))
+        if set(solution.choices.values()) == {space.exact}:
             hint = "nothing needs to be quantized: give less"
             raise UsageError("--size", f"{nbytes:,} bytes hold the whole model", hint=hint)
-        over = space.size(found.choices) - nbytes
-        if over <= 0:
-            return found
-        room -= over
+        excess = space.size(solution.choices) - nbytes
+        if excess <= 0:
+            return solution
+        room -= excess
 
 
-def _beside(space: ChoiceSpace) -> int:
-    """Return the bytes of the files that no choice bears on."""
+def _fixed_bytes(space: ChoiceSpace) -> int:
+    """Return the bytes of the files that do not depend on any choice."""
     least = {unit.name: min(unit.sizes, key=lambda c: unit.sizes[c]) for unit in space.units}
     return space.size(least) - sum(unit.sizes[least[unit.name]] for unit in space.units)
 
@@ -204,7 +216,7 @@ def _trial(
     measured: Measurements,
     save: Callable[[Measurements], None],
 ) -> list[float]:
-    """Measure whole allocations, each once."""
+    """Return the divergence of whole allocations; measure only new ones."""
     known = {trial.digest: trial.kld for trial in measured.trials}
     missing = {_digest(s.choices): s for s in solutions if _digest(s.choices) not in known}
     if missing:
@@ -228,7 +240,7 @@ def _best(
     nbytes: int | None,
     save: Callable[[Measurements], None],
 ) -> tuple[KnapsackSolution, float, CostFit]:
-    """Solve by several fits and keep the solution that measures best."""
+    """Solve with several fits and keep the solution with the least measured divergence."""
     fits = [_fit(lab.space, groups, measured, smoothing) for smoothing in _SMOOTHING]
     solutions = [_within(lab.space, fitted, nbytes) for fitted in fits]
     klds = _trial(lab, solutions, measured, save)
@@ -243,24 +255,25 @@ def _below(
     limit: float,
     save: Callable[[Measurements], None],
 ) -> tuple[KnapsackSolution, float, CostFit]:
-    """Solve for a divergence, and again for a corrected one until the measured one is below it."""
+    """Solve for a divergence, and correct the target until the measured one is below the limit."""
     fitted = _fit(lab.space, groups, measured, 0.0)
-    allowed, found = limit, []
+    allowed, accepted = limit, []
     for _ in range(_ROUNDS):
         solution = cheapest(lab.space.units, fitted.costs, allowed)
         [kld] = _trial(lab, [solution], measured, save)
         if kld <= limit:
-            found.append((solution, kld))
+            accepted.append((solution, kld))
             if kld >= _MARGIN * limit or kld == 0:
                 break
+        # Scale by the error of the prediction, aiming between the margin and the limit.
         allowed *= (0.5 * (1 + _MARGIN)) * limit / max(kld, 1e-12)
-    if not found:
+    if not accepted:
         raise UsageError(
             "--max-kld",
             f"{limit:.3g} was not reached in {_ROUNDS} rounds (the last measured {kld:.3g})",
             hint="allow more precise types with --types",
         )
-    return *min(found, key=lambda pair: pair[0].nbytes), fitted
+    return *min(accepted, key=lambda pair: pair[0].nbytes), fitted
 
 
 def _tuned(
@@ -292,15 +305,15 @@ def _front(space: ChoiceSpace, fitted: CostFit) -> Iterator[tuple[int, float]]:
     """Yield bytes and predicted divergence for sizes from the smallest to the largest."""
     small = sum(min(unit.sizes.values()) for unit in space.units)
     large = sum(max(unit.sizes.values()) for unit in space.units)
-    beside = _beside(space)
+    fixed = _fixed_bytes(space)
     for i in range(_FRONT + 1):
-        found = nearest(space.units, fitted.costs, small + (large - small) * i // _FRONT)
-        yield beside + found.nbytes, found.cost
+        solution = nearest(space.units, fitted.costs, small + (large - small) * i // _FRONT)
+        yield fixed + solution.nbytes, solution.cost
 
 
 def shares(fitted: CostFit, chosen: Mapping[str, str]) -> dict[str, float]:
-    """Return what each kind of unit costs as chosen, in nats."""
-    found: dict[str, float] = defaultdict(float)
+    """Return the cost of each kind of unit as chosen, in nats."""
+    costs: dict[str, float] = defaultdict(float)
     for unit, choice in chosen.items():
-        found[unit.partition("@")[0]] += fitted.costs[unit][choice]
-    return dict(found)
+        costs[unit.partition("@")[0]] += fitted.costs[unit][choice]
+    return dict(costs)

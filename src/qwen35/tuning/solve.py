@@ -1,7 +1,7 @@
-"""The best choice for each unit under a budget: a multiple-choice knapsack, solved exactly.
+"""Solver: the best choice per unit under a budget, an exact multiple-choice knapsack.
 
-HiGHS (through SciPy) proves its solution optimal by branch and bound; a model has some hundred
-units and a handful of choices, which takes it well under a second.
+HiGHS (through SciPy) proves optimality by branch and bound. A model has a few hundred units with a
+handful of choices, which takes well under a second.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from qwen35.tuning.units import Allocation, Unit
 __all__ = ["KnapsackSolution", "cheapest", "nearest"]
 
 Costs = Mapping[str, Mapping[str, float]]
-"""Unit to choice to what it costs, not negative."""
+"""Unit to choice to cost, not negative."""
 
 
 @dataclass(frozen=True)
 class KnapsackSolution:
-    """An allocation and what it comes to.
+    """An allocation with its size and cost.
 
     Args:
         choices: unit to choice.
         nbytes: of all units.
-        cost: the sum of all costs.
+        cost: of all units.
     """
 
     choices: Allocation
@@ -41,10 +41,10 @@ class KnapsackSolution:
 
 
 def nearest(units: Sequence[Unit], costs: Costs, budget: int) -> KnapsackSolution:
-    """Return the allocation of least cost that takes at most `budget` bytes.
+    """Return the allocation of least cost in at most `budget` bytes.
 
     Raises:
-        UsageError: even the smallest choices take more.
+        UsageError: even the smallest choices exceed the budget.
     """
     least = sum(min(unit.sizes.values()) for unit in units)
     if least > budget:
@@ -58,7 +58,7 @@ def nearest(units: Sequence[Unit], costs: Costs, budget: int) -> KnapsackSolutio
 
 
 def cheapest(units: Sequence[Unit], costs: Costs, limit: float) -> KnapsackSolution:
-    """Return the allocation of fewest bytes whose cost is at most `limit`.
+    """Return the smallest allocation whose cost is at most `limit`.
 
     Raises:
         UsageError: even the most precise choices cost more.
@@ -95,8 +95,8 @@ def _solve(
     count = len(of_unit)
     once = csr_array((np.ones(count), (of_unit, np.arange(count))), shape=(len(units), count))
     scale = _scale(limited)
-    with _stdout_unused():
-        found = milp(
+    with _stdout_discarded():
+        result = milp(
             objective / _scale(objective),
             integrality=np.ones(count),
             bounds=Bounds(0, 1),
@@ -104,13 +104,13 @@ def _solve(
                 LinearConstraint(once, 1, 1),
                 LinearConstraint((limited / scale)[None], -np.inf, limit / scale),
             ],
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": 0.0},  # the default gap would accept near-optimal solutions
         )
-    if found.x is None:
-        raise RuntimeError(f"the solver found nothing: {found.message}")
-    taken = np.rint(found.x).astype(bool)
+    if result.x is None:
+        raise RuntimeError(f"the solver found no solution: {result.message}")
+    selected = np.rint(result.x).astype(bool)
     names = [(unit, choice) for unit in units for choice in unit.sizes]
-    choices = {u.name: c for (u, c), used in zip(names, taken, strict=True) if used}
+    choices = {u.name: c for (u, c), used in zip(names, selected, strict=True) if used}
     return KnapsackSolution(
         choices,
         sum(unit.sizes[choices[unit.name]] for unit in units),
@@ -119,22 +119,22 @@ def _solve(
 
 
 @contextmanager
-def _stdout_unused() -> Iterator[None]:
-    """Keep stdout, which is for data, from lines that HiGHS prints whatever it is told."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+def _stdout_discarded() -> Iterator[None]:
+    """Discard stdout, which is for data: HiGHS prints from native code even with output off."""
+    sys.stdout.flush()  # or buffered output would go to the null device
+    saved, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 1)
+        os.dup2(null, 1)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(null)
 
 
 def _scale(values: Any) -> float:
-    """Return what to divide by so that a solver's absolute tolerances are far below any value."""
+    """Return a divisor that puts all values far above the solver's absolute tolerances."""
     whole = [round(value) for value in values]
-    if np.array_equal(values, whole):
+    if np.array_equal(values, whole):  # bytes: dividing by the divisor keeps them exact
         return float(gcd(*whole) or 1)
     return float(values.max()) / 1e4 or 1.0

@@ -1,4 +1,4 @@
-"""What can be chosen for one checkpoint in one format: units, their errors, artifacts."""
+"""The search space of one checkpoint in one format: units, their errors, artifacts."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class ChoiceSpace:
     """The choices for one checkpoint in one format.
 
     Args:
-        checkpoint: the source, with its weights at hand.
+        checkpoint: the source.
         format: of the recipes.
-        choices: to choose from, from small to large.
-        imatrix: an importance matrix, for errors and artifacts alike.
+        choices: from small to large.
+        imatrix: importance matrix, for both errors and artifacts.
     """
 
     checkpoint: Checkpoint
@@ -60,12 +60,12 @@ class ChoiceSpace:
 
     @property
     def exact(self) -> str:
-        """The choice that changes nothing."""
+        """The lossless choice."""
         return self._tunable.exact
 
     @cached_property
     def _plan(self) -> Plan:
-        """The plan by the base alone."""
+        """The plan by the base recipe."""
         base = load_recipe(self._tunable.base(self.format), container_of(self.format).name)
         return self._tunable.plan(self.checkpoint, base, self.imatrix)
 
@@ -74,8 +74,11 @@ class ChoiceSpace:
         return {choice: self._tunable.codec(choice) for choice in self.choices}
 
     @cached_property
-    def _members(self) -> dict[str, list[Step]]:
-        """Unit to its steps: those of one role, or of roles that engines join, in one layer."""
+    def members(self) -> dict[str, list[Step]]:
+        """Unit to its steps: those of one role, or of roles that engines join, in one layer.
+
+        Engines load joined roles as one matrix, which a codec may require to be in one type.
+        """
         joined = any(codec.joined for codec in self._codecs.values())
         members: dict[str, list[Step]] = defaultdict(list)
         for step in self._tunable.steps(self._plan):
@@ -88,8 +91,8 @@ class ChoiceSpace:
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """One for each role, or each matrix that engines join, in each layer."""
-        units = tuple(self._unit(name, steps) for name, steps in self._members.items())
+        """One unit per layer and role, or joined matrix."""
+        units = tuple(self._unit(name, steps) for name, steps in self.members.items())
         stuck = [unit.name for unit in units if not unit.sizes]
         if stuck:
             raise UsageError("--types", f"none fits {stuck[0]}", hint=self._tunable.remedy)
@@ -106,7 +109,7 @@ class ChoiceSpace:
         return Unit(name, roles, steps[0].role.layer, numel, sizes)
 
     def _legal(self, step: Step, codec: Codec) -> bool:
-        """Whether a codec can hold the weight of a step, and say something with it."""
+        """Return whether a codec fits a step's weight and has the importance it needs."""
         if codec.fits(_spec(step)):
             return False
         return not codec.needs_importance or self._plan.options.importance(step, 0) is not None
@@ -116,14 +119,14 @@ class ChoiceSpace:
 
     @property
     def weights(self) -> int:
-        """Weights of the artifact, decided or not: what bits per weight are counted by."""
+        """Number of weights in the artifact, for bits per weight."""
         return sum(prod(step.rows.shape) for step in self._plan.written)
 
     def size(self, chosen: Allocation) -> int:
-        """Return the exact bytes of the weight files of an artifact."""
+        """Return the exact bytes of an artifact's weight files."""
         kinds = {
             step.outputs[0].name: chosen[name]
-            for name, steps in self._members.items()
+            for name, steps in self.members.items()
             for step in steps
         }
         return self._tunable.size(self._plan, kinds, lambda: self._planned(chosen))
@@ -131,19 +134,18 @@ class ChoiceSpace:
     def errors(self, threads: int, progress: Progress) -> dict[str, dict[str, float]]:
         """Measure the relative squared error of every unit in each of its choices.
 
-        Rows are read once, encoded and decoded in each. The error of a weight counts as much as the
-        mean square of its input, where an importance matrix knows it: the sum is then that of the
-        product's squared error, relative to the product's square.
+        With an importance matrix, a weight's squared error is multiplied by the mean square of its
+        input; the sum is then the squared error of the product, relative to the product's square.
         """
         jobs = [
             (unit, step, part)
             for unit in self.units
-            for step in self._members[unit.name]
+            for step in self.members[unit.name]
             for part in self._parts(step)
         ]
         squared: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         norms: dict[str, float] = defaultdict(float)
-        progress.begin("errors of choices", sum(_numel(step, part) for _, step, part in jobs))
+        progress.begin("quantization errors", sum(_numel(step, part) for _, step, part in jobs))
         [kernels] = kernels_for("cpu")
         try:
             with Reader(self.checkpoint) as reader, ThreadPoolExecutor(threads) as pool:
@@ -151,8 +153,9 @@ class ChoiceSpace:
                 def work(job: tuple[Unit, Step, list[RowChunk]]) -> tuple[float, dict[str, float]]:
                     unit, step, part = job
                     packed = {c: self._codecs[c] for c in unit.sizes if c != self.exact}
-                    return _Trial(self._plan, step, part, packed, kernels).measure(reader)
+                    return _RowErrors(self._plan, step, part, packed, kernels).measure(reader)
 
+                # In order of the jobs, so that sums do not depend on the threads' timing.
                 results = pool.map(work, jobs)
                 for (unit, step, part), (norm, errors) in zip(jobs, results, strict=True):
                     norms[unit.name] += norm
@@ -167,7 +170,7 @@ class ChoiceSpace:
         }
 
     def _parts(self, step: Step) -> Iterator[list[RowChunk]]:
-        """Yield chunks that must be encoded together: one, or all of a weight."""
+        """Yield the chunks to encode together: single ones, or all of a weight."""
         codecs = [codec for choice, codec in self._codecs.items() if choice != self.exact]
         grain = max((codec.grain(step.spec) for codec in codecs), default=1)
         chunks = step.rows.chunks(grain)
@@ -177,14 +180,14 @@ class ChoiceSpace:
             yield list(chunks)
 
     def recipe(self, chosen: Allocation, description: str, *, explicit: bool = False) -> str:
-        """Return the recipe that makes an artifact so."""
+        """Return the TOML recipe of an allocation."""
         return recipe_text(
             self.format,
             self.units,
             chosen,
             description=description,
             base=self._tunable.base(self.format),
-            default=self._tunable.usual(self.format),
+            default=self._tunable.default_action(self.format),
             explicit=explicit,
         )
 
@@ -192,9 +195,9 @@ class ChoiceSpace:
         return self._tunable.plan(self.checkpoint, self._recipe(chosen), self.imatrix)
 
     def _recipe(self, chosen: Allocation) -> Recipe:
-        """Return the recipe for an allocation, through its text: what is measured is what it says.
+        """Return the recipe of an allocation, loaded from its text like a user's.
 
-        A format that packs refuses a recipe by which nothing is packed.
+        A packed format refuses a recipe that packs nothing, so that case has a built-in recipe.
         """
         container, unpacked = container_of(self.format).name, self._tunable.exact_recipe
         if unpacked and set(chosen.values()) == {self.exact}:
@@ -202,14 +205,15 @@ class ChoiceSpace:
         with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
             file.write(self.recipe(chosen, "a probe"))
             file.flush()
+            # The temporary file's random name must not become the recipe's.
             return replace(load_recipe(file.name, container), name="tuned")
 
     def reference(self, folder: Path) -> str:
-        """Return the unquantized model for the engine that runs the artifacts; made if need be."""
+        """Return the unquantized model for the engine that runs artifacts; write it if needed."""
         return self._tunable.reference(self.checkpoint, folder)
 
     def make(self, chosen: Allocation, out: Path, threads: int) -> str:
-        """Write an artifact; return what an evaluation takes."""
+        """Write an artifact; return its path."""
         return str(write(self._planned(chosen), out, threads=threads).out)
 
 
@@ -222,15 +226,15 @@ def _numel(step: Step, part: Sequence[RowChunk]) -> int:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """Some rows of a weight in each of several codecs.
+class _RowErrors:
+    """Errors of some rows of a weight in several codecs.
 
     Args:
-        plan: what the weight is a step of.
-        step: the step.
-        chunks: the rows; all of them, or one run.
+        plan: the plan of `step`.
+        step: the weight's step.
+        chunks: the rows: one chunk, or all.
         codecs: choice to codec.
-        kernels: that encode.
+        kernels: encoding kernels.
     """
 
     plan: Plan
@@ -240,12 +244,12 @@ class _Trial:
     kernels: Kernels
 
     def measure(self, reader: Reader) -> tuple[float, dict[str, float]]:
-        """Return the sums of squares: of the values, and of the errors of each choice.
+        """Return the sums of squares of the values, and of the errors of each choice.
 
-        Memory is a piece, and what the codecs make of these rows: pieces are read anew to be
-        compared, which costs little for what was just read.
+        Memory is one piece and the encoded rows. Pieces are read a second time for the comparison,
+        which is cheap because they were just read.
         """
-        from qwen35.codecs.floats import f32_from
+        from qwen35.codecs.floats import f32_from  # late: pulls in numpy
 
         trips = self._trips()
         opened = self.step.rows.open(reader)
@@ -285,7 +289,7 @@ class _Trial:
 
 
 def _weighted(values: F32, weight: F32 | None) -> float:
-    """Return the sum of squares, each column counting by its weight; values: [rows, row]."""
+    """Return the sum of squares weighted by column; values: [rows, row]."""
     import numpy as np
 
     columns = np.einsum("ij,ij->j", values, values, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""What tuning must know of a container; everything else in this room is the same for all."""
+"""Tuning of each container; the rest of this package is the same for all containers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ __all__ = ["TUNABLE", "Tunable", "tunable_of"]
 
 
 class Tunable(ABC):
-    """What artifacts of one container are chosen from.
+    """The choices for artifacts of one container.
 
     Attributes:
-        typed: whether the user says which types there are, and gives an importance matrix.
-        exact: the choice that changes nothing.
-        exact_recipe: the built-in recipe of nothing but that, where rules cannot say it.
-        remedy: a hint for weights that no choice fits.
+        typed: whether the user may name the types and give an importance matrix.
+        exact: the lossless choice.
+        exact_recipe: the built-in recipe with only that choice, if rules cannot express it.
+        remedy: hint for weights that no choice fits.
     """
 
     typed: ClassVar[bool] = False
@@ -45,11 +45,11 @@ class Tunable(ABC):
 
     @abstractmethod
     def choices(self, kind: str, types: Iterable[str]) -> tuple[str, ...]:
-        """Return what there is to choose from, the exact one last.
+        """Return the choices, the exact one last.
 
         Args:
             kind: the format.
-            types: as the user named them; the usual ones if there are none.
+            types: as named by the user; the defaults if empty.
 
         Raises:
             UsageError: there is no such type.
@@ -57,15 +57,15 @@ class Tunable(ABC):
 
     @abstractmethod
     def codec(self, choice: str) -> Codec:
-        """Return the codec that a choice names."""
+        """Return the codec of a choice."""
 
     @abstractmethod
     def base(self, kind: str) -> str:
-        """Return the built-in recipe that decides what has no unit."""
+        """Return the built-in recipe for weights outside all units."""
 
     @abstractmethod
-    def usual(self, kind: str) -> str:
-        """Return what the base does with every unit; nothing if it differs."""
+    def default_action(self, kind: str) -> str:
+        """Return the base recipe's action for every unit; empty if it differs by unit."""
 
     @abstractmethod
     def plan(self, checkpoint: Checkpoint, recipe: Recipe, imatrix: Imatrix | None) -> Plan:
@@ -73,26 +73,26 @@ class Tunable(ABC):
 
     @abstractmethod
     def steps(self, plan: Plan) -> Iterator[Step]:
-        """Yield the steps of a plan by the base that could be decided otherwise, in order."""
+        """Yield the steps of a base plan whose type can be chosen, in order."""
 
     def stored(self, nbytes: int) -> int:
-        """Return what a tensor of so many bytes takes in a file."""
+        """Return the bytes a tensor of `nbytes` takes in a file."""
         return nbytes
 
     def size(self, plan: Plan, kinds: Mapping[str, str], planned: Callable[[], Plan]) -> int:
         """Return the bytes of the weight files.
 
         Args:
-            plan: by the base.
-            kinds: the choice for each tensor of its steps that is decided.
-            planned: makes the plan of what was chosen.
+            plan: by the base recipe.
+            kinds: tensor to choice.
+            planned: returns the plan with these choices.
         """
         del plan, kinds
         return sum(file.nbytes for file in planned().files)
 
     @abstractmethod
     def reference(self, checkpoint: Checkpoint, folder: Path) -> str:
-        """Return the unquantized model for the engine that runs artifacts, made if need be."""
+        """Return the unquantized model for the engine that runs artifacts; write it if needed."""
 
 
 class _Safetensors(Tunable):
@@ -111,7 +111,7 @@ class _Safetensors(Tunable):
     def base(self, kind: str) -> str:
         return kind
 
-    def usual(self, kind: str) -> str:
+    def default_action(self, kind: str) -> str:
         return kind
 
     def plan(self, checkpoint: Checkpoint, recipe: Recipe, imatrix: Imatrix | None) -> Plan:
@@ -129,7 +129,7 @@ class _Safetensors(Tunable):
 
 
 class _Gguf(Tunable):
-    """Which type of ggml each tensor gets."""
+    """Which ggml type each tensor gets."""
 
     typed = True
     exact = "f16"
@@ -137,7 +137,7 @@ class _Gguf(Tunable):
 
     types = ("q3_K", "iq4_xs", "q4_K", "q5_K", "q6_K", "q8_0", "f16")
     file_type = "Q4_K_M"
-    """Of what is written: it decides what has no unit, such as the MTP layer."""
+    """The file type of artifacts: decides weights outside all units, such as the MTP layer."""
 
     def choices(self, kind: str, types: Iterable[str]) -> tuple[str, ...]:
         del kind
@@ -153,7 +153,7 @@ class _Gguf(Tunable):
         del kind
         return "mix"
 
-    def usual(self, kind: str) -> str:
+    def default_action(self, kind: str) -> str:
         del kind
         return ""
 
@@ -171,7 +171,7 @@ class _Gguf(Tunable):
         return nbytes + -nbytes % ALIGNMENT
 
     def size(self, plan: Plan, kinds: Mapping[str, str], planned: Callable[[], Plan]) -> int:
-        del planned  # types do not change the length of a head, whose vocabulary takes seconds
+        del planned  # types do not change the header's length, and planning a vocabulary is slow
         [file] = files_of(plan)
         return file.size_with({**file.kinds, **kinds})
 
@@ -181,11 +181,11 @@ class _Gguf(Tunable):
 
 
 TUNABLE: dict[str, Tunable] = {"safetensors": _Safetensors(), "gguf": _Gguf()}
-"""Container to what tuning must know of it."""
+"""Container to its tuning."""
 
 
 def tunable_of(kind: str) -> Tunable:
-    """Return what there is to know of the container that holds a format.
+    """Return the tuning of the container of a format.
 
     Raises:
         InputError: there is no such format.

@@ -1,4 +1,4 @@
-"""What tuning will do and has done, for people and for programs."""
+"""The plan and the result of tuning, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["plan_text", "tuned_json", "tuned_text"]
 
 
 def plan_text(space: ChoiceSpace, budget: TuningBudget, probes: int) -> tuple[str, dict[str, Any]]:
-    """Return what a run would measure, as text and as plain values."""
+    """Return what a run would measure, as text and as plain values for JSON."""
     groups = group_units(space.units, probes) if probes else []
     count = sum(len(probe_choices(space, group)) for group in groups)
     smallest = {u.name: min(u.sizes, key=lambda c: u.sizes[c]) for u in space.units}
@@ -36,12 +36,12 @@ def plan_text(space: ChoiceSpace, budget: TuningBudget, probes: int) -> tuple[st
     kinds = ", ".join(names_of(space.units))
     lines = [
         f"{len(space.units)} units to decide: {kinds}",
-        f"{count} probes, of {len(groups)} groups; each writes about {size(most)} for a moment",
+        f"{count} probes of {len(groups)} groups; each temporarily writes about {size(most)}",
         f"weight files from {size(least)} to {size(most)}",
     ]
     if budget.nbytes is not None:
         lines.append(
-            f"budget {size(budget.nbytes)}, {_bits(space, budget.nbytes):.3f} bits a weight"
+            f"budget {size(budget.nbytes)}, {_bits(space, budget.nbytes):.3f} bits per weight"
         )
     return "\n".join(lines), value
 
@@ -51,7 +51,7 @@ def _bits(space: ChoiceSpace, nbytes: int) -> float:
 
 
 def tuned_json(space: ChoiceSpace, tuned: TunedRecipe) -> dict[str, Any]:
-    """Return a result as plain values."""
+    """Return a result as plain values for JSON."""
     return {
         "format": space.format,
         "bytes": tuned.nbytes,
@@ -69,14 +69,14 @@ def tuned_json(space: ChoiceSpace, tuned: TunedRecipe) -> dict[str, Any]:
 def tuned_text(
     space: ChoiceSpace, tuned: TunedRecipe, recipe: Path, width: int | None = None
 ) -> str:
-    """Render a result: a row for each kind of unit, then what it comes to."""
+    """Render a result: a row per kind of unit, then size and divergence."""
     of_kind = shares(tuned.fitted, tuned.chosen)
     rows = []
     for kind, cell in _cells(space, tuned).items():
         share = of_kind[kind] / tuned.predicted if tuned.predicted else 0.0
         rows.append((kind, f"{100 * share:>11.1f} %", cell))
     lines = described_lines(("role", "share of loss", "types"), rows, width)
-    lines += ["", f"{size(tuned.nbytes)}, {_bits(space, tuned.nbytes):.3f} bits a weight"]
+    lines += ["", f"{size(tuned.nbytes)}, {_bits(space, tuned.nbytes):.3f} bits per weight"]
     if tuned.kld is None:
         lines.append("no divergence measured: chosen by squared errors alone")
     else:
@@ -93,16 +93,17 @@ def tuned_text(
 
 
 def _cells(space: ChoiceSpace, tuned: TunedRecipe) -> dict[str, str]:
-    """Return for each kind its usual type, and the layers with another."""
+    """Return each kind's most common type, and the layers with other types."""
     layers: dict[str, dict[str, list[int | None]]] = defaultdict(lambda: defaultdict(list))
     for unit in space.units:
         layers[unit.kind][tuned.chosen[unit.name]].append(unit.layer)
     cells = {}
-    for kind, of in layers.items():
-        [(usual, _)] = Counter({choice: len(which) for choice, which in of.items()}).most_common(1)
+    for kind, by_choice in layers.items():
+        counts = Counter({choice: len(members) for choice, members in by_choice.items()})
+        [(usual, _)] = counts.most_common(1)
         others = [
-            f"{choice} in {spell_layers(layer for layer in which if layer is not None)}"
-            for choice, which in of.items()
+            f"{choice} in {spell_layers(layer for layer in members if layer is not None)}"
+            for choice, members in by_choice.items()
             if choice != usual
         ]
         cells[kind] = "; ".join([usual, *others])

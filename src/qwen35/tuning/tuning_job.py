@@ -1,4 +1,4 @@
-"""What a tuning is asked for, checked and opened before anything is measured, and carried out."""
+"""A tuning job: check the request and open its inputs before measuring, then run it."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from qwen35.tuning.tuning_display import tuned_json
 __all__ = ["Format", "TuningJob", "TuningRequest", "TuningResult", "prepare", "run"]
 
 Format = str
-"""A format of recipes that can be tuned: one of `qwen35.tuning.formats.FORMATS`."""
+"""A tunable recipe format: one of `qwen35.tuning.formats.FORMATS`."""
 
 
 @dataclass(frozen=True)
 class TuningRequest:
-    """What the user asks for.
+    """User options of tuning.
 
     Args:
         model: folder or Hub id.
         format: of the artifact.
-        text: to measure on.
-        size: of the weight files, at most: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
-        max_kld: mean divergence on the text, at most, in nats; instead of a size.
-        output: recipe to write; None to only look.
-        types: to choose from, in GGUF files; the usual ones if empty.
+        text: the tuning text.
+        size: most bytes of the weight files: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
+        max_kld: largest mean divergence on the text, in nats; instead of a size.
+        output: recipe to write; None for a dry run.
+        types: GGUF types to choose from; the defaults if empty.
         imatrix: for GGUF files: importance matrix, or ``hf:owner/name/path``.
-        measurements: file that keeps what is measured; by default the recipe's name with .json.
-        start_from: measurements of the model that this one was tuned from.
-        probes: groups to measure at most; 0 for squared errors alone.
-        chunks: of the text, to measure on.
-        context: tokens a chunk.
-        explicit: a rule for every role in every layer.
+        measurements: file that keeps measurements; by default the recipe's name with .json.
+        start_from: measurements of the model that this one was fine-tuned from.
+        probes: most groups to probe; 0 for squared errors alone.
+        chunks: most chunks of the text to measure on.
+        context: tokens per chunk.
+        explicit: write a rule for every role in every layer.
         device: for transformers.
-        threads: at most so many; all processors if None.
+        threads: most threads; None for all processors.
         overwrite: replace the recipe.
         token: for the Hub.
     """
@@ -78,14 +78,14 @@ class TuningJob:
     """A prepared tuning.
 
     Args:
-        asked: what was asked for.
+        request: the user's options.
         checkpoint: the model.
         space: the choices.
-        budget: what must be kept to.
-        text: what is measured on.
+        budget: the limit.
+        text: the tuning text.
     """
 
-    asked: TuningRequest
+    request: TuningRequest
     checkpoint: Checkpoint
     space: ChoiceSpace
     budget: TuningBudget
@@ -94,13 +94,13 @@ class TuningJob:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """What came of it.
+    """The result of tuning.
 
     Args:
-        recipe: the file that was written.
-        space: the choices that there were.
-        tuned: what was chosen, and what it costs.
-        measured: everything that was measured.
+        recipe: the file written.
+        space: the choices.
+        tuned: the allocation and its cost.
+        measured: all measurements.
     """
 
     recipe: Path
@@ -109,23 +109,23 @@ class TuningResult:
     measured: Measurements
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return plain values for JSON."""
         return {**tuned_json(self.space, self.tuned), "recipe": str(self.recipe)}
 
 
-def prepare(asked: TuningRequest) -> TuningJob:
-    """Check what was asked for and open the model; without an output, from headers alone.
+def prepare(request: TuningRequest) -> TuningJob:
+    """Check the request and open the model; without an output, read only headers.
 
     Raises:
-        UsageError: something is missing, contradicts or exists already.
+        UsageError: an option is missing, contradicts another, or its file exists already.
         InputError: the model, the text or the matrix cannot be read.
         HubError: the Hub refused, or was not reached.
     """
-    _check(asked)
-    text = read_text(asked.text)
-    checkpoint = (fetch if asked.output else describe)(asked.model, token=asked.token)
-    space = _space(checkpoint, asked)
-    return TuningJob(asked, checkpoint, space, _budget(asked, space), text)
+    _check(request)
+    text = read_text(request.text)
+    checkpoint = (fetch if request.output else describe)(request.model, token=request.token)
+    space = _space(checkpoint, request)
+    return TuningJob(request, checkpoint, space, _budget(request, space), text)
 
 
 def run(job: TuningJob, progress: Callable[[str], Progress] = lambda _: Silent()) -> TuningResult:
@@ -133,119 +133,121 @@ def run(job: TuningJob, progress: Callable[[str], Progress] = lambda _: Silent()
 
     Args:
         job: with an output.
-        progress: makes progress that counts a unit.
+        progress: returns a progress that counts the named unit.
 
     Raises:
-        UsageError: the budget cannot be kept to, or the measurements are of another case.
+        UsageError: the budget cannot be met, or the measurements have another key.
     """
-    asked = job.asked
-    assert asked.output is not None  # or there would be nothing to write
-    path = asked.measurements or asked.output.with_suffix(".json")
-    threads = asked.threads or default_threads()
-    setting = ProbeSetting(asked.text, asked.context, asked.chunks, threads, asked.device)
+    request = job.request
+    assert request.output is not None  # the caller runs no job without an output
+    path = request.measurements or request.output.with_suffix(".json")
+    threads = request.threads or default_threads()
+    setting = ProbeSetting(request.text, request.context, request.chunks, threads, request.device)
     measured = _measurements(job, path)
     tuned = tune(
         job.space,
         job.budget,
         setting,
         measured,
-        probes=asked.probes,
-        save=lambda found: found.save(path),
-        work=asked.output.parent,
+        probes=request.probes,
+        save=lambda measurements: measurements.save(path),
+        work=request.output.parent,
         progress=progress,
     )
-    text = job.space.recipe(tuned.chosen, _describe(tuned), explicit=asked.explicit)
-    part = asked.output.with_name(f".{asked.output.name}.part")
+    text = job.space.recipe(tuned.chosen, _describe(tuned), explicit=request.explicit)
+    # Through a rename, so that an interrupted run leaves no half recipe.
+    part = request.output.with_name(f".{request.output.name}.part")
     part.write_text(text, "utf-8")
-    part.replace(asked.output)
-    return TuningResult(asked.output, job.space, tuned, measured)
+    part.replace(request.output)
+    return TuningResult(request.output, job.space, tuned, measured)
 
 
-def _check(asked: TuningRequest) -> None:
-    """Check what can be checked before anything is read."""
-    if (asked.size is None) == (asked.max_kld is None):
+def _check(request: TuningRequest) -> None:
+    """Check the options before anything is read."""
+    if (request.size is None) == (request.max_kld is None):
         raise UsageError("--size, --max-kld", "none or both", expected="one of them")
-    if asked.max_kld is not None and not 0 < asked.max_kld < 100:
-        raise UsageError("--max-kld", str(asked.max_kld), expected="nats, such as 0.02")
-    if asked.probes < 0:
-        raise UsageError("--probes", str(asked.probes), expected="a number of groups, or 0")
-    _check_format(asked)
-    if asked.output is None:
+    if request.max_kld is not None and not 0 < request.max_kld < 100:
+        raise UsageError("--max-kld", str(request.max_kld), expected="nats, such as 0.02")
+    if request.probes < 0:
+        raise UsageError("--probes", str(request.probes), expected="a number of groups, or 0")
+    _check_format(request)
+    if request.output is None:
         return
-    if asked.output.suffix != ".toml":
+    if request.output.suffix != ".toml":
         expected = "a file to write, ending with .toml"
-        raise UsageError("--output", str(asked.output), expected=expected)
-    if not asked.output.absolute().parent.is_dir():
-        found = f"{asked.output.parent} is not a folder"
+        raise UsageError("--output", str(request.output), expected=expected)
+    if not request.output.absolute().parent.is_dir():
+        found = f"{request.output.parent} is not a folder"
         raise UsageError("--output", found, hint="make it first")
-    if asked.output.exists() and not asked.overwrite:
-        raise UsageError("--output", f"{asked.output} exists", hint="give --overwrite")
+    if request.output.exists() and not request.overwrite:
+        raise UsageError("--output", f"{request.output} exists", hint="give --overwrite")
 
 
-def _check_format(asked: TuningRequest) -> None:
-    if asked.format not in FORMATS:
-        raise UsageError("--format", asked.format, expected=", ".join(FORMATS))
-    if (asked.types or asked.imatrix) and not tunable_of(asked.format).typed:
-        option = "--types" if asked.types else "--imatrix"
+def _check_format(request: TuningRequest) -> None:
+    if request.format not in FORMATS:
+        raise UsageError("--format", request.format, expected=", ".join(FORMATS))
+    if (request.types or request.imatrix) and not tunable_of(request.format).typed:
+        option = "--types" if request.types else "--imatrix"
         typed = (kind for kind in FORMATS if tunable_of(kind).typed)
         expected = f"--format {' or '.join(typed)}"
-        raise UsageError(option, f"given with --format {asked.format}", expected=expected)
+        raise UsageError(option, f"given with --format {request.format}", expected=expected)
 
 
-def _space(checkpoint: Checkpoint, asked: TuningRequest) -> ChoiceSpace:
-    from qwen35.planning.gguf_files.imatrix import open_imatrix
+def _space(checkpoint: Checkpoint, request: TuningRequest) -> ChoiceSpace:
+    from qwen35.planning.gguf_files.imatrix import open_imatrix  # late: only GGUF needs it
 
-    choices = tunable_of(asked.format).choices(asked.format, asked.types)
-    imatrix = open_imatrix(asked.imatrix, asked.token) if asked.imatrix else None
-    return ChoiceSpace(checkpoint, asked.format, choices, imatrix)
+    choices = tunable_of(request.format).choices(request.format, request.types)
+    imatrix = open_imatrix(request.imatrix, request.token) if request.imatrix else None
+    return ChoiceSpace(checkpoint, request.format, choices, imatrix)
 
 
-def _budget(asked: TuningRequest, space: ChoiceSpace) -> TuningBudget:
-    if asked.size is None:
-        return TuningBudget(kld=asked.max_kld)
-    if isinstance(asked.size, int):
-        return TuningBudget(nbytes=asked.size)
+def _budget(request: TuningRequest, space: ChoiceSpace) -> TuningBudget:
+    if request.size is None:
+        return TuningBudget(kld=request.max_kld)
+    if isinstance(request.size, int):
+        return TuningBudget(nbytes=request.size)
     try:
-        if asked.size.lower().endswith("bpw"):
-            return TuningBudget(nbytes=int(float(asked.size[:-3]) * space.weights / 8))
-        return TuningBudget(nbytes=bytes_of(asked.size))
+        if request.size.lower().endswith("bpw"):
+            return TuningBudget(nbytes=int(float(request.size[:-3]) * space.weights / 8))
+        return TuningBudget(nbytes=bytes_of(request.size))
     except ValueError as error:
         expected = "bits per weight or bytes: 4.5bpw, 3.2GB"
-        raise UsageError("--size", repr(asked.size), expected=expected) from error
+        raise UsageError("--size", repr(request.size), expected=expected) from error
 
 
 def _measurements(job: TuningJob, path: Path) -> Measurements:
-    """Return what is in the file, if it is of this very case, or nothing measured yet.
+    """Load the measurements with this job's key, or start new ones.
 
     Raises:
-        UsageError: the file is of another case, or there is nothing to start from.
+        UsageError: the file has another key, or there is nothing to start from.
     """
-    asked, imatrix = job.asked, job.space.imatrix
+    request, imatrix = job.request, job.space.imatrix
     key = MeasurementKey(
-        asked.format,
+        request.format,
         model_digest(job.checkpoint),
         job.text.sha256,
-        asked.context,
-        asked.chunks,
+        request.context,
+        request.chunks,
         imatrix.digest if imatrix else "",
     )
     if path.exists():
-        found = load_measurements(path)
-        if found.key != key:
-            differing = [n for n in vars(key) if getattr(key, n) != getattr(found.key, n)]
+        stored = load_measurements(path)
+        if stored.key != key:
+            differing = [n for n in vars(key) if getattr(key, n) != getattr(stored.key, n)]
             raise UsageError(
                 str(path),
                 f"measured with another {', '.join(differing)}",
-                hint="give another --measurements, or it as --start-from",
+                hint="give another --measurements, or this file as --start-from",
             )
-        return found
+        return stored
     fresh = Measurements(key, Path(job.checkpoint.name).name)
-    if asked.start_from is not None:
-        earlier = load_measurements(asked.start_from)
-        if earlier.key.format != asked.format or not earlier.probes:
-            there = f"measurements of {earlier.key.format}" if earlier.probes else "no probes"
-            expected = f"probes of {asked.format}"
-            raise UsageError(str(asked.start_from), there, expected=expected)
+    if request.start_from is not None:
+        earlier = load_measurements(request.start_from)
+        if earlier.key.format != request.format or not earlier.probes:
+            found = f"measurements of {earlier.key.format}" if earlier.probes else "no probes"
+            expected = f"probes of {request.format}"
+            raise UsageError(str(request.start_from), found, expected=expected)
+        # Slopes and groups carry over to a fine-tune; squared errors are measured anew.
         fresh.groups, fresh.probes = earlier.groups, earlier.probes
     return fresh
 

@@ -1,4 +1,4 @@
-"""What can be decided: the units that get one type each, and what each choice takes."""
+"""Units of allocation: weights that get one type together, and the bytes of each choice."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 __all__ = ["Allocation", "Unit", "names_of"]
 
 Allocation = Mapping[str, str]
-"""Unit to the choice it gets."""
+"""Unit to its choice."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Weights that must be stored alike.
+    """Weights that must be stored in the same type.
 
     Args:
         name: ``role`` or ``role@layer``.
-        roles: the roles in it: one, or those that engines join into one matrix.
-        layer: of all its weights; None for what is in no layer.
-        numel: its weights.
-        sizes: choice to the bytes it takes, in the order of the choices.
+        roles: one role, or those that engines join into one matrix.
+        layer: of all its weights; None outside the layers.
+        numel: number of weights.
+        sizes: choice to bytes, in the order of the choices.
     """
 
     name: str
@@ -31,10 +31,10 @@ class Unit:
 
     @property
     def kind(self) -> str:
-        """What it is, whatever its layer."""
+        """The name without the layer."""
         return self.name.partition("@")[0]
 
 
 def names_of(units: Sequence[Unit]) -> Iterator[str]:
-    """Yield the kinds of units, each once, in order."""
+    """Yield the distinct kinds of units, in order."""
     yield from dict.fromkeys(unit.kind for unit in units)

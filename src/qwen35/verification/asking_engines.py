@@ -1,4 +1,4 @@
-"""How an artifact is asked: in transformers, in vLLM, or file by file in llama.cpp."""
+"""Ask an artifact all questions: in transformers, in vLLM, or file by file in llama.cpp."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["check_engine", "in_engine", "in_llama"]
 
 
 def check_engine(engine: Engine | None) -> None:
-    """Check that an engine other than the usual one is there, without importing it.
+    """Check that an engine that was asked for is installed, without importing it.
 
     Raises:
         UsageError: it is not installed.
@@ -27,7 +27,7 @@ def check_engine(engine: Engine | None) -> None:
 
 
 def in_engine(engine: Engine | None, folder: Path, *, vision: bool) -> BehaviourResult:
-    """Load a checkpoint in an engine, transformers if None, and ask it everything."""
+    """Load a checkpoint in an engine (transformers by default) and ask all questions."""
     return _in_vllm(folder, vision) if engine == "vllm" else _in_transformers(folder)
 
 
@@ -52,7 +52,7 @@ def _in_transformers(folder: Path) -> BehaviourResult:
 
 
 def in_llama(containers: Iterable[GgufHeader], threads: int) -> BehaviourResult:
-    """Load text models in llama.cpp, one after the other, and ask each everything but pictures."""
+    """Load text models in llama.cpp, one at a time, and ask each all questions without pictures."""
     from qwen35.verification.asking_llama import LlamaAsker
 
     answers: list[Answer] = []
@@ -60,11 +60,11 @@ def in_llama(containers: Iterable[GgufHeader], threads: int) -> BehaviourResult:
     for container in containers:
         file = container.path.name
         with LlamaAsker(container, threads) as asker:
-            said = list(ask(asker, image=False))
-        answers += [replace(answer, file=file) for answer in said]
+            file_answers = list(ask(asker, image=False))
+        answers += [replace(answer, file=file) for answer in file_answers]
         findings += [
             replace(finding, subject=f"{file}: {finding.subject}")
-            for finding in behaviour_findings(said)
+            for finding in behaviour_findings(file_answers)
         ]
-    note = "asked in llama.cpp, without pictures: the binding is built without its vision part"
+    note = "asked in llama.cpp, without pictures: the binding is built without vision support"
     return BehaviourResult(tuple(answers), tuple(findings), (note,))

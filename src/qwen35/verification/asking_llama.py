@@ -1,4 +1,4 @@
-"""Behaviour of GGUF files: the file's own template and tokens, llama.cpp's arithmetic."""
+"""Ask a GGUF file in llama.cpp, with the chat template and the tokens of the file."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class LlamaAsker(Closing):
     """A GGUF file that answers questions, greedily.
 
     Args:
-        container: its head.
-        threads: of llama.cpp.
+        container: the file's header.
+        threads: threads of llama.cpp.
 
     Raises:
-        InputError: llama.cpp does not load it, or its chat template does not compile.
+        InputError: llama.cpp cannot load it, or its chat template does not compile.
         UsageError: llama-cpp-python is not installed.
     """
 
     def __init__(self, container: GgufHeader, threads: int = 1) -> None:
-        self._template = _template(container.path, container.keys["tokenizer.chat_template"])
+        self._template = compile_template(container.path, container.keys["tokenizer.chat_template"])
         self._llama = Llama(container.path, context=_CONTEXT, threads=threads)
 
     def close(self) -> None:
-        """Free the model; harmless when freed."""
+        """Free the model; may be called twice."""
         self._llama.close()
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
-        """Return the model's turn; with thinking it holds the reasoning too."""
+        """Return the model's turn, including the reasoning if it thinks."""
         text = self._template.render(
             messages=[{"role": "user", "content": question.prompt}],
             add_generation_prompt=True,
@@ -49,7 +49,7 @@ class LlamaAsker(Closing):
         )
 
         def penalized(row: F32, seen: Sequence[int]) -> F32:
-            """Divide positive logits of tokens seen, multiply negative ones (Keskar 2019)."""
+            """Penalize the logits of tokens seen, as transformers does (Keskar 2019)."""
             changed = row.copy()
             places = np.unique(np.array(seen))
             values = changed[places]
@@ -62,8 +62,8 @@ class LlamaAsker(Closing):
         return self._llama.decode(self._llama.answer(prompt, question.tokens, penalized))
 
 
-def _template(path: Path, source: str) -> Any:
-    """Compile a chat template as transformers does, in a sandbox."""
+def compile_template(path: Path, source: str) -> Any:
+    """Compile a chat template with the settings of transformers, in a sandbox."""
     from jinja2.exceptions import TemplateError
     from jinja2.ext import loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment

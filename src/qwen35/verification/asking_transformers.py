@@ -1,4 +1,4 @@
-"""Behaviour: load an artifact in transformers, ask it something, and judge the answer."""
+"""Ask a checkpoint in transformers; the questions and the judgement of answers are shared."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class Halves:
 
 @dataclass(frozen=True)
 class Question:
-    """A question and what a right answer is.
+    """A question and its right answer.
 
     Args:
-        prompt: the user's words.
+        prompt: the user's turn.
         expect: what the answer must be or hold.
         match: ``word``: the answer is this word; ``any``: it holds one of these words; ``all``: all
             of them; ``words``: one sentence with all of these; ``contains``: it holds this text;
             ``code``: a Python function that holds this text; ``sum``: a Python function that
             returns the sum of its two arguments.
-        thinking: whether the model may reason first; if so it must, and must finish.
+        thinking: the model must reason first, and finish its reasoning.
         image: a picture shown with the question.
-        tokens: how long its turn may be.
+        tokens: maximum length of the model's turn.
     """
 
     prompt: str
@@ -68,24 +68,24 @@ class Question:
         return cls(row["prompt"], row["expect"], row["match"], bool(row["thinking"]), image)
 
 
-def is_right(question: Question, said: str) -> bool:
+def is_right(question: Question, turn: str) -> bool:
     """Judge the model's turn.
 
     >>> is_right(Question("2 + 2?", "4"), "4."), is_right(Question("2 + 2?", "4"), "It is 5")
     (True, False)
     """
     if question.thinking:
-        thought, closed, said = said.partition("</think>")
+        thought, closed, turn = turn.partition("</think>")
         if not closed or not thought.strip():
             return False
-    elif "<think>" in said:
+    elif "<think>" in turn:
         return False
-    return _matches(question, said.strip())
+    return _matches(question, turn.strip())
 
 
-def _matches(question: Question, said: str) -> bool:
+def _matches(question: Question, answer: str) -> bool:
     expect = question.expect.casefold()
-    words = re.findall(r"\w+", said.casefold())
+    words = re.findall(r"\w+", answer.casefold())
     if question.match == "word":
         return words == [expect]
     if question.match == "any":
@@ -93,22 +93,23 @@ def _matches(question: Question, said: str) -> bool:
     if question.match == "all":
         return set(expect.split()) <= set(words)
     if question.match == "words":
-        return set(expect.split()) <= set(words) and said.count(".") == 1
+        return set(expect.split()) <= set(words) and answer.count(".") == 1
     if question.match == "contains":
-        return expect in said.casefold()
+        return expect in answer.casefold()
     if question.match == "code":
-        block = re.fullmatch(r"```python\n(.*)\n```", said, flags=re.DOTALL)
-        return block is not None and "def " in said and expect in said.casefold()
+        block = re.fullmatch(r"```python\n(.*)\n```", answer, flags=re.DOTALL)
+        return block is not None and "def " in answer and expect in answer.casefold()
     if question.match == "sum":
-        return _sums(said)
+        return _sums(answer)
     raise UsageError(question.prompt, f"match {question.match!r}", expected="word, words, ...")
 
 
-def _sums(said: str) -> bool:
-    """Whether an answer holds a Python function that adds its two arguments; nothing is run."""
-    block = re.search(r"```(?:python|py)?\n(.*?)```", said, flags=re.DOTALL)
+def _sums(answer: str) -> bool:
+    """Return whether an answer defines a Python function that adds its two arguments."""
+    # parsed, never run: a model wrote it
+    block = re.search(r"```(?:python|py)?\n(.*?)```", answer, flags=re.DOTALL)
     try:
-        tree = ast.parse(block[1] if block else said)
+        tree = ast.parse(block[1] if block else answer)
     except (SyntaxError, ValueError, RecursionError):
         return False
     for function in ast.walk(tree):
@@ -131,41 +132,42 @@ class Asker:
 
     Attributes:
         vision: whether it sees pictures.
-        missing: weights that the model has and the files have not, or the other way round.
-        settled: 4-bit layers that were kept off a path which this processor cannot take.
+        missing: weights that only the model or only the files have.
+        settled: number of 4-bit layers kept off a code path that fails on this processor.
 
     Raises:
-        UsageError: transformers or torch is not installed, or, for pictures, Pillow.
+        UsageError: transformers, torch or, for pictures, Pillow is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._torch, transformers = torch_and_transformers("asking the model")
+        self.torch, transformers = torch_and_transformers("asking the model")
         loaded = TorchModel(folder)
         self.model, self.vision = loaded.model, loaded.vision
         self.missing, self.settled = loaded.missing, loaded.settled
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-        self._images: Any = (
+        self.images: Any = (
             transformers.AutoImageProcessor.from_pretrained(folder) if self.vision else None
         )
 
     def move(self, device: str, *, drop_tower: bool) -> bool:
-        """Move the model to a device, without its vision tower if asked to; False if it is full.
+        """Move the model to a device, optionally without its vision tower.
 
-        A model that does not fit is back on the CPU afterwards.
+        Returns:
+            False if it does not fit; the model is on the CPU again.
         """
         if drop_tower:
             self.model.model.visual = None
             self.vision = False
         try:
             self.model.to(device)
-        except self._torch.OutOfMemoryError:
+        except self.torch.OutOfMemoryError:
             self.model.to("cpu")
             return False
         return True
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
-        """Return the model's turn; with thinking it holds the reasoning too."""
-        torch = self._torch
+        """Return the model's turn, including the reasoning if it thinks."""
+        torch = self.torch
         inputs = {name: part.to(self.model.device) for name, part in self._inputs(question).items()}
         with torch.no_grad():
             out = self.model.generate(
@@ -179,7 +181,7 @@ class Asker:
         return text
 
     def _inputs(self, question: Question) -> dict[str, Any]:
-        torch = self._torch
+        torch = self.torch
         content: list[dict[str, str]] = [{"type": "text", "text": question.prompt}]
         if question.image is not None:
             content.insert(0, {"type": "image"})
@@ -193,17 +195,18 @@ class Asker:
         if question.image is None:
             row = torch.tensor([ids])
             return {"input_ids": row, "attention_mask": torch.ones_like(row)}
-        seen = self._images(images=drawn(question.image), return_tensors="pt")
+        pixels = self.images(images=drawn(question.image), return_tensors="pt")
         pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        tokens = int(seen["image_grid_thw"].prod()) // self._images.merge_size**2
+        # the template has one pad token per picture; the model needs one per merged patch
+        tokens = int(pixels["image_grid_thw"].prod()) // self.images.merge_size**2
         at = ids.index(pad)
         row = torch.tensor([[*ids[:at], *[pad] * tokens, *ids[at + 1 :]]])
         return {
             "input_ids": row,
             "attention_mask": torch.ones_like(row),
             "mm_token_type_ids": (row == pad).int(),
-            "pixel_values": seen["pixel_values"],
-            "image_grid_thw": seen["image_grid_thw"],
+            "pixel_values": pixels["pixel_values"],
+            "image_grid_thw": pixels["image_grid_thw"],
         }
 
 

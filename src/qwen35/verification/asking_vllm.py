@@ -1,4 +1,4 @@
-"""Behaviour in vLLM: the engine that serves the artifact, with its own template and pictures."""
+"""Ask a checkpoint in vLLM, with the artifact's chat template and with pictures."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _CONTEXT = 2048
 
 
 def check_vllm() -> None:
-    """Check that there is a vLLM, without importing it.
+    """Check that vLLM is installed, without importing it.
 
     Raises:
-        UsageError: there is none.
+        UsageError: it is not.
     """
     if find_spec("vllm") is None:
         raise UsageError(
@@ -32,7 +32,7 @@ def check_vllm() -> None:
 
 
 class VllmAsker:
-    """An artifact that answers questions in vLLM, greedily, on whatever vLLM was built for.
+    """An artifact that answers questions in vLLM, greedily, on the device vLLM was built for.
 
     Args:
         folder: the artifact.
@@ -42,7 +42,7 @@ class VllmAsker:
     def __init__(self, folder: Path, *, vision: bool) -> None:
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # stdout is for data
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM, SamplingParams
+        from vllm import LLM, SamplingParams  # late: it reads these variables when imported
 
         self._sampling = SamplingParams
         self._llm: Any = LLM(
@@ -53,7 +53,7 @@ class VllmAsker:
         )
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
-        """Return the model's turn; with thinking it holds the reasoning too."""
+        """Return the model's turn, including the reasoning if it thinks."""
         content: list[dict[str, Any]] = [{"type": "text", "text": question.prompt}]
         if question.image is not None:
             png = io.BytesIO()

@@ -1,8 +1,8 @@
-"""Bands for FP8: what is good, what is a warning, what must not ship.
+"""Bands for FP8: GOOD, WARN and FAIL.
 
-``derived`` judges by what the format can do, whatever the magnitude of the weights (docs/fp8.md
-has the derivation); ``documented`` are the absolute bands of the toolkit before us. E4M3 reaches a
-cosine of 0.99966 on bell-shaped weights, so the documented 0.9997 is out of its reach.
+``derived`` bands follow from the format and do not depend on the magnitude of the weights
+(derivation in docs/fp8.md); ``documented`` are the absolute bands of the earlier toolkit. E4M3
+reaches a cosine of 0.99966 on bell-shaped weights, so the documented 0.9997 is unreachable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["BANDS", "WORST_ERROR", "Band", "BandMetric", "judge", "worse"]
 Band = Literal["GOOD", "WARN", "FAIL"]
 
 TYPICAL_ERROR = 0.03
-"""Relative: rounding alone costs 0.023 to 0.027, on uniform as on heavy-tailed weights."""
+"""Rounding alone has a relative error of 0.023 to 0.027, on uniform and heavy-tailed weights."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class BandMetric:
     """One row of the report.
 
     Args:
-        name: as the report calls it.
-        value: of a tensor, as shown.
-        good: the bound of what is good.
-        limit: the bound of what may ship.
+        name: its name in the report.
+        value: the value that is shown for a tensor.
+        good: bound of GOOD.
+        limit: bound of WARN.
         typical: the typical range, as text.
         hard: the hard limit, as text.
-        judged: of a tensor, what is compared with the bounds; `value` when None.
-        rises: whether more is better.
-        largest: whether the report shows the largest value of all tensors, and not the mean.
+        judged: the value that is compared with the bounds; by default `value`.
+        rises: larger values are better.
+        largest: the report shows the largest value of all tensors, not the mean.
     """
 
     name: str
@@ -48,13 +48,13 @@ class BandMetric:
     largest: bool = False
 
     def band(self, tensors: Iterable[ErrorSums]) -> Band:
-        """Judge the mean or the largest of some tensors."""
-        judged = [(self.judged or self.value)(errors) for errors in tensors]
-        found = max(judged) if self.largest else sum(judged) / len(judged)
+        """Judge the mean or the largest value of some tensors."""
+        values = [(self.judged or self.value)(errors) for errors in tensors]
+        value = max(values) if self.largest else sum(values) / len(values)
         sign = -1 if self.rises else 1
-        if sign * found <= sign * self.good:
+        if sign * value <= sign * self.good:
             return "GOOD"
-        return "WARN" if sign * found <= sign * self.limit else "FAIL"
+        return "WARN" if sign * value <= sign * self.limit else "FAIL"
 
 
 def _cosine(errors: ErrorSums) -> float:
@@ -78,13 +78,13 @@ def _relative_rmse(errors: ErrorSums) -> float:
 
 
 def _beyond(errors: ErrorSums) -> float:
-    """Return 2 if a code is misplaced, 1 if one saturates, 0 if all is rounding."""
+    """Return 2 if a code is misplaced, 1 if one saturates, 0 if all errors are rounding."""
     return 2 if errors.misplaced else 1 if errors.clipped else 0
 
 
 _GOOD_COSINE = 1 - TYPICAL_ERROR**2 / 2
 _LEAST_COSINE = 1 - WORST_ERROR**2 / 2
-"""An error r at right angles to the weights turns them by r: cos r = 1 - r^2 / 2."""
+"""An error r at right angles to the weights turns them by an angle of cosine 1 - r^2 / 2."""
 
 _DERIVED = (
     BandMetric(
@@ -117,7 +117,7 @@ _DERIVED = (
         f"≤ {WORST_ERROR}",
         largest=True,
     ),
-    BandMetric(
+    BandMetric(  # saturation alone is a warning: the file is what --calib-mode asked for
         "worst MaxAE", _worst, 0, 1, "no clipping", "no code astray", judged=_beyond, largest=True
     ),
 )
@@ -130,13 +130,13 @@ _DOCUMENTED = (
 )
 
 BANDS: dict[str, tuple[BandMetric, ...]] = {"derived": _DERIVED, "documented": _DOCUMENTED}
-"""Name to the metrics by which a tensor is judged."""
+"""Name of the bands to their metrics."""
 
 _ORDER: tuple[Band, ...] = ("GOOD", "WARN", "FAIL")
 
 
 def worse(*bands: Band) -> Band:
-    """Return the worst of some bands; GOOD of none."""
+    """Return the worst of some bands; GOOD if there are none."""
     return max(bands, key=_ORDER.index, default="GOOD")
 
 

@@ -1,4 +1,4 @@
-"""Behaviour: what every artifact is asked, and what a right answer is."""
+"""Behaviour: the questions for every artifact, and the findings on its answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 REPETITION_PENALTY = 1.15
-"""What the commands before us decode with."""
+"""As in the earlier commands."""
 
 IMAGE = Question(
     "What color is the left half of this image? Answer with one word.",
@@ -49,64 +49,64 @@ TASKS = (
     ),
     Question("What is the capital of France?", "Paris", "contains", tokens=512),
 )
-"""Asked with thinking off and on."""
+"""Asked with thinking off, then on."""
 
-NOT_ASKED = "not asked anything: what was found must be repaired first"
-"""A note on an artifact with other findings."""
+NOT_ASKED = "no questions asked: fix the findings first"
+"""The note on an artifact with findings at a lower depth."""
 
 
 class AnsweringModel(Protocol):
-    """What answers questions: a model in some engine."""
+    """A model in some engine that answers questions."""
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
-        """Return the model's turn; with thinking it holds the reasoning too."""
+        """Return the model's turn, including the reasoning if it thinks."""
         ...
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question with what the model said.
+    """A question and the model's answer.
 
     Args:
-        question: what was asked.
-        said: the whole turn.
-        file: which of several was asked.
+        question: the question.
+        turn: the model's whole turn.
+        file: the file that was asked, if there are several.
     """
 
     question: Question
-    said: str
+    turn: str
     file: str = ""
 
     @property
     def right(self) -> bool:
-        """Whether it is right, with a finished reasoning block if and only if one was asked for."""
-        return is_right(self.question, self.said)
+        """Whether it is right, and reasons if and only if thinking is on."""
+        return is_right(self.question, self.turn)
 
     @property
     def fault(self) -> str:
-        """What is wrong, in a few words."""
-        thinking, said = self.question.thinking, self.said
-        if thinking and "</think>" not in said:
+        """What is wrong with it, in a few words."""
+        thinking, turn = self.question.thinking, self.turn
+        if thinking and "</think>" not in turn:
             return "thinking ON: the reasoning does not end"
-        if thinking and not said.partition("</think>")[0].strip():
+        if thinking and not turn.partition("</think>")[0].strip():
             return "thinking ON: no reasoning"
-        if not thinking and "<think>" in said:
+        if not thinking and "<think>" in turn:
             return "thinking OFF: there is a reasoning block"
-        return f"{said.rpartition('</think>')[2].strip()[:80]!r}, expected {self.question.expect!r}"
+        return f"{turn.rpartition('</think>')[2].strip()[:80]!r}, expected {self.question.expect!r}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
-        asked = {**asdict(self.question), "said": self.said, "right": self.right}
-        return {"file": self.file, **asked} if self.file else asked
+        """Return it as plain values."""
+        values = {**asdict(self.question), "said": self.turn, "right": self.right}
+        return {"file": self.file, **values} if self.file else values
 
 
 @dataclass(frozen=True)
 class BehaviourResult:
-    """What came of asking an artifact everything.
+    """The result of asking an artifact all questions.
 
     Args:
-        answers: what it said.
-        findings: what is wrong with that.
+        answers: its answers.
+        findings: wrong answers and loading errors.
         notes: how it was asked.
     """
 
@@ -118,7 +118,7 @@ class BehaviourResult:
 def ask(
     engine: AnsweringModel, *, image: bool, thinking: tuple[bool, ...] = (False, True)
 ) -> Iterator[Answer]:
-    """Ask everything, one after the other: the picture first, if the model sees."""
+    """Ask all questions in turn, the picture first if the model sees."""
     if image:
         yield _ask(engine, IMAGE)
     for on in thinking:

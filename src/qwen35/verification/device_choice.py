@@ -1,4 +1,4 @@
-"""Where a model is asked: on the GPU, on it without its vision tower, or on the CPU."""
+"""Choose where to ask a model: on the GPU, on the GPU without its vision tower, or on the CPU."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["Strategy", "choose", "free_gpu_bytes", "sizes"]
 Strategy = Literal["cuda_direct", "cuda_drop", "cpu"]
 
 _SHARE = 0.95
-"""Part of the free memory that the weights may take."""
+"""Share of the free GPU memory that weights may take; the rest is for activations and the cache."""
 
 
 def choose(total: int, visual: int, free: int) -> Strategy:
     """Choose by bytes on disk.
 
     Args:
-        total: of all weights.
-        visual: of the vision tower.
-        free: on the GPU; 0 if there is none.
+        total: bytes of all weights.
+        visual: bytes of the vision tower.
+        free: free bytes on the GPU; 0 without a GPU.
     """
     if total <= _SHARE * free:
         return "cuda_direct"

@@ -1,4 +1,4 @@
-"""The FP8 report as text, in the layout of the toolkit before us."""
+"""The FP8 report as text, in the layout of the earlier toolkit."""
 
 from __future__ import annotations
 

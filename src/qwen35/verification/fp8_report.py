@@ -1,4 +1,4 @@
-"""The report on an FP8 conversion: every tensor beside its original, judged by bands."""
+"""The report on an FP8 conversion: every tensor compared with its original and judged by bands."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Fp8Report:
-    """What a check of an FP8 conversion saw.
+    """The result of a check of an FP8 conversion.
 
     Args:
         scale_choice: how the scales were chosen.
         bands: a key of `BANDS`.
-        shards: files.
-        packed: FP8 weights.
-        passthrough: weights that are not FP8.
-        identical: passthrough weights whose bytes are those of the source.
-        errors: for each FP8 weight that was compared, how far it is off.
-        findings: what is wrong beside the bands.
+        shards: number of files.
+        packed: number of FP8 weights.
+        passthrough: number of other weights.
+        identical: number of other weights with the bytes of the source.
+        errors: FP8 weight to its errors, for those that were compared.
+        findings: findings apart from the bands.
     """
 
     scale_choice: ScaleChoice
@@ -55,30 +55,30 @@ class Fp8Report:
 
     @property
     def metrics(self) -> tuple[BandMetric, ...]:
-        """The rows of the table."""
+        """The metrics of the bands."""
         return BANDS[self.bands]
 
     @property
     def judged(self) -> Counter[Band]:
-        """How many of the compared weights are in each band."""
+        """Number of compared weights in each band."""
         return Counter(judge(errors, self.metrics) for errors in self.errors.values())
 
     @property
     def verdict(self) -> Band:
-        """FAIL if anything was found or a weight failed, else the worst weight's band."""
+        """FAIL if there are findings, else the band of the worst weight."""
         return "FAIL" if self.findings else worse(*self.judged)
 
     def value(self, metric: BandMetric) -> float:
-        """Return a metric over all compared weights, their mean or their largest."""
+        """Return the mean or the largest value of a metric over all compared weights."""
         values = [metric.value(errors) for errors in self.errors.values()]
         return max(values) if metric.largest else sum(values) / len(values)
 
     def recommendations(self) -> Iterator[str]:
-        """Yield what would improve a metric that is not good."""
+        """Yield advice on the metrics that are not GOOD."""
         if any(errors.misplaced for errors in self.errors.values()):
             yield (
-                "Codes and scales do not belong together, or not to this source: convert again "
-                "from the original."
+                "Codes and scales do not match each other or this source: convert again from the "
+                "original."
             )
             return
         off = {n: e for n, e in self.errors.items() if judge(e, self.metrics) != "GOOD"}
@@ -103,7 +103,7 @@ class Fp8Report:
             yield f"Leave the worst, {name}, in bf16: {keep}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return it as plain values."""
         return {
             "calibration": str(self.scale_choice),
             "bands": self.bands,
@@ -132,7 +132,7 @@ class Fp8Report:
 
 
 def _loaded_together(role: Role) -> tuple[str, ...]:
-    """Return the roles that can only be kept with `role`, as --keep takes them."""
+    """Return the roles that must be kept together with `role`, as --keep takes them."""
     group = fused_group(role)
     if group is None:
         return (role.name,)
@@ -161,19 +161,19 @@ def check_fp8(
 
     Args:
         artifact: opened leniently.
-        source: what it was made from.
+        source: the checkpoint that it was made from.
         scale_choice: how its scales were chosen.
         bands: a key of `BANDS`.
-        samples: FP8 weights to compare in each file, chosen by `seed`; all of them when None.
-            Everything that is not FP8 is compared in any case.
-        seed: of the choice.
-        threads: weights compared at a time.
-        progress: told of the bytes read.
-        seen: weights that were compared as they were written, and what was found, as plain values
-            (`qwen35.execution.judging.compare_steps`); they are not read again.
+        samples: FP8 weights to compare per file, chosen at random; all by default. Weights that are
+            not FP8 are always compared.
+        seed: seed of the random choice.
+        threads: number of weights compared at a time.
+        progress: receives bytes read.
+        seen: results of weights that workers compared when they wrote them, as plain values
+            (`qwen35.execution.judging.compare_steps`); these weights are not read again.
 
     Raises:
-        UsageError: the artifact has no files at hand.
+        UsageError: the artifact is only a description, without files.
     """
     subject = CheckpointSubject(artifact)
     structure = check_structure(subject)
@@ -184,7 +184,7 @@ def check_fp8(
         subject,
         source,
         only=lambda held: not _is_judged(held) or held.subject in chosen,
-        memo=ReadOnlyMemo({name: one for name, one in (seen or {}).items() if _is_told(one)}),
+        memo=ReadOnlyMemo({name: one for name, one in (seen or {}).items() if _is_complete(one)}),
         threads=threads,
         progress=progress,
     )
@@ -193,7 +193,8 @@ def check_fp8(
         for held, one in numbers.compared
         if _is_judged(held) and one.errors is not None
     }
-    misplaced = {name for name, found in errors.items() if found.misplaced}
+    # their "codes" findings are left out: misplaced codes fail the bands already
+    misplaced = {name for name, one in errors.items() if one.misplaced}
     return Fp8Report(
         scale_choice=scale_choice,
         bands=bands,
@@ -209,14 +210,14 @@ def check_fp8(
     )
 
 
-def _is_told(found: Mapping[str, Any]) -> bool:
-    """Whether what was found earlier tells all that is told today."""
-    errors = found.get("errors")
+def _is_complete(result: Mapping[str, Any]) -> bool:
+    """Return whether an earlier result, perhaps of another version, has all of today's values."""
+    errors = result.get("errors")
     return errors is None or errors.keys() == {field.name for field in fields(ErrorSums)}
 
 
 def _is_judged(held: HeldWeight) -> bool:
-    """Whether bands are for it: its codec chooses scales, well or badly."""
+    """Return whether bands apply: only a codec that chooses scales can choose them badly."""
     return codec_of(held.weight).chooses_scales
 
 
@@ -225,5 +226,5 @@ def _sample(weights: Sequence[HeldWeight], count: int | None, seed: int) -> Iter
     for held in weights:
         files.setdefault(held.weight.main.file, []).append(held)
     generator = random.Random(seed)
-    for _, members in sorted(files.items()):
+    for _, members in sorted(files.items()):  # the same sample in whatever order files are read
         yield from members if count is None else generator.sample(members, min(count, len(members)))

@@ -1,4 +1,4 @@
-"""GGUF files: keys and tensors of each agree; where originals are."""
+"""GGUF files as a subject: check their keys and tensors, match tensors with a source."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ _VISION = "clip"
 
 
 class GgufSubject(Subject):
-    """GGUF files of one place, each a model by itself.
+    """GGUF files of one folder or repository, each a model by itself.
 
     Args:
-        name: what the user called them.
-        files: what `qwen35.checkpoint.open.gguf_files` found.
+        name: as the user gave it.
+        files: from `qwen35.checkpoint.open.gguf_files`.
 
     Raises:
         HubError: the Hub refused, or was not reached.
@@ -67,12 +67,12 @@ class GgufSubject(Subject):
 
     @classmethod
     def find(cls, name: str, token: str | None) -> Any:
-        """Return the files, if there are some."""
+        """Return the GGUF files, or None if there are none."""
         return gguf_files(name, token=token)
 
     @classmethod
     def refuse(cls, engine: Engine | None, tensor_parallel: int | None) -> None:
-        """Refuse every engine but llama.cpp, and GPUs."""
+        """Refuse `--engine` and `--tensor-parallel`: GGUF files are asked in llama.cpp."""
         if engine:
             raise UsageError("--engine", "is for checkpoints", expected="llama.cpp, for GGUF")
         if tensor_parallel is not None:
@@ -81,14 +81,14 @@ class GgufSubject(Subject):
 
     @classmethod
     def open(cls, name: str, found: Any, *, weights: bool, token: str | None) -> Subject:
-        """Read the heads; on the Hub by ranges, unless weights are wanted too."""
+        """Read the headers, on the Hub by range requests; with `weights`, download the files."""
         return cls(name, found.fetch(token) if weights else found)
 
     # --- structure
 
     @property
     def kind(self) -> str:
-        """Say the container: a file has many types."""
+        """The container's name: a file holds many types."""
         return GgufContainer.name
 
     @property
@@ -98,22 +98,22 @@ class GgufSubject(Subject):
 
     @property
     def files(self) -> Sequence[str]:
-        """The GGUF files, those included that cannot be read."""
+        """The GGUF files, including unreadable ones."""
         return self._found.names
 
     @property
     def whole(self) -> bool:
-        """Whether no file was picked out."""
+        """Whether these are all GGUF files of the place."""
         return self._found.whole
 
     def structure(self) -> Iterator[Finding]:
-        """Yield what is wrong with each file by itself."""
+        """Check each file by itself."""
         yield from self._unreadable
         for container in self._containers.values():
             yield from _structure(container)
 
     def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
-        """Yield a table for each file: they have tensors of the same names."""
+        """Yield one table per file, since files have tensors of the same names."""
         for file, container in self._containers.items():
             stored = {
                 f"{file}: {name}": (f"{entry.kind.name} {list(_squeezed(entry.shape))}", "")
@@ -137,11 +137,11 @@ class GgufSubject(Subject):
         """Return the folder of the files."""
         if self._found.root is None:
             hint = "open them with their weights"
-            raise InputError(self.name, "only the heads of its files are here", hint=hint)
+            raise InputError(self.name, "only the headers of its files are here", hint=hint)
         return self._found.root
 
     def stamps(self) -> list[Any]:
-        """Return folder, sizes and times of the files."""
+        """Return the folder, and the sizes and times of the files."""
         return [str(self.folder().resolve()), {n: list(s) for n, s in self._stamps.items()}]
 
     @cached_property
@@ -150,13 +150,13 @@ class GgufSubject(Subject):
         return {name: stamps[name] for name in self.files if name in stamps}
 
     def reader(self) -> FolderReader:
-        """Return what reads the files as they are now."""
+        """Return a reader of the files in their present state."""
         return FolderReader(self.folder(), self._stamps)
 
     def originals(
         self, part: SubjectPart, source: Checkpoint, items: Sequence[InventoryItem]
     ) -> SourceWeights:
-        """Match tensors by what the converter makes of the source; all must be there."""
+        """Match tensors with those that the converter would write; none may be missing."""
         container = self._containers[part.name]
         tensors = {tensor.name: tensor for tensor in _made_of(container, source, items)}
         findings = tuple(_source_findings(container, tensors))
@@ -221,7 +221,7 @@ def _tensors(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> Itera
     for name, tensor in table.items():
         entry = container.tensors.get(name)
         if entry is None:
-            yield Finding("tensors", f"{file}: {name}", "missing, but the keys promise it")
+            yield Finding("tensors", f"{file}: {name}", "missing, but the keys imply it")
             continue
         if _squeezed(entry.shape) != _squeezed(tensor.shape):
             message = f"shape {list(entry.shape)}, expected {list(tensor.shape)} by the keys"
@@ -230,18 +230,18 @@ def _tensors(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> Itera
             message = f"{entry.kind.name}, but llama.cpp computes with it in {tensor.storage}"
             yield Finding("tensors", f"{file}: {name}", message)
     for name in sorted(container.tensors.keys() - table.keys()):
-        yield Finding("tensors", f"{file}: {name}", "not a tensor that the keys promise")
+        yield Finding("tensors", f"{file}: {name}", "not a tensor that the keys imply")
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return a shape without leading ones, which ggml does not count."""
+    """Return a shape without leading ones, which ggml does not store."""
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
     return shape
 
 
 def _meaning(text: str) -> str:
-    """Return a tensor's type and shape as a manifest has them, leading ones not counted."""
+    """Normalize a manifest's type and shape: drop leading ones."""
     kind, _, shape = text.partition(" ")
     sizes = tuple(int(size) for size in shape.strip("[]").split(",") if size.strip().isdigit())
     return f"{kind} {list(_squeezed(sizes))}"
@@ -250,7 +250,7 @@ def _meaning(text: str) -> str:
 def _made_of(
     container: GgufHeader, source: Checkpoint, items: Sequence[InventoryItem]
 ) -> list[UntypedTensor]:
-    """Return the tensors that the converter would write into such a file."""
+    """Return the tensors that the converter would write to such a file."""
     if container.architecture == _VISION:
         return vision_tensors(items)
     mtp = bool(container.keys.get(f"{container.architecture}.nextn_predict_layers"))
@@ -260,7 +260,7 @@ def _made_of(
 def _source_findings(
     container: GgufHeader, table: Mapping[str, UntypedTensor]
 ) -> Iterator[Finding]:
-    """Yield what keeps a file from being compared with the source."""
+    """Yield the differences that make a file and the source incomparable."""
     file = container.path.name
     for name, tensor in table.items():
         entry = container.tensors.get(name)

@@ -1,7 +1,7 @@
-"""What a long check has seen so far, so that one that was killed goes on where it was.
+"""Results of a long check, kept so that a killed check can resume.
 
-A check writes nothing beside what it checks. Once it takes longer than a flush interval, what it
-has seen goes to a journal in the user's cache folder; it is removed when the check ends.
+A check writes nothing to the folder that it checks. After the first flush interval its results go
+to a journal in the user's cache folder, which is removed when the check ends.
 """
 
 from __future__ import annotations
@@ -26,64 +26,63 @@ from qwen35.sinks.journal import Journal
 __all__ = ["MemoFile", "ReadOnlyMemo", "ResultMemo", "stamped"]
 
 SECONDS = 10.0
-"""Between two flushes; a killed check has to do that much again."""
+"""Seconds between flushes; a killed check loses at most this much work."""
 
 _KEPT_SECONDS = 30 * 86_400.0
 
 
 def stamped(checkpoint: Checkpoint) -> list[Any]:
-    """Return what tells a checkpoint's files from all others, and from themselves once changed."""
+    """Return plain values that identify a checkpoint's files and change with them."""
     stamps = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
     return [str(checkpoint.folder().resolve()), stamps]
 
 
 class ResultMemo(Protocol):
-    """Results of finished pieces, by name, as plain JSON values."""
+    """Results by name, as plain JSON values."""
 
     def get(self, name: str) -> Any:
-        """Return the result of a piece that was finished before, None if it was not."""
+        """Return an earlier result, else None."""
 
     def add(self, name: str, result: Any) -> None:
-        """Remember the result of a piece."""
+        """Remember a result."""
 
 
 class ReadOnlyMemo:
-    """What others have seen; nothing is added to it.
+    """Results of an earlier check; new ones are not remembered.
 
     Args:
-        results: name of the piece to its result.
+        results: by name.
     """
 
     def __init__(self, results: Mapping[str, Any]) -> None:
         self._results = results
 
     def get(self, name: str) -> Any:
-        """Return the result of a piece, None if nobody has seen it."""
+        """Return an earlier result, else None."""
         return self._results.get(name)
 
     def add(self, name: str, result: Any) -> None:
-        """Forget it: whoever asked has it."""
+        """Do nothing."""
 
 
 class MemoFile:
-    """The results of a check's finished pieces, by name, as plain JSON values.
+    """The results of a check, in a journal; thread-safe.
 
-    Safe from several threads. A check of the same files by the same versions finds what an
-    unfinished one has seen; any other starts anew.
+    A check of the same files by the same versions resumes an unfinished one; any other starts over.
 
     Args:
-        what: everything that decides the results, but for the versions.
+        inputs: everything that decides the results, except the versions.
 
     Attributes:
-        notes: why nothing can be kept, if so.
+        notes: why results cannot be kept, if so.
     """
 
-    def __init__(self, what: Mapping[str, Any]) -> None:
-        key = {"check": what, "tool version": manifest_versions()}
+    def __init__(self, inputs: Mapping[str, Any]) -> None:
+        key = {"check": inputs, "tool version": manifest_versions()}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.notes: list[str] = []
         self._key = key
-        self._path = _folder() / f"verify-{digest[:32]}"
+        self._path = memo_folder() / f"verify-{digest[:32]}"
         self._journal: Journal | None = None
         self._pieces: dict[str, Any] = {}
         self._pending: dict[str, Any] = {}
@@ -102,7 +101,7 @@ class MemoFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and self._journal is not None:
+        if error is not None and self._journal is not None:  # the next check resumes
             self._flush()
         if self._journal is not None:
             self._journal.close()
@@ -110,19 +109,19 @@ class MemoFile:
                 self._path.unlink(missing_ok=True)
 
     def get(self, name: str) -> Any:
-        """Return the result of a piece that was finished before, None if it was not."""
+        """Return an earlier result, else None."""
         return self._pieces.get(name)
 
     def add(self, name: str, result: Any) -> None:
-        """Remember the result of a piece."""
+        """Remember a result; flush if it is time to."""
         with self._lock:
             self._pending[name] = result
-            if time.monotonic() >= self._due and not self.notes:
+            if time.monotonic() >= self._due and not self.notes:  # a note: writing has failed
                 self._flush()
                 self._due = time.monotonic() + SECONDS
 
     def sha256(self, path: Path) -> str:
-        """Return the SHA-256 of a file as hexadecimal digits, from before if it is known."""
+        """Return the SHA-256 of a file as hexadecimal digits, from the memo if it has it."""
         name = f"sha256 of {path.name}"
         digest: str = self.get(name) or hash_file(path)
         self.add(name, digest)
@@ -142,24 +141,24 @@ class MemoFile:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._journal = Journal(self._path, self._key)
-        except (OSError, OutputError) as error:  # a check needs no place to write to
+        except (OSError, OutputError) as error:  # a check must work without a writable cache
             self._give_up(error)
         else:
             self._pieces = dict(self._journal)
 
     def _give_up(self, error: Exception) -> None:
-        said = error.strerror if isinstance(error, OSError) else str(error)
-        self.notes = [f"a check that is killed starts over: cannot write {self._path} ({said})"]
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        self.notes = [f"a check that is killed starts over: cannot write {self._path} ({why})"]
 
 
-def _folder() -> Path:
+def memo_folder() -> Path:
     """Return the cache folder, by the XDG base directory specification."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "qwen35"
 
 
 def _forget_old(folder: Path) -> None:
-    """Remove what checks left that were killed and not repeated within 30 days."""
+    """Remove the journals of killed checks that were not repeated within 30 days."""
     with suppress(OSError):
         for path in folder.glob("verify-*"):
             if time.time() - path.stat().st_mtime > _KEPT_SECONDS:

@@ -1,4 +1,4 @@
-"""Numbers: every weight decoded and, with a source, compared with its original."""
+"""Numbers: decode every weight and, if there is a source, compare it with its original."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ __all__ = ["NumbersResult", "check_numbers"]
 
 @dataclass(frozen=True)
 class NumbersResult:
-    """What `check_numbers` saw.
+    """The result of `check_numbers`.
 
     Args:
-        roles: errors per role, of the weights that were compared to their end.
-        compared: every weight that was looked at.
-        findings: what is wrong.
+        roles: errors per role, of the weights that were compared completely.
+        compared: every checked weight and its comparison.
+        findings: the findings.
     """
 
     roles: Sequence[RoleError]
@@ -37,7 +37,7 @@ class NumbersResult:
     findings: Sequence[Finding]
 
     def too_far(self) -> Iterator[Finding]:
-        """Yield weights of which every value may be sound, but not their error."""
+        """Yield the weights whose error is beyond their codec's limit."""
         for held, one in self.compared:
             if one.errors is not None and (why := codec_of(held.weight).too_far(one.errors)):
                 yield Finding("error", held.subject, why)
@@ -52,15 +52,15 @@ def check_numbers(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> NumbersResult:
-    """Decode every weight; with a source, compare each with its original.
+    """Decode every weight; if there is a source, compare each with its original.
 
     Args:
-        subject: what is checked, with its weights at hand.
-        source: the checkpoint it was made from.
-        only: which weights to decode; all when None.
-        memo: what was seen before, and where to note what is seen now.
-        threads: weights decoded at a time.
-        progress: told of the bytes read.
+        subject: the artifact, opened with its weights.
+        source: the checkpoint that it was made from.
+        only: selects the weights to check; all by default.
+        memo: earlier results; receives the new ones.
+        threads: number of weights checked at a time.
+        progress: receives bytes read.
 
     Raises:
         InputError: the source cannot be read.
@@ -83,19 +83,21 @@ def check_numbers(
             check = _Check(
                 reader, source_reader, originals, memo or ReadOnlyMemo({}), progress or Silent()
             )
-            seen = check.part(part, only, threads or default_threads())
-            compared += seen
-            findings += [finding for _, one in seen for finding in one.findings]
-            roles += _roles(part, originals, seen)
+            checked = check.part(part, only, threads or default_threads())
+            compared += checked
+            findings += [finding for _, one in checked for finding in one.findings]
+            roles += _roles(part, originals, checked)
     return NumbersResult(roles, compared, findings)
 
 
 def _roles(
-    part: SubjectPart, originals: SourceWeights, seen: Sequence[tuple[HeldWeight, WeightComparison]]
+    part: SubjectPart,
+    originals: SourceWeights,
+    checked: Sequence[tuple[HeldWeight, WeightComparison]],
 ) -> list[RoleError]:
-    """Add up the weights that were compared with an original, to their end."""
+    """Add up the errors of weights that were compared completely."""
     rows = originals.rows
-    judged = [(held, one) for held, one in seen if one.judged and held.subject in rows]
+    judged = [(held, one) for held, one in checked if one.judged and held.subject in rows]
     if part.by_name:
         judged.sort(key=lambda pair: pair[0].weight.name)
     return by_role((rows[held.subject].item.role.name, held.storage, one) for held, one in judged)
@@ -112,10 +114,10 @@ class _Check:
     def part(
         self, part: SubjectPart, only: Callable[[HeldWeight], bool] | None, threads: int
     ) -> list[tuple[HeldWeight, WeightComparison]]:
-        """Check the chosen weights of a part."""
+        """Check the selected weights of a part."""
         chosen = [held for held in part.weights if only is None or only(held)]
-        left_out = sum(h.weight.nbytes for h in part.weights if only and not only(h))
-        self.progress.begin(f"checking {part.name}", part.nbytes - left_out)
+        skipped = sum(h.weight.nbytes for h in part.weights if only and not only(h))
+        self.progress.begin(f"checking {part.name}", part.nbytes - skipped)
         try:
             with ThreadPoolExecutor(threads) as pool:
                 return list(zip(chosen, pool.map(self._weight, chosen), strict=True))
@@ -123,14 +125,14 @@ class _Check:
             self.progress.end()
 
     def _weight(self, held: HeldWeight) -> WeightComparison:
-        """Check one weight, unless it was seen before."""
-        seen = self.memo.get(held.subject)
-        result = WeightComparison.from_json(seen) if seen else self._judged(held)
+        """Check one weight, unless the memo has its result."""
+        earlier = self.memo.get(held.subject)
+        result = WeightComparison.from_json(earlier) if earlier else self._judged(held)
         self.memo.add(held.subject, result.to_json())
         self.progress.advance(held.weight.nbytes, held.weight.name)
         return result
 
     def _judged(self, held: HeldWeight) -> WeightComparison:
-        """Check one weight; what cannot be read or decoded becomes a finding."""
+        """Check one weight; a weight that cannot be read or decoded becomes a finding."""
         original = self.originals.rows.get(held.subject)
         return judge(held.weight, held.spec, self.reader, original, self.source, held.subject)

@@ -1,4 +1,4 @@
-"""From what a user typed to an artifact that can be checked, whatever container holds it."""
+"""Open an artifact, of whatever container, from what the user typed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qwen35.verification.subject import Depth, Engine, Subject
 __all__ = ["SUBJECTS", "open_artifact"]
 
 SUBJECTS: tuple[type[Subject], ...] = (GgufSubject, CheckpointSubject)
-"""Every container that can be checked; the last takes what no other holds."""
+"""All containers that can be checked; the last one takes whatever the others do not."""
 
 
 def open_artifact(
@@ -20,19 +20,18 @@ def open_artifact(
     tensor_parallel: int | None = None,
     token: str | None = None,
 ) -> Subject:
-    """Open an artifact to be checked; what is wrong with it is left to the check.
+    """Open an artifact for a check; faults in it become findings of the check.
 
     Args:
         name: folder, GGUF file, Hub id or ``hf:owner/name/path``.
-        depth: how deep it will be checked: ``structure`` needs no weights; for all else those of
-            the Hub are downloaded.
-        engine: what it will be asked in.
-        tensor_parallel: GPUs that will have to share its weights.
-        token: of the Hub.
+        depth: depth of the check; beyond ``structure``, weights on the Hub are downloaded.
+        engine: the engine to ask it in.
+        tensor_parallel: number of GPUs that must be able to split its weights.
+        token: access token of the Hub.
 
     Raises:
-        UsageError: what cannot be asked of such an artifact, or an engine that is not installed.
-        InputError: there is nothing that could be checked.
+        UsageError: an option does not apply to the artifact, or the engine is not installed.
+        InputError: there is nothing to check.
         HubError: the Hub refused, or was not reached.
     """
     for container in SUBJECTS:

@@ -1,4 +1,4 @@
-"""What comparisons with the source come to, for all weights of a role."""
+"""Sums of errors over all weights of a role."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class RoleError:
     """Errors of all weights of one role.
 
     Args:
-        role: as recipes name it.
-        storage: how the artifact holds these weights.
+        role: its name in recipes.
+        storage: how the artifact stores these weights.
         count: number of weights.
         squared: sum of squared differences.
         norm: sum of squared weights of the source.
@@ -33,11 +33,11 @@ class RoleError:
 
     @property
     def relative(self) -> float:
-        """Root of the summed squares over that of the source."""
+        """Relative error: root of the summed squared differences over that of the source."""
         return _ratio(self.squared, self.norm)
 
     def add(self, squared: float, norm: float) -> None:
-        """Count one weight."""
+        """Add one weight."""
         self.count += 1
         self.squared += squared
         self.norm += norm
@@ -51,7 +51,7 @@ def _ratio(squared: float, norm: float) -> float:
 
 
 def by_role(compared: Iterable[tuple[str, str, WeightComparison]]) -> list[RoleError]:
-    """Add up weights, each with its role and storage, in the order given."""
+    """Add up (role, storage, comparison) rows, in order."""
     rows: dict[tuple[str, str], RoleError] = {}
     for role, storage, one in compared:
         rows.setdefault((role, storage), RoleError(role, storage)).add(one.squared, one.norm)

@@ -1,4 +1,4 @@
-"""Safetensors checkpoints: headers, index, config and template agree; where originals are."""
+"""Checkpoints as a subject: check headers, index, config and template, match a source."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class CheckpointSubject(Subject):
     """A checkpoint.
 
     Args:
-        checkpoint: opened leniently (`qwen35.checkpoint.open`), so that faults are findings.
+        checkpoint: opened leniently (`qwen35.checkpoint.open`), so that faults become findings.
 
     Attributes:
-        checkpoint: the same.
+        checkpoint: the checkpoint.
 
     Raises:
-        UsageError: it is the description of a published size.
+        UsageError: it is only the description of a published size.
     """
 
     suffix = ".safetensors"
@@ -63,7 +63,7 @@ class CheckpointSubject(Subject):
 
     @classmethod
     def find(cls, name: str, token: str | None) -> Any:
-        """Return the name: what no other container holds is taken for a checkpoint."""
+        """Return the name: whatever is not of another container is taken for a checkpoint."""
         del token
         return name
 
@@ -75,7 +75,7 @@ class CheckpointSubject(Subject):
 
     @classmethod
     def open(cls, name: str, found: Any, *, weights: bool, token: str | None) -> Subject:
-        """Open a checkpoint; one that is there and cannot be read is `Unreadable`."""
+        """Open a checkpoint; one that exists but cannot be read becomes `Unreadable`."""
         del found
         opened = fetch if weights else describe
         try:
@@ -89,7 +89,7 @@ class CheckpointSubject(Subject):
 
     @property
     def kind(self) -> str:
-        """The codec that packs weights, or the one of weights that are not packed."""
+        """The codec that packs weights, or the plain one if none does."""
         held = {item.codec for item in self.items}
         return next((name for name in _packings() if name in held), Plain.name)
 
@@ -109,11 +109,11 @@ class CheckpointSubject(Subject):
 
     @property
     def items(self) -> tuple[InventoryItem, ...]:
-        """The weights that fit config.json."""
+        """The weights that match config.json."""
         return self._matched[0]
 
     def structure(self) -> Iterator[Finding]:
-        """Yield what is wrong with packing, tensors, config, index and template."""
+        """Check packing, tensors, config, index and template."""
         problems = self.checkpoint.problems
         yield from (_finding("packing", problem) for problem in problems)
         known = {problem.subject for problem in problems}
@@ -142,10 +142,10 @@ class CheckpointSubject(Subject):
         return sum(item.codec == codec.name for item in self.items)
 
     def _promised(self) -> list[Codec]:
-        """Return the codecs that config.json means; of several, those that weights are held by."""
+        """Return the codecs of config.json's method; if it has several, those with weights."""
         method = (self.checkpoint.config.quantization or {}).get("quant_method")
-        meant = [codec for codec in _packings().values() if _method(codec) == method]
-        return [codec for codec in meant if self._count(codec)] or meant
+        candidates = [codec for codec in _packings().values() if _method(codec) == method]
+        return [codec for codec in candidates if self._count(codec)] or candidates
 
     def _index_findings(self) -> Iterator[Finding]:
         sizes = self.place.sizes()
@@ -155,8 +155,8 @@ class CheckpointSubject(Subject):
         if INDEX_NAME not in sizes:
             return
         metadata = read_json(self.place, INDEX_NAME).get("metadata")
-        stated = metadata if isinstance(metadata, dict) else {}
-        total, nbytes = stated.get("total_size", "missing"), self.checkpoint.nbytes
+        metadata = metadata if isinstance(metadata, dict) else {}
+        total, nbytes = metadata.get("total_size", "missing"), self.checkpoint.nbytes
         if total != nbytes and not self.checkpoint.problems:
             yield Finding("index", INDEX_NAME, f"total_size is {total}, the tensors have {nbytes}")
 
@@ -174,7 +174,7 @@ class CheckpointSubject(Subject):
             yield Finding("template", _TEMPLATE, str(error))
 
     def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
-        """Yield one table: a tensor may lie in any file."""
+        """Yield one table: a tensor may be in any file."""
         stored = {
             part.spec.name: (f"{part.spec.dtype} {list(part.spec.shape)}", part.file)
             for weight in self.checkpoint.weights
@@ -187,27 +187,27 @@ class CheckpointSubject(Subject):
         }
         yield TensorTable(stored, planned)
 
-    def shared(self, ranks: int) -> Iterator[Finding]:
-        """Yield what codecs with tiles say of weights in parts.
+    def sharding_findings(self, ranks: int) -> Iterator[Finding]:
+        """Yield a finding for each weight that `ranks` GPUs cannot split in whole tiles.
 
         Raises:
-            UsageError: neither config.json nor any weight speaks of such a codec.
+            UsageError: neither config.json nor any weight uses a codec with tiles.
         """
         tiled = [codec for codec in _packings().values() if codec.tiled]
         promised = self._promised()
-        asked = [codec for codec in tiled if codec in promised or self._count(codec)]
-        if not asked:
+        used = [codec for codec in tiled if codec in promised or self._count(codec)]
+        if not used:
             labels = " or ".join(codec.label for codec in tiled)
             found = f"there are no {labels} weights here"
             raise UsageError("--tensor-parallel", found, hint="leave it out")
-        for codec in asked:
+        for codec in used:
             yield from codec.tensor_parallel(self.checkpoint.config, self.items, ranks)
 
     # --- numbers
 
     @cached_property
     def parts(self) -> Sequence[SubjectPart]:
-        """All weights at once."""
+        """One part with all weights."""
         weights = [
             HeldWeight(i.weight, i.spec, i.weight.name, i.weight.storage) for i in self.items
         ]
@@ -219,17 +219,17 @@ class CheckpointSubject(Subject):
         return self.checkpoint.folder()
 
     def stamps(self) -> list[Any]:
-        """Return folder, sizes and times of its files."""
+        """Return the folder, and the sizes and times of its files."""
         return stamped(self.checkpoint)
 
     def reader(self) -> Reader:
-        """Return what reads the checkpoint as it was when it was opened."""
+        """Return a reader that raises if the checkpoint changes."""
         return Reader(self.checkpoint)
 
     def originals(
         self, part: SubjectPart, source: Checkpoint, items: Sequence[InventoryItem]
     ) -> SourceWeights:
-        """Match weights by role, layer and expert; tower and MTP layer may be left out whole."""
+        """Match weights by role, layer and expert; the tower or the MTP layer may be missing."""
         del part, source
         originals = _originals(items, {_key(item) for item in self.items})
         findings = list(_unmatched(self.items, originals))
@@ -249,7 +249,7 @@ class CheckpointSubject(Subject):
     # --- behaviour
 
     def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
-        """Ask it in transformers, or in the engine that is asked for."""
+        """Ask it in the engine, by default transformers."""
         del threads
         return in_engine(engine, self.folder(), vision=self.vision)
 
@@ -260,7 +260,7 @@ def _packings() -> dict[str, Codec]:
 
 
 def _method(codec: Codec) -> str:
-    """Return the ``quant_method`` by which loaders know a codec."""
+    """Return the ``quant_method`` of a codec in config.json."""
     return codec.method or codec.name
 
 
@@ -276,7 +276,7 @@ def _key(item: InventoryItem) -> _Key:
 
 
 def _originals(items: Sequence[InventoryItem], wanted: Set[_Key]) -> dict[_Key, InventoryItem]:
-    """Return a source's weights by key; fused experts one by one where they are wanted so."""
+    """Return a source's weights by key, with fused experts split where `wanted` has them so."""
     originals: dict[_Key, InventoryItem] = {}
     for item in items:
         parts = [item]

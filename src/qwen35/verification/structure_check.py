@@ -1,4 +1,4 @@
-"""Structure: what files say of themselves, and what their manifest says. No weight is read."""
+"""Structure: check headers and small files against each other and the manifest; read no weight."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["StructureResult", "check_hashes", "check_structure"]
 
 @dataclass(frozen=True)
 class StructureResult:
-    """What the structural check saw.
+    """The result of the structure check.
 
     Args:
-        findings: what is wrong.
-        manifest: the artifact's qwen35.json, if it has one that can be read.
+        findings: the findings.
+        manifest: the artifact's qwen35.json, if there is a readable one.
     """
 
     findings: tuple[Finding, ...]
@@ -55,7 +55,7 @@ def _manifest_findings(
             yield Finding("files", name, f"missing, but {MANIFEST_NAME} lists it")
         elif sizes[name] != entry["size"]:
             yield Finding("files", name, f"{sizes[name]} bytes, expected {entry['size']}")
-        elif not name.endswith(subject.suffix):
+        elif not name.endswith(subject.suffix):  # files of weights are hashed at depth numbers
             digest = hashlib.sha256(place.read(name, 0, sizes[name])).hexdigest()
             if digest != entry["sha256"]:
                 yield Finding("hash", name, f"changed since it was written (sha256 {digest[:12]})")
@@ -74,26 +74,26 @@ def _table_findings(table: TensorTable) -> Iterator[Finding]:
     for name, (text, file) in table.planned.items():
         if name not in stored:
             where = f"for {file} " if file else ""
-            yield Finding("plan", name, f"planned {where}as {text}, but not there")
+            yield Finding("plan", name, f"planned {where}as {text}, but missing")
             continue
-        found, found_in = stored[name]
-        if (found_in, meaning(found)) != (file, meaning(text)):
-            message = f"{_within(found, found_in)}, planned as {_within(text, file)}"
+        stored_text, stored_file = stored[name]
+        if (stored_file, meaning(stored_text)) != (file, meaning(text)):
+            message = f"{_in_file(stored_text, stored_file)}, planned as {_in_file(text, file)}"
             yield Finding("plan", name, message)
     for name in sorted(stored.keys() - table.planned.keys()):
         yield Finding("plan", name, "not in the plan")
 
 
-def _within(text: str, file: str) -> str:
+def _in_file(text: str, file: str) -> str:
     return f"{text} in {file}" if file else text
 
 
 def check_hashes(
     subject: Subject, manifest: Mapping[str, Any], memo: MemoFile
 ) -> Iterator[Finding]:
-    """Hash the files that hold weights, and compare with the manifest.
+    """Hash the files with weights and compare them with the manifest.
 
-    Files whose size is another are named by `check_structure`.
+    Files of the wrong size are skipped: `check_structure` reports them.
     """
     assert subject.place is not None  # the manifest was read from there
     sizes = subject.place.sizes()

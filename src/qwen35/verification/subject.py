@@ -1,4 +1,4 @@
-"""The protocol: everything that a check asks of a container of weights, opened."""
+"""The protocol of an opened artifact: what the checks need from each container."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class HeldWeight:
     """A weight as the artifact holds it.
 
     Args:
-        weight: where its bytes are.
-        spec: the weight, decoded.
-        subject: what findings call it; no other weight of the artifact is called so.
-        storage: what the artifact calls the way it is held.
+        weight: its bytes in the files.
+        spec: its shape and dtype when decoded.
+        subject: its name in findings, unique in the artifact.
+        storage: the artifact's name for the way it is stored.
     """
 
     weight: Weight
@@ -49,13 +49,13 @@ class HeldWeight:
 
 @dataclass(frozen=True, slots=True)
 class SubjectPart:
-    """Weights that are checked in one go: a whole checkpoint, or a file that is a model by itself.
+    """Weights that are checked together: a whole checkpoint, or a file that is a model by itself.
 
     Args:
-        name: for people.
-        nbytes: to read.
-        weights: in the order in which they are read.
-        by_name: whether errors are added up in the order of names instead.
+        name: shown to the user.
+        nbytes: bytes to read.
+        weights: in reading order.
+        by_name: add up errors in the order of names instead. Sums of floats depend on the order.
     """
 
     name: str
@@ -66,12 +66,12 @@ class SubjectPart:
 
 @dataclass(frozen=True, slots=True)
 class SourceWeights:
-    """What a source has for the weights of a part.
+    """The originals of a part's weights.
 
     Args:
-        rows: subject to where its values come from; a weight without is only decoded.
-        findings: what one side alone has.
-        comparable: whether the part is looked at at all: else it is of another model.
+        rows: subject to the rows of its original; a weight without one is only decoded.
+        findings: weights that only one side has.
+        comparable: False if the part belongs to another model, and is skipped.
     """
 
     rows: Mapping[str, Rows]
@@ -81,13 +81,13 @@ class SourceWeights:
 
 @dataclass(frozen=True, slots=True)
 class TensorTable:
-    """Tensors as files hold them, and as a manifest says they were planned.
+    """Tensors as stored in files and as planned by the manifest.
 
     Args:
-        stored: what findings call a tensor to its type and shape, and its file; no file where the
-            name tells it.
+        stored: name of a tensor in findings to its type and shape, and its file; the file is empty
+            if the name includes it.
         planned: the same by the manifest.
-        meaning: what of type and shape is compared.
+        meaning: normalizes type and shape before they are compared.
     """
 
     stored: Mapping[str, tuple[str, str]]
@@ -99,13 +99,13 @@ class Subject(ABC):
     """An opened artifact.
 
     Args:
-        name: what the user called it.
-        place: where its small files can be read from; None: nothing can be read.
+        name: as the user gave it.
+        place: reads its small files; None if nothing can be read.
 
     Attributes:
-        suffix: what names of files that hold weights end with.
-        unlisted: the check that names such a file when the manifest does not list it: ``files``
-            looks at names, ``hash`` when the file would be hashed.
+        suffix: of the names of files with weights.
+        unlisted: the check that reports such a file when the manifest does not list it: ``files``
+            at depth structure, ``hash`` when files are hashed.
     """
 
     suffix: ClassVar[str]
@@ -119,7 +119,7 @@ class Subject(ABC):
     @classmethod
     @abstractmethod
     def find(cls, name: str, token: str | None) -> Any:
-        """Return what `open` needs of an artifact that this container holds; None if it does not.
+        """Return what `open` needs; None if the artifact is not of this container.
 
         Raises:
             HubError: the Hub refused, or was not reached.
@@ -129,16 +129,16 @@ class Subject(ABC):
     @classmethod
     @abstractmethod
     def refuse(cls, engine: Engine | None, tensor_parallel: int | None) -> None:
-        """Refuse what cannot be asked of this container, before any work.
+        """Refuse, before any work, options that do not apply to this container.
 
         Raises:
-            UsageError: it cannot, or the engine is not installed.
+            UsageError: an option does not apply, or the engine is not installed.
         """
 
     @classmethod
     @abstractmethod
     def open(cls, name: str, found: Any, *, weights: bool, token: str | None) -> Subject:
-        """Open what `find` found; with `weights` they are downloaded if they are not at hand.
+        """Open what `find` returned; with `weights`, download them if they are not local.
 
         Raises:
             InputError: it cannot be read at all.
@@ -150,7 +150,7 @@ class Subject(ABC):
     @property
     @abstractmethod
     def kind(self) -> str:
-        """How it holds its weights."""
+        """Name of the way in which weights are stored."""
 
     @property
     @abstractmethod
@@ -164,22 +164,22 @@ class Subject(ABC):
 
     @property
     def whole(self) -> bool:
-        """Whether it is all that its manifest lists, and not a file picked out of that."""
+        """Whether it is all that its manifest lists, and not a single file of that."""
         return True
 
     @abstractmethod
     def structure(self) -> Iterator[Finding]:
-        """Yield what is wrong by headers and small files, the manifest apart."""
+        """Check headers and small files, but not the manifest."""
 
     @abstractmethod
     def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
-        """Yield the tensors that are there, beside those that a manifest lists."""
+        """Yield the stored tensors beside those that the manifest lists."""
 
-    def shared(self, ranks: int) -> Iterator[Finding]:
-        """Yield the weights that `ranks` GPUs could not share.
+    def sharding_findings(self, ranks: int) -> Iterator[Finding]:
+        """Yield a finding for each weight that `ranks` GPUs cannot split in whole tiles.
 
         Raises:
-            UsageError: it has none that GPUs share in a way of their own.
+            UsageError: none of its codecs has tiles.
         """
         del ranks
         yield from ()
@@ -193,37 +193,37 @@ class Subject(ABC):
 
     @abstractmethod
     def folder(self) -> Path:
-        """Return where the weights' bytes are.
+        """Return the folder of the files with weights.
 
         Raises:
-            InputError: only headers are at hand.
+            InputError: only headers were opened.
         """
 
     @abstractmethod
     def stamps(self) -> list[Any]:
-        """Return what tells these files from all others, and from themselves once changed."""
+        """Return plain values that identify the files and change with them."""
 
     @abstractmethod
     def reader(self) -> FolderReader:
-        """Return what reads the weights' bytes."""
+        """Return a reader of the weights' bytes."""
 
     @abstractmethod
     def originals(
         self, part: SubjectPart, source: Checkpoint, items: Sequence[InventoryItem]
     ) -> SourceWeights:
-        """Match a part with a source.
+        """Find the originals of a part's weights.
 
         Args:
             part: one of `parts`.
-            source: the checkpoint it was made from.
-            items: every weight of that.
+            source: the checkpoint that it was made from.
+            items: all weights of the source.
 
         Raises:
-            InputError: nothing of this kind can be made of the source.
+            InputError: the source cannot be converted to this container.
         """
 
     # --- behaviour
 
     @abstractmethod
     def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
-        """Load it in an engine and ask it everything."""
+        """Load it in an engine and ask all questions."""

@@ -1,4 +1,4 @@
-"""What is there and cannot even be opened: one finding."""
+"""An artifact that exists but cannot be opened: its check is one finding."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Unreadable(Subject):
     """An artifact that cannot be opened.
 
     Args:
-        name: what the user called it.
-        error: why.
+        name: as the user gave it.
+        error: why it cannot be opened.
     """
 
     suffix = ""
@@ -31,7 +31,7 @@ class Unreadable(Subject):
 
     @classmethod
     def find(cls, name: str, token: str | None) -> Any:
-        """Find nothing: this is no container."""
+        """Return None: this is not a container."""
         del name, token
 
     @classmethod
@@ -40,23 +40,23 @@ class Unreadable(Subject):
 
     @classmethod
     def open(cls, name: str, found: Any, *, weights: bool, token: str | None) -> Subject:
-        """Open what could not be opened."""
+        """Return an unreadable artifact."""
         del weights, token
         return cls(name, found)
 
     @property
     def kind(self) -> str:
-        """Say what it is."""
+        """The word for reports."""
         return "unreadable"
 
     @property
     def vision(self) -> bool:
-        """No tower is known."""
+        """Unknown, hence False."""
         return False
 
     @property
     def files(self) -> Sequence[str]:
-        """No file is known."""
+        """No files."""
         return ()
 
     def structure(self) -> Iterator[Finding]:
@@ -70,19 +70,19 @@ class Unreadable(Subject):
 
     @property
     def parts(self) -> Sequence[SubjectPart]:
-        """Nothing to look at."""
+        """No weights."""
         return ()
 
     def folder(self) -> Path:
-        """Say again why there is nothing."""
+        """Raise the error."""
         raise self._error
 
     def stamps(self) -> list[Any]:
-        """Return its name: nothing that would be remembered is seen."""
+        """Return its name; no result is ever remembered under it."""
         return [self.name]
 
     def reader(self) -> FolderReader:
-        """Say again why there is nothing."""
+        """Raise the error."""
         raise self._error
 
     def originals(

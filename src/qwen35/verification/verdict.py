@@ -1,4 +1,4 @@
-"""One call that checks an artifact at the depth asked for, whatever container holds it."""
+"""Check an artifact of any container at a given depth."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Verdict:
     """The result of a verification.
 
     Args:
-        name: what was checked.
-        kind: how its weights are held: a codec's name, or a container's.
-        depth: how deep.
-        counts: what was looked at (weights, packed weights, files).
+        name: the artifact's name.
+        kind: how its weights are stored: the name of a codec or of a container.
+        depth: depth of the check.
+        counts: number of weights, packed weights and files.
         errors: relative error per role; empty without a source.
-        findings: what is wrong.
-        answers: what it said when asked, at depth ``behaviour``.
-        notes: what the user should know of how it was checked.
+        findings: the findings.
+        answers: its answers, at depth ``behaviour``.
+        notes: remarks on how it was checked.
     """
 
     name: str
@@ -46,11 +46,11 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found."""
+        """Whether there are no findings."""
         return not self.findings
 
     def to_json(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
+        """Return it as plain values."""
         return {
             "artifact": self.name,
             "kind": self.kind,
@@ -87,28 +87,28 @@ def verify(
 
     Args:
         subject: opened for this depth (`qwen35.verification.opening.open_artifact`).
-        source: the checkpoint it was made from; needs depth ``numbers`` or more.
-        depth: ``structure`` reads headers, ``numbers`` every byte, ``behaviour`` asks it as well.
-        threads: weights decoded at a time.
-        tensor_parallel: GPUs that must be able to share every weight of a codec with tiles.
-        engine: what it is asked in; the container's own if None.
-        progress: told of the bytes read.
+        source: the checkpoint that it was made from; used from depth ``numbers`` on.
+        depth: ``structure`` reads headers, ``numbers`` every byte; ``behaviour`` also asks it.
+        threads: number of weights checked at a time.
+        tensor_parallel: number of GPUs that must be able to split weights of codecs with tiles.
+        engine: the engine to ask it in; by default the container's own.
+        progress: receives bytes read.
 
     Raises:
-        UsageError: an engine is asked for and not there, or `tensor_parallel` of another format.
-        InputError: the source cannot be read, or only headers are at hand.
+        UsageError: the engine is not installed, or an option does not apply to this artifact.
+        InputError: the source cannot be read, or only headers were opened.
     """
     subject.refuse(engine, tensor_parallel)
     structure = check_structure(subject)
     findings = list(structure.findings)
     if tensor_parallel is not None:
-        findings += subject.shared(tensor_parallel)
+        findings += subject.sharding_findings(tensor_parallel)
     errors: Sequence[RoleError] = ()
     notes: list[str] = []
     answers: tuple[Answer, ...] = ()
     if depth != "structure":
-        what = {"artifact": subject.stamps(), "source": source and stamped(source)}
-        with MemoFile(what) as memo:
+        inputs = {"artifact": subject.stamps(), "source": source and stamped(source)}
+        with MemoFile(inputs) as memo:
             if structure.manifest is not None:
                 findings += check_hashes(subject, structure.manifest, memo)
             numbers = check_numbers(subject, source, memo=memo, threads=threads, progress=progress)
@@ -116,10 +116,10 @@ def verify(
         findings += [*numbers.findings, *numbers.too_far()]
         notes += memo.notes
     if depth == "behaviour" and not findings:
-        asked = subject.ask(engine, threads)
-        answers = asked.answers
-        findings += asked.findings
-        notes += asked.notes
+        behaviour = subject.ask(engine, threads)
+        answers = behaviour.answers
+        findings += behaviour.findings
+        notes += behaviour.notes
     elif depth == "behaviour":
         notes.append(NOT_ASKED)
     weights = [held.weight for part in subject.parts for held in part.weights]

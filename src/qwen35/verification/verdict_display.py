@@ -1,4 +1,4 @@
-"""A verdict as text of 80 columns."""
+"""A verdict as text, 80 columns wide."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def verdict_text(verdict: Verdict) -> str:
         lines += [f"error: {f.subject}: {f.message} [{f.check}]" for f in verdict.findings]
     lines += [f"note: {note}" for note in verdict.notes]
     errors = len(verdict.findings)
-    found = "finding" if errors == 1 else "findings"
-    lines += ["", "passed: nothing found" if verdict.passed else f"FAILED: {errors} {found}"]
+    noun = "finding" if errors == 1 else "findings"
+    lines += ["", "passed: nothing found" if verdict.passed else f"FAILED: {errors} {noun}"]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""One output while it is written: its files, what is left to do for them, and what is done."""
+"""An output that is being written: its files, its remaining steps and its finished files."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ __all__ = ["OpenOutput"]
 
 @dataclass
 class OpenOutput:
-    """One execution of a plan: everything its steps share.
+    """One execution of a plan: the state that its steps share.
 
     Args:
-        out: the folder that it becomes.
-        plan: what is executed.
-        folder: where its files are while they are made.
-        written: its files.
-        carrier: of its steps.
-        progress: told of the bytes read.
-        filled: called when a file holds all its tensors, if anybody wants to know.
+        out: the final folder.
+        plan: the plan to run.
+        folder: holds the files while they are written.
+        written: opens and finishes the files.
+        runner: runs the steps.
+        progress: receives bytes read.
+        filled: called when a file holds all its tensors.
 
     Attributes:
         hashes: SHA-256 of the finished files.
-        compared: weight to what its check found, where workers checked it.
-        result: known at the end.
+        compared: weight to the result of its check, where workers checked it.
+        result: set at the end.
     """
 
     out: Path
     plan: Plan
     folder: Path
     written: TensorWriter
-    carrier: StepRunner
+    runner: StepRunner
     progress: Progress
     filled: Callable[[str], None] = lambda _: None
     hashes: dict[str, str] = field(default_factory=dict)
@@ -62,22 +62,22 @@ class OpenOutput:
         self._lock = Lock()
 
     def find_finished(self, pool: Executor) -> list[PlannedFile]:
-        """Note the hashes of files that an earlier run finished; return the others."""
+        """Keep the hashes of files that an earlier run finished; return the other files."""
         files = self.plan.files
-        found = pool.map(lambda file: self.written.hash_of(file.name, file.nbytes), files)
-        left = []
-        for file, digest in zip(files, found, strict=True):
+        digests = pool.map(lambda file: self.written.hash_of(file.name, file.nbytes), files)
+        unfinished = []
+        for file, digest in zip(files, digests, strict=True):
             if digest is None:
-                left.append(file)
+                unfinished.append(file)
             else:
                 self.hashes[file.name] = digest
-        return left
+        return unfinished
 
-    def left(self, steps: Sequence[Step]) -> list[Step]:
-        """Return those of some steps that are still to be done, each for the files left to it."""
-        return [step for step in map(self._wanting, steps) if step.targets]
+    def pending(self, steps: Sequence[Step]) -> list[Step]:
+        """Return the unfinished steps, each reduced to the files that still lack its tensors."""
+        return [step for step in map(self._pending, steps) if step.targets]
 
-    def _wanting(self, step: Step) -> Step:
+    def _pending(self, step: Step) -> Step:
         done = [
             file
             for target in step.targets
@@ -86,21 +86,21 @@ class OpenOutput:
         ]
         return step.into(set(step.files) - set(done)) if done else step
 
-    def works(self, owner: int, steps: Sequence[Step]) -> Iterator[RangeReader]:
-        """Yield what is to be done for some steps, as `left` returned them."""
+    def readers(self, owner: int, steps: Sequence[Step]) -> Iterator[RangeReader]:
+        """Yield the range readers of steps that `pending` returned."""
         self._unfilled = Counter(file for step in steps for file in step.files)
         ranks = {name: rank for rank, name in enumerate(self._files)}
         for number, step in enumerate(steps):
-            spans = self.carrier.spans(step)
+            spans = self.runner.spans(step)
             self._spans[number] = len(spans)
             rank = min(ranks[file] for file in step.files)
             for span in spans:
-                yield self._work(owner, number, step, span, rank)
+                yield self._reader(owner, number, step, span, rank)
 
-    def _work(self, owner: int, number: int, step: Step, span: RowSpan, rank: int) -> RangeReader:
+    def _reader(self, owner: int, number: int, step: Step, span: RowSpan, rank: int) -> RangeReader:
         def run(reader: FolderReader) -> Iterator[int]:
             with os_errors(self.out):
-                yield from self.carrier.carry(step, span, self._write, reader)
+                yield from self.runner.run(step, span, self._write, reader)
                 self._done(number, step)
             self.progress.advance(step.rows.share(span), step.weight.name)
 
@@ -111,9 +111,9 @@ class OpenOutput:
             self._open(file).write(name, offset, data)
 
     def _open(self, name: str) -> TensorFile:
-        found = self._opened.get(name)
-        if found is not None:
-            return found
+        opened = self._opened.get(name)  # without the lock: every piece of every thread comes here
+        if opened is not None:
+            return opened
         with self._lock:
             if name not in self._opened:
                 file = self._files[name]
@@ -122,7 +122,7 @@ class OpenOutput:
             return self._opened[name]
 
     def _done(self, number: int, step: Step) -> None:
-        """Note that a span of a step is done; with the last one the step is, and maybe files."""
+        """Count a finished span; the last one completes the step, and perhaps files."""
         with self._lock:
             self._spans[number] -= 1
             if self._spans[number]:
@@ -132,12 +132,12 @@ class OpenOutput:
         with self._lock:
             self._unfilled.subtract(step.files)
             full = [file for file in step.files if not self._unfilled[file]]
-        for file in full:
+        for file in full:  # outside the lock, since the callback is not ours
             self.filled(file)
 
     def finish(self, files: Iterable[str]) -> None:
         """Flush and hash files that hold all their tensors."""
         with os_errors(self.out):
             for name in files:
-                self._open(name)  # one whose steps an earlier run had all done
+                self._open(name)  # not open yet if an earlier run had filled it
                 self.hashes[name] = self.written.finish(name)

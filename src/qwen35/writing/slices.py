@@ -1,4 +1,4 @@
-"""An output in slices that know nothing of each other, for batch schedulers; and its end."""
+"""Write an output in independent slices, for batch schedulers, and finalize it."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ from qwen35.writing.write import write
 __all__ = ["Slice", "finalize", "write_slice"]
 
 _COMPARED = "compared "
-"""What entries of a slice's journal begin with that say what a check of a weight found."""
+"""Prefix of the journal entries that hold the check results of weights."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What a slice has finished.
+    """A finished slice.
 
     Args:
-        work: the work folder, which holds it.
-        weights: how many.
+        work: the work folder.
+        weights: number of weights.
         nbytes: bytes written.
     """
 
@@ -69,22 +69,21 @@ def write_slice(
     progress: Progress | None = None,
     check: bool = False,
 ) -> Slice:
-    """Carry out slice `number` (from 1) of `count` of a plan, in the work folder beside `out`.
+    """Write slice `number` (from 1) of `count` of a plan, in the work folder beside `out`.
 
-    Slices may run in any order, at the same time, on machines that see the same folders; one that
-    ended before its time is continued by the same call. `finalize` makes the output of them.
-    With `check`, a slice compares what it wrote with the source, and leaves what it found for
-    `finalize`.
+    Slices may run in any order and at the same time, on machines that share the folders. The same
+    call resumes a slice that was killed. `finalize` makes the output of them. With `check`, a slice
+    compares what it wrote with the source and records the results for `finalize`.
 
     Raises:
-        OutputError: the output exists, the slice is being run, or the folder holds other work.
+        OutputError: the output exists, the slice is running, or the folder holds other work.
         TensorError: a weight cannot be read, or holds NaN or infinity.
     """
     progress = progress or Silent()
     out = resolved(out)
     check_output(out, source=plan.checkpoint.folder(), overwrite=overwrite)
     plan.container.prepare(plan)
-    carrier = StepRunner(plan, kernels_for(device))
+    runner = StepRunner(plan, kernels_for(device))
     size = task_bytes(plan, count)
     order = order_of(plan, size, check=check, slices=count, overwrite=overwrite)
     tasks = share(make_tasks(plan.written, size), count)[number - 1]
@@ -95,7 +94,7 @@ def write_slice(
             Reader(plan.checkpoint) as reader,
             TensorWriter(folder, journal, shared=True) as written,
         ):
-            output = OpenOutput(out, plan, folder, written, carrier, progress)
+            output = OpenOutput(out, plan, folder, written, runner, progress)
             _fill(output, own, f"slice {number}/{count} of {out.name}", reader, threads)
             if check:
                 _compare(output, own, journal, reader, threads)
@@ -107,15 +106,15 @@ def write_slice(
 def _fill(
     output: OpenOutput, own: Sequence[Step], title: str, reader: Reader, threads: int | None
 ) -> None:
-    steps = output.left(own)
+    steps = output.pending(own)
     check_space(output.folder, sum(step.nbytes for step in steps))
     nbytes = sum(step.read_bytes for step in steps)
     verb = "writing" if nbytes == sum(step.read_bytes for step in own) else "continuing"
     output.progress.begin(f"{verb} {title}", nbytes)
     errors: list[Qwen35Error] = []
     threads = threads or default_threads()
-    works = list(output.works(0, steps))
-    crew = ThreadCrew(works, lambda _, error: errors.append(error), lambda _: bool(errors))
+    readers = list(output.readers(0, steps))
+    crew = ThreadCrew(readers, lambda _, error: errors.append(error), lambda _: bool(errors))
     with ThreadPoolExecutor(threads) as pool:
         crew.run(pool, threads, reader)
     for error in errors:
@@ -126,53 +125,54 @@ def _fill(
 def _compare(
     output: OpenOutput, own: Sequence[Step], journal: Journal, reader: Reader, threads: int | None
 ) -> None:
-    """Note in the journal what a check of each weight finds that is not noted there."""
-    left = [step for step in own if f"{_COMPARED}{step.outputs[0].name}" not in journal]
+    """Check each weight whose result the journal lacks, and record it."""
+    pending = [step for step in own if f"{_COMPARED}{step.outputs[0].name}" not in journal]
     files = {file.name: file for file in output.plan.files}
     with (
         ThreadPoolExecutor(threads or default_threads()) as pool,
         FolderReader(output.folder) as written,
     ):
-        found = compare_steps(left, files, written, reader, pool)
-    journal.record({f"{_COMPARED}{name}": value for name, value in found.items()})
+        results = compare_steps(pending, files, written, reader, pool)
+    journal.record({f"{_COMPARED}{name}": value for name, value in results.items()})
 
 
 def finalize(
     out: Path, *, threads: int | None = None, progress: Progress | None = None
 ) -> tuple[Plan, StagedResult]:
-    """Make the output of finished slices: hash their files, write all others, rename.
+    """Complete the output of finished slices: hash their files, write the others, rename.
 
-    What comes out is what one run without slices writes. Needs the source, for its headers and
-    side-car files. One that is killed is continued by the same call.
+    The output is the same as without slices. The source's headers and sidecar files must still be
+    there. The same call resumes a finalization that was killed.
 
     Raises:
-        OutputError: there are no slices, some are not complete, or one is being run.
-        InputError: the source or the versions of the tools are not those of the slices.
+        OutputError: there are no slices, some are incomplete, or one is running.
+        InputError: the source or the tool versions differ from those of the slices.
     """
     out = resolved(out)
     work = work_path(out)
     if not work.exists() and out.exists():
-        raise OutputError(str(out), "is there already", hint="there are no slices to finalize")
+        raise OutputError(str(out), "already exists", hint="there are no slices to finalize")
     if not work.exists():
-        hint = "they are made by `--slice i/N` of convert or gguf, with the same OUT"
-        raise OutputError(str(out), "there are no slices of it", hint=hint)
+        hint = "write them with `--slice i/N` of convert or gguf and the same OUT"
+        raise OutputError(str(out), "has no slices", hint=hint)
     order = read_order(work)
     if not isinstance(order.get("slices"), int):
-        hint = "repeat the command that began it"
+        hint = "run the original command again"
         raise OutputError(str(work), "holds a run without slices", hint=hint)
     plan = plan_from(order)
-    with ExitStack() as held:  # their journals: no slice can begin meanwhile
+    with ExitStack() as held:  # hold the journals of all slices: none can start meanwhile
         merged = _merged(work, order)
-        finished, compared = _finished(out, plan, order, held, known=merged)
+        finished, compared = _finished(out, plan, order, held, complete=merged)
         if not merged:
             whole = held.enter_context(Journal(work / JOURNAL_NAME, order["key"], home=work))
             whole.record(finished)
+    # from here on it is a resumed run without slices
     result = write(plan, out, overwrite=order["overwrite"], threads=threads, progress=progress)
     return plan, replace(result, compared=compared)
 
 
 def _merged(work: Path, order: Mapping[str, Any]) -> bool:
-    """Whether a run that finalized was killed; if it had not come far, nothing is left of it."""
+    """Return whether an earlier finalization merged the journals; remove an empty one."""
     path = work / JOURNAL_NAME
     if not path.exists():
         return False
@@ -183,22 +183,22 @@ def _merged(work: Path, order: Mapping[str, Any]) -> bool:
 
 
 def _finished(
-    out: Path, plan: Plan, order: Mapping[str, Any], held: ExitStack, *, known: bool
+    out: Path, plan: Plan, order: Mapping[str, Any], held: ExitStack, *, complete: bool
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """Return what the slices have finished, as the journal of the whole notes it.
+    """Collect the results of all slices.
 
     Args:
         out: the output.
-        plan: of the slices.
-        order: that they follow.
+        plan: the plan of the slices.
+        order: their order.
         held: keeps their journals open.
-        known: whether all was complete before, so that nothing is asked again.
+        complete: skip the checks, because an earlier call found all slices complete.
 
     Returns:
-        The finished tensors, and what checks of them found.
+        The finished tensors as journal entries, and the results of their checks.
 
     Raises:
-        OutputError: that is not all there is to do; it says whose it is.
+        OutputError: slices are missing or incomplete; the message names them.
     """
     work, count = work_path(out), order["slices"]
     shares = share(make_tasks(plan.written, order["task_bytes"]), count)
@@ -212,32 +212,32 @@ def _finished(
             continue
         journal = held.enter_context(Journal(path, order["key"], home=work))
         steps = [step for task in tasks for step in task.steps]
-        wanted = [_entries(step) for step in steps]
-        missing = sum(not all(map(journal.get, entries)) for entries in wanted)
+        expected = [_entries(step) for step in steps]
+        missing = sum(not all(map(journal.get, entries)) for entries in expected)
         if missing:
-            problems.append(f"slice {number}/{count} lacks {missing} of {len(wanted)} weights")
-        finished |= dict.fromkeys((entry for entries in wanted for entry in entries), 1)
-        compared |= _sound(journal)
-    if problems and not known:
+            problems.append(f"slice {number}/{count} lacks {missing} of {len(expected)} weights")
+        finished |= dict.fromkeys((entry for entries in expected for entry in entries), 1)
+        compared |= _valid_comparisons(journal)
+    if problems and not complete:
         raise OutputError(str(out), "; ".join(problems), hint="run these, then finalize again")
-    for file in [] if known else plan.files:
+    for file in [] if complete else plan.files:
         path = work / FILES_NAME / file.name
         if not path.is_file() or path.stat().st_size != file.nbytes:
             hint = f"remove {work} to start over"
-            raise OutputError(str(path), "is gone or was cut since", hint=hint)
+            raise OutputError(str(path), "is missing or was truncated", hint=hint)
     return finished, compared
 
 
-def _sound(journal: Journal) -> dict[str, Any]:
-    """Return what a slice's checks found; an entry that is none counts as not checked."""
-    found = {}
+def _valid_comparisons(journal: Journal) -> dict[str, Any]:
+    """Return the check results of a slice; a malformed one counts as not checked."""
+    valid = {}
     for name, value in journal.items():
         if name.startswith(_COMPARED):
             with suppress(TypeError, KeyError, ValueError, AttributeError):
-                found[name.removeprefix(_COMPARED)] = WeightComparison.from_json(value).to_json()
-    return found
+                valid[name.removeprefix(_COMPARED)] = WeightComparison.from_json(value).to_json()
+    return valid
 
 
 def _entries(step: Step) -> list[str]:
-    """Return the journal's entries of all that a step writes."""
+    """Return a step's journal entries."""
     return [f"{file}/{target.outputs[0].name}" for target in step.targets for file in target.files]

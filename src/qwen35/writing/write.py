@@ -1,8 +1,8 @@
-"""The loop: read a piece of the source, encode it for everything that wants it, write.
+"""The loop: read a piece of the source, encode it for every output that needs it, write.
 
-Any number of plans of one source are carried out in one sweep; one plan is the sweep of one. Steps
-of all plans that read the same bytes are one group. A thread takes a group, reads its bytes once,
-piece by piece, and hands them to every step (`qwen35.execution.window`).
+One sweep over a source writes the outputs of any number of plans. Steps of all plans that read the
+same bytes form a group. A thread takes a group, reads its bytes once, piece by piece, and hands
+them to every step (`qwen35.execution.window`).
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ __all__ = ["WriteJob", "check_before", "write", "write_all"]
 def check_before(
     out: Path, *, overwrite: bool, device: str = "auto", source: Path | None = None
 ) -> None:
-    """Check what can be checked before the source is downloaded.
+    """Check everything that needs no source, before it is downloaded.
 
     Args:
         out: the output.
-        overwrite: replace an output of ours.
+        overwrite: replace an output of qwen35.
         device: to encode on.
-        source: the folder of the source, if it is on this machine.
+        source: the source's folder, if it is on this machine.
 
     Raises:
         OutputError: the output exists or overlaps the source.
-        UsageError: there is no such device.
+        UsageError: the device does not exist.
     """
     check_output(out, source=source, overwrite=overwrite)
     kernels_for(device)
@@ -64,12 +64,12 @@ def check_before(
 
 @dataclass(frozen=True)
 class WriteJob:
-    """A plan, and the folder to write.
+    """A plan and its output folder.
 
     Args:
-        plan: what to write.
-        out: where.
-        overwrite: replace an output of ours.
+        plan: the plan to write.
+        out: the folder.
+        overwrite: replace an output of qwen35.
     """
 
     plan: Plan
@@ -90,26 +90,26 @@ def write(
 ) -> StagedResult:
     """Write the output that `plan` describes to the folder `out`.
 
-    The folder appears whole: everything is prepared beside it, flushed and hashed, and renamed. A
-    run that is killed or interrupted is continued by the next one of the same plan.
-    Memory is a few pieces a thread, whatever the size of the model.
+    The folder appears whole: its files are written beside it, flushed, hashed and renamed. The next
+    run of the same plan resumes a run that was killed or interrupted. Memory is a few pieces per
+    thread, whatever the size of the model.
 
     Args:
-        plan: what to write.
+        plan: the plan to write.
         out: the folder.
-        overwrite: replace an output of ours.
-        threads: of this process; all processors, if not given.
+        overwrite: replace an output of qwen35.
+        threads: of this process; by default one per processor.
         device: where this process encodes.
-        progress: told of the bytes read.
-        pool: workers that do it instead (`execution.process_pool`,
-            `execution.ray_workers`), on their own devices; they must see the source and the output.
+        progress: receives bytes read.
+        pool: workers that write instead of this process (`execution.process_pool`,
+            `execution.ray_workers`), on their own devices; they need access to source and output.
         check: have workers compare what they write with the source (`StagedResult.compared`).
 
     Raises:
         OutputError: the output exists or overlaps the source, or the disk is full.
         TensorError: a weight cannot be read, or holds NaN or infinity.
-        UsageError: a library is needed and not installed.
-        WorkerError: workers died again and again, or a GPU has too little memory.
+        UsageError: a required library is not installed.
+        WorkerError: a task's workers died at every attempt, or a GPU has too little memory.
     """
     job = WriteJob(plan, out, overwrite)
     sweep = _Sweep([job], "cpu" if pool else device, progress or Silent())
@@ -129,26 +129,25 @@ def write_all(
     """Write several outputs of one source in one sweep.
 
     Args:
-        jobs: of one source.
-        threads: groups of steps worked on at a time.
+        jobs: plans of one source.
+        threads: number of groups that are written at a time.
         device: where weights are encoded.
-        progress: told of the bytes that steps have done with, each output's by itself.
+        progress: receives bytes read, counted once per output.
 
     Returns:
-        What was written and what went wrong, by the number of the job; one that goes wrong does not
-        stop the others.
+        Results and errors by the number of the job; a failed job does not stop the others.
     """
     return _Sweep(jobs, device, progress or Silent()).run(threads)
 
 
 @dataclass
 class _Sweep:
-    """One sweep: what its threads share.
+    """One sweep: the state that its threads share.
 
     Args:
-        jobs: what is made; their numbers are the owners of works.
+        jobs: the outputs to write; their numbers are the owners of range readers.
         device: where weights are encoded.
-        progress: told of the bytes done with.
+        progress: receives bytes read.
     """
 
     jobs: Sequence[WriteJob]
@@ -160,9 +159,9 @@ class _Sweep:
     def run(
         self, threads: int, workers: WorkerPool | None = None, *, check: bool = False
     ) -> tuple[dict[int, StagedResult], dict[int, Qwen35Error]]:
-        """Open all outputs, sweep over the source, complete the outputs that came out well.
+        """Open all outputs, sweep over the source, complete the outputs without errors.
 
-        What is no `Qwen35Error` ends all of them.
+        Any exception other than `Qwen35Error` ends all of them.
         """
         stacks = [ExitStack() for _ in self.jobs]
         outputs: list[OpenOutput | None] = []
@@ -176,7 +175,7 @@ class _Sweep:
                     self._hand_out(outputs[0], pool, workers, check=check)
         except BaseException as error:
             for stack in stacks:
-                with suppress(Qwen35Error):  # the first error is the one to tell
+                with suppress(Qwen35Error):  # report the first error only
                     stack.__exit__(type(error), error, error.__traceback__)
             raise
         finally:
@@ -189,7 +188,7 @@ class _Sweep:
     def _open(
         self, owner: int, stack: ExitStack, kernels: tuple[Kernels, ...]
     ) -> OpenOutput | None:
-        """Open an output, or note why it cannot be."""
+        """Open an output, or record why it cannot be opened."""
         job = self.jobs[owner]
         progress = self.progress if len(self.jobs) == 1 else _Part(self.progress)
         try:
@@ -202,27 +201,27 @@ class _Sweep:
     def _fill(
         self, outputs: Sequence[OpenOutput | None], pool: ThreadPoolExecutor, threads: int
     ) -> None:
-        """Fill all files by threads, and finish each when it is full."""
-        works: list[RangeReader] = []
-        empty: list[Callable[[], None]] = []
+        """Fill all files with threads, and finish each when it is full."""
+        readers: list[RangeReader] = []
+        filled_before: list[Callable[[], None]] = []
         whole = nbytes = 0
         for owner, output in enumerate(outputs):
             if output is None:
                 continue
             names = [file.name for file in output.find_finished(pool)]
-            steps = output.left(output.plan.written)
-            works += output.works(owner, steps)
+            steps = output.pending(output.plan.written)
+            readers += output.readers(owner, steps)
             full = set(names) - {file for step in steps for file in step.files}
-            empty += [partial(self._finish, owner, output, name) for name in sorted(full)]
+            filled_before += [partial(self._finish, owner, output, name) for name in sorted(full)]
             whole += output.plan.read_bytes
             nbytes += sum(step.read_bytes for step in steps)
         if any(outputs):
             self._announce(nbytes, whole)
-        crew = ThreadCrew(works, self._failed, self._unwanted)
+        crew = ThreadCrew(readers, self._failed, self._has_failed)
         for owner, output in enumerate(outputs):
             if output is not None:
                 output.filled = partial(self._full, crew, owner, output)
-        for job in empty:
+        for job in filled_before:
             crew.soon(job)
         with Reader(self.jobs[0].plan.checkpoint) as reader:
             crew.run(pool, threads, reader)
@@ -231,7 +230,7 @@ class _Sweep:
         crew.soon(partial(self._finish, owner, output, name))
 
     def _finish(self, owner: int, output: OpenOutput, name: str) -> None:
-        if self._unwanted(owner):
+        if self._has_failed(owner):
             return
         try:
             output.finish([name])
@@ -242,14 +241,14 @@ class _Sweep:
         self, output: OpenOutput, pool: ThreadPoolExecutor, workers: WorkerPool, *, check: bool
     ) -> None:
         """Have workers fill the files."""
-        left = output.find_finished(pool)
-        todo = sum(step.read_bytes for step in output.left(output.plan.written))
+        unfinished = output.find_finished(pool)
+        todo = sum(step.read_bytes for step in output.pending(output.plan.written))
         self._announce(todo, output.plan.read_bytes)
-        fill(output, left, workers, check=check)
+        fill(output, unfinished, workers, check=check)
 
     def _announce(self, nbytes: int, whole: int) -> None:
         if len(self.jobs) > 1:
-            title = f"writing {len(self.jobs)} artifacts in one sweep, counting for each"
+            title = f"writing {len(self.jobs)} artifacts in one sweep (bytes of each)"
         else:
             verb = "writing" if nbytes == whole else "continuing" if nbytes else "finishing"
             title = f"{verb} {self.jobs[0].out.name}"
@@ -259,11 +258,11 @@ class _Sweep:
         with self.lock:
             self.errors.setdefault(owner, error)
 
-    def _unwanted(self, owner: int) -> bool:
+    def _has_failed(self, owner: int) -> bool:
         return owner in self.errors
 
     def _close(self, owner: int, stack: ExitStack) -> None:
-        """Let an output appear, or take what there is of it away."""
+        """Commit an output, or roll it back if it failed."""
         error = self.errors.get(owner)
         try:
             if error is None:
@@ -278,7 +277,7 @@ class _Sweep:
 def _opened(
     job: WriteJob, kernels: tuple[Kernels, ...], progress: Progress
 ) -> Iterator[OpenOutput]:
-    """Prepare an output, let the block fill its files, and complete it."""
+    """Prepare an output, let the block fill its tensor files, then complete it."""
     plan, out = job.plan, resolved(job.out)
     source = plan.checkpoint.folder()
     place = LocalFolder(source)
@@ -300,17 +299,17 @@ def _opened(
 
 
 class _Part:
-    """The progress of one output, which is a part of the sweep's."""
+    """The progress of one output within a sweep."""
 
     def __init__(self, whole: Progress) -> None:
         self._whole = whole
 
     def begin(self, title: str, total: int) -> None:
-        """Ignore it: the sweep has begun."""
+        """Do nothing: the sweep has begun."""
 
     def advance(self, amount: int, item: str) -> None:
-        """Pass it on."""
+        """Advance the sweep."""
         self._whole.advance(amount, item)
 
     def end(self) -> None:
-        """Ignore it: the sweep goes on."""
+        """Do nothing: the sweep ends later."""

@@ -136,7 +136,7 @@ def _inference(asker: Asker, strategy: Strategy, output: Console, *, image: bool
 
 def _show(answers: list[Answer], output: Console) -> list[Answer]:
     for answer in answers:
-        said = answer.said.rpartition("</think>")[2].strip()
+        said = answer.turn.rpartition("</think>")[2].strip()
         mark = "ok" if answer.right else f"FAILED: {answer.fault}"
         output.line(f"   {answer.question.prompt[:60]} -> {said[:60]!r} ({mark})")
         if answer.question.image is not None:

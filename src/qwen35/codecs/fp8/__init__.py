@@ -1,1 +1,1 @@
-"""Block-wise FP8 (E4M3): a scale for each tile of 128 x 128."""
+"""Block-wise FP8 (E4M3): one scale per tile of 128 x 128."""

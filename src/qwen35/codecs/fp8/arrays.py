@@ -1,4 +1,4 @@
-"""FP8 on arrays: rows of a weight to codes and scales, and back."""
+"""FP8 on arrays: encode and decode rows of a weight."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def encode_rows(
     Args:
         values: [rows, columns] elements of `dtype` (BF16 as uint16 bits), multiples of 128.
         dtype: BF16, F16 or F32.
-        scale_choice: how scales are chosen.
-        weights: [columns] how much the error of each column matters; evenly when None.
-        codes: [rows, columns], written.
-        scales: [rows / 128, columns / 128] bfloat16 bits, written.
+        scale_choice: how to choose scales.
+        weights: [columns] error weight of each column; None for equal weights.
+        codes: [rows, columns], output.
+        scales: [rows / 128, columns / 128] bfloat16 bits, output.
 
     Returns:
-        Whether all values are finite.
+        True if all values are finite.
     """
     from qwen35.codecs.fp8 import kernels
 
@@ -44,8 +44,8 @@ def encode_rows(
         "percentile": scale_choice.percentile,
         "mse": scale_choice.grid_size,
     }
-    even = weights is None or not scale_choice.weighted
-    columns = np.ones(values.shape[1], np.float32) if even else weights
+    unweighted = weights is None or not scale_choice.weighted
+    columns = np.ones(values.shape[1], np.float32) if unweighted else weights
     floats = values if dtype == "BF16" else f32_from(values, dtype)
     parameter = float(parameters.get(scale_choice.mode, 0.0))
     return int(kernels.encode(floats, mode, parameter, columns, codes, scales)) == 0
@@ -55,7 +55,7 @@ def encode_rows(
 def e4m3_values() -> npt.NDArray[np.float32]:
     """Return the value of each of the 256 E4M3 codes; 0x7F and 0xFF are NaN.
 
-    One sign bit, four of exponent with bias 7, three of mantissa, no infinities.
+    One sign bit, four exponent bits with bias 7, three mantissa bits, no infinities.
     """
     codes = np.arange(256)
     exponent, mantissa = (codes >> 3) & 15, codes & 7
@@ -69,7 +69,7 @@ def decode_rows(codes: npt.NDArray[np.uint8], scale: npt.NDArray[Any]) -> npt.ND
     """Return ``value * scale`` in float32.
 
     Args:
-        codes: [rows, columns]; the first row begins a tile.
+        codes: [rows, columns]; the first row starts a tile.
         scale: [ceil(rows / 128), ceil(columns / 128)] float32.
     """
     values = e4m3_values()[codes]

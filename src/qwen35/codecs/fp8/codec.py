@@ -1,4 +1,4 @@
-"""Block-wise FP8 as the protocol asks for it: a row of tiles at a time."""
+"""The block-wise FP8 codec: encodes one row of tiles at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Fp8"]
 
 
 class Fp8(Codec):
-    """E4M3 with a scale for each tile of 128 x 128."""
+    """E4M3 with one scale per tile of 128 x 128."""
 
     name = "fp8"
     meaning = "block-wise FP8 (E4M3, 128 x 128); copied if already FP8"
@@ -51,65 +51,65 @@ class Fp8(Codec):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "experts")
 
     def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
-        """Return the scale beside the codes."""
+        """Return the scale tensor, if present."""
         return [name + SCALE] if name + SCALE in tensors else None
 
     def is_companion(self, name: str) -> bool:
-        """Whether a tensor called so belongs to a weight of another name."""
+        """Return whether a tensor of this name belongs to another weight."""
         return name.endswith(SCALE)
 
     def problem(self, tensors: Mapping[str, StoredTensor], name: str) -> TensorError | None:
-        """Return what is wrong with the tensors that `companions` found, if anything."""
+        """Return the problem with the tensors found by `companions`, or None."""
         dtype = tensors[name].spec.dtype
         if dtype == "F8_E4M3":
             return None
         return TensorError(name, f"{dtype} beside fp8 companions", expected="F8_E4M3")
 
     def mismatch(self, weight: Weight, expected: TensorSpec) -> TensorError | None:
-        """Return why a stored weight cannot be the one that the config promises, if it cannot."""
+        """Return why a stored weight does not match the one the config requires, or None."""
         spec = weight.main.spec
         if spec.shape != expected.shape:
-            expect = f"{list(expected.shape)} by config.json"
-            return TensorError(spec.name, f"shape {list(spec.shape)}", expected=expect)
+            expected_text = f"{list(expected.shape)} by config.json"
+            return TensorError(spec.name, f"shape {list(spec.shape)}", expected=expected_text)
         return _scale_mismatch(weight, expected)
 
     def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
-        """Return the values, decoded; the scales are read and checked at once."""
+        """Open the decoded values; reads and checks the scales."""
         from qwen35.codecs.fp8.stored import StoredFp8
 
         return StoredFp8(reader, weight, spec)
 
     def check(self, reader: Readable, weight: Weight) -> None:
-        """Refuse what is no scale."""
+        """Check that all scales are finite and positive."""
         from qwen35.codecs.fp8.stored import read_scales
 
         read_scales(reader, weight)
 
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
-        """Return codes and scales."""
+        """Return the tensors of codes and scales."""
         return layout(spec)
 
     def fits(self, spec: TensorSpec) -> str:
-        """Return why a weight of this shape cannot be held; nothing if it can."""
+        """Return why a weight of this shape cannot be packed; empty if it can."""
         return "" if fits(spec.shape) else f"is {list(spec.shape)}: not whole tiles of 128 x 128"
 
     def packs(self, role: Role) -> bool:
-        """Whether weights of this role may be held so."""
+        """Return whether weights of this role may be packed."""
         return role.info.kind in self.kinds
 
     def grain(self, spec: TensorSpec) -> int:
-        """Return the rows of a tile."""
+        """Return the height of a tile."""
         del spec
         return BLOCK
 
-    def encode(self, order: EncodingRequest) -> Encoding:
-        """Return what encodes rows of tiles."""
+    def encode(self, request: EncodingRequest) -> Encoding:
+        """Start encoding, by rows of tiles."""
         from qwen35.codecs.fp8.stored import EncodingFp8
 
-        return EncodingFp8(order)
+        return EncodingFp8(request)
 
     def kernel(self, device: str) -> Kernel:
-        """Return what encodes on a device (`qwen35.codecs.fp8.arrays.encode_rows`)."""
+        """Return the device's equivalent of `qwen35.codecs.fp8.arrays.encode_rows`."""
         if device == "cpu":
             from qwen35.codecs.fp8.arrays import encode_rows
 
@@ -119,7 +119,7 @@ class Fp8(Codec):
         return TritonEncoder(device)
 
     def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
-        """Return ``quantization_config`` as the official FP8 checkpoints have it."""
+        """Return ``quantization_config`` as in the official FP8 checkpoints."""
         from qwen35.codecs.fp8.config import quantization_config
 
         del prefix, dtype
@@ -128,7 +128,7 @@ class Fp8(Codec):
     def config_findings(
         self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
     ) -> Iterator[Finding]:
-        """Yield where config.json and the weights contradict each other, as engines read both."""
+        """Yield contradictions between config.json and the weights, as engines read them."""
         from qwen35.codecs.fp8.config import findings
 
         del vision
@@ -137,7 +137,7 @@ class Fp8(Codec):
     def tensor_parallel(
         self, config: ModelConfig, modules: Sequence[LoaderModule], ranks: int
     ) -> Iterator[Finding]:
-        """Yield the weights that `ranks` GPUs could not share in whole tiles."""
+        """Yield the weights that `ranks` GPUs cannot split into whole tiles."""
         from qwen35.codecs.fp8.config import tensor_parallel_findings
 
         yield from tensor_parallel_findings(config, modules, ranks)
@@ -150,13 +150,13 @@ class Fp8(Codec):
         original: Iterator[Piece],
         result: WeightComparison,
     ) -> None:
-        """Compare every code with what its scale can say at best."""
+        """Compare every code with the best one its scale allows."""
         from qwen35.codecs.fp8.judge import judge
 
         judge(reader, weight, spec, original, result)
 
     def too_far(self, errors: Mapping[str, float]) -> str:
-        """Return why no rounding explains the error of a weight whose codes may all be sound."""
+        """Return why the total error exceeds rounding although no single code does."""
         from qwen35.codecs.fp8.judge import too_far
 
         return too_far(errors)
@@ -167,8 +167,8 @@ def _scale_mismatch(weight: Weight, expected: TensorSpec) -> TensorError | None:
     shape = tuple(-(-size // BLOCK) for size in expected.shape)
     if scale is None or len(expected.shape) != 2 or scale.spec.shape != shape:
         found = list(scale.spec.shape) if scale else "none"
-        expect = f"{list(shape)}, blocks of 128x128"
-        return TensorError(weight.name + SCALE, f"shape {found}", expected=expect)
+        expected_text = f"{list(shape)}, blocks of 128x128"
+        return TensorError(weight.name + SCALE, f"shape {found}", expected=expected_text)
     if scale.spec.dtype not in FLOAT_DTYPES:
         return TensorError(scale.spec.name, f"dtype {scale.spec.dtype}", expected="BF16 or F32")
     return None

@@ -1,4 +1,4 @@
-"""``quantization_config`` of block FP8, and what serving engines need: lists, groups, tiles."""
+"""``quantization_config`` of block FP8, and checks of what serving engines require."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["findings", "quantization_config", "tensor_parallel_findings", "uncon
 
 _LIST = "modules_to_not_convert"
 _ROW_SPLIT = ("o_proj", "out_proj", "down_proj")
-"""Layers whose input an engine splits; all others are split by their output."""
+"""Layers that tensor parallelism splits by input; all others are split by output."""
 
 
 def quantization_config(modules: Sequence[LoaderModule]) -> dict[str, Any]:
-    """Return what the official FP8 checkpoints have, and ``fmt``, which some readers ask for."""
+    """Return the config of the official FP8 checkpoints plus ``fmt``, which some readers need."""
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
@@ -32,10 +32,10 @@ def quantization_config(modules: Sequence[LoaderModule]) -> dict[str, Any]:
 
 
 def unconverted_modules(modules: Sequence[LoaderModule]) -> list[str]:
-    """Return ``modules_to_not_convert``: every module with a matrix that is not FP8, by full name.
+    """Return ``modules_to_not_convert``: full names of all modules with a matrix that is not FP8.
 
-    The head is always listed: giving any list switches off transformers' own exception for it, and
-    a tied head has no tensor. Experts that stay are listed as the one module that engines make.
+    The head is always listed: any list disables transformers' default exception for it, and a tied
+    head has no tensor. Unpacked experts are listed as the single module that engines create.
     """
     return sorted(
         {"lm_head"}
@@ -44,9 +44,9 @@ def unconverted_modules(modules: Sequence[LoaderModule]) -> list[str]:
 
 
 def _loaded_as(module: str) -> str:
-    """Name the module that engines make of a weight; all experts of a layer are one."""
-    layer, found, _ = module.partition(".mlp.experts.")
-    return f"{layer}.mlp.experts" if found else module
+    """Return the module into which engines load a weight; all experts of a layer share one."""
+    layer, separator, _ = module.partition(".mlp.experts.")
+    return f"{layer}.mlp.experts" if separator else module
 
 
 def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -> Iterator[Finding]:
@@ -76,10 +76,10 @@ def _list_findings(entries: object, modules: Sequence[LoaderModule]) -> Iterator
         full, joint = module.module, _loaded_as(module.module)
         names |= {joint, full}
         packed = module.codec == "fp8"
-        found = joint in listed or full in listed
-        if packed and found:
+        skip = joint in listed or full in listed
+        if packed and skip:
             yield Finding("skip-list", full, f"packed, but {_LIST} says it is not")
-        elif not packed and not found and module.role.info.kind in ("linear", "router", "experts"):
+        elif not packed and not skip and module.role.info.kind in ("linear", "router", "experts"):
             yield Finding("skip-list", full, f"not packed, and missing from {_LIST}")
     for entry in sorted(listed - names):
         yield Finding("skip-list", entry, f"in {_LIST}, but no module of this model")
@@ -92,6 +92,7 @@ def _group_findings(modules: Sequence[LoaderModule]) -> Iterator[Finding]:
         key = fused_group(module.role)
         if key is None or key in reported:
             continue
+        # Comparing with the first member suffices: if all agree with it, they agree.
         other = first.setdefault(key, module)
         if (module.codec == "fp8") != (other.codec == "fp8"):
             reported.add(key)
@@ -103,12 +104,12 @@ def _group_findings(modules: Sequence[LoaderModule]) -> Iterator[Finding]:
 def tensor_parallel_findings(
     config: ModelConfig, modules: Sequence[LoaderModule], ranks: int
 ) -> list[Finding]:
-    """Return the FP8 weights that `ranks` GPUs could not share in whole tiles.
+    """Return the FP8 weights that `ranks` GPUs cannot split into whole tiles.
 
-    An engine splits the output of most layers and the input of those that end a block; each part
-    must be a multiple of 128 (vLLM 0.32 ``fp8_utils.validate_fp8_block_shape``). Queries, keys and
-    values of linear attention are parts of one matrix, each split by itself; key and value heads
-    of full attention fewer than `ranks` are repeated instead.
+    Engines split most layers by output and those that end a block by input; each part must be a
+    multiple of 128 (vLLM 0.32 ``fp8_utils.validate_fp8_block_shape``). Queries, keys and values of
+    linear attention share a matrix but are split separately; full attention replicates key and
+    value heads if there are fewer than `ranks`.
     """
     findings: dict[tuple[str, tuple[int, ...]], Finding] = {}
     for module in modules:
@@ -117,7 +118,7 @@ def tensor_parallel_findings(
         leaf = module.role.name.rpartition(".")[2]
         axis = 1 if leaf in _ROW_SPLIT else 0
         size, parts = module.spec.shape[axis], ranks
-        if leaf == "in_proj_qkv":  # values have as many rows as in_proj_z, which is checked
+        if leaf == "in_proj_qkv":  # rows of the keys; in_proj_z covers those of the values
             size = (config.dims["linear_qkv"] - config.dims["linear_value"]) // 2
         if leaf in ("k_proj", "v_proj"):
             parts = min(ranks, size // config.dims["head"])
@@ -126,7 +127,7 @@ def tensor_parallel_findings(
                 f"{module.role.name}: {size} {'columns' if axis else 'rows'} over {parts} GPUs are "
                 f"{size / parts:g} each, expected a multiple of {BLOCK}"
             )
-            findings.setdefault(
+            findings.setdefault(  # one finding per role and shape, not one per layer
                 (module.role.name, module.spec.shape),
                 Finding("tensor-parallel", module.spec.name, message),
             )

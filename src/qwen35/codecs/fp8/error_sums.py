@@ -1,10 +1,10 @@
-"""How far FP8 weights are from the original: sums of one pass over both, in float64.
+"""Error measures of FP8 weights against the original, from float64 sums of one pass over both.
 
 Rounding to E4M3 moves a value v (in units of the scale, |v| <= 448) by at most half a step: v / 17
-where steps grow with the value, 2**-10 below the least normal one. A scale that was rounded to
-bfloat16 after the codes were made, as other tools do, adds 2**-8 at most; so no sound code is
-further than v / 15 or 2**-10 * 17 / 15 from its value, unless it saturates at 448. What is further
-does not belong to this scale, or this weight.
+where steps grow with the value, 2**-10 below the smallest normal value. Rounding the scale to
+bfloat16 after encoding, as other tools do, adds at most 2**-8. So a correct code is within v / 15
+or 2**-10 * 17 / 15 of its value, unless it saturates at 448; any other code belongs to a different
+scale or weight.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from qwen35.codecs.fp8.layout import BLOCK
 __all__ = ["WORST_ERROR", "ErrorSums"]
 
 WORST_ERROR = 1 / 16
-"""Relative: the most that rounding to three bits of mantissa can cost any value."""
+"""Upper bound of the relative error of rounding to a three-bit mantissa."""
 
 _SIDE = BLOCK
 _RELATIVE = 1 / 15
 _ABSOLUTE = 2.0**-10 * 17 / 15
-_TOP = 126
+_TOP = 126  # the code of 448
 _SUMS = 6
 
 
@@ -47,8 +47,8 @@ class ErrorSums:
         magnitude: sum of |w|.
         worst: largest |q - w|.
         largest: largest |w|.
-        clipped: codes that saturate, further from w than rounding explains.
-        misplaced: other codes further from w than rounding explains.
+        clipped: saturated codes with a larger error than rounding explains.
+        misplaced: other codes with a larger error than rounding explains.
     """
 
     count: int = 0
@@ -64,7 +64,7 @@ class ErrorSums:
     misplaced: int = 0
 
     def add(self, values: Any, dtype: str, codes: Any, scale: F32) -> None:
-        """Count whole tiles.
+        """Add whole tiles.
 
         Args:
             values: [rows, columns] of the original, elements of `dtype` (BF16 as uint16 bits).
@@ -86,7 +86,7 @@ class ErrorSums:
 
     @property
     def relative_rmse(self) -> float:
-        """Root mean square error over the root mean square of the weights."""
+        """Root mean square error relative to the root mean square of the weights."""
         if not self.norm:
             return math.inf if self.squared else 0.0
         return math.sqrt(self.squared / self.norm)
@@ -112,6 +112,7 @@ class ErrorSums:
 def _value(code: Any) -> Any:
     """Return the value of an E4M3 code that is not NaN."""
     low = np.int32(code) & np.int32(127)
+    # Shifted into float32 with the bias adjusted, a subnormal gains a hidden one: subtract it.
     normal = np.int32((low << 20) + (120 << 23)).view(np.float32)
     small = np.float32(normal - np.float32(2.0**-7)) * np.float32(2)
     magnitude = np.float32(small if low < 8 else normal)
@@ -120,8 +121,9 @@ def _value(code: Any) -> Any:
 
 @compiled
 def _compare(values: Any, codes: Any, scales: Any, sums: Any, peaks: Any, beyond: Any) -> None:
-    """Add up one piece: sums ordered as in `ErrorSums`, (worst, largest), (clipped, misplaced)."""
+    """Accumulate one piece: sums in `ErrorSums` order, (worst, largest), (clipped, misplaced)."""
     tile = np.empty(_SIDE * _SIDE, np.float32)
+    # Sums per column vectorize along a row without reordering any sum.
     columns = np.zeros((_SUMS, _SIDE))
     worst = np.zeros(_SIDE)
     for row in range(0, values.shape[0], _SIDE):
@@ -155,6 +157,7 @@ def _compare_tile(tile: Any, codes: Any, scale: Any, columns: Any, worst: Any, b
             columns[4, c] += error
             columns[5, c] += abs(value)
             worst[c] = max(worst[c], error)
+            # `not <=`, so that a NaN error counts as too far.
             far = np.int64(not error <= max(least, abs(value) * _RELATIVE))
             top = np.int64((code & 127) == _TOP)
             clipped += far & top

@@ -1,4 +1,4 @@
-"""Which FP8 codes are further from the source than rounding explains."""
+"""Find FP8 codes that are further from the source than rounding explains."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def judge(
     original: Iterator[Piece],
     result: WeightComparison,
 ) -> None:
-    """Compare every code with what its scale can say at best.
+    """Compare every code with the best one its scale allows.
 
-    Of others' checkpoints, weights of partial tiles are compared by value. Arguments and errors are
-    those of `qwen35.codecs.codec.Codec.judge`.
+    Weights with partial tiles, which other tools write, are compared by value. Arguments and errors
+    are those of `qwen35.codecs.codec.Codec.judge`.
     """
     if not fits(spec.shape):
         judge_values(StoredFp8(reader, weight, spec), spec, original, result)
         return
     scales = read_scales(reader, weight)
     errors = ErrorSums()
-    result.errors = asdict(errors)
+    result.errors = asdict(errors)  # updated per piece: a read error keeps the partial sums
     for piece in original:
         codes = np.empty(piece.values.shape, np.uint8)
         reader.read_into(weight.main, piece.first * spec.shape[1], codes.data.cast("B"))
@@ -57,13 +57,13 @@ def judge(
         result.found("codes", message)
 
 
-def too_far(found: Mapping[str, Any]) -> str:
-    """Return why a weight is too far off, though no code is astray: so much of it saturates.
+def too_far(sums: Mapping[str, Any]) -> str:
+    """Return why a weight without misplaced codes has too large an error: saturation.
 
     Args:
-        found: its `ErrorSums`, as plain values.
+        sums: its `ErrorSums`, as plain values.
     """
-    errors = ErrorSums(**found)
+    errors = ErrorSums(**sums)
     if errors.misplaced or errors.relative_rmse <= WORST_ERROR:
         return ""
     return (

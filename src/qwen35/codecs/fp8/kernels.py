@@ -1,8 +1,7 @@
-"""The inner loops of FP8, compiled by Numba. Everything happens while a tile is in the cache.
+"""Inner loops of FP8, compiled by Numba. Each tile is processed entirely while it is in cache.
 
-Sums run down the columns of a tile: the compiler turns a row into vector operations without
-reordering a sum, so the bytes are the same on every processor, and the weight of a column is
-multiplied in at the end, for nothing.
+Sums run down the columns of a tile: rows become vector operations without reordering any sum, so
+the bytes are the same on every processor, and column weights are applied once per tile.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from qwen35.codecs.fp8.layout import BLOCK
 __all__ = ["CANDIDATES", "MODES", "encode", "encode_with", "load_tile"]
 
 MODES = ("max", "rms", "percentile", "mse", "search")
-"""The number of a mode is its place here."""
+"""Scale modes; kernels take the index."""
 
 _MAX, _RMS, _PERCENTILE, _MSE, _SEARCH = range(5)
 _SIDE = BLOCK
 _LARGEST = np.float32(448)
-_SMALLEST_SCALE = np.float32(2.0**-126)
+_SMALLEST_SCALE = np.float32(2.0**-126)  # the inverse of a subnormal scale may be infinite
 CANDIDATES = 32
-"""Scales that `search` tries."""
+"""Number of scales that `search` tries."""
 
 _STEP = 128 // CANDIDATES
-"""bfloat16 has 128 values to an octave; `search` tries every fourth."""
+"""bfloat16 has 128 values per octave; `search` tries every fourth."""
 
 _EXPONENT = np.int32(0x7F800000)
 _LEAST_EXPONENT = np.int32(121 << 23)
-"""Of 2**-6, the least normal E4M3 value: below it, steps stay 2**-9."""
+"""Exponent bits of 2**-6, the smallest normal E4M3 value: below it, steps stay 2**-9."""
 
 _TO_MAGIC = np.int32((20 << 23) + (1 << 22))
-"""To the bits of 1.5 * 2**(e + 20), whose unit in the last place is the code's step 2**(e - 3)."""
+"""Turns 2**e into 1.5 * 2**(e + 20), whose last-place unit is the E4M3 step 2**(e - 3)."""
 
 
 @inlined
@@ -48,9 +47,9 @@ def _exponent(magnitude: Any) -> Any:
 
 @inlined
 def _code(value: Any) -> Any:
-    """Return the nearest E4M3 code, ties to even; beyond 448 the largest.
+    """Return the nearest E4M3 code, ties to even; values beyond 448 saturate.
 
-    Adding the magic number leaves the count of steps in the last bits of the sum.
+    Adding the magic number leaves the number of steps in the last bits of the sum.
     """
     bits = np.float32(value).view(np.int32)
     magnitude = min(abs(value), _LARGEST)
@@ -63,7 +62,7 @@ def _code(value: Any) -> Any:
 
 
 def load_tile(values: Any, row: Any, column: Any, tile: Any) -> Any:
-    """Copy a tile of bfloat16 bits or float32; returns the largest magnitude, NaN above all."""
+    """Copy a tile of bfloat16 bits or float32; return the largest magnitude, or NaN."""
     raise NotImplementedError  # compiled code only
 
 
@@ -75,6 +74,7 @@ def _load_for(values: Any, row: Any, column: Any, tile: Any) -> Any:
 
 
 def _load_bf16(values: Any, row: Any, column: Any, tile: Any) -> Any:
+    # Magnitude bits compare like magnitudes, and NaN compares above infinity instead of vanishing.
     largest = np.int32(0)
     for r in range(_SIDE):
         source = values[row + r, column : column + _SIDE]
@@ -97,7 +97,7 @@ def _load_f32(values: Any, row: Any, column: Any, tile: Any) -> Any:
 
 @compiled
 def _stored(scale: Any) -> Any:
-    """Round a scale to bfloat16, to nearest with ties to even; at least the least normal one."""
+    """Round a scale to the nearest bfloat16, ties to even; at least the smallest normal one."""
     bits = np.int64(np.float32(max(scale, _SMALLEST_SCALE)).view(np.int32))
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return np.int32(rounded).view(np.float32)
@@ -105,7 +105,7 @@ def _stored(scale: Any) -> Any:
 
 @compiled
 def _column_errors(tile: Any, scale: Any, sums: Any) -> None:
-    """Sum (code - value / scale)**2 down each column of the tile, in units of the code."""
+    """Sum (code - value / scale)**2 down each column of the tile."""
     inverse = np.float32(np.float32(1) / scale)
     for c in range(_SIDE):
         sums[c] = np.float32(0)
@@ -120,7 +120,7 @@ def _column_errors(tile: Any, scale: Any, sums: Any) -> None:
 
 @compiled
 def _column_squares(tile: Any, largest: Any, sums: Any) -> None:
-    """Sum (value / largest)**2 down each column."""
+    """Sum (value / largest)**2 down each column; dividing first avoids overflow of the squares."""
     for c in range(_SIDE):
         sums[c] = np.float32(0)
     for r in range(_SIDE):
@@ -131,8 +131,8 @@ def _column_squares(tile: Any, largest: Any, sums: Any) -> None:
 
 @compiled
 def _weigh(sums: Any, weights: Any, column: Any) -> Any:
-    """Return the mean of the columns' sums by their weights; evenly if all of those are zero."""
-    total = weight = even = 0.0
+    """Return the weighted mean of the column sums; unweighted if all weights are zero."""
+    total = weight = even = 0.0  # float64: float32 sums would blur close candidates
     for c in range(_SIDE):
         even += np.float64(sums[c])
         total += np.float64(sums[c]) * weights[column + c]
@@ -142,11 +142,12 @@ def _weigh(sums: Any, weights: Any, column: Any) -> Any:
 
 @compiled
 def _percentile(tile: Any, percent: Any) -> Any:
-    """Return a percentile of the magnitudes, linear between two of them."""
+    """Return a percentile of the magnitudes, with linear interpolation."""
     magnitudes = np.abs(tile)
     place = percent / 100.0 * (len(magnitudes) - 1)
     lower = int(np.floor(place))
     upper = min(lower + 1, len(magnitudes) - 1)
+    # Linear time; the upper neighbour is the smallest value of the upper part.
     parted = np.partition(magnitudes, lower)
     low = parted[lower]
     high = parted[upper:].min()
@@ -160,7 +161,7 @@ def _best(tile: Any, scales: Any, weights: Any, column: Any, sums: Any) -> Any:
     for scale in scales:
         _column_errors(tile, scale, sums)
         loss = _weigh(sums, weights, column) * np.float64(scale) * np.float64(scale)
-        if loss < least:
+        if loss < least:  # strict: ties go to the first candidate
             best, least = scale, loss
     return best
 
@@ -179,6 +180,7 @@ def _scale(
     """Choose the scale of a tile, already rounded to bfloat16; 1 for a tile of zeros."""
     if largest == 0:
         return np.float32(1)
+    # If the rms or percentile is zero (or underflows), `max` below applies.
     if mode == _RMS:
         _column_squares(tile, largest, sums)
         rms = largest * np.sqrt(_weigh(sums, weights, column) / _SIDE)
@@ -189,6 +191,7 @@ def _scale(
         if level > 0:
             return _stored(np.float32(level / _LARGEST))
     base = np.float32(largest / _LARGEST)
+    # Candidates are rounded as they will be stored: the codes then fit the stored scale exactly.
     if mode not in (_MSE, _SEARCH):
         return _stored(base)
     first = np.float32(_stored(base)).view(np.int32)
@@ -203,7 +206,7 @@ def _scale(
 
 @compiled
 def _write(tile: Any, scale: Any, codes: Any, row: Any, column: Any) -> None:
-    """Encode a tile with a scale."""
+    """Encode a tile with the given scale."""
     for r in range(_SIDE):
         target = codes[row + r, column : column + _SIDE]
         for c in range(_SIDE):
@@ -214,10 +217,10 @@ def _write(tile: Any, scale: Any, codes: Any, row: Any, column: Any) -> None:
 def encode(values: Any, mode: Any, parameter: Any, weights: Any, codes: Any, stored: Any) -> Any:
     """Choose scales and encode.
 
-    values: [rows, columns] uint16 (bfloat16 bits) or float32, whole tiles; mode: a place in
-    `MODES`; parameter: factor, percentile or grid size; weights: [columns] float32, of the columns'
-    errors -> codes: [rows, columns] uint8, stored: [rows / 128, columns / 128] uint16
-    (bfloat16 bits). Returns the number of tiles that hold a NaN or an infinity.
+    values: [rows, columns] uint16 (bfloat16 bits) or float32, whole tiles; mode: an index into
+    `MODES`; parameter: factor, percentile or grid size; weights: [columns] float32 error weights
+    -> codes: [rows, columns] uint8, stored: [rows / 128, columns / 128] uint16 (bfloat16 bits).
+    Returns the number of tiles that hold NaN or infinity.
     """
     tile = np.empty(_SIDE * _SIDE, np.float32)
     sums = np.empty(_SIDE, np.float32)
@@ -226,7 +229,7 @@ def encode(values: Any, mode: Any, parameter: Any, weights: Any, codes: Any, sto
     for row in range(0, values.shape[0], _SIDE):
         for column in range(0, values.shape[1], _SIDE):
             largest = load_tile(values, row, column, tile)
-            if not largest < np.inf:
+            if not largest < np.inf:  # also true for NaN
                 bad += 1
                 continue
             scale = _scale(tile, largest, mode, parameter, weights, column, sums, scales)
@@ -238,7 +241,7 @@ def encode(values: Any, mode: Any, parameter: Any, weights: Any, codes: Any, sto
 
 @compiled
 def encode_with(values: Any, scales: Any, codes: Any) -> None:
-    """Encode with given scales.
+    """Encode with the given scales.
 
     values: [rows, columns] float32; scales: [rows / 128, columns / 128] float32 -> codes.
     """

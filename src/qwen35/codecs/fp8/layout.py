@@ -1,8 +1,8 @@
-"""Block-wise FP8 (E4M3): the two tensors a weight becomes, and how scales are chosen.
+"""Block-wise FP8 (E4M3): the two tensors per weight, and how to choose scales.
 
-A weight ``[N, K]`` is cut into tiles of 128 x 128. Each tile has a scale, stored as bfloat16 under
-``{name}_scale_inv`` (a multiplier, in spite of its name): ``W = q * scale``. Codes are the nearest
-E4M3 values of ``W / scale`` with the *stored* scale, so rounding it costs nothing.
+A weight ``[N, K]`` is split into tiles of 128 x 128. Each tile has a scale, stored as bfloat16 in
+``{name}_scale_inv`` (a multiplier, despite its name): ``W = q * scale``. Codes are the nearest E4M3
+values of ``W / scale`` with the *stored* scale, so rounding the scale costs nothing.
 
 Source: the published Qwen3.5 FP8 checkpoints; E4M3 as in the OCP 8-bit floating point
 specification 1.0, table 1.
@@ -22,29 +22,29 @@ BLOCK = 128
 """Rows and columns of a weight that share a scale (``weight_block_size``)."""
 
 SCALE = "_scale_inv"
-"""What follows a weight's name; a multiplier: W = q * scale."""
+"""Suffix of the scale tensor's name; a multiplier: W = q * scale."""
 
 ScaleMode = Literal["rms", "max", "percentile", "mse", "search"]
 
 
 @dataclass(frozen=True)
 class ScaleChoice:
-    """How the scale of a tile is chosen; all but `search` as the toolkit before us documents them.
+    """How to choose the scale of a tile; all modes but `search` follow this package's predecessor.
 
     With m the tile's largest magnitude and 448 the largest E4M3 value:
 
     - ``max``: m / 448.
-    - ``rms``: rms(tile) * `rms_factor` / 448; what lies beyond saturates.
-    - ``percentile``: the `percentile` of the magnitudes / 448; what lies beyond saturates.
-    - ``mse``: a * m / 448 with the least squared error, a in `grid_size` even steps from 1 to 0.5.
-    - ``search``: the bfloat16 value with the least squared error among 32 from m / 448 up to its
-      double. It never clips: it moves the mantissas of the tile against the code's steps.
+    - ``rms``: rms(tile) * `rms_factor` / 448; larger values saturate.
+    - ``percentile``: the `percentile` of the magnitudes / 448; larger values saturate.
+    - ``mse``: a * m / 448 with the least squared error, for `grid_size` even steps a from 1 to 0.5.
+    - ``search``: of 32 bfloat16 values between m / 448 and twice that, the one with the least
+      squared error. It never clips: it shifts the tile's mantissas relative to the E4M3 steps.
 
-    Statistics of activations weigh the columns: in ``search`` their mean squares, where there are
-    any, in ``rms`` and ``mse`` their largest magnitudes, as documented.
+    Activation statistics weight the columns: mean squares, if available, in ``search``, largest
+    magnitudes in ``rms`` and ``mse``.
 
     Raises:
-        UsageError: a parameter makes no sense.
+        UsageError: a parameter is out of range.
     """
 
     mode: ScaleMode = "search"
@@ -56,7 +56,7 @@ class ScaleChoice:
         if self.mode not in get_args(ScaleMode):
             expected = ", ".join(get_args(ScaleMode))
             raise UsageError("--calib-mode", f"{self.mode!r}", expected=expected)
-        if not 0 < self.rms_factor <= BLOCK:  # no tile of 128 x 128 peaks higher
+        if not 0 < self.rms_factor <= BLOCK:  # peak / rms of a 128 x 128 tile is at most 128
             raise UsageError("--rms-factor", f"{self.rms_factor}", expected="0 < k <= 128")
         if not 0 < self.percentile <= 100:
             raise UsageError("--calib-percentile", f"{self.percentile}", expected="0 < p <= 100")
@@ -65,11 +65,11 @@ class ScaleChoice:
 
     @property
     def weighted(self) -> bool:
-        """Whether statistics of activations change the result."""
+        """True if activation statistics affect the result."""
         return self.mode in ("rms", "mse", "search")
 
     def __str__(self) -> str:
-        """Return the mode and the parameter that matters to it.
+        """Return the mode with its parameter.
 
         >>> str(ScaleChoice("rms")), str(ScaleChoice("max"))
         ('rms(k=3.0)', 'max')
@@ -83,9 +83,9 @@ class ScaleChoice:
 
 
 def fits(shape: tuple[int, ...]) -> bool:
-    """Whether a weight is a matrix of whole tiles; nothing else is packed as FP8.
+    """Return whether a weight is a matrix of whole tiles; nothing else is packed as FP8.
 
-    transformers 5.23 derives the tile from ``rows // scale rows`` and so misreads a partial one.
+    transformers 5.23 derives the tile size from ``rows // scale rows`` and misreads partial tiles.
     """
     return len(shape) == 2 and min(shape) > 0 and all(size % BLOCK == 0 for size in shape)
 

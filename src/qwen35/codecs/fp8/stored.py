@@ -1,4 +1,4 @@
-"""FP8 weights in files: decoded wherever one looks, and written a row of tiles at a time."""
+"""Random-access decoding and encoding, by rows of tiles, of FP8 weights in files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read_scales(reader: Readable, weight: Weight) -> F32:
     """Return the scales of an FP8 weight, [ceil(rows / 128), ceil(columns / 128)].
 
     Raises:
-        TensorError: one is not finite or not positive.
+        TensorError: a scale is not finite or not positive.
     """
     stored_scale = weight.need(SCALE)
     scales = whole(reader, stored_scale)
@@ -38,14 +38,14 @@ def read_scales(reader: Readable, weight: Weight) -> F32:
 
 
 class StoredFp8:
-    """The values of a stored FP8 weight, decoded; its scales stay in memory."""
+    """The decoded values of a stored FP8 weight; its scales stay in memory."""
 
     def __init__(self, reader: Readable, weight: Weight, spec: TensorSpec) -> None:
         self._reader, self._weight, self._spec = reader, weight, spec
         self._scales = read_scales(reader, weight)
 
     def read_into(self, first: int, out: Array) -> None:
-        """Fill flat `out` with the elements from number `first` on, decoded."""
+        """Fill flat `out` with decoded elements, starting at index `first`."""
         columns = self._spec.shape[1]
         begin, end = first // columns, -(-(first + out.size) // columns)
         codes = np.empty((end - begin, columns), np.uint8)
@@ -53,13 +53,13 @@ class StoredFp8:
         values = self._decoded(codes, begin).reshape(-1)
         skipped = first - begin * columns
         values = values[skipped : skipped + out.size]
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # F16 may overflow: refused below
             out[:] = from_f32(values, self._spec.dtype)
         if not (all_finite(values, "F32") and all_finite(out, self._spec.dtype)):
             raise not_finite(self._weight.name)
 
     def _decoded(self, codes: U8, begin: int) -> F32:
-        """Decode rows from number `begin` on, which may lie within a tile."""
+        """Decode rows starting at row `begin`, which may lie inside a tile."""
         head = min(-begin % BLOCK, len(codes))
         tile = begin // BLOCK
         if not head:
@@ -72,22 +72,22 @@ class StoredFp8:
 
 
 class EncodingFp8(Encoding):
-    """Rows of tiles on the way to FP8."""
+    """Encodes rows of tiles to FP8."""
 
-    def __init__(self, order: EncodingRequest) -> None:
-        self._order = order
-        self._codes, self._scales = (out.name for out in order.outputs)
-        self._columns = stacked(order.spec)[1]
+    def __init__(self, request: EncodingRequest) -> None:
+        self._request = request
+        self._codes, self._scales = (out.name for out in request.outputs)
+        self._columns = stacked(request.spec)[1]
 
     def add(self, piece: Piece) -> None:
         """Encode and write rows of tiles."""
-        order, values = self._order, piece.values
-        assert order.kernel is not None  # FP8 has one for every device
+        request, values = self._request, piece.values
+        assert request.kernel is not None  # FP8 has kernels for every device
         codes = np.empty(values.shape, np.uint8)
         scales = np.empty((len(values) // BLOCK, self._columns // BLOCK), np.uint16)
-        settings, weights = order.settings, piece.importance
-        if not order.kernel(values, piece.dtype, settings, weights, codes, scales):
-            raise not_finite(order.source)
+        settings, weights = request.settings, piece.importance
+        if not request.kernel(values, piece.dtype, settings, weights, codes, scales):
+            raise not_finite(request.source)
         done = piece.first * self._columns
-        order.write(self._codes, done, codes.data.cast("B"))
-        order.write(self._scales, done // BLOCK**2 * 2, scales.data.cast("B"))
+        request.write(self._codes, done, codes.data.cast("B"))
+        request.write(self._scales, done // BLOCK**2 * 2, scales.data.cast("B"))

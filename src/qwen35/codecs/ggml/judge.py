@@ -40,7 +40,7 @@ largest weight. They are 1.5 times the worst that ggml's own quantizers give on 
 heavy-tailed, sparse and shifted weights, with and without importance matrices.
 """
 
-_LOOSE = (1.1, 0.65)
+LOOSE = (1.1, 0.65)
 """For types of three bits and less, which a bound can only tell from noise."""
 
 
@@ -66,19 +66,20 @@ def judge(
         values.read_into(piece.first * expected.shape[1], found.reshape(-1))
         result.norm += float(np.square(expected, dtype=np.float64).sum())
         if exact:
-            expected = _rounded(expected, kind.name)
+            expected = round_as(expected, kind.name)
             wrong += int(np.count_nonzero(expected != found))
         difference = found - expected
         result.squared += float(np.square(difference, dtype=np.float64).sum())
         if not exact:
-            blocks += _bad_blocks(expected, difference, kind.name)
+            blocks += bad_blocks(expected, difference, kind.name)
     if wrong:
         result.found("values", f"{wrong} values differ from the source's")
     elif not exact:
-        _bound(result, kind.name, blocks)
+        check_bound(result, kind.name, blocks)
 
 
-def _rounded(values: F32, kind: str) -> F32:
+def round_as(values: F32, kind: str) -> F32:
+    """Round values as a file of this type holds them."""
     if kind == "f16":
         return values.astype(np.float16).astype(np.float32)
     if kind == "bf16":
@@ -86,18 +87,19 @@ def _rounded(values: F32, kind: str) -> F32:
     return values
 
 
-def _bad_blocks(expected: F32, difference: F32, kind: str) -> int:
+def bad_blocks(expected: F32, difference: F32, kind: str) -> int:
     """Count the blocks whose error is beyond what the type can make."""
     width = _BLOCK if expected.shape[-1] % _BLOCK == 0 else expected.shape[-1]
-    _, bound = BOUNDS.get(kind, _LOOSE)
+    _, bound = BOUNDS.get(kind, LOOSE)
     largest = np.abs(expected.reshape(-1, width)).max(axis=1)
     error = np.sqrt(np.square(difference.reshape(-1, width)).mean(axis=1))
     return int(np.count_nonzero(error > bound * largest))
 
 
-def _bound(seen: WeightComparison, kind: str, blocks: int) -> None:
+def check_bound(seen: WeightComparison, kind: str, blocks: int) -> None:
+    """Note an error of all weights, or of some blocks, beyond what the type can make."""
     relative: Any = np.sqrt(seen.squared / seen.norm) if seen.norm else np.sqrt(seen.squared)
-    bound, _ = BOUNDS.get(kind, _LOOSE)
+    bound, _ = BOUNDS.get(kind, LOOSE)
     if relative > bound:
         seen.found("bound", f"relative error {relative:.3f}, at most {bound} in {kind}")
     elif blocks:

@@ -1,1 +1,1 @@
-"""bitsandbytes NF4: 4 bits a weight, blocks of 64, doubly quantized scales."""
+"""bitsandbytes NF4: 4 bits per weight, blocks of 64, doubly quantized scales."""

@@ -1,4 +1,4 @@
-"""NF4 on arrays: blocks to codes, absmax to double-quantized absmax, and back."""
+"""NF4 on arrays: encode and decode blocks, quantize and restore their absmax."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def encode_blocks(values: Array, dtype: str, absmax: F32, packed: U8) -> bool:
     Args:
         values: [n] elements of `dtype` (BF16 as uint16 bits), n a multiple of 64.
         dtype: BF16, F16 or F32.
-        absmax: [n / 64], written.
-        packed: [n / 2], written.
+        absmax: [n / 64], output.
+        packed: [n / 2], output.
 
     Returns:
-        Whether all values are finite.
+        True if all values are finite.
     """
     from qwen35.codecs.nf4 import kernels
 
@@ -44,9 +44,9 @@ class AbsmaxStatistics:
     """The double-quantized absmax of one weight.
 
     Args:
-        codes: [blocks] index into the dynamic map.
-        nested: [ceil(blocks / 256)] largest magnitude of each 256 centred values.
-        offset: mean of the absmax values, subtracted before.
+        codes: [blocks] indices into the dynamic map.
+        nested: [ceil(blocks / 256)] largest magnitude in each run of 256 centred values.
+        offset: mean of the absmax values, subtracted before quantization.
     """
 
     codes: U8
@@ -59,14 +59,16 @@ class AbsmaxStatistics:
 
         Args:
             absmax: [blocks] float32.
-            offset: the mean to subtract; the float64 mean rounded to float32 when None.
+            offset: the mean to subtract; if None, the float64 mean rounded to float32.
         """
         mean = np.float32(absmax.mean(dtype=np.float64) if offset is None else offset)
         centred = absmax - mean
         blocks = -(-len(centred) // NESTED_BLOCK)
+        # Zero padding does not change the largest magnitude of the last block.
         padded = np.zeros((blocks, NESTED_BLOCK), np.float32)
         padded.reshape(-1)[: len(centred)] = centred
         nested = np.abs(padded).max(axis=1)
+        # The float32 operations and their order are bitsandbytes': other orders change codes.
         with np.errstate(divide="ignore", over="ignore"):
             inverse = np.float32(1) / nested
         inverse = np.where(np.isfinite(inverse), inverse, np.float32(0)).astype(np.float32)
@@ -77,7 +79,7 @@ class AbsmaxStatistics:
         return cls(codes.reshape(-1)[: len(centred)].copy(), nested, float(mean))
 
     def parts(self, spec: TensorSpec) -> tuple[Any, ...]:
-        """Return what follows the packed tensor in `qwen35.codecs.nf4.layout.layout`, in order."""
+        """Return the companions' data, in the order of `qwen35.codecs.nf4.layout.layout`."""
         return (
             self.codes,
             LEVELS,
@@ -88,13 +90,13 @@ class AbsmaxStatistics:
 
 
 def decode_absmax(codes: U8, nested: F32, nested_map: F32, offset: float) -> F32:
-    """Return the absmax values [blocks] that double-quantized statistics stand for."""
+    """Restore the absmax values [blocks] from double-quantized statistics."""
     scale = np.repeat(nested, NESTED_BLOCK)[: len(codes)]
     return nested_map[codes] * scale + np.float32(offset)
 
 
 def decode_blocks(packed: U8, absmax: F32, levels: F32) -> F32:
-    """Return [2 * len(packed)] float32 weights; block b is scaled by ``absmax[b]``."""
+    """Decode to [2 * len(packed)] float32 weights; ``absmax[b]`` scales block b."""
     indices = np.empty(2 * len(packed), np.uint8)
     np.right_shift(packed, 4, out=indices[0::2])
     np.bitwise_and(packed, 15, out=indices[1::2])
@@ -105,7 +107,7 @@ def decode_blocks(packed: U8, absmax: F32, levels: F32) -> F32:
 
 @dataclass(frozen=True)
 class QuantState:
-    """The JSON blob of an NF4 weight, checked."""
+    """The validated JSON blob of an NF4 weight."""
 
     shape: tuple[int, ...]
     nested: bool
@@ -116,7 +118,7 @@ def parse_state(raw: bytes, name: str) -> QuantState:
     """Parse the JSON blob of the NF4 weight called `name`.
 
     Raises:
-        TensorError: it is not JSON, or of a variant that is not read here.
+        TensorError: it is malformed or an unsupported variant.
     """
     try:
         parsed = json.loads(raw)

@@ -1,4 +1,4 @@
-"""NF4 as the protocol asks for it: blocks one by one, scales when all blocks are known."""
+"""The NF4 codec: blocks are encoded one by one, scales after the last block."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ class Nf4(Codec):
     in_memory = True
 
     def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
-        """Return the five tensors beside the packed one, as far as they are there."""
+        """Return the companions that are present, of the five beside the packed tensor."""
         if f"{name}.{STATE}" not in tensors and f"{name}.absmax" not in tensors:
             return None
         return [f"{name}.{part}" for part in PARTS if f"{name}.{part}" in tensors]
 
     def is_companion(self, name: str) -> bool:
-        """Whether a tensor called so belongs to a weight of another name."""
+        """Return whether a tensor of this name belongs to another weight."""
         return name.endswith(tuple(f".{part}" for part in PARTS))
 
     def problem(self, tensors: Mapping[str, StoredTensor], name: str) -> TensorError | None:
-        """Return what is wrong with the tensors that `companions` found, if anything."""
+        """Return the problem with the tensors found by `companions`, or None."""
         dtype = tensors[name].spec.dtype
         if dtype != "U8":
             return TensorError(name, f"{dtype} beside nf4 companions", expected="U8")
@@ -77,19 +77,20 @@ class Nf4(Codec):
         )
 
     def mismatch(self, weight: Weight, expected: TensorSpec) -> TensorError | None:
-        """Return why a stored weight cannot be the one that the config promises, if it cannot."""
+        """Return why a stored weight does not match the one the config requires, or None."""
+        # The packed tensor has lost the weight's shape: only its size can be compared.
         spec, nbytes = weight.main.spec, (expected.numel + 1) // 2
         if spec.numel == nbytes:
             return None
-        expect = f"{nbytes} for shape {list(expected.shape)}"
-        return TensorError(spec.name, f"{spec.numel} packed bytes", expected=expect)
+        expected_text = f"{nbytes} for shape {list(expected.shape)}"
+        return TensorError(spec.name, f"{spec.numel} packed bytes", expected=expected_text)
 
     def numel(self, weight: Weight) -> int:
-        """Return how many weights are stored: two in a byte."""
+        """Return the number of weights: two per byte."""
         return 2 * weight.main.spec.numel
 
     def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
-        """Return the values, decoded; state and scales are read and checked at once."""
+        """Open the decoded values; reads and checks state and scales."""
         from qwen35.codecs.nf4.stored import StoredNf4
 
         return StoredNf4(reader, weight, spec)
@@ -99,25 +100,26 @@ class Nf4(Codec):
         return layout(spec)
 
     def fits(self, spec: TensorSpec) -> str:
-        """Return why a weight of this shape cannot be held; nothing if it can."""
+        """Return why a weight of this shape cannot be packed; empty if it can."""
         return f"not a multiple of {BLOCK} weights" if spec.numel % BLOCK else ""
 
     def packs(self, role: Role) -> bool:
-        """Whether weights of this role may be held so: what transformers has as `Linear4bit`."""
+        """Return whether transformers loads weights of this role as `Linear4bit`."""
+        # transformers drops the MTP layer when it loads a model.
         return role.info.kind == "linear" and role.scope != "mtp"
 
     def grain(self, spec: TensorSpec) -> int:
-        """Return the rows that hold whole blocks."""
+        """Return the smallest number of rows that holds whole blocks."""
         return BLOCK // gcd(BLOCK, stacked(spec)[1])
 
-    def encode(self, order: EncodingRequest) -> Encoding:
-        """Return what packs blocks, and in the end their scales."""
+    def encode(self, request: EncodingRequest) -> Encoding:
+        """Start encoding: blocks piece by piece, their scales at the end."""
         from qwen35.codecs.nf4.stored import EncodingNf4
 
-        return EncodingNf4(order)
+        return EncodingNf4(request)
 
     def kernel(self, device: str) -> Kernel:
-        """Return what encodes blocks on a device (`qwen35.codecs.nf4.arrays.encode_blocks`)."""
+        """Return the device's equivalent of `qwen35.codecs.nf4.arrays.encode_blocks`."""
         if device == "cpu":
             from qwen35.codecs.nf4.arrays import encode_blocks
 
@@ -127,15 +129,15 @@ class Nf4(Codec):
         return TorchEncoder(device)
 
     def memory(self, spec: TensorSpec) -> int:
-        """Return the bytes of the scales: float32, and temporaries of their quantization."""
+        """Return the size of the scales in float32, plus temporaries of their quantization."""
         return spec.numel // BLOCK * 4 * 8
 
     def decoding_memory(self, spec: TensorSpec) -> int:
-        """Return the bytes of the scales: as they are stored, float32, and a temporary."""
+        """Return the size of the scales: stored, as float32, and a temporary."""
         return spec.numel // BLOCK * 16
 
     def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
-        """Return ``quantization_config`` as transformers writes it, with every skipped module."""
+        """Return ``quantization_config`` as transformers writes it, with all skipped modules."""
         from qwen35.codecs.nf4.config import quantization_config
 
         return quantization_config(modules, prefix, dtype)
@@ -143,13 +145,13 @@ class Nf4(Codec):
     def config_findings(
         self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
     ) -> Iterator[Finding]:
-        """Yield where config.json and the weights contradict each other, as transformers reads."""
+        """Yield contradictions between config.json and the weights, as transformers reads them."""
         from qwen35.codecs.nf4.config import findings
 
         yield from findings(quantization, modules, vision=vision)
 
     def notes(self, modules: Sequence[LoaderModule], dtype: str) -> Iterator[str]:
-        """Yield what share of the parameters stays as it is because no loader packs experts."""
+        """Yield the share of parameters left unpacked because no engine loads packed experts."""
         plain = [
             module.spec.numel
             for module in modules
@@ -170,7 +172,7 @@ class Nf4(Codec):
         original: Iterator[Piece],
         result: WeightComparison,
     ) -> None:
-        """Compare codes and scales with what the original's blocks must give."""
+        """Compare codes and scales with those computed from the original."""
         from qwen35.codecs.nf4.judge import judge
 
         judge(reader, weight, spec, original, result)

@@ -1,4 +1,4 @@
-"""``quantization_config`` of NF4 checkpoints: written as bitsandbytes reads it, and checked."""
+"""Write and check ``quantization_config`` of NF4 checkpoints."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _NESTED = ".nested_absmax"
 
 
 def quantization_config(modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
-    """Return what transformers writes for bitsandbytes 4-bit weights.
+    """Return the config that transformers writes for bitsandbytes 4-bit weights.
 
     Args:
-        modules: every weight that is written.
-        prefix: what names of text tensors begin with.
-        dtype: of the checkpoint, which bitsandbytes computes in.
+        modules: every weight in the output.
+        prefix: prefix of the names of text tensors.
+        dtype: the checkpoint's dtype, which bitsandbytes computes in.
 
     Raises:
         UsageError: some weights are doubly quantized and some are not.
@@ -55,9 +55,9 @@ def _is_nested(module: LoaderModule) -> bool:
 def skip_modules(modules: Sequence[LoaderModule], prefix: str) -> list[str]:
     """Return ``llm_int8_skip_modules``: every linear module that stays unpacked.
 
-    transformers skips a module if an entry is its name, the beginning of its name up to a dot, or
-    the end of it (5.23 ``quantizers_utils.should_convert_module``). Giving any list switches off
-    its own exception for the head, so ``lm_head`` is always in it.
+    transformers skips a module if an entry equals its name, its prefix up to a dot, or its suffix
+    (5.23 ``quantizers_utils.should_convert_module``). Any list disables the default exception for
+    the head, so the list always contains ``lm_head``.
     """
     skip = ["lm_head"]
     packed = [module.module for module in modules if module.codec == "nf4"]
@@ -75,7 +75,7 @@ def skip_modules(modules: Sequence[LoaderModule], prefix: str) -> list[str]:
 
 
 def _entries(role: str, modules: list[str], packed: list[str]) -> list[str]:
-    """Name `modules` by the shortest end of their role that no packed module shares."""
+    """Return the shortest suffix of `role` that no packed module shares, else the full names."""
     segments = role.split(".")
     for length in range(1, len(segments) + 1):
         ending = ".".join(segments[-length:])
@@ -85,30 +85,30 @@ def _entries(role: str, modules: list[str], packed: list[str]) -> list[str]:
 
 
 def is_skipped(module: str, skip: Iterable[str]) -> bool:
-    """Whether transformers leaves `module` unpacked, by ``llm_int8_skip_modules``.
+    """Return whether transformers leaves `module` unpacked, given ``llm_int8_skip_modules``.
 
-    An entry matches as a pattern from the name's start up to a dot, or as its end.
+    An entry matches as a regular expression for a prefix up to a dot, or as a plain suffix.
     Source: transformers 5.23 ``quantizers_utils.should_convert_module``.
     """
-    return any(_starts(entry, module) or module.endswith(entry) for entry in skip)
+    return any(_matches_prefix(entry, module) or module.endswith(entry) for entry in skip)
 
 
-def _starts(entry: str, module: str) -> bool:
+def _matches_prefix(entry: str, module: str) -> bool:
     try:
         return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) is not None
-    except (re.error, OverflowError, RecursionError):
+    except (re.error, OverflowError, RecursionError):  # entries are untrusted regular expressions
         return False
 
 
 def findings(
     quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
 ) -> Iterator[Finding]:
-    """Yield where ``quantization_config`` and the weights contradict each other.
+    """Yield contradictions between ``quantization_config`` and the weights.
 
     Args:
-        quantization: of config.json.
+        quantization: ``quantization_config`` of config.json.
         modules: every weight of the artifact.
-        vision: whether its architecture has a vision tower.
+        vision: whether the architecture has a vision tower.
     """
     packed = [module for module in modules if module.codec == "nf4"]
     if not packed:
@@ -117,6 +117,7 @@ def findings(
         if quantization.get(key) != expected:
             message = f"{key} is {quantization.get(key)!r}, expected {expected!r}"
             yield Finding("quantization-config", "config.json", message)
+    # transformers lets the tensors win over the config; other loaders may not.
     double = bool(quantization.get("bnb_4bit_use_double_quant"))
     for module in packed:
         yield from _companion_findings(module, double)
@@ -131,7 +132,7 @@ def _companion_findings(module: LoaderModule, double: bool) -> Iterator[Finding]
         yield Finding("quantization-config", name, message)
     parts = {part.name.removeprefix(name): part for part in module.parts}
     for suffix, (dtype, shape) in parts_layout(module.spec, nested=nested).items():
-        part = parts[suffix]  # grouped by them
+        part = parts[suffix]  # present: grouping requires it
         if (part.dtype, part.shape) != (dtype, shape):
             message = f"{part.dtype} {list(part.shape)}, expected {dtype} {list(shape)}"
             yield Finding("companions", f"{name}{suffix}", message)
@@ -152,6 +153,7 @@ def _skip_findings(
             continue
         name = module.module
         if not vision:
+            # Text-only models load under the shorter prefix; the list must match that name.
             name = name.replace("model.language_model.", "model.", 1)
         packed = module.codec == "nf4"
         if is_skipped(name, skip) == packed:

@@ -1,4 +1,4 @@
-"""Which NF4 codes and scales are not those that the source gives."""
+"""Compare NF4 codes and scales with those computed from the source."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ __all__ = ["judge", "same_mean", "wrong_codes", "wrong_scales"]
 
 
 ABSMAX_SLACK = 1e-6
-"""How far from a bound between two 8-bit codes a scale may lie: rounding of the division."""
+"""Tolerance of a scale around the bounds between 8-bit codes: rounding of the division."""
 
 CODE_SLACK = 1e-5
-"""How far beyond a bound between two levels a quotient may lie: rounding of the division."""
+"""Tolerance of a quotient around the bounds between levels: rounding of the division."""
 
 
 def wrong_codes(packed: Array, expected: Array, values: F32, absmax: F32) -> int:
-    """Count codes whose level is not the nearest, but for quotients on a bound.
+    """Count codes whose level is not the nearest, allowing either one for quotients on a bound.
 
-    A block of zeros may hold any code: its scale decides, and bitsandbytes on CUDA writes code 0.
+    A block of zeros may hold any code: its scale is zero, and bitsandbytes on CUDA writes code 0.
     """
     bad = np.flatnonzero(packed != expected)
     index = (2 * bad[:, None] + np.arange(2)).reshape(-1)
@@ -47,12 +47,13 @@ def wrong_codes(packed: Array, expected: Array, values: F32, absmax: F32) -> int
 
 
 def wrong_scales(codes: Array, nested: F32, offset: float, true: F32) -> int:
-    """Count 8-bit codes that neither bitsandbytes' CPU table nor the nearest value gives.
+    """Count 8-bit codes that match neither bitsandbytes' CPU table nor the nearest value.
 
-    bitsandbytes on CUDA takes the nearest value of the dynamic map, on a CPU that of a table which
-    is one code off now and then.
+    bitsandbytes on CUDA takes the nearest value of the dynamic map; its CPU lookup table is
+    occasionally off by one code.
     """
     expected = AbsmaxStatistics.of(true, offset)
+    # Other devices may round the last bits differently.
     if not np.allclose(nested, expected.nested, rtol=1e-5, atol=0):
         return len(true)
     scale = np.repeat(expected.nested, NESTED_BLOCK)[: len(true)].astype(np.float64)
@@ -66,7 +67,8 @@ def wrong_scales(codes: Array, nested: F32, offset: float, true: F32) -> int:
 
 
 def same_mean(offset: float, true: F32) -> bool:
-    """Whether an offset is the mean of the scales, but for the sum's rounding."""
+    """Return whether an offset is the mean of the scales, up to rounding of the sum."""
+    # bitsandbytes sums in float32; its result varies with the number of threads.
     return abs(offset - float(true.mean(dtype=np.float64))) <= 1e-5 * float(np.abs(true).max())
 
 
@@ -77,7 +79,7 @@ def judge(
     original: Iterator[Piece],
     result: WeightComparison,
 ) -> None:
-    """Compare packed codes and decoded absmax with what the original's blocks must give.
+    """Compare packed codes and scales with those computed from the original.
 
     Arguments and errors are those of `qwen35.codecs.codec.Codec.judge`.
     """
@@ -95,7 +97,7 @@ def judge(
         expected = np.empty_like(packed)
         encode_blocks(values, piece.dtype, true[blocks], expected)
         floats = f32_from(values, piece.dtype)
-        if not np.array_equal(packed, expected):
+        if not np.array_equal(packed, expected):  # the exact comparison is cheaper
             wrong += wrong_codes(packed, expected, floats, true[blocks])
         result.add(decode_blocks(packed, absmax[blocks], LEVELS), floats)
     if wrong:

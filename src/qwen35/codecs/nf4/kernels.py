@@ -1,4 +1,4 @@
-"""The inner loops of NF4, compiled by Numba and kept in its on-disk cache."""
+"""Inner loops of NF4, compiled by Numba."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["encode_bf16", "encode_f32"]
 _B = tuple(np.float32(bound) for bound in BOUNDS)
 _B0, _B1, _B2, _B3, _B4, _B5, _B6, _B7 = _B[:8]
 _B8, _B9, _B10, _B11, _B12, _B13, _B14 = _B[8:]
-_TINY = np.float32(1e-38)
+_TINY = np.float32(1e-38)  # as bitsandbytes on a CPU: a block of zeros gets the level 0
 
 
 @inlined
 def _code(value: Any) -> Any:
-    """Count the bounds below `value`, without a branch: a block becomes a few vector compares."""
+    """Count the bounds below `value`; branch-free, so that a block compiles to vector compares."""
     low = (
         np.int32(value > _B0)
         + np.int32(value > _B1)
@@ -44,14 +44,15 @@ def _code(value: Any) -> Any:
 
 @compiled
 def encode_bf16(pairs: Any, packed: Any, absmax: Any) -> Any:
-    """Quantize bf16 weights, two a word.
+    """Quantize bf16 weights, two per word.
 
     pairs: [n / 2] uint32, the first weight of a pair in the low half -> packed: [n / 2] uint8,
-    absmax: [n / 64] float32. Returns the number of blocks that hold a NaN or an infinity.
+    absmax: [n / 64] float32. Returns the number of blocks that hold NaN or infinity.
     """
     bad = 0
     for block in range(absmax.shape[0]):
         start = block * 32
+        # Without the sign, bf16 bits order like magnitudes, with infinity and NaN above all.
         largest = np.int32(0)
         for i in range(32):
             pair = np.int32(pairs[start + i])
@@ -62,6 +63,7 @@ def encode_bf16(pairs: Any, packed: Any, absmax: Any) -> Any:
             bad += 1
         scale = np.int32(largest << np.int32(16)).view(np.float32)
         absmax[block] = scale
+        # bitsandbytes multiplies by the inverse too: dividing could round to another code.
         inverse = np.float32(1.0) / max(scale, _TINY)
         for i in range(32):
             pair = np.int32(pairs[start + i])
@@ -77,7 +79,7 @@ def encode_f32(values: Any, packed: Any, absmax: Any) -> Any:
     """Quantize float32 weights.
 
     values: [n] float32 -> packed: [n / 2] uint8, absmax: [n / 64] float32. Returns the number of
-    blocks that hold a NaN or an infinity.
+    blocks that hold NaN or infinity.
     """
     bad = 0
     for block in range(absmax.shape[0]):

@@ -1,19 +1,19 @@
-"""NF4 as bitsandbytes stores it: names, shapes and bytes of the six tensors a weight becomes.
+"""NF4 as bitsandbytes stores it: names, shapes and sizes of the six tensors per weight.
 
-A weight ``[N, K]`` is cut into blocks of 64 in memory order. Each block is divided by its largest
-magnitude (absmax) and each quotient becomes the index of the nearest of 16 levels; two indices
-share a byte, the first in the high half. The absmax values are quantized again (double
-quantization): their mean is subtracted, and blocks of 256 become indices into a dynamic 8-bit map.
+A weight ``[N, K]`` is split into blocks of 64 in memory order. Each block is divided by its largest
+magnitude (absmax); each quotient becomes the index of the nearest of 16 levels. Two indices share a
+byte, the first in the high half. The absmax values are quantized again (double quantization): their
+mean is subtracted, and blocks of 256 become indices into a dynamic 8-bit map.
 
 Source: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, and bitsandbytes 0.50
 ``functional.quantize_4bit`` / ``QuantState.as_dict``.
 
-Three things differ from the bytes that bitsandbytes writes, all read by it as its own:
+Three differences from the bytes that bitsandbytes writes, all of which it reads:
 
-- the mean is taken in float64 and rounded once, so it does not depend on the number of threads
-  (bitsandbytes' float32 sum can be one unit in the last place off);
-- the JSON blob is padded with spaces to a fixed width, so that its size is known beforehand;
-- a block of zeros decodes to zeros, as on a CPU; bitsandbytes on CUDA writes level -1 for it.
+- the mean is computed in float64 and rounded once, so that it does not depend on the number of
+  threads (bitsandbytes' float32 sum can be off by one unit in the last place);
+- the JSON blob is padded with spaces to a fixed width, so that its size is known in advance;
+- a block of zeros decodes to zeros, as on a CPU; bitsandbytes on CUDA writes level -1.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ NESTED_BLOCK = 256
 
 STATE = "quant_state.bitsandbytes__nf4"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE)
-"""What follows an NF4 weight's name, after a dot (bitsandbytes 0.50 `QuantState.as_dict`)."""
+"""Suffixes of the companions' names, after a dot (bitsandbytes 0.50 `QuantState.as_dict`)."""
 
 _OFFSET_CHARS = 24
-"""Longest repr of a float: sign, 17 digits, point, exponent of five characters."""
+"""Longest repr of a float: sign, 17 digits, point and a five-character exponent."""
 
 
 def layout(spec: TensorSpec) -> tuple[TensorSpec, ...]:
@@ -69,9 +69,9 @@ def layout(spec: TensorSpec) -> tuple[TensorSpec, ...]:
 
 
 def parts_layout(spec: TensorSpec, *, nested: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape that the tensors of an existing NF4 weight must have.
+    """Return the dtype and shape required of each tensor of a stored NF4 weight.
 
-    The width of the JSON blob is free (other writers do not pad it) and not in the result.
+    The JSON blob is not included: its width is free, since other writers do not pad it.
     """
     expected = {t.name.removeprefix(spec.name): (t.dtype, t.shape) for t in layout(spec)}
     del expected[f".{STATE}"]

@@ -1,4 +1,4 @@
-"""NF4 weights in files: decoded wherever one looks, and written block by block."""
+"""Random-access decoding and block-by-block encoding of NF4 weights in files."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["EncodingNf4", "StoredNf4", "read_absmax", "read_state"]
 
 
 def read_state(reader: Readable, weight: Weight, spec: TensorSpec) -> QuantState:
-    """Read and check the JSON blob and the companions' shapes of an NF4 weight.
+    """Read the JSON blob of an NF4 weight; check it and the companions' shapes.
 
     Raises:
-        TensorError: they do not fit `spec`.
+        TensorError: they do not match `spec`.
     """
     blob = weight.need(f".{STATE}")
     state = parse_state(bytes(reader.read(blob)), weight.name)
@@ -47,7 +47,7 @@ def read_state(reader: Readable, weight: Weight, spec: TensorSpec) -> QuantState
 
 
 def read_absmax(reader: Readable, weight: Weight, state: QuantState) -> Array:
-    """Return the float32 absmax values of an NF4 weight, decoded if doubly quantized."""
+    """Return the absmax values of an NF4 weight as float32."""
     absmax = whole(reader, weight.need(".absmax"))
     if not state.nested:
         return absmax
@@ -60,7 +60,7 @@ def read_absmax(reader: Readable, weight: Weight, state: QuantState) -> Array:
 
 
 class StoredNf4:
-    """The values of a stored NF4 weight, decoded; its scales stay in memory."""
+    """The decoded values of a stored NF4 weight; its scales stay in memory."""
 
     def __init__(self, reader: Readable, weight: Weight, spec: TensorSpec) -> None:
         if spec.numel % BLOCK:
@@ -71,7 +71,7 @@ class StoredNf4:
         self._levels = whole(reader, weight.need(".quant_map"))
 
     def read_into(self, first: int, out: Array) -> None:
-        """Fill flat `out` with the elements from number `first` on, decoded."""
+        """Fill flat `out` with decoded elements, starting at index `first`."""
         begin = first // BLOCK
         end = -(-(first + out.size) // BLOCK)
         packed = np.empty((end - begin) * BLOCK // 2, np.uint8)
@@ -79,33 +79,33 @@ class StoredNf4:
         values = decode_blocks(packed, self._absmax[begin:end], self._levels)
         skipped = first - begin * BLOCK
         values = values[skipped : skipped + out.size]
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # F16 may overflow: refused below
             out[:] = from_f32(values, self._dtype)
         if not (all_finite(values, "F32") and all_finite(out, self._dtype)):
             raise not_finite(self._weight.name)
 
 
 class EncodingNf4(Encoding):
-    """A weight on the way to NF4; its scales are written when all blocks are known."""
+    """Encodes a weight to NF4; `finish` writes the scales, which need all blocks."""
 
-    def __init__(self, order: EncodingRequest) -> None:
-        self._order = order
-        self._absmax = np.empty(order.spec.numel // BLOCK, np.float32)
+    def __init__(self, request: EncodingRequest) -> None:
+        self._request = request
+        self._absmax = np.empty(request.spec.numel // BLOCK, np.float32)
 
     def add(self, piece: Piece) -> None:
         """Encode and write whole blocks."""
-        order = self._order
-        assert order.kernel is not None  # NF4 has one for every device
+        request = self._request
+        assert request.kernel is not None  # NF4 has kernels for every device
         values = piece.values.reshape(-1)
         done = piece.first * piece.values.shape[1]
         packed = np.empty(values.size // 2, np.uint8)
         blocks = self._absmax[done // BLOCK : (done + values.size) // BLOCK]
-        if not order.kernel(values, piece.dtype, blocks, packed):
-            raise not_finite(order.source)
-        order.write(order.outputs[0].name, done // 2, packed.data)
+        if not request.kernel(values, piece.dtype, blocks, packed):
+            raise not_finite(request.source)
+        request.write(request.outputs[0].name, done // 2, packed.data)
 
     def finish(self) -> None:
-        """Quantize the scales once more, and write them."""
-        parts = AbsmaxStatistics.of(self._absmax).parts(self._order.spec)
-        for out, part in zip(self._order.outputs[1:], parts, strict=True):
-            self._order.write(out.name, 0, part.data.cast("B"))
+        """Quantize the scales and write them."""
+        parts = AbsmaxStatistics.of(self._absmax).parts(self._request.spec)
+        for out, part in zip(self._request.outputs[1:], parts, strict=True):
+            self._request.write(out.name, 0, part.data.cast("B"))

@@ -1,4 +1,4 @@
-"""The constants of NF4: 16 levels, the 15 bounds between them, and the dynamic 8-bit map."""
+"""Constants of NF4: 16 levels, the 15 bounds between them and the dynamic 8-bit map."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LEVELS: F32 = np.array(
 """Quantiles of a normal distribution (QLoRA, appendix E; bitsandbytes ``get_4bit_type('nf4')``)."""
 
 BOUNDS: F32 = ((LEVELS[:-1].astype(np.float64) + LEVELS[1:]) / 2).astype(np.float32)
-"""A value above ``BOUNDS[k]`` has an index above k; a value on a bound takes the lower index."""
+"""Values above ``BOUNDS[k]`` have an index above k; a value on a bound gets the lower index."""
 
 _LOOKUP_SIZE = 65536
 
@@ -44,9 +44,9 @@ _LOOKUP_SIZE = 65536
 def dynamic_map() -> F32:
     """Return the 256 sorted values of bitsandbytes' signed dynamic map.
 
-    For each of seven decades 10**-6 ... 1 the interval [0.1, 1] is cut into 1, 2, 4 ... 64 equal
-    pieces; the values are the pieces' middles with both signs, and 0 and 1.
-    Source: bitsandbytes 0.50 ``create_dynamic_map()``. The cuts are those of ``torch.linspace`` in
+    For each of seven decades 10**-6 ... 1, the interval [0.1, 1] is divided into 1, 2, 4 ... 64
+    equal pieces; the values are the midpoints with both signs, plus 0 and 1.
+    Source: bitsandbytes 0.50 ``create_dynamic_map()``. The cuts replicate ``torch.linspace`` in
     float32, which steps from the nearer end and rounds once.
     """
     values = [0.0, 1.0]
@@ -67,9 +67,9 @@ def dynamic_map() -> F32:
 def dynamic_lookup() -> U8:
     """Return the index into `dynamic_map` for each of 65,536 equal steps over [-1, 1].
 
-    bitsandbytes 0.50 quantizes to the dynamic map on a CPU through such a table; the value nearest
-    to the step's centre is taken, not to the number itself, so about one code in 500 is one off.
-    The table is needed to write the same bytes.
+    On a CPU, bitsandbytes 0.50 quantizes through such a table: it takes the value nearest to the
+    step's centre instead of to the number itself, so about one code in 500 is off by one. Writing
+    the same bytes takes the same table.
     """
     codes = dynamic_map()
     bounds = np.float32(0.5) * (codes[:-1] + codes[1:])

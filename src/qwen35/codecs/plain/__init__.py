@@ -1,1 +1,4 @@
-"""Weights that are not quantized: as they were trained, in BF16, F16 or F32."""
+"""Unquantized weights in BF16, F16 or F32.
+
+Copies and exact comparison; also the target of every decoding.
+"""

@@ -1,4 +1,4 @@
-"""Weights as they are: read, converted between dtypes, compared value by value."""
+"""Unquantized weights: read, written and compared value by value."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Plain", "judge_values"]
 
 
 class Plain(Codec):
-    """A weight that is not quantized."""
+    """An unquantized weight."""
 
     name = "plain"
     packed = False
     meaning = "copied; if packed (NF4, FP8), decoded to the checkpoint's dtype"
-    checks = True  # what is plain is copied, and what is packed is checked as it is decoded
+    checks = True  # plain sources are copied as they are; decoding checks packed ones
     spared: ClassVar[frozenset[str]] = frozenset()
     described = "unquantized"
     trains = True
@@ -33,16 +33,16 @@ class Plain(Codec):
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """The display name."""
         return self.name
 
     @property
     def op(self) -> str:
-        """What a plan says is done: a packed weight is decoded."""
+        """The operation shown in a plan: a packed weight is decoded."""
         return "decode"
 
     def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
-        """Return the values as they are stored; they are not checked."""
+        """Open the stored values, unchecked."""
         return _Stored(reader, weight, spec.itemsize)
 
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
@@ -50,13 +50,13 @@ class Plain(Codec):
         return (spec,)
 
     def packs(self, role: Role) -> bool:
-        """Whether weights of this role may be held so: all."""
+        """Return True: every role may stay plain."""
         del role
         return True
 
-    def encode(self, order: EncodingRequest) -> Encoding:
-        """Return what writes values as they are."""
-        return _Written(order)
+    def encode(self, request: EncodingRequest) -> Encoding:
+        """Start writing values unchanged."""
+        return _PlainEncoding(request)
 
     def judge(
         self,
@@ -66,32 +66,32 @@ class Plain(Codec):
         original: Iterator[Piece],
         result: WeightComparison,
     ) -> None:
-        """Compare values; they must be equal."""
+        """Compare values, which must be equal."""
         judge_values(self.open(reader, weight, spec), spec, original, result)
 
 
 class _Stored:
-    """Elements of a stored tensor."""
+    """The elements of a stored tensor."""
 
     def __init__(self, reader: Readable, weight: Weight, itemsize: int) -> None:
         self._reader, self._main, self._itemsize = reader, weight.main, itemsize
 
     def read_into(self, first: int, out: Array) -> None:
-        """Fill flat `out` with the elements from number `first` on."""
+        """Fill flat `out` with elements, starting at index `first`."""
         self._reader.read_into(self._main, first * self._itemsize, out.data.cast("B"))
 
 
-class _Written(Encoding):
-    """Values on their way into a tensor of their own dtype."""
+class _PlainEncoding(Encoding):
+    """Writes values to a tensor of the same dtype."""
 
-    def __init__(self, order: EncodingRequest) -> None:
-        self._order = order
-        self._row = stacked(order.spec)[1] * order.spec.itemsize
+    def __init__(self, request: EncodingRequest) -> None:
+        self._request = request
+        self._row_bytes = stacked(request.spec)[1] * request.spec.itemsize
 
     def add(self, piece: Piece) -> None:
         """Write a piece."""
         data = piece.values.data.cast("B")
-        self._order.write(self._order.outputs[0].name, piece.first * self._row, data)
+        self._request.write(self._request.outputs[0].name, piece.first * self._row_bytes, data)
 
 
 def judge_values(
@@ -102,13 +102,13 @@ def judge_values(
     *,
     report: bool = True,
 ) -> None:
-    """Compare decoded values with the original's; count those that are not equal.
+    """Compare decoded values with the original's; count those that differ.
 
     Args:
-        values: of the artifact.
-        spec: the weight, decoded.
-        original: in pieces.
-        result: the sums of differences go there, and with `report` a finding.
+        values: the values in the artifact.
+        spec: the decoded weight.
+        original: the original in pieces.
+        result: receives the sums of differences and, with `report`, a finding.
         report: whether a difference is a finding.
     """
     import numpy as np
@@ -117,9 +117,9 @@ def judge_values(
 
     wrong, row = 0, stacked(spec)[1]
     for piece in original:
-        here = empty(spec.dtype, piece.values.size)
-        values.read_into(piece.first * row, here)
-        got = f32_from(here, spec.dtype)
+        buffer = empty(spec.dtype, piece.values.size)
+        values.read_into(piece.first * row, buffer)
+        got = f32_from(buffer, spec.dtype)
         expected = f32_from(piece.values.reshape(-1), piece.dtype)
         wrong += int(np.count_nonzero(got != expected))
         result.add(got, expected)

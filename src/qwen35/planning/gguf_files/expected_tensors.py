@@ -1,4 +1,4 @@
-"""What a GGUF file must hold, read off its own keys: tensors with their shapes."""
+"""The tensors and keys that a GGUF file must have, derived from its own keys."""
 
 from __future__ import annotations
 
@@ -85,16 +85,16 @@ KEYS: dict[str, tuple[str, ...]] = {
     "qwen35moe": (*_COMMON, *_prefixed("qwen35moe", _TEXT, _MOE), *_TOKENIZER),
     "clip": (*_COMMON, *_VISION),
 }
-"""Architecture to the keys that llama.cpp needs (``src/models/qwen35*.cpp``, ``tools/mtmd``)."""
+"""Keys that llama.cpp needs, by architecture (``src/models/qwen35*.cpp``, ``tools/mtmd``)."""
 
 
 def missing_keys(container: GgufHeader) -> list[str]:
-    """Return the keys that a file of its architecture must have and this one has not."""
+    """Return the keys that the file's architecture requires and the file lacks."""
     return [key for key in KEYS.get(container.architecture, ()) if key not in container.keys]
 
 
 def expected(container: GgufHeader) -> dict[str, UntypedTensor]:
-    """Return the tensors that the keys of a file promise, by name.
+    """Return the tensors implied by a file's keys, by name.
 
     Raises:
         ConfigError: the keys contradict each other.
@@ -102,6 +102,7 @@ def expected(container: GgufHeader) -> dict[str, UntypedTensor]:
     try:
         return _expected(container)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        # The keys of a foreign file may be missing, of any type, or zero.
         found = f"keys that make no sense ({type(error).__name__}: {error})"
         raise ConfigError(container.path.name, found) from error
 
@@ -113,6 +114,7 @@ def _expected(container: GgufHeader) -> dict[str, UntypedTensor]:
     architecture = ARCHITECTURES[config.model_type]
     prefix = "model.language_model." if architecture.vision else "model."
     layout = CheckpointNaming(prefix, frozenset(), config.mtp_layers > 0, not config.tied)
+    # Run the writer's own mapping on an empty checkpoint of this geometry.
     stored = {spec.name: StoredTensor(spec, "", 0) for spec in expected_tensors(config, layout)}
     checkpoint = Checkpoint(
         container.path.name, config, group(stored)[0], layout, MappingProxyType({})
@@ -126,7 +128,7 @@ def _expected(container: GgufHeader) -> dict[str, UntypedTensor]:
 def _text_config(container: GgufHeader) -> dict[str, Any]:
     architecture = container.architecture
     keys = {key.removeprefix(f"{architecture}."): value for key, value in container.keys.items()}
-    mtp = keys.get("nextn_predict_layers", 0)
+    mtp = keys.get("nextn_predict_layers", 0)  # block_count includes these
     recurrent = keys["attention.recurrent_layers"]
     layers = keys["block_count"] - mtp
     if len(recurrent) != keys["block_count"]:
@@ -161,7 +163,7 @@ def _text_config(container: GgufHeader) -> dict[str, Any]:
 
 
 def _vision_config(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with a true vision part and the smallest text part there can be."""
+    """Return a config with the real vision part and a minimal text part."""
     vision = {key.removeprefix("clip.vision."): value for key, value in keys.items()}
     patch = vision["patch_size"]
     text = dict.fromkeys(_SMALLEST, 1) | {"hidden_size": vision["projection_dim"]}

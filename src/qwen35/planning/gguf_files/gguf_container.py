@@ -1,4 +1,4 @@
-"""GGUF as the protocol asks for it."""
+"""The GGUF container."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["GgufContainer"]
 
 
 class GgufContainer(Container):
-    """GGUF files, one for each file type, and one for the vision tower."""
+    """GGUF files: one per file type, and one for the vision tower."""
 
     name = "gguf"
     verb = "gguf"
@@ -34,16 +34,18 @@ class GgufContainer(Container):
     engine = (("llama_cpp",), "gguf")
     base_memory = 120_000_000
 
+    # Imports are late: commands without GGUF must not pay for numpy, yaml and the gguf library.
+
     def action(self, recipe: str, rule: str, action: str, kind: str) -> str:
-        """Return the action: a type of ggml, as it spells it, or ``mix``."""
+        """Return the action: a ggml type in its canonical spelling, or ``mix``."""
         del recipe, kind
         return MIX if action == MIX else ggml_type(action, rule).name
 
-    def options(self, **given: Any) -> ContainerOptions:
+    def options(self, **values: Any) -> ContainerOptions:
         """Return `GgufOptions`."""
         from qwen35.planning.gguf_files.gguf_options import GgufOptions
 
-        return GgufOptions(**given)
+        return GgufOptions(**values)
 
     def make(self, checkpoint: Checkpoint, recipe: Recipe, options: Any) -> Plan:
         """Plan the files."""
@@ -51,23 +53,23 @@ class GgufContainer(Container):
 
         return make(checkpoint, recipe, options)
 
-    def asked_json(self, plan: Plan, *, whole: bool = False) -> dict[str, Any]:
+    def request_json(self, plan: Plan, *, whole: bool = False) -> dict[str, Any]:
         """Return recipe, types and importance matrix."""
-        from qwen35.planning.gguf_files.gguf_manifest import asked_json
+        from qwen35.planning.gguf_files.gguf_manifest import request_json
 
         del whole
-        return asked_json(plan)
+        return request_json(plan)
 
-    def asked_again(
+    def request_from_manifest(
         self, manifest: Mapping[str, Any], inputs: ContainerInputs
     ) -> tuple[Recipe, ContainerOptions]:
-        """Return the recipe and the options of a manifest."""
-        from qwen35.planning.gguf_files.gguf_manifest import asked_again
+        """Return the recipe and options recorded in a manifest."""
+        from qwen35.planning.gguf_files.gguf_manifest import request_from_manifest
 
-        return asked_again(self, manifest, inputs)
+        return request_from_manifest(self, manifest, inputs)
 
     def tensors_json(self, plan: Plan) -> dict[str, dict[str, str]]:
-        """Return file to tensor to type and shape, in the converter's order."""
+        """Map each file's tensors to type and shape, in the converter's order."""
         from qwen35.planning.gguf_files.gguf_plan import files_of
 
         return {
@@ -76,14 +78,14 @@ class GgufContainer(Container):
         }
 
     def prepare(self, plan: Plan) -> None:
-        """Open the quantizers, if a tensor needs them."""
+        """Load ggml's quantizers, if a tensor needs them."""
         if any(CODECS[target.codec].packed for step in plan.steps for target in step.targets):
             from qwen35.codecs.ggml.kernel import open_kernel
 
             open_kernel()
 
     def file_findings(self, plan: Plan, folder: Path) -> Iterator[Finding]:
-        """Yield which files are missing, do not open, or are of another type than planned."""
+        """Yield findings for files that are missing, unreadable, or not of the planned type."""
         from qwen35.checkpoint.gguf_header import read_container
         from qwen35.planning.gguf_files.gguf_plan import files_of
 
@@ -94,7 +96,7 @@ class GgufContainer(Container):
                 continue
             try:
                 container = read_container(path)
-            except InputError as error:
+            except InputError as error:  # a gate reports every file, so go on with the next
                 yield Finding("quantization", planned.name, error.found)
                 continue
             found = container.keys.get("general.file_type")
@@ -103,17 +105,18 @@ class GgufContainer(Container):
                 yield Finding("quantization", planned.name, message)
 
     def models(self, folder: Path) -> list[Path]:
-        """Return the files that hold a language model."""
+        """Return the files with a language model."""
         files = sorted(folder.glob("*.gguf"))
         return [path for path in files if not path.name.startswith("mmproj-")]
 
     def head_memory(self, plan: Plan) -> int:
-        """Return the bytes of the heads, and of the vocabulary while one is rendered."""
+        """Return the bytes of the heads, and of the vocabulary while a head is rendered."""
+        # While the library renders a head, the tokens exist as Python strings, many times as large.
         heads = [len(file.head) for file in plan.files]
         return sum(heads) + 16 * max(heads, default=0)
 
     def kind(self, plan: Plan) -> str:
-        """Return the container's name: a file has many types."""
+        """Return the container's name: one file mixes several types."""
         del plan
         return self.name
 
@@ -122,7 +125,7 @@ class GgufContainer(Container):
         return any(step.role.scope == "visual" for step in plan.steps)
 
     def suffix(self, plan: Plan) -> str:
-        """Return what the name of an output ends with."""
+        """Return the suffix of an artifact's name."""
         del plan
         return "-GGUF"
 
@@ -133,12 +136,12 @@ class GgufContainer(Container):
         return plan_text(plan, threads)
 
     def json(self, plan: Plan, threads: int) -> dict[str, Any]:
-        """Return all of a plan as plain values."""
+        """Return a plan as plain values."""
         from qwen35.planning.gguf_files.gguf_display import plan_json
 
         return plan_json(plan, threads)
 
     def written_text(self, plan: Plan) -> str:
-        """Say nothing more: the files are named by their types."""
+        """Return nothing: the file names show the types."""
         del plan
         return ""

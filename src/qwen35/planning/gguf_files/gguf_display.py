@@ -1,4 +1,4 @@
-"""A GGUF plan for people (text) and for programs (JSON)."""
+"""A GGUF plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qwen35.table import table_lines
 __all__ = ["plan_json", "plan_text"]
 
 _WIDTH = 80
-"""Columns that the table of recipes takes at most."""
+"""Maximum width of the recipe comparison."""
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Write sorted numbers with their runs joined.
+    """Format sorted numbers as ranges.
 
     >>> _ranges([0, 1, 2, 5, 7, 8])
     '0-2,5,7-8'
@@ -42,8 +42,8 @@ def _file_lines(file: GgufFile) -> Iterator[str]:
     rows: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for tensor in file.tensors:
         name = re.sub(r"blk\.\d+\.", "blk.N.", tensor.name)
-        found = re.search(r"blk\.(\d+)\.", tensor.name)
-        rows[name][file.kinds[tensor.name]].append(int(found[1]) if found else -1)
+        block = re.search(r"blk\.(\d+)\.", tensor.name)
+        rows[name][file.kinds[tensor.name]].append(int(block[1]) if block else -1)
     for name, kinds in rows.items():
         if len(kinds) == 1:
             (kind,) = kinds
@@ -90,7 +90,7 @@ def plan_text(plan: Plan, threads: int) -> str:
 
 
 def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
-    """Return all of the plan as plain values."""
+    """Return the plan as plain values."""
     return {
         "model": plan.checkpoint.name,
         "repo": plan.checkpoint.repo,

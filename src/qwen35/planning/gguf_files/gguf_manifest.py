@@ -1,4 +1,4 @@
-"""What a manifest says of GGUF files: enough to plan them again."""
+"""GGUF files in their manifest: the recipe and options, written and read back."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from qwen35.planning.manifest import recipe_json, recipe_of
 from qwen35.planning.output_plan import Plan
 from qwen35.planning.rules import Recipe
 
-__all__ = ["asked_again", "asked_json"]
+__all__ = ["request_from_manifest", "request_json"]
 
 _KEYS = {"name", "rules", "types", "patterns", "projector", "drop_mtp", "upstream_counters"}
-_WHOLE = tuple(name for name, file_type in FILE_TYPES.items() if not file_type.quantized)
-"""File types that the vision tower can be written in."""
+_UNQUANTIZED = tuple(name for name, file_type in FILE_TYPES.items() if not file_type.quantized)
+"""File types for the vision tower."""
 
 
-def asked_json(plan: Plan) -> dict[str, Any]:
-    """Return the recipe with everything that is asked beside it."""
+def request_json(plan: Plan) -> dict[str, Any]:
+    """Return the recipe and the other options."""
     options = plan.options
     assert isinstance(options, GgufOptions)
     imatrix = options.imatrix
-    beside = {
+    entries = {
         "upstream_counters": options.upstream_counters,
         "imatrix": imatrix.digest if imatrix else None,
         "imatrix_name": imatrix.name if imatrix else None,
@@ -38,29 +38,29 @@ def asked_json(plan: Plan) -> dict[str, Any]:
         "projector": options.projector,
         "drop_mtp": options.drop_mtp,
     }
-    return {"recipe": {**recipe_json(plan.recipe), **beside}}
+    return {"recipe": {**recipe_json(plan.recipe), **entries}}
 
 
-def asked_again(
+def request_from_manifest(
     container: Container, manifest: Mapping[str, Any], inputs: ContainerInputs
 ) -> tuple[Recipe, GgufOptions]:
-    """Return the recipe and the options of a manifest or of a work order.
+    """Return the recipe and options recorded in a manifest or work order.
 
     Raises:
-        InputError: it is malformed, or this is another importance matrix.
-        UsageError: the importance matrix is not given, or there was none.
+        InputError: the record is malformed, or names another importance matrix.
+        UsageError: the importance matrix is missing, or none was used.
     """
     row = manifest.get("recipe")
     if not isinstance(row, dict) or not row.keys() >= _KEYS:
-        hint = "an older version wrote it: make the files again by `qwen35 gguf`"
-        raise InputError(MANIFEST_NAME, "does not say what was asked for", hint=hint)
+        hint = "an older version wrote it: make the files again with `qwen35 gguf`"
+        raise InputError(MANIFEST_NAME, "does not record the options", hint=hint)
     if inputs.activations is not None:
         raise UsageError("--activation-stats", "are for FP8", hint="leave it out")
     types, count = row["types"], row["patterns"]
     names = [str(name) for name in types] if isinstance(types, list) else []
     if not names or len(set(names)) < len(names) or not FILE_TYPES.keys() >= set(names):
         raise InputError(MANIFEST_NAME, "malformed types", expected=", ".join(FILE_TYPES))
-    if type(count) is not int or count < 0 or row["projector"] not in (None, *_WHOLE):
+    if type(count) is not int or count < 0 or row["projector"] not in (None, *_UNQUANTIZED):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="that of GGUF files")
     return _recipe(manifest, container, count), GgufOptions(
         types=tuple(names),
@@ -72,16 +72,17 @@ def asked_again(
 
 
 def _recipe(manifest: Mapping[str, Any], container: Container, count: int) -> Recipe:
-    """Return the recipe; its first `count` rules are patterns on names."""
+    """Return the recipe, with its first `count` rules as patterns on names."""
     recipe = recipe_of(manifest, container)
     lines = [f"{rule.match}={rule.action}" for rule in recipe.rules[:count]]
     try:
         compiled = pattern_rules(lines, [])
     except UsageError as error:
         raise InputError(MANIFEST_NAME, f"a malformed pattern ({error})") from error
+    # Compiling gives a fresh reason; the recorded one must go into the manifest again.
     patterns = [
-        replace(rule, reason=said.reason)
-        for rule, said in zip(compiled, recipe.rules[:count], strict=True)
+        replace(rule, reason=recorded.reason)
+        for rule, recorded in zip(compiled, recipe.rules[:count], strict=True)
     ]
     return replace(recipe, rules=(*patterns, *recipe.rules[count:]))
 
@@ -90,8 +91,8 @@ def _imatrix(row: Mapping[str, Any], inputs: ContainerInputs) -> Imatrix | None:
     path = inputs.imatrix
     if path is None:
         if row.get("imatrix"):
-            made = f"made with the importance matrix {row.get('imatrix_name')}"
-            raise UsageError(MANIFEST_NAME, made, hint="give it: --imatrix")
+            found = f"made with the importance matrix {row.get('imatrix_name')}"
+            raise UsageError(MANIFEST_NAME, found, hint="give it: --imatrix")
         return None
     imatrix = read_imatrix(path, name=str(row.get("imatrix_name") or path))
     if imatrix.digest != row.get("imatrix"):

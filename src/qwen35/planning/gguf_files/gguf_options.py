@@ -1,4 +1,4 @@
-"""What GGUF files are asked for beside their recipe."""
+"""The options of GGUF files beside their recipe."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["GgufOptions"]
 
 @dataclass(frozen=True)
 class GgufOptions:
-    """What was asked for.
+    """Options of GGUF files.
 
     Args:
         types: file types, in order, keys of `qwen35.planning.gguf_files.mixes.FILE_TYPES`.
         imatrix: an importance matrix.
-        projector: file type of the multimodal projector's file, if one is wanted.
-        drop_mtp: leave the multi-token-prediction layers out.
+        projector: file type of the multimodal projector's file; None for no such file.
+        drop_mtp: omit the multi-token-prediction layers.
         upstream_counters: count layers as llama-quantize does (`select_types`).
     """
 
@@ -36,21 +36,21 @@ class GgufOptions:
 
     @property
     def settings(self) -> None:
-        """Types of ggml choose their scales by themselves."""
+        """None: ggml types choose their own scales."""
 
     @property
     def inputs(self) -> ContainerInputs:
-        """The files that it was made with.
+        """The files beside the source.
 
         Raises:
-            InputError: the importance matrix comes from no file.
+            InputError: the importance matrix was not read from a file.
         """
         if self.imatrix is not None and self.imatrix.path is None:
             raise InputError(self.imatrix.name, "workers cannot read it", expected="a file")
         return ContainerInputs(imatrix=self.imatrix.path if self.imatrix else None)
 
     def importance(self, step: Step, slab: int) -> F32 | None:
-        """Return the importance of each column of a slab, if the matrix knows it."""
+        """Return the importance of each column of a slab; None if the matrix lacks it."""
         if self.imatrix is None:
             return None
         entry = self.imatrix.entries.get(step.outputs[0].name)

@@ -1,4 +1,4 @@
-"""The plan of a folder of GGUF files: every tensor's type and every byte's place, from headers."""
+"""The plan of a folder of GGUF files: every tensor's type and every byte offset, from headers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qwen35.planning.gguf_files.tensor_names import UntypedTensor, text_tensors,
 from qwen35.planning.gguf_files.type_choice import Kinds, TypeChooser, float_kind, imatrix_notes
 from qwen35.planning.gguf_files.vocabulary import Vocabulary, read_vocabulary
 from qwen35.planning.output_plan import Plan, PlannedFile
-from qwen35.planning.recipe_files import shipped, shipped_recipe
+from qwen35.planning.recipe_files import built_in_names, built_in_recipe
 from qwen35.planning.rules import Recipe
 from qwen35.planning.step import Step, StepTarget
 
@@ -37,9 +37,9 @@ class GgufFile(PlannedFile):
     """One GGUF file of the output.
 
     Args:
-        file_type: of the file as a whole.
-        tensors: what it holds, in the converter's order.
-        kinds: the type of each.
+        file_type: type of the file as a whole.
+        tensors: its tensors, in the converter's order.
+        kinds: the type of each tensor.
     """
 
     file_type: FileType
@@ -47,13 +47,13 @@ class GgufFile(PlannedFile):
     kinds: Kinds
 
     def size_with(self, kinds: Kinds) -> int:
-        """Return the file's bytes if its tensors had these types; the head keeps its length."""
+        """Return the file's size if its tensors had these types; the head keeps its length."""
         sizes = [GGML_TYPES[kinds[t.name]].size(t.shape) for t in self.tensors]
-        return len(self.head) + sum(size + -size % ALIGNMENT for size in sizes)
+        return len(self.head) + sum(size + -size % ALIGNMENT for size in sizes)  # each padded
 
 
 def files_of(plan: Plan) -> Sequence[GgufFile]:
-    """Return the files of a plan of GGUF files, with what only they have."""
+    """Return the files of a GGUF plan, typed as such."""
     return cast("Sequence[GgufFile]", plan.files)
 
 
@@ -67,10 +67,10 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
         vocabulary = None
         if documents.complete:
             vocabulary = read_vocabulary(documents.folder, checkpoint.config.dims["vocab"])
-        maker = _Maker(checkpoint, recipe, options, documents, vocabulary, mtp)
-        files, notes = maker.text_files(items, name)
+        planner = _Planner(checkpoint, recipe, options, documents, vocabulary, mtp)
+        files, notes = planner.text_files(items, name)
         if options.projector is not None:
-            files.append(maker.projector_file(items, name, options.projector))
+            files.append(planner.projector_file(items, name, options.projector))
     steps = _steps(files)
     heads = {f.name: hashlib.sha256(f.head).hexdigest() for f in files}
     return Plan(
@@ -83,21 +83,24 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
         {},
         (*_notes(vocabulary, documents), *notes),
         {"heads": heads, "imatrix": options.imatrix.digest if options.imatrix else None},
-        maker.comparison(files),
+        planner.comparison(files),
     )
 
 
 def _steps(files: Sequence[GgufFile]) -> tuple[Step, ...]:
-    """Return a step for every tensor, with the files that hold it by type, in source order."""
+    """Return a step per tensor, with its files grouped by type, in source order.
+
+    Source order, so that the checkpoint is read once and forward.
+    """
     tensors: dict[str, UntypedTensor] = {}
-    wanted: dict[str, dict[str, list[str]]] = {}
+    files_by_type: dict[str, dict[str, list[str]]] = {}
     for file in files:
         for tensor in file.tensors:
             tensors[tensor.name] = tensor
-            kinds = wanted.setdefault(tensor.name, {})
+            kinds = files_by_type.setdefault(tensor.name, {})
             kinds.setdefault(file.kinds[tensor.name], []).append(file.name)
     ordered = sorted(tensors.values(), key=_position)
-    return tuple(_step(tensor, wanted[tensor.name]) for tensor in ordered)
+    return tuple(_step(tensor, files_by_type[tensor.name]) for tensor in ordered)
 
 
 def _step(tensor: UntypedTensor, kinds: Mapping[str, Sequence[str]]) -> Step:
@@ -118,34 +121,34 @@ def _filled(file: GgufFile, steps: Sequence[Step]) -> GgufFile:
 
 
 def _with_mtp(checkpoint: Checkpoint, *, drop: bool) -> tuple[Checkpoint, int]:
-    """Count the MTP layers from the tensors, whatever config.json says of them.
+    """Count the MTP layers from the tensors, not from config.json.
 
-    llama.cpp's converter believes the config: it writes a file that cannot be loaded when the
-    layers are missing, and stops when they are there and the config is silent.
+    llama.cpp's converter trusts the config: if the layers are missing it writes a file that does
+    not load, and if the config does not mention them it stops.
     """
     layers = {
         int(weight.name.split(".")[2])
         for weight in checkpoint.weights
         if weight.name.startswith("mtp.layers.") and weight.name.split(".")[2].isdecimal()
     }
-    found, promised = len(layers), checkpoint.config.mtp_layers
-    if promised > found and not drop:
+    stored, promised = len(layers), checkpoint.config.mtp_layers
+    if promised > stored and not drop:
         raise ConfigError(
             "config.json",
-            f"mtp_num_hidden_layers is {promised}, but the checkpoint has {found} such layers",
+            f"mtp_num_hidden_layers is {promised}, but the checkpoint has {stored} such layers",
             expected="its tensors (mtp.*): transformers drops them when it saves",
             hint="take them from the original checkpoint, or give --drop-mtp",
         )
-    if found > 1 and not drop:
+    if stored > 1 and not drop:
         raise ConfigError(
             "config.json",
-            f"{found} MTP layers",
-            expected="one: the loader of llama.cpp wants mtp.fc for each, the family has it once",
+            f"{stored} MTP layers",
+            expected="one: llama.cpp's loader needs mtp.fc per layer, the family has a single one",
             hint="give --drop-mtp",
         )
-    if promised == found:
-        return checkpoint, found
-    return replace(checkpoint, config=replace(checkpoint.config, mtp_layers=found)), found
+    if promised == stored:
+        return checkpoint, stored
+    return replace(checkpoint, config=replace(checkpoint.config, mtp_layers=stored)), stored
 
 
 def _notes(vocabulary: Vocabulary | None, documents: SourceDocuments) -> Iterator[str]:
@@ -159,8 +162,8 @@ def _notes(vocabulary: Vocabulary | None, documents: SourceDocuments) -> Iterato
 
 
 @dataclass(frozen=True)
-class _Maker:
-    """One planning run: what all files share."""
+class _Planner:
+    """Plans the files; holds what they share."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -183,10 +186,10 @@ class _Maker:
     def text_files(
         self, items: Sequence[InventoryItem], name: str
     ) -> tuple[list[GgufFile], list[str]]:
-        """Return the text model's files, and notes on them."""
+        """Return the text model's files, with notes."""
         tensors = text_tensors(items, self.checkpoint.config, mtp=self.mtp > 0)
         chooser = self.chooser(tensors, self.recipe)
-        chooser.ruled()
+        chooser.rules_by_tensor()  # refuses unused rules even if no file is quantized
         imatrix = self.options.imatrix
         notes: list[str] = []
         if imatrix is not None:
@@ -195,17 +198,18 @@ class _Maker:
         files = []
         for type_name in self.options.types:
             file_type = FILE_TYPES[type_name]
-            kinds, more = chooser.kinds(file_type)
-            notes += more
+            kinds, type_notes = chooser.kinds(file_type)
+            notes += type_notes
             files.append(self._file(f"{name}-{type_name}.gguf", file_type, tensors, kinds))
         return files, list(dict.fromkeys(notes))
 
     def comparison(self, files: Sequence[GgufFile]) -> dict[str, dict[str, int]]:
-        """Return what the quantized files would take by each recipe."""
+        """Return the sizes of the quantized files under each recipe."""
         patterns = [rule for rule in self.recipe.rules if rule.pattern is not None]
         container = self.recipe.container
         recipes = {
-            name: shipped_recipe(name, container).preceded(patterns) for name in shipped(container)
+            name: built_in_recipe(name, container).preceded(patterns)
+            for name in built_in_names(container)
         }
         recipes[self.recipe.name] = self.recipe
         quantized = [file for file in files if file.file_type.quantized]
@@ -214,13 +218,13 @@ class _Maker:
             for file in quantized:
                 try:
                     kinds, _ = self.chooser(file.tensors, recipe).kinds(file.file_type)
-                except UsageError:  # a built-in recipe whose types this model's rows do not fit
+                except UsageError:  # its types do not fit this model: the table shows no size
                     continue
                 table.setdefault(name, {})[file.file_type.name] = file.size_with(kinds)
         return table
 
     def chooser(self, tensors: Sequence[UntypedTensor], recipe: Recipe) -> TypeChooser:
-        """Return what chooses types by `recipe`."""
+        """Return the type chooser for `recipe`."""
         options = self.options
         return TypeChooser(
             tensors, self.geometry, recipe, options.imatrix, options.upstream_counters
@@ -230,7 +234,7 @@ class _Maker:
         """Return the file of the vision tower.
 
         Raises:
-            UsageError: there is none.
+            UsageError: the model has no vision tower.
         """
         if not self.checkpoint.config.architecture.vision:
             found = f"{self.checkpoint.name} has no vision tower"

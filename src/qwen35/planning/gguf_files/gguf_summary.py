@@ -1,4 +1,4 @@
-"""What a GGUF file is, from its head: for people and for programs."""
+"""Summary of a GGUF file from its head, as plain values and as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONG = 100
 
 
 class GgufSummary(TypedDict):
-    """What a GGUF file is, in plain values."""
+    """A summary in plain values."""
 
     file: str
     bytes: int
@@ -29,7 +29,7 @@ class GgufSummary(TypedDict):
 
 
 def summarize_gguf(container: GgufHeader) -> GgufSummary:
-    """Return what a GGUF file is."""
+    """Summarize a GGUF file."""
     kinds: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     parameters = 0
@@ -38,13 +38,13 @@ def summarize_gguf(container: GgufHeader) -> GgufSummary:
         nbytes[entry.kind.name] += entry.nbytes
         parameters += entry.nbytes // entry.kind.nbytes * entry.kind.block
     code = container.keys.get("general.file_type")
-    named = {row.code: row.name for row in FILE_TYPES.values()}
+    names = {row.code: row.name for row in FILE_TYPES.values()}
     return {
         "file": container.path.name,
         "bytes": container.nbytes,
         "architecture": container.architecture,
         "type": container.keys.get("general.type", ""),
-        "file_type": named.get(code, code) if isinstance(code, int) else None,
+        "file_type": names.get(code, code) if isinstance(code, int) else None,
         "tensors": len(container.tensors),
         "parameters": parameters,
         "bits_per_weight": round(8 * sum(nbytes.values()) / max(1, parameters), 3),
@@ -56,7 +56,7 @@ def summarize_gguf(container: GgufHeader) -> GgufSummary:
 
 
 def _shown(value: Any) -> Any:
-    """Return a key's value, or how long it is."""
+    """Return a key's value, or its length if it is long."""
     if isinstance(value, str) and len(value) > _LONG:
         return f"{len(value)} characters"
     if isinstance(value, list) and len(value) > 64:

@@ -1,7 +1,7 @@
-"""Importance matrices: the mean square of every input channel of a matrix, gathered over a text.
+"""Importance matrices: the mean square of every input channel of a matrix over a text.
 
-Read are GGUF files as llama-imatrix and others write them (``NAME.in_sum2``, ``NAME.counts``) and
-the older binary form (``.dat``). Values are those that llama-quantize uses, bit for bit.
+Reads GGUF files by llama-imatrix and others (``NAME.in_sum2``, ``NAME.counts``), and the older
+binary form (``.dat``). Values equal those that llama-quantize uses, bit for bit.
 Source: llama.cpp 0c1e5709, ``common/imatrix-loader.cpp`` and ``tools/quantize/quantize.cpp``.
 """
 
@@ -27,29 +27,31 @@ from qwen35.checkpoint.open import hub_token
 from qwen35.errors import InputError
 from qwen35.planning.activations import ANOTHER_MODEL, other_geometry
 
-__all__ = ["COUNTS", "MADE", "SUMS", "Imatrix", "open_imatrix", "read_imatrix"]
+__all__ = ["COUNTS", "PROVENANCE_KEY", "SUMS", "Imatrix", "open_imatrix", "read_imatrix"]
 
 
 SUMS, COUNTS = ".in_sum2", ".counts"
-MADE = "qwen35.calibration"
-"""A key of ours: JSON of what made the file; other readers skip it."""
+PROVENANCE_KEY = "qwen35.calibration"
+"""Our own key: JSON on how the file was made. Other readers ignore it."""
 
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.", re.ASCII)
 _KEY_BYTES = 127
+"""llama-quantize cuts the text of a key to this length."""
+
 _MAX_NAME = 4096
 
 
 @dataclass(frozen=True)
 class ImatrixEntry:
-    """What is known of one matrix; its values stay in the file until they are asked for.
+    """The entry of one matrix; its values stay in the file until needed.
 
     Args:
         path: the file.
         begin: offset of the sums.
-        width: values of one slice.
-        divisors: what the sums of each slice are divided by; 0 for a slice that no token of the
-            text reached, whose values are 1. An ordinary matrix has one slice, a stack of experts
-            one for each.
+        width: values per slice.
+        divisors: divisor of each slice's sums; 0 for a slice that no token of the text reached,
+            whose values are then 1. An ordinary matrix has one slice, a stack of experts one per
+            expert.
     """
 
     path: Path
@@ -59,24 +61,24 @@ class ImatrixEntry:
 
     @property
     def size(self) -> int:
-        """Number of values."""
+        """The number of values."""
         return self.width * len(self.divisors)
 
     @property
     def unseen(self) -> int:
-        """Number of slices that no token of the text reached."""
+        """The number of slices that no token of the text reached."""
         return int(np.count_nonzero(self.divisors <= 0))
 
     def slice(self, number: int, row: int) -> F32:
         """Return the importance of the `row` input channels of one matrix of a stack.
 
-        The older form divides a whole stack by one number, so `row` may be a part of `width`.
+        The older form has a single divisor for a whole stack, so `row` may be less than `width`.
 
         Raises:
-            InputError: the file changed since it was opened.
+            InputError: the file cannot be read, or changed since it was opened.
         """
         divisor = self.divisors[number * row // self.width]
-        if divisor <= 0:
+        if divisor <= 0:  # as llama-quantize: an unseen expert weighs all channels evenly
             return np.ones(row, np.float32)
         try:
             with self.path.open("rb") as file:
@@ -91,7 +93,7 @@ class ImatrixEntry:
 
     @property
     def values(self) -> F32:
-        """All values, slice after slice."""
+        """All values, slice by slice."""
         return np.concatenate([self.slice(i, self.width) for i in range(len(self.divisors))])
 
 
@@ -100,13 +102,13 @@ class Imatrix:
     """An importance matrix.
 
     Args:
-        name: as the user named the file.
-        entries: tensor name to what is known of it.
-        dataset: the text it was made of, if it says so.
-        chunks: pieces of that text, 0 if it does not say.
+        name: the user's name for the file.
+        entries: entries by tensor name.
+        dataset: the text it was computed on, if recorded.
+        chunks: number of chunks of that text; 0 if not recorded.
         digest: SHA-256 of the file.
-        made: what made the file, if `qwen35 calibrate` did: its model's geometry among it.
-        path: where it is, if it was read from there.
+        provenance: how `qwen35 calibrate` made the file, with the model's geometry; else empty.
+        path: the file, if it was read from one.
     """
 
     name: str
@@ -114,20 +116,20 @@ class Imatrix:
     dataset: str
     chunks: int
     digest: str
-    made: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
     def check(self, geometry: Mapping[str, int]) -> None:
-        """Check that it is of a model with this geometry, as far as it tells.
+        """Check that it belongs to a model with this geometry, as far as the file records it.
 
         Raises:
-            InputError: it is of another.
+            InputError: it belongs to another model.
         """
-        difference = other_geometry(self.made, geometry)
+        difference = other_geometry(self.provenance, geometry)
         if difference is not None:
             found, expected = difference
             raise InputError(self.name, found, expected=expected, hint=ANOTHER_MODEL)
-        last = geometry["layers"]  # the MTP layer's block, whether the model has it or not
+        last = geometry["layers"]  # the block of an MTP layer, which the model may lack
         for name in self.entries:
             match = _BLOCK.match(name)
             if match and int(match[1]) > last:
@@ -136,7 +138,7 @@ class Imatrix:
                 )
 
     def keys(self) -> dict[str, str | int]:
-        """Return the keys that llama-quantize writes about it, in its order."""
+        """Return the keys that llama-quantize writes for it, in its order."""
         keys: dict[str, str | int] = {"quantize.imatrix.file": _cut(self.name)}
         if self.dataset:
             keys["quantize.imatrix.dataset"] = _cut(self.dataset)
@@ -147,16 +149,16 @@ class Imatrix:
 
 
 def _cut(text: str) -> str:
-    """Shorten as llama-quantize does, but never within a character."""
+    """Truncate as llama-quantize does, but never within a character."""
     return text.encode()[:_KEY_BYTES].decode(errors="ignore")
 
 
 def open_imatrix(name: str, token: str | None = None) -> Imatrix:
-    """Read the importance matrix that `name` means: a file, or ``hf:owner/name/path`` of one.
+    """Read an importance matrix from a file or from ``hf:owner/name/path``.
 
     Raises:
-        InputError: it is not one.
-        HubError: the Hub refused, or was not reached.
+        InputError: the file is not an importance matrix.
+        HubError: the Hub refused, or could not be reached.
     """
     if name.startswith("hf:"):
         path = download_file(name.removeprefix("hf:"), hub_token(token))
@@ -170,10 +172,11 @@ def read_imatrix(path: Path, *, name: str = "") -> Imatrix:
 
     Args:
         path: the file.
-        name: what the user called it.
+        name: the user's name for it; the path if empty.
 
     Raises:
-        InputError: it is not one, or holds something that cannot be a mean of squares.
+        InputError: the file is not an importance matrix, or holds values that cannot be mean
+            squares.
     """
     if path.exists() and not path.is_file():
         raise InputError(str(path), "not a file", expected="an importance matrix")
@@ -183,13 +186,14 @@ def read_imatrix(path: Path, *, name: str = "") -> Imatrix:
     except OSError as error:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
     read = _from_gguf if is_gguf(path) else _from_dat
-    entries, dataset, chunks, made = read(path)
+    entries, dataset, chunks, provenance = read(path)
+    # Checked completely now: a bad value found while encoding would cost the whole run.
     for key, entry in entries.items():
         for i in range(len(entry.divisors)):
             values = entry.slice(i, entry.width)
             if not np.isfinite(values).all() or (values < 0).any():
-                raise InputError(str(path), f"{key} holds values that are no mean of squares")
-    return Imatrix(name or str(path), entries, dataset, chunks, digest, made, path)
+                raise InputError(str(path), f"{key} holds values that cannot be mean squares")
+    return Imatrix(name or str(path), entries, dataset, chunks, digest, provenance, path)
 
 
 _Contents = tuple[dict[str, ImatrixEntry], str, int, Mapping[str, Any]]
@@ -198,8 +202,8 @@ _Contents = tuple[dict[str, ImatrixEntry], str, int, Mapping[str, Any]]
 def _from_gguf(path: Path) -> _Contents:
     container = read_container(path)
     keys = container.keys
-    wanted = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
-    missing = [key for key in wanted if key not in keys]
+    required = ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size")
+    missing = [key for key in required if key not in keys]
     if missing:
         raise InputError(str(path), f"no {missing[0]} in it", expected="an importance matrix")
     entries = {}
@@ -220,10 +224,11 @@ def _from_gguf(path: Path) -> _Contents:
     chunks = keys["imatrix.chunk_count"]
     if type(chunks) is not int:
         raise InputError(str(path), f"imatrix.chunk_count {str(chunks)[:80]!r}", expected="a count")
-    made = strict_json(str(keys.get(MADE, "{}")).encode(), f"{MADE} of {path.name}")
-    if not isinstance(made, dict):
-        raise InputError(str(path), f"a malformed {MADE}")
-    return entries, str(first), chunks, made
+    text = str(keys.get(PROVENANCE_KEY, "{}"))
+    provenance = strict_json(text.encode(), f"{PROVENANCE_KEY} of {path.name}")
+    if not isinstance(provenance, dict):
+        raise InputError(str(path), f"a malformed {PROVENANCE_KEY}")
+    return entries, str(first), chunks, provenance
 
 
 def _tensor(container: GgufHeader, name: str) -> Listed:
@@ -251,7 +256,7 @@ class _Dat:
         self._left = path.stat().st_size
 
     def _take(self, count: int) -> bytes:
-        if not 0 <= count <= self._left:
+        if not 0 <= count <= self._left:  # before reading: a hostile count could exhaust memory
             raise InputError(
                 str(self._path), "ends too early", expected="an importance matrix, GGUF or .dat"
             )

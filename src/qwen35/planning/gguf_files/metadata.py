@@ -1,4 +1,4 @@
-"""The key-value pairs of a GGUF file, in the converter's order, and its head rendered to bytes."""
+"""The key-value pairs of a GGUF file, in the converter's order, and its rendered head."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from qwen35.planning.gguf_files.vocabulary import Vocabulary
 __all__ = ["ALIGNMENT", "RenderedHeader", "SourceDocuments", "model_name", "render_head"]
 
 ALIGNMENT = 32
-"""Bytes to whose multiples tensors are padded."""
+"""Tensors are padded to a multiple of this many bytes."""
 
 _READ = (
     "README.md",
@@ -44,26 +44,30 @@ _READ = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-"""Small files that the `gguf` library and we read; those that are there."""
+"""Small files that this package and the `gguf` library read, if present."""
 
 _MAX_BYTES = 256 * 2**20
+"""Bound on one of them, far above real ones."""
+
 _MROPE = [11, 11, 10]
-"""What transformers takes for ``mrope_section`` if config.json has none."""
+"""transformers' default for ``mrope_section``."""
 
 
 def model_name(checkpoint: Checkpoint) -> str:
-    """Return the name that files are called by: that of the repository or the folder."""
+    """Return the base of file names: the repository's or the folder's name."""
     if checkpoint.repo:
         return checkpoint.repo.rpartition("/")[2]
     return checkpoint.root.resolve().name if checkpoint.root else checkpoint.name
 
 
 class SourceDocuments:
-    """A checkpoint's small files in a folder of the model's name, wherever they come from.
+    """A checkpoint's small files, copied to a local folder with the model's name.
+
+    The `gguf` library reads files from a folder, and takes the model's name from it.
 
     Args:
-        checkpoint: where to read them.
-        folder: an empty one, to be filled.
+        checkpoint: the source of the files.
+        folder: an empty folder to fill.
     """
 
     def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
@@ -86,7 +90,7 @@ class SourceDocuments:
             yield cls(checkpoint, Path(folder))
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file, or nothing if it is not there."""
+        """Return a parsed JSON file; empty if missing."""
         path = self.folder / name
         parsed = strict_json(path.read_bytes(), name) if path.is_file() else {}
         return parsed if isinstance(parsed, dict) else {}
@@ -94,10 +98,10 @@ class SourceDocuments:
 
 @dataclass(frozen=True)
 class RenderedHeader:
-    """The bytes before a file's data.
+    """A rendered file head.
 
     Args:
-        content: those bytes, padded.
+        content: the bytes before the tensor data, padded.
         offsets: absolute offset of each tensor.
         nbytes: size of the whole file.
     """
@@ -109,7 +113,7 @@ class RenderedHeader:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor as a file's head lists it: name, shape (outermost first), type."""
+    """A tensor in a file's head: name, shape (outermost first), type."""
 
     name: str
     shape: tuple[int, ...]
@@ -135,13 +139,13 @@ def render_head(
     """Render the head of a file.
 
     Args:
-        config: the model's.
-        documents: its small files.
-        file_type: of the file.
+        config: the model's config.
+        documents: the model's small files.
+        file_type: type of the file.
         tensors: in the converter's order; a quantized file gets llama-quantize's.
-        vocabulary: its tokenizer; None in a projector's file, or if it is not known.
-        mtp_layers: multi-token-prediction layers written.
-        imatrix: the keys that tell of an importance matrix.
+        vocabulary: the tokenizer; None in a projector's file, or if unknown.
+        mtp_layers: number of multi-token-prediction layers written.
+        imatrix: the keys that describe an importance matrix.
         vision: whether this is the projector's file.
     """
     architecture = "clip" if vision else "qwen35moe" if config.moe else "qwen35"
@@ -174,7 +178,7 @@ def _general(writer: GGUFWriter, documents: SourceDocuments, *, vision: bool) ->
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
-            "README.md", f"front matter that cannot be read ({reason})", hint="mend or remove it"
+            "README.md", f"front matter that cannot be read ({reason})", hint="fix or remove it"
         ) from error
     metadata.name = metadata.name or documents.folder.name
     penalty = documents.json("generation_config.json").get("repetition_penalty")
@@ -201,7 +205,7 @@ def _text_keys(
     writer.add_head_count(text["num_attention_heads"])
     writer.add_head_count_kv(text["num_key_value_heads"])
     sections = _sections(rope)
-    if "mrope_section" in rope:
+    if "mrope_section" in rope:  # keys keep the order in which the converter adds them
         writer.add_rope_dimension_sections(sections)
     if "rope_theta" in rope:
         writer.add_rope_freq_base(_number(rope, "rope_theta"))
@@ -223,7 +227,7 @@ def _text_keys(
 
 
 def _number(section: Mapping[str, Any], key: str, default: float = 0) -> float:
-    """Return a number that config.json gives beside those of `ModelConfig`."""
+    """Return a number from config.json that `ModelConfig` does not check."""
     value = section.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**32:
         raise ConfigError("config.json", f"{key} is {repr(value)[:80]}", expected="a number")
@@ -231,7 +235,7 @@ def _number(section: Mapping[str, Any], key: str, default: float = 0) -> float:
 
 
 def _sections(rope: Mapping[str, Any]) -> list[int]:
-    """Return ``mrope_section`` with zeros up to four entries."""
+    """Return ``mrope_section`` padded with zeros to four entries."""
     sections = rope.get("mrope_section", _MROPE)
     fits = isinstance(sections, list) and all(type(size) is int for size in sections)
     if not fits or not 1 <= len(sections) <= 4:
@@ -283,9 +287,9 @@ def _vision_keys(
 
 
 def _normalization(documents: SourceDocuments) -> tuple[list[float], list[float]]:
-    """Return mean and deviation of the pixels, from whichever file has them.
+    """Return mean and deviation of the pixels.
 
-    Of a published size, whose files are not known, zeros stand for them: sizes stay the same.
+    Published sizes have no files here; zeros take the same number of bytes.
     """
     if not documents.complete:
         return [0.0] * 3, [0.0] * 3
@@ -297,7 +301,7 @@ def _normalization(documents: SourceDocuments) -> tuple[list[float], list[float]
         raise ConfigError(
             "preprocessor_config.json",
             "no image_mean and image_std",
-            hint="the projector's file needs them: copy the file of the original checkpoint",
+            hint="the projector's file needs them: copy the file from the original checkpoint",
         )
     return [float(x) for x in values[0]], [float(x) for x in values[1]]  # type: ignore[union-attr]
 
@@ -308,7 +312,8 @@ def _as_quantized(
     file_type: FileType,
     imatrix: Mapping[str, str | int],
 ) -> list[TensorEntry]:
-    """Bring keys and tensors into the order and form in which llama-quantize writes them."""
+    """Rearrange keys and tensors to the order and form that llama-quantize writes."""
+    # llama-quantize copies the keys of its input and sets these two again, at the end.
     keys = writer.kv_data[0]
     for key in (gguf.Keys.General.QUANTIZATION_VERSION, gguf.Keys.General.FILE_TYPE):
         keys.pop(key)
@@ -323,7 +328,7 @@ def _as_quantized(
     ordered = sorted(tensors, key=lambda tensor: mix_order(tensor.name))
     for tensor in ordered:
         shape = tensor.shape
-        while len(shape) > 1 and shape[0] == 1:  # ggml does not count such dimensions
+        while len(shape) > 1 and shape[0] == 1:  # ggml drops outer dimensions of 1
             shape = shape[1:]
         _add(writer, tensor.name, TensorEntry(tensor.name, shape, tensor.kind))
     return ordered
@@ -331,8 +336,8 @@ def _as_quantized(
 
 def _head(writer: GGUFWriter, tensors: Sequence[TensorEntry]) -> RenderedHeader:
     buffer = io.BytesIO()
-    writer.fout = cast("list[BufferedWriter]", [buffer])  # nothing but write and flush is used
-    writer.state = WriterState.EMPTY
+    writer.fout = cast("list[BufferedWriter]", [buffer])  # only write and flush are used
+    writer.state = WriterState.EMPTY  # as if it had opened the buffer as its file
     writer.write_header_to_file()
     try:
         writer.write_kv_data_to_file()

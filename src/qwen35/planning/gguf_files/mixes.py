@@ -1,8 +1,8 @@
-"""The mixes of llama-quantize: which type each tensor of a file gets, as a pure function.
+"""The mixes of llama-quantize: each tensor's type, as a pure function.
 
 Source: llama.cpp 0c1e5709, ``src/llama-quant.cpp`` (`llama_tensor_get_type_impl`,
-`tensor_allows_quantization`), which is the one inside llama-cpp-python 0.3.36. Rules for models
-outside the family are left out.
+`tensor_allows_quantization`), the version in llama-cpp-python 0.3.36. Rules for models outside the
+family are omitted.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ __all__ = [
 ]
 
 MIX = "mix"
-"""The action that leaves a tensor to the mix of its file's type."""
+"""The action that gives a tensor the type of its file's mix."""
 
 
 @dataclass(frozen=True)
 class FileType:
-    """What a GGUF file as a whole is called.
+    """The type of a GGUF file as a whole.
 
     Args:
-        name: in file names and on the command line.
+        name: name in file names and on the command line.
         code: ``general.file_type``.
         base: the type of most of its tensors.
     """
@@ -42,7 +42,7 @@ class FileType:
 
     @property
     def quantized(self) -> bool:
-        """Whether llama-quantize would write it, rather than the converter."""
+        """Whether llama-quantize writes it, rather than the converter."""
         return self.base not in FLOATS
 
 
@@ -63,18 +63,18 @@ FILE_TYPES: dict[str, FileType] = {
         FileType("IQ4_NL", 25, "iq4_nl"),
     )
 }
-"""File types that can be asked for (``llama.h`` `llama_ftype`)."""
+"""Supported file types (``llama.h`` `llama_ftype`)."""
 
 
 @dataclass(frozen=True)
 class MixGeometry:
-    """What the mixes ask of a model.
+    """What the mixes need to know of a model.
 
     Args:
-        layers: blocks, those of the MTP layers included.
-        experts: experts of a block, 0 in a dense model.
-        gqa: query heads that share a key-value head.
-        imatrix: whether an importance matrix is at hand.
+        layers: number of blocks, including MTP layers.
+        experts: experts per block; 0 in a dense model.
+        gqa: query heads per key-value head.
+        imatrix: whether there is an importance matrix.
     """
 
     layers: int
@@ -84,7 +84,7 @@ class MixGeometry:
 
 
 def quantizable(name: str, shape: Sequence[int]) -> bool:
-    """Whether llama-quantize would touch the tensor at all; `shape` is outermost first."""
+    """Return whether llama-quantize quantizes the tensor; `shape` is outermost first."""
     return (
         any(size > 1 for size in shape[:-1])
         and name.endswith("weight")
@@ -95,7 +95,7 @@ def quantizable(name: str, shape: Sequence[int]) -> bool:
 
 
 def mix_order(name: str) -> tuple[int, str]:
-    """Sort key by which llama-quantize visits and writes tensors: by block, then by name."""
+    """Return llama-quantize's sort key for visiting and writing tensors: block, then name."""
     first, _, rest = name.partition(".")
     number = rest.partition(".")[0]
     block = int(number) if first == "blk" and number.isdecimal() else -1
@@ -113,17 +113,18 @@ def select_types(
     """Choose the type of every tensor that llama-quantize would quantize.
 
     Args:
-        file_type: a quantized one.
+        file_type: a quantized file type.
         tensors: name and shape (outermost first) of every tensor of the file.
-        geometry: of the model.
-        named: types that rules give to tensors by name.
-        upstream_counters: whether a named tensor is left out when layers are counted, as
-            llama-quantize does; that shifts which of the others get more bits.
+        geometry: the model's geometry.
+        named: types set by rules, by tensor name.
+        upstream_counters: skip named tensors when counting layers, as llama-quantize does; that
+            shifts which of the others get more bits.
 
     Returns:
         Name to type, before fallbacks for rows that do not fit.
     """
     names = [name for name, _ in tensors]
+    # attn_qkv counts as a value projection upstream, so there is one per layer, of either kind.
     values = sum(_category(name) == "value" for name in names)
     mix = _Mix(file_type, geometry, tied="output.weight" not in names, values=values)
     types = {}
@@ -139,13 +140,16 @@ def select_types(
 
 
 def _more_bits(i: int, n: int) -> bool:
-    """Whether the `i`-th of `n` layers is one of those that the _M mixes give more bits."""
+    """Return whether the _M mixes give the `i`-th of `n` layers more bits.
+
+    Those are the first and last eighth, and every third layer between (`use_more_bits`).
+    """
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 @dataclass
 class _Mix:
-    """The counters of one run over the tensors of a file."""
+    """State of one pass over the tensors of a file: the layer counters."""
 
     file_type: FileType
     geometry: MixGeometry
@@ -157,6 +161,7 @@ class _Mix:
     def choose(self, name: str, row: int) -> str:
         """Return the type for the next tensor; calls come in `mix_order`."""
         base = self.file_type.base
+        # A tied embedding is the output head, whose error goes straight into the logits.
         if name == "output.weight" or (self.tied and name == "token_embd.weight"):
             fits = row % GGML_TYPES[base].block == 0
             return "q6_K" if fits and base != "q8_0" else "q8_0"
@@ -166,6 +171,7 @@ class _Mix:
             self.values_seen += 1
             return kind
         if category == "down":
+            # Mixtures have several down projections per block, so upstream takes the block number.
             layer = mix_order(name)[0] if self.geometry.experts > 1 else self.downs_seen
             self.downs_seen += 1
             return _DOWN.get(self.file_type.name, _plain)(self, layer)
@@ -190,8 +196,8 @@ def _category(name: str) -> str:
 
 
 def _value_type(mix: _Mix, i: int) -> str:
-    """Type of the `i`-th attn_v or attn_qkv."""
-    if mix.geometry.experts == 8:
+    """Return the type of the `i`-th attn_v or attn_qkv."""
+    if mix.geometry.experts == 8:  # upstream's special case for Mixtral-like models
         return "q8_0"
     name, base = mix.file_type.name, mix.file_type.base
     if name == "Q3_K_M":
@@ -204,7 +210,7 @@ def _value_type(mix: _Mix, i: int) -> str:
 
 
 def _output_type(mix: _Mix) -> str:
-    """Type of an attn_output."""
+    """Return the type of an attn_output."""
     name, base = mix.file_type.name, mix.file_type.base
     if mix.geometry.experts == 8:
         return "q5_K" if name in ("Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ4_XS") else base
@@ -229,4 +235,4 @@ _DOWN: Mapping[str, Callable[[_Mix, int], str]] = {
     "IQ4_XS": _iq4_down,
     "IQ4_NL": _iq4_down,
 }
-"""File type to the rule for the feed-forward's down projections, of (mix, layer)."""
+"""Rules for the down projections of the feed-forward by file type: (mix, layer) to type."""

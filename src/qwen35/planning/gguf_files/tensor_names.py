@@ -1,7 +1,7 @@
-"""From the weights of a checkpoint to the tensors of a GGUF file: names, shapes, transforms.
+"""The tensors of a GGUF file from a checkpoint's weights: names, shapes, transforms.
 
 Source: llama.cpp 0c1e5709, ``conversion/qwen.py``, ``qwen3vl.py`` and ``base.py``; the tests
-compare whole files with that converter's.
+compare whole files with those of that converter.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ Storage = Literal["any", "f32", "patch"]
 
 @dataclass(frozen=True, slots=True)
 class UntypedTensor:
-    """A tensor of a GGUF file, but for its type.
+    """A tensor of a GGUF file, without its type.
 
     Args:
-        name: in the file.
-        rows: where its values come from.
-        storage: ``f32`` always; ``patch``: F16 in an F16 file, else F32; ``any`` as the file.
+        name: name in the file.
+        rows: the source of its values.
+        storage: ``f32``: always F32; ``patch``: F16 in an F16 file, else F32; ``any``: as the file.
     """
 
     name: str
@@ -45,7 +45,7 @@ class UntypedTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Outermost first; a file lists it the other way round."""
+        """Outermost dimension first; a file lists it last."""
         return self.rows.shape
 
     @property
@@ -59,10 +59,10 @@ class _Row:
     """How one role is written.
 
     Args:
-        name: in the file; it stands after ``blk.N.`` for roles of a layer.
-        storage: as of `UntypedTensor`.
-        heads: what of it belongs to value heads, which move: its rows, or its columns.
-        computed: what happens to its values.
+        name: name in the file, after ``blk.N.`` for roles of a layer.
+        storage: see `UntypedTensor`.
+        heads: the axis made of value heads, which are reordered.
+        computed: transforms of its values.
     """
 
     name: str
@@ -133,7 +133,7 @@ _EXPERTS = ("mlp.experts.down_proj", "mlp.experts.gate_proj", "mlp.experts.up_pr
 
 
 def converter_order(items: Sequence[InventoryItem]) -> list[InventoryItem]:
-    """Return `items` as llama.cpp's converter meets them: file by file, sorted by name."""
+    """Return `items` in the order of llama.cpp's converter: by file, then by name."""
     return sorted(items, key=lambda item: (item.weight.main.file, item.weight.name))
 
 
@@ -143,12 +143,12 @@ def text_tensors(
     """Return the tensors of the text model's file, in the converter's order.
 
     Args:
-        items: every weight of the checkpoint.
-        config: its geometry.
-        mtp: whether the multi-token-prediction layers are written.
+        items: all weights of the checkpoint.
+        config: the checkpoint's config.
+        mtp: whether to include the multi-token-prediction layers.
 
     Raises:
-        TensorError: the geometry is one that llama.cpp cannot compute.
+        TensorError: llama.cpp does not support the geometry.
     """
     _check_heads(config)
     waiting: dict[tuple[int, str], list[InventoryItem]] = {}
@@ -171,7 +171,7 @@ def _check_heads(config: ModelConfig) -> None:
             "config.json", f"{values} value heads on {keys} key heads", expected="a multiple"
         )
     key, value = config.text_raw["linear_key_head_dim"], config.dims["linear_head"]
-    if key != value:
+    if key != value:  # llama.cpp has a single ssm.state_size for both
         raise TensorError(
             "config.json",
             f"key heads of {key} and value heads of {value} in linear attention",
@@ -180,7 +180,7 @@ def _check_heads(config: ModelConfig) -> None:
 
 
 def _heads(config: ModelConfig) -> tuple[int, int]:
-    """Return the key heads and value heads of linear attention."""
+    """Return the numbers of key heads and value heads in linear attention."""
     return int(config.text_raw["linear_num_key_heads"]), config.dims["linear_heads"]
 
 
@@ -191,7 +191,7 @@ def _block(item: InventoryItem, config: ModelConfig) -> int:
 
 
 def _in_layer(item: InventoryItem) -> str:
-    """Return the role below its layer, the same for MTP layers."""
+    """Return the role within its layer, the same for MTP layers."""
     return item.role.name.removeprefix("mtp.layers.")
 
 
@@ -203,7 +203,7 @@ def _text(item: InventoryItem, config: ModelConfig) -> Iterator[UntypedTensor]:
         yield _tensor(prefix, row, shape, (WeightSlab(item),), config)
         return
     prefix = f"blk.{_block(item, config)}."
-    if role == _FUSED:
+    if role == _FUSED:  # gate rows, then up rows, of each expert: two tensors read with a stride
         experts, both, width = shape
         half = both // 2
         for i, name in enumerate(("mlp.experts.gate_proj", "mlp.experts.up_proj")):
@@ -214,7 +214,7 @@ def _text(item: InventoryItem, config: ModelConfig) -> Iterator[UntypedTensor]:
         slabs = tuple(WeightSlab(item, e * shape[1]) for e in range(shape[0]))
         yield _tensor(prefix, _LAYER[role], shape, slabs, config)
         return
-    if role == "linear_attn.conv1d":
+    if role == "linear_attn.conv1d":  # [channels, 1, kernel]: the converter squeezes it
         shape = (shape[0], shape[2])
     yield _tensor(prefix, _LAYER[role], shape, (WeightSlab(item),), config)
 
@@ -231,12 +231,13 @@ def _tensor(
 
 
 def _moves(row: _Row, shape: tuple[int, ...], config: ModelConfig) -> Iterator[Transform]:
-    """Yield how value heads move: not at all where there are as many as key heads."""
+    """Yield the reordering of value heads; none if there are as many as key heads."""
     keys, values = _heads(config)
     if keys == values or not row.heads:
         return
     qkv = row.name in ("attn_qkv.weight", "ssm_conv1d.weight")
     first = config.dims["linear_qkv"] - config.dims["linear_value"] if qkv else 0
+    # The others have one row per head: in_proj_a, in_proj_b, A_log and dt_bias.
     wide = qkv or row.name in ("attn_gate.weight", "ssm_out.weight")
     head = config.dims["linear_head"] if wide else 1
     if row.heads == "columns" or len(shape) == 1:
@@ -248,7 +249,10 @@ def _moves(row: _Row, shape: tuple[int, ...], config: ModelConfig) -> Iterator[T
 def _stacked(
     item: InventoryItem, config: ModelConfig, waiting: dict[tuple[int, str], list[InventoryItem]]
 ) -> Iterator[UntypedTensor]:
-    """Collect the experts of a block; yield the three stacks when the last has come."""
+    """Collect the experts of a block; yield the three stacks once all have arrived.
+
+    That is the position at which the converter writes them.
+    """
     block = _block(item, config)
     waiting.setdefault((block, _in_layer(item)), []).append(item)
     stacks = [waiting.get((block, role), []) for role in _EXPERTS]
@@ -256,14 +260,14 @@ def _stacked(
     if any(len(stack) < experts for stack in stacks):
         return
     for role, stack in zip(_EXPERTS, stacks, strict=True):
-        ordered = sorted(stack, key=lambda one: one.role.expert or 0)
+        ordered = sorted(stack, key=lambda item: item.role.expert or 0)
         shape = (experts, *item_shape(ordered))
-        slabs = tuple(WeightSlab(one) for one in ordered)
+        slabs = tuple(WeightSlab(expert) for expert in ordered)
         yield _tensor(f"blk.{block}.", _LAYER[role], shape, slabs, config)
 
 
 def item_shape(stack: Sequence[InventoryItem]) -> tuple[int, ...]:
-    """Return the shape that all weights of a stack have."""
+    """Return the shape shared by all weights of a stack."""
     return stack[0].spec.shape
 
 

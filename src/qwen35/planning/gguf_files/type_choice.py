@@ -1,4 +1,4 @@
-"""Which type each tensor gets: mixes, rules, fallbacks, and what an importance matrix knows."""
+"""The type of each tensor: mixes, rules, fallbacks, and checks of the importance matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen35.planning.rules import Recipe, Rule, check_used
 __all__ = ["Kinds", "TypeChooser", "float_kind", "imatrix_notes"]
 
 Kinds = Mapping[str, str]
-"""Tensor to type of ggml."""
+"""ggml types by tensor name."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class TypeChooser:
     """Chooses types for one model.
 
     Args:
-        tensors: of the text model.
-        geometry: of the model.
-        recipe: its first rule that matches decides.
-        imatrix: an importance matrix.
+        tensors: the text model's tensors.
+        geometry: the model's geometry.
+        recipe: the rules; the first that matches applies.
+        imatrix: an importance matrix, if any.
         upstream_counters: count layers as llama-quantize does (`select_types`).
     """
 
@@ -36,11 +36,11 @@ class TypeChooser:
     imatrix: Imatrix | None
     upstream_counters: bool
 
-    def ruled(self) -> dict[str, Rule | None]:
-        """Return the rule that decides each tensor that can be quantized.
+    def rules_by_tensor(self) -> dict[str, Rule | None]:
+        """Return the rule for each tensor that can be quantized, or None.
 
         Raises:
-            UsageError: a rule decides none.
+            UsageError: a required rule decides no tensor.
         """
         chosen = {
             tensor.name: self.recipe.find(tensor.rows.item.role, tensor.name)
@@ -60,7 +60,7 @@ class TypeChooser:
         """Return the type of every tensor of a file, and notes.
 
         Raises:
-            UsageError: a rule asks for a type that does not fit, or needs an importance matrix.
+            UsageError: a rule's type does not fit the tensor, or lacks an importance matrix.
         """
         if file_type.quantized:
             return self._quantized(file_type)
@@ -69,7 +69,7 @@ class TypeChooser:
         return kinds, [note] if self.recipe.rules else []
 
     def _quantized(self, file_type: FileType) -> tuple[Kinds, list[str]]:
-        chosen = self.ruled()
+        chosen = self.rules_by_tensor()
         named = {name: rule.action for name, rule in chosen.items() if rule and rule.action != MIX}
         picked = select_types(
             file_type,
@@ -80,7 +80,7 @@ class TypeChooser:
         )
         kinds, notes = {}, []
         for tensor in self.tensors:
-            if tensor.name not in picked:
+            if tensor.name not in picked:  # not quantizable: llama-quantize copies it
                 kinds[tensor.name] = "f32"
                 continue
             rule = chosen[tensor.name] if tensor.name in named else None
@@ -93,63 +93,65 @@ class TypeChooser:
     def _fitting(
         self, tensor: UntypedTensor, kind: str, rule: Rule | None
     ) -> tuple[str, list[str]]:
-        """Return the type that the tensor's rows fit, and a note if it is another."""
-        asked = GGML_TYPES[kind]
-        fitting = fallback(asked, tensor.row)
-        if fitting is asked:
+        """Return a type that fits the tensor's rows, and a note if it differs from `kind`."""
+        requested = GGML_TYPES[kind]
+        fitting = fallback(requested, tensor.row)
+        if fitting is requested:
             return kind, []
         found = f"{tensor.name}: rows of {tensor.row} do not fit {kind}"
+        # llama-quantize replaces the type silently; here a rule is followed or refused.
         if rule is not None and not self.upstream_counters:
-            expected = f"a multiple of {asked.block}, or the type {fitting.name}"
+            expected = f"a multiple of {requested.block}, or the type {fitting.name}"
             raise UsageError(rule.subject, found, expected=expected)
         return fitting.name, [f"{found}, so it gets {fitting.name}"]
 
     def _check_imatrix(self, tensor: UntypedTensor, kind: str) -> None:
-        known = self.imatrix is not None and tensor.name in self.imatrix.entries
-        if kind in NEEDS_IMATRIX and not known:
+        covered = self.imatrix is not None and tensor.name in self.imatrix.entries
+        if kind in NEEDS_IMATRIX and not covered:  # ggml would abort the process
             raise UsageError(
                 tensor.name,
                 f"{kind} without an importance matrix",
                 expected="an entry for it in --imatrix",
-                hint="ggml cannot write it otherwise: give another type",
+                hint="ggml cannot write this type without it: choose another type",
             )
 
 
 def float_kind(tensor: UntypedTensor, file_type: FileType) -> str:
-    """Return a tensor's type in a file that is not quantized."""
+    """Return a tensor's type in an unquantized file."""
     assert file_type.base in FLOATS
+    # As the converter: vectors, norms and routers stay F32, whatever the file.
     if tensor.storage == "any":
         return file_type.base
     return "f16" if tensor.storage == "patch" and file_type.base == "f16" else "f32"
 
 
 def imatrix_notes(imatrix: Imatrix, tensors: Sequence[UntypedTensor]) -> Iterator[str]:
-    """Yield what an importance matrix lacks for a model.
+    """Yield notes on how an importance matrix and a model differ.
 
     Raises:
-        TensorError: it is of another model.
+        TensorError: the matrix belongs to another model.
     """
-    wanted = {t.name: t for t in tensors if quantizable(t.name, t.shape)}
-    known = [name for name in wanted if name in imatrix.entries]
-    for name in known:
-        _check_size(imatrix, wanted[name])
-    if not known:
+    quantized = {t.name: t for t in tensors if quantizable(t.name, t.shape)}
+    covered = [name for name in quantized if name in imatrix.entries]
+    for name in covered:
+        _check_size(imatrix, quantized[name])
+    if not covered:
         raise TensorError(imatrix.name, "no entry for any tensor of this model")
-    missing = [name for name in wanted if name not in imatrix.entries]
+    missing = [name for name in quantized if name not in imatrix.entries]
     if missing:
         yield (
-            f"{imatrix.name} has nothing on {len(missing)} of {len(wanted)} tensors, which are "
+            f"{imatrix.name} has nothing on {len(missing)} of {len(quantized)} tensors, which are "
             f"quantized without: {_some(missing)}"
         )
-    extra = sorted(set(imatrix.entries) - set(wanted))
+    extra = sorted(set(imatrix.entries) - set(quantized))
     if extra:
         yield f"{imatrix.name} speaks of tensors that are not here: {_some(extra)}"
-    if filled := imatrix.made.get("experts_below_floor"):
+    if filled := imatrix.provenance.get("experts_below_floor"):
         yield (
-            f"{imatrix.name} saw fewer than {imatrix.made.get('floor')} tokens for {filled} "
+            f"{imatrix.name} saw fewer than {imatrix.provenance.get('floor')} tokens for {filled} "
             "experts, which were filled up from the average of their layer"
         )
-    partial = [name for name in known if imatrix.entries[name].unseen]
+    partial = [name for name in covered if imatrix.entries[name].unseen]
     if partial:
         count = sum(imatrix.entries[name].unseen for name in partial)
         yield (

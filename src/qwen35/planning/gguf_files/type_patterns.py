@@ -1,4 +1,4 @@
-"""llama-quantize's patterns on names, as rules of a recipe."""
+"""llama-quantize's name patterns as recipe rules."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _MAX_BYTES = 2**24
 def pattern_rules(lines: Sequence[str], files: Sequence[Path]) -> tuple[Rule, ...]:
     """Return the rules of ``--tensor-type`` lines, then those of ``--tensor-type-file`` files.
 
-    A line is ``PATTERN=TYPE``; a file holds lines between spaces or line ends, as llama-quantize
-    reads it: patterns are ECMAScript's, put into lower case, found anywhere in a name.
+    A line is ``PATTERN=TYPE``; a file holds lines separated by white space. As in llama-quantize,
+    patterns are ECMAScript regular expressions, lower-cased, and may match anywhere in a name.
 
     Raises:
         UsageError: a line or file is malformed, or a type is unknown.
@@ -38,7 +38,7 @@ def pattern_rules(lines: Sequence[str], files: Sequence[Path]) -> tuple[Rule, ..
 
 
 _ECMASCRIPT_LACKS = re.compile(r"\(\?(?![:=!])|\\[AZ]|\[\[[:.=]")
-"""What Python's patterns and ECMAScript's do not share, and a name's pattern never needs."""
+"""Syntax that Python and ECMAScript do not share, and that patterns on names never need."""
 
 
 def _pattern(subject: str, line: str) -> Rule:
@@ -46,17 +46,17 @@ def _pattern(subject: str, line: str) -> Rule:
     if not separator or not text or not kind:
         raise UsageError(subject, "malformed", expected="PATTERN=TYPE")
     name = ggml_type(kind, subject).name
-    lowered = text.lower()
+    lowered = text.lower()  # llama-quantize does so, even to `\S`, which becomes `\s`
     if _ECMASCRIPT_LACKS.search(lowered):
         raise UsageError(subject, "not a pattern that llama-quantize would read the same way")
     try:
         pattern = re.compile(lowered, re.ASCII)
-    except (re.error, OverflowError, RecursionError) as error:
+    except (re.error, OverflowError, RecursionError) as error:  # hostile repeats and nesting
         raise UsageError(subject, f"not a pattern ({error})") from error
     return Rule(text, name, f"{text}={kind}", required=True, subject=subject, pattern=pattern)
 
 
 def exported(kinds: Mapping[str, str]) -> Iterator[str]:
-    """Yield lines for ``llama-quantize --tensor-type-file`` that give each tensor its type."""
+    """Yield ``llama-quantize --tensor-type-file`` lines that set each tensor's type."""
     for name, kind in kinds.items():
         yield f"^{re.escape(name)}$={kind}"

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, as llama.cpp wants it told."""
+"""A checkpoint's tokenizer in the form that llama.cpp reads."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ PRE_TOKENIZERS: dict[str, str] = {
     rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|"
     rf" ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}": "qwen2",
 }
-"""Split pattern of tokenizer.json to llama.cpp's name of it (``src/llama-vocab.cpp``).
+"""llama.cpp's names by split pattern of tokenizer.json (``src/llama-vocab.cpp``).
 
-The converter hashes the ids of a sample text instead, and so knows only vocabularies it has seen.
+The converter hashes the token ids of a sample text instead, so it refuses new vocabularies.
 """
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What goes into ``tokenizer.*``.
+    """The content of the ``tokenizer.*`` keys.
 
     Args:
         pre: llama.cpp's name of the pre-tokenizer.
-        tokens: by id.
-        types: by id, `gguf.constants.TokenType`.
+        tokens: tokens by id.
+        types: `gguf.constants.TokenType` by id.
         special: merges, special tokens and the chat template, as the `gguf` library reads them.
-        nfc: whether the tokenizer brings text into NFC first, which llama.cpp does not do.
+        nfc: whether the tokenizer normalizes text to NFC, which llama.cpp does not.
     """
 
     pre: str
@@ -60,10 +60,10 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """Read the tokenizer files in `folder`; ids without a token up to `size` become padding.
+    """Read the tokenizer files in `folder`; ids below `size` without a token become padding.
 
     Raises:
-        ConfigError: it is missing, or not one that llama.cpp can do.
+        ConfigError: the tokenizer is missing, or llama.cpp does not support it.
     """
     tokenizer = _json(folder, "tokenizer.json")
     settings = _json(folder, "tokenizer_config.json")
@@ -74,6 +74,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     tokens, types = _tokens(vocabulary, added, size)
     with _library_errors():
         special = SpecialVocab(folder, load_merges=True)
+    # llama.cpp's own copy of the library sets this; the one on PyPI does not.
     if any(step.get("type") == "ByteLevel" for step in _steps(tokenizer, "post_processor")):
         special.add_special_token = {"bos": False, "eos": False}
     nfc = any(step.get("type") == "NFC" for step in _steps(tokenizer, "normalizer"))
@@ -82,7 +83,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
 
 @contextmanager
 def _library_errors() -> Iterator[None]:
-    """Turn what the gguf library says of malformed settings into a sentence."""
+    """Turn the gguf library's exceptions on malformed settings into a `ConfigError`."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -110,7 +111,7 @@ def _vocabulary(model: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _added(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return the added tokens by id; tokenizer_config.json may know more than tokenizer.json."""
+    """Return the added tokens by id; tokenizer.json overrides tokenizer_config.json."""
     decoder = settings.get("added_tokens_decoder")
     rows = [
         {"id": int(i), **row}
@@ -120,7 +121,7 @@ def _added(tokenizer: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[in
     rows += [row for row in tokenizer.get("added_tokens") or [] if isinstance(row, dict)]
     added = {row["id"]: row for row in rows if type(row.get("id")) is int and "content" in row}
     if not all(isinstance(row["content"], str) for row in added.values()):
-        raise ConfigError("tokenizer.json", "an added token that is no text")
+        raise ConfigError("tokenizer.json", "an added token that is not text")
     return dict(sorted(added.items()))
 
 
@@ -130,7 +131,7 @@ def _tokens(
     highest = max((*vocabulary, *added), default=-1)
     if highest < 0:
         raise ConfigError("tokenizer.json", "no tokens in it")
-    if highest >= size:
+    if highest >= size:  # the embedding has no row for it
         raise ConfigError(
             "tokenizer.json", f"token id {highest}", expected=f"below vocab_size {size}"
         )
@@ -141,22 +142,22 @@ def _tokens(
         elif i in vocabulary:
             token, kind = vocabulary[i], TokenType.NORMAL
         else:
-            token, kind = f"[PAD{i}]", TokenType.UNUSED
+            token, kind = f"[PAD{i}]", TokenType.UNUSED  # the converter's name
         tokens.append(token)
         types.append(int(kind))
     return tokens, types
 
 
 def _added_token(row: Mapping[str, Any]) -> tuple[str, TokenType]:
-    """Return an added token and its type; ``<|...|>`` is taken for special, as upstream does."""
+    """Return an added token and its type; ``<|...|>`` counts as special, as upstream."""
     token = str(row["content"])
     if row.get("special") or (token.startswith("<|") and token.endswith("|>")):
         return token, TokenType.CONTROL
-    return token.replace("\u2581", " "), TokenType.USER_DEFINED
+    return token.replace("\u2581", " "), TokenType.USER_DEFINED  # SentencePiece's space
 
 
 def _steps(tokenizer: Mapping[str, Any], part: str) -> Iterator[Mapping[str, Any]]:
-    """Yield a part of a tokenizer, or the parts it is a sequence of."""
+    """Yield a component of a tokenizer, or the members of a sequence."""
     whole = tokenizer.get(part)
     if not isinstance(whole, dict):
         return

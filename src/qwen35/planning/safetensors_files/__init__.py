@@ -1,1 +1,5 @@
-"""Checkpoints in safetensors: shards with their index, config.json, and what lies beside them."""
+"""Plan safetensors checkpoints: shards, index, config.json, and sidecar files.
+
+Weight values and packing belong to `codecs`: this folder knows a codec only by its layout, its
+checks and its config section.
+"""

@@ -1,9 +1,8 @@
-"""Chat templates made text-only, by their syntax.
+"""Make chat templates text-only, by editing their source.
 
-A branch that is taken for an image or a video (``{% if 'image' in item ... %}``) gets one statement
-for a body: an error that says what the model cannot do. Every other branch stays where it is, so
-text renders as before. A ``set`` that only those bodies used is removed where that cannot change
-white space.
+The body of each branch taken for an image or a video (``{% if 'image' in item ... %}``) is replaced
+by a single statement that raises an error. All other text stays in place, so text renders as
+before. A ``set`` used only in those bodies is removed where that cannot change white space.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from qwen35.errors import InputError
 
 __all__ = ["compiles", "text_only_template", "writes_vision"]
 
-_MAX_LENGTH = 2**17
+MAX_LENGTH = 2**17
 _VISION_WORDS = {"image", "image_url", "video", "video_url"}
 _ERROR = "{{- raise_exception('This is a text-only model: it takes no images and no videos.') }}"
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -29,26 +28,26 @@ _ENDRAW = re.compile(r"\{%[-+]?\s*endraw")
 _PAIRS = {"{%": "%}", "{{": "}}", "{#": "#}"}
 
 
-class _Generation(Extension):
-    """``{% generation %}``, which transformers adds to mark the assistant's words."""
+class GenerationTag(Extension):
+    """``{% generation %}``, which transformers adds to mark the assistant's output."""
 
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Parse the block as if the tags were not there."""
+        """Parse the block's body and drop its tags."""
         next(parser.stream)
         body: list[nodes.Node] = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return body
 
 
-_ENVIRONMENT = Environment(  # noqa: S701 - it parses and never renders
-    extensions=[_Generation, "jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True
+_ENVIRONMENT = Environment(  # noqa: S701 - only parses, never renders
+    extensions=[GenerationTag, "jinja2.ext.loopcontrols"], trim_blocks=True, lstrip_blocks=True
 )
 
 
 @dataclass(frozen=True)
 class _Tag:
-    """One ``{% ... %}``, ``{{ ... }}`` or ``{# ... #}`` and where it stands in the source."""
+    """One ``{% ... %}``, ``{{ ... }}`` or ``{# ... #}``, with its position in the source."""
 
     start: int
     end: int
@@ -57,18 +56,18 @@ class _Tag:
 
     @property
     def word(self) -> str:
-        """The keyword of a statement, else nothing."""
+        """The keyword of a statement; empty for other tags."""
         match = _WORD.match(self.content) if self.kind == "{%" else None
         return match[0] if match else ""
 
     @property
     def rest(self) -> str:
-        """A statement's expression."""
+        """A statement's text after the keyword."""
         return self.content.removeprefix(self.word).strip()
 
 
-def _tags(source: str) -> Iterator[_Tag]:
-    """Yield the tags of a template that is known to parse."""
+def find_tags(source: str) -> Iterator[_Tag]:
+    """Yield the tags of a template that parses."""
     position = 0
     while (start := source.find("{", position)) >= 0:
         kind = source[start : start + 2]
@@ -83,13 +82,13 @@ def _tags(source: str) -> Iterator[_Tag]:
         yield tag
         position = end
         if tag.word == "raw":
-            found = _ENDRAW.search(source, end)
-            assert found is not None  # it parses
-            position = found.start()
+            endraw = _ENDRAW.search(source, end)
+            assert endraw is not None  # the template parses
+            position = endraw.start()
 
 
 def _closing(source: str, position: int, kind: str) -> int:
-    """Return the end of the tag whose content begins at `position`; strings may hold anything."""
+    """Return the end of the tag whose content starts at `position`, skipping strings."""
     closing = _PAIRS[kind]
     depth = 0
     while not (depth <= 0 and source.startswith(closing, position)):
@@ -128,13 +127,13 @@ def compiles(source: str, name: str) -> None:
     """Check that a template parses.
 
     Raises:
-        InputError: it does not; the sentence has the line.
+        InputError: the template does not parse; the message gives the line.
     """
     _parse(source, name)
 
 
 def _is_vision_test(node: nodes.Node) -> bool:
-    """Whether an expression is true for images or videos only."""
+    """Return whether an expression is true only for images or videos."""
     if isinstance(node, nodes.Or):
         return _is_vision_test(node.left) and _is_vision_test(node.right)
     if isinstance(node, nodes.And):
@@ -154,15 +153,15 @@ def _is_vision_test(node: nodes.Node) -> bool:
 
 
 def writes_vision(source: str) -> bool:
-    """Whether a template still has the tokens that stand for an image or a video."""
+    """Return whether a template still contains image or video tokens."""
     return "<|image_pad|>" in source or "<|video_pad|>" in source
 
 
 def _condition(expression: str, name: str) -> nodes.Node:
     parsed = _parse("{% if " + expression + " %}{% endif %}", name)
-    found = parsed.find(nodes.If)
-    assert found is not None  # it was just written
-    return found.test
+    statement = parsed.find(nodes.If)
+    assert statement is not None  # written a line above
+    return statement.test
 
 
 @dataclass(frozen=True)
@@ -174,12 +173,12 @@ class _Edit:
 
 def _branch_edits(source: str, name: str) -> Iterator[_Edit]:
     """Yield a replacement for the body of each outermost vision branch."""
-    branches: list[_Tag | None] = []  # those that are open; of vision, by their tag
-    for tag in _tags(source):
+    branches: list[_Tag | None] = []  # the open ones: a vision branch by its tag, others as None
+    for tag in find_tags(source):
         if tag.word in ("elif", "else", "endif", "endfor"):
-            begun = branches.pop()
-            if begun is not None:
-                yield _Edit(begun.end, tag.start, _error_body(source[begun.end : tag.start]))
+            opened = branches.pop()
+            if opened is not None:
+                yield _Edit(opened.end, tag.start, _error_body(source[opened.end : tag.start]))
         if tag.word in ("if", "elif"):
             vision = not any(branches) and _is_vision_test(_condition(tag.rest, name))
             branches.append(tag if vision else None)
@@ -188,14 +187,14 @@ def _branch_edits(source: str, name: str) -> Iterator[_Edit]:
 
 
 def _error_body(body: str) -> str:
-    """Return the error in the white space of the body it replaces."""
+    """Return the error statement with the surrounding white space of `body`."""
     before = body[: len(body) - len(body.lstrip())]
     after = body[len(body.rstrip()) :]
     return f"{before}{_ERROR}{after}"
 
 
 def _apply(source: str, edits: list[_Edit]) -> str:
-    for edit in sorted(edits, key=lambda e: -e.start):
+    for edit in sorted(edits, key=lambda e: -e.start):  # from the end: positions stay valid
         source = source[: edit.start] + edit.text + source[edit.end :]
     return source
 
@@ -206,29 +205,30 @@ def _read_names(parsed: nodes.Template) -> set[str]:
 
 
 def _dead_sets(source: str, dead: set[str]) -> Iterator[_Edit]:
-    """Yield removals of ``{%- set x = ... %}`` for dead names, where white space cannot change."""
-    tags = list(_tags(source))
+    """Yield removals of ``{%- set x = ... %}`` for unused names, if white space cannot change."""
+    tags = list(find_tags(source))
     for tag, following in pairwise(tags):
         target, assigned, _ = tag.rest.partition("=")
         if tag.word != "set" or not assigned or target.strip() not in dead:
             continue
+        # Only where both tags strip the white space before them does the removal leave no trace.
         stripped = all(source[t.start + 2] == "-" for t in (tag, following))
         if stripped and not source[tag.end : following.start].strip():
             yield _Edit(tag.start, following.start, "")
 
 
 def text_only_template(source: str, name: str) -> str:
-    """Return the template with its image and video branches turned into errors.
+    """Return the template with its image and video branches replaced by errors.
 
     Args:
         source: a Jinja chat template.
-        name: its file, for error sentences.
+        name: its file, for error messages.
 
     Raises:
-        InputError: it is not valid Jinja, or far longer than any chat template.
+        InputError: the template is not valid Jinja, or far longer than any chat template.
     """
-    if len(source) > _MAX_LENGTH:
-        raise InputError(name, f"{len(source)} letters", expected=f"at most {_MAX_LENGTH}")
+    if len(source) > MAX_LENGTH:
+        raise InputError(name, f"{len(source)} characters", expected=f"at most {MAX_LENGTH}")
     before = _read_names(_parse(source, name))
     edits = list(_branch_edits(source, name))
     if not edits:

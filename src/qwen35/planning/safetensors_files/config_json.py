@@ -25,7 +25,7 @@ _ROOT_ONLY = (
     "torch_dtype",
     "transformers_version",
 )
-"""Keys that a text-only config takes from the root of the vision-language one, if set there."""
+"""Keys that a text-only config takes from the root of the vision-language config, if set."""
 
 
 def output_config(
@@ -34,18 +34,18 @@ def output_config(
     """Return config.json for the tensors that `drafts` write.
 
     Args:
-        config: of the source.
-        drafts: all of them.
+        config: the source's config.
+        drafts: all steps of the output.
         text_only: whether the vision tower of a vision-language source is dropped.
-        prefix: what text tensors begin with in the output.
+        prefix: prefix of text tensors in the output.
 
     Raises:
-        UsageError: they write what no loader could read.
+        UsageError: no loader could read the tensors.
     """
     raw = _text_only(config) if text_only else copy.deepcopy(config.raw)
     text = raw["text_config"] if ARCHITECTURES[raw["model_type"]].vision else raw
-    for holder in (raw, text):
-        holder.pop("quantization_config", None)
+    for section in (raw, text):  # it describes the source's packing
+        section.pop("quantization_config", None)
     if config.mtp_layers:
         _set_mtp(raw, text, config.mtp_layers if _writes_mtp(drafts) else 0)
     written = [draft for draft in drafts if draft.outputs]
@@ -54,13 +54,13 @@ def output_config(
         labels = " and ".join(sorted((codec.label for codec in packings), reverse=True))
         found = f"would leave {labels} weights in one checkpoint"
         raise UsageError("recipe", found, hint="decode the source first, with --recipe bf16")
-    for codec in packings:
+    for codec in packings:  # at most one
         raw["quantization_config"] = codec.config(written, prefix, config.dtype)
     return raw
 
 
 def _set_mtp(raw: dict[str, Any], text: dict[str, Any], layers: int) -> None:
-    """Write how many MTP layers there are, wherever the source says it."""
+    """Set the number of MTP layers in every section that has it."""
     key = "mtp_num_hidden_layers"
     text[key] = layers
     if key in raw:

@@ -1,4 +1,4 @@
-"""Safetensors as the protocol asks for it."""
+"""The safetensors container."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ ACTIONS: dict[str, str] = {
     "keep": "copied as stored, packed or not",
     **{name: codec.meaning for name, codec in CODECS.items() if codec.container == "safetensors"},
 }
-"""What a rule may ask for."""
+"""The actions of rules, with their meaning."""
 
 
 class SafetensorsContainer(Container):
-    """Shards, index, config.json and side-cars."""
+    """Shards, index, config.json and sidecars."""
 
     name = "safetensors"
     verb = "convert"
@@ -34,8 +34,10 @@ class SafetensorsContainer(Container):
     recipes = "a built-in recipe"
     engine = (("torch", "transformers"), "nf4")
 
+    # Imports are late: listing recipes and actions must stay cheap.
+
     def action(self, recipe: str, rule: str, action: str, kind: str) -> str:
-        """Return the action: one of `ACTIONS`, and of those that pack only the format's own."""
+        """Return the action: one of `ACTIONS`; of the packing ones, only the format's own."""
         if action not in ACTIONS:
             raise UsageError(rule, f"action {action!r}", expected=" or ".join(ACTIONS))
         codec = CODECS.get(action)
@@ -44,11 +46,11 @@ class SafetensorsContainer(Container):
             raise UsageError(recipe, f"packs as {codec.label}", hint=hint)
         return action
 
-    def options(self, **given: Any) -> ContainerOptions:
+    def options(self, **values: Any) -> ContainerOptions:
         """Return `SafetensorsOptions`."""
         from qwen35.planning.safetensors_files.safetensors_options import SafetensorsOptions
 
-        return SafetensorsOptions(**given)
+        return SafetensorsOptions(**values)
 
     def make(self, checkpoint: Checkpoint, recipe: Recipe, options: Any) -> Plan:
         """Plan the output."""
@@ -56,22 +58,22 @@ class SafetensorsContainer(Container):
 
         return make(checkpoint, recipe, options)
 
-    def asked_json(self, plan: Plan, *, whole: bool = False) -> dict[str, Any]:
+    def request_json(self, plan: Plan, *, whole: bool = False) -> dict[str, Any]:
         """Return recipe and calibration."""
-        from qwen35.planning.safetensors_files.safetensors_manifest import asked_json
+        from qwen35.planning.safetensors_files.safetensors_manifest import request_json
 
-        return asked_json(plan, whole=whole)
+        return request_json(plan, whole=whole)
 
-    def asked_again(
+    def request_from_manifest(
         self, manifest: Mapping[str, Any], inputs: ContainerInputs
     ) -> tuple[Recipe, ContainerOptions]:
-        """Return the recipe and the options of a manifest."""
-        from qwen35.planning.safetensors_files.safetensors_manifest import asked_again
+        """Return the recipe and options recorded in a manifest."""
+        from qwen35.planning.safetensors_files.safetensors_manifest import request_from_manifest
 
-        return asked_again(self, manifest, inputs)
+        return request_from_manifest(self, manifest, inputs)
 
     def tensors_json(self, plan: Plan) -> dict[str, dict[str, str]]:
-        """Return file to tensor to dtype and shape."""
+        """Map each file's tensors to dtype and shape."""
         return {
             file.name: {
                 out.name: f"{out.dtype} {list(out.shape)}"
@@ -82,7 +84,8 @@ class SafetensorsContainer(Container):
         }
 
     def kind(self, plan: Plan) -> str:
-        """Return the codec that packs weights, or the one of weights that are not packed."""
+        """Return the codec that packs weights; ``plain`` if none does."""
+        # One packing at most: config.json holds a single quantization_config (`output_config`).
         return min((s.packing for s in plan.steps if s.packing), default="plain")
 
     def has_vision(self, plan: Plan) -> bool:
@@ -90,7 +93,7 @@ class SafetensorsContainer(Container):
         return any(step.role.scope == "visual" and step.targets for step in plan.steps)
 
     def suffix(self, plan: Plan) -> str:
-        """Return what the name of an output ends with: its codec's."""
+        """Return the suffix of its codec."""
         return CODECS[self.kind(plan)].suffix
 
     def text(self, plan: Plan, threads: int) -> str:
@@ -100,17 +103,17 @@ class SafetensorsContainer(Container):
         return plan_text(plan, threads)
 
     def json(self, plan: Plan, threads: int) -> dict[str, Any]:
-        """Return all of a plan as plain values."""
+        """Return a plan as plain values."""
         from qwen35.planning.safetensors_files.safetensors_display import plan_json
 
         return plan_json(plan, threads)
 
     def packed_json(self, plan: Plan) -> dict[str, int]:
-        """Return how many weights each codec packs."""
+        """Return the number of weights per packing codec."""
         return dict(Counter(step.packing for step in plan.steps if step.packing))
 
     def written_text(self, plan: Plan) -> str:
-        """Say how many weights are packed, and as what."""
+        """Summarize the packed weights per codec."""
         from qwen35.planning.safetensors_files.safetensors_display import packed_text
 
         return packed_text(plan)

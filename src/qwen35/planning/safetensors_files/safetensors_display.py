@@ -1,4 +1,4 @@
-"""A plan for people (text of 80 columns) and for programs (JSON)."""
+"""A safetensors plan as text of 80 columns, and as JSON."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qwen35.display import size
 from qwen35.model.roles import ROLES
 from qwen35.planning.memory import peak_memory
 from qwen35.planning.output_plan import Plan
-from qwen35.planning.safetensors_files.safetensors_manifest import asked_json
+from qwen35.planning.safetensors_files.safetensors_manifest import request_json
 from qwen35.planning.step import Step
 from qwen35.table import described_lines
 
@@ -27,7 +27,7 @@ __all__ = [
 
 _ROLE_WIDTH = max(len(path.removesuffix(".weight")) for path in ROLES)
 _MANY = 4
-"""So many shards between the first and the last are folded to a line."""
+"""This many shards or more between the first and the last are folded into one line."""
 
 
 def _groups(steps: Iterable[Step]) -> dict[tuple[str, str], dict[str, list[Step]]]:
@@ -74,7 +74,7 @@ def plan_text(plan: Plan, threads: int) -> str:
 
 
 def packed_text(plan: Plan) -> str:
-    """Say how many weights are packed, and as what."""
+    """Summarize the packed weights per codec."""
     counts = Counter(step.packing for step in plan.steps if step.packing)
     return (
         ", ".join(f"{n} weights in {CODECS[kind].label}" for kind, n in counts.items())
@@ -83,7 +83,7 @@ def packed_text(plan: Plan) -> str:
 
 
 def _folded(plan: Plan) -> Iterator[tuple[str, int]]:
-    """Yield the files; of many shards the first, the last, and what is between them as one."""
+    """Yield names and sizes of files, with many shards in the middle folded into one."""
     files = list(plan.all_sizes())
     shards = {file.name for file in plan.files}
     between = [row for row in files if row[0] in shards][1:-1]
@@ -98,7 +98,7 @@ def _folded(plan: Plan) -> Iterator[tuple[str, int]]:
 
 
 def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
-    """Return all of the plan as plain values."""
+    """Return the plan as plain values."""
     return {
         "model": plan.checkpoint.name,
         "repo": plan.checkpoint.repo,
@@ -106,7 +106,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "recipe": plan.recipe.name,
         "format": plan.recipe.format,
         "digest": plan.digest,
-        "calibration": asked_json(plan)["calibration"],
+        "calibration": request_json(plan)["calibration"],
         "read_bytes": plan.read_bytes,
         "peak_memory": peak_memory(plan, threads),
         "files": dict(plan.all_sizes()),
@@ -140,7 +140,7 @@ def _notes(plan: Plan) -> Iterator[str]:
 
 
 def _document(content: bytes) -> Any:
-    """Return a file that the plan makes: what it says if it is JSON, else its text."""
+    """Return a generated file: parsed if it is JSON, else its text."""
     try:
         return json.loads(content)
     except ValueError:
@@ -164,7 +164,7 @@ def roles_json() -> list[dict[str, Any]]:
 def roles_text(width: int | None = None) -> str:
     """Render the table of roles as text."""
     table: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for path, info in ROLES.items():  # experts have one name, in one stack or one by one
+    for path, info in ROLES.items():  # stacked and separate experts share a name
         table[path.removesuffix(".weight"), info.kind].append(info.meaning)
     rows = [[*names, "; or ".join(meanings)] for names, meanings in table.items()]
     return "\n".join(described_lines(["role", "kind", "meaning"], rows, width))

@@ -1,4 +1,4 @@
-"""The files whose content a plan makes: config.json, the index, what text-only outputs change."""
+"""The files that a plan generates: config.json, the index, and text-only versions of sidecars."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
 
 __all__ = ["DOCUMENTS", "DraftedOutput", "documents", "template_notes"]
 
-_MAX_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
+"""Bound on a sidecar that is held in memory, far above real ones."""
 
 
 @dataclass(frozen=True)
 class DraftedOutput:
-    """An output that is known but for its documents.
+    """A planned output, before its documents.
 
     Args:
         checkpoint: the source.
-        drafts: what happens to its weights.
-        files: those that hold tensors.
+        drafts: the steps of its weights.
+        files: the files that hold tensors.
         text_only: whether the vision tower of a vision-language source is dropped.
-        prefix: what text tensors begin with in the output.
+        prefix: prefix of text tensors in the output.
     """
 
     checkpoint: Checkpoint
@@ -44,14 +45,14 @@ class DraftedOutput:
 
 
 def documents(output: DraftedOutput) -> dict[str, bytes]:
-    """Return the files that the plan of an output makes, by name.
+    """Return the generated files of an output, by name.
 
     Raises:
-        InputError: a template or a JSON file of the source is not valid.
-        UsageError: the output is one that no loader could read.
+        InputError: a template or a JSON file of the source is invalid.
+        UsageError: no loader could read the output.
     """
-    made = {name: make(output, name) for name, make in DOCUMENTS.items()}
-    return {name: content for name, content in made.items() if content is not None}
+    contents = {name: make(output, name) for name, make in DOCUMENTS.items()}
+    return {name: content for name, content in contents.items() if content is not None}
 
 
 def _config(output: DraftedOutput, name: str) -> bytes:
@@ -63,9 +64,9 @@ def _config(output: DraftedOutput, name: str) -> bytes:
 
 
 def _index(output: DraftedOutput, name: str) -> bytes | None:
-    """Return the index that several shards need."""
+    """Return the index, if there are several shards."""
     del name
-    if len(output.files) == 1:
+    if len(output.files) == 1:  # model.safetensors needs none
         return None
     total = sum(file.nbytes - len(file.head) for file in output.files)
     weight_map = {name: file.name for file in output.files for name in file.offsets}
@@ -75,7 +76,7 @@ def _index(output: DraftedOutput, name: str) -> bytes | None:
 
 
 def _text_only(transform: Callable[[bytes, str], bytes]) -> _Make:
-    """Return what makes a side-car that text-only outputs have in another form."""
+    """Return a function that applies `transform` to a sidecar of text-only outputs."""
 
     def make(output: DraftedOutput, name: str) -> bytes | None:
         place = output.checkpoint.place
@@ -90,12 +91,12 @@ def template_notes(documents: Mapping[str, bytes]) -> tuple[str, ...]:
     """Return a note for each document whose template still writes image or video tokens.
 
     Args:
-        documents: of a text-only output.
+        documents: the documents of a text-only output.
     """
     templates = {name: content for name, content in documents.items() if name in _TEMPLATES}
     if not templates:
         return ()
-    from qwen35.planning.safetensors_files.chat_template import writes_vision
+    from qwen35.planning.safetensors_files.chat_template import writes_vision  # late: needs jinja2
 
     return tuple(
         f"{name}: its test for images or videos was not recognized, so it still writes their tokens"
@@ -105,15 +106,15 @@ def template_notes(documents: Mapping[str, bytes]) -> tuple[str, ...]:
 
 
 def _template_text(name: str, content: bytes) -> str:
-    """Return the part of a document that is a template; token lists name image tokens rightly."""
+    """Return a document's template alone: token lists may name image tokens."""
     text = content.decode()
     return text if name.endswith(".jinja") else str(json.loads(text).get("chat_template", ""))
 
 
 def _read(place: FileLocation, name: str) -> bytes:
     size = place.sizes()[name]
-    if size > _MAX_BYTES:
-        raise InputError(name, f"{size} bytes", expected=f"at most {_MAX_BYTES}")
+    if size > MAX_BYTES:
+        raise InputError(name, f"{size} bytes", expected=f"at most {MAX_BYTES}")
     return place.read(name, 0, size)
 
 
@@ -134,11 +135,12 @@ def _settings(content: bytes, name: str) -> bytes:
     settings = {key: value for key, value in before.items() if key != "processor_class"}
     if "chat_template" in settings:
         settings["chat_template"] = _stored_template(settings["chat_template"], name)
+    # Unchanged settings keep their bytes, formatting included.
     return content if settings == before else json_bytes(settings)
 
 
 def _stored_template(value: Any, name: str) -> Any:
-    """Transform a template, or a list of named ones, as tokenizer_config.json holds them."""
+    """Transform a template, or a list of named ones, as stored in tokenizer_config.json."""
     from qwen35.planning.safetensors_files.chat_template import text_only_template
 
     if isinstance(value, str):
@@ -158,8 +160,8 @@ _TEMPLATES: dict[str, Callable[[bytes, str], bytes]] = {
     "chat_template.json": _settings,
     "tokenizer_config.json": _settings,
 }
-"""Side-car to what a text-only output does to it: the chat template becomes text-only wherever it
-is stored, and the tokenizer stops naming a processor for images."""
+"""Sidecars that change in text-only outputs: the chat template becomes text-only wherever it is
+stored, and the tokenizer no longer names an image processor."""
 
 _Make = Callable[[DraftedOutput, str], bytes | None]
 
@@ -168,4 +170,4 @@ DOCUMENTS: dict[str, _Make] = {
     **{name: _text_only(transform) for name, transform in _TEMPLATES.items()},
     INDEX_NAME: _index,
 }
-"""File to what makes it of an output; None where that output has none."""
+"""Generated files with their functions; a function returns None if an output lacks the file."""

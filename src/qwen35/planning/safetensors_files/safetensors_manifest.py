@@ -1,4 +1,4 @@
-"""What a manifest says of a safetensors output: enough to plan it again."""
+"""A safetensors output in its manifest: the recipe and options, written and read back."""
 
 from __future__ import annotations
 
@@ -14,34 +14,40 @@ from qwen35.planning.container import Container, ContainerInputs
 from qwen35.planning.manifest import recipe_json, recipe_of
 from qwen35.planning.output_plan import Plan
 from qwen35.planning.rules import Recipe
-from qwen35.planning.safetensors_files import safetensors_options as safetensors_options
+from qwen35.planning.safetensors_files import safetensors_options
 from qwen35.planning.safetensors_files.safetensors_options import SafetensorsOptions
 
-__all__ = ["asked_again", "asked_json", "kept_prefix", "scale_choice_json", "scale_choice_of"]
+__all__ = [
+    "kept_prefix",
+    "request_from_manifest",
+    "request_json",
+    "scale_choice_json",
+    "scale_choice_of",
+]
 
 
-def asked_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
-    """Return the recipe, how scales are chosen, and what is asked beside them.
+def request_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
+    """Return the recipe, the scale choice and the other options.
 
     Args:
-        plan: of a safetensors output.
-        whole: whether to say also what is as usual.
+        plan: a plan of a safetensors output.
+        whole: whether to include values that equal the defaults.
     """
     options = plan.options
     assert isinstance(options, SafetensorsOptions)
-    beside: dict[str, Any] = {}
-    if whole:  # a manifest's tensors tell it (`kept_prefix`)
-        beside["keep_prefix"] = options.keep_prefix
+    entries: dict[str, Any] = {}
+    if whole:  # from a manifest it follows from the tensor names (`kept_prefix`)
+        entries["keep_prefix"] = options.keep_prefix
     if whole or options.shard_bytes != safetensors_options.MAX_SHARD_BYTES:
-        beside["shard_bytes"] = options.shard_bytes
+        entries["shard_bytes"] = options.shard_bytes
     return {
-        "recipe": {**recipe_json(plan.recipe), **beside},
+        "recipe": {**recipe_json(plan.recipe), **entries},
         "calibration": scale_choice_json(options),
     }
 
 
 def scale_choice_json(options: SafetensorsOptions) -> dict[str, Any] | None:
-    """Return how scales are chosen, as plain values; None if none are."""
+    """Return the scale choice as plain values; None if no scales are chosen."""
     if options.scale_choice is None:
         return None
     statistics = options.activations
@@ -51,14 +57,14 @@ def scale_choice_json(options: SafetensorsOptions) -> dict[str, Any] | None:
     }
 
 
-def asked_again(
+def request_from_manifest(
     container: Container, manifest: Mapping[str, Any], inputs: ContainerInputs
 ) -> tuple[Recipe, SafetensorsOptions]:
-    """Return the recipe and the options of a manifest or of a work order.
+    """Return the recipe and options recorded in a manifest or work order.
 
     Raises:
-        InputError: it is malformed, or these are other statistics.
-        UsageError: statistics are not given, or were not used.
+        InputError: the record is malformed, or names other statistics.
+        UsageError: statistics are missing, or were not used.
     """
     if inputs.imatrix is not None:
         raise UsageError("--imatrix", "is for GGUF files", hint="leave it out")
@@ -66,7 +72,7 @@ def asked_again(
     row = manifest["recipe"]
     scale_choice, digest = scale_choice_of(manifest)
     shard_bytes = row.get("shard_bytes", 0)
-    if type(shard_bytes) is not int or shard_bytes < 0:
+    if type(shard_bytes) is not int or shard_bytes < 0:  # bool is an int
         raise InputError(MANIFEST_NAME, "malformed shard_bytes", expected="a size in bytes")
     return recipe, SafetensorsOptions(
         keep_prefix=row["keep_prefix"] is True if "keep_prefix" in row else kept_prefix(manifest),
@@ -89,29 +95,29 @@ def _activations(digest: str | None, inputs: ContainerInputs) -> Activations | N
 
 
 def scale_choice_of(manifest: Mapping[str, Any]) -> tuple[ScaleChoice | None, str | None]:
-    """Return how scales were chosen, and the SHA-256 of the statistics; None where unused.
+    """Return the scale choice and the SHA-256 of the statistics, each None if unused.
 
     Raises:
         InputError: the manifest is malformed.
     """
-    found = manifest.get("calibration")
-    if found is None:
+    entry = manifest.get("calibration")
+    if entry is None:
         return None, None
     names = {field.name for field in fields(ScaleChoice)}
-    if not isinstance(found, dict) or not names <= found.keys():
+    if not isinstance(entry, dict) or not names <= entry.keys():
         raise InputError(MANIFEST_NAME, "a malformed calibration")
-    statistics = found.get("activations")
+    statistics = entry.get("activations")
     if statistics is not None and not isinstance(statistics, dict):
         raise InputError(MANIFEST_NAME, "a malformed calibration", expected="activations: a table")
     try:
-        scale_choice = ScaleChoice(**{name: found[name] for name in names})
+        scale_choice = ScaleChoice(**{name: entry[name] for name in names})
     except (TypeError, UsageError) as error:
         raise InputError(MANIFEST_NAME, "a malformed calibration") from error
     return scale_choice, str(statistics.get("sha256")) if statistics else None
 
 
 def kept_prefix(manifest: Mapping[str, Any]) -> bool:
-    """Whether a text-only output has its tensors under ``model.language_model.`` all the same."""
+    """Return whether a text-only output kept the prefix ``model.language_model.``."""
     names = {name for tensors in manifest["tensors"].values() for name in tensors}
     long = any(name.startswith("model.language_model.") for name in names)
     return long and not any(name.startswith("model.visual.") for name in names)

@@ -1,4 +1,4 @@
-"""What a safetensors output is asked for beside its recipe."""
+"""The options of a safetensors output beside its recipe."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 __all__ = ["MAX_SHARD_BYTES", "SafetensorsOptions"]
 
 MAX_SHARD_BYTES = 5_000_000_000
-"""A shard is closed before it would hold more tensor bytes than this."""
+"""The most tensor bytes per shard, unless a single weight is larger."""
 
 
 @dataclass(frozen=True)
 class SafetensorsOptions:
-    """What was asked for.
+    """Options of a safetensors output.
 
     Args:
-        keep_prefix: leave text tensors of a text-only output under ``model.language_model.``.
-        scale_choice: how scales are chosen; `ScaleChoice`'s default if nothing is said.
-        activations: statistics that weigh the columns of weights whose scales are chosen.
-        shard_bytes: the most tensor bytes of a file; `MAX_SHARD_BYTES` if 0.
+        keep_prefix: keep text tensors of a text-only output under ``model.language_model.``.
+        scale_choice: how scales are chosen; `ScaleChoice`'s default if None.
+        activations: statistics that weigh columns when scales are chosen.
+        shard_bytes: the most tensor bytes per file; `MAX_SHARD_BYTES` if 0.
     """
 
     keep_prefix: bool = False
@@ -43,17 +43,17 @@ class SafetensorsOptions:
 
     @property
     def inputs(self) -> ContainerInputs:
-        """The files that it was made with.
+        """The files beside the source.
 
         Raises:
-            InputError: statistics come from no file.
+            InputError: the statistics were not read from a file.
         """
         if self.activations is not None and self.activations.path is None:
             raise InputError(self.activations.name, "workers cannot read it", expected="a file")
         return ContainerInputs(activations=self.activations.path if self.activations else None)
 
     def importance(self, step: Step, slab: int) -> F32 | None:
-        """Return how much an error in each column matters, if it is known."""
+        """Return how much an error in each column matters; None if unknown."""
         del slab
         if self.activations is None or self.scale_choice is None:
             return None

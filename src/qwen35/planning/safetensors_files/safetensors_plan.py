@@ -1,4 +1,4 @@
-"""The plan of a safetensors output: steps, shards, config.json, side-cars."""
+"""The plan of a safetensors output: steps, shards, config.json, sidecars."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen35.checkpoint.header import file_layout
 from qwen35.checkpoint.inventory import InventoryItem, inventory
-from qwen35.checkpoint.sidecars import travelling
+from qwen35.checkpoint.sidecars import sidecar_names
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.registry import CODECS
@@ -50,14 +50,14 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
         hint="remove it, or move it before the rule that takes its tensors",
     )
     _check_format(recipe, drafts)
-    options, more = _with_scale_choice(drafts, items, checkpoint.config, options)
+    options, scale_notes = _with_scale_choice(drafts, items, checkpoint.config, options)
     steps, files = _packed(drafts, options.shard_bytes)
-    made = documents(DraftedOutput(checkpoint, drafts, files, text_only, prefix))
+    generated = documents(DraftedOutput(checkpoint, drafts, files, text_only, prefix))
     vision = not text_only and checkpoint.config.architecture.vision
     notes = tuple(_notes(checkpoint.config, drafts))
     if text_only:
-        notes += template_notes(made)
-    names = [name for name in travelling(vision=vision) if name not in made]
+        notes += template_notes(generated)
+    names = [name for name in sidecar_names(vision=vision) if name not in generated]
     copied = {name: checkpoint.sidecars[name] for name in names if name in checkpoint.sidecars}
     return Plan(
         checkpoint,
@@ -65,16 +65,16 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
         options,
         steps,
         files,
-        made,
+        generated,
         copied,
-        (*notes, *more),
-        _described(recipe, options, steps, files, made, copied),
+        (*notes, *scale_notes),
+        _digest_input(recipe, options, steps, files, generated, copied),
         {},
     )
 
 
 def _drops_vision(recipe: Recipe, ruled: Ruled) -> bool:
-    """Whether the vision tower is dropped; dropping a part of it is refused."""
+    """Return whether the vision tower is dropped; raise if only a part of it is."""
     actions = {rule.action for item, rule in ruled if item.role.scope == "visual"}
     if "drop" in actions and len(actions) > 1:
         expected = 'all of it (match = "visual") or nothing'
@@ -99,13 +99,13 @@ def _with_scale_choice(
     config: ModelConfig,
     options: SafetensorsOptions,
 ) -> tuple[SafetensorsOptions, tuple[str, ...]]:
-    """Return the options with what follows from the weights, and what the user should know."""
+    """Fill in the options that depend on the weights; return them with notes for the user."""
     options = replace(options, shard_bytes=options.shard_bytes or options_module.MAX_SHARD_BYTES)
     encoded = [d for d in drafts if d.codec and not d.copied and CODECS[d.codec].chooses_scales]
     activations = options.activations
     if not encoded:
-        given = {"--calib-mode": options.scale_choice, "--activation-stats": activations}
-        for flag, value in given.items():
+        flags = {"--calib-mode": options.scale_choice, "--activation-stats": activations}
+        for flag, value in flags.items():
             if value is not None:
                 raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
         return options, ()
@@ -117,8 +117,8 @@ def _with_scale_choice(
     if not scale_choice.weighted:
         note = f"{activations.name} is ignored: mode {scale_choice.mode} weighs no columns"
         return replace(options, activations=None), (note,)
-    known = (activations.weights(draft.role, scale_choice.mode) for draft in encoded)
-    without = sum(weights is None for weights in known)
+    column_weights = (activations.weights(draft.role, scale_choice.mode) for draft in encoded)
+    without = sum(weights is None for weights in column_weights)
     share = f"{without} of {len(encoded)} FP8 weights have no statistics: their columns weigh alike"
     notes = (share,) if without else ()
     return options, (*notes, *activations.notes())
@@ -127,17 +127,17 @@ def _with_scale_choice(
 def _packed(
     drafts: Sequence[DraftStep], shard_bytes: int
 ) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
-    """Fill files in model order; a weight and its companions share one."""
+    """Fill files in model order; a weight and its companions share a file."""
     numbers: list[int] = []
     number = size = 0
     for draft in drafts:
         nbytes = draft.nbytes
-        if draft.outputs and size and size + nbytes > shard_bytes:
+        if draft.outputs and size and size + nbytes > shard_bytes:  # never an empty shard
             number, size = number + 1, 0
         numbers.append(number)
         size += nbytes
-    count = number + 1
-    names = [_file_name(i, count) for i in range(1, count + 1)]
+    count = number + 1  # shard names contain it, so files are named after counting
+    names = [shard_name(i, count) for i in range(1, count + 1)]
     steps = tuple(
         _step(draft, names[number]) for draft, number in zip(drafts, numbers, strict=True)
     )
@@ -145,10 +145,11 @@ def _packed(
     for step, number in zip(steps, numbers, strict=True):
         if step.targets:
             members[number].append(step)
-    return steps, tuple(_file(name, own) for name, own in zip(names, members, strict=True))
+    return steps, tuple(plan_file(name, own) for name, own in zip(names, members, strict=True))
 
 
-def _file_name(number: int, count: int) -> str:
+def shard_name(number: int, count: int) -> str:
+    """Return the name of one file of `count`; numbers begin with 1."""
     return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
@@ -159,7 +160,8 @@ def _step(draft: DraftStep, file: str) -> Step:
     return Step(rows_of(draft.item), draft.role, draft.reason, targets)
 
 
-def _file(name: str, steps: list[Step]) -> PlannedFile:
+def plan_file(name: str, steps: list[Step]) -> PlannedFile:
+    """Return the file that holds what some steps write."""
     outputs = [out for step in steps for out in step.outputs]
     if len({out.name for out in outputs}) != len(outputs):
         raise TensorError(name, "two weights would be written under one name")
@@ -179,7 +181,7 @@ def _notes(config: ModelConfig, drafts: Sequence[DraftStep]) -> Iterator[str]:
         yield from CODECS[name].notes(written, config.dtype)
 
 
-def _described(
+def _digest_input(
     recipe: Recipe,
     options: SafetensorsOptions,
     steps: Sequence[Step],
@@ -187,7 +189,7 @@ def _described(
     documents: Mapping[str, bytes],
     copied: Mapping[str, int],
 ) -> dict[str, Any]:
-    described: dict[str, Any] = {
+    values: dict[str, Any] = {
         "recipe": [recipe.name, recipe.format],
         "steps": [
             [step.weight.name, step.weight.storage, step.op, [o.name for o in step.outputs]]
@@ -199,8 +201,8 @@ def _described(
     }
     if options.scale_choice is not None:
         statistics = options.activations.sha256 if options.activations else None
-        described["calibration"] = [str(options.scale_choice), statistics]
-    return described
+        values["calibration"] = [str(options.scale_choice), statistics]
+    return values
 
 
 def _sha256(data: bytes) -> str:

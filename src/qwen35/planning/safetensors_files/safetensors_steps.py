@@ -1,4 +1,4 @@
-"""What happens to each weight of a safetensors output, decided from a recipe and headers."""
+"""The steps of a safetensors output, decided from a recipe and headers."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["DraftStep", "check_groups", "make_drafts"]
 
 @dataclass(frozen=True, slots=True)
 class DraftStep:
-    """A step before it is known which file it goes to.
+    """A step not yet assigned to a file.
 
     Args:
-        item: the weight; for one expert of a fused stack, the part that holds it.
-        rule: that decided.
-        codec: how the output holds it; nothing if it is dropped.
+        item: the weight; for one expert of a fused stack, its part.
+        rule: the rule that decided.
+        codec: the output's codec; empty if the weight is dropped.
         copied: whether the stored bytes are copied.
-        reason: the recipe's words.
-        outputs: what is written, in the order the codec gives.
+        reason: why; usually the rule's reason.
+        outputs: the tensors written, in the codec's order.
     """
 
     item: InventoryItem
@@ -43,31 +43,31 @@ class DraftStep:
         """Bytes written."""
         return sum(out.nbytes for out in self.outputs)
 
-    # --- as a loader meets it (`qwen35.codecs.codec.LoaderModule`)
+    # --- `qwen35.codecs.codec.LoaderModule`
 
     @property
     def role(self) -> Role:
-        """What it is."""
+        """Its role in the model."""
         return self.item.role
 
     @property
     def spec(self) -> TensorSpec:
-        """The weight, decoded."""
+        """The decoded weight."""
         return self.item.spec
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
-        """The tensors that hold it."""
+        """The tensors written for it."""
         return self.outputs
 
     @property
     def module(self) -> str:
-        """Its name in the output, without ``.weight``."""
+        """The module's name in the output."""
         return self.outputs[0].name.removesuffix(".weight")
 
 
 Ruled = Sequence[tuple[InventoryItem, Rule]]
-"""Every weight with the rule that decides it."""
+"""Every weight with the rule that applies to it."""
 
 
 def make_drafts(
@@ -77,12 +77,12 @@ def make_drafts(
 
     Args:
         recipe: the rules.
-        ruled: the source's weights, each with the rule that decides it.
-        source_prefix: what their text tensors begin with.
-        prefix: what text tensors begin with in the output.
+        ruled: the source's weights, each with its rule.
+        source_prefix: prefix of text tensors in the source.
+        prefix: prefix of text tensors in the output.
 
     Raises:
-        UsageError: the recipe asks for what no loader could read.
+        UsageError: no loader could read the recipe's output.
     """
     unfit = _unfit(ruled)
     drafts: list[DraftStep] = []
@@ -90,14 +90,14 @@ def make_drafts(
         parts = [item]
         codec = CODECS.get(rule.action)
         if codec is not None and codec.per_expert and item.weight.name not in unfit:
-            parts = list(item.experts()) or parts
+            parts = list(item.experts()) or parts  # a stack that does not fit stays fused
         for part in parts:
-            held, copied, reason = _decided(recipe.name, rule, codec, part, unfit)
+            codec_name, copied, reason = decide(recipe.name, rule, codec, part, unfit)
             name = part.spec.name
             if prefix != source_prefix and name.startswith(source_prefix):
                 name = prefix + name.removeprefix(source_prefix)
-            outputs = _outputs(held, copied, part, name)
-            drafts.append(DraftStep(part, rule, held, copied, reason, outputs))
+            outputs = _outputs(codec_name, copied, part, name)
+            drafts.append(DraftStep(part, rule, codec_name, copied, reason, outputs))
     check_groups(drafts)
     return tuple(drafts)
 
@@ -114,10 +114,10 @@ def _outputs(codec: str, copied: bool, item: InventoryItem, name: str) -> tuple[
     return CODECS[codec].layout(renamed) if codec else ()
 
 
-def _decided(
+def decide(
     recipe: str, rule: Rule, codec: Codec | None, item: InventoryItem, unfit: Mapping[str, str]
 ) -> tuple[str, bool, str]:
-    """Return the codec of the output, whether bytes are copied, and why."""
+    """Return the output's codec, whether bytes are copied, and the reason."""
     storage, reason = item.weight.storage, rule.reason
     if codec is None:
         if rule.action == "keep":
@@ -136,12 +136,12 @@ def _decided(
         found = f"packs {item.spec.name}"
         subject = _subject(recipe, rule)
         raise UsageError(subject, found, expected=codec.packable, hint=hint)
-    if storage == codec.name:
+    if storage == codec.name:  # copying is exact, encoding again is not
         return storage, True, f"{reason}; {codec.label} already"
-    why = unfit.get(item.weight.name, "") if codec.joined else codec.fits(item.spec)
-    if why:
+    misfit = unfit.get(item.weight.name, "") if codec.joined else codec.fits(item.spec)
+    if misfit:
         plain = not is_packed(item.weight)
-        return (storage if plain else CODECS["plain"].name), plain, why
+        return (storage if plain else CODECS["plain"].name), plain, misfit
     return codec.name, False, reason
 
 
@@ -150,22 +150,25 @@ def _subject(recipe: str, rule: Rule) -> str:
 
 
 def _unfit(ruled: Ruled) -> dict[str, str]:
-    """Return why weights stay that a codec holds only with what engines join them to."""
+    """Return why weights stay unpacked whose codec packs fused groups as a whole.
+
+    One member that does not fit keeps its whole group: engines load it as one matrix.
+    """
     reasons: dict[str, str] = {}
     for group in _groups(ruled):
         for item, codec in group:
             parts = list(item.experts()) if codec.per_expert else []
-            whys = (codec.fits(part.spec) for part in parts or [item])
-            why = next((why for why in whys if why), "")
-            if why:
-                sentence = f"{item.role.name} {why}"
+            misfits = (codec.fits(part.spec) for part in parts or [item])
+            misfit = next((text for text in misfits if text), "")
+            if misfit:
+                sentence = f"{item.role.name} {misfit}"
                 reasons |= {member.weight.name: sentence for member, _ in group}
                 break
     return reasons
 
 
 def _groups(ruled: Ruled) -> Iterator[list[tuple[InventoryItem, Codec]]]:
-    """Yield the weights that a codec is to hold which holds groups whole or not at all."""
+    """Yield the fused groups of weights whose codec packs groups as a whole."""
     groups: dict[object, list[tuple[InventoryItem, Codec]]] = defaultdict(list)
     for item, rule in ruled:
         codec = CODECS.get(rule.action)
@@ -175,10 +178,10 @@ def _groups(ruled: Ruled) -> Iterator[list[tuple[InventoryItem, Codec]]]:
 
 
 def check_groups(drafts: Sequence[DraftStep]) -> None:
-    """Check that weights which engines join are packed together, where a codec needs that.
+    """Check that fused groups are packed as a whole, where a codec needs that.
 
     Raises:
-        UsageError: some of a group are packed and some are not.
+        UsageError: only a part of a group is packed.
     """
     first: dict[object, DraftStep] = {}
     for draft in drafts:
@@ -199,6 +202,6 @@ def check_groups(drafts: Sequence[DraftStep]) -> None:
 
 
 def _joined(draft: DraftStep) -> str:
-    """Return the codec of a weight, if it is one that holds groups whole or not at all."""
+    """Return the codec of a weight if it packs fused groups as a whole, else nothing."""
     codec = CODECS.get(draft.codec)
     return codec.name if codec and codec.joined else ""
