@@ -1,20 +1,19 @@
-"""Whether calibration helps, and what it costs.
+"""The benefit and the cost of calibration.
 
     python benchmarks/calibrate.py [--work DIR] [--llama-imatrix PATH] [--windows N] [--size 0.8B]
                                    [--no-quality] [--no-speed]
 
-Quality, on the embedded checkpoint: its held-out text is cut in two, a part to calibrate and
-another to evaluate. Q4_K_M files without an importance matrix, with ours, and with the one that
-upstream's llama-imatrix makes of the same text (where that program is given) are compared with the
-F32 file by Kullback-Leibler divergence, all in llama.cpp; FP8 by `search` without statistics, with
-largest magnitudes and with mean squares, in transformers. Differences are paired: token by token,
-with the standard error of their mean.
+Quality, on the embedded checkpoint: its held-out text is split in two, one part for calibration and
+one for evaluation. Q4_K_M files without an importance matrix, with ours, and with one from
+upstream's llama-imatrix on the same text (if that program is given) are compared with the F32 file
+by Kullback-Leibler divergence, all in llama.cpp; FP8 by `search` without statistics, with largest
+magnitudes and with mean squares, in transformers. Differences are paired, token by token, with the
+standard error of their mean.
 
-Cost, on a random checkpoint of true shapes: processes that run `qwen35 calibrate` and that load the
-model in transformers and run it over the same windows, neither with logits. CPU time and peak
-memory are those of the whole process as the operating system counts them; the same on one window
-and the embedded checkpoint is measured apart and taken off as start-up. Only ratios within one run
-mean something.
+Cost, on a random checkpoint with real shapes: one process runs `qwen35 calibrate`, another loads
+the model in transformers and runs it over the same windows, both without logits. CPU time and peak
+memory are the operating system's figures for the whole process; start-up, measured on one window
+and the embedded checkpoint, is subtracted. Only ratios within one run are meaningful.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # this folder has files named as libraries
+if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
     sys.path[0] = str(ROOT)
 
 from benchmarks.nf4 import Cost, make_checkpoint, measure, median
@@ -56,7 +55,7 @@ from qwen35.writing.write import write
 ASSET = ROOT / "assets" / "qwen3.5-tiny"
 CONTEXT = 512
 SHARE = 0.4
-"""Part of the held-out text that calibrates."""
+"""Share of the held-out text used for calibration."""
 
 F64 = npt.NDArray[np.float64]
 
@@ -89,14 +88,14 @@ def divergence(base: npt.NDArray[Any], other: npt.NDArray[Any]) -> F64:
 
 @dataclass(frozen=True)
 class Halves:
-    """The held-out text in two: files of text, and windows of tokens to evaluate on."""
+    """The two parts of the held-out text: a file to calibrate on, token windows to evaluate on."""
 
     calibration: Path
     evaluation: TextWindows
 
 
 def halves(work: Path, windows: int | None) -> Halves:
-    """Cut the held-out text at a line's end."""
+    """Split the held-out text at the end of a line."""
     text = (ASSET / "eval.txt").read_text()
     cut = text.index("\n", int(len(text) * SHARE)) + 1
     paths = work / "calibration.txt", work / "evaluation.txt"
@@ -122,7 +121,7 @@ def logits_of(path: Path, text: TextWindows) -> list[npt.NDArray[np.float32]]:
 
 
 def upstream(program: Path, base: Path, text: Path, out: Path) -> Path:
-    """Run llama-imatrix over a text, without the kernels that some processors break."""
+    """Run llama-imatrix over a text, without kernels that fail on some processors."""
     command = [program, "-m", base, "-f", text, "-o", out, "-c", str(CONTEXT)]
     more = ["--no-ppl", "--no-repack", "-ngl", "0", "-t", str(os.cpu_count() or 1)]
     subprocess.run([*map(str, command), *more], check=True, capture_output=True)
@@ -130,7 +129,7 @@ def upstream(program: Path, base: Path, text: Path, out: Path) -> Path:
 
 
 def read_by_upstream(program: Path, base: Path, files: Path, work: Path) -> None:
-    """Let llama-imatrix load both forms of our file and save them: the values must be ours."""
+    """Have llama-imatrix load and save both forms of our file, and check the values."""
     ours = read_imatrix(files / "imatrix.gguf")
     for form in ("gguf", "dat"):
         out = work / f"resaved-{form}.gguf"
@@ -157,7 +156,7 @@ def show(title: str, found: Mapping[str, F64], first: str) -> None:
 
 
 def k_quants(work: Path, parts: Halves, program: Path | None, files: Path) -> None:
-    """Compare importance matrices by what Q4_K_M loses."""
+    """Compare importance matrices by the divergence of Q4_K_M."""
     base = quantized(work, "base", None, "F32")["F32"]
     ours = read_imatrix(files / "imatrix.gguf")
     trunk = {n: e for n, e in ours.entries.items() if n != "token_embd.weight"}
@@ -180,7 +179,7 @@ def k_quants(work: Path, parts: Halves, program: Path | None, files: Path) -> No
 
 
 def fp8(work: Path, parts: Halves, files: Path) -> None:
-    """Compare statistics by what FP8 loses, its values decoded exactly."""
+    """Compare statistics by the divergence of FP8, decoded exactly."""
     import torch
     import transformers
 
@@ -220,7 +219,7 @@ def fp8(work: Path, parts: Halves, files: Path) -> None:
 
 
 def quality(work: Path, program: Path | None, windows: int | None) -> None:
-    """Calibrate the embedded checkpoint and measure what that is good for."""
+    """Calibrate the embedded checkpoint and measure the gain."""
     parts = halves(work, windows)
     checkpoint = open_folder(ASSET)
     text = read_text(checkpoint, [parts.calibration], context=CONTEXT)
@@ -232,7 +231,7 @@ def quality(work: Path, program: Path | None, windows: int | None) -> None:
 
 
 def cost(work: Path, size: str, windows: int, runs: int, threads: int) -> None:
-    """Compare a calibration with a forward pass of the loaded model, in processes of their own."""
+    """Compare a calibration with a forward pass of the loaded model, in separate processes."""
     source = make_checkpoint(size, work)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if not (source / name).exists():

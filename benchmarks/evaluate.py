@@ -1,13 +1,13 @@
-"""One sweep against llama-perplexity's runs, and against evaluating candidates one at a time.
+"""Compare one sweep with llama-perplexity's runs, and with one candidate at a time.
 
     python benchmarks/evaluate.py [--llama-perplexity PATH] [--size 0.8B|tiny] [--chunks 4]
 
-Writes F16 and four quantized GGUF files of a random checkpoint of true shapes (`tiny`: of the
+Writes F16 and four quantized GGUF files of a random checkpoint with real shapes (`tiny`: of the
 embedded checkpoint) and measures processes, in turn: our sweep of a pair; llama-perplexity's two
 runs on the same pair (base, then compare), if a binary of the same llama.cpp is given; our sweep of
-four candidates; four sweeps of one. Start-up of Python is measured apart. llama-perplexity runs
-with --no-repack, as our engine does, and decodes four chunks at a time, which is its default. Only
-ratios within one run mean something.
+four candidates; four sweeps of one. Start-up of Python is measured separately. llama-perplexity
+runs with --no-repack, as our engine does, and decodes four chunks at a time, which is its default.
+Only ratios within one run are meaningful.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # its folder would hide libraries by the names of its files
+if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
     sys.path[0] = str(ROOT)
 
 from benchmarks.gguf import ASSET, ours, prepare, total
@@ -76,7 +76,7 @@ def once(files: dict[str, Path], args: argparse.Namespace) -> dict[str, Cost]:
 
 
 def ratios(costs: dict[str, Cost]) -> dict[str, float]:
-    """Return the figures that are promised."""
+    """Return the published figures."""
     four, singly = costs["one sweep of four candidates"], costs["four sweeps of one candidate"]
     start = costs["start-up of qwen35 evaluate"].wall
     found = {

@@ -2,8 +2,8 @@
 
     python benchmarks/formats.py [--chunks 8]
 
-Makes each artifact text-only, measures all of them against the checkpoint on its held-out text,
-and writes docs/results.json; `python docs/generate.py` makes the table from it.
+Writes each artifact text-only, measures them all against the checkpoint on its held-out text, and
+writes docs/results.json; `python docs/generate.py` builds the table from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT / "tests")  # a neighbour is called gguf
+sys.path[0] = str(ROOT / "tests")  # benchmarks/gguf.py would shadow the library
 
 from qwen35.checkpoint.source import open_folder
 from qwen35.evaluation.evaluation_run import evaluate
@@ -37,13 +37,13 @@ GGUF = {"mix": ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"), "q8-gates-plus": ("Q
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured.
+    """One row of the table.
 
     Args:
-        name: of the row.
-        verb: of qwen35.
-        recipe: of the verb.
-        path: where it was written: a folder or a GGUF file.
+        name: the row's name.
+        verb: the verb of qwen35.
+        recipe: its recipe.
+        path: the output: a folder or a GGUF file.
         files: weight files and their bytes.
     """
 

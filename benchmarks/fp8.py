@@ -1,12 +1,12 @@
-"""FP8 conversion in all modes, side by side in one run with `cp` and with plain PyTorch.
+"""Compare FP8 conversion in all modes with `cp` and with plain PyTorch, in one run.
 
     python benchmarks/fp8.py [--work DIR] [--sizes 0.8B 9B] [--runs 3]
 
-Makes random checkpoints of true shapes and prints a table for the first size: `cp` and fsync of the
-output, the conversion in each mode, the check afterwards, and the same arithmetic written plainly
-in PyTorch as a baseline. Start-up is measured on the embedded checkpoint of the repository and
-taken off the wall times where the table says so. Further sizes are converted once in each of two
-modes, for their memory. Only ratios within one run mean something.
+Makes random checkpoints with real shapes and prints a table for the first size: `cp` and fsync of
+the output, the conversion in each mode, the check afterwards, and the same arithmetic written
+plainly in PyTorch as a baseline. Start-up is measured on the embedded checkpoint and subtracted
+from the wall times where the table says so. Further sizes are converted once in each of two modes,
+to measure memory. Only ratios within one run are meaningful.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
+if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
     sys.path[0] = str(ROOT)
 
 from benchmarks.nf4 import Cost, make_checkpoint, measure, median
@@ -27,7 +27,7 @@ from benchmarks.nf4 import Cost, make_checkpoint, measure, median
 TINY = ROOT / "assets" / "qwen3.5-tiny"
 MODES = ("max", "rms", "search", "mse")
 SHARE = 16
-"""Plain PyTorch searches only one weight in so many: all of them take many minutes."""
+"""Plain PyTorch searches only one weight in this many: all of them take many minutes."""
 
 PLAIN = """
 import sys, pathlib, torch
@@ -84,7 +84,7 @@ def convert(source: Path, out: Path, mode: str, *flags: str) -> list[str]:
 
 
 def routes(source: Path, work: Path) -> dict[str, tuple[list[str], Path]]:
-    """Return what to measure: command and output."""
+    """Return the routes to measure: command and output."""
     ours, copy = work / "fp8", work / "copy"
     model = ours / "model.safetensors"
     kept = work / "fp8-kept"
@@ -109,7 +109,7 @@ def routes(source: Path, work: Path) -> dict[str, tuple[list[str], Path]]:
 
 
 def compare(source: Path, work: Path, runs: int) -> dict[str, Cost]:
-    """Measure all routes in turn, the first round unseen, and return the medians."""
+    """Measure all routes in turn, discard the first round, and return the medians."""
     kept = work / "fp8-kept"
     measure(convert(source, kept, "max", "--skip-verify"), kept)
     found = routes(source, work)
@@ -125,7 +125,7 @@ def compare(source: Path, work: Path, runs: int) -> dict[str, Cost]:
 
 
 def show(source: Path, costs: dict[str, Cost], runs: int) -> None:
-    """Print the table and the ratios that matter."""
+    """Print the table and the ratios."""
     start = costs["start-up (the embedded checkpoint)"]
     copy, largest = costs["cp and fsync of the output"], costs["max"]
     print(f"\n{source.name}, median of {runs} runs; net: less start-up")

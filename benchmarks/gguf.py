@@ -1,12 +1,12 @@
-"""GGUF files in one pass against an F16 file and llama_model_quantize, side by side in one run.
+"""Compare one pass to GGUF with an F16 file and llama_model_quantize, in one run.
 
     python benchmarks/gguf.py [--work DIR] [--size 0.8B] [--runs 3] [--no-imatrix]
 
-Makes a random checkpoint of true shapes with a random importance matrix and measures processes:
+Makes a random checkpoint with real shapes with a random importance matrix and measures processes:
 `qwen35 gguf` for four types at once; the same for F16 alone, then llama_model_quantize on that file
-for each type; one type alone; `cp` of the source. CPU time and peak memory are those of the whole
-process as the operating system counts them; start-up is measured apart, and taken off where the
-table says so. Only ratios within one run mean something.
+for each type; one type alone; `cp` of the source. CPU time and peak memory are the operating
+system's figures for the whole process; start-up is measured separately and subtracted where the
+table says so. Only ratios within one run are meaningful.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # this file has the name of a library, which its folder would hide
+if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
     sys.path[0] = str(ROOT)
 
 from benchmarks.nf4 import SHARD, Cost, make_checkpoint, measure, median
@@ -63,7 +63,7 @@ if sys.argv[1:]:
 
 
 def prepare(size: str, work: Path) -> tuple[Path, Path]:
-    """Make the checkpoint, with the embedded one's tokenizer, and an importance matrix."""
+    """Write the checkpoint, with the embedded one's tokenizer, and an importance matrix."""
     source = make_checkpoint(size, work)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(ASSET / name, source / name)
@@ -103,7 +103,7 @@ def theirs(f16: Path, out: Path, code: int, threads: int, imatrix: str) -> list[
 
 
 def total(costs: list[Cost]) -> Cost:
-    """Return what processes took one after the other."""
+    """Return the total cost of consecutive processes."""
     return Cost(
         sum(cost.wall for cost in costs),
         sum(cost.cpu for cost in costs),
@@ -142,7 +142,7 @@ def once(source: Path, work: Path, imatrix: str, threads: int) -> dict[str, Cost
 
 
 def ratios(costs: dict[str, Cost]) -> dict[str, float]:
-    """Return the figures that are promised."""
+    """Return the published figures."""
     many, chain = costs["four types in one pass"], costs["F16 + llama_model_quantize x 4"]
     own, other = costs["start-up of qwen35 gguf"].cpu, costs["start-up of llama_cpp"].cpu
     found = {

@@ -1,12 +1,12 @@
-"""NF4 conversion against today's route, side by side in one run.
+"""Compare NF4 conversion with today's usual route, in one run.
 
     python benchmarks/nf4.py [--work DIR] [--sizes 0.8B 4B] [--runs 3]
 
-Makes random checkpoints of true shapes and prints a table: `qwen35 convert`, the route through
+Writes random checkpoints with real shapes and prints a table: `qwen35 convert`, the route through
 transformers and bitsandbytes (load with a config, save), and `cp` of the same file. CPU time and
-peak memory are those of the whole process as the operating system counts them. The table's kernels
-come from Numba's cache; what compiling them once takes is measured before it, with an empty cache.
-Only ratios within one run mean something; the machine is printed with them.
+peak memory are the operating system's figures for the whole process. The table uses kernels from
+Numba's cache; compiling them is measured before, with an empty cache.
+Only ratios within one run are meaningful; the machine is printed with them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ EMBEDDED = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 @dataclass(frozen=True)
 class Cost:
-    """What one process took: seconds of wall and CPU time, and peak memory in MB."""
+    """The cost of one process: seconds of wall and CPU time, and peak memory in MB."""
 
     wall: float
     cpu: float
@@ -57,7 +57,7 @@ class Cost:
 
 
 def make_checkpoint(size: str, folder: Path) -> Path:
-    """Write random bf16 weights of the true shapes of a published size, once."""
+    """Write random bf16 weights with the shapes of a published size, once."""
     folder = folder / f"Qwen3.5-{size}"
     if (folder / "config.json").exists():
         return folder
@@ -91,7 +91,7 @@ def make_checkpoint(size: str, folder: Path) -> Path:
 
 
 def measure(command: list[str], out: Path, environment: dict[str, str] | None = None) -> Cost:
-    """Run a command that writes `out`, which is removed first, and return what it took."""
+    """Remove `out`, run a command that writes it, and return the cost."""
     if out.is_dir():
         shutil.rmtree(out)
     out.unlink(missing_ok=True)
@@ -112,7 +112,7 @@ def measure(command: list[str], out: Path, environment: dict[str, str] | None = 
 
 
 def _environment() -> dict[str, str]:
-    """The environment, in which Python keeps compiled modules, as it does unless told not to."""
+    """Return the environment, with Python's cache of compiled modules enabled."""
     return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
 
@@ -130,7 +130,7 @@ def convert_command(source: Path, out: Path) -> list[str]:
 
 
 def compilation(work: Path, runs: int) -> tuple[Cost, Cost]:
-    """Convert the embedded checkpoint with an empty kernel cache and again. -> first, second."""
+    """Convert the embedded checkpoint with an empty kernel cache, and again; return both costs."""
     cache, out = work / "kernels", work / "tiny"
     command, environment = convert_command(EMBEDDED, out), {"NUMBA_CACHE_DIR": str(cache)}
     first: list[Cost] = []

@@ -1,9 +1,9 @@
-"""Planning the largest checkpoints: time and memory, on files without data.
+"""Measure time and memory of planning the largest checkpoints, on files without data.
 
     python benchmarks/planning.py [--work DIR] [--runs 3]
 
-Writes the headers, index and config of checkpoints of published sizes, with holes where the weights
-would be, and measures `qwen35 plan` on them, alone and several at once. The last line is the FP8
+Writes the headers, index and config of checkpoints of published sizes as sparse files without
+weights, and measures `qwen35 plan` on them, alone and several at once. The last line is the FP8
 checkpoint of 397B: 189,042 tensors.
 """
 
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
+if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
     sys.path[0] = str(ROOT)
 
 from benchmarks.nf4 import measure, median
@@ -33,7 +33,7 @@ CASES = (
     ("Qwen3.5-397B-A17B", "bf16", "fp8"),
     ("Qwen3.5-397B-A17B", "fp8", "bf16"),
 )
-"""Size, what it is stored as, and the recipe to plan."""
+"""Size, storage format, and the recipe to plan."""
 
 
 def command(folder: Path, recipe: str) -> list[str]:
@@ -42,7 +42,7 @@ def command(folder: Path, recipe: str) -> list[str]:
 
 
 def at_once(folder: Path, recipe: str, count: int) -> float:
-    """Plan `count` times at once; returns the wall time until the last is ready."""
+    """Run `count` plans at once; return the wall time until the last one ends."""
     began = time.perf_counter()
     processes = [
         subprocess.Popen(command(folder, recipe), stdout=subprocess.DEVNULL) for _ in range(count)

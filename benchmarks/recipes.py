@@ -1,10 +1,10 @@
-"""What recipes for GGUF cost in bytes and give in divergence, on the embedded checkpoint.
+"""Measure bytes and divergence of GGUF recipes on the embedded checkpoint.
 
     python benchmarks/recipes.py [--windows 8]
 
-Prints bytes and what `qwen35 evaluate` measures: the mean Kullback-Leibler divergence from the F32
-file, in llama.cpp, over held-out text. The importance matrix is gathered with transformers over
-other text, tied head included. This is how the rules of `q8-gates-plus` were chosen.
+Prints bytes and, like `qwen35 evaluate`, the mean Kullback-Leibler divergence from the F32
+file, in llama.cpp, over held-out text. The importance matrix is collected with transformers on
+other text, including the tied head. This is how the rules of `q8-gates-plus` were chosen.
 """
 
 from __future__ import annotations

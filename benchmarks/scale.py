@@ -1,13 +1,13 @@
-"""Large conversions on paper: the real planner, tasks and dispatcher, on a clock of its own.
+"""Simulate large conversions: the real planner, tasks and dispatcher, on a simulated clock.
 
     python benchmarks/scale.py [--size Qwen3.5-397B-A17B] [--recipe fp8 | --types Q4_K_M]
         [--times 1] [--workers 1 8 64] [--threads 4] [--read 1.07] [--network 1.25]
 
 Plans a published size from its description, cuts the plan into tasks for each number of workers and
-runs the dispatcher with workers that take as long as their bytes say. Rates are in GB/s: `--read`
+runs the dispatcher with workers whose time follows from their bytes. Rates are in GB/s: `--read`
 of a thread that reads, encodes and writes (docs/benchmarks.md: 1.75 GB in 2.33 s of processor time
-less 0.7 s of start-up, `search`; of GGUF what benchmarks/gguf.py prints), `--network` of a worker
-to the shared file system; hashing is measured here, on one thread. `--times 6` makes every layer
+less 0.7 s of start-up, `search`; for GGUF see benchmarks/gguf.py), `--network` of a worker
+to the shared file system; hashing is measured here, on one thread. `--times 6` repeats every layer
 six times: 397B becomes 2.4T.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
+if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
     sys.path[0] = str(ROOT)
 
 from qwen35.checkpoint.open import describe
@@ -44,7 +44,7 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second: of a thread, of hashing, of a worker's network."""
+    """Bytes per second of a thread, of hashing, of a worker's network."""
 
     read: float
     hash: float
@@ -52,7 +52,7 @@ class Rates:
 
 
 class Clock(WorkerPool):
-    """A pool whose workers take as long as their jobs' ``seconds``."""
+    """A pool of simulated workers; a job takes its ``seconds``."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
@@ -60,26 +60,26 @@ class Clock(WorkerPool):
         self._running: list[tuple[float, int]] = []
 
     def close(self) -> None:
-        """There is nothing to close."""
+        """Do nothing."""
 
     @property
     def slots(self) -> int:
-        """As many as there are workers."""
+        """The number of workers."""
         return self._slots
 
     def begin(self, number: int, order: Mapping[str, Any]) -> None:
-        """Note when a job will end."""
+        """Record when a job will end."""
         heapq.heappush(self._running, (self.now + order["seconds"], number))
 
     def wait(self) -> Iterator[JobOutcome]:
-        """Move the clock on to the end of a job."""
+        """Advance the clock to the end of a job."""
         self.now, number = heapq.heappop(self._running)
         yield JobOutcome(number, {"done": None})
 
 
 @dataclass(frozen=True)
 class Work:
-    """Steps, and the bytes of the files that they fill."""
+    """Steps, and the sizes of the files that they fill."""
 
     steps: Sequence[Step]
     sizes: Mapping[str, int]
@@ -87,7 +87,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run would take: seconds, the seconds of all its jobs, their number, the longest."""
+    """The simulated run: its seconds, the seconds of all jobs, their number, the longest job."""
 
     seconds: float
     work: float
@@ -124,13 +124,13 @@ def simulate(work: Work, size: int, slots: int, threads: int, rate: Rates) -> Ou
 
 
 def alone(step: Step) -> int:
-    """Return the bytes of a step that one thread has to go through by itself."""
+    """Return the bytes of a step that a single thread must process."""
     cut = all(CODECS[t.codec].independent and not t.copied for t in step.targets)
     return 0 if cut else step.read_bytes
 
 
 def hash_rate() -> float:
-    """Return the bytes that one thread hashes a second."""
+    """Return the bytes that one thread hashes per second."""
     data = bytes(2**26)
     began = time.perf_counter()
     for _ in range(4):
@@ -139,7 +139,7 @@ def hash_rate() -> float:
 
 
 def several(plan: Plan, times: int) -> Work:
-    """Return the steps and files of a model with so many times the layers."""
+    """Return the steps and files of a model with a multiple of the layers."""
     steps = [renamed(step, i) for i in range(times) for step in plan.written]
     sizes = {f"{i}-{file.name}": file.nbytes for i in range(times) for file in plan.files}
     return Work(steps, sizes)

@@ -1,10 +1,10 @@
-"""Structural verification of the largest artifacts: headers only, on files without data.
+"""Measure structural verification of the largest artifacts, on files without data.
 
     python benchmarks/structure.py [--work DIR] [--runs 3]
 
 Writes the headers, index and config of FP8 and NF4 artifacts of published sizes, and of a dense one
-with so many layers that it has 10,000 tensors, with holes where the weights would be, and measures
-`qwen35 verify` on them. The files take hardly any disk.
+with about 10,000 tensors, as sparse files without weights, and measures `qwen35 verify` on them.
+The files take hardly any disk space.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
+if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
     sys.path[0] = str(ROOT)
 
 from benchmarks.nf4 import measure, median
@@ -33,7 +33,7 @@ from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 
 DEEP = 188
-"""Layers that give the geometry of 9B about 10,000 tensors in NF4."""
+"""Number of layers with which 9B has about 10,000 tensors in NF4."""
 CASES = (
     ("Qwen3.5-9B", "nf4"),
     (f"Qwen3.5-9B of {DEEP} layers", "nf4"),
@@ -62,7 +62,7 @@ def describe_deep(folder: Path) -> Checkpoint:
 
 
 def write_hollow(checkpoint: Checkpoint, recipe: str, folder: Path) -> int:
-    """Write an artifact without its data; returns its number of tensors."""
+    """Write an artifact without its data; return its number of tensors."""
     plan = make_plan(checkpoint, load_recipe(recipe))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

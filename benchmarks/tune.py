@@ -1,12 +1,12 @@
-"""Tuned GGUF recipes against hand-made ones of the same size, on text that no step has seen.
+"""Compare tuned GGUF recipes with hand-made ones of the same size, on unseen text.
 
     python benchmarks/tune.py [--work DIR] [--probes 126] [--chunks 16] [--types T,...]
 
-The embedded checkpoint's held-out text is cut into three: one for the importance matrix, one to
-tune on, one to measure on. The importance matrix is the same everywhere. For the sizes of plain
+The embedded checkpoint's held-out text is split into three parts: for the importance matrix, for
+tuning and for measuring. The importance matrix is the same everywhere. For the sizes of plain
 Q4_K_M and of the recipe q8-gates at Q4_K_M, Q5_K_M and Q6_K the tuned file has at most as many
 bytes; mean divergence and its 99.9th percentile are against F16, in llama.cpp. Then each is tuned
-to at most the divergence of the hand-made file on the tuning text, for the bytes that saves.
+to at most the divergence of the hand-made file on the tuning text, to measure the bytes saved.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
+if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
     sys.path[0] = str(ROOT)
 
 from qwen35.cli.main import main as qwen35
@@ -32,7 +32,7 @@ CASES = (("mix", "Q4_K_M"), ("q8-gates", "Q4_K_M"), ("q8-gates", "Q5_K_M"), ("q8
 
 
 def command(*arguments: object) -> Any:
-    """Run a command and return what it printed as JSON."""
+    """Run a command and return its JSON output."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         code = qwen35([*map(str, arguments), "--json", "--quiet"])
@@ -71,7 +71,7 @@ def make_hand_made(work: Path, imatrix: Path) -> dict[tuple[str, str], Path]:
 def tune(
     work: Path, budget: tuple[str, object], name: str, imatrix: Path, text: Path, args: Any
 ) -> Path:
-    """Tune for a budget and write the file; measurements are shared by all."""
+    """Tune for a budget and write the file; all calls share the measurements."""
     recipe = work / f"{name}.toml"
     types = ("--types", args.types) if args.types else ()
     found = command(
@@ -138,7 +138,7 @@ def main() -> None:
     }
     made_so = [made[case] for case in CASES]
     files = list(dict.fromkeys([*made_so, *tuned.values(), *smaller.values()]))
-    # names of files may be the same: each gets its own
+    # file names may repeat: give each a folder
     links = args.work / "files"
     links.mkdir()
     names: dict[Path, str] = {path: f"{path.parent.name}-{path.stem}" for path in files}

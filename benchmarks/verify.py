@@ -1,11 +1,11 @@
-"""Numbers-verification beside sha256sum of the same files, in one run.
+"""Compare verification of numbers with sha256sum of the same files, in one run.
 
     python benchmarks/verify.py [--work DIR] [--size 0.8B] [--runs 3]
 
-Makes a random checkpoint of true shapes and its NF4, FP8 and text-only forms, and measures for each
-`qwen35 verify OUT --source MODEL` (every tensor decoded and compared, every file hashed) and
+Makes a random checkpoint with real shapes and its NF4, FP8 and text-only forms, and measures for
+each `qwen35 verify OUT --source MODEL` (every tensor decoded and compared, every file hashed) and
 `sha256sum` of the artifact's and the source's weights. Start-up, measured on the embedded
-checkpoint of the repository, is taken off. Only ratios within one run mean something.
+checkpoint, is subtracted. Only ratios within one run are meaningful.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
+if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
     sys.path[0] = str(ROOT)
 
 from benchmarks.nf4 import Cost, make_checkpoint, measure, median
@@ -29,14 +29,14 @@ QWEN35 = [sys.executable, "-m", "qwen35.cli.main"]
 
 
 def convert(source: Path, out: Path, recipe: str) -> Path:
-    """Make an artifact; what it costs is not measured here."""
+    """Write an artifact; its cost is not measured."""
     flags = ["--recipe", recipe, "--quiet", *(["--skip-verify"] if recipe == "fp8" else [])]
     measure([*QWEN35, "convert", str(source), str(out), *flags], out)
     return out
 
 
 def verify(artifact: Path, source: Path, runs: int) -> Cost:
-    """Measure the check of every number."""
+    """Measure the check of all numbers."""
     command = [*QWEN35, "verify", str(artifact), "--source", str(source), "--quiet"]
     nothing = artifact.parent / "nothing"
     return median([measure(command, nothing) for _ in range(runs)])

@@ -1,10 +1,10 @@
-"""All paths on the embedded checkpoint, through their gates: make, verify, measure, document.
+"""Run all paths on the embedded checkpoint: make, verify, measure, document.
 
     python demo/demo.py
 
-Writes demo/out, what demo/run.toml says; what is there already and up to date is left alone. Then
-asks the NF4 artifact every question that the checkpoint was made for, and ends with the report.
-Exit code 0 if everything was right.
+Writes the artifacts of demo/run.toml to demo/out and keeps up-to-date ones. Then asks the NF4
+artifact every question that the checkpoint was trained for, and prints the report. Exit code 0 if
+every answer is right.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "assets" / "qwen3.5-tiny"
 RUN = ROOT / "demo" / "run.toml"
 OUT = ROOT / "demo" / "out"
-ASKED = OUT / "Qwen3.5-tiny-bnb-4bit"
+NF4 = OUT / "Qwen3.5-tiny-bnb-4bit"
 
 
 def command(*arguments: str | Path) -> None:
@@ -35,27 +35,27 @@ def command(*arguments: str | Path) -> None:
 
 
 def ask_all(folder: Path) -> bool:
-    """Ask the artifact the checkpoint's questions without thinking; print and judge the answers."""
+    """Ask the checkpoint's questions, without thinking; print and check the answers."""
     rows = json.loads((CHECKPOINT / "questions.json").read_text())
     asker = Asker(folder)
-    right = asked = 0
+    right = count = 0
     for row in rows:
         if row["thinking"]:
             continue
         question = Question.from_json(row)
-        said = asker.ask(question).strip()
-        ok = is_right(question, said)
-        asked += 1
+        answer = asker.ask(question).strip()
+        ok = is_right(question, answer)
+        count += 1
         right += ok
         picture = f" [{question.image.left}|{question.image.right}]" if question.image else ""
         if row["trained"] or not ok:
-            print(f"  {'ok   ' if ok else 'WRONG'} {question.prompt}{picture} -> {said!r}")
-    print(f"{right} of {asked} questions answered rightly, in 4 bits")
-    return right == asked
+            print(f"  {'ok   ' if ok else 'WRONG'} {question.prompt}{picture} -> {answer!r}")
+    print(f"{right} of {count} questions answered correctly, in 4 bits")
+    return right == count
 
 
-def show_made() -> None:
-    """Print every artifact with its size and what its manifest says of its verification."""
+def show_artifacts() -> None:
+    """Print every artifact with its size and the verdict in its manifest."""
     print("\nwritten and checked:")
     for folder in sorted(OUT.glob("*/qwen35.json")):
         nbytes = sum(path.stat().st_size for path in folder.parent.iterdir())
@@ -67,7 +67,7 @@ def show_made() -> None:
 
 
 def show_report() -> None:
-    """Print what was measured, a line for each candidate."""
+    """Print the measurements, one line per candidate."""
     report = json.loads((OUT / "report" / "report.json").read_text())
     print(f"\n{'measured against bf16':<28} {'mean KLD':>10} {'PPL':>9} {'same top p':>11}")
     for row in report["candidates"]:
@@ -82,12 +82,12 @@ def main() -> int:
     command("inspect", CHECKPOINT)
     command("run", RUN, "--dry-run")
     command("run", RUN)
-    command("run", RUN, "--quiet")  # nothing is done twice
-    print(f"\n{ASKED.name} loaded in transformers and asked:", flush=True)
-    right = ask_all(ASKED)
-    show_made()
+    command("run", RUN, "--quiet")  # everything is up to date
+    print(f"\n{NF4.name} loaded in transformers and asked:", flush=True)
+    right = ask_all(NF4)
+    show_artifacts()
     show_report()
-    print("demo passed" if right else "demo FAILED: a question was answered wrongly")
+    print("demo passed" if right else "demo FAILED: a wrong answer")
     return 0 if right else 1
 
 

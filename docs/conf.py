@@ -1,4 +1,4 @@
-"""How Sphinx builds these pages: `make docs` writes build/docs and fails on any warning."""
+"""Sphinx configuration: `make docs` writes build/docs and fails on any warning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ exclude_patterns = ["generating"]
 nitpicky = True
 
 myst_heading_anchors = 4
-"""Headings get the anchors that GitHub gives them, so that links work in both places."""
+"""Give headings the same anchors as GitHub, so that links work in both places."""
 
 smartquotes = False
 pygments_style = "default"

@@ -1,7 +1,6 @@
-"""Write the pages that are made from the code, and the tables made from committed figures.
+"""Write the pages generated from the code, and the tables generated from committed figures.
 
-Run as it is, it writes what is stale; with ``--check`` it only names it, and the exit code is 1 if
-there is any.
+Writes stale pages; with ``--check`` it only lists them, and exits with 1 if there are any.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/runtime.md": runtime_page,
     "README.md": lambda: with_results((ROOT / "README.md").read_text("utf-8")),
 }
-"""Page to what makes it."""
+"""Page to its generator."""
 
 
 def stale() -> dict[Path, str]:
-    """Return the pages whose text is not what the code gives now, with that text."""
-    made = {ROOT / name: make() for name, make in PAGES.items()}
+    """Return the outdated pages, with their current text."""
+    current = {ROOT / name: make() for name, make in PAGES.items()}
     return {
         path: text
-        for path, text in made.items()
+        for path, text in current.items()
         if not path.is_file() or path.read_text("utf-8") != text
     }
 
@@ -47,12 +46,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
-    found = stale()
-    for path, text in found.items():
+    outdated = stale()
+    for path, text in outdated.items():
         print(f"{'stale' if check else 'written'}: {path.relative_to(ROOT)}")
         if not check:
             path.write_text(text, "utf-8")
-    return 1 if check and found else 0
+    return 1 if check and outdated else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Statistics of a text's activations, and what they are good for.
+"""Collect activation statistics and use them for FP8 and GGUF.
 
 python examples/calibrated.py [MODEL FOLDER TEXT]
 """
@@ -15,10 +15,10 @@ ASSETS = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 
 def main(model: str, folder: str, text: str, windows: int | None = None) -> None:
-    """Calibrate, then make FP8 and GGUF with the statistics."""
-    done = qwen35.calibrate(model, text=text, output=f"{folder}/statistics", windows=windows)
-    statistics = done.result.out
-    print(f"statistics: {', '.join(sorted(done.result.hashes))}")
+    """Calibrate, then write FP8 and GGUF with the statistics."""
+    calibration = qwen35.calibrate(model, text=text, output=f"{folder}/statistics", windows=windows)
+    statistics = calibration.result.out
+    print(f"statistics: {', '.join(sorted(calibration.result.hashes))}")
 
     fp8 = qwen35.convert(
         model,

@@ -1,4 +1,4 @@
-"""Bytes of every recipe for a published size, from headers that need no download.
+"""Compare the bytes of every recipe for a published size, without a download.
 
 python examples/compare_plans.py [MODEL]
 """
@@ -12,7 +12,7 @@ from qwen35.planning.recipe import built_in
 
 
 def main(model: str = "Qwen3.5-9B") -> None:
-    """Print a line for each recipe."""
+    """Print one line per recipe."""
     source = qwen35.inspect(model)
     assert isinstance(source, dict)  # a list would be GGUF files
     print(f"{model}: {source['parameters']:,} parameters, {source['bytes']:,} bytes")

@@ -1,4 +1,4 @@
-"""What is raised when something is wrong, and what a program can do with it.
+"""Catch expected errors and use their parts.
 
 python examples/errors.py
 """
@@ -15,10 +15,10 @@ TINY = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 
 def main() -> None:
-    """Do three things that cannot be done."""
+    """Provoke four errors."""
     try:
         qwen35.plan(TINY, recipe="nf5")
-    except UsageError as error:  # four parts, one of them what to do
+    except UsageError as error:  # subject, found, expected, hint
         print(f"{error.subject} | {error.found} | {error.expected}")
 
     with TemporaryDirectory() as folder:
@@ -35,7 +35,7 @@ def main() -> None:
 
     try:
         qwen35.verify("no/such/folder/anywhere")
-    except qwen35.Qwen35Error as error:  # the root of them all; anything else is a bug
+    except qwen35.Qwen35Error as error:  # the base class; any other exception is a bug
         print(error.found)
 
 

@@ -1,4 +1,4 @@
-"""GGUF files of several types, by size and by how far they are from the unquantized model.
+"""Compare GGUF types by size and by divergence from the unquantized model.
 
 python examples/gguf_by_quality.py [MODEL OUT TEXT]
 """
@@ -16,8 +16,8 @@ ASSETS = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 def main(model: str, out: str, text: str, chunks: int | None = None) -> None:
     """Write the files and compare them with F16."""
-    made = qwen35.gguf(model, out, types=["F16", "Q8_0", "Q4_K_M"])
-    base, *candidates = (made.out / file.name for file in made.plan.files)
+    result = qwen35.gguf(model, out, types=["F16", "Q8_0", "Q4_K_M"])
+    base, *candidates = (result.out / file.name for file in result.plan.files)
     report = qwen35.evaluate(base, candidates, text=text, chunks=chunks)
     for row in report.candidates:
         kld, same = row.comparison.kld.value, row.comparison.same_top.value

@@ -1,4 +1,4 @@
-"""A recipe of your own: NF4, but the last layers stay as they are.
+"""Write a custom recipe: NF4, with the last layers in bf16.
 
 python examples/own_recipe.py [MODEL]
 """

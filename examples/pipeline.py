@@ -1,4 +1,4 @@
-"""A path through its gates, and once more: what is up to date stays.
+"""Run a path through its gates, twice: the second run has nothing to do.
 
 python examples/pipeline.py [MODEL OUT]
 """
@@ -17,9 +17,9 @@ TINY = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 def main(model: str, out: str) -> None:
     """Run path A twice."""
     for attempt in ("first", "again"):
-        done = qwen35.run(model, out, path="A", depth="numbers")
-        states = ", ".join(f"{row.step.kind} {row.state}" for row in done.outcomes)
-        print(f"{attempt}: {states}; passed: {done.passed}")
+        result = qwen35.run(model, out, path="A", depth="numbers")
+        states = ", ".join(f"{row.step.kind} {row.state}" for row in result.outcomes)
+        print(f"{attempt}: {states}; passed: {result.passed}")
 
 
 if __name__ == "__main__":

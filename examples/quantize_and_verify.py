@@ -1,4 +1,4 @@
-"""Make NF4, check every number and byte of it, and make it again.
+"""Write NF4, check every number and byte, and reproduce it.
 
 python examples/quantize_and_verify.py [MODEL OUT]
 """
@@ -16,9 +16,9 @@ TINY = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 def main(model: str, out: str) -> None:
     """Quantize, verify, reproduce."""
-    made = qwen35.convert(model, out, recipe="nf4", keep=["linear_attn.in_proj_a"])
-    packed = made.to_json()["nf4"]
-    print(f"{made.out.name}: {made.nbytes:,} bytes, {packed} weights in NF4")
+    result = qwen35.convert(model, out, recipe="nf4", keep=["linear_attn.in_proj_a"])
+    packed = result.to_json()["nf4"]
+    print(f"{result.out.name}: {result.nbytes:,} bytes, {packed} weights in NF4")
 
     verdict = qwen35.verify(out, source=model)
     for finding in verdict.findings:

@@ -1,4 +1,4 @@
-"""The GGUF recipe that fits into a number of bits a weight, found by squared errors alone.
+"""Find a GGUF recipe for a number of bits per weight, by squared errors alone.
 
 python examples/tuned.py [MODEL RECIPE TEXT SIZE]
 """
@@ -11,17 +11,17 @@ from tempfile import TemporaryDirectory
 
 import qwen35
 
-TYPES = ["q4_K", "q5_K", "q6_K"]  # fewer are measured faster
+TYPES = ["q4_K", "q5_K", "q6_K"]  # fewer types take less time
 ASSETS = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 
 def main(model: str, recipe: str, text: str, size: str = "5bpw") -> None:
     """Tune, then plan with the recipe."""
-    found = qwen35.tune(
+    result = qwen35.tune(
         model, format="gguf", size=size, text=text, output=recipe, probes=0, types=TYPES
     )
-    bits = 8 * found.tuned.nbytes / found.space.weights
-    print(f"{found.recipe.name}: {found.tuned.nbytes:,} bytes, {bits:.2f} bits a weight")
+    bits = 8 * result.tuned.nbytes / result.space.weights
+    print(f"{result.recipe.name}: {result.tuned.nbytes:,} bytes, {bits:.2f} bits a weight")
     planned = qwen35.gguf(model, "unused", types="Q4_K_M", recipe=recipe, dry_run=True)
     kinds = sorted({target.op for step in planned.plan.steps for target in step.targets})
     print(f"types used: {', '.join(kinds)}")

@@ -1,4 +1,4 @@
-"""Every command with its arguments, from the parsers that the commands themselves use."""
+"""Every command with its arguments, from the commands' own parsers."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["commands_page", "old_commands", "old_commands_page", "parsers"]
 
 _PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 _LEAD = (
-    "MODEL is a folder, a Hub id (`owner/name[@revision]`) or, where only headers are read, the "
-    "name of a published size such as `Qwen3.5-9B`. Data goes to stdout, everything else to "
-    "stderr; [exit codes](runtime.md#exit-codes) are the same everywhere."
+    "MODEL is a folder, a Hub id (`owner/name[@revision]`) or, for verbs that only read headers, "
+    "a published size such as `Qwen3.5-9B`. Data goes to stdout, everything else to stderr. All "
+    "commands share the same [exit codes](runtime.md#exit-codes)."
 )
 _OLD_LEAD = (
-    "The names of the tools that came before, as front doors to the same functions; "
-    "[migration](../migration.md) says how each is written now, and what differs."
+    "The commands of the earlier toolkits, which call the same functions; "
+    "[migration](../migration.md) gives their new equivalents and the differences."
 )
 
 _UNTITLED = ("positional arguments", "options")
-"""What argparse calls the groups that every command has."""
+"""argparse's names for the groups that every command has."""
 
 
 class _CapturedError(Exception):
-    """Carries a parser out of the command that made it."""
+    """Carries a parser out of the command that creates it."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _CapturedError(Exception):
 
 
 def _parser_of(run: Callable[[], Any]) -> argparse.ArgumentParser:
-    """Return the parser that a command makes, without letting it parse."""
+    """Return the parser that a command creates, without parsing."""
 
     def stop(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
         raise _CapturedError(self)
@@ -125,7 +125,7 @@ def _shown(action: argparse.Action) -> bool:
 
 
 def _value(action: argparse.Action) -> str:
-    """What stands for the value: its metavar, its choices, or its name."""
+    """Return the placeholder of the value: its metavar, its choices, or its name."""
     if action.nargs == 0:
         return ""
     if action.metavar is not None:
@@ -154,7 +154,7 @@ def _meaning(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
 
 
 def _prose(text: str) -> Iterator[str]:
-    """Return what argparse prints as it is: paragraphs, and blocks where it is laid out."""
+    """Return argparse text as Markdown: paragraphs, and indented parts as blocks."""
     for part in text.strip("\n").split("\n\n"):
         if not part.strip():
             continue

@@ -1,6 +1,6 @@
-"""Every key of a GGUF file and of a manifest that we write, found by planning such files.
+"""Every key of the GGUF files and manifests that we write, found by planning such files.
 
-What a key means stands here; a key without a meaning, or a meaning without a key, is an error.
+A key without a meaning (`generating.meanings`), or a meaning without a key, is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from generating.markdown import cell, code, heading, table
 from generating.meanings import CARD_KEYS, GGUF_KEYS, MANIFEST_KEYS
-from qwen35.calibration.calibration_plan import CalibrationRequest as CalibrationAsked
+from qwen35.calibration.calibration_plan import CalibrationRequest
 from qwen35.calibration.calibration_plan import make_plan as plan_calibration
 from qwen35.calibration.text_windows import read_text
 from qwen35.checkpoint.gguf_header import read_container
@@ -49,19 +49,19 @@ tags: [a-tag]
 """
 _SAMPLING = {"top_k": 20, "top_p": 0.95, "temperature": 1.0, "repetition_penalty": 1.0}
 _GGUF_LEAD = (
-    "Keys, their order and their types are those of llama.cpp's converter and quantizer, so that "
-    "files are theirs byte for byte; `qwen35.calibration` alone is ours. Examples are from the "
-    "embedded checkpoint, and for mixtures of experts from Qwen3.5-35B-A3B; theirs are all called "
-    "`qwen35moe` instead of `qwen35`, and have no `feed_forward_length`."
+    "Keys, their order and their types are those of llama.cpp's converter and quantizer, so the "
+    "files are equal byte for byte; only `qwen35.calibration` is our own. Examples are from the "
+    "embedded checkpoint and, for mixtures of experts, from Qwen3.5-35B-A3B. Keys of mixtures "
+    "start with `qwen35moe` instead of `qwen35`, without `feed_forward_length`."
 )
 _CARD_LEAD = (
     "Further keys come from a model card (`README.md`) and `generation_config.json` beside the "
-    "weights, where they say such a thing:"
+    "weights, if they have the entry:"
 )
 _MANIFEST_LEAD = (
-    "Every folder that we write holds `qwen35.json`: what it was made from, how, and the SHA-256 "
-    "of every file. `qwen35 reproduce` makes the folder again from it. A dot descends into an "
-    "object, `[]` into a list, `NAME` and `FILE` stand for names."
+    "Every output folder holds `qwen35.json`, which records its source, recipe and the SHA-256 of "
+    "every file. `qwen35 reproduce` rebuilds the folder from it. A dot descends into an object, "
+    "`[]` into a list; `NAME` and `FILE` stand for names."
 )
 
 
@@ -90,7 +90,7 @@ def _gguf(checkpoint: Checkpoint, *types: str, **options: Any) -> Plan:
 
 
 def _keys_of(plan: Plan, which: int = 0) -> dict[str, Any]:
-    """Return the keys in the head of one file of a plan, as a reader sees them."""
+    """Return the keys in the header of one file of a plan, as a reader sees them."""
     planned = plan.files[which]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "head.gguf"
@@ -128,7 +128,7 @@ def _imatrix_keys() -> dict[str, Any]:
 
 
 def _card_keys() -> dict[str, Any]:
-    """Return the keys of a copy of the embedded checkpoint whose card and sampling say more."""
+    """Return the keys of the embedded checkpoint with a fuller card and sampling defaults."""
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / TINY.name
         folder.mkdir()
@@ -161,7 +161,7 @@ def manifest_page() -> str:
 
 
 def _paths(value: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the path of every key; names that are data stand as FILE or NAME."""
+    """Yield the path of every key; names that are data become FILE or NAME."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             path = f"{prefix}.{_named(prefix, key)}" if prefix else str(key)
@@ -179,7 +179,7 @@ def _named(prefix: str, key: str) -> str:
 
 
 def _manifests() -> Iterator[Mapping[str, Any]]:
-    """Yield a manifest of each kind, made from plans: nothing is converted."""
+    """Yield a manifest of each kind, from plans; nothing is converted."""
     tiny = describe(str(TINY))
     plan = make_plan(tiny, load_recipe("fp8"))
     hashes = dict.fromkeys((name for name, _ in plan.file_sizes()), "0" * 64)
@@ -196,7 +196,7 @@ def _manifests() -> Iterator[Mapping[str, Any]]:
 def _calibration() -> Any:
     tiny = describe(str(TINY))
     text = read_text(tiny, [TINY / "eval.txt"], windows=4)
-    return plan_calibration(tiny, text, CalibrationAsked())
+    return plan_calibration(tiny, text, CalibrationRequest())
 
 
 def _with_scale_choice(tiny: Checkpoint) -> Mapping[str, Any]:

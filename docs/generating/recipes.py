@@ -1,4 +1,4 @@
-"""Every built-in recipe as a table, the actions they use, and every role they can name."""
+"""Every built-in recipe as a table, the actions, and every role."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["recipes_page", "roles_page"]
 
 _LEAD = (
     "A recipe is a table from roles to actions; the first row that matches a tensor decides. "
-    "These come with the package. Your own is a TOML file of the same form "
-    "([every key of it](../recipes.md)), and goes wherever a "
-    "name does. `match` is a [role](roles.md), a group of roles by its first segments, `kind:` "
-    "and a kind, or `*`."
+    "These are built in. Your own recipe is a TOML file in the same format "
+    "([every key](../recipes.md)), accepted wherever a built-in name is. "
+    "`match` is a [role](roles.md), a group of roles by its first segments, `kind:` and a kind, or "
+    "`*`."
 )
 _GGUF_LEAD = (
-    "For `qwen35 gguf`. A tensor that no row matches gets the type that llama-quantize's mix for "
-    "the file type gives it; norms, biases and other vectors are F32 in every file."
+    "For `qwen35 gguf`. A tensor that no row matches gets its type from llama-quantize's mix for "
+    "the file type; norms, biases and other vectors are F32 in every file."
 )
 _ROLES_LEAD = (
-    "A role is what a tensor is: its name without prefix, layer and expert numbers and `.weight`. "
+    "A role is a tensor's name without prefix, layer and expert numbers and `.weight`. "
     "`qwen35 plan --roles` prints this table; `--keep` and the `match` of recipes use these names. "
-    "`F32` is how the published checkpoints store two kinds of vectors; the dtype of everything "
-    "else is the checkpoint's own."
+    "Published checkpoints store two kinds of vectors in `F32`; all other tensors have the "
+    "checkpoint's dtype."
 )
 _PLACES = {
     "root": "once",
@@ -66,7 +66,7 @@ def _recipe(name: str, rules: Sequence[Rule]) -> Iterator[str]:
     if "base" in head:
         own = len(head.get("rules", ()))
         which = "row is" if own == 1 else f"{own} rows are"
-        yield f"The first {which} its own, the others those of `{head['base']}`."
+        yield f"The first {which} its own, the others come from `{head['base']}`."
     yield ""
     if rules:
         rows = ([_match(rule), code(rule.action), cell(rule.reason)] for rule in rules)

@@ -29,8 +29,8 @@ def results_lines(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the table."""
     base, tokens = results["base"], results["tokens"]
     yield (
-        f"{tokens['scored']:,} tokens in {tokens['chunks']} chunks of {tokens['context']}; ± treats "
-        "chunks as independent."
+        f"{tokens['scored']:,} tokens in {tokens['chunks']} chunks of {tokens['context']}; ± "
+        "treats chunks as independent."
     )
     yield ""
     columns = ("format", "made by", "bytes of weights", "mean KLD", "same top token")

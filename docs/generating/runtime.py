@@ -1,4 +1,4 @@
-"""Exit codes, environment variables and extras, held against the code that has them."""
+"""Exit codes, environment variables and extras, compared with the code."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["runtime_page"]
 
 _ROOT = Path(__file__).parents[2]
 _SOURCE = _ROOT / "src" / "qwen35"
-_LEAD = "What holds for every command."
+_LEAD = "These apply to every command."
 _LIBRARIES = {
-    "HF_HOME": "huggingface_hub: its cache, where sources and files from the Hub are kept",
+    "HF_HOME": "huggingface_hub: its cache of sources and files from the Hub",
     "HF_ENDPOINT": "huggingface_hub: another Hub",
-    "HF_HUB_OFFLINE": "huggingface_hub: 1 for no network; what is in the cache is used",
+    "HF_HUB_OFFLINE": "huggingface_hub: 1 to use only the cache, without network",
     "NUMBA_CACHE_DIR": "Numba: where compiled kernels are kept",
-    "OMP_NUM_THREADS": "PyTorch and llama.cpp: threads, where `--threads` does not say",
+    "OMP_NUM_THREADS": "PyTorch and llama.cpp: threads, unless `--threads` is given",
     "TMPDIR": "Python: folder for temporary files",
 }
-_EXTRAS_LEAD = "`pip install 'qwen35[NAME]'` brings what only some commands need."
+_EXTRAS_LEAD = "`pip install 'qwen35[NAME]'` installs packages that only some commands need."
 _EXTRAS = {
-    "cuda": "`--device cuda` with NF4 and FP8 recipes, without what loads a model",
+    "cuda": "`--device cuda` with NF4 and FP8 recipes, without the packages that load models",
     "docs": "building these pages",
     "eval": "charts in reports",
     "fuzz": "fuzzing (`make fuzz`)",
@@ -49,7 +49,7 @@ def runtime_page() -> str:
     lines += table(("code", "means"), ([str(c), cell(t)] for c, t in EXIT_CODES.items()))
     lines += ["## Environment variables", ""]
     lines += table(("variable", "does"), ([code(v), cell(t)] for v, t in ENVIRONMENT.items()))
-    lines += ["The libraries beneath have their own; these matter most:", ""]
+    lines += ["Libraries have their own variables; the most important ones:", ""]
     lines += table(("variable", "does"), ([code(v), cell(t)] for v, t in _LIBRARIES.items()))
     lines += ["## Extras", "", _EXTRAS_LEAD, ""]
     rows = ([code(n), cell(_EXTRAS[n]), ", ".join(map(code, p))] for n, p in sorted(extras.items()))
@@ -57,9 +57,10 @@ def runtime_page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _agree(what: str, found: set[object], told: set[object]) -> None:
-    if found != told:
-        raise SystemExit(f"{what}: the code has {found - told}, the page {told - found} beside it")
+def _agree(what: str, found: set[object], documented: set[object]) -> None:
+    if found != documented:
+        missing, extra = found - documented, documented - found
+        raise SystemExit(f"{what}: missing on the page: {missing}, not in the code: {extra}")
 
 
 def _trees() -> Iterator[ast.AST]:
@@ -68,7 +69,7 @@ def _trees() -> Iterator[ast.AST]:
 
 
 def _exit_codes() -> Iterator[int]:
-    """Yield the value of every constant called EXIT_..."""
+    """Yield the value of every constant named EXIT_..."""
     for tree in _trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
@@ -79,13 +80,13 @@ def _exit_codes() -> Iterator[int]:
 
 
 def _variables() -> Iterator[str]:
-    """Yield every name that is read from, or put into, ``os.environ``."""
+    """Yield every name that is read from or written to ``os.environ``."""
     for tree in _trees():
         for node in ast.walk(tree):
             key: ast.expr | None = None
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                asked = node.func.value
-                if ast.unparse(asked) == "os.environ" or ast.unparse(node.func) == "os.getenv":
+                owner = node.func.value
+                if ast.unparse(owner) == "os.environ" or ast.unparse(node.func) == "os.getenv":
                     key = node.args[0]
             elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "os.environ":
                 key = node.slice
@@ -100,7 +101,7 @@ def _extras() -> dict[str, list[str]]:
 
 
 def _name_of(requirement: str) -> str:
-    """Return what a requirement asks for, without its versions."""
+    """Return the name of a required package, without versions."""
     for mark in (">", "=", "<", ";", "[", " "):
         requirement = requirement.partition(mark)[0]
     return requirement

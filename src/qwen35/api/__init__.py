@@ -1,1 +1,5 @@
-"""The verbs as functions: what `import qwen35` offers, and what the command line calls."""
+"""The public API: one function per verb, called by the command line too.
+
+Each function checks its arguments, opens inputs and runs a job. It must not print, parse arguments
+or exit.
+"""

@@ -1,4 +1,4 @@
-"""Statistics of what a model's weights read."""
+"""Collect statistics of the inputs of a model's weights."""
 
 from __future__ import annotations
 
@@ -43,29 +43,29 @@ def calibrate(
 ) -> CalibrationResult:
     """Run text through a model and write activation statistics and an importance matrix.
 
-    One decoder layer is in memory at a time; an interrupted run goes on where it was.
+    One decoder layer is in memory at a time; an interrupted run resumes.
 
     Args:
         model: folder or Hub id (``owner/name[@revision]``).
         text: plain text files, UTF-8.
         output: folder to write.
-        context: tokens of a window.
-        windows: at most so many; all of the text if None.
-        floor: experts that fewer tokens reach are filled up from the average of their layer.
-        dat: write the older imatrix.dat as well.
-        dtype: to compute in; ``auto`` is bfloat16 for a bfloat16 checkpoint, else float32.
+        context: tokens per window.
+        windows: the largest number of windows; the whole text if None.
+        floor: fill up experts that fewer tokens reach from the average of their layer.
+        dat: also write the older imatrix.dat.
+        dtype: for computation; ``auto`` is bfloat16 for a bfloat16 checkpoint, otherwise float32.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: of torch.
-        memory: smaller batches to stay below so many bytes.
+        threads: number of torch threads.
+        memory: use smaller batches to stay below this many bytes.
         overwrite: replace an output of qwen35, or the interrupted run of another call.
         hf_token: for the Hub; by default HF_TOKEN.
-        progress: told of the bytes worked through.
+        progress: receives bytes processed.
 
     Raises:
-        UsageError: something does not fit, or torch or transformers is not installed.
+        UsageError: an argument does not fit, or torch or transformers is not installed.
         InputError: the model or the text cannot be read.
         OutputError: the output exists, or the disk is full.
-        HubError: the Hub refused, or was not reached.
+        HubError: the Hub refused a request or could not be reached.
     """
     from qwen35.calibration.calibration_run import calibrate as carry_out
     from qwen35.calibration.calibration_run import check_before
@@ -77,7 +77,7 @@ def calibrate(
         text=text,
         context=context,
         windows=windows,
-        asked=CalibrationRequest(dtype, floor, dat, memory),
+        request=CalibrationRequest(dtype, floor, dat, memory),
         token=hf_token,
     )
     return carry_out(
@@ -91,16 +91,16 @@ def planned(
     text: str | Path | Sequence[str | Path],
     context: int,
     windows: int | None,
-    asked: CalibrationRequest,
+    request: CalibrationRequest,
     token: str | None,
     headers_only: bool = False,
 ) -> CalibrationPlan:
     """Plan a calibration; arguments and errors as for `calibrate`.
 
-    With `headers_only` no weights are fetched, and the plan cannot be carried out.
+    With `headers_only`, no weights are fetched and the plan cannot be run.
     """
     opened = describe if headers_only else fetch
     checkpoint: Checkpoint = opened(str(model), token=token)
     files = [text] if isinstance(text, str | Path) else text
     tokens = read_text(checkpoint, [Path(file) for file in files], context=context, windows=windows)
-    return make_plan(checkpoint, tokens, asked)
+    return make_plan(checkpoint, tokens, request)

@@ -10,13 +10,13 @@ from qwen35.api.fp8_options import (
     DEFAULTS,
     Bands,
     activations_of,
-    check_made,
+    check_fp8_output,
     check_unused,
     scale_choice_of,
 )
 from qwen35.api.plan_api import plan_of
 from qwen35.api.worker_choice import check_workers
-from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting
+from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
 from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.codecs.fp8.layout import ScaleMode
 from qwen35.errors import UsageError
@@ -53,59 +53,59 @@ def convert(
     hf_token: str | None = None,
     progress: Progress | None = None,
 ) -> WriteResult:
-    """Write what `plan` describes; the folder appears whole, or not at all.
+    """Write the output that `plan` describes; the folder appears complete or not at all.
 
     Args:
         model: folder or Hub id (``owner/name[@revision]``).
         out: folder to write.
         recipe: a built-in recipe or a TOML file.
-        keep: roles, or groups of them, that stay unquantized as well.
+        keep: additional roles, or groups of them, to leave unquantized.
         drop_mtp: drop the MTP layer.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
-        calib_mode: FP8: how the scale of a tile is chosen: ``max``, ``rms``, ``percentile``,
-            ``mse`` or ``search`` (if None); their formulas are those of
-            `qwen35.codecs.fp8.layout.ScaleChoice`.
+        calib_mode: FP8: how to choose the scale of a tile: ``max``, ``rms``, ``percentile``,
+            ``mse`` or ``search`` (if None); `qwen35.codecs.fp8.layout.ScaleChoice` has the
+            formulas.
         rms_factor: FP8, mode ``rms``: peak-to-RMS factor.
-        calib_percentile: FP8, mode ``percentile``: what lies beyond saturates.
-        mse_grid_size: FP8, mode ``mse``: scales tried.
+        calib_percentile: FP8, mode ``percentile``: larger magnitudes saturate.
+        mse_grid_size: FP8, mode ``mse``: number of scales to try.
         activation_stats: FP8: JSON of statistics that weigh the columns.
-        verify_samples: FP8 weights to check in each file; all of them if None.
-        verify_seed: chooses the samples.
+        verify_samples: number of FP8 weights to check in each file; all if None.
+        verify_seed: seed of the sample.
         skip_verify: do not check an FP8 output.
-        bands: what the check judges by: ``derived`` from the format (if None), or ``documented``
-            absolute limits.
+        bands: limits of the check: ``derived`` from the format (if None), or ``documented``
+            absolute ones.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a list of GPUs; ``auto`` is the CPU.
-        workers: processes, each with so many threads.
-        ray_address: work on this Ray cluster: ``auto`` or ``HOST:PORT``.
-        slice: do one part, ``(i, N)``; then `finalize`.
-        threads: at most so many; all processors if None.
-        memory: use fewer threads to stay below so many bytes.
+        workers: number of processes, each with `threads` threads.
+        ray_address: use this Ray cluster: ``auto`` or ``HOST:PORT``.
+        slice: write one part, ``(i, N)``; then run `finalize`.
+        threads: number of threads; all processors if None.
+        memory: use fewer threads to stay below this many bytes.
         overwrite: replace an output of qwen35.
-        dry_run: write nothing; the result says what would be.
+        dry_run: write nothing; the result holds the plan.
         hf_token: for the Hub; by default HF_TOKEN.
-        progress: told of the bytes read.
+        progress: receives bytes read.
 
     Raises:
-        UsageError: something is unknown or does not fit together.
+        UsageError: an argument is unknown or does not fit the others.
         InputError: the model cannot be read, or a weight holds NaN or infinity.
         OutputError: the output exists or overlaps the source, or the disk is full.
-        WorkerError: workers died again and again.
-        HubError: the Hub refused, or was not reached.
+        WorkerError: a task's workers died at every attempt.
+        HubError: the Hub refused a request or could not be reached.
 
     >>> from tempfile import TemporaryDirectory
     >>> with TemporaryDirectory() as folder:
-    ...     made = convert("assets/qwen3.5-tiny", f"{folder}/out", recipe="text-nf4", threads=1)
-    ...     sorted(path.name for path in made.out.iterdir())[:3]
+    ...     result = convert("assets/qwen3.5-tiny", f"{folder}/out", recipe="text-nf4", threads=1)
+    ...     sorted(path.name for path in result.out.iterdir())[:3]
     ['chat_template.jinja', 'config.json', 'generation_config.json']
-    >>> made.passed, len(made.hashes["config.json"])
+    >>> result.passed, len(result.hashes["config.json"])
     (True, 64)
     """
     from qwen35.writing.write import check_before
 
     out = Path(out)
     check_workers(workers, ray_address, slice, memory)
-    here = "cpu" if ray_address else device
-    check_before(out, overwrite=overwrite, device=here, source=folder_of(str(model)))
+    local_device = "cpu" if ray_address else device  # the cluster's nodes have their own GPUs
+    check_before(out, overwrite=overwrite, device=local_device, source=folder_of(str(model)))
     scale_choice = scale_choice_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
     activations = activations_of(activation_stats)
     checkpoint = (describe if dry_run else fetch)(str(model), token=hf_token)
@@ -120,10 +120,10 @@ def convert(
     )
     check_unused(plan, bands=bands, samples=verify_samples, seed=verify_seed, skip=skip_verify)
     if slice is not None and verify_samples is not None:
-        found = "slices check what they write, all of it"
+        found = "slices check everything they write"
         raise UsageError("--verify-samples", found, hint="leave it out, or give --skip-verify")
     checked = plan.settings is not None and not skip_verify
-    how = WriteOptions(
+    options = WriteOptions(
         device,
         workers,
         ray_address,
@@ -134,11 +134,11 @@ def convert(
         check=checked and verify_samples is None,
     )
     if dry_run:
-        return WriteResult(out, plan, fitting(plan, how), plan.total_bytes)
-    made = carry_out(plan, out, how, progress)
+        return WriteResult(out, plan, fitting_threads(plan, options), plan.total_bytes)
+    result = carry_out(plan, out, options, progress)
     if not checked or slice is not None:
-        return made
-    report = check_made(
-        made, bands=bands, samples=verify_samples, seed=verify_seed, progress=progress
+        return result
+    report = check_fp8_output(
+        result, bands=bands, samples=verify_samples, seed=verify_seed, progress=progress
     )
-    return replace(made, report=report)
+    return replace(result, report=report)

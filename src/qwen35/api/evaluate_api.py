@@ -1,4 +1,4 @@
-"""How far quantized models are from the unquantized one."""
+"""Measure the divergence of quantized models from the unquantized one."""
 
 from __future__ import annotations
 
@@ -36,34 +36,34 @@ def evaluate(
     hf_token: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """Measure perplexity and KL divergence of candidates; of the base alone without any.
+    """Measure perplexity and KL divergence of candidates; without any, the base's perplexity.
 
     Args:
         base: folder, Hub id or GGUF file of the unquantized model.
-        candidates: folders, Hub ids, GGUF files, folders of them, ``hf:owner/name/path`` of one.
-        text: a text file to measure on; may be left out where `kl_divergence_base` is read.
-        context: tokens a chunk; 512 if None.
-        chunks: at most so many; the whole text if None.
+        candidates: folders, Hub ids, GGUF files or folders of them, ``hf:owner/name/path``.
+        text: the text file to measure on; optional if `kl_divergence_base` is read.
+        context: tokens per chunk; 512 if None.
+        chunks: the largest number of chunks; the whole text if None.
         report: folder to write report.json and report.html to.
-        overwrite: replace a report there.
-        resume: keep what is measured here until all is, and go on from it; by default beside the
-            report.
-        kl_divergence_base: a file of llama-perplexity's: read in place of the base if it is there,
-            or else written.
-        cache: the same in compact form.
+        overwrite: replace an existing report.
+        resume: file that holds results until the run is complete, to resume from; by default
+            beside the report.
+        kl_divergence_base: a llama-perplexity file: read instead of running the base if it
+            exists, otherwise written.
+        cache: the same in a compact format.
         unquantized: the base in the other engine's format, for the noise floor between engines.
-        speed: measure tokens a second of GGUF candidates too.
+        speed: also measure tokens per second of GGUF candidates.
         device: for transformers: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: at most so many; all processors if None.
-        memory: refuse to take more bytes.
+        threads: number of threads; all processors if None.
+        memory: refuse to use more than this many bytes.
         hf_token: for the Hub; by default HF_TOKEN.
-        progress: told of the chunks.
+        progress: receives chunks.
 
     Raises:
-        UsageError: something is missing, contradicts or is not installed.
-        InputError: something cannot be read, compared or run.
-        OutputError: there is a report already, or the disk is full.
-        HubError: the Hub refused, or was not reached.
+        UsageError: arguments are missing or contradict each other, or a library is not installed.
+        InputError: an input cannot be read, compared or run.
+        OutputError: the report exists, or the disk is full.
+        HubError: the Hub refused a request or could not be reached.
     """
     from qwen35.evaluation.evaluation_run import run
     from qwen35.reporting.report_files import write_report
@@ -85,10 +85,10 @@ def evaluate(
         hf_token=hf_token,
     )
     state = Path(resume) if resume else state_beside(report)
-    found = run(job, speed=speed, state=state, progress=progress)
+    result = run(job, speed=speed, state=state, progress=progress)
     if report is not None:
-        write_report(found, Path(report))
-    return found
+        write_report(result, Path(report))
+    return result
 
 
 def prepared(
@@ -108,13 +108,13 @@ def prepared(
     memory: int | None,
     hf_token: str | None,
 ) -> EvaluationJob:
-    """Say what an evaluation will do; arguments and errors as for `evaluate`."""
+    """Prepare an evaluation without running it; arguments and errors as for `evaluate`."""
     from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
     from qwen35.reporting.report_files import check_report
 
     if report is not None:
         check_report(Path(report), overwrite=overwrite)
-    asked = EvaluationRequest(
+    request = EvaluationRequest(
         base=str(base),
         candidates=tuple(map(str, candidates)),
         text=Path(text) if text else None,
@@ -128,11 +128,11 @@ def prepared(
         memory=memory or 0,
         token=hub_token(hf_token),
     )
-    return prepare(asked)
+    return prepare(request)
 
 
 def state_beside(report: str | Path | None) -> Path | None:
-    """Return the file that keeps an evaluation with a report until it is complete."""
+    """Return the file that holds the state of an unfinished evaluation with a report."""
     if report is None:
         return None
     path = Path(report)

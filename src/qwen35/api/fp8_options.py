@@ -1,4 +1,4 @@
-"""What the verbs that write FP8 share: how scales are chosen, and the check afterwards."""
+"""Options that the verbs writing FP8 share: the choice of scales and the final check."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from qwen35.api.write_result import WriteResult
     from qwen35.verification.fp8_report import Fp8Report
 
-__all__ = ["DEFAULTS", "Bands", "activations_of", "check_made", "check_unused", "scale_choice_of"]
+__all__ = [
+    "DEFAULTS",
+    "Bands",
+    "activations_of",
+    "check_fp8_output",
+    "check_unused",
+    "scale_choice_of",
+]
 
 Bands = Literal["derived", "documented"]
 
@@ -26,66 +33,66 @@ DEFAULTS = ScaleChoice()
 def scale_choice_of(
     mode: ScaleMode | None, rms_factor: float, percentile: float, grid_size: int
 ) -> ScaleChoice | None:
-    """Return the calibration asked for; None if no mode was.
+    """Return the choice of scales; None without a mode.
 
     Raises:
-        UsageError: a parameter makes no sense, or there is one without its mode.
+        UsageError: a parameter is invalid, or given without its mode.
     """
     scale_choice = ScaleChoice(mode or DEFAULTS.mode, rms_factor, percentile, grid_size)
     if mode is not None:
         return scale_choice
     if scale_choice != DEFAULTS:
         flags = "--rms-factor, --calib-percentile and --mse-grid-size"
-        raise UsageError(flags, "mean nothing without their mode", hint="add --calib-mode")
+        raise UsageError(flags, "have no effect without their mode", hint="add --calib-mode")
     return None
 
 
 def activations_of(path: str | Path | None) -> Activations | None:
-    """Return the statistics in a file, if one was given."""
+    """Return the statistics in a file, if there is one."""
     return load_activations(Path(path)) if path else None
 
 
 def check_unused(
     plan: Plan, *, bands: Bands | None, samples: int | None, seed: int, skip: bool
 ) -> None:
-    """Refuse what says how to check FP8 weights, where none are encoded.
+    """Refuse options of the FP8 check if no weight is encoded as FP8.
 
     Raises:
-        UsageError: something was asked for that would have no effect.
+        UsageError: an option would have no effect.
     """
-    asked = {
+    flags = {
         "--bands": bands is not None,
         "--verify-samples": samples is not None,
         "--verify-seed": seed != 0,
         "--skip-verify": skip,
     }
-    for flag, given in asked.items():
+    for flag, given in flags.items():
         if given and plan.settings is None:
             raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
 
 
-def check_made(
-    made: WriteResult,
+def check_fp8_output(
+    result: WriteResult,
     *,
     bands: Bands | None,
     samples: int | None,
     seed: int,
     progress: Progress | None,
 ) -> Fp8Report:
-    """Check an FP8 output against its source; what workers have checked is not read again.
+    """Check an FP8 output against its source; weights checked by workers are not read again.
 
-    Arguments are those of `qwen35.verification.fp8_report.check_fp8`.
+    Arguments as for `qwen35.verification.fp8_report.check_fp8`.
     """
     from qwen35.verification.fp8_report import check_fp8
 
     return check_fp8(
-        describe(str(made.out.absolute()), lenient=True),
-        made.plan.checkpoint,
-        made.plan.settings,
+        describe(str(result.out.absolute()), lenient=True),
+        result.plan.checkpoint,
+        result.plan.settings,
         bands=bands or "derived",
         samples=samples,
         seed=seed,
-        threads=made.threads,
+        threads=result.threads,
         progress=progress,
-        seen=made.compared,
+        seen=result.compared,
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qwen35.api.worker_choice import check_workers
-from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting
+from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
 from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import UsageError
@@ -15,7 +15,7 @@ from qwen35.planning.recipe import load_recipe
 from qwen35.planning.rules import Recipe
 from qwen35.progress import Progress
 
-__all__ = ["DEFAULT_TYPES", "asked_for", "gguf", "gguf_plan", "types_of"]
+__all__ = ["DEFAULT_TYPES", "gguf", "gguf_plan", "gguf_recipe", "types_of"]
 
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 
@@ -44,37 +44,38 @@ def gguf(
     hf_token: str | None = None,
     progress: Progress | None = None,
 ) -> WriteResult:
-    """Write GGUF files, all in one pass over the checkpoint; the folder appears whole.
+    """Write GGUF files in one pass over the checkpoint; the folder appears complete or not at all.
 
     Args:
         model: folder or Hub id (``owner/name[@revision]``).
         out: folder to write.
-        types: file types, as names or as one text with commas.
+        types: file types, as names or as a comma-separated string.
         recipe: ``mix``, ``q8-gates``, ``q8-gates-plus`` or a TOML file.
         imatrix: importance matrix: a file, or ``hf:owner/name/path``.
-        tensor_type: ``PATTERN=TYPE`` for tensors whose name the pattern matches.
+        tensor_type: ``PATTERN=TYPE``, for tensors whose name matches the pattern.
         tensor_type_file: files of such lines, as llama-quantize reads them.
         upstream_counters: let named tensors shift the mix of the others, as llama-quantize does.
-        mmproj: write the vision tower too, as F16.
+        mmproj: also write the vision tower, as F16.
         drop_mtp: drop the MTP layer.
-        export: write the types of the one quantized file asked for here, and nothing else.
-        device: ``auto`` or ``cpu``, which are the same.
-        workers: processes, each with so many threads.
-        ray_address: work on this Ray cluster: ``auto`` or ``HOST:PORT``.
-        slice: do one part, ``(i, N)``; then `finalize`.
-        threads: at most so many; all processors if None.
-        memory: use fewer threads to stay below so many bytes.
+        export: only write the types of the one quantized file to this path.
+        device: ``auto`` or ``cpu``, which mean the same.
+        workers: number of processes, each with `threads` threads.
+        ray_address: use this Ray cluster: ``auto`` or ``HOST:PORT``.
+        slice: write one part, ``(i, N)``; then run `finalize`.
+        threads: number of threads; all processors if None.
+        memory: use fewer threads to stay below this many bytes.
         overwrite: replace an output of qwen35.
-        dry_run: write nothing; the result says what would be.
+        dry_run: write nothing; the result holds the plan.
         hf_token: for the Hub; by default HF_TOKEN.
-        progress: told of the bytes read.
+        progress: receives bytes read.
 
     Raises:
-        UsageError: something is unknown or does not fit, or llama-cpp-python is not installed.
+        UsageError: an argument is unknown or does not fit the others, or llama-cpp-python is not
+            installed.
         InputError: the model or the matrix cannot be read, or a weight holds NaN or infinity.
         OutputError: the output exists or overlaps the source, or the disk is full.
-        WorkerError: workers died again and again.
-        HubError: the Hub refused, or was not reached.
+        WorkerError: a task's workers died at every attempt.
+        HubError: the Hub refused a request or could not be reached.
 
     >>> planned = gguf("assets/qwen3.5-tiny", "out", types="Q8_0,Q4_K_M", dry_run=True)
     >>> [file.name for file in planned.plan.files]
@@ -87,14 +88,14 @@ def gguf(
     check_workers(workers, ray_address, slice, memory)
     out = Path(out)
     check_before(out, overwrite=overwrite, source=folder_of(str(model)))
-    asked = asked_for(types, recipe, tensor_type, tensor_type_file)
+    rules = gguf_recipe(types, recipe, tensor_type, tensor_type_file)
     if dry_run or export is not None:
         checkpoint = describe(str(model), token=hf_token)
     else:
-        checkpoint = fetch(str(model), token=hf_token, extra=asked.container.extra)
+        checkpoint = fetch(str(model), token=hf_token, extra=rules.container.extra)
     plan = gguf_plan(
         checkpoint,
-        asked,
+        rules,
         types,
         imatrix=imatrix,
         upstream_counters=upstream_counters,
@@ -102,22 +103,24 @@ def gguf(
         drop_mtp=drop_mtp,
         token=hf_token,
     )
-    how = WriteOptions(device, workers, ray_address, slice, threads, memory, overwrite)
+    options = WriteOptions(device, workers, ray_address, slice, threads, memory, overwrite)
     if export is not None:
         path = Path(export)
-        return WriteResult(out, plan, fitting(plan, how), 0, exported=(path, _export(plan, path)))
+        return WriteResult(
+            out, plan, fitting_threads(plan, options), 0, exported=(path, _export(plan, path))
+        )
     if dry_run:
-        return WriteResult(out, plan, fitting(plan, how), plan.total_bytes)
-    return carry_out(plan, out, how, progress)
+        return WriteResult(out, plan, fitting_threads(plan, options), plan.total_bytes)
+    return carry_out(plan, out, options, progress)
 
 
-def asked_for(
+def gguf_recipe(
     types: str | Sequence[str],
     recipe: str | Path,
     tensor_type: Sequence[str],
     tensor_type_file: Sequence[str | Path],
 ) -> Recipe:
-    """Return the recipe with the rules given one by one before it; arguments as for `gguf`."""
+    """Return the recipe, preceded by the rules of `tensor_type`; arguments as for `gguf`."""
     from qwen35.planning.gguf_files.type_patterns import pattern_rules
 
     types_of(types)
@@ -150,7 +153,7 @@ def gguf_plan(
     )
 
 
-def types_of(given: str | Sequence[str]) -> tuple[str, ...]:
+def types_of(types: str | Sequence[str]) -> tuple[str, ...]:
     """Return the names of file types.
 
     Raises:
@@ -158,7 +161,7 @@ def types_of(given: str | Sequence[str]) -> tuple[str, ...]:
     """
     from qwen35.planning.gguf_files.mixes import FILE_TYPES
 
-    rows = given.split(",") if isinstance(given, str) else given
+    rows = types.split(",") if isinstance(types, str) else types
     names = tuple(dict.fromkeys(name.strip().upper() for name in rows if name.strip()))
     unknown = [name for name in names if name not in FILE_TYPES]
     if unknown or not names:
@@ -168,7 +171,7 @@ def types_of(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _export(plan: Plan, path: Path) -> Mapping[str, str]:
-    """Write the types of the one quantized file as stock llama-quantize reads them."""
+    """Write the types of the one quantized file in the format of stock llama-quantize."""
     from qwen35.planning.gguf_files.gguf_plan import files_of
     from qwen35.planning.gguf_files.mixes import quantizable
     from qwen35.planning.gguf_files.type_patterns import exported

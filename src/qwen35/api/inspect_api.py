@@ -1,4 +1,4 @@
-"""What a checkpoint or a GGUF file is, from its headers."""
+"""Describe a checkpoint or GGUF files from their headers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ __all__ = ["inspect"]
 def inspect(
     model: str | Path, *, hf_token: str | None = None
 ) -> CheckpointSummary | list[GgufSummary]:
-    """Tell what a checkpoint is, from its headers; of GGUF files, a row for each.
+    """Describe a checkpoint from its headers; GGUF files give one row each.
 
     Args:
         model: folder, GGUF file, Hub id, ``hf:owner/name/path`` or a published size.
         hf_token: for the Hub; by default HF_TOKEN.
 
     Raises:
-        InputError: it is not a readable Qwen3.5 checkpoint.
-        HubError: the Hub refused, or was not reached.
+        InputError: the model is not a readable Qwen3.5 checkpoint.
+        HubError: the Hub refused a request or could not be reached.
 
     >>> summary = inspect("assets/qwen3.5-tiny")
     >>> summary["architecture"], summary["format"], summary["shards"]
@@ -36,4 +36,7 @@ def inspect(
         from qwen35.planning.gguf_files.gguf_summary import summarize_gguf
 
         return [summarize_gguf(read_gguf(files, name)) for name in files.names]
-    return summarize(describe(str(model), token=hf_token))
+    checkpoint = describe(str(model), token=hf_token, lenient=True)
+    if checkpoint.problems and checkpoint.foreign is None:  # what it is can be said, not read
+        raise checkpoint.problems[0]
+    return summarize(checkpoint)

@@ -1,4 +1,4 @@
-"""What would be written."""
+"""Plan an output without writing it."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def plan(
     Args:
         model: folder, Hub id (``owner/name[@revision]``) or a published size.
         recipe: a built-in recipe or a TOML file; ``nf4``, or ``mix`` with types, if None.
-        keep: roles, or groups of them, that stay unquantized as well.
+        keep: additional roles, or groups of them, to leave unquantized.
         drop_mtp: drop the MTP layer.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
-        types: GGUF: file types, as names or as one text with commas.
+        types: GGUF: file types, as names or as a comma-separated string.
         imatrix: GGUF: importance matrix, a file or ``hf:owner/name/path``.
-        tensor_type: GGUF: ``PATTERN=TYPE`` for tensors whose name the pattern matches.
+        tensor_type: GGUF: ``PATTERN=TYPE``, for tensors whose name matches the pattern.
         tensor_type_file: GGUF: files of such lines.
         upstream_counters: GGUF: let named tensors shift the mix, as llama-quantize does.
-        mmproj: GGUF: the vision tower too.
+        mmproj: GGUF: include the vision tower.
         hf_token: for the Hub; by default HF_TOKEN.
 
     Raises:
-        UsageError: no such recipe or role, or one that does not fit.
+        UsageError: a recipe or role does not exist or does not fit.
         InputError: the model is not a readable Qwen3.5 checkpoint.
-        HubError: the Hub refused, or was not reached.
+        HubError: the Hub refused a request or could not be reached.
 
     >>> described = plan("Qwen3.5-0.8B", recipe="text-nf4", keep=["self_attn"])
     >>> described.recipe.format, len(described.files)
@@ -66,21 +66,22 @@ def plan(
         "--mmproj": mmproj,
     }
     for_others = {"--keep": keep, "--keep-prefix": keep_prefix}
-    for flag, given in (for_gguf if types is None else for_others).items():
-        if given:
-            found = f"means nothing with{'out' if types is None else ''} --types"
+    for flag, value in (for_gguf if types is None else for_others).items():
+        if value:
+            found = f"has no effect with{'out' if types is None else ''} --types"
             hint = "add --types, or leave it out" if types is None else "leave it out"
             raise UsageError(flag, found, hint=hint)
     if types is None:
         checkpoint = describe(str(model), token=hf_token)
-        chosen = recipe or "nf4"
-        return plan_of(checkpoint, chosen, keep, drop_mtp=drop_mtp, keep_prefix=keep_prefix)
-    from qwen35.api.gguf_api import asked_for, gguf_plan
+        name = recipe or "nf4"
+        return plan_of(checkpoint, name, keep, drop_mtp=drop_mtp, keep_prefix=keep_prefix)
+    # imported late: most plans need none of the GGUF modules
+    from qwen35.api.gguf_api import gguf_plan, gguf_recipe
 
-    asked = asked_for(types, recipe or "mix", tensor_type, tensor_type_file)
+    rules = gguf_recipe(types, recipe or "mix", tensor_type, tensor_type_file)
     return gguf_plan(
         describe(str(model), token=hf_token),
-        asked,
+        rules,
         types,
         imatrix=imatrix,
         upstream_counters=upstream_counters,
@@ -100,11 +101,11 @@ def plan_of(
     scale_choice: ScaleChoice | None = None,
     activations: Activations | None = None,
 ) -> Plan:
-    """Plan a checkpoint by a recipe and what adjusts it; arguments and errors as for `plan`."""
-    chosen = load_recipe(str(recipe)).keeping(tuple(keep))
+    """Plan a checkpoint by a recipe and its adjustments; arguments and errors as for `plan`."""
+    adjusted = load_recipe(str(recipe)).keeping(tuple(keep))
     return make_plan(
         checkpoint,
-        chosen.dropping_mtp() if drop_mtp else chosen,
+        adjusted.dropping_mtp() if drop_mtp else adjusted,
         keep_prefix=keep_prefix,
         scale_choice=scale_choice,
         activations=activations,

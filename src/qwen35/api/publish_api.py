@@ -1,4 +1,4 @@
-"""Make a Hub repository like a folder, or the other way round."""
+"""Sync a folder with a repository on the Hub, in either direction."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MESSAGES = {"init": "Upload model", "files": "Update files", "diff": "Push chan
 
 @dataclass(frozen=True)
 class PublishRequest:
-    """What the user asks for; as `publish` takes it."""
+    """The arguments of `publish`."""
 
     folder: Path
     repo: str
@@ -42,19 +42,19 @@ class PublishRequest:
 
     @property
     def dry(self) -> bool:
-        """Whether nothing is to be changed."""
+        """Whether to change nothing."""
         return self.dry_run or self.mode in _DRY
 
 
 @dataclass(frozen=True)
 class PublishResult:
-    """What came of a sync.
+    """The result of a sync.
 
     Args:
-        diff: what was to be done.
-        commit: what both sides hold now; None if nothing was done: a dry run, or a finding.
-        text: what was done, in a line.
-        notes: what the user should know.
+        diff: the operations.
+        commit: the commit that both sides now hold; None for a dry run or with findings.
+        text: one line that describes the result.
+        notes: messages for the user.
     """
 
     diff: Diff
@@ -63,7 +63,7 @@ class PublishResult:
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return plain values."""
         value = {**self.diff.to_json(), "counters": counters(self.diff)}
         return value if self.commit is None else {**value, "commit": self.commit}
 
@@ -85,33 +85,33 @@ def publish(
     hf_token: str | None = None,
     progress: Progress | None = None,
 ) -> PublishResult:
-    """Sync a folder with a repository of the Hub: one commit on the state compared, or nothing.
+    """Sync a folder with a Hub repository: one commit on the compared state, or nothing.
 
     Args:
         folder: of the artifact.
         repo: ``owner/name``.
-        mode: ``init`` creates the repository if needed and uploads what is new or changed (the
-            default), ``diff`` uploads that, ``files`` the files named, ``pull`` downloads;
-            ``check`` and ``fetch`` only say what ``init`` and ``pull`` would do.
+        mode: ``init`` (the default) creates the repository if needed and uploads new and changed
+            files, ``diff`` only uploads them, ``files`` uploads the named files, ``pull``
+            downloads; ``check`` and ``fetch`` only show what ``init`` and ``pull`` would do.
         files: with mode ``files``: paths in the folder.
-        message: of the commit; by mode if None.
-        private: if the repository is created.
-        delete: also delete what only the side to change has.
-        dry_run: change nothing; the result says what would be.
+        message: commit message; depends on the mode if None.
+        private: make a newly created repository private.
+        delete: also delete files that only the target has.
+        dry_run: change nothing; the result shows the difference.
         save: with a dry run: write the difference to this file.
-        apply: do what that file says, if it still holds.
-        sign: sign the folder first, with this key (PEM).
-        base_model: what the model card names as base.
-        hf_token: for the Hub; by default HF_TOKEN, or the Hub client's own.
-        progress: told of the bytes hashed and sent.
+        apply: apply the difference saved in this file, if it is still current.
+        sign: first sign the folder with this key (PEM).
+        base_model: the base named in the model card.
+        hf_token: for the Hub; by default HF_TOKEN or the Hub client's token.
+        progress: receives bytes hashed and sent.
 
     Raises:
-        InputError: something in the folder must not be published, or it cannot be read.
-        UsageError: arguments that do not go together.
-        HubError: the Hub refused, was not reached, or has changed meanwhile.
-        OutputError: the disk is full or something is in the way.
+        InputError: the folder holds something that must not be published, or cannot be read.
+        UsageError: arguments do not fit together.
+        HubError: the Hub refused, could not be reached, or has changed in the meantime.
+        OutputError: the disk is full, or an existing file is in the way.
     """
-    asked = PublishRequest(
+    request = PublishRequest(
         folder=Path(folder),
         repo=repo,
         mode=mode or "init",
@@ -124,66 +124,72 @@ def publish(
         sign=Path(sign) if sign else None,
         base_model=base_model,
     )
-    sync = prepare(asked, apply=apply, given=mode is not None, token=hf_token, progress=progress)
-    if sync.asked.dry:
+    sync = prepare(
+        request,
+        apply=apply,
+        explicit_mode=mode is not None,
+        token=hf_token,
+        progress=progress,
+    )
+    if sync.request.dry:
         return PublishResult(sync.diff)
     return (sync if sync.stopped else sync.finished()).carry_out(progress)
 
 
 @dataclass(frozen=True)
 class PreparedSync:
-    """A difference that was looked at, and can be carried out.
+    """A difference that is ready to be applied.
 
     Args:
-        asked: what was asked for, with what a saved difference brought.
+        request: the arguments, updated from a saved difference.
         target: the folder and the repository.
-        diff: what is to be done.
+        diff: the operations.
     """
 
-    asked: PublishRequest
+    request: PublishRequest
     target: SyncTarget = field(repr=False)
     diff: Diff
 
     @property
     def stopped(self) -> bool:
-        """Whether something was found that must not be published."""
+        """Whether there are findings, which block publishing."""
         return bool(self.diff.findings)
 
     def finished(self) -> PreparedSync:
-        """Write the documents that the diff shows, and sign; return what is to be done then."""
+        """Write the documents in the diff and sign; return the updated sync."""
         from qwen35.publishing.sync import finish_folder
 
-        asked = self.asked
-        if asked.mode in ("init", "diff") and finish_folder(
-            self.target, base_model=asked.base_model, signing_key=asked.sign
+        request = self.request
+        if request.mode in ("init", "diff") and finish_folder(
+            self.target, base_model=request.base_model, signing_key=request.sign
         ):
-            return replace(self, diff=_diff(asked, self.target))
+            return replace(self, diff=_diff(request, self.target))
         return self
 
     def carry_out(self, progress: Progress | None = None) -> PublishResult:
-        """Do it.
+        """Apply the difference.
 
         Raises:
-            InputError: something in the folder must not be published, or changed meanwhile.
-            HubError: the Hub refused, was not reached, or has changed meanwhile.
-            OutputError: the disk is full or something is in the way.
+            InputError: the folder holds something that must not be published, or has changed.
+            HubError: the Hub refused, could not be reached, or has changed in the meantime.
+            OutputError: the disk is full, or an existing file is in the way.
         """
         if self.stopped:
-            first, more = self.diff.findings[0], len(self.diff.findings) - 1
-            found = f"{first.message}{f' (and {more} more)' if more else ''}"
-            raise InputError(first.subject, found, hint="mode check names everything")
-        return self._pull(progress) if self.asked.mode in _PULLS else self._push(progress)
+            first, others = self.diff.findings[0], len(self.diff.findings) - 1
+            found = f"{first.message}{f' (and {others} more)' if others else ''}"
+            raise InputError(first.subject, found, hint="mode check lists all of them")
+        return self._pull(progress) if self.request.mode in _PULLS else self._push(progress)
 
     def _push(self, progress: Progress | None) -> PublishResult:
         from qwen35.publishing.push import apply_push
 
-        asked, target = self.asked, self.target
+        request, target = self.request, self.target
         pushed = apply_push(
             self.diff,
             target.folder,
-            message=asked.message or _MESSAGES[asked.mode],
+            message=request.message or _MESSAGES[request.mode],
             token=target.token,
-            private=asked.private,
+            private=request.private,
             hasher=target.hasher,
             progress=progress,
         )
@@ -207,84 +213,86 @@ class PreparedSync:
 
 
 def prepare(
-    asked: PublishRequest,
+    request: PublishRequest,
     *,
     apply: str | Path | None = None,
-    given: bool = False,
+    explicit_mode: bool = False,
     token: str | None = None,
     progress: Progress | None = None,
 ) -> PreparedSync:
-    """Compare the folder with the repository; writes only what `PublishRequest.save` names.
+    """Compare the folder with the repository; only writes the file `PublishRequest.save`.
 
     Args:
-        asked: what is asked for.
-        apply: a saved difference that this must still be.
-        given: whether the mode was asked for, and is not the default.
-        token: for the Hub; by default HF_TOKEN, or the Hub client's own.
-        progress: told of the bytes hashed.
+        request: the arguments.
+        apply: a saved difference, which must still be current.
+        explicit_mode: whether the user named the mode.
+        token: for the Hub; by default HF_TOKEN or the Hub client's token.
+        progress: receives bytes hashed.
 
     Raises:
         InputError: the folder or the saved difference cannot be read.
-        UsageError: arguments that do not go together.
-        HubError: the Hub refused, or was not reached.
+        UsageError: arguments do not fit together.
+        HubError: the Hub refused a request or could not be reached.
     """
     from qwen35.publishing.sync import SyncTarget, check_token, save_diff
 
     saved = load_diff(Path(apply)) if apply else None
     if saved:
-        asked = _followed(asked, saved, str(apply), given)
-    _check(asked, applies=saved is not None)
-    target = SyncTarget.of(asked.folder, asked.repo, token, progress)
-    if not asked.dry and asked.mode not in _PULLS:
-        check_token(target)
-    diff = _diff(asked, target)
+        request = _with_saved(request, saved, str(apply), explicit_mode)
+    _check(request, applies=saved is not None)
+    target = SyncTarget.of(request.folder, request.repo, token, progress)
+    if not request.dry and request.mode not in _PULLS:
+        check_token(target)  # before the comparison, which hashes the whole folder
+    diff = _diff(request, target)
     if saved:
-        check_same(saved, diff)
-    if asked.save:
-        save_diff(diff, asked.save)
-    return PreparedSync(asked, target, diff)
+        check_same(saved, diff)  # never apply a difference that has become outdated
+    if request.save:
+        save_diff(diff, request.save)
+    return PreparedSync(request, target, diff)
 
 
-def _followed(asked: PublishRequest, saved: Diff, name: str, given: bool) -> PublishRequest:
-    """Take mode, files and deletion from a saved difference."""
-    if given or asked.files or asked.delete:
+def _with_saved(
+    request: PublishRequest, saved: Diff, name: str, explicit_mode: bool
+) -> PublishRequest:
+    """Return the request with mode, files and deletion of a saved difference."""
+    if explicit_mode or request.files or request.delete:
         raise UsageError("--apply", "brings its own mode, files and deletions", hint="leave yours")
-    if saved.repo != asked.repo:
-        raise UsageError(name, f"is for {saved.repo}", expected=asked.repo)
+    if saved.repo != request.repo:
+        raise UsageError(name, f"is for {saved.repo}", expected=request.repo)
     push: Mode = "files" if saved.only else "diff" if saved.base else "init"
     mode: Mode = "pull" if saved.direction == "pull" else push
-    return replace(asked, mode=mode, files=saved.only, delete=saved.delete)
+    return replace(request, mode=mode, files=saved.only, delete=saved.delete)
 
 
-def _check(asked: PublishRequest, *, applies: bool) -> None:
-    """Refuse what does not go together, before anything is looked at."""
-    if asked.mode not in get_args(Mode):
-        raise UsageError(f"--mode {asked.mode}", "unknown", expected=", ".join(get_args(Mode)))
-    if (asked.mode == "files") != bool(asked.files):
-        needs = asked.mode == "files"
+def _check(request: PublishRequest, *, applies: bool) -> None:
+    """Refuse arguments that do not fit together, before reading anything."""
+    if request.mode not in get_args(Mode):
+        raise UsageError(f"--mode {request.mode}", "unknown", expected=", ".join(get_args(Mode)))
+    if (request.mode == "files") != bool(request.files):
+        needs = request.mode == "files"
         found = "needs --files" if needs else "takes no --files"
         hint = "name them with --files" if needs else "leave them out, or use mode files"
-        raise UsageError(f"--mode {asked.mode}", found, hint=hint)
-    if asked.delete and asked.mode in ("init", "files"):
-        found = f"mode {asked.mode} deletes nothing"
+        raise UsageError(f"--mode {request.mode}", found, hint=hint)
+    if request.delete and request.mode in ("init", "files"):
+        found = f"mode {request.mode} deletes nothing"
         raise UsageError("--delete", found, hint="use diff or pull")
-    if asked.save and not asked.dry:
+    if request.save and not request.dry:
         raise UsageError("--save", "is for a dry run", hint="add --dry-run")
-    if asked.save and asked.save.resolve().is_relative_to(asked.folder.resolve()):
-        raise UsageError(f"--save {asked.save}", "lies in the folder", hint="save it elsewhere")
-    if asked.sign and (asked.mode in (*_PULLS, "files") or asked.dry or applies):
+    if request.save and request.save.resolve().is_relative_to(request.folder.resolve()):
+        raise UsageError(f"--save {request.save}", "is in the folder", hint="save it elsewhere")
+    if request.sign and (request.mode in (*_PULLS, "files") or request.dry or applies):
         raise UsageError("--sign", "is for a fresh push of the folder", hint="leave it out")
 
 
-def _diff(asked: PublishRequest, target: SyncTarget) -> Diff:
+def _diff(request: PublishRequest, target: SyncTarget) -> Diff:
     from qwen35.publishing.sync import diff_pull, diff_push
 
-    if asked.mode in _PULLS:
-        return diff_pull(target, delete=asked.delete)
+    if request.mode in _PULLS:
+        return diff_pull(target, delete=request.delete)
     return diff_push(
         target,
-        create=asked.mode in ("init", "check"),
-        delete=asked.delete,
-        only=asked.files,
-        base_model=asked.base_model,
+        create=request.mode in ("init", "check"),
+        delete=request.delete,
+        only=request.files,
+        base_model=request.base_model,
     )

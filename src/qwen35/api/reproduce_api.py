@@ -1,4 +1,4 @@
-"""Make an artifact again and compare."""
+"""Rebuild an artifact and compare it."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def reproduce(
     hf_token: str | None = None,
     progress: Progress | None = None,
 ) -> Reproduction:
-    """Make an artifact again from its manifest, and compare it byte for byte.
+    """Rebuild an artifact from its manifest and compare it byte for byte.
 
     Args:
-        manifest: a qwen35.json, the folder it lies in, or a Hub id.
-        source: where its source is, if not at the repository and commit that the manifest names.
-        activation_stats: FP8: the statistics it was made with.
-        imatrix: GGUF: the importance matrix it was made with.
-        output: keep what is made here; by default it is removed afterwards.
+        manifest: a qwen35.json, its folder, or a Hub id.
+        source: the source; by default the repository and commit in the manifest.
+        activation_stats: FP8: the statistics used for it.
+        imatrix: GGUF: the importance matrix used for it.
+        output: keep the rebuilt artifact here; by default it is removed.
         overwrite: replace an output of qwen35.
-        threads: at most so many; all processors if None.
+        threads: number of threads; all processors if None.
         hf_token: for the Hub; by default HF_TOKEN.
-        progress: told of the bytes read.
+        progress: receives bytes read.
 
     Raises:
-        UsageError: the source is not known, or what it was made with is not given.
+        UsageError: the source is not known, or a required input is not given.
         InputError: there is no manifest, or the source is damaged.
         OutputError: the output exists, or the disk is full.
-        HubError: the Hub refused, or was not reached.
+        HubError: the Hub refused a request or could not be reached.
     """
     from qwen35.planning.container import ContainerInputs
     from qwen35.reproduction import ArtifactOrigin, plan_again

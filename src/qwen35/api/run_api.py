@@ -1,4 +1,4 @@
-"""A path, or a file's own choice of artifacts, through its gates."""
+"""Run a pipeline: a path, or the artifacts of a run file, through its gates."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ __all__ = ["PreparedRun", "RunOptions", "RunResult", "job_for", "prepare", "run"
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came of a run.
+    """The result of a run.
 
     Args:
-        job: what was asked for.
-        outcomes: what became of each step, in order.
+        job: the request.
+        outcomes: the outcome of each step, in order.
     """
 
     job: RunRequest
@@ -49,7 +49,7 @@ class RunResult:
         return passed(self.outcomes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return plain values."""
         from qwen35.pipeline.outcome import outcomes_json
 
         return outcomes_json(self.job, self.outcomes)
@@ -73,29 +73,29 @@ def run(
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> RunResult:
-    """Make, verify, measure, document and publish artifacts; what is up to date stays.
+    """Make, verify, measure, document and publish artifacts; up-to-date ones are kept.
 
     Args:
-        *what: a run's file (``.toml``); or, with a path, the model and the folder of all artifacts.
-        path: ``A``, ``B``, ``fp8``, or several of them.
-        types: path B: types beside its F16, as names or as one text with commas.
+        *what: a run file (``.toml``); or, with a path, the model and the folder of all artifacts.
+        path: ``A``, ``B`` or ``fp8``, or several of them.
+        types: path B: types besides F16, as names or as a comma-separated string.
         imatrix: path B: importance matrix: a file, or ``hf:owner/name/path``.
         depth: of verification; ``behaviour`` if None.
         text: measure quality on this text.
-        chunks: on so many chunks of it.
-        repo: publish there: OWNER, or OWNER/NAME for one artifact.
-        private: repositories that are made.
-        device: where weights are encoded.
-        threads: at most so many; all processors if None.
-        memory: use fewer threads to stay below so many bytes.
+        chunks: number of chunks to measure on.
+        repo: where to publish: OWNER, or OWNER/NAME for one artifact.
+        private: make newly created repositories private.
+        device: device to encode on.
+        threads: number of threads; all processors if None.
+        memory: use fewer threads to stay below this many bytes.
         overwrite: replace outputs of other runs.
         hf_token: for the Hub; by default HF_TOKEN.
-        progress: told of bytes, then of chunks.
-        tell: told what is going on, a line for each step.
+        progress: receives bytes, then chunks.
+        tell: receives status messages, one line per step.
 
     Raises:
-        Qwen35Error: the first of everything that is wrong before anything was done; the others are
-            in its notes (``__notes__``).
+        Qwen35Error: the first problem found before any work; the others are in its notes
+            (``__notes__``).
     """
     job = job_for(
         [str(name) for name in what],
@@ -109,27 +109,27 @@ def run(
         private=private,
     )
     options = RunOptions(device, threads, memory, overwrite, hf_token)
-    found = prepare(job, options)
-    if found.problems:
-        first, *others = found.problems
+    prepared = prepare(job, options)
+    if prepared.problems:
+        first, *others = prepared.problems
         for other in others:
             first.add_note(str(other))
         raise first
     silent = Silent()
-    return found.carry_out(progress or silent, progress or silent, tell or (lambda _: None))
+    return prepared.carry_out(progress or silent, progress or silent, tell or (lambda _: None))
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that was looked at.
+    """A checked run.
 
     Args:
-        job: what for.
-        options: how.
-        source: the model; None if the job itself is wrong.
-        artifacts: what is to be made.
-        problems: everything that is wrong with it.
-        threads: how many to use.
+        job: the request.
+        options: how to run it.
+        source: the model; None if the request itself is invalid.
+        artifacts: the planned artifacts.
+        problems: everything that prevents the run.
+        threads: number of threads.
     """
 
     job: RunRequest
@@ -140,7 +140,7 @@ class PreparedRun:
     threads: int = 1
 
     def forecast(self) -> Forecast:
-        """Say what would be done."""
+        """Return what a run would do."""
         from qwen35.pipeline.freshness import up_to_date
         from qwen35.pipeline.graph import make_graph
         from qwen35.pipeline.pipeline_display import Forecast
@@ -153,10 +153,10 @@ class PreparedRun:
     def carry_out(
         self, progress: Progress, chunks: Progress, tell: Callable[[str], None]
     ) -> RunResult:
-        """Do it: `progress` is told of bytes, `chunks` of what is measured, `tell` of each step.
+        """Run it: `progress` receives bytes, `chunks` measured chunks, `tell` a line per step.
 
         Raises:
-            OutputError: another run is at work, or an output is not this run's to replace.
+            OutputError: another run is active, or an output belongs to another run.
         """
         from qwen35.pipeline.graph import make_graph
         from qwen35.pipeline.pipeline_run import PipelineRunner
@@ -176,12 +176,12 @@ class PreparedRun:
 
 
 def prepare(job: RunRequest, options: RunOptions, *, dry: bool = False) -> PreparedRun:
-    """Look at everything that a run needs; with `dry`, nothing is downloaded but headers.
+    """Check everything that a run needs; with `dry`, only headers are downloaded.
 
     Raises:
         InputError: the model cannot be read.
-        HubError: the Hub refused, or was not reached.
-        UsageError: it does not fit into the memory given.
+        HubError: the Hub refused a request or could not be reached.
+        UsageError: the run does not fit into the memory limit.
     """
     from qwen35.checkpoint.open import describe, fetch
     from qwen35.pipeline.planned_artifacts import plan_artifacts, threads_within
@@ -198,6 +198,7 @@ def prepare(job: RunRequest, options: RunOptions, *, dry: bool = False) -> Prepa
         return PreparedRun(job, options, source, problems=tuple(problems))
     threads = threads_within(artifacts, options.threads or default_threads(), options.memory)
     if not dry:
+        # the first plan found problems before the download; this one reads the local files
         source = fetch(job.model, token=options.token, extra=("README.md",))
         artifacts, problems = plan_artifacts(source, job, options.token)
     return PreparedRun(job, options, source, tuple(artifacts), tuple(problems), threads)
@@ -215,21 +216,21 @@ def job_for(
     repo: str | None,
     private: bool | None,
 ) -> RunRequest:
-    """Return what a file or the arguments ask for; arguments as for `run`.
+    """Return the request in a run file or the arguments; arguments as for `run`.
 
     Raises:
-        UsageError: they contradict, or the file is malformed.
+        UsageError: the arguments contradict each other, or the file is malformed.
     """
     from qwen35.pipeline.run_file import read_run_file
 
-    of_a_path = {
+    path_options = {
         "types": types, "imatrix": imatrix, "depth": depth, "text": text, "chunks": chunks,
         "repo": repo, "private": private,
     }  # fmt: skip
     if not path:
-        given = [name for name, value in of_a_path.items() if value is not None]
+        given = [name for name, value in path_options.items() if value is not None]
         if given:
-            raise UsageError(f"--{given[0]}", "is for --path", hint="say it in the file")
+            raise UsageError(f"--{given[0]}", "is for --path", hint="set it in the file")
         if len(what) != 1 or not what[0].endswith(".toml"):
             expected = "one FILE.toml, or --path with MODEL and OUT"
             raise UsageError("run", " ".join(what), expected=expected)
@@ -238,11 +239,11 @@ def job_for(
         raise UsageError("--path", f"given with {' '.join(what)!r}", expected="MODEL and OUT")
     names = types.split(",") if isinstance(types, str) else types or ()
     names = [name.strip().upper() for name in names if name.strip()]
-    wanted = path_artifacts(path, types=names, imatrix=imatrix or "")
+    artifacts = path_artifacts(path, types=names, imatrix=imatrix or "")
     if chunks and text is None:
         raise UsageError("--chunks", "needs --text", hint="leave it out")
     measuring = MeasurementRequest(text, chunks or 0) if text else None
-    job = RunRequest(what[0], Path(what[1]), wanted, depth or "behaviour", measuring)
+    job = RunRequest(what[0], Path(what[1]), artifacts, depth or "behaviour", measuring)
     return _published(replace(job, private=bool(private)), repo)
 
 
@@ -274,7 +275,7 @@ def _device_problems(device: str) -> list[Qwen35Error]:
 
 
 def _token_problems(artifacts: Sequence[PlannedArtifact], token: str | None) -> list[Qwen35Error]:
-    """Return what is wrong with the token, if something is to be published."""
+    """Return the problems with the token, if anything will be published."""
     from qwen35.publishing.sync import SyncTarget, check_token
 
     published = [artifact for artifact in artifacts if artifact.repo]

@@ -1,4 +1,4 @@
-"""The recipe that loses least under a budget."""
+"""Find the recipe with the least loss under a budget."""
 
 from __future__ import annotations
 
@@ -37,40 +37,40 @@ def tune(
     hf_token: str | None = None,
     progress: Progress | None = None,
 ) -> TuningResult:
-    """Find the recipe that loses least at a given size, or takes least at a given loss.
+    """Find the recipe with the least loss at a given size, or the smallest at a given loss.
 
     Args:
         model: folder or Hub id (``owner/name[@revision]``).
-        format: of the artifact: ``gguf``, ``nf4`` or ``fp8``.
-        text: to measure on.
+        format: of the artifact, ``gguf``, ``nf4`` or ``fp8``.
+        text: the text to measure on.
         output: recipe to write (.toml).
-        size: of the weight files, at most: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
-        max_kld: mean divergence on the text, at most, in nats; instead of a size.
-        types: GGUF: types to choose from, as names or as one text with commas.
+        size: the largest size of the weight files: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
+        max_kld: the largest mean divergence on the text, in nats; instead of a size.
+        types: GGUF: types to choose from, as names or as a comma-separated string.
         imatrix: GGUF: importance matrix: a file, or ``hf:owner/name/path``.
-        measurements: keep what is measured here and go on from it; by default the recipe's name
+        measurements: file to save measurements to and resume from; by default the recipe's name
             with .json.
         start_from: measurements of the model that this one was tuned from.
-        probes: groups to measure at most; 0 for squared errors alone.
-        chunks: of the text, to measure on.
-        context: tokens a chunk.
-        explicit: a rule for every role in every layer.
+        probes: the largest number of groups to measure; 0 for squared errors alone.
+        chunks: number of chunks of the text to measure on.
+        context: tokens per chunk.
+        explicit: write a rule for every role in every layer.
         report: folder to write tune.json and tune.html to.
         device: for transformers (NF4, FP8).
-        threads: at most so many; all processors if None.
+        threads: number of threads; all processors if None.
         overwrite: replace the recipe or report.
         hf_token: for the Hub; by default HF_TOKEN.
-        progress: told of weights, then of probes.
+        progress: receives weights, then probes.
 
     Raises:
-        UsageError: the budget cannot be kept to, or arguments contradict.
+        UsageError: the budget cannot be met, or arguments contradict each other.
         InputError: the model, the text or the matrix cannot be read.
-        OutputError: there is a report already, or the disk is full.
-        HubError: the Hub refused, or was not reached.
+        OutputError: the report exists, or the disk is full.
+        HubError: the Hub refused a request or could not be reached.
     """
     from qwen35.tuning.tuning_job import TuningRequest
 
-    asked = TuningRequest(
+    request = TuningRequest(
         model=str(model),
         format=format,
         text=Path(text),
@@ -90,26 +90,26 @@ def tune(
         overwrite=overwrite,
         token=hf_token,
     )
-    return carry_out(asked, report, lambda _: progress or Silent())
+    return carry_out(request, report, lambda _: progress or Silent())
 
 
 def carry_out(
-    asked: TuningRequest, report: str | Path | None, progress: Callable[[str], Progress]
+    request: TuningRequest, report: str | Path | None, progress: Callable[[str], Progress]
 ) -> TuningResult:
-    """Tune as asked; `progress` makes progress that counts a unit. Errors are those of `tune`."""
+    """Run a tuning; `progress` makes a progress display for a unit. Errors as for `tune`."""
     from qwen35.tuning.tuning_job import prepare, run
 
     if report is None:
-        return run(prepare(asked), progress)
+        return run(prepare(request), progress)
     from qwen35.reporting.report_files import check_report
     from qwen35.reporting.tuning_page import TUNE_NAMES, write_tuning
 
-    check_report(Path(report), overwrite=asked.overwrite, names=TUNE_NAMES)
-    found = run(prepare(asked), progress)
-    write_tuning(Path(report), found.measured.name, found.space, found.tuned, found.measured)
-    return found
+    check_report(Path(report), overwrite=request.overwrite, names=TUNE_NAMES)
+    result = run(prepare(request), progress)
+    write_tuning(Path(report), result.measured.name, result.space, result.tuned, result.measured)
+    return result
 
 
-def types_of(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return names of types, given as such or as one text with commas."""
-    return tuple(given.split(",") if isinstance(given, str) else given or ())
+def types_of(types: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return names of types from a sequence or a comma-separated string."""
+    return tuple(types.split(",") if isinstance(types, str) else types or ())

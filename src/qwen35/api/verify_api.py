@@ -31,30 +31,30 @@ def verify(
 ) -> Verdict:
     """Check an artifact, alone or against its source.
 
-    What is wrong with it is in the verdict; only what cannot be checked at all raises.
+    The verdict holds the findings; it only raises if the artifact cannot be checked at all.
 
     Args:
         model: folder, GGUF file, Hub id or ``hf:owner/name/path``.
-        source: what it was made from.
-        depth: ``structure`` reads headers, ``numbers`` every byte, ``behaviour`` loads it and asks
-            it questions as well; ``numbers`` with a source, else ``structure``, if None.
-        engine: what a checkpoint is asked in at depth ``behaviour``; ``transformers`` if None.
-        threads: at most so many; all processors if None.
-        tensor_parallel: FP8: GPUs that must be able to share every weight in whole tiles of 128.
+        source: the checkpoint that it was made from.
+        depth: ``structure`` reads headers, ``numbers`` every byte, ``behaviour`` also loads it and
+            asks it questions; if None, ``numbers`` with a source, otherwise ``structure``.
+        engine: engine for checkpoints at depth ``behaviour``; ``transformers`` if None.
+        threads: number of threads; all processors if None.
+        tensor_parallel: FP8: number of GPUs that must be able to split every weight in whole tiles.
         record: write the verdict into the artifact's qwen35.json.
         hf_token: for the Hub; by default HF_TOKEN.
-        progress: told of the bytes read.
+        progress: receives bytes read.
 
     Raises:
-        UsageError: arguments that do not go together, or an engine that is not installed.
-        InputError: there is nothing that could be checked, or the source cannot be read.
-        HubError: the Hub refused, or was not reached.
+        UsageError: arguments do not fit together, or an engine is not installed.
+        InputError: there is nothing to check, or the source cannot be read.
+        HubError: the Hub refused a request or could not be reached.
 
     >>> verify("assets/qwen3.5-tiny").passed
     True
     """
     name = str(model)
-    folder = _recorded(name) if record else None
+    folder = _record_folder(name) if record else None
     depth = depth or ("numbers" if source else "structure")
     if engine and depth != "behaviour":
         hint = "add --depth behaviour, or leave it out"
@@ -78,11 +78,11 @@ def verify(
     return verdict
 
 
-def _recorded(name: str) -> Path:
-    """Return the folder whose manifest is to hold the verdict.
+def _record_folder(name: str) -> Path:
+    """Return the folder whose manifest will hold the verdict.
 
     Raises:
-        UsageError: it has no manifest, or is signed: another byte would break the signature.
+        UsageError: it has no manifest, or is signed: any change would break the signature.
     """
     folder = Path(name).expanduser()
     if not (folder / MANIFEST_NAME).is_file():

@@ -1,4 +1,4 @@
-"""Who does the work of a conversion: threads here, processes, a Ray cluster, or slices."""
+"""The choice of workers for a conversion: threads, processes, a Ray cluster, or slices."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def check_workers(
     part: tuple[int, int] | None,
     memory: int | None,
 ) -> None:
-    """Refuse what excludes each other.
+    """Refuse options that exclude each other.
 
     Raises:
-        UsageError: two of them are given, or a limit of memory where it cannot be kept.
+        UsageError: two of them are given, or a memory limit that cannot be enforced.
     """
     flags = {"--workers": workers, "--ray-address": ray_address, "--slice": part}
     given = [flag for flag, value in flags.items() if value is not None]
@@ -32,8 +32,8 @@ def check_workers(
         found = f"{part[0]}/{part[1]}"
         raise UsageError("--slice", found, expected="i/N, with i from 1 to N")
     if ray_address is not None and memory is not None:
-        hint = "give --threads: each job of the cluster has as many"
-        raise UsageError("--memory", "is for this machine alone", hint=hint)
+        hint = "give --threads: each job on the cluster uses that many"
+        raise UsageError("--memory", "applies to this machine only", hint=hint)
 
 
 def pool_for(
@@ -45,12 +45,13 @@ def pool_for(
     threads: int | None,
     memory: int | None,
 ) -> AbstractContextManager[WorkerPool | None]:
-    """Return the workers asked for; None for threads of this process.
+    """Return the pool of workers; None for threads of this process.
 
     Raises:
-        UsageError: they cannot be had, or need more than `memory`.
+        UsageError: they are not available, or need more than `memory`.
     """
     if ray_address is not None:
+        # imported late: Ray is an optional dependency
         from qwen35.execution.ray_workers import RayWorkers
 
         return RayWorkers(ray_address, device=device, threads=threads)
@@ -63,7 +64,7 @@ def pool_for(
 
 
 def _threads_each(plan: Plan, workers: int, threads: int | None, memory: int | None) -> int:
-    """Return the threads of each worker, so that all keep within `memory`."""
+    """Return the number of threads per worker that keeps all of them within `memory`."""
 
     def needed(each: int) -> int:
         return peak_memory(plan, 0) + workers * peak_memory(plan, each)

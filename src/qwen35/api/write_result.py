@@ -1,4 +1,4 @@
-"""What came of writing an output, and how: by threads, processes, a Ray cluster, or slices."""
+"""Write an output by threads, processes, a Ray cluster or slices; the result."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from qwen35.threads import default_threads
 if TYPE_CHECKING:
     from qwen35.verification.fp8_report import Fp8Report
 
-__all__ = ["WriteOptions", "WriteResult", "carry_out", "fitting"]
+__all__ = ["WriteOptions", "WriteResult", "carry_out", "fitting_threads"]
 
 
 @dataclass(frozen=True)
 class WriteResult:
-    """What came of writing an output.
+    """The result of writing an output.
 
     Args:
         out: the folder.
-        plan: what was carried out, or would be.
-        threads: how many were used, or would be.
-        nbytes: of all files.
-        hashes: SHA-256 by name of file, without the manifest; empty if nothing was written.
-        report: the check of an FP8 output against its source, unless it was left out.
-        part: the slice that this was, ``(i, N)``, if it was one; `nbytes` are its own then.
-        weights: of the slice.
-        compared: weight to what workers found when they checked it.
-        exported: the file of an export, and the type of each tensor in it.
+        plan: the plan that was or would be written.
+        threads: number of threads that were or would be used.
+        nbytes: bytes of all files; of a slice, its own.
+        hashes: file name to SHA-256, without the manifest; empty if nothing was written.
+        report: the check of an FP8 output against its source, unless skipped.
+        part: ``(i, N)`` if this is a slice.
+        weights: number of weights in the slice.
+        compared: weight to the result of the workers' check.
+        exported: an export's file, and the type of each of its tensors.
     """
 
     out: Path
@@ -49,35 +49,35 @@ class WriteResult:
 
     @property
     def passed(self) -> bool:
-        """Whether the check, if there was one, found the output fit to be used."""
+        """Whether the check of the output, if any, passed."""
         return self.report is None or self.report.verdict != "FAIL"
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as plain values."""
+        """Return plain values."""
         if self.part is not None:
             number, count = self.part
             own = {"weights": self.weights, "bytes": self.nbytes}
             return {"slice": number, "of": count, **own}
         if self.exported is not None:
             return {"file": str(self.exported[0]), "tensors": dict(self.exported[1])}
-        made: dict[str, Any] = {"out": str(self.out), "bytes": self.nbytes}
-        made |= {"sha256": dict(self.hashes), **self.plan.container.packed_json(self.plan)}
-        return made if self.report is None else {**made, "report": self.report.to_json()}
+        value: dict[str, Any] = {"out": str(self.out), "bytes": self.nbytes}
+        value |= {"sha256": dict(self.hashes), **self.plan.container.packed_json(self.plan)}
+        return value if self.report is None else {**value, "report": self.report.to_json()}
 
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """How an output is written, which does not change what comes out.
+    """How to write an output; the bytes do not depend on it.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a list of GPUs; ``auto`` is the CPU.
-        workers: processes, each with so many threads.
-        ray_address: work on this Ray cluster.
-        slice: do one part, ``(i, N)``.
-        threads: at most so many; all processors if None.
-        memory: use fewer threads to stay below so many bytes.
+        workers: number of processes, each with `threads` threads.
+        ray_address: use this Ray cluster.
+        slice: write one part, ``(i, N)``.
+        threads: number of threads; all processors if None.
+        memory: use fewer threads to stay below this many bytes.
         overwrite: replace an output of qwen35.
-        check: have others than this process compare what they write with the source.
+        check: have other processes compare what they write with the source.
     """
 
     device: str = "auto"
@@ -90,59 +90,62 @@ class WriteOptions:
     check: bool = False
 
 
-def carry_out(plan: Plan, out: Path, how: WriteOptions, progress: Progress | None) -> WriteResult:
+def carry_out(
+    plan: Plan, out: Path, options: WriteOptions, progress: Progress | None
+) -> WriteResult:
     """Write an output; errors are those of `qwen35.writing.write.write`."""
-    if how.slice is not None:
-        return _slice(plan, out, how, how.slice, progress)
+    if options.slice is not None:
+        return _slice(plan, out, options, options.slice, progress)
     from qwen35.writing.write import write
 
     pool = pool_for(
         plan,
-        how.workers,
-        how.ray_address,
-        device=how.device,
-        threads=how.threads,
-        memory=how.memory,
+        options.workers,
+        options.ray_address,
+        device=options.device,
+        threads=options.threads,
+        memory=options.memory,
     )
-    with pool as others:
-        threads = default_threads() if others else fitting(plan, how)
+    with pool as workers:
+        # with workers, which keep to the memory limit themselves, this process only hashes
+        threads = default_threads() if workers else fitting_threads(plan, options)
         result = write(
             plan,
             out,
-            overwrite=how.overwrite,
+            overwrite=options.overwrite,
             threads=threads,
-            device=how.device,
+            device=options.device,
             progress=progress,
-            pool=others,
-            check=how.check,
+            pool=workers,
+            check=options.check,
         )
-    made = WriteResult(result.out, plan, threads, result.nbytes, result.hashes)
-    return replace(made, compared=result.compared)
+    written = WriteResult(result.out, plan, threads, result.nbytes, result.hashes)
+    return replace(written, compared=result.compared)
 
 
 def _slice(
-    plan: Plan, out: Path, how: WriteOptions, part: tuple[int, int], progress: Progress | None
+    plan: Plan, out: Path, options: WriteOptions, part: tuple[int, int], progress: Progress | None
 ) -> WriteResult:
     from qwen35.writing.slices import write_slice
 
-    threads = fitting(plan, how)
-    done = write_slice(
+    threads = fitting_threads(plan, options)
+    result = write_slice(
         plan,
         out,
         *part,
-        overwrite=how.overwrite,
+        overwrite=options.overwrite,
         threads=threads,
-        device=how.device,
+        device=options.device,
         progress=progress,
-        check=how.check,
+        check=options.check,
     )
-    return WriteResult(out, plan, threads, done.nbytes, part=part, weights=done.weights)
+    return WriteResult(out, plan, threads, result.nbytes, part=part, weights=result.weights)
 
 
-def fitting(plan: Plan, how: WriteOptions) -> int:
-    """Return the threads of this process that keep within the memory given.
+def fitting_threads(plan: Plan, options: WriteOptions) -> int:
+    """Return the number of threads that fits into the memory limit.
 
     Raises:
-        UsageError: one thread alone needs more.
+        UsageError: a single thread needs more.
     """
-    return threads_within(lambda n: peak_memory(plan, n), how.threads, how.memory)
+    return threads_within(lambda n: peak_memory(plan, n), options.threads, options.memory)

@@ -1,7 +1,7 @@
-"""Run text through a model and write statistics of what its weights read.
+"""Run text through a model and write statistics of its weights' inputs.
 
 Writes activation statistics (for --activation-stats of FP8) and an importance matrix (for --imatrix
-of GGUF). One decoder layer is in memory at a time; an interrupted run goes on where it was.
+of GGUF). One decoder layer is in memory at a time; an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -41,30 +41,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=512,
         metavar="N",
-        help="tokens of a window (default: %(default)s)",
+        help="tokens per window (default: %(default)s)",
     )
     parser.add_argument(
-        "--windows", type=positive, metavar="N", help="windows at most (default: all of the text)"
+        "--windows",
+        type=positive,
+        metavar="N",
+        help="largest number of windows (default: the whole text)",
     )
     parser.add_argument(
         "--floor",
         type=positive,
         default=FLOOR,
         metavar="N",
-        help="experts that fewer tokens reach are filled up from the average of their layer "
+        help="fill up experts that fewer tokens reach from the average of their layer "
         "(default: %(default)s)",
     )
-    parser.add_argument("--dat", action="store_true", help="write the older imatrix.dat as well")
+    parser.add_argument("--dat", action="store_true", help="also write the older imatrix.dat")
     parser.add_argument(
         "--dtype",
         choices=get_args(Dtype),
         default="auto",
-        help="to compute in (auto: bfloat16 for a bfloat16 checkpoint, else float32)",
+        help="for computation (auto: bfloat16 for a bfloat16 checkpoint, otherwise float32)",
     )
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:N (auto: a GPU if there is one)"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch")
+    parser.add_argument("--threads", type=positive, metavar="N", help="torch threads")
     parser.add_argument(
         "--memory", type=size_of, metavar="SIZE", help="smaller batches to stay below, e.g. 4GB"
     )
@@ -79,23 +82,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
     if args.dry_run:
-        asked = CalibrationRequest(args.dtype, args.floor, args.dat, args.memory)
+        request = CalibrationRequest(args.dtype, args.floor, args.dat, args.memory)
         plan = planned(
             args.model,
             text=args.text,
             context=args.context,
             windows=args.windows,
-            asked=asked,
+            request=request,
             token=args.hf_token,
             headers_only=True,
         )
         output.data(plan_text(plan), plan_json(plan))
         return 0
-    done = calibrate(**keywords(args, "dry_run"), progress=output.progress())
-    if done.resumed:
-        output.info(f"went on after {done.resumed} blocks of an interrupted run")
-    lines = coverage_text(done.coverage)
-    result = done.result
+    calibration = calibrate(**keywords(args, "dry_run"), progress=output.progress())
+    if calibration.resumed:
+        output.info(f"resumed after {calibration.resumed} blocks of an interrupted run")
+    lines = coverage_text(calibration.coverage)
+    result = calibration.result
     lines.append(f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}")
-    output.data("\n".join(lines), done.to_json())
+    output.data("\n".join(lines), calibration.to_json())
     return 0

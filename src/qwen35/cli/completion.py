@@ -1,4 +1,4 @@
-"""Scripts that complete `qwen35` in a shell, made from the parsers of the verbs by shtab."""
+"""Shell completion scripts for `qwen35`, generated from the verbs' parsers by shtab."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["script"]
 
 _FOLDERS = ("DIR", "MODEL", "OUT", "OUTDIR")
 _FILES = ("BASE", "CANDIDATE", "FILE", "FILE.toml | MODEL OUT", "KEY", "MANIFEST")
-"""What arguments are, by their metavar; others are completed by their choices, or not at all."""
+"""Kinds of arguments by metavar; others complete to their choices, or not at all."""
 
 
 def script(shell: str, parser: argparse.ArgumentParser) -> str:
-    """Return the script that completes the commands of a parser in a shell."""
-    import shtab
+    """Return the completion script of a parser for a shell."""
+    import shtab  # only this flag needs it
 
     for action in _actions(parser):
         action.option_strings = spellings(action)
@@ -31,13 +31,13 @@ def script(shell: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _completed(shtab: Any, action: argparse.Action) -> dict[str, str] | None:
-    """Return what completes an argument in each shell."""
+    """Return the completion of an argument for each shell."""
     if action.dest == "recipe":
-        known = [built_in(container) for container in CONTAINERS]
-        named = [names for names in known if action.default in (None, *names)]
-        names = [name for some in named for name in some]
-        found: dict[str, str] = shtab.cmd(f"printf '%s\\n' {' '.join(names)}")
-        return found
+        recipes = [built_in(container) for container in CONTAINERS]
+        matching = [names for names in recipes if action.default in (None, *names)]
+        names = [name for group in matching for name in group]
+        completion: dict[str, str] = shtab.cmd(f"printf '%s\\n' {' '.join(names)}")
+        return completion
     if action.metavar in _FOLDERS:
         return dict(shtab.DIRECTORY)
     return dict(shtab.FILE) if action.metavar in _FILES else None

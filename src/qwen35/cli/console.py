@@ -21,11 +21,11 @@ _HEARTBEAT_SECONDS = 10.0
 
 
 class Console:
-    """What a command says.
+    """The output of a command.
 
     Args:
-        quiet: only data and errors.
-        as_json: data as JSON, for a program.
+        quiet: print only data and errors.
+        as_json: print data as JSON.
     """
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
@@ -34,7 +34,7 @@ class Console:
 
     @property
     def width(self) -> int | None:
-        """Columns that data should fit into; None where nobody looks."""
+        """The width to fit data to; None if stdout is not a terminal."""
         return width_of(sys.stdout)
 
     def data(self, text: str, value: Any) -> None:
@@ -45,21 +45,21 @@ class Console:
             _print(fit(text, sys.stdout))
 
     def script(self, text: str) -> None:
-        """Print a program for another one to read, as it is."""
+        """Print a script unchanged."""
         _print(text)
 
     def line(self, text: str) -> None:
-        """Print a line of a report that is meant to be read as it grows."""
+        """Print one line of a report that is printed step by step."""
         if not self.quiet and not self.as_json:
             _print(fit(text, sys.stdout))
 
     def info(self, text: str) -> None:
-        """Tell what is going on."""
+        """Print a status message."""
         if not self.quiet:
             _tell(text)
 
     def notes(self, notes: Iterable[str]) -> None:
-        """Tell what the user should know of what was done."""
+        """Print notes for the user."""
         for note in notes:
             self.info(f"note: {note}")
 
@@ -72,16 +72,16 @@ class Console:
     def errors(self, errors: Sequence[Qwen35Error]) -> None:
         """Print several expected failures, each as one sentence."""
         if self.as_json:
-            said = [{"error": type(e).__name__, "message": str(e)} for e in errors]
-            print(json.dumps({**said[0], "errors": said}))
+            rows = [{"error": type(e).__name__, "message": str(e)} for e in errors]
+            print(json.dumps({**rows[0], "errors": rows}))
         for error in errors:
             _print_error(error)
 
     def progress(self, unit: str = "") -> Progress:
-        """Return progress fit for where stderr goes: a bar, plain lines, or nothing.
+        """Return a progress display that suits stderr: a bar, plain lines, or nothing.
 
         Args:
-            unit: what is counted, if not bytes.
+            unit: the counted unit, if not bytes.
         """
         if self.quiet:
             return Silent()
@@ -91,7 +91,8 @@ class Console:
 def _print(text: str) -> None:
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
+    except BrokenPipeError:  # the reader (`head`, a pager) has closed the pipe
+        # the flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -99,7 +100,7 @@ def _json(value: Any) -> str:
     text = json.dumps(value, indent=2, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # a file's name that is no UTF-8
+    except UnicodeEncodeError:  # a file name that is not UTF-8
         return json.dumps(value, indent=2)
     return text
 
@@ -129,7 +130,7 @@ class _Lines:
         _tell(f"{title}: {amount}")
 
     def advance(self, amount: int, item: str) -> None:
-        with self._lock:
+        with self._lock:  # several threads report progress
             self._done += amount
             now = time.monotonic()
             if now - self._last < _HEARTBEAT_SECONDS:
@@ -141,13 +142,14 @@ class _Lines:
         _tell(line)
 
     def end(self) -> None:
-        """Nothing: the command says how it ended."""
+        """Do nothing: the command prints the result."""
 
 
 class _Bar:
     """A bar on a terminal."""
 
     def __init__(self, unit: str) -> None:
+        # imported late: only a terminal needs rich, and it is slow to import
         from rich.console import Console
         from rich.progress import (
             BarColumn,

@@ -1,7 +1,7 @@
 """Write the checkpoint that `qwen35 plan` describes.
 
-Tensors stream one at a time: memory does not grow with the model, and no GPU is needed. The output
-folder appears whole, or not at all.
+Tensors stream one at a time, so memory does not grow with the model and no GPU is needed. The
+output folder appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -18,17 +18,13 @@ from qwen35.cli.write_summary import show
 
 EXAMPLES = {
     "NF4 for QLoRA": "qwen35 convert Qwen/Qwen3.5-0.8B Qwen3.5-0.8B-bnb-4bit --recipe nf4",
-    "FP8 for vLLM, its scales weighed by a calibration": (
+    "FP8 for vLLM, with scales weighed by a calibration": (
         "qwen35 convert MODEL OUT --recipe fp8 --calib-mode search \\\n"
         "      --activation-stats statistics/activation-stats.json"
     ),
-    "what would be written, and nothing else": (
-        "qwen35 convert MODEL OUT --recipe text-fp8 --dry-run"
-    ),
-    "one of four parts, as a job of a batch scheduler": (
-        "qwen35 convert MODEL OUT --recipe fp8 --slice 1/4"
-    ),
-    "back to bf16 what is packed": "qwen35 convert Qwen3.5-0.8B-bnb-4bit restored --recipe bf16",
+    "only show what would be written": ("qwen35 convert MODEL OUT --recipe text-fp8 --dry-run"),
+    "one of four parts, as a batch job": ("qwen35 convert MODEL OUT --recipe fp8 --slice 1/4"),
+    "decode packed weights to bf16": "qwen35 convert Qwen3.5-0.8B-bnb-4bit restored --recipe bf16",
 }
 
 
@@ -48,5 +44,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
-    done = convert(**keywords(args), progress=None if args.dry_run else output.progress())
-    return show(done, output, dry_run=args.dry_run)
+    result = convert(**keywords(args), progress=None if args.dry_run else output.progress())
+    return show(result, output, dry_run=args.dry_run)

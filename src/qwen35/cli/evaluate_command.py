@@ -1,8 +1,8 @@
-"""Measure how far quantized models are from the unquantized one: perplexity and KL divergence.
+"""Measure perplexity and KL divergence of quantized models against the unquantized one.
 
-The table of llama-perplexity --kl-divergence, with a column for each candidate in any format. Base
-and candidates run side by side, chunk by chunk, so that no logits go to disk. Without candidates,
-the perplexity of BASE. An interrupted run with --report or --resume goes on where it was.
+Prints the table of llama-perplexity --kl-divergence, with a column per candidate in any format.
+Base and candidates run side by side, chunk by chunk, so no logits go to disk. Without candidates,
+prints the perplexity of BASE. Repeat an interrupted run with --report or --resume to continue it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from qwen35.evaluation.evaluation_job import EvaluationJob
 
 EXAMPLES = {
-    "two artifacts against their source, with a page to look at": (
+    "two artifacts against their source, with an HTML report": (
         "qwen35 evaluate MODEL OUT-nf4 OUT-fp8 --text wiki.test.raw \\\n      --report report"
     ),
-    "all GGUF files of a folder, on 20 chunks, with their speed": (
+    "all GGUF files in a folder, on 20 chunks, with their speed": (
         "qwen35 evaluate OUT/MODEL-F16.gguf OUT --text wiki.test.raw \\\n      --chunks 20 --speed"
     ),
     "the perplexity of one model": "qwen35 evaluate MODEL --text wiki.test.raw",
@@ -39,25 +39,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "candidates",
         metavar="CANDIDATE",
         nargs="*",
-        help="artifacts in any format; a folder of GGUF files is as many candidates, "
-        "hf:owner/name/path is one on the Hub",
+        help="artifacts in any format; a folder of GGUF files gives one candidate per file, "
+        "hf:owner/name/path is a file on the Hub",
     )
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
     parser.add_argument("--text", metavar="FILE", type=Path, help="text to measure on")
     parser.add_argument(
-        "--context", type=positive, metavar="N", help="tokens a chunk (default: 512)"
+        "--context", type=positive, metavar="N", help="tokens per chunk (default: 512)"
     )
     parser.add_argument(
-        "--chunks", type=positive, metavar="N", help="chunks at most (default: the whole text)"
+        "--chunks",
+        type=positive,
+        metavar="N",
+        help="largest number of chunks (default: the whole text)",
     )
     parser.add_argument("--report", metavar="DIR", type=Path, help=_REPORT_HELP)
-    parser.add_argument("--overwrite", action="store_true", help="replace a report in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace the report in DIR")
     parser.add_argument("--resume", metavar="FILE", type=Path, help=_RESUME_HELP)
     parser.add_argument("--kl-divergence-base", metavar="FILE", type=Path, help=_KLD_HELP)
     parser.add_argument("--cache", metavar="FILE", type=Path, help=_CACHE_HELP)
     parser.add_argument("--unquantized", metavar="MODEL", help=_UNQUANTIZED_HELP)
     parser.add_argument(
-        "--speed", action="store_true", help="tokens a second of GGUF candidates against F16"
+        "--speed",
+        action="store_true",
+        help="measure tokens per second of GGUF candidates against F16",
     )
     parser.add_argument(
         "--device", default="auto", help="for transformers: auto, cpu, cuda or cuda:N"
@@ -66,18 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
     )
     parser.add_argument(
-        "--memory", type=size_of, metavar="SIZE", help="refuse to take more, e.g. 16GB"
+        "--memory", type=size_of, metavar="SIZE", help="refuse to use more, e.g. 16GB"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
 
 
 _REPORT_HELP = "write report.json and report.html into DIR"
-_RESUME_HELP = "keep what is measured in FILE until all is, and go on from it (default: beside DIR)"
-_KLD_HELP = "file of llama-perplexity: read in place of BASE if it is there, or else written"
-_CACHE_HELP = "compact reference, 50 times smaller: read if it is there, or else written"
+_RESUME_HELP = "keep results of an unfinished run in FILE, to resume from (default: beside DIR)"
+_KLD_HELP = "llama-perplexity file: read instead of running BASE if it exists, otherwise written"
+_CACHE_HELP = "compact reference, 50 times smaller: read if it exists, otherwise written"
 _UNQUANTIZED_HELP = (
     "BASE in the other engine's format, for the noise floor between engines (default: made from "
-    "BASE; needed where BASE is a GGUF file and a candidate is not)"
+    "BASE; required if BASE is a GGUF file and a candidate is not)"
 )
 
 
@@ -91,7 +96,7 @@ def run(args: argparse.Namespace, output: Console) -> int:
     if args.report is not None:
         output.info(f"{args.report}: report.json and report.html")
     output.data(report_text(report, output.width), report.to_json())
-    return 0
+    return int(bool(report.findings))
 
 
 def _dry_run(args: argparse.Namespace, output: Console) -> int:
@@ -130,13 +135,13 @@ def _job_text(job: EvaluationJob, state: Path | None) -> str:
         f"peak memory at most about {size(job.memory)} with {job.threads} threads",
     ]
     if job.reference_file is not None:
-        lines.append(f"reads {job.reference_file} in place of running the base")
+        lines.append(f"reads {job.reference_file} instead of running the base")
     lines += [f"writes {path}, at most {size(nbytes)}" for path, nbytes in job.writes.items()]
     if job.temporary:
         lines.append(
             f"writes the base as F16 GGUF for the noise floor, about {size(job.temporary)} in the "
-            "folder for temporary files, removed afterwards"
+            "temporary folder, removed afterwards"
         )
     if state is not None:
-        lines.append(f"keeps what is measured in {state} until all is ({size(job.results)})")
+        lines.append(f"keeps results in {state} until the run is complete ({size(job.results)})")
     return "\n".join(lines)

@@ -1,14 +1,14 @@
-"""Exit codes; 0 is fine."""
+"""Exit codes; 0 is success."""
 
 from __future__ import annotations
 
 __all__ = ["EXIT_FINDINGS", "EXIT_INTERRUPTED", "EXIT_USAGE"]
 
 EXIT_FINDINGS = 1
-"""Something was found, or a gate is closed."""
+"""A check has findings, or a gate is closed."""
 
 EXIT_USAGE = 2
-"""The input or the usage is wrong."""
+"""Wrong input or usage."""
 
 EXIT_INTERRUPTED = 130
-"""The user stopped it."""
+"""Interrupted by the user."""

@@ -1,4 +1,4 @@
-"""The flags of the commands that write FP8: how scales are chosen, and the check afterwards."""
+"""The flags of the commands that write FP8: the choice of scales and the final check."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["add_scale_choice"]
 def add_scale_choice(
     parser: argparse.ArgumentParser, mode: ScaleMode | None, samples: int | None
 ) -> None:
-    """Add the flags that choose FP8 scales and the check afterwards.
+    """Add the flags for FP8 scales and the final check.
 
     Args:
-        parser: to add to.
-        mode: the default of --calib-mode; None if it may be left out.
+        parser: the parser.
+        mode: the default of --calib-mode; None if it is optional.
         samples: the default of --verify-samples; None for every weight.
     """
     group = parser.add_argument_group("FP8")
@@ -34,7 +34,7 @@ def add_scale_choice(
         "--calib-mode",
         choices=get_args(ScaleMode),
         default=mode,
-        help=f"how the scale of a tile is chosen (default: {shown})",
+        help=f"how to choose the scale of a tile (default: {shown})",
     )
     add(
         "--rms-factor",
@@ -48,14 +48,14 @@ def add_scale_choice(
         type=float,
         default=DEFAULTS.percentile,
         metavar="P",
-        help="mode percentile: what lies beyond saturates (default: %(default)s)",
+        help="mode percentile: larger magnitudes saturate (default: %(default)s)",
     )
     add(
         "--mse-grid-size",
         type=int,
         default=DEFAULTS.grid_size,
         metavar="N",
-        help="mode mse: scales tried (default: %(default)s)",
+        help="mode mse: number of scales to try (default: %(default)s)",
     )
     add(
         "--activation-stats",
@@ -63,7 +63,7 @@ def add_scale_choice(
         metavar="FILE",
         help="JSON of activation statistics that weigh the columns (rms, mse, search)",
     )
-    every = "every one" if samples is None else str(samples)
+    every = "all" if samples is None else str(samples)
     add(
         "--verify-samples",
         type=count,
@@ -71,7 +71,7 @@ def add_scale_choice(
         metavar="N",
         help=f"FP8 weights to check in each file (default: {every})",
     )
-    add("--verify-seed", type=int, default=0, metavar="N", help="chooses the samples")
+    add("--verify-seed", type=int, default=0, metavar="N", help="seed of the sample")
     add("--skip-verify", action="store_true", help="do not check the output")
     add(
         "--bands",

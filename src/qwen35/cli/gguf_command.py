@@ -1,7 +1,7 @@
 """Write GGUF files for llama.cpp, all in one pass over the checkpoint.
 
-No f16 file in between and no model in memory. Files are those that llama.cpp's converter and
-llama-quantize would write, byte for byte.
+Needs no intermediate f16 file and no model in memory. The files equal those of llama.cpp's
+converter and llama-quantize, byte for byte.
 """
 
 from __future__ import annotations
@@ -21,10 +21,8 @@ EXAMPLES = {
         "      --imatrix statistics/imatrix.gguf"
     ),
     "how large each type would be with each recipe": "qwen35 gguf MODEL OUT --dry-run",
-    "one of four parts, as a job of a batch scheduler": (
-        "qwen35 gguf MODEL OUT --types Q4_K_M --slice 1/4"
-    ),
-    "linear attention in Q8_0, and the vision tower beside it": (
+    "one of four parts, as a batch job": ("qwen35 gguf MODEL OUT --types Q4_K_M --slice 1/4"),
+    "linear attention in Q8_0, plus the vision tower": (
         "qwen35 gguf MODEL OUT --types Q4_K_M --recipe q8-gates --mmproj"
     ),
 }
@@ -40,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--drop-mtp", action="store_true", help="drop the MTP layer")
     parser.add_argument("--export", type=Path, metavar="FILE", help=_EXPORT_HELP)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="the CPU")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="always the CPU")
     add_workers(parser)
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
@@ -53,20 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _EXPORT_HELP = (
-    "write the types of the one quantized file asked for as a --tensor-type-file for stock "
-    "llama-quantize, and nothing else"
+    "only write the types of the one quantized file, as a --tensor-type-file for stock "
+    "llama-quantize"
 )
 
 
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
     dry = args.dry_run or args.export is not None
-    done = gguf(**keywords(args), progress=None if dry else output.progress())
-    if done.exported is not None:
+    result = gguf(**keywords(args), progress=None if dry else output.progress())
+    if result.exported is not None:
         from qwen35.planning.gguf_files.gguf_plan import files_of
 
-        path, kinds = done.exported
-        (name,) = (file.name for file in files_of(done.plan) if file.file_type.quantized)
-        output.data(f"{path}: types of {len(kinds)} tensors of {name}", done.to_json())
+        path, kinds = result.exported
+        (name,) = (file.name for file in files_of(result.plan) if file.file_type.quantized)
+        output.data(f"{path}: types of {len(kinds)} tensors of {name}", result.to_json())
         return 0
-    return show(done, output, dry_run=args.dry_run)
+    return show(result, output, dry_run=args.dry_run)

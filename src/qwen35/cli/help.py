@@ -1,4 +1,4 @@
-"""How help is laid out: paragraphs folded to the width, each option named once."""
+"""Layout of help texts: wrapped paragraphs, each option named once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["HelpFormatter", "spellings"]
 
 
 def spellings(action: argparse.Action) -> list[str]:
-    """Return an option's names, without those with underscores beside the same with hyphens."""
-    known = action.option_strings
-    return [name for name in known if "_" not in name or name.replace("_", "-") not in known]
+    """Return an option's names, without underscore variants of names with hyphens."""
+    names = action.option_strings
+    return [name for name in names if "_" not in name or name.replace("_", "-") not in names]
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Folds paragraphs; leaves those with indented lines (lists, commands) as they are."""
+    """Wraps paragraphs, except those with indented lines (lists, commands)."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = []
@@ -29,11 +29,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return "\n".join(paragraphs).rstrip()
 
     def _split_lines(self, text: str, width: int) -> list[str]:
-        """Fold an option's help; a name with hyphens stays whole."""
+        """Wrap an option's help, without breaking names at hyphens."""
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        """Say values once, behind all names."""
+        """Show the value once, after all names."""
         names = spellings(action)
         if not names or action.nargs == 0:
             return ", ".join(names) or super()._format_action_invocation(action)

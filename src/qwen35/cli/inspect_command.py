@@ -1,4 +1,4 @@
-"""Tell what a checkpoint is, from its headers: prefixes, sizes, dtypes, format, parameters."""
+"""Describe a checkpoint from its headers: prefixes, sizes, dtypes, format, parameters."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from qwen35.cli.console import Console
 from qwen35.cli.shared_flags import add_model, keywords
 
 EXAMPLES = {
-    "a checkpoint on the Hub, by reading its headers alone": "qwen35 inspect Qwen/Qwen3.5-0.8B",
+    "a checkpoint on the Hub, from its headers alone": "qwen35 inspect Qwen/Qwen3.5-0.8B",
     "a published size, without a network": "qwen35 inspect Qwen3.5-35B-A3B",
-    "GGUF files, with their metadata, for a program": (
-        "qwen35 inspect Qwen3.5-text-0.8B-GGUF --json"
-    ),
+    "GGUF files with their metadata, as JSON": ("qwen35 inspect Qwen3.5-text-0.8B-GGUF --json"),
 }
 
 
@@ -25,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
-    found = inspect(**keywords(args))
-    if isinstance(found, list):
+    summary = inspect(**keywords(args))
+    if isinstance(summary, list):
         from qwen35.planning.gguf_files.gguf_summary import summary_text as gguf_text
 
-        output.data("\n\n".join(map(gguf_text, found)), found)
+        output.data("\n\n".join(map(gguf_text, summary)), summary)
     else:
-        output.data(summary_text(found), found)
+        output.data(summary_text(summary), summary)
     return 0

@@ -1,4 +1,4 @@
-"""The command `qwen35`: a table of verbs, each in a module that is imported when it is used."""
+"""The `qwen35` command: a table of verbs, each in a module that is imported on use."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ from qwen35.version import __version__
 __all__ = ["SHELLS", "VERBS", "main", "parser_of", "run_verb", "whole_parser"]
 
 VERBS: dict[str, str] = {
-    "inspect": "what a checkpoint is, from its headers",
-    "plan": "what would be written: every file and tensor, to the byte",
+    "inspect": "describe a checkpoint from its headers",
+    "plan": "show what would be written: every file and tensor, to the byte",
     "convert": "write a quantized or text-only checkpoint",
     "gguf": "write GGUF files for llama.cpp, quantized or not",
-    "calibrate": "activation statistics and an importance matrix, layer by layer",
+    "calibrate": "collect activation statistics and an importance matrix",
     "verify": "check an artifact, alone or against its source",
-    "evaluate": "perplexity and KL divergence of quantized models, in one table",
-    "tune": "find the recipe that loses least under a budget",
-    "run": "a path to a repository: make, verify, measure, publish",
-    "publish": "make a Hub repository like a folder, or the other way round",
-    "reproduce": "make an artifact again from its manifest and compare",
-    "finalize": "put together what the slices of a conversion have written",
+    "evaluate": "measure perplexity and KL divergence of quantized models",
+    "tune": "find the recipe with the least loss under a budget",
+    "run": "run a whole pipeline: make, verify, measure, publish",
+    "publish": "sync a folder with a Hub repository, in either direction",
+    "reproduce": "rebuild an artifact from its manifest and compare",
+    "finalize": "complete an output from its slices",
 }
-"""Verb to what it does; the module is `qwen35.cli.<verb>_command`."""
+"""Verb to its description; its module is `qwen35.cli.<verb>_command`."""
 
 SHELLS = ("bash", "fish", "zsh")
 
 _START = """\
 start here:
-  qwen35 plan Qwen3.5-9B --recipe nf4       what would come out, no download
+  qwen35 plan Qwen3.5-9B --recipe nf4       preview the output, no download
   qwen35 convert MODEL OUT --recipe nf4     write it
   qwen35 verify OUT --source MODEL          check every byte of it
-  qwen35 VERB --help                        everything else, with examples
+  qwen35 VERB --help                        all options, with examples
 """
 
 _EPILOG = """\
-MODEL is a folder, a Hub id (owner/name[@revision]) or, to plan or inspect, a
-published size.
+MODEL is a folder, a Hub id (owner/name[@revision]) or, for plan and inspect,
+a published size.
 
-Exit codes: 0 fine, 1 findings, 2 wrong input or usage, 130 interrupted.
+Exit codes: 0 success, 1 findings, 2 wrong input or usage, 130 interrupted.
 """
 
 _OUT_OF_MEMORY = UsageError(
     "memory",
-    "there is not enough of it",
-    hint="use fewer --threads, or name what there is with --memory; qwen35 plan says the need",
+    "not enough",
+    hint="use fewer --threads, or set the limit with --memory; qwen35 plan shows the need",
 )
 
 
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-completion",
         choices=SHELLS,
-        help="print a script that completes commands in this shell, and how to install it",
+        help="print a completion script for this shell, with instructions",
     )
     return parser
 
@@ -86,14 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tune_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
-        asked = arguments[1:2]
-        if asked and asked[0] not in VERBS:
-            Console().error(_unknown(asked[0]))
+        verb = arguments[1:2]
+        if verb and verb[0] not in VERBS:
+            Console().error(_unknown(verb[0]))
             return EXIT_USAGE
-        arguments = [*asked, "--help"]
+        arguments = [*verb, "--help"]
     if arguments and arguments[0] in VERBS:
         return run_verb(arguments[0], arguments[1:])
     parser = _parser()
+    # not argparse subparsers: they would import every verb's module
     parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
     if not arguments:
         parser.print_help()
@@ -123,21 +124,17 @@ def _unknown(verb: str) -> UsageError:
 
 
 def _tune_process() -> None:
-    """Spare a process of its own what a command never profits from, before numpy is imported.
-
-    NumPy's BLAS starts a thread a core that spins, and we multiply no matrices with it; a plan is
-    some 10,000 objects that live to the end, which the collector would walk again and again.
-    """
+    """Skip start-up costs that a one-shot command never recoups, before numpy is imported."""
+    # NumPy's BLAS starts a spinning thread per core, but nothing here multiplies matrices with it
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # a plan's 10,000 objects live until the end: repeated collections would scan them in vain
     gc.set_threshold(1_000_000)
     atexit.register(_leave)
 
 
 def _leave() -> None:
-    """Spare the end of the process a walk through everything there is.
-
-    Not where torch was loaded: what it brings in complains of objects that are left.
-    """
+    """Skip the final garbage collection, which would visit every object."""
+    # libraries that torch loads complain about objects that are left at exit
     if "torch" not in sys.modules:
         gc.freeze()
 
@@ -147,9 +144,9 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
 
     Args:
         verb: a key of `VERBS`.
-        argv: what follows it.
-        module: the module to use instead of the verb's own.
-        prog: what the usage line calls it.
+        argv: the arguments after it.
+        module: the module to use instead of the verb's.
+        prog: the name in the usage line.
     """
     implementation = importlib.import_module(f"qwen35.cli.{module or verb + '_command'}")
     parser = argparse.ArgumentParser(**_options(implementation, prog or f"qwen35 {verb}"))
@@ -160,15 +157,15 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
         code: int = implementation.run(args, output)
     except Qwen35Error as error:
         output.error(error)
-        _tell(error, output)
+        _print_notes(error, output)
         return EXIT_USAGE
     except MemoryError as error:
         output.error(_OUT_OF_MEMORY)
-        _tell(error, output)
+        _print_notes(error, output)
         return EXIT_USAGE
     except KeyboardInterrupt as error:
         output.info("interrupted")
-        _tell(error, output)
+        _print_notes(error, output)
         return EXIT_INTERRUPTED
     return code
 
@@ -182,7 +179,7 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """Return one parser for all verbs, for what generates from it; `main` needs no such thing."""
+    """Return one parser for all verbs, for generating completion scripts."""
     parser = _parser()
     verbs = parser.add_subparsers(dest="verb", prog="qwen35")
     for verb, text in VERBS.items():
@@ -193,7 +190,7 @@ def whole_parser() -> argparse.ArgumentParser:
 
 def _options(implementation: ModuleType, prog: str) -> dict[str, Any]:
     examples = getattr(implementation, "EXAMPLES", {})
-    shown = "\n".join(f"  {what}:\n    {command}" for what, command in examples.items())
+    shown = "\n".join(f"  {title}:\n    {command}" for title, command in examples.items())
     return {
         **({"prog": prog} if prog else {}),
         "description": implementation.__doc__,
@@ -210,8 +207,8 @@ def _fill(parser: argparse.ArgumentParser, implementation: ModuleType) -> None:
     parser.add_argument("--quiet", action="store_true", help="print only data and errors")
 
 
-def _tell(error: BaseException, output: Console) -> None:
-    """Say what was added to an error on its way: what can be continued."""
+def _print_notes(error: BaseException, output: Console) -> None:
+    """Print the notes added to an error, such as how to resume."""
     for note in getattr(error, "__notes__", ()):
         output.info(f"note: {note}")
 

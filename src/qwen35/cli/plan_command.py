@@ -1,7 +1,7 @@
-"""Print what `convert` would write, or `gguf` if types are given, from headers alone.
+"""Print what `convert` (or, with --types, `gguf`) would write, from headers alone.
 
-Every output file with its exact bytes, every group of tensors with its role, action and reason; of
-GGUF files, every tensor's type. Nothing is downloaded but headers and small files.
+Lists every output file with its exact bytes, every group of tensors with its role, action and
+reason, and for GGUF files every tensor's type. Only headers and small files are downloaded.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ EXAMPLES = {
     "every file and tensor of NF4, to the byte, without a download": (
         "qwen35 plan Qwen3.5-9B --recipe nf4"
     ),
-    "the same without the vision tower, one group of weights left in bf16": (
+    "the same without the vision tower, and one group of weights in bf16": (
         "qwen35 plan Qwen/Qwen3.5-9B --recipe text-nf4 --keep self_attn"
     ),
-    "GGUF files, and what the other built-in recipes would take": (
+    "GGUF files, and their sizes with the other built-in recipes": (
         "qwen35 plan Qwen3.5-9B --types Q8_0,Q4_K_M"
     ),
-    "the names that --keep and recipes know": "qwen35 plan --roles",
+    "the names for --keep and recipes": "qwen35 plan --roles",
 }
 
 
@@ -45,16 +45,16 @@ def run(args: argparse.Namespace, output: Console) -> int:
         return 0
     if args.model is None:
         raise UsageError("MODEL", "not given", hint="qwen35 plan MODEL --recipe NAME")
-    made = plan(**keywords(args, "roles", "threads", "memory"))
-    threads = threads_within(lambda n: peak_memory(made, n), args.threads, args.memory)
-    container = made.container
-    output.data(container.text(made, threads), container.json(made, threads))
+    planned = plan(**keywords(args, "roles", "threads", "memory"))
+    threads = threads_within(lambda n: peak_memory(planned, n), args.threads, args.memory)
+    container = planned.container
+    output.data(container.text(planned, threads), container.json(planned, threads))
     return 0
 
 
 def _check_alone(args: argparse.Namespace) -> None:
-    """Refuse what would have no effect on the table of roles."""
-    asked = {
+    """Refuse options that have no effect on the table of roles."""
+    flags = {
         "MODEL": args.model is not None,
         "--recipe": args.recipe is not None,
         "--types": args.types is not None,
@@ -62,7 +62,7 @@ def _check_alone(args: argparse.Namespace) -> None:
         "--drop-mtp": args.drop_mtp,
         "--keep-prefix": args.keep_prefix,
     }
-    for name, given in asked.items():
+    for name, given in flags.items():
         if given:
-            found = f"prints all roles there are, whatever {name} says"
+            found = f"prints all roles, regardless of {name}"
             raise UsageError("--roles", found, hint="leave one of them out")

@@ -1,7 +1,7 @@
-"""How text meets a terminal: its width, its colours, and what must not reach it.
+"""Fit text to a terminal: wrap, colour and escape it.
 
-Where output is a file or a pipe, lines are neither folded nor coloured. COLUMNS says a width,
-NO_COLOR (https://no-color.org) and FORCE_COLOR decide about colours.
+In a file or a pipe, lines are neither wrapped nor coloured. COLUMNS overrides the width, NO_COLOR
+(https://no-color.org) and FORCE_COLOR override colours.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qwen35.display import printable
 
 __all__ = ["coloured", "fit", "width_of"]
 
-_LEAST = 20
+_MIN_COLUMNS = 20  # narrower wrapping is unreadable
 _RESET = "\x1b[0m"
 _BAD, _GOOD, _NOTE = "\x1b[1;31m", "\x1b[32m", "\x1b[33m"
 _COLOURS = (
@@ -23,19 +23,19 @@ _COLOURS = (
     (_NOTE, re.compile(r"^note:|^interrupted$|\bWARN\b|⚠")),
     (_GOOD, re.compile(r"^passed: .*|\breproduced, byte for byte$|^all gates open$|\bGOOD\b|✔")),
 )
-"""What carries a verdict; the words alone say it too."""
+"""Words that carry a verdict; colours only repeat them."""
 
 
 def width_of(stream: TextIO) -> int | None:
-    """Return the columns that `stream` shows; None if it is no terminal."""
-    asked = os.environ.get("COLUMNS", "")
-    if asked.isdecimal() and int(asked) >= _LEAST:
-        return int(asked)
+    """Return the number of columns of `stream`; None if it is not a terminal."""
+    override = os.environ.get("COLUMNS", "")
+    if override.isdecimal() and int(override) >= _MIN_COLUMNS:
+        return int(override)
     try:
         columns = os.get_terminal_size(stream.fileno()).columns
-    except (OSError, ValueError):  # a file, a pipe, or none of the system's streams
+    except (OSError, ValueError):  # a file, a pipe, or a replaced stream
         return None
-    return columns if columns >= _LEAST else None
+    return columns if columns >= _MIN_COLUMNS else None
 
 
 def coloured(stream: TextIO) -> bool:
@@ -48,17 +48,18 @@ def coloured(stream: TextIO) -> bool:
 
 
 def fit(text: str, stream: TextIO) -> str:
-    """Make `text` fit to be shown: folded to the width between words, coloured, escaped."""
+    """Return `text` ready to print: wrapped at the width, coloured, escaped."""
     width, colours = width_of(stream), coloured(stream)
     lines = []
     for line in text.split("\n"):
+        # text from files must not reach the terminal as escape sequences
         safe = line if line.isprintable() else printable(line)
-        folded = [safe] if width is None or len(safe) <= width else _folded(safe, width)
-        lines += [_painted(part) for part in folded] if colours else folded
+        wrapped = [safe] if width is None or len(safe) <= width else _wrap(safe, width)
+        lines += [_colour(part) for part in wrapped] if colours else wrapped
     return "\n".join(lines)
 
 
-def _folded(line: str, width: int) -> list[str]:
+def _wrap(line: str, width: int) -> list[str]:
     indent = len(line) - len(line.lstrip())
     return textwrap.wrap(
         line,
@@ -69,7 +70,7 @@ def _folded(line: str, width: int) -> list[str]:
     )
 
 
-def _painted(line: str) -> str:
+def _colour(line: str) -> str:
     for colour, pattern in _COLOURS:
         line = pattern.sub(rf"{colour}\g<0>{_RESET}", line)
     return line

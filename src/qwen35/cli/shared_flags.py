@@ -1,4 +1,4 @@
-"""Arguments that several verbs share, and what they mean."""
+"""Arguments that several verbs share."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ __all__ = [
 
 
 def positive(text: str) -> int:
-    """Parse a positive integer; argparse prints the refusal."""
+    """Parse a positive integer; argparse prints the error."""
     return _number(text, 1, "a positive number")
 
 
 def count(text: str) -> int:
-    """Parse an integer that is not negative; argparse prints the refusal."""
+    """Parse a non-negative integer; argparse prints the error."""
     return _number(text, 0, "a number, or 0")
 
 
-def _number(text: str, least: int, expected: str) -> int:
+def _number(text: str, minimum: int, expected: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = least - 1
-    if value < least:
+        value = minimum - 1
+    if value < minimum:
         raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
     return value
 
 
 def size_of(text: str) -> int:
-    """Parse a size such as ``400MB`` or ``1.5GiB``; argparse prints the refusal."""
+    """Parse a size such as ``400MB`` or ``1.5GiB``; argparse prints the error."""
     try:
         return bytes_of(text)
     except ValueError as error:
@@ -52,8 +52,8 @@ def size_of(text: str) -> int:
 
 def keywords(args: argparse.Namespace, *without: str) -> dict[str, Any]:
     """Return a command's arguments as the keywords of the function of the same name."""
-    own = ("json", "quiet", *without)
-    return {name: value for name, value in vars(args).items() if name not in own}
+    excluded = ("json", "quiet", *without)  # these only concern the output
+    return {name: value for name, value in vars(args).items() if name not in excluded}
 
 
 def add_model(
@@ -62,8 +62,8 @@ def add_model(
     """Add MODEL and --hf-token.
 
     Args:
-        parser: to add to.
-        optional: whether MODEL may be left out.
+        parser: the parser.
+        optional: whether MODEL is optional.
         sizes: whether it may be a published size, which has no weights.
     """
     published = f", or a published size: {', '.join(PUBLISHED)}" if sizes else ""
@@ -77,11 +77,11 @@ def add_model(
 
 
 def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
-    """Add the flags that say what GGUF files are to hold.
+    """Add the flags for the content of GGUF files.
 
     Args:
-        parser: to add to.
-        default: of --types.
+        parser: the parser.
+        default: the default of --types.
     """
     group = parser.add_argument_group("GGUF") if default is None else parser
     shown = "" if default is None else " (default: %(default)s)"
@@ -94,7 +94,7 @@ def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
         action="append",
         default=[],
         metavar="PATTERN=TYPE",
-        help="type for tensors whose name the pattern matches; may be given several times",
+        help="type for tensors whose name matches the pattern; may be repeated",
     )
     group.add_argument(
         "--tensor-type-file",
@@ -102,18 +102,18 @@ def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
         default=[],
         type=Path,
         metavar="FILE",
-        help="a file of such lines, as llama-quantize reads it",
+        help="a file of such lines, as in llama-quantize",
     )
     group.add_argument(
         "--upstream-counters",
         action="store_true",
         help="let named tensors shift the mix of the others, as llama-quantize does",
     )
-    group.add_argument("--mmproj", action="store_true", help="write the vision tower too, as F16")
+    group.add_argument("--mmproj", action="store_true", help="also write the vision tower, as F16")
 
 
 def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> None:
-    """Add --recipe and what adjusts it."""
+    """Add --recipe, the flags that adjust it, --threads and --memory."""
     parser.add_argument(
         "--recipe",
         default=default,
@@ -125,7 +125,7 @@ def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> 
         action="append",
         default=[],
         metavar="ROLE",
-        help="leave these tensors unquantized as well; may be given several times",
+        help="also leave these tensors unquantized; may be repeated",
     )
     parser.add_argument("--drop-mtp", action="store_true", help="drop the MTP layer")
     parser.add_argument(

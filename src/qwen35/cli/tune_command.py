@@ -1,7 +1,7 @@
-"""Find the recipe that loses least at a given size, or takes least at a given loss.
+"""Find the recipe with the least loss at a given size, or the smallest at a given loss.
 
-Squared errors of every weight in every type, read in one pass, say how the types compare; probes
-(models with one group of weights quantized, run in their engine) say how much each group matters.
+Squared errors of every weight in every type, read in one pass, compare the types; probes (models
+with one group of weights quantized, run in their engine) measure how much each group matters.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ DEFAULT_PROBES = 120
 DEFAULT_CHUNKS = 8
 
 EXAMPLES = {
-    "the best mix of GGUF types of 4.5 bits a weight": (
+    "the best mix of GGUF types at 4.5 bits per weight": (
         "qwen35 tune MODEL --format gguf --size 4.5bpw --text other.txt \\\n"
         "      --output tuned.toml"
     ),
-    "the smallest NF4 that loses 0.02 nats at most": (
+    "the smallest NF4 with a loss of at most 0.02 nats": (
         "qwen35 tune MODEL --format nf4 --max-kld 0.02 --text other.txt \\\n"
         "      --output tuned.toml"
     ),
@@ -34,14 +34,16 @@ EXAMPLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_model(parser)
-    parser.add_argument("--format", required=True, choices=FORMATS, help="of the artifact")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="format of the artifact")
     parser.add_argument(
-        "--size", metavar="S", help="of the weight files, at most: 4.5bpw, 3.2GB, 800MiB"
+        "--size", metavar="S", help="largest size of the weight files: 4.5bpw, 3.2GB, 800MiB"
     )
     parser.add_argument(
-        "--max-kld", type=float, metavar="K", help="mean divergence on the text, at most, in nats"
+        "--max-kld", type=float, metavar="K", help="largest mean divergence on the text, in nats"
     )
-    parser.add_argument("--text", type=Path, metavar="FILE", required=True, help="to measure on")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", required=True, help="text to measure on"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="recipe to write (.toml)")
     parser.add_argument("--types", metavar="T,...", help="GGUF: types to choose from")
     parser.add_argument("--imatrix", metavar="FILE", help="GGUF: importance matrix, or hf:...")
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULT_PROBES,
         metavar="N",
-        help="groups to measure at most; 0: squared errors alone (default: %(default)s)",
+        help="largest number of groups to measure; 0: squared errors alone (default: %(default)s)",
     )
     parser.add_argument(
         "--chunks",
@@ -62,10 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="chunks of the text to measure on (default: %(default)s)",
     )
     parser.add_argument(
-        "--context", type=positive, default=512, metavar="N", help="tokens a chunk (default: 512)"
+        "--context", type=positive, default=512, metavar="N", help="tokens per chunk (default: 512)"
     )
     parser.add_argument(
-        "--explicit", action="store_true", help="a rule for every role in every layer"
+        "--explicit", action="store_true", help="write a rule for every role in every layer"
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write tune.json and tune.html")
     parser.add_argument("--device", default="auto", help="for transformers (NF4, FP8)")
@@ -75,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 _MEASUREMENTS_HELP = (
-    "keep what is measured in FILE and go on from it: another budget then takes seconds "
+    "save measurements in FILE and resume from it: another budget then takes seconds "
     "(default: the recipe's name with .json)"
 )
 _START_HELP = "measurements of the model that this one was tuned from: its probes are not repeated"
@@ -86,17 +88,17 @@ def run(args: argparse.Namespace, output: Console) -> int:
     from qwen35.tuning.tuning_display import plan_text, tuned_text
     from qwen35.tuning.tuning_job import TuningRequest, prepare
 
-    given = keywords(args, "report", "dry_run", "hf_token")
-    given |= {"types": types_of(args.types), "token": args.hf_token}
+    request = keywords(args, "report", "dry_run", "hf_token")
+    request |= {"types": types_of(args.types), "token": args.hf_token}
     if args.dry_run:
-        job = prepare(TuningRequest(**{**given, "output": None}))
+        job = prepare(TuningRequest(**{**request, "output": None}))
         output.data(*plan_text(job.space, job.budget, args.probes))
         return 0
     if args.output is None:
         raise UsageError("--output", "missing", expected="a file to write, ending with .toml")
-    found = carry_out(TuningRequest(**given), args.report, output.progress)
+    result = carry_out(TuningRequest(**request), args.report, output.progress)
     if args.report is not None:
         output.info(f"{args.report}: tune.json and tune.html")
-    text = tuned_text(found.space, found.tuned, found.recipe, output.width)
-    output.data(text, found.to_json())
+    text = tuned_text(result.space, result.tuned, result.recipe, output.width)
+    output.data(text, result.to_json())
     return 0

@@ -1,4 +1,4 @@
-"""Check an artifact: its structure from headers, every number in it, or what it answers.
+"""Check an artifact: its structure from headers, every number, or its answers.
 
 Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check.
 """
@@ -17,10 +17,10 @@ from qwen35.verification.verdict_display import verdict_text
 
 EXAMPLES = {
     "config, headers and hashes of an artifact, in seconds": "qwen35 verify OUT",
-    "every number and every kept byte against its source": (
+    "every number and every copied byte against its source": (
         "qwen35 verify OUT --source Qwen/Qwen3.5-0.8B"
     ),
-    "and load it, and ask it what it must know": (
+    "also load it and ask it questions": (
         "qwen35 verify OUT --source Qwen/Qwen3.5-0.8B --depth behaviour"
     ),
 }
@@ -29,7 +29,7 @@ EXAMPLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_model(parser)
-    parser.add_argument("--source", metavar="MODEL", help="what it was made from")
+    parser.add_argument("--source", metavar="MODEL", help="checkpoint that it was made from")
     parser.add_argument(
         "--depth",
         choices=get_args(Depth),
@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         choices=get_args(Engine),
-        help="what a checkpoint is asked in at depth behaviour (default: transformers); "
-        "a GGUF file is asked in llama.cpp",
+        help="engine for checkpoints at depth behaviour (default: transformers); "
+        "GGUF files use llama.cpp",
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tensor-parallel",
         type=positive,
         metavar="N",
-        help="FP8: whether N GPUs can share every weight in whole tiles of 128",
+        help="FP8: check that N GPUs can split every weight in whole tiles of 128",
     )
     parser.add_argument(
         "--record", action="store_true", help="write the result into the artifact's qwen35.json"

@@ -1,4 +1,4 @@
-"""What came of writing an output, printed."""
+"""Print the result of writing an output."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from qwen35.display import size
 __all__ = ["show"]
 
 
-def show(made: WriteResult, output: Console, *, dry_run: bool = False) -> int:
-    """Print what was written, or what would be; return the exit code."""
-    plan, container = made.plan, made.plan.container
+def show(result: WriteResult, output: Console, *, dry_run: bool = False) -> int:
+    """Print what was or would be written; return the exit code."""
+    plan, container = result.plan, result.plan.container
     if dry_run:
-        output.data(container.text(plan, made.threads), container.json(plan, made.threads))
+        output.data(container.text(plan, result.threads), container.json(plan, result.threads))
         return 0
-    if made.part is not None:
-        number, count = made.part
-        text = f"slice {number}/{count}: {made.weights} weights, {size(made.nbytes)}"
-        text = f"{text}; when all slices are done: qwen35 finalize {made.out}"
-        output.data(text, made.to_json())
+    if result.part is not None:
+        number, count = result.part
+        text = f"slice {number}/{count}: {result.weights} weights, {size(result.nbytes)}"
+        text = f"{text}; when all slices are done: qwen35 finalize {result.out}"
+        output.data(text, result.to_json())
         return 0
     output.notes(plan.notes)
-    text = f"{made.out}: {len(made.hashes) + 1} files, {size(made.nbytes)}"
+    text = f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}"
     if packed := container.written_text(plan):
         text = f"{text}, {packed}"
-    if made.report is not None:
+    if result.report is not None:
         from qwen35.verification.fp8_display import report_text
 
-        text = f"{report_text(made.report)}\n{text}"
-    output.data(text, made.to_json())
-    return 0 if made.passed else EXIT_FINDINGS
+        text = f"{report_text(result.report)}\n{text}"
+    output.data(text, result.to_json())
+    return 0 if result.passed else EXIT_FINDINGS

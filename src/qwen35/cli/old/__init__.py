@@ -1,1 +1,4 @@
-"""The commands of the toolkit before this one, each a thin front to the function of a verb."""
+"""The commands of the earlier toolkit, under their own names and with their own flags.
+
+Thin wrappers around the same functions as the verbs; nothing else imports them.
+"""

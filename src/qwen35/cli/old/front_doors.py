@@ -1,4 +1,4 @@
-"""The commands of the toolkit that came before, under their own names: front doors, no more."""
+"""Entry points of the earlier toolkit's commands."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def _run(name: str, module: str, argv: Sequence[str] | None) -> int:
 
 
 def convert(argv: Sequence[str] | None = None) -> int:
-    """`qwen35-convert`: a vision-language checkpoint to NF4."""
+    """`qwen35-convert`: quantize a vision-language checkpoint to NF4."""
     return _run("qwen35-convert", "old.old_convert", argv)
 
 
 def strip(argv: Sequence[str] | None = None) -> int:
-    """`qwen35-strip`: a checkpoint without its vision tower."""
+    """`qwen35-strip`: remove a checkpoint's vision tower."""
     return _run("qwen35-strip", "old.old_strip", argv)
 
 
 def inspect(argv: Sequence[str] | None = None) -> int:
-    """`qwen35-inspect`: prefixes and sizes of a checkpoint."""
+    """`qwen35-inspect`: print prefixes and sizes of a checkpoint."""
     return _run("qwen35-inspect", "inspect_command", argv)
 
 
 def quantize_fp8(argv: Sequence[str] | None = None) -> int:
-    """`qwen35-quantize-fp8`: a checkpoint to block-wise FP8."""
+    """`qwen35-quantize-fp8`: quantize a checkpoint to block-wise FP8."""
     return _run("qwen35-quantize-fp8", "old.old_quantize_fp8", argv)
 
 
@@ -49,15 +49,15 @@ def collect_activation_stats(argv: Sequence[str] | None = None) -> int:
 
 
 def verify(argv: Sequence[str] | None = None) -> int:
-    """`qwen35-verify`: config, load, precision, questions."""
+    """`qwen35-verify`: check config, loading, precision and answers."""
     return _run("qwen35-verify", "old.old_verify", argv)
 
 
 def verify_qwen35(argv: Sequence[str] | None = None) -> int:
-    """`qwen35-verify-qwen35`: the same, and a picture."""
+    """`qwen35-verify-qwen35`: the same, and an image."""
     return _run("qwen35-verify-qwen35", "old.old_verify_qwen35", argv)
 
 
 def upload(argv: Sequence[str] | None = None) -> int:
-    """`qwen35-upload`: a folder to the Hub, and back."""
+    """`qwen35-upload`: sync a folder with the Hub."""
     return _run("qwen35-upload", "old.old_upload", argv)

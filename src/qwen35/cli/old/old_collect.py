@@ -1,7 +1,7 @@
 """Collect activation statistics while a loaded model continues prompts (now: qwen35 calibrate).
 
-The whole model is loaded. `qwen35 calibrate` needs one layer in memory, reads a text of your own
-and writes an importance matrix as well.
+Loads the whole model. `qwen35 calibrate` needs one layer in memory, reads your own text and also
+writes an importance matrix.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help="text, one prompt a line (default: twelve of our own)",
+        help="text, one prompt per line (default: twelve built-in prompts)",
     )
     parser.add_argument(
         "--max_tokens",
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=256,
         metavar="N",
-        help="new tokens of each prompt at most (default: %(default)s)",
+        help="largest number of new tokens per prompt (default: %(default)s)",
     )
     parser.add_argument(
         "--device_map",
@@ -59,11 +59,12 @@ def run(args: argparse.Namespace, output: Console) -> int:
     _check(args.output, overwrite=args.overwrite)
     prompts = read_prompts(args.prompts_file) if args.prompts_file else PROMPTS
     checkpoint = fetch(str(Path(args.model_dir).absolute()))
+    # renamed at the end, so that the file appears complete or not at all
     partial = args.output.with_name(f".{args.output.name}.partial")
     try:
         with os_errors(args.output):
-            partial.unlink(missing_ok=True)
-            made = collect(
+            partial.unlink(missing_ok=True)  # of a killed run
+            summary = collect(
                 checkpoint,
                 partial,
                 prompts,
@@ -75,8 +76,8 @@ def run(args: argparse.Namespace, output: Console) -> int:
     finally:
         partial.unlink(missing_ok=True)
     output.data(
-        f"{args.output}: statistics of {made['tokens']} tokens from {len(prompts)} prompts",
-        {"output": str(args.output), **made},
+        f"{args.output}: statistics of {summary['tokens']} tokens from {len(prompts)} prompts",
+        {"output": str(args.output), **summary},
     )
     return 0
 
@@ -87,4 +88,4 @@ def _check(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise OutputError(str(path), "exists already", hint="give --overwrite to replace it")
     if not path.absolute().parent.is_dir():
-        raise OutputError(str(path), "its folder is not there", hint="make it first")
+        raise OutputError(str(path), "its folder does not exist", hint="create it first")

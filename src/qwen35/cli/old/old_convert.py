@@ -1,6 +1,6 @@
 """Convert a Qwen3.5 f16/bf16 checkpoint into bitsandbytes NF4 (now: qwen35 convert --recipe nf4).
 
-Weights stream from disk one at a time, on the CPU: nothing is loaded first, and no GPU is needed.
+Weights stream from disk one at a time, on the CPU; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -33,11 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("./Qwen3.5-0.8B-bnb-4bit"),
         help="folder to write (default: ./%(default)s)",
     )
+    parser.add_argument("--low-vram", action="store_true", help="accepted, always on")
     parser.add_argument(
-        "--low-vram", action="store_true", help="accepted: this is how it always works"
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", help="print every module skipped or replaced"
+        "--verbose", action="store_true", help="print every skipped or replaced module"
     )
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")

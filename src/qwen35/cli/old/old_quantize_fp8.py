@@ -1,7 +1,7 @@
 """Quantize a bf16 Qwen3.5 checkpoint to block-wise FP8 (now: qwen35 convert --recipe fp8).
 
-Quantizes what the toolkit of this name did (linear_attn.out_proj and shared experts stay bf16), and
-fused experts as well. Statistics of activations are read where --activation_stats says, only.
+Quantizes the same weights as the original tool (linear_attn.out_proj and shared experts stay bf16),
+and also fused experts. Activation statistics are only read from --activation_stats.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def run(args: argparse.Namespace, output: Console) -> int:
     if not Path(args.input_dir).is_dir():
         hint = "qwen35 convert takes Hub ids as well"
         raise UsageError(f"--input_dir {args.input_dir}", "not a folder", hint=hint)
-    asked = keywords(args, "input_dir", "output_dir")
+    options = keywords(args, "input_dir", "output_dir")
     source = str(Path(args.input_dir).absolute())
-    done = convert(
-        source, args.output_dir, recipe="fp8-conservative", **asked, progress=output.progress()
+    result = convert(
+        source, args.output_dir, recipe="fp8-conservative", **options, progress=output.progress()
     )
-    output.notes(done.plan.notes)
-    output.line(f"{done.out}: {size(done.nbytes)}, {packed_text(done.plan)}")
-    text = "verification skipped" if done.report is None else report_text(done.report)
-    output.data(text, done.to_json())
-    return 0 if done.passed else EXIT_FINDINGS
+    output.notes(result.plan.notes)
+    output.line(f"{result.out}: {size(result.nbytes)}, {packed_text(result.plan)}")
+    text = "verification skipped" if result.report is None else report_text(result.report)
+    output.data(text, result.to_json())
+    return 0 if result.passed else EXIT_FINDINGS

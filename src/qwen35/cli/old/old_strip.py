@@ -1,7 +1,7 @@
 """Strip the vision tower from a Qwen3.5 checkpoint (now: qwen35 convert --recipe text).
 
-Mode bnb takes an NF4 checkpoint, mode f16 a bf16 or f16 one; tensors are copied byte for byte. What
-was written is then verified against its source and asked a question.
+Mode bnb takes an NF4 checkpoint, mode f16 a bf16 or f16 one; tensors are copied byte for byte. The
+output is then verified against its source and asked a question.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--model", required=True, help="Hub id or folder")
     parser.add_argument("--output", required=True, type=Path, help="folder to write")
-    parser.add_argument("--mode", choices=MODES, default="bnb", help="what MODEL is (default: bnb)")
+    parser.add_argument(
+        "--mode", choices=MODES, default="bnb", help="format of MODEL (default: bnb)"
+    )
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
 
@@ -53,23 +55,23 @@ def run(args: argparse.Namespace, output: Console) -> int:
     write(plan, args.output, overwrite=args.overwrite, progress=output.progress())
     output.line("Config rebuilt from text_config\n")
     passed = _check(plan, args.output, output)
-    done = f"Done. Saved to: {args.output}" if passed else "FAILED: do not use this output"
-    output.data(f"\n{done}", {"out": str(args.output), "passed": passed})
+    message = f"Done. Saved to: {args.output}" if passed else "FAILED: do not use this output"
+    output.data(f"\n{message}", {"out": str(args.output), "passed": passed})
     return 0 if passed else EXIT_FINDINGS
 
 
 def _check_mode(source: Checkpoint, mode: str) -> None:
     if not source.config.architecture.vision:
-        raise ConfigError(source.name, "a text-only checkpoint already")
+        raise ConfigError(source.name, "already a text-only checkpoint")
     storages = {weight.storage for weight in source.weights}
     packed = [CODECS[name] for name in CODECS if name in storages and CODECS[name].packed]
-    found = packed[0].toolkit if packed else PLAIN
-    if found != mode:
-        known = found in MODES
+    actual = packed[0].toolkit if packed else PLAIN
+    if actual != mode:
+        supported = actual in MODES
         raise UsageError(
             f"--mode {mode}",
-            f"{source.name} is {found}",
-            hint=f"give --mode {found}" if known else "use qwen35 convert --recipe text",
+            f"{source.name} is {actual}",
+            hint=f"give --mode {actual}" if supported else "use qwen35 convert --recipe text",
         )
 
 
@@ -94,7 +96,7 @@ def _check(plan: Plan, out: Path, output: Console) -> bool:
 
 
 def _linear_modules(plan: Plan) -> int:
-    """Count the linear modules that transformers makes of the text model, the head included."""
+    """Count the text model's linear modules in transformers, including the head."""
     kinds = [s.role for s in plan.steps if s.outputs and s.role.scope == "text"]
     return 1 + sum(role.info.kind == "linear" for role in kinds)
 
@@ -108,8 +110,8 @@ def _answers(out: Path, plan: Plan, output: Console) -> bool:
     except UsageError as error:
         output.line(f"   inference: skipped, {error.found}")
         return True
-    said = asker.ask(QUESTION).strip()
-    right = is_right(QUESTION, said)
+    answer = asker.ask(QUESTION).strip()
+    right = is_right(QUESTION, answer)
     verdict = "ok" if right else f"FAILED, expected {QUESTION.expect!r}"
-    output.line(f"   inference: {QUESTION.prompt} -> {said!r} ({verdict})")
+    output.line(f"   inference: {QUESTION.prompt} -> {answer!r} ({verdict})")
     return right

@@ -1,13 +1,13 @@
 """Sync a folder with a Hub repository (now: qwen35 publish DIR REPO).
 
-  init    create the repository if needed; upload what is new or changed (default)
+  init    create the repository if needed; upload new and changed files (default)
   files   upload the files named with --files
-  diff    upload what is new or changed
+  diff    upload new and changed files
   check   show what diff would do
-  pull    download what is new or changed
+  pull    download new and changed files
   fetch   show what pull would do
 
-Unlike before, files that only one side has are deleted with --delete only.
+Unlike the original, it deletes files that only one side has only with --delete.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Verify a bnb-4bit, bf16 or f16 Qwen3.5 checkpoint (now: qwen35 verify --depth behaviour).
 
-Config, load, precision, then questions with thinking off and on. Answers are checked, and the exit
-code is 1 if anything is wrong.
+Checks config, loading and precision, then asks questions with thinking off and on. The exit code is
+1 if an answer or anything else is wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace, output: Console) -> int:
 
 
 def stages(args: argparse.Namespace, output: Console, *, image: bool) -> int:
-    """Go through the stages; the first that finds something is the last but for its report."""
+    """Run the stages; stop after the config if it has findings."""
     local = _is_local(args.model)
     checkpoint = fetch(args.model, token=args.hf_token, lenient=True)
     subject = CheckpointSubject(checkpoint)
@@ -90,11 +90,11 @@ def _load(folder: Path, strategy: Strategy, output: Console) -> Asker:
 
 
 def _precision(subject: CheckpointSubject, output: Console) -> bool:
-    """Print how many linear layers are packed, as the files have it; nothing was repaired."""
+    """Print how many linear layers the files have packed; nothing is repaired."""
     output.line("3 Precision")
     linear = [item for item in subject.items if _is_module(item)]
     packed = sum(is_packed(item.weight) for item in linear)
-    tied = not subject.checkpoint.layout.head  # the head is then a module without a tensor
+    tied = not subject.checkpoint.layout.head  # a tied head is a module without a tensor
     count = len(linear) + tied
     output.line(f"   {packed}/{count} linear layers quantized ({packed / max(1, count):.0%})")
     tower = [item for item in linear if item.role.scope == "visual"]
@@ -112,7 +112,7 @@ def _precision(subject: CheckpointSubject, output: Console) -> bool:
 
 
 def _is_module(item: InventoryItem) -> bool:
-    """Whether transformers makes an ``nn.Linear`` of a weight; it has no MTP layer."""
+    """Whether a weight is an ``nn.Linear`` in transformers, which has no MTP layer."""
     return item.role.info.kind in ("linear", "head") and item.role.scope != "mtp"
 
 
@@ -136,9 +136,9 @@ def _inference(asker: Asker, strategy: Strategy, output: Console, *, image: bool
 
 def _show(answers: list[Answer], output: Console) -> list[Answer]:
     for answer in answers:
-        said = answer.turn.rpartition("</think>")[2].strip()
+        text = answer.turn.rpartition("</think>")[2].strip()
         mark = "ok" if answer.right else f"FAILED: {answer.fault}"
-        output.line(f"   {answer.question.prompt[:60]} -> {said[:60]!r} ({mark})")
+        output.line(f"   {answer.question.prompt[:60]} -> {text[:60]!r} ({mark})")
         if answer.question.image is not None:
             output.line(f"   expected: {answer.question.expect!r}")
     return answers
@@ -153,11 +153,11 @@ def _end(
     passed: bool = True,
 ) -> int:
     passed = passed and not findings and all(answer.right for answer in answers)
-    found = {
+    value = {
         **result,
         "passed": passed,
         "findings": [finding.to_json() for finding in findings],
         "answers": [answer.to_json() for answer in answers],
     }
-    output.data("\nALL CHECKS PASSED" if passed else "\nFAILED: do not use this checkpoint", found)
+    output.data("\nALL CHECKS PASSED" if passed else "\nFAILED: do not use this checkpoint", value)
     return 0 if passed else EXIT_FINDINGS

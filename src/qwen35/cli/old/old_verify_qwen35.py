@@ -1,7 +1,7 @@
-"""Verify a Qwen3.5 checkpoint, pictures included (now: qwen35 verify --depth behaviour).
+"""Verify a Qwen3.5 checkpoint, including vision (now: qwen35 verify --depth behaviour).
 
-Config, load, precision, a picture, then questions with thinking off and on. Answers are checked,
-and the exit code is 1 if anything is wrong.
+Checks config, loading and precision, then asks about an image and questions with thinking off and
+on. The exit code is 1 if an answer or anything else is wrong.
 """
 
 from __future__ import annotations
