@@ -4,9 +4,11 @@
 
 Makes a random checkpoint with real shapes with a random importance matrix and measures processes:
 `qwen35 gguf` for four types at once; the same for F16 alone, then llama_model_quantize on that file
-for each type; one type alone; `cp` of the source. CPU time and peak memory are the operating
-system's figures for the whole process; start-up is measured separately and subtracted where the
-table says so. Only ratios within one run are meaningful.
+for each type; one type alone, by our kernels, by one thread of them and by `--encoder ggml`; `cp`
+of the source. A first run, not counted, compiles our kernels. CPU time and peak memory are the
+operating system's figures for the whole process; start-up is measured separately and subtracted
+where the table says so. Only ratios within one run are meaningful; the range over rounds is shown
+beside each ratio of medians.
 """
 
 from __future__ import annotations
@@ -135,6 +137,11 @@ def once(source: Path, work: Path, imatrix: str, threads: int) -> dict[str, Cost
     costs |= {f"llama_model_quantize {kind}": cost for kind, cost in quantized.items()}
     for kind in ("Q4_K_M", "Q6_K"):
         costs[f"{kind} alone"] = measure(ours(source, single, kind, threads, *more), single)
+    costs["Q4_K_M alone, one thread"] = measure(ours(source, single, "Q4_K_M", 1, *more), single)
+    forced = (*more, "--encoder", "ggml")
+    costs["Q4_K_M alone, --encoder ggml"] = measure(
+        ours(source, single, "Q4_K_M", threads, *forced), single
+    )
     nothing = [*ours(source, work / "none", "Q4_K_M", threads, *more), "--dry-run"]
     costs["start-up of qwen35 gguf"] = measure(nothing, work / "none")
     costs["start-up of llama_cpp"] = measure([sys.executable, "-c", QUANTIZE], work / "none")
@@ -150,12 +157,16 @@ def ratios(costs: dict[str, Cost]) -> dict[str, float]:
         "CPU, one pass / F16 and four quantizations": many.cpu / chain.cpu,
         "CPU / wall of the pass (processors busy)": many.cpu / many.wall,
         "wall, one pass / cp": many.wall / costs["cp of the source"].wall,
+        "wall, Q4_K_M by one thread / by all": costs["Q4_K_M alone, one thread"].wall
+        / costs["Q4_K_M alone"].wall,
+        "peak memory, our kernels / --encoder ggml": costs["Q4_K_M alone"].memory
+        / costs["Q4_K_M alone, --encoder ggml"].memory,
     }
     for kind in ("Q4_K_M", "Q6_K"):
+        whole = costs[f"llama_model_quantize {kind}"].cpu
+        found[f"CPU, {kind} / llama_model_quantize"] = costs[f"{kind} alone"].cpu / whole
         mine = costs[f"{kind} alone"].cpu - own
-        found[f"CPU beyond start-up, {kind} / llama_model_quantize"] = mine / (
-            costs[f"llama_model_quantize {kind}"].cpu - other
-        )
+        found[f"CPU beyond start-up, {kind} / llama_model_quantize"] = mine / (whole - other)
     return found
 
 
@@ -170,6 +181,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     source, imatrix = prepare(args.size, args.work)
     given = "" if args.no_imatrix else str(imatrix)
+    measure(ours(ASSET, args.work / "many", ",".join(TYPES), 1), args.work / "many")
     rounds = [once(source, args.work, given, args.threads) for _ in range(args.runs)]
     costs = {name: median([one[name] for one in rounds]) for name in rounds[0]}
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
@@ -178,8 +190,10 @@ def main() -> None:
     print(f"{'median of the runs':<40} {'wall s':>8} {'CPU s':>8} {'peak MB':>9}")
     for name, cost in costs.items():
         print(f"{name:<40} {cost.wall:>8.2f} {cost.cpu:>8.2f} {cost.memory:>9.0f}")
+    found = [ratios(one) for one in rounds]
     for name, value in ratios(costs).items():
-        print(f"{name:<56} {value:>8.3f}")
+        each = [one[name] for one in found]
+        print(f"{name:<56} {value:>8.3f}  ({min(each):.3f} to {max(each):.3f})")
     (args.work / "gguf.json").write_text(json.dumps({n: vars(c) for n, c in costs.items()}))
 
 

@@ -113,11 +113,12 @@ def killer() -> Iterator[Killer]:
 def _main() -> None:
     for name in ("qwen35.writing.slices", "qwen35.planning.gguf_files.gguf_plan"):
         importlib.import_module(name)
-    from qwen35.codecs.ggml.kernel import open_kernel
+    from qwen35.codecs.ggml.quantizers import quantizer
     from qwen35.codecs.nf4.arrays import encode_blocks
 
     encode_blocks(np.zeros(64, np.uint16), "BF16", np.zeros(1, np.float32), np.zeros(32, np.uint8))
-    open_kernel()
+    for kind in ("q4_K", "q6_K", "q8_0"):
+        quantizer(kind)
     for line in sys.stdin:
         sys.stdout.write(json.dumps(asdict(_trial(Trial(**json.loads(line))))) + "\n")
         sys.stdout.flush()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from gguf_models import make_variant
 from qwen35.api.plan_api import plan
 from qwen35.cli.main import main
-from qwen35.codecs.ggml import kernel
+from qwen35.codecs.ggml import library, quantizers
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +88,14 @@ def test_published_sizes_are_planned(model: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--types", "Q8_0", "--keep", "self_attn"], "--keep: means nothing with --types"),
-        (["--types", "Q8_0", "--keep-prefix"], "--keep-prefix: means nothing with --types"),
-        (["--mmproj"], "--mmproj: means nothing without --types; add"),
-        (["--imatrix", "x.gguf"], "--imatrix: means nothing without --types"),
+        (["--types", "Q8_0", "--keep", "self_attn"], "--keep: has no effect with --types"),
+        (["--types", "Q8_0", "--keep-prefix"], "--keep-prefix: has no effect with --types"),
+        (["--mmproj"], "--mmproj: has no effect without --types; add"),
+        (["--imatrix", "x.gguf"], "--imatrix: has no effect without --types"),
         (["--types", "Q9"], "Q9"),
         (["--types", "Q8_0", "--recipe", "nf4"], "it is one of `qwen35 convert`"),
         (["--recipe", "q8-gates"], "it is one of `qwen35 gguf`"),
-        (["--roles", "--types", "Q8_0"], "whatever --types says"),
+        (["--roles", "--types", "Q8_0"], "regardless of --types"),
     ],
 )
 def test_what_plan_cannot_mean_is_refused(
@@ -218,20 +218,24 @@ def test_values_that_cannot_be_written(
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_without_llama_cpp_floats_are_written_and_quants_refused(
+def test_without_llama_cpp_all_but_rare_types_are_written(
     source: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    kernel.open_kernel.cache_clear()
+    known = (library.open_library, quantizers.differs)
+    for cached in known:
+        cached.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     try:
-        assert gguf(source, tmp_path / "f", "--types", "F16,BF16,F32", "--mmproj") == 0
-        assert gguf(source, tmp_path / "q", "--types", "F16,Q8_0") == 2
+        assert gguf(source, tmp_path / "f", "--types", "F16,BF16,F32,Q8_0,Q4_K_M", "--mmproj") == 0
+        assert gguf(source, tmp_path / "q", "--tensor-type", "ffn_up=iq3_s") == 2
     finally:
-        kernel.open_kernel.cache_clear()
-    assert "pip install 'qwen35[gguf]'" in capsys.readouterr().err
+        for cached in known:
+            cached.cache_clear()
+    said = capsys.readouterr().err
+    assert "iq3_s needs llama-cpp-python, which is not installed; pip install" in said
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 

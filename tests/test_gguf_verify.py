@@ -283,10 +283,7 @@ def test_every_missing_tensor_and_what_must_be_f32(out: Path) -> None:
 
     rewrite(path, change)
     assert {(f.check, f.subject, f.message) for f in check(out).findings} == {
-        *(
-            ("tensors", f"{path.name}: {name}", "missing, but the keys imply it")
-            for name in names
-        ),
+        *(("tensors", f"{path.name}: {name}", "missing, but the keys imply it") for name in names),
         (
             "tensors",
             f"{path.name}: blk.2.attn_norm.weight",

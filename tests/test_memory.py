@@ -87,6 +87,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             (found[name] / side).write_text(text)
     for recipe in ("nf4", "fp8"):  # kernels are compiled once, which takes more
         command("convert", str(found["small"]), str(root / recipe), "--recipe", recipe)
+    command("gguf", str(found["small"]), str(root / "gguf"), "--types", "Q8_0")
     return found
 
 

@@ -12,7 +12,6 @@ import pytest
 from gguf_models import make_variant
 from qwen35.checkpoint.open import describe
 from qwen35.cli.main import main
-from qwen35.codecs.ggml.kernel import open_kernel
 from qwen35.errors import UsageError
 from qwen35.pipeline.graph import GATES, make_graph
 from qwen35.pipeline.planned_artifacts import plan_artifacts, sweep_memory, threads_within
@@ -201,7 +200,7 @@ def test_file_that_is_not_toml(tmp_path: Path, text: str, capsys: Capture) -> No
     [
         (["run.toml", "x"], "run: run.toml x, expected one FILE.toml, or --path with MODEL and"),
         (["model"], "run: model, expected one FILE.toml"),
-        (["run.toml", "--depth", "numbers"], "--depth: is for --path; say it in the file"),
+        (["run.toml", "--depth", "numbers"], "--depth: is for --path; set it in the file"),
         (["run.toml", "--private"], "--private: is for --path"),
         (["--path", "A", "model"], "--path: given with 'model', expected MODEL and OUT"),
         (["--path", "B", "m", "o", "--repo", "me/x"], "--repo me/x: one repository for 2 artif"),
@@ -277,11 +276,9 @@ def test_missing_library_is_told_before_anything(
     gone = ("torch", "llama_cpp")
     fake = lambda name, *rest: None if name in gone else real(name, *rest)  # noqa: E731
     monkeypatch.setattr("importlib.util.find_spec", fake)
-    open_kernel.cache_clear()
     _, problems = plan(source, RunRequest(str(source), tmp_path, path_artifacts(["A", "B"])))
     said = [found.partition(";")[0] for found in problems]
     assert said == [
-        "quantizing to GGUF: llama-cpp-python is not installed",
         "depth behaviour: torch is not installed",
         "depth behaviour: llama_cpp is not installed",
     ]

@@ -432,7 +432,7 @@ def test_roles_fold_their_meaning_only(monkeypatch: pytest.MonkeyPatch, capsys: 
 SAID_ALREADY = {
     "calibration/states.py: 'was changed by another process'",
     "checkpoint/hub.py: 'the Hub named no commit'",
-    "codecs/ggml/kernel.py: f'cannot be opened ({error})'",
+    "codecs/ggml/library.py: f'cannot be opened ({error})'",
     "planning/gguf_files/type_patterns.py: 'no rules in it'",
     "planning/gguf_files/type_patterns.py: "
     "'not a pattern that llama-quantize would read the same way'",

@@ -23,7 +23,7 @@ from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import Reader
 from qwen35.cli.main import main
 from qwen35.codecs.floats import f32_from
-from qwen35.codecs.ggml.kernel import encode
+from qwen35.codecs.ggml.quantizers import encode
 from qwen35.errors import InputError, UsageError
 from qwen35.planning.container import ContainerInputs
 from qwen35.planning.gguf_files.gguf_plan import files_of

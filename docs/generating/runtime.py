@@ -29,7 +29,8 @@ _EXTRAS = {
     "docs": "building these pages",
     "eval": "charts in reports",
     "fuzz": "fuzzing (`make fuzz`)",
-    "gguf": "`gguf` with quantized types, `evaluate` and `verify --depth behaviour` of GGUF files",
+    "gguf": "`gguf` with types that have no kernel of ours, `evaluate` and "
+    "`verify --depth behaviour` of GGUF files",
     "nf4": "`calibrate`, `evaluate`, `verify --depth behaviour` of checkpoints, `--device cuda`; "
     "peft, because NF4 is for QLoRA",
     "ray": "`convert --ray-address`",

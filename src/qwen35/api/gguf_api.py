@@ -34,6 +34,7 @@ def gguf(
     drop_mtp: bool = False,
     export: str | Path | None = None,
     device: str = "auto",
+    encoder: str = "auto",
     workers: int | None = None,
     ray_address: str | None = None,
     slice: tuple[int, int] | None = None,  # noqa: A002 - the flag's name
@@ -59,6 +60,7 @@ def gguf(
         drop_mtp: drop the MTP layer.
         export: only write the types of the one quantized file to this path.
         device: ``auto`` or ``cpu``, which mean the same.
+        encoder: ``auto``, or ``ggml`` to let llama-cpp-python encode every type, with equal bytes.
         workers: number of processes, each with `threads` threads.
         ray_address: use this Ray cluster: ``auto`` or ``HOST:PORT``.
         slice: write one part, ``(i, N)``; then run `finalize`.
@@ -70,8 +72,8 @@ def gguf(
         progress: receives bytes read.
 
     Raises:
-        UsageError: an argument is unknown or does not fit the others, or llama-cpp-python is not
-            installed.
+        UsageError: an argument is unknown or does not fit the others, or a type needs
+            llama-cpp-python, which is not installed.
         InputError: the model or the matrix cannot be read, or a weight holds NaN or infinity.
         OutputError: the output exists or overlaps the source, or the disk is full.
         WorkerError: a task's workers died at every attempt.
@@ -81,8 +83,11 @@ def gguf(
     >>> [file.name for file in planned.plan.files]
     ['qwen3.5-tiny-Q8_0.gguf', 'qwen3.5-tiny-Q4_K_M.gguf']
     """
+    from qwen35.codecs.ggml.quantizers import ENCODERS
     from qwen35.writing.write import check_before
 
+    if encoder not in ENCODERS:
+        raise UsageError("--encoder", f"{encoder!r} is unknown", expected=" or ".join(ENCODERS))
     if device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}", "not for GGUF", expected="auto or cpu")
     check_workers(workers, ray_address, slice, memory)
@@ -101,6 +106,7 @@ def gguf(
         upstream_counters=upstream_counters,
         mmproj=mmproj,
         drop_mtp=drop_mtp,
+        encoder=encoder,
         token=hf_token,
     )
     options = WriteOptions(device, workers, ray_address, slice, threads, memory, overwrite)
@@ -137,6 +143,7 @@ def gguf_plan(
     upstream_counters: bool,
     mmproj: bool,
     drop_mtp: bool,
+    encoder: str = "auto",
     token: str | None,
 ) -> Plan:
     """Plan GGUF files; arguments and errors as for `gguf`."""
@@ -150,6 +157,7 @@ def gguf_plan(
         projector="F16" if mmproj else None,
         drop_mtp=drop_mtp,
         upstream_counters=upstream_counters,
+        encoder=encoder,
     )
 
 

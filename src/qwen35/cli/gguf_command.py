@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drop-mtp", action="store_true", help="drop the MTP layer")
     parser.add_argument("--export", type=Path, metavar="FILE", help=_EXPORT_HELP)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="always the CPU")
+    parser.add_argument("--encoder", default="auto", choices=("auto", "ggml"), help=_ENCODER_HELP)
     add_workers(parser)
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
@@ -49,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
 
+
+_ENCODER_HELP = (
+    "what quantizes: our own kernels where there are some, or llama-cpp-python for every type "
+    "(slower, the same bytes)"
+)
 
 _EXPORT_HELP = (
     "only write the types of the one quantized file, as a --tensor-type-file for stock "

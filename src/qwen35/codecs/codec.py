@@ -65,6 +65,7 @@ class EncodingRequest:
         write: called with the name of one of `outputs`, a byte offset and data.
         settings: how to choose scales, for codecs with `chooses_scales`.
         kernel: the device's kernel, for codecs that have kernels.
+        encoder: which implementation encodes, for codecs with several.
     """
 
     source: str
@@ -73,6 +74,7 @@ class EncodingRequest:
     write: Callable[[str, int, memoryview], None]
     settings: Any = None
     kernel: Kernel | None = None
+    encoder: str = "auto"
 
 
 class StoredValues(Protocol):
@@ -195,6 +197,11 @@ class Codec(ABC):
     def op(self) -> str:
         """The operation a plan shows for a weight encoded this way."""
         return self.name
+
+    @property
+    def tolerance(self) -> str:
+        """The smallest differences that `judge` sees; empty if it sees all."""
+        return ""
 
     # --- stored weights
 

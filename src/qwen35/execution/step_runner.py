@@ -95,6 +95,7 @@ class StepRunner:
                 to_target,
                 self.plan.settings,
                 self.kernels[device].get(target.codec),
+                self.plan.options.encoder,
             )
         )
 

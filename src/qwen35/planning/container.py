@@ -54,6 +54,10 @@ class ContainerOptions(Protocol):
     def inputs(self) -> ContainerInputs:
         """The files beside the source."""
 
+    @property
+    def encoder(self) -> str:
+        """Which implementation encodes, for codecs with several; the bytes are the same."""
+
     def importance(self, step: Step, slab: int) -> F32 | None:
         """Return how much an error in each column of a slab matters; None: all equally."""
 

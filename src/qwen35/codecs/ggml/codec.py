@@ -71,6 +71,13 @@ class Ggml(Codec):
         """What a plan says is done."""
         return self.kind.name
 
+    @property
+    def tolerance(self) -> str:
+        """How far off blocks and tensors of this type may be before a comparison sees it."""
+        from qwen35.codecs.ggml.judge import tolerance
+
+        return tolerance(self.kind)
+
     def numel(self, weight: Weight) -> int:
         """Return how many weights are stored."""
         return weight.main.spec.nbytes // self.kind.nbytes * self.kind.block

@@ -13,7 +13,7 @@ from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import bf16_from_f32, f32_from
 from qwen35.codecs.ggml.types import FLOATS, GgmlType
 
-__all__ = ["BOUNDS", "judge"]
+__all__ = ["BOUNDS", "judge", "tolerance"]
 
 
 _BLOCK = 256
@@ -76,6 +76,19 @@ def judge(
         result.found("values", f"{wrong} values differ from the source's")
     elif not exact:
         check_bound(result, kind.name, blocks)
+
+
+def tolerance(kind: GgmlType) -> str:
+    """Return the smallest differences that `judge` sees; empty for a type that holds floats."""
+    if kind.name in FLOATS:
+        return ""
+    tensor, block = BOUNDS.get(kind.name, LOOSE)
+    # One weight alone raises the root mean square of a block by a sixteenth of what it is off by.
+    return (
+        f"seen is a tensor that is off by {tensor:.1%}, a block of {_BLOCK} weights by {block:.1%} "
+        f"of its largest one (root mean square), one weight by {_BLOCK**0.5 * block:.2g} times "
+        "that one; `qwen35 reproduce` compares every byte"
+    )
 
 
 def round_as(values: F32, kind: str) -> F32:

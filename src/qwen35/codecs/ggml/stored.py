@@ -7,7 +7,7 @@ import numpy as np
 from qwen35.array_types import F32, U8, Array
 from qwen35.codecs.codec import Encoding, EncodingRequest, Piece
 from qwen35.codecs.floats import f32_from
-from qwen35.codecs.ggml.kernel import encode
+from qwen35.codecs.ggml.quantizers import encode
 from qwen35.codecs.ggml.types import GgmlType
 from qwen35.codecs.pieces import Readable
 from qwen35.errors import TensorError
@@ -55,5 +55,5 @@ class EncodingGgml(Encoding):
         """Encode and write rows."""
         name, row = self._order.outputs[0].name, piece.values.shape[1]
         rows = np.ascontiguousarray(f32_from(piece.values, piece.dtype))
-        data = encode(name, rows, self._kind.name, piece.importance)
+        data = encode(name, rows, self._kind.name, piece.importance, self._order.encoder)
         self._order.write(name, self._kind.size((piece.first, row)), data)

@@ -13,6 +13,7 @@ from math import prod
 from qwen35.errors import UsageError
 
 __all__ = [
+    "COMPILED",
     "ENCODABLE",
     "FLOATS",
     "GGML_TYPES",
@@ -96,6 +97,12 @@ ENCODABLE: tuple[str, ...] = (
     *("q1_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4"),
 )
 """Types that ``ggml_quantize_chunk`` writes, and that a tensor may be given."""
+
+COMPILED: tuple[str, ...] = (
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
+    *("q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq4_nl", "iq4_xs"),
+)
+"""Types that our own kernels encode, without ggml (`qwen35.codecs.ggml.kernels`)."""
 
 NEEDS_IMATRIX = ("iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s")
 """Types that are garbage without an importance matrix; ggml aborts, so they are refused."""

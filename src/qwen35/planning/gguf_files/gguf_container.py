@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen35.codecs.ggml.types import ggml_type
+from qwen35.codecs.ggml.types import COMPILED, ggml_type
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import Finding, InputError
 from qwen35.planning.container import Container, ContainerInputs, ContainerOptions
@@ -32,7 +32,6 @@ class GgufContainer(Container):
     libraries = ("gguf", "llama_cpp_python")
     separate = True
     engine = (("llama_cpp",), "gguf")
-    base_memory = 120_000_000
 
     # Imports are late: commands without GGUF must not pay for numpy, yaml and the gguf library.
 
@@ -57,8 +56,7 @@ class GgufContainer(Container):
         """Return recipe, types and importance matrix."""
         from qwen35.planning.gguf_files.gguf_manifest import request_json
 
-        del whole
-        return request_json(plan)
+        return request_json(plan, whole=whole)
 
     def request_from_manifest(
         self, manifest: Mapping[str, Any], inputs: ContainerInputs
@@ -78,11 +76,13 @@ class GgufContainer(Container):
         }
 
     def prepare(self, plan: Plan) -> None:
-        """Load ggml's quantizers, if a tensor needs them."""
-        if any(CODECS[target.codec].packed for step in plan.steps for target in step.targets):
-            from qwen35.codecs.ggml.kernel import open_kernel
+        """Choose the quantizers of every type, if a tensor needs them."""
+        kinds = _packed(plan)
+        if kinds:
+            from qwen35.codecs.ggml.quantizers import quantizer
 
-            open_kernel()
+            for kind in kinds:
+                quantizer(kind, plan.options.encoder)
 
     def file_findings(self, plan: Plan, folder: Path) -> Iterator[Finding]:
         """Yield findings for files that are missing, unreadable, or not of the planned type."""
@@ -142,6 +142,15 @@ class GgufContainer(Container):
         return plan_json(plan, threads)
 
     def written_text(self, plan: Plan) -> str:
-        """Return nothing: the file names show the types."""
-        del plan
-        return ""
+        """Say which types ggml encoded because its bytes are others than ours; mostly none."""
+        from qwen35.codecs.ggml.quantizers import differs
+
+        own = COMPILED if plan.options.encoder == "auto" else ()
+        kinds = [kind for kind in _packed(plan) if kind in own and differs(kind)]
+        return f"{', '.join(kinds)} by ggml, which was built to round otherwise" * bool(kinds)
+
+
+def _packed(plan: Plan) -> list[str]:
+    """Return the quantized types of a plan, in the order of the table of codecs."""
+    used = {target.codec for step in plan.steps for target in step.targets}
+    return [codec.label for name, codec in CODECS.items() if codec.packed and name in used]

@@ -24,8 +24,13 @@ _UNQUANTIZED = tuple(name for name, file_type in FILE_TYPES.items() if not file_
 """File types for the vision tower."""
 
 
-def request_json(plan: Plan) -> dict[str, Any]:
-    """Return the recipe and the other options."""
+def request_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
+    """Return the recipe and the other options.
+
+    Args:
+        plan: of the files.
+        whole: include what changes no byte, for workers.
+    """
     options = plan.options
     assert isinstance(options, GgufOptions)
     imatrix = options.imatrix
@@ -38,6 +43,8 @@ def request_json(plan: Plan) -> dict[str, Any]:
         "projector": options.projector,
         "drop_mtp": options.drop_mtp,
     }
+    if whole:
+        entries["encoder"] = options.encoder
     return {"recipe": {**recipe_json(plan.recipe), **entries}}
 
 
@@ -68,6 +75,7 @@ def request_from_manifest(
         projector=row["projector"],
         drop_mtp=bool(row["drop_mtp"]),
         upstream_counters=bool(row["upstream_counters"]),
+        encoder=str(row.get("encoder", "auto")),
     )
 
 

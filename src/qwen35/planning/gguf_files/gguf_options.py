@@ -26,6 +26,7 @@ class GgufOptions:
         projector: file type of the multimodal projector's file; None for no such file.
         drop_mtp: omit the multi-token-prediction layers.
         upstream_counters: count layers as llama-quantize does (`select_types`).
+        encoder: one of `qwen35.codecs.ggml.quantizers.ENCODERS`; does not change what comes out.
     """
 
     types: tuple[str, ...]
@@ -33,6 +34,7 @@ class GgufOptions:
     projector: str | None = None
     drop_mtp: bool = False
     upstream_counters: bool = False
+    encoder: str = "auto"
 
     @property
     def settings(self) -> None:

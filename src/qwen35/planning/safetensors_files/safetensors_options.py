@@ -42,6 +42,11 @@ class SafetensorsOptions:
         return self.scale_choice
 
     @property
+    def encoder(self) -> str:
+        """Our own kernels: these codecs have no alternative."""
+        return "auto"
+
+    @property
     def inputs(self) -> ContainerInputs:
         """The files beside the source.
 

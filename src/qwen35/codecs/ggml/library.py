@@ -15,17 +15,19 @@ from pathlib import Path
 import numpy as np
 
 from qwen35.array_types import F32, U8
-from qwen35.codecs.floats import bf16_from_f32
-from qwen35.codecs.ggml.types import ENCODABLE, FLOATS, GGML_TYPES
-from qwen35.errors import TensorError, UsageError
+from qwen35.codecs.ggml.types import ENCODABLE, GGML_TYPES
+from qwen35.errors import UsageError
 
-__all__ = ["Kernel", "encode", "open_kernel"]
-
-
-_LIBRARIES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
+__all__ = ["INSTALL", "Library", "find_library", "open_library"]
 
 
-class Kernel:
+INSTALL = "pip install 'qwen35[gguf]' (it is built from source: a C++ compiler and minutes)"
+"""What to do where it is missing."""
+
+_FILES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
+
+
+class Library:
     """The quantizers of one shared library.
 
     Args:
@@ -82,51 +84,25 @@ class Kernel:
         return out
 
 
-@cache
-def open_kernel() -> Kernel:
-    """Open the quantizers of the installed llama-cpp-python, without importing it.
-
-    Raises:
-        UsageError: it is not installed.
-    """
+def find_library() -> Path | None:
+    """Return ``libggml-base`` of the installed llama-cpp-python, which is not imported for that."""
     spec = importlib.util.find_spec("llama_cpp")
     for folder in spec.submodule_search_locations or () if spec else ():
-        for name in _LIBRARIES:
+        for name in _FILES:
             path = Path(folder) / "lib" / name
             if path.is_file():
-                return Kernel(path)
-    raise UsageError(
-        "quantizing to GGUF",
-        "llama-cpp-python is not installed",
-        hint="pip install 'qwen35[gguf]' (it is built from source: a C++ compiler and minutes)",
-    )
+                return path
+    return None
 
 
-def encode(name: str, rows: F32, kind: str, importance: F32 | None) -> memoryview:
-    """Return `rows` [count, row] of the tensor called `name` as the bytes of type `kind`.
+@cache
+def open_library() -> Library:
+    """Open the quantizers of the installed llama-cpp-python.
 
     Raises:
-        TensorError: a value is beyond the type's range.
+        UsageError: it is not installed, or not the one our tables describe.
     """
-    if kind not in FLOATS:
-        try:
-            return open_kernel().quantize(rows, kind, importance).data
-        except ValueError as error:
-            raise _out_of_range(name, kind) from error
-    if kind == "f32":
-        return rows.data.cast("B")
-    if kind == "bf16":
-        return bf16_from_f32(rows.reshape(-1)).data.cast("B")
-    with np.errstate(over="ignore"):
-        half = rows.astype(np.float16)
-    if np.isinf(half).any():
-        raise _out_of_range(name, kind)
-    return half.data.cast("B")
-
-
-def _out_of_range(name: str, kind: str) -> TensorError:
-    return TensorError(
-        name,
-        f"a value beyond the range of {kind}",
-        hint="give it bf16 or f32, by --tensor-type in a quantized file",
-    )
+    path = find_library()
+    if path is None:
+        raise UsageError("quantizing to GGUF", "llama-cpp-python is not installed", hint=INSTALL)
+    return Library(path)
