@@ -1,1 +1,5 @@
-"""The types of ggml, as GGUF files hold them: floats, and blocks from 8 bits down to 2."""
+"""The ggml types of GGUF files: floats, and blocks of 8 to 2 bits a weight.
+
+`kernels` encodes with our own Numba code, 16 blocks side by side (`lanes`, `searches`), and gives
+ggml's bytes; `library` calls ggml itself for the other types; `quantizers` chooses between them.
+"""

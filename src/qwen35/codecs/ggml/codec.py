@@ -1,4 +1,4 @@
-"""The types of ggml as the protocol asks for them: one codec each, whole rows at a time."""
+"""The ggml types behind the codec protocol: one codec per type, encoded by whole rows."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["GGML", "BlockSpec", "Ggml", "codec_name"]
 
 
 def codec_name(kind: str) -> str:
-    """Return what the registry calls a type of ggml, which shares names with other formats."""
+    """Return the registry name of a ggml type; the prefix avoids clashes (``nvfp4``, ``bf16``)."""
     return f"ggml:{kind}"
 
 
 @dataclass(frozen=True, slots=True)
 class BlockSpec(TensorSpec):
-    """A tensor of a GGUF file: its dtype is a type of ggml, its rows hold whole blocks.
+    """A tensor of a GGUF file: its dtype is a ggml type, its rows are whole blocks.
 
     >>> BlockSpec("blk.0.ffn_up.weight", "q4_K", (4, 256)).nbytes
     576
@@ -36,15 +36,15 @@ class BlockSpec(TensorSpec):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the data."""
+        """Size of the data in bytes."""
         return GGML_TYPES[self.dtype].size(self.shape)
 
 
 class Ggml(Codec):
-    """One type of ggml.
+    """The codec of one ggml type.
 
     Args:
-        kind: its row in the table.
+        kind: the type's row in the table.
     """
 
     spared: ClassVar[frozenset[str]] = frozenset()
@@ -63,12 +63,12 @@ class Ggml(Codec):
 
     @property
     def label(self) -> str:
-        """What people call it."""
+        """The name users know."""
         return self.kind.name
 
     @property
     def op(self) -> str:
-        """What a plan says is done."""
+        """The operation name in plans."""
         return self.kind.name
 
     @property
@@ -79,11 +79,11 @@ class Ggml(Codec):
         return tolerance(self.kind)
 
     def numel(self, weight: Weight) -> int:
-        """Return how many weights are stored."""
+        """Return the number of stored elements."""
         return weight.main.spec.nbytes // self.kind.nbytes * self.kind.block
 
     def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
-        """Return the values, decoded by the `gguf` library."""
+        """Return a reader that decodes with the `gguf` library."""
         from qwen35.codecs.ggml.stored import StoredGgml
 
         del spec
@@ -94,25 +94,25 @@ class Ggml(Codec):
         return (BlockSpec(spec.name, self.kind.name, spec.shape),)
 
     def fits(self, spec: TensorSpec) -> str:
-        """Return why a weight of this shape cannot be held; nothing if it can."""
+        """Return why a weight of this shape does not fit; empty if it does."""
         row = stacked(spec)[1]
         return f"rows of {row} are not whole blocks of {self.kind.block}" * (
             row % self.kind.block > 0
         )
 
     def packs(self, role: Role) -> bool:
-        """Whether weights of this role may be held so; names decide in GGUF files."""
+        """Allow every role: in GGUF files, recipes choose types by tensor name."""
         del role
         return True
 
-    def encode(self, order: EncodingRequest) -> Encoding:
-        """Return what encodes rows."""
+    def encode(self, request: EncodingRequest) -> Encoding:
+        """Return an encoder for rows."""
         from qwen35.codecs.ggml.stored import EncodingGgml
 
-        return EncodingGgml(order, self.kind)
+        return EncodingGgml(request, self.kind)
 
     def memory(self, spec: TensorSpec) -> int:
-        """Return bytes that encoding a weight takes, beside its piece: a row longer than that."""
+        """Return the bytes that rows longer than a piece take beyond that piece."""
         from qwen35.codecs import pieces
 
         return max(0, stacked(spec)[1] - pieces.PIECE) * _ROW_BYTES
@@ -125,14 +125,14 @@ class Ggml(Codec):
         original: Iterator[Piece],
         result: WeightComparison,
     ) -> None:
-        """Compare floats after rounding, and blocks within the bounds of their type."""
+        """Compare floats exactly after rounding, and blocks within the bounds of their type."""
         from qwen35.codecs.ggml.judge import judge
 
         judge(self.open(reader, weight, spec), self.kind, original, result)
 
 
 _ROW_BYTES = 24
-"""Bytes for each element of a row: stored, widened, masked, encoded."""
+"""Bytes per element of a row: stored, widened to float32, masked and encoded."""
 
 GGML: tuple[Any, ...] = tuple(Ggml(kind) for kind in GGML_TYPES.values())
-"""A codec for each type of ggml, those included that are only read."""
+"""One codec per ggml type, including the types that are only read."""

@@ -1,4 +1,4 @@
-"""How far a tensor in a type of ggml may be from its original, and which blocks are farther."""
+"""Error bounds of the ggml types, and the tensors and blocks that exceed them."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "q3_K": (0.31, 0.12),
     "q2_K": (0.57, 0.23),
 }
-"""Type to the largest error of a tensor and of a block of 256 weights.
+"""Type to the largest plausible error of a tensor and of a block of 256 weights.
 
 The first is relative (root of summed squares), the second the root mean square over the block's
-largest weight. They are 1.5 times the worst that ggml's own quantizers give on normal,
+largest weight. Each is 1.5 times the worst that ggml's quantizers produce on normal,
 heavy-tailed, sparse and shifted weights, with and without importance matrices.
 """
 
 LOOSE = (1.1, 0.65)
-"""For types of three bits and less, which a bound can only tell from noise."""
+"""For types of three bits and fewer, where a bound can only tell a weight from noise."""
 
 
 def judge(
@@ -50,10 +50,10 @@ def judge(
     """Compare a decoded tensor with its original.
 
     Args:
-        values: decoded.
+        values: the decoded tensor.
         kind: its type.
-        original: in pieces.
-        result: sums and findings go there.
+        original: the original, in pieces.
+        result: receives sums and findings.
 
     Raises:
         TensorError: a value or a scale is not finite.
@@ -92,7 +92,7 @@ def tolerance(kind: GgmlType) -> str:
 
 
 def round_as(values: F32, kind: str) -> F32:
-    """Round values as a file of this type holds them."""
+    """Round values to a float type, as float32."""
     if kind == "f16":
         return values.astype(np.float16).astype(np.float32)
     if kind == "bf16":
@@ -101,7 +101,7 @@ def round_as(values: F32, kind: str) -> F32:
 
 
 def bad_blocks(expected: F32, difference: F32, kind: str) -> int:
-    """Count the blocks whose error is beyond what the type can make."""
+    """Count the blocks whose error exceeds the bound of their type."""
     width = _BLOCK if expected.shape[-1] % _BLOCK == 0 else expected.shape[-1]
     _, bound = BOUNDS.get(kind, LOOSE)
     largest = np.abs(expected.reshape(-1, width)).max(axis=1)
@@ -110,7 +110,7 @@ def bad_blocks(expected: F32, difference: F32, kind: str) -> int:
 
 
 def check_bound(seen: WeightComparison, kind: str, blocks: int) -> None:
-    """Note an error of all weights, or of some blocks, beyond what the type can make."""
+    """Report a tensor, or blocks, whose error exceeds the bound of the type."""
     relative: Any = np.sqrt(seen.squared / seen.norm) if seen.norm else np.sqrt(seen.squared)
     bound, _ = BOUNDS.get(kind, LOOSE)
     if relative > bound:

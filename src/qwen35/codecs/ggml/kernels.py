@@ -1,4 +1,4 @@
-"""Our own quantizers of ggml's types, by name: compiled kernels that give ggml's bytes."""
+"""Our compiled quantizers by ggml type; they give ggml's bytes."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qwen35.codecs.ggml.types import GGML_TYPES
 __all__ = ["QUANTIZERS", "quantize"]
 
 Encode = Callable[[F32, F32, U8], Any]
-"""Encodes flat weights with the importance of a row's columns, which may be empty."""
+"""Encodes flat weights, weighted by the importance of a row's columns (may be empty)."""
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One type.
+    """The quantizer of one type.
 
     Args:
         encode: the kernel.
-        halves: where a block holds float16 numbers, in bytes.
+        halves: byte offsets of the float16 numbers in a block.
     """
 
     encode: Encode
@@ -53,7 +53,7 @@ QUANTIZERS: Mapping[str, Quantizer] = {
     "iq4_nl": Quantizer(blocks.encode_iq4_nl),
     "iq4_xs": Quantizer(superblocks.encode_iq4_xs),
 }
-"""Type to what encodes it; `qwen35.codecs.ggml.types.COMPILED` has their names."""
+"""Type to quantizer; `qwen35.codecs.ggml.types.COMPILED` lists the names."""
 
 _NOTHING = np.empty(0, np.float32)
 
@@ -62,7 +62,7 @@ def quantize(rows: F32, kind: str, importance: F32 | None) -> U8:
     """Quantize `rows` [count, row] to `kind`, weighted by `importance` [row]; return bytes.
 
     Raises:
-        ValueError: a scale came out that is not finite.
+        ValueError: a scale is not finite.
     """
     assert rows.flags.c_contiguous
     own, nbytes = QUANTIZERS[kind], GGML_TYPES[kind].nbytes
@@ -71,6 +71,8 @@ def quantize(rows: F32, kind: str, importance: F32 | None) -> U8:
     own.encode(rows.reshape(-1), weights, out)
     blocks_of_bytes = out.reshape(-1, nbytes)
     for at in own.halves:
-        if (blocks_of_bytes[:, at + 1] & 0x7C == 0x7C).any():  # an exponent of ones
+        if (
+            blocks_of_bytes[:, at + 1] & 0x7C == 0x7C
+        ).any():  # all exponent bits set: infinity or NaN
             raise ValueError(kind)
     return out

@@ -1,8 +1,8 @@
-"""ggml's quantizers, called in the library that llama-cpp-python brings; torch-free, no model.
+"""ggml's quantizers, called through ctypes in the library that llama-cpp-python installs.
 
-Only functions of scalars and pointers are used (``ggml_quantize_chunk`` and two more), which have
-kept their form for years. Whether the library is the one our tables describe is checked when it is
-opened. ctypes releases the interpreter's lock during a call.
+Only functions of scalars and pointers are used (``ggml_quantize_chunk`` and two more), whose
+signatures have been stable for years. Opening the library checks that it matches our tables. ctypes
+releases the GIL during a call.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["INSTALL", "Library", "find_library", "open_library"]
 
 
 INSTALL = "pip install 'qwen35[gguf]' (it is built from source: a C++ compiler and minutes)"
-"""What to do where it is missing."""
+"""The hint where it is missing."""
 
 _FILES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")
 
@@ -70,7 +70,7 @@ class Library:
         """Quantize `rows` [count, row] to `kind`, weighted by `importance` [row]; return bytes.
 
         Raises:
-            ValueError: a scale came out that is not finite.
+            ValueError: a scale is not finite.
         """
         code = GGML_TYPES[kind].code
         count, row = rows.shape
@@ -85,7 +85,7 @@ class Library:
 
 
 def find_library() -> Path | None:
-    """Return ``libggml-base`` of the installed llama-cpp-python, which is not imported for that."""
+    """Return ``libggml-base`` of the installed llama-cpp-python, without importing it."""
     spec = importlib.util.find_spec("llama_cpp")
     for folder in spec.submodule_search_locations or () if spec else ():
         for name in _FILES:

@@ -1,8 +1,8 @@
-"""Which quantizers encode a type of ggml: our own, or those of the library.
+"""Choose who encodes a ggml type: our kernels, or the ggml library.
 
-Our own are several times faster and need no library, but there are some for some types only. Where
-the library is installed, it is asked once whether it gives the same bytes: one that was built with
-fused multiply-add does not. Then it alone encodes, so that files are those of its llama-quantize.
+Our kernels are several times faster and need no library, but cover only some types. If the library
+is installed, one tile is encoded both ways: a library built with fused multiply-add gives other
+bytes. Then it encodes everything, so that files equal those of the user's own llama-quantize.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from qwen35.errors import TensorError, UsageError
 __all__ = ["ENCODERS", "Quantize", "differs", "encode", "quantizer"]
 
 ENCODERS = ("auto", "ggml")
-"""What may be asked for: ours where there are some, or the library for every type."""
+"""Values of ``--encoder``: our kernels where they exist, or the library for every type."""
 
 Quantize = Callable[[F32, str, F32 | None], U8]
 """Quantizes rows [count, row] to a type, weighted by importance [row]; ValueError: not finite."""
 
 _SENTINEL = "q5_K"
-"""The type that shows first how a library was built.
+"""The type most sensitive to how the library was built.
 
 A ggml compiled with -mfma differs in 3 of 10 blocks of q5_K without importance, but in 1 of 250 of
 q6_K: 64 blocks of the one tell more than thousands of the other.
 """
 
 _UNMOVED = "q8_0"
-"""A type without sums, which that cannot change."""
+"""A type without sums, which fused multiply-add cannot change."""
 
 
 def quantizer(kind: str, encoder: str = "auto") -> Quantize:
-    """Return what encodes a type that is not a float.
+    """Return the quantizer of a type that is not a float.
 
     Args:
         kind: the type.
         encoder: one of `ENCODERS`.
 
     Raises:
-        UsageError: the library is needed, and is not installed or not the one our tables describe.
+        UsageError: the library is needed, but missing or not the one our tables describe.
     """
     if encoder == "auto" and kind in COMPILED and not differs(kind):
         from qwen35.codecs.ggml.kernels import quantize
@@ -59,9 +59,9 @@ def quantizer(kind: str, encoder: str = "auto") -> Quantize:
 
 @cache
 def differs(kind: str) -> bool:
-    """Whether the library, if one can be opened, encodes a type of `COMPILED` otherwise than we do.
+    """Whether the library, if installed, encodes a type of `COMPILED` to other bytes than we do.
 
-    Tried on one tile, with importance and without.
+    Tested on one tile, with importance and without.
     """
     try:
         library = open_library()

@@ -1,4 +1,4 @@
-"""Tensors of GGUF files: decoded wherever one looks, and written row by row."""
+"""Tensors of GGUF files: decoded at any offset, encoded by whole rows."""
 
 from __future__ import annotations
 
@@ -17,23 +17,25 @@ __all__ = ["EncodingGgml", "StoredGgml", "decode"]
 
 
 def decode(data: U8, kind: GgmlType) -> F32:
-    """Return the values of whole blocks, flat float32, by the `gguf` library."""
+    """Decode whole blocks with the `gguf` library to flat float32."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
+    # Damaged scales overflow here; readers report non-finite values themselves.
     with np.errstate(over="ignore", invalid="ignore"):
         values: F32 = dequantize(data, GGMLQuantizationType(kind.code))
     return values
 
 
 class StoredGgml:
-    """The values of a tensor in a type of ggml, decoded to float32."""
+    """The values of a tensor stored in a ggml type, decoded to float32."""
 
     def __init__(self, reader: Readable, weight: Weight, kind: GgmlType) -> None:
         self._reader, self._main, self._kind = reader, weight.main, kind
 
     def read_into(self, first: int, out: Array) -> None:
-        """Fill flat `out` with the elements from number `first` on, decoded."""
+        """Fill flat `out` with decoded elements, starting at index `first`."""
+        # Only whole blocks can be decoded: read those that cover the range, then cut.
         block = self._kind.block
         begin, end = first // block, -(-(first + out.size) // block)
         data = np.empty((end - begin) * self._kind.nbytes, np.uint8)
@@ -46,14 +48,14 @@ class StoredGgml:
 
 
 class EncodingGgml(Encoding):
-    """Rows on the way to a type of ggml."""
+    """Encodes rows to a ggml type."""
 
-    def __init__(self, order: EncodingRequest, kind: GgmlType) -> None:
-        self._order, self._kind = order, kind
+    def __init__(self, request: EncodingRequest, kind: GgmlType) -> None:
+        self._request, self._kind = request, kind
 
     def add(self, piece: Piece) -> None:
         """Encode and write rows."""
-        name, row = self._order.outputs[0].name, piece.values.shape[1]
+        name, row = self._request.outputs[0].name, piece.values.shape[1]
         rows = np.ascontiguousarray(f32_from(piece.values, piece.dtype))
-        data = encode(name, rows, self._kind.name, piece.importance, self._order.encoder)
-        self._order.write(name, self._kind.size((piece.first, row)), data)
+        data = encode(name, rows, self._kind.name, piece.importance, self._request.encoder)
+        self._request.write(name, self._kind.size((piece.first, row)), data)

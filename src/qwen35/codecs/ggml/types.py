@@ -1,7 +1,7 @@
-"""Types of ggml: a table, and what takes the place of a type that does not fit.
+"""The table of ggml types, and the fallbacks for rows that a type does not fit.
 
 Source: llama.cpp 0c1e5709, ``ggml/include/ggml.h`` and ``src/llama-quant.cpp``
-(`tensor_type_fallback`, `tensor_requires_imatrix`), which is what llama-cpp-python 0.3.36 has.
+(`tensor_type_fallback`, `tensor_requires_imatrix`), the version in llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class GgmlType:
-    """A way to store rows of numbers.
+    """One way to store rows of numbers.
 
     Args:
-        name: as ggml spells it (``q4_K``).
-        code: number in a GGUF file.
+        name: in ggml's spelling (``q4_K``).
+        code: type id in a GGUF file.
         block: elements that share a scale; a row must hold whole blocks.
         nbytes: bytes of a block.
     """
@@ -41,7 +41,7 @@ class GgmlType:
     nbytes: int
 
     def size(self, shape: Sequence[int]) -> int:
-        """Return the bytes of a tensor of `shape`, whose rows hold whole blocks."""
+        """Return the size in bytes of a tensor whose rows are whole blocks."""
         return prod(shape) // self.block * self.nbytes
 
 
@@ -96,7 +96,7 @@ ENCODABLE: tuple[str, ...] = (
     *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs"),
     *("q1_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4"),
 )
-"""Types that ``ggml_quantize_chunk`` writes, and that a tensor may be given."""
+"""Types that ``ggml_quantize_chunk`` writes, and that recipes may assign."""
 
 COMPILED: tuple[str, ...] = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
@@ -105,7 +105,7 @@ COMPILED: tuple[str, ...] = (
 """Types that our own kernels encode, without ggml (`qwen35.codecs.ggml.kernels`)."""
 
 NEEDS_IMATRIX = ("iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s")
-"""Types that are garbage without an importance matrix; ggml aborts, so they are refused."""
+"""Types that are useless without an importance matrix; ggml aborts, so we refuse them."""
 
 _SMALLER = {
     **dict.fromkeys(NEEDS_IMATRIX, "iq4_nl"),
@@ -115,14 +115,14 @@ _SMALLER = {
     "q5_K": "q5_1",
     "q6_K": "q8_0",
 }
-"""Type of blocks of 256 to the one of blocks of 32 that takes its place in rows that do not fit."""
+"""Type with blocks of 256 to its fallback with blocks of 32, for rows that it does not fit."""
 
 
 def ggml_type(name: str, subject: str) -> GgmlType:
-    """Return the encodable type that `name` spells, in any case.
+    """Return the encodable type called `name`, ignoring case.
 
     Raises:
-        UsageError: there is none; `subject` says who asked.
+        UsageError: there is none; `subject` begins the message.
     """
     found = next((kind for kind in ENCODABLE if kind.lower() == name.lower()), None)
     if found is None:
@@ -131,7 +131,7 @@ def ggml_type(name: str, subject: str) -> GgmlType:
 
 
 def fallback(kind: GgmlType, row: int) -> GgmlType:
-    """Return the type that takes the place of `kind` where rows of `row` elements do not fit it."""
+    """Return `kind`, or its fallback if rows of `row` elements are not whole blocks of it."""
     if row % kind.block == 0:
         return kind
     smaller = GGML_TYPES[_SMALLER.get(kind.name, kind.name)]
