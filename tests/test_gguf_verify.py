@@ -19,6 +19,7 @@ from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import GgufFiles, gguf_files
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
+from qwen35.codecs.ggml.judge import bad_blocks
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.progress import Silent
@@ -142,6 +143,20 @@ def test_a_scale_that_is_another(out: Path, source: Path) -> None:
     verdict = check(out, source, "numbers")
     assert checks(verdict) == {"bound"}
     assert "blk.1.ffn_up.weight" in verdict.findings[0].subject
+
+
+def test_how_small_a_change_is_seen_is_said_and_true(good: Path, source: Path) -> None:
+    """One weight of a block must be off by 16 times the block's bound."""
+    said = [line for line in check(good, source, "numbers").not_compared if "q4_K" in line]
+    assert len(said) == 1
+    assert "a block of 256 weights by 6.5% of its largest one" in said[0]
+    assert "one weight by 1.0 times that one" in said[0]
+    expected = np.ones((1, 256), np.float32)
+    difference = np.zeros((1, 256), np.float32)
+    difference[0, 0] = 1.0
+    assert bad_blocks(expected, difference, "q4_K") == 0
+    difference[0, 0] = 1.05
+    assert bad_blocks(expected, difference, "q4_K") == 1
 
 
 def test_one_wrong_value_in_f16(out: Path, source: Path) -> None:

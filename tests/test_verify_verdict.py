@@ -40,7 +40,10 @@ def test_exit_code_zero_on_a_good_artifact(
     if "--json" in arguments:
         assert json.loads(out)["passed"] is True
     else:
-        assert out.endswith("passed: nothing found\n")
+        result = "weights read but not compared; --source MODEL compares them"
+        if not arguments:
+            result = "headers only, weights not read; --depth numbers reads them"
+        assert out.endswith(f"\n\npassed: {result}\n")
 
 
 def test_exit_code_one_and_two(
@@ -147,7 +150,9 @@ def test_a_verdict_is_plain_in_json() -> None:
         "artifact": "some/model",
         "kind": "nf4",
         "depth": "behaviour",
+        "source": None,
         "passed": False,
+        "result": "FAILED: 1 finding",
         "counts": {"weights": 9},
         "relative_error": [
             {
@@ -161,6 +166,7 @@ def test_a_verdict_is_plain_in_json() -> None:
         "answers": [Answer(question, "4").to_json()],
         "findings": [{"check": "files", "subject": "b", "message": "missing"}],
         "notes": ["a note"],
+        "not_compared": [],
     }
 
 
@@ -222,11 +228,12 @@ FAILED: 2 findings"""
         f"  {question}       on  WRONG",
         f"  {question}       on  WRONG",
         "",
-        "passed: nothing found",
+        "passed: weights read but not compared, 2 answers right",
     ]
-    none = replace(one, findings=(), notes=(), errors=verdict.errors[:1])
-    assert verdict_text(none).splitlines()[1:] == [
+    none = replace(one, findings=(), notes=(), errors=verdict.errors[:1], depth="numbers")
+    assert verdict_text(replace(none, source="x", not_compared=("y",))).splitlines()[1:] == [
         "3 weights are exactly those of the source",
+        "not compared: y",
         "",
-        "passed: nothing found",
+        "passed: weights and settings compared with the source; not loaded, --depth behaviour does",
     ]

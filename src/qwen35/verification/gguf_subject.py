@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ from qwen35.tensors import StoredTensor, TensorSpec, Weight
 from qwen35.threads import default_threads
 from qwen35.verification.asking_engines import in_llama
 from qwen35.verification.behaviour import BehaviourResult
+from qwen35.verification.foreign_files import foreign_findings
+from qwen35.verification.gguf_keys import compare_keys
+from qwen35.verification.gguf_sense import sense_findings, vocabulary_findings
+from qwen35.verification.settings_comparison import SettingsComparison
+from qwen35.verification.source_comparison import attempt, stranger_findings
 from qwen35.verification.subject import (
     Engine,
     HeldWeight,
@@ -111,6 +116,8 @@ class GgufSubject(Subject):
         yield from self._unreadable
         for container in self._containers.values():
             yield from _structure(container)
+        if self.place is not None and self.whole:
+            yield from foreign_findings(self.place)
 
     def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
         """Yield one table per file, since files have tensors of the same names."""
@@ -163,6 +170,25 @@ class GgufSubject(Subject):
         rows = {f"{part.name}: {name}": tensor.rows for name, tensor in tensors.items()}
         return SourceWeights(rows, findings, comparable=not findings)
 
+    # --- source
+
+    def strangers(self, source: Checkpoint) -> Iterator[Finding]:
+        """Yield a finding for each file of other sizes."""
+        for file, container in self._containers.items():
+            layers = source.config.vision_depth
+            there = {"experts": 0, **source.config.geometry, "vision layers": layers}
+            yield from stranger_findings(file, source, _sizes(container), there)
+
+    def settings(self, source: Checkpoint) -> SettingsComparison:
+        """Compare the keys of each file."""
+        result = SettingsComparison()
+        for container in self._containers.values():
+            if container.architecture in KEYS and not missing_keys(container):
+                attempt(result, partial(compare_keys, container, source, result))
+            else:
+                result.skipped.append(f"{container.path.name}: its keys, which are not whole")
+        return result
+
     # --- behaviour
 
     def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
@@ -190,30 +216,19 @@ def _structure(container: GgufHeader) -> Iterator[Finding]:
     yield from (Finding("metadata", name, f"no key {key}") for key in missing)
     if missing:
         return
-    yield from _vocabulary(container)
+    if container.architecture != _VISION:
+        yield from vocabulary_findings(container)
     try:
         table = expected(container)
     except InputError as error:
         yield Finding("metadata", name, error.message)
         return
-    yield from _tensors(container, table)
-
-
-def _vocabulary(container: GgufHeader) -> Iterator[Finding]:
-    if container.architecture == _VISION:
+    unfit = list(_tensors(container, table))
+    yield from unfit
+    if unfit:  # what follows compares keys with the tensors
         return
-    keys, name = container.keys, container.path.name
-    tokens, types = keys["tokenizer.ggml.tokens"], keys["tokenizer.ggml.token_type"]
-    if len(tokens) != len(types):
-        yield Finding("metadata", name, f"{len(tokens)} tokens, but {len(types)} token types")
-    if len(set(tokens)) != len(tokens):
-        yield Finding("metadata", name, "a token occurs twice")
-    for key in ("eos_token_id", "padding_token_id", "bos_token_id"):
-        value = keys.get(f"tokenizer.ggml.{key}", 0)
-        if not 0 <= value < len(tokens):
-            yield Finding("metadata", name, f"{key} is {value}, beyond the {len(tokens)} tokens")
-    if "tokenizer.chat_template" not in keys:
-        yield Finding("metadata", name, "no chat template: chat programs will guess one")
+    free = [one for one, tensor in table.items() if tensor.storage not in GGML_TYPES]
+    yield from sense_findings(container, free)
 
 
 def _tensors(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> Iterator[Finding]:
@@ -231,6 +246,26 @@ def _tensors(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> Itera
             yield Finding("tensors", f"{file}: {name}", message)
     for name in sorted(container.tensors.keys() - table.keys()):
         yield Finding("tensors", f"{file}: {name}", "not a tensor that the keys imply")
+
+
+def _sizes(container: GgufHeader) -> dict[str, Any]:
+    """Return the sizes of a file by the names that `ModelConfig.geometry` has for them."""
+    keys, name = container.keys, container.architecture
+    if name == _VISION:
+        return {"vision layers": keys.get("clip.vision.block_count")}
+    tokens, mtp = keys.get("tokenizer.ggml.tokens"), keys.get(f"{name}.nextn_predict_layers", 0)
+    blocks = keys.get(f"{name}.block_count")
+    sizes = {
+        "experts": keys.get(f"{name}.expert_count", 0),
+        "hidden": keys.get(f"{name}.embedding_length"),
+        "ffn": keys.get(f"{name}.feed_forward_length"),
+        "head": keys.get(f"{name}.attention.key_length"),
+    }
+    if type(blocks) is int and type(mtp) is int:
+        sizes["layers"] = blocks - mtp
+    if isinstance(tokens, list):
+        sizes["vocab"] = len(tokens)
+    return {key: size for key, size in sizes.items() if size is not None}
 
 
 def _squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,17 +9,25 @@ from typing import Any, ClassVar, Literal
 
 from qwen35.checkpoint.inventory import InventoryItem, match
 from qwen35.checkpoint.locations import FileLocation
+from qwen35.checkpoint.mistaken import LONGEST_HEAD, stand_in
 from qwen35.checkpoint.open import describe, fetch, looks_like_artifact
 from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, Reader, read_json
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.plain.codec import Plain
 from qwen35.codecs.registry import packings
-from qwen35.errors import Finding, InputError, TensorError, UsageError
+from qwen35.errors import ConfigError, Finding, InputError, TensorError, UsageError
+from qwen35.model.config_notes import config_notes, foreign_keys
+from qwen35.model.model_config import ModelConfig
+from qwen35.model.rope import rope_of
 from qwen35.planning.rows import rows_of
 from qwen35.planning.safetensors_files.safetensors_container import SafetensorsContainer
+from qwen35.planning.sidecar_checks import sidecar_problems
 from qwen35.verification.asking_engines import check_engine, in_engine
 from qwen35.verification.behaviour import BehaviourResult
+from qwen35.verification.foreign_files import foreign_findings
 from qwen35.verification.memo import stamped
+from qwen35.verification.settings_comparison import SettingsComparison, shown
+from qwen35.verification.source_comparison import compare_checkpoints, stranger_findings
 from qwen35.verification.subject import (
     Engine,
     HeldWeight,
@@ -122,6 +130,8 @@ class CheckpointSubject(Subject):
         yield from self._config_findings()
         yield from self._index_findings()
         yield from self._template_findings()
+        yield from self._sidecar_findings()
+        yield from foreign_findings(self.place)
 
     def _config_findings(self) -> Iterator[Finding]:
         config = self.checkpoint.config
@@ -137,6 +147,22 @@ class CheckpointSubject(Subject):
                 yield Finding("quantization-config", "config.json", message)
         for codec in self._promised():
             yield from codec.config_findings(quantization, self.items, vision=self.vision)
+        yield from self._meaning_findings()
+
+    def _meaning_findings(self) -> Iterator[Finding]:
+        config = self.checkpoint.config
+        for one in foreign_keys(config):
+            message = f"{one.path} is {shown(one.value)}: transformers obeys it, the checks here "
+            yield Finding("config", "config.json", f"{message}expect {one.row.why}")
+        try:
+            rope_of(config.text_raw)
+        except ConfigError as error:
+            yield Finding("config", "config.json", f"transformers refuses it: {error.message}")
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """What users of config.json should know."""
+        return config_notes(self.checkpoint.config)
 
     def _count(self, codec: Codec) -> int:
         return sum(item.codec == codec.name for item in self.items)
@@ -167,11 +193,20 @@ class CheckpointSubject(Subject):
 
         try:
             content = self.place.read(_TEMPLATE, 0, self.place.sizes()[_TEMPLATE])
+            known = stand_in(_TEMPLATE, content[:LONGEST_HEAD])
+            if known is not None:
+                raise known
             compiles(content.decode(), _TEMPLATE)
         except InputError as error:
             yield Finding("template", _TEMPLATE, error.message)
         except UnicodeDecodeError as error:
             yield Finding("template", _TEMPLATE, str(error))
+
+    def _sidecar_findings(self) -> Iterator[Finding]:
+        """Yield side-cars that loaders cannot read, and links that lead nowhere."""
+        dangling, sidecars = self.checkpoint.dangling, self.checkpoint.sidecars
+        names = {*dangling, *sidecars} - {_TEMPLATE} | {_TEMPLATE} & dangling.keys()
+        yield from (_finding("files", p) for p in sidecar_problems(self.checkpoint, names))
 
     def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
         """Yield one table: a tensor may be in any file."""
@@ -246,12 +281,30 @@ class CheckpointSubject(Subject):
             findings.append(Finding("source", item.weight.name, message))
         return SourceWeights(rows, tuple(findings))
 
+    # --- source
+
+    def strangers(self, source: Checkpoint) -> Iterator[Finding]:
+        """Yield a finding if the sizes of text model or tower differ."""
+        here, there = self.checkpoint.config, source.config
+        yield from stranger_findings(self.name, source, _sizes(here), _sizes(there))
+
+    def settings(self, source: Checkpoint) -> SettingsComparison:
+        """Compare config, sampling, tokenizer, template and preprocessors."""
+        mtp = any(item.role.scope == "mtp" for item in self.items)
+        return compare_checkpoints(self.checkpoint, source, mtp=mtp)
+
     # --- behaviour
 
     def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
         """Ask it in the engine, by default transformers."""
         del threads
         return in_engine(engine, self.folder(), vision=self.vision)
+
+
+def _sizes(config: ModelConfig) -> dict[str, int]:
+    """Return the sizes that no conversion changes."""
+    tower = {key: size for key, size in config.dims.items() if key.startswith("vision")}
+    return {"experts": 0, **config.geometry, **tower}
 
 
 def _packings() -> dict[str, Codec]:

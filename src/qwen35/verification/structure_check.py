@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen35.checkpoint.locations import FileLocation
-from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
 from qwen35.errors import Finding, InputError
 from qwen35.planning.manifest import read_manifest
 from qwen35.verification.memo import MemoFile
 from qwen35.verification.subject import Subject, TensorTable
 
 __all__ = ["StructureResult", "check_hashes", "check_structure"]
+
+_DECIDING = {sidecar.name for sidecar in SIDECARS} - {"LICENSE"}
+"""Side-cars that loaders read."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,10 @@ def _manifest_findings(
             digest = hashlib.sha256(place.read(name, 0, sizes[name])).hexdigest()
             if digest != entry["sha256"]:
                 yield Finding("hash", name, f"changed since it was written (sha256 {digest[:12]})")
-    if subject.unlisted == "files":
-        yield from (_unlisted("files", name) for name in subject.files if name not in listed)
+    beside = set(subject.files) if subject.unlisted == "files" else set()
+    if subject.whole:  # a side-car that was put there later decides what loaders do
+        beside |= _DECIDING & sizes.keys()
+    yield from (_unlisted("files", name) for name in sorted(beside - listed.keys()))
     for table in subject.tables(manifest):
         yield from _table_findings(table)
 

@@ -15,6 +15,7 @@ from qwen35.errors import Finding
 from qwen35.planning.rows import Rows
 from qwen35.tensors import TensorSpec, Weight
 from qwen35.verification.behaviour import BehaviourResult
+from qwen35.verification.settings_comparison import SettingsComparison
 
 __all__ = [
     "Depth",
@@ -171,6 +172,11 @@ class Subject(ABC):
     def structure(self) -> Iterator[Finding]:
         """Check headers and small files, but not the manifest."""
 
+    @property
+    def notes(self) -> Iterator[str]:
+        """What users should know and no check judges."""
+        return iter(())
+
     @abstractmethod
     def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
         """Yield the stored tensors beside those that the manifest lists."""
@@ -217,6 +223,20 @@ class Subject(ABC):
             part: one of `parts`.
             source: the checkpoint that it was made from.
             items: all weights of the source.
+
+        Raises:
+            InputError: the source cannot be converted to this container.
+        """
+
+    # --- source
+
+    @abstractmethod
+    def strangers(self, source: Checkpoint) -> Iterator[Finding]:
+        """Yield a finding if sizes show that it was not made from this source."""
+
+    @abstractmethod
+    def settings(self, source: Checkpoint) -> SettingsComparison:
+        """Compare everything but weights with the source.
 
         Raises:
             InputError: the source cannot be converted to this container.

@@ -10,6 +10,7 @@ from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.source import Checkpoint, FolderReader
 from qwen35.errors import Finding, InputError
 from qwen35.verification.behaviour import BehaviourResult
+from qwen35.verification.settings_comparison import SettingsComparison
 from qwen35.verification.subject import Engine, SourceWeights, Subject, SubjectPart, TensorTable
 
 __all__ = ["Unreadable"]
@@ -91,6 +92,16 @@ class Unreadable(Subject):
         """Return nothing."""
         del part, source, items
         return SourceWeights({})
+
+    def strangers(self, source: Checkpoint) -> Iterator[Finding]:
+        """Yield nothing."""
+        del source
+        yield from ()
+
+    def settings(self, source: Checkpoint) -> SettingsComparison:
+        """Compare nothing."""
+        del source
+        return SettingsComparison()
 
     def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
         """Ask nothing."""

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.codecs.registry import is_packed
+from qwen35.codecs.registry import codec_of, is_packed
 from qwen35.errors import Finding
 from qwen35.progress import Progress
-from qwen35.verification.behaviour import NOT_ASKED, Answer
+from qwen35.verification.behaviour import NOT_ASKED, Answer, BehaviourResult
+from qwen35.verification.foreign_files import foreign_notes
 from qwen35.verification.memo import MemoFile, stamped
-from qwen35.verification.numbers_check import check_numbers
+from qwen35.verification.numbers_check import NumbersResult, check_numbers
 from qwen35.verification.role_errors import RoleError
+from qwen35.verification.settings_comparison import SettingsComparison
 from qwen35.verification.structure_check import check_hashes, check_structure
 from qwen35.verification.subject import Depth, Engine, Subject
 
-__all__ = ["Depth", "Engine", "Verdict", "verify"]
+__all__ = ["NO_SOURCE", "Depth", "Engine", "Verdict", "verify"]
+
+NO_SOURCE = (
+    "without --source nothing tells whether weights, config, tokenizer and template are the "
+    "original's"
+)
+_STRANGER = "weights and settings: not with a source of other sizes"
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Verdict:
         findings: the findings.
         answers: its answers, at depth ``behaviour``.
         notes: remarks on how it was checked.
+        source: name of the source that it was compared with.
+        not_compared: what this check could not see, or did not look at.
     """
 
     name: str
@@ -43,6 +53,26 @@ class Verdict:
     findings: tuple[Finding, ...]
     answers: tuple[Answer, ...] = ()
     notes: tuple[str, ...] = ()
+    source: str | None = None
+    not_compared: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> str:
+        """The verdict in a sentence, which names how far the check went."""
+        if self.findings:
+            noun = "finding" if len(self.findings) == 1 else "findings"
+            return f"FAILED: {len(self.findings)} {noun}"
+        if self.depth == "structure":
+            return "passed: headers only, weights not read; --depth numbers reads them"
+        if self.depth == "behaviour":
+            weights = "compared with the source" if self.source else "read but not compared"
+            return f"passed: weights {weights}, {len(self.answers)} answers right"
+        if self.source:
+            return (
+                "passed: weights and settings compared with the source; not loaded, --depth "
+                "behaviour does"
+            )
+        return "passed: weights read but not compared; --source MODEL compares them"
 
     @property
     def passed(self) -> bool:
@@ -55,7 +85,9 @@ class Verdict:
             "artifact": self.name,
             "kind": self.kind,
             "depth": self.depth,
+            "source": self.source,
             "passed": self.passed,
+            "result": self.result,
             "counts": self.counts,
             "relative_error": [
                 {
@@ -70,6 +102,7 @@ class Verdict:
             "answers": [answer.to_json() for answer in self.answers],
             "findings": [finding.to_json() for finding in self.findings],
             "notes": list(self.notes),
+            "not_compared": list(self.not_compared),
         }
 
 
@@ -103,25 +136,30 @@ def verify(
     findings = list(structure.findings)
     if tensor_parallel is not None:
         findings += subject.sharding_findings(tensor_parallel)
+    compared = _settings(subject, source)
+    findings += [one for one in compared.findings if one not in findings]
+    foreign = foreign_notes(subject.place) if subject.place else ()
+    notes = [*subject.notes, *foreign, *compared.notes]
     errors: Sequence[RoleError] = ()
-    notes: list[str] = []
-    answers: tuple[Answer, ...] = ()
     if depth != "structure":
         inputs = {"artifact": subject.stamps(), "source": source and stamped(source)}
         with MemoFile(inputs) as memo:
             if structure.manifest is not None:
                 findings += check_hashes(subject, structure.manifest, memo)
-            numbers = check_numbers(subject, source, memo=memo, threads=threads, progress=progress)
+            original = source if compared.kin else None
+            numbers = check_numbers(
+                subject, original, memo=memo, threads=threads, progress=progress
+            )
         errors = numbers.roles
         findings += [*numbers.findings, *numbers.too_far()]
-        notes += memo.notes
+        notes += [*memo.notes, *_mostly_other(numbers, source)]
+    behaviour = BehaviourResult()
     if depth == "behaviour" and not findings:
         behaviour = subject.ask(engine, threads)
-        answers = behaviour.answers
         findings += behaviour.findings
-        notes += behaviour.notes
     elif depth == "behaviour":
         notes.append(NOT_ASKED)
+    notes += behaviour.notes
     weights = [held.weight for part in subject.parts for held in part.weights]
     counts = {
         "weights": len(weights),
@@ -135,6 +173,35 @@ def verify(
         counts,
         tuple(errors),
         tuple(findings),
-        answers,
+        behaviour.answers,
         tuple(notes),
+        source.name if source else None,
+        (*compared.skipped, *_unseen(subject, source if compared.kin else None)),
     )
+
+
+def _settings(subject: Subject, source: Checkpoint | None) -> SettingsComparison:
+    """Compare all but weights; nothing of a source that cannot be the artifact's."""
+    if source is None:
+        return SettingsComparison(skipped=[NO_SOURCE])
+    strangers = list(subject.strangers(source))
+    if strangers:
+        return SettingsComparison(strangers, skipped=[_STRANGER], kin=False)
+    return subject.settings(source)
+
+
+def _unseen(subject: Subject, source: Checkpoint | None) -> Iterator[str]:
+    """Yield the smallest differences that comparisons see, for each type where some are missed."""
+    if source is None:
+        return
+    codecs = {held.storage: codec_of(held.weight) for p in subject.parts for held in p.weights}
+    for codec in codecs.values():
+        if codec.tolerance:
+            yield f"{codec.label}: {codec.tolerance}"
+
+
+def _mostly_other(numbers: NumbersResult, source: Checkpoint | None) -> Iterator[str]:
+    """Yield a question if most weights are others than the source's."""
+    wrong = sum(bool(one.findings) for _, one in numbers.compared)
+    if source is not None and 2 * wrong > len(numbers.compared):
+        yield f"most weights differ: is {source.name} its source?"

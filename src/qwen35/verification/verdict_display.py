@@ -37,7 +37,6 @@ def verdict_text(verdict: Verdict) -> str:
         lines.append("")
         lines += [f"error: {f.subject}: {f.message} [{f.check}]" for f in verdict.findings]
     lines += [f"note: {note}" for note in verdict.notes]
-    errors = len(verdict.findings)
-    noun = "finding" if errors == 1 else "findings"
-    lines += ["", "passed: nothing found" if verdict.passed else f"FAILED: {errors} {noun}"]
+    lines += [f"not compared: {what}" for what in verdict.not_compared]
+    lines += ["", verdict.result]
     return "\n".join(lines)

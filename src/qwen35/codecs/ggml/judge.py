@@ -86,7 +86,7 @@ def tolerance(kind: GgmlType) -> str:
     # One weight alone raises the root mean square of a block by a sixteenth of what it is off by.
     return (
         f"seen is a tensor that is off by {tensor:.1%}, a block of {_BLOCK} weights by {block:.1%} "
-        f"of its largest one (root mean square), one weight by {_BLOCK**0.5 * block:.2g} times "
+        f"of its largest one (root mean square), one weight by {_BLOCK**0.5 * block:.1f} times "
         "that one; `qwen35 reproduce` compares every byte"
     )
 

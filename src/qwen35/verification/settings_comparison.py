@@ -1,0 +1,81 @@
+"""What a comparison of settings yields, and how values are compared by meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen35.checkpoint.locations import FileLocation
+from qwen35.checkpoint.source import read_json
+from qwen35.errors import Finding, InputError
+
+__all__ = ["ABSENT", "SettingsComparison", "same_value", "settings_of", "shown"]
+
+ABSENT = object()
+"""Stands for the value of a key that one side lacks."""
+
+
+@dataclass
+class SettingsComparison:
+    """Everything but weights, compared with the source.
+
+    Args:
+        findings: what decides behaviour and differs.
+        notes: what differs without deciding behaviour.
+        skipped: what could not be compared, and why.
+        kin: whether the source can be the artifact's.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    kin: bool = True
+
+    def differ(
+        self, check: str, subject: str, here: Mapping[str, Any], there: Mapping[str, Any]
+    ) -> None:
+        """Add a finding for each key whose values differ; keys may be missing."""
+        for key in dict.fromkeys((*there, *here)):
+            ours, theirs = here.get(key, ABSENT), there.get(key, ABSENT)
+            if not same_value(ours, theirs):
+                message = f"{key} is {shown(ours, theirs)}, the source has {shown(theirs, ours)}"
+                self.findings.append(Finding(check, subject, message))
+
+
+def same_value(one: Any, other: Any) -> bool:
+    """Return whether two JSON values are equal; 1 equals 1.0, but not true."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same_value(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(same_value, one, other))
+    return bool(one == other)
+
+
+def shown(value: Any, other: Any = None) -> str:
+    """Return a value for a sentence; of two long lists, what the first difference is."""
+    if value is ABSENT:
+        return "absent"
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple) and len(value) > 8:
+        if len(value) != len(other):
+            return f"{len(value)} values long"
+        at = next((i for i, (a, b) in enumerate(zip(value, other, strict=True)) if a != b), 0)
+        return f"{value[at]!r} at {at}"[:80]
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def settings_of(place: FileLocation, name: str) -> dict[str, Any] | None:
+    """Return a parsed JSON file of a checkpoint; None if it is missing.
+
+    Raises:
+        InputError: it is damaged, or not a JSON object.
+    """
+    if name not in place.sizes():
+        return None
+    parsed = read_json(place, name)
+    if not isinstance(parsed, dict):
+        raise InputError(name, "not a JSON object")
+    return parsed

@@ -1,0 +1,143 @@
+"""Whether two chat templates write the same prompts, by rendering both on conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from qwen35.checkpoint.locations import FileLocation
+from qwen35.errors import Finding, InputError
+from qwen35.planning.safetensors_files.chat_template import text_only_template
+from qwen35.verification.bounded_rendering import Rendered, render
+from qwen35.verification.conversations import text_conversations, vision_conversations
+from qwen35.verification.settings_comparison import SettingsComparison, settings_of
+
+__all__ = ["compare_template", "compare_templates", "default_template", "stored_templates"]
+
+_CHECK = "template"
+_FILE = "chat_template.jinja"
+_SETTINGS = ("tokenizer_config.json", "chat_template.json")
+_DEFAULT = "default"
+_MAX_BYTES = 2**20
+_SHOWN = 3
+
+
+def stored_templates(place: FileLocation) -> dict[tuple[str, str], str]:
+    """Return the templates by file and name, in the order in which loaders prefer them.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    found: dict[tuple[str, str], str] = {}
+    size = place.sizes().get(_FILE)
+    if size is not None:
+        if size > _MAX_BYTES:
+            raise InputError(_FILE, f"{size} bytes", expected=f"at most {_MAX_BYTES}")
+        try:
+            found[_FILE, _DEFAULT] = place.read(_FILE, 0, size).decode()
+        except UnicodeDecodeError as error:
+            raise InputError(_FILE, "not UTF-8 text") from error
+    for file in _SETTINGS:
+        stored = (settings_of(place, file) or {}).get("chat_template")
+        found |= {(file, name): text for name, text in _named(stored).items()}
+    return found
+
+
+def _named(stored: Any) -> dict[str, str]:
+    if isinstance(stored, str):
+        return {_DEFAULT: stored}
+    if isinstance(stored, list):
+        rows = [row for row in stored if isinstance(row, dict)]
+        stored = {str(row.get("name")): row.get("template") for row in rows}
+    return (
+        {k: v for k, v in stored.items() if isinstance(v, str)} if isinstance(stored, dict) else {}
+    )
+
+
+def default_template(templates: Mapping[tuple[str, str], str], name: str = _DEFAULT) -> str | None:
+    """Return the template that a loader takes; None if there is none."""
+    return next((text for (_, called), text in templates.items() if called == name), None)
+
+
+def compare_templates(
+    place: FileLocation, source: FileLocation, *, vision: bool, result: SettingsComparison
+) -> None:
+    """Compare every stored template with the source's of that name.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    here, there = stored_templates(place), stored_templates(source)
+    done: set[tuple[str, str]] = set()
+    for (file, name), text in here.items():
+        theirs = default_template(there, name) or default_template(there)
+        if (name, text) in done:
+            continue
+        done.add((name, text))
+        if theirs is None:
+            result.findings.append(Finding(_CHECK, file, "a chat template, the source has none"))
+        else:
+            compare_template(file, text, theirs, vision=vision, result=result)
+    for name in sorted({name for _, name in there} - {name for _, name in here}):
+        message = f"no chat template {name!r}, the source has one"
+        result.findings.append(Finding(_CHECK, _FILE, message))
+
+
+def compare_template(
+    subject: str, here: str, there: str, *, vision: bool, result: SettingsComparison
+) -> None:
+    """Compare two templates: their text, else what they make of conversations.
+
+    Args:
+        subject: where the artifact's is.
+        here: the artifact's.
+        there: the source's.
+        vision: whether the artifact takes pictures.
+        result: findings and notes go there.
+    """
+    if here == there:
+        return
+    conversations = text_conversations() | (vision_conversations() if vision else {})
+    try:
+        ours, theirs = render((here, there), list(conversations.values()))
+    except InputError as error:
+        message = f"another text than the source's, and not compared: {error.message}"
+        result.findings.append(Finding(_CHECK, subject, message))
+        return
+    wrong = [
+        (name, one, other)
+        for name, one, other in zip(conversations, ours, theirs, strict=True)
+        if one.failed != other.failed or (not one.failed and one.text != other.text)
+    ]
+    for name, one, other in islice(wrong, _SHOWN):
+        message = f"{name}: {_difference(one, other)}"
+        result.findings.append(Finding(_CHECK, subject, message))
+    if len(wrong) > _SHOWN:
+        message = f"{len(wrong)} of {len(conversations)} conversations differ from the source's"
+        result.findings.append(Finding(_CHECK, subject, message))
+    if not wrong and here != _text_only(there):
+        result.notes.append(
+            f"{subject}: another text than the source's, the same on {len(conversations)} "
+            "conversations"
+        )
+
+
+def _text_only(template: str) -> str | None:
+    try:
+        return text_only_template(template, _FILE)
+    except InputError:
+        return None
+
+
+def _difference(one: Rendered, other: Rendered) -> str:
+    """Return both results from a little before the first difference."""
+    if one.failed != other.failed:
+        failed = one if one.failed else other
+        side = "is refused" if one.failed else "is refused by the source's alone"
+        return f"{side} ({failed.text[:80]})"
+    pairs = zip(one.text, other.text, strict=False)
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one.text), len(other.text)))
+    start = max(at - 10, 0)
+    ours, theirs = one.text[start : at + 30], other.text[start : at + 30]
+    return f"writes {ours!r}, the source's {theirs!r}"
