@@ -1,6 +1,7 @@
 ## make setup        an environment in .venv for everything in README and tutorials
 ## make demo         all paths on the embedded checkpoint: make, verify, ask, measure, report
 ## make dev          the environment of `make setup`, and the tools of tests and documentation
+## make check        lint, and the tests that matter most while you work: under two minutes
 ## make lint         ruff, mypy and the import contract
 ## make test         lint, documentation and tests
 ## make test-all     and the tests that take minutes each or gigabytes
@@ -11,7 +12,7 @@
 ## make docs-shown   write what the blocks of README and tutorials print into them
 ## make results      measure the README's table of formats anew (docs/results.json)
 ## make bench        the benchmarks
-## make golden       record anew what llama.cpp's converter writes (tests/golden/gguf.json)
+## make golden       record anew what llama.cpp's converter writes (tests/golden/gguf*.json)
 ## make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
 ## make golden-sentences  and what users read when something is wrong (tests/golden/sentences.txt)
 ## make clean        remove environments and everything that was built
@@ -25,7 +26,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # miscompiled by common compilers), and without the multimodal library
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
-.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm golden golden-kld golden-sentences lint fuzz bench clean
+.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm golden golden-kld golden-sentences check lint fuzz bench clean
 
 help:
 	@sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +70,20 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Every room, and the bytes of every format: NF4 beside bitsandbytes, FP8 beside PyTorch, GGUF beside
+# llama.cpp. Plans of the largest sizes take seconds each, so `make test` alone makes them.
+CHECKED := $(addprefix tests/test_, $(addsuffix .py, \
+	names house one_core architecture api schemas \
+	cli cli_verbs naming config roles sizes floats header inventory layers recipe manifest activations \
+	plan_golden plan_digest plan_config plan_skip_list plan_files plan_steps plan_memory plan_shown \
+	fp8_plan gguf_plan oracle_nf4 fp8_codec gguf_numbers order journal staging storage convert \
+	pipeline_make tune verify_faults verify_files fp8_verify_lists evaluate_statistics \
+	publish_documents)) \
+	'tests/test_gguf_oracle.py::test_every_type_equals_llama_quantize[dense]'
+
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m 'not heavy' -k 'not (35B or 122B or 397B)' $(CHECKED)
+
 docs: $(VENV)/.test
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --nitpicky -d build/doctrees docs build/docs
 
@@ -90,6 +105,7 @@ test-all: $(VENV)/.test lint docs $(LLAMA_CPP)/.made
 
 golden: $(LLAMA_CPP)/.made
 	PYTHONPATH=src:tests $(BIN)/python tests/golden_gguf.py $(CURDIR)/$(LLAMA_CPP)
+	PYTHONPATH=src:tests $(BIN)/python tests/golden_config.py $(CURDIR)/$(LLAMA_CPP)
 
 # llama.cpp's own programs from the same source: references of figures and of speed
 PROGRAMS := $(VENV)/llama.cpp-programs

@@ -161,7 +161,7 @@ def test_ungated_attention_has_half_the_queries() -> None:
 
 @pytest.mark.parametrize(
     ("root", "text", "tied"),
-    [(True, None, True), (None, True, True), (False, True, False), (None, None, False)],
+    [(True, None, True), (None, True, False), (False, True, False), (None, None, False)],
 )
 def test_root_decides_whether_the_head_is_tied(
     root: bool | None, text: bool | None, tied: bool

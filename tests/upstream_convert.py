@@ -2,7 +2,8 @@
 
     python upstream_convert.py LLAMA_CPP < jobs.json
 
-A job is ``{"model", "out", "type": "f32|f16|bf16", "mmproj": bool, "mtp": bool}``. The one thing
+A job is ``{"model", "out", "type": "f32|f16|bf16", "mmproj": bool, "mtp": bool}``; with ``"keys":
+true`` only the keys that config.json decides are written to ``out``, as JSON. The one thing
 changed is the recognition of the tokenizer: the converter knows vocabularies by a hash of ids.
 """
 
@@ -37,7 +38,13 @@ def run(job: dict[str, Any]) -> None:
         found = get_model_class(architecture, mmproj=job["mmproj"])
         if not job["mmproj"]:
             found.no_mtp = not job["mtp"]
-        found(model, types[job["type"]], Path(job["out"])).write()
+        converter = found(model, types[job["type"]], Path(job["out"]))
+        if not job.get("keys"):
+            converter.write()
+            return
+        converter.set_gguf_parameters()
+        keys = {name: row.value for name, row in converter.gguf_writer.kv_data[0].items()}
+        Path(job["out"]).write_text(json.dumps(keys))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qwen35.api.evaluate_api import evaluate, prepared, state_beside
 from qwen35.cli.console import Console
+from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.shared_flags import keywords, positive, size_of
 from qwen35.display import size
 
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace, output: Console) -> int:
     if args.report is not None:
         output.info(f"{args.report}: report.json and report.html")
     output.data(report_text(report, output.width), report.to_json())
-    return int(bool(report.findings))
+    return EXIT_FINDINGS if report.findings else 0
 
 
 def _dry_run(args: argparse.Namespace, output: Console) -> int:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qwen35.errors import Finding
+from qwen35.evaluation.abnormal import noise_findings
 from qwen35.evaluation.columns import table
 from qwen35.evaluation.divergence import Estimate
 from qwen35.evaluation.measured import EDGES, ModelMeasurement
@@ -49,6 +51,11 @@ class EvaluationReport:
         return max((row.comparison.kld.value for row in self.floors), default=0.0)
 
     @property
+    def findings(self) -> list[Finding]:
+        """Unquantized models that differ between engines by more than rounding."""
+        return list(noise_findings(self.base, self.floors, self.candidates))
+
+    @property
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Headings and rows with a column per candidate, or of the base if there are none."""
         return table(self.base, self.base_perplexity, self.candidates)
@@ -73,6 +80,7 @@ class EvaluationReport:
             "base": {**_model_json(self.base), "perplexity": asdict(self.base_perplexity)},
             "noise_floor": [_row_json(row) for row in self.floors],
             "candidates": [_row_json(row) for row in self.candidates],
+            "findings": [finding.to_json() for finding in self.findings],
             "bins": list(EDGES),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwen35.evaluation.abnormal import is_abnormal
 from qwen35.evaluation.evaluation_report import EvaluationReport
 from qwen35.table import table_lines
 
@@ -27,19 +28,21 @@ def report_text(report: EvaluationReport, width: int | None = None) -> str:
 
 
 def notes(report: EvaluationReport) -> list[str]:
-    """Return notes on the table, one sentence each."""
-    sentences = [
-        f"noise floor: the unquantized model in {row.model.engine} ({row.model.stored}) is "
-        f"{row.comparison.kld.value:.3g} nats from itself in {report.base.engine} "
-        f"(99.9%: {row.comparison.percentiles[99.9]:.3g}, same top p "
-        f"{row.comparison.same_top.value:.3%})"
+    """Return notes on the table, one sentence each; what is abnormal comes first."""
+    sentences = [f"[{one.check}] {one.subject}: {one.message}" for one in report.findings]
+    sentences += [
+        f"{'abnormal ' * is_abnormal(row)}noise floor: the unquantized model in "
+        f"{row.model.engine} ({row.model.stored}) is {row.comparison.kld.value:.3g} nats from "
+        f"itself in {report.base.engine} (99.9%: "
+        f"{row.comparison.percentiles[99.9]:.3g}, same top p {row.comparison.same_top.value:.3%})"
         for row in report.floors
     ]
     if report.candidates and not report.floors:
         sentences.append(f"noise floor: none between engines, all run in {report.base.engine}")
+    abnormal = any(map(is_abnormal, report.floors))
     for row in report.candidates:
-        same = row.model.engine == report.base.engine
-        if not same and row.comparison.kld.value < _NEAR * report.floor:
+        other = row.model.engine != report.base.engine
+        if other and not abnormal and row.comparison.kld.value < _NEAR * report.floor:
             sentences.append(f"{row.model.name}: within {_NEAR:g} times the noise floor")
     if report.reference == "16-bit file":
         sentences.append(

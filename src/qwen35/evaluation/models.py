@@ -209,7 +209,7 @@ def _checkpoint(source: str, token: str | None) -> EvaluatedModel:
     width = checkpoint.config.dims["vocab"]
     vocabulary = read_vocabulary(folder, width)
     manifest = read_manifest(LocalFolder(folder))
-    name = checkpoint.repo.split("/")[-1] if checkpoint.repo else folder.resolve().name
+    name = checkpoint.title
     return EvaluatedModel(
         name=name,
         path=folder,

@@ -143,9 +143,17 @@ def _model_type(raw: dict[str, Any]) -> str:
             "config.json",
             f"model_type {model_type!r} is not a Qwen3.5 architecture",
             expected=" or ".join(ARCHITECTURES),
-            hint="this tool converts Qwen3.5 checkpoints and later releases of the same classes",
+            hint=_type_hint(raw.get("architectures")),
         )
     return model_type
+
+
+def _type_hint(architectures: object) -> str:
+    """Return the model_type that the class in ``architectures`` has, if it is one of ours."""
+    for name, architecture in ARCHITECTURES.items():
+        if architectures == [architecture.class_name]:
+            return f"architectures says {architecture.class_name}, whose model_type is {name}"
+    return "this tool converts Qwen3.5 checkpoints and later releases of the same classes"
 
 
 def _layer_types(text: dict[str, Any], layers: int) -> tuple[str, ...]:
@@ -224,6 +232,17 @@ def _text(text: dict[str, Any], moe: bool) -> dict[str, int]:
     return dims
 
 
+def _tied(raw: dict[str, Any], text: dict[str, Any]) -> bool:
+    """Return what transformers' loader goes by: the root, even of a vision-language config."""
+    tied: object = False
+    for section in (text, raw):
+        tied = section.get("tie_word_embeddings", False)
+        if type(tied) is not bool:
+            found = f"tie_word_embeddings is {repr(tied)[:80]}"
+            raise ConfigError("config.json", found, expected="true or false")
+    return bool(tied)
+
+
 def _dtype(raw: dict[str, Any], text: dict[str, Any]) -> str:
     for section in (raw, text):
         for key in ("dtype", "torch_dtype"):
@@ -263,7 +282,6 @@ def parse_config(raw: object) -> ModelConfig:
     mtp = text.get("mtp_num_hidden_layers", raw.get("mtp_num_hidden_layers", 0)) or 0
     if type(mtp) is not int or not 0 <= mtp <= _LIMITS["mtp_num_hidden_layers"]:
         raise ConfigError("config.json", f"mtp_num_hidden_layers is {mtp!r}")
-    tied = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     return ModelConfig(
         raw=raw,
         model_type=model_type,
@@ -271,6 +289,6 @@ def parse_config(raw: object) -> ModelConfig:
         layer_types=_layer_types(text, layers),
         vision_depth=vision_depth,
         mtp_layers=mtp,
-        tied=bool(tied),
+        tied=_tied(raw, text),
         dtype=_dtype(raw, text),
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.errors import Finding
 from qwen35.pipeline.planned_artifacts import PlannedArtifact
 from qwen35.pipeline.run_request import MeasurementRequest
 from qwen35.progress import Progress
@@ -28,8 +29,10 @@ def measure(
     device: str,
     token: str | None,
     progress: Progress,
-) -> None:
+) -> list[Finding]:
     """Measure how far artifacts are from their source; write report.json and report.html.
+
+    Returns its findings: figures that an unquantized model cannot have.
 
     An interrupted measurement resumes from a file beside `folder`.
 
@@ -64,3 +67,4 @@ def measure(
         progress=progress,
     )
     write_report(report, folder)
+    return report.findings

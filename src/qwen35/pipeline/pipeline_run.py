@@ -218,7 +218,7 @@ class PipelineRunner:
         facts = {"report": str(report), "measured": [a.name for a in verified]}
         if row and report.is_file() and digest_file(report).sha256 == row.get("report"):
             return Outcome(step, "kept", facts=facts)
-        measure(
+        findings = measure(
             self.source,
             candidates(verified),
             measurement,
@@ -228,6 +228,8 @@ class PipelineRunner:
             token=self.options.token,
             progress=self.chunks,
         )
+        if findings:
+            return Outcome(step, "closed", None, _sentences(findings), facts)
         self._state.record(step.name, key, report=digest_file(report).sha256)
         return Outcome(step, "done", facts=facts)
 

@@ -17,6 +17,7 @@ from qwen35.codecs.codec import Codec
 from qwen35.codecs.devices import Kernels, kernels_for
 from qwen35.codecs.roundtrip import RoundTrip
 from qwen35.errors import UsageError
+from qwen35.model.dimension_keys import shape_keys
 from qwen35.model.fused import fused_group
 from qwen35.planning.containers import container_of
 from qwen35.planning.output_plan import Plan
@@ -95,8 +96,15 @@ class ChoiceSpace:
         units = tuple(self._unit(name, steps) for name, steps in self.members.items())
         stuck = [unit.name for unit in units if not unit.sizes]
         if stuck:
-            raise UsageError("--types", f"none fits {stuck[0]}", hint=self._tunable.remedy)
+            found = f"none fits {stuck[0]}{self._misfit(self.members[stuck[0]])}"
+            raise UsageError("--types", found, hint=self._tunable.remedy)
         return units
+
+    def _misfit(self, steps: Sequence[Step]) -> str:
+        """Return the dimension that fits no codec, if that is what is wrong."""
+        reasons = (codec.fits(_spec(step)) for step in steps for codec in self._codecs.values())
+        reason = next((text for text in reasons if text), "")
+        return f" ({reason}, by {shape_keys(steps[0].role.info)})" if reason else ""
 
     def _unit(self, name: str, steps: Sequence[Step]) -> Unit:
         sizes = {

@@ -240,7 +240,7 @@ def _measurements(job: TuningJob, path: Path) -> Measurements:
                 hint="give another --measurements, or this file as --start-from",
             )
         return stored
-    fresh = Measurements(key, Path(job.checkpoint.name).name)
+    fresh = Measurements(key, job.checkpoint.title)
     if request.start_from is not None:
         earlier = load_measurements(request.start_from)
         if earlier.key.format != request.format or not earlier.probes:

@@ -12,11 +12,13 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.ggml.codec import BlockSpec, codec_name
 from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.errors import ConfigError, UsageError
+from qwen35.model.config_notes import config_notes, refuse_uncarried
 from qwen35.planning.gguf_files.gguf_options import GgufOptions
 from qwen35.planning.gguf_files.metadata import (
     ALIGNMENT,
     SourceDocuments,
     TensorEntry,
+    documents_of,
     model_name,
     render_head,
 )
@@ -27,6 +29,7 @@ from qwen35.planning.gguf_files.vocabulary import Vocabulary, read_vocabulary
 from qwen35.planning.output_plan import Plan, PlannedFile
 from qwen35.planning.recipe_files import built_in_names, built_in_recipe
 from qwen35.planning.rules import Recipe
+from qwen35.planning.sidecar_checks import check_sidecars, left_behind
 from qwen35.planning.step import Step, StepTarget
 
 __all__ = ["GgufFile", "files_of", "make"]
@@ -52,6 +55,10 @@ class GgufFile(PlannedFile):
         return len(self.head) + sum(size + -size % ALIGNMENT for size in sizes)  # each padded
 
 
+_TOKENIZER_COPIES = ("added_tokens.json", "special_tokens_map.json", "vocab.json")
+"""Side-cars that say again what tokenizer.json says, which goes into the files."""
+
+
 def files_of(plan: Plan) -> Sequence[GgufFile]:
     """Return the files of a GGUF plan, typed as such."""
     return cast("Sequence[GgufFile]", plan.files)
@@ -62,7 +69,12 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
     checkpoint, stored = _with_mtp(checkpoint, drop=options.drop_mtp)
     mtp = 0 if options.drop_mtp else stored
     items = inventory(checkpoint)
+    refuse_uncarried(checkpoint.config, vision=False)
+    if options.projector is not None:
+        refuse_uncarried(checkpoint.config, vision=True)
     name = model_name(checkpoint)
+    read = documents_of(vision=options.projector is not None)
+    check_sidecars(checkpoint, read)
     with SourceDocuments.of(checkpoint) as documents:
         vocabulary = None
         if documents.complete:
@@ -81,7 +93,12 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
         tuple(_filled(file, steps) for file in files),
         {},
         {},
-        (*_notes(vocabulary, documents), *notes),
+        (
+            *config_notes(checkpoint.config),
+            *_notes(vocabulary, documents),
+            *notes,
+            *left_behind(checkpoint, {*read, *_TOKENIZER_COPIES}),
+        ),
         {"heads": heads, "imatrix": options.imatrix.digest if options.imatrix else None},
         planner.comparison(files),
     )

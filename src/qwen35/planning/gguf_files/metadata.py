@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import gguf
 import numpy as np
-import yaml
 from gguf.constants import GGML_QUANT_VERSION, GGMLQuantizationType
 from gguf.gguf_writer import GGUFWriter, WriterState
 
@@ -24,27 +23,44 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.errors import ConfigError
 from qwen35.model.model_config import ModelConfig
+from qwen35.model.rope import DEFAULT_LENGTH, RopeSettings, rope_of, usual_attention
+from qwen35.planning.gguf_files.front_matter import checked_card
 from qwen35.planning.gguf_files.mixes import FileType, mix_order
 from qwen35.planning.gguf_files.vocabulary import Vocabulary
+from qwen35.planning.sidecar_checks import check_generation
 
-__all__ = ["ALIGNMENT", "RenderedHeader", "SourceDocuments", "model_name", "render_head"]
+__all__ = [
+    "ALIGNMENT",
+    "RenderedHeader",
+    "SourceDocuments",
+    "documents_of",
+    "keys_of",
+    "model_name",
+    "render_head",
+]
 
 ALIGNMENT = 32
 """Tensors are padded to a multiple of this many bytes."""
 
-_READ = (
-    "README.md",
+_CARD, _SAMPLING = "README.md", "generation_config.json"
+_TEXT = (
+    _CARD,
     "config.json",
-    "generation_config.json",
+    _SAMPLING,
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
     "chat_template.json",
     "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
 )
+_VISION = ("preprocessor_config.json", "processor_config.json")
 """Small files that this package and the `gguf` library read, if present."""
+
+
+def documents_of(*, vision: bool) -> tuple[str, ...]:
+    """Return the small files whose content goes into GGUF files with or without a projector."""
+    return (*_TEXT, *_VISION) if vision else _TEXT
+
 
 _MAX_BYTES = 256 * 2**20
 """Bound on one of them, far above real ones."""
@@ -55,9 +71,7 @@ _MROPE = [11, 11, 10]
 
 def model_name(checkpoint: Checkpoint) -> str:
     """Return the base of file names: the repository's or the folder's name."""
-    if checkpoint.repo:
-        return checkpoint.repo.rpartition("/")[2]
-    return checkpoint.root.resolve().name if checkpoint.root else checkpoint.name
+    return checkpoint.title
 
 
 class SourceDocuments:
@@ -77,9 +91,11 @@ class SourceDocuments:
         if checkpoint.place is None:
             return
         sizes = checkpoint.place.sizes()
-        for name in _READ:
+        for name in documents_of(vision=True):
             if name in sizes and sizes[name] <= _MAX_BYTES:
                 content = checkpoint.place.read(name, 0, sizes[name])
+                if name == _CARD:
+                    content = checked_card(content)
                 (self.folder / name).write_bytes(content)
 
     @classmethod
@@ -90,10 +106,16 @@ class SourceDocuments:
             yield cls(checkpoint, Path(folder))
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return a parsed JSON file; empty if missing."""
+        """Return a parsed JSON file; empty if missing.
+
+        Raises:
+            InputError: it is not valid, or not an object.
+        """
         path = self.folder / name
         parsed = strict_json(path.read_bytes(), name) if path.is_file() else {}
-        return parsed if isinstance(parsed, dict) else {}
+        if not isinstance(parsed, dict):
+            raise ConfigError(name, "not a JSON object")
+        return parsed
 
 
 @dataclass(frozen=True)
@@ -148,6 +170,38 @@ def render_head(
         imatrix: the keys that describe an importance matrix.
         vision: whether this is the projector's file.
     """
+    writer = _filled(config, documents, file_type, tensors, vocabulary, mtp_layers, vision=vision)
+    if file_type.quantized:
+        tensors = _as_quantized(writer, tensors, file_type, imatrix or {})
+    return _head(writer, tensors)
+
+
+def keys_of(
+    config: ModelConfig,
+    documents: SourceDocuments,
+    file_type: FileType,
+    tensors: Sequence[TensorEntry],
+    *,
+    vocabulary: Vocabulary | None,
+    mtp_layers: int,
+    vision: bool = False,
+) -> dict[str, Any]:
+    """Return the keys and values that `render_head` would write, without those of a quantizer."""
+    writer = _filled(config, documents, file_type, tensors, vocabulary, mtp_layers, vision=vision)
+    return {key: entry.value for key, entry in writer.kv_data[0].items()}
+
+
+def _filled(
+    config: ModelConfig,
+    documents: SourceDocuments,
+    file_type: FileType,
+    tensors: Sequence[TensorEntry],
+    vocabulary: Vocabulary | None,
+    mtp_layers: int,
+    *,
+    vision: bool,
+) -> GGUFWriter:
+    """Return a writer with all keys and tensors, in the converter's order."""
     architecture = "clip" if vision else "qwen35moe" if config.moe else "qwen35"
     writer = GGUFWriter(None, architecture)
     for tensor in tensors:
@@ -160,9 +214,7 @@ def render_head(
     writer.add_quantization_version(GGML_QUANT_VERSION)
     if vocabulary is not None:
         vocabulary.add_to(writer)
-    if file_type.quantized:
-        tensors = _as_quantized(writer, tensors, file_type, imatrix or {})
-    return _head(writer, tensors)
+    return writer
 
 
 def _add(writer: GGUFWriter, name: str, tensor: TensorEntry) -> None:
@@ -173,17 +225,16 @@ def _add(writer: GGUFWriter, name: str, tensor: TensorEntry) -> None:
 
 def _general(writer: GGUFWriter, documents: SourceDocuments, *, vision: bool) -> None:
     total, shared, expert, count = writer.get_total_parameter_count()
-    try:
-        metadata = gguf.Metadata.load(None, documents.folder, None, total)
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(
-            "README.md", f"front matter that cannot be read ({reason})", hint="fix or remove it"
-        ) from error
+    sampling = documents.json(_SAMPLING)
+    check_generation(_SAMPLING, sampling)
+    path = documents.json("config.json").get("_name_or_path")
+    if path is not None and not isinstance(path, str):
+        found = f"_name_or_path is {repr(path)[:80]}"
+        raise ConfigError("config.json", found, expected="text")
+    metadata = gguf.Metadata.load(None, documents.folder, None, total)
     metadata.name = metadata.name or documents.folder.name
-    penalty = documents.json("generation_config.json").get("repetition_penalty")
     if metadata.sampling_penalty_repeat is None:
-        metadata.sampling_penalty_repeat = penalty
+        metadata.sampling_penalty_repeat = sampling.get("repetition_penalty")
     if metadata.size_label is None and total > 0:
         metadata.size_label = gguf.size_label(total, shared, expert, count)
     writer.add_type(gguf.GGUFType.MMPROJ if vision else gguf.GGUFType.MODEL)
@@ -194,21 +245,20 @@ def _text_keys(
     writer: GGUFWriter, config: ModelConfig, file_type: FileType, mtp_layers: int
 ) -> None:
     text = config.text_raw
-    rope = {**text, **(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    rope = rope_of(text)
     layers = len(config.layer_types)
     writer.add_block_count(layers + mtp_layers)
-    if "max_position_embeddings" in text:
-        writer.add_context_length(int(_number(text, "max_position_embeddings")))
+    writer.add_context_length(int(_number(text, "max_position_embeddings", DEFAULT_LENGTH)))
     writer.add_embedding_length(config.dims["hidden"])
     if "ffn" in config.dims:
         writer.add_feed_forward_length(config.dims["ffn"])
     writer.add_head_count(text["num_attention_heads"])
     writer.add_head_count_kv(text["num_key_value_heads"])
-    sections = _sections(rope)
-    if "mrope_section" in rope:  # keys keep the order in which the converter adds them
+    _scaling_keys(writer, rope)
+    sections = _sections(rope.parameters)
+    if "mrope_section" in rope.parameters:  # keys keep the converter's order
         writer.add_rope_dimension_sections(sections)
-    if "rope_theta" in rope:
-        writer.add_rope_freq_base(_number(rope, "rope_theta"))
+    writer.add_rope_freq_base(rope.theta)
     writer.add_layer_norm_rms_eps(_number(text, "rms_norm_eps", 1e-6))
     if config.moe:
         writer.add_expert_count(config.dims["experts"])
@@ -222,8 +272,35 @@ def _text_keys(
     if mtp_layers:
         writer.add_nextn_predict_layers(mtp_layers)
     _ssm_keys(writer, config, rope, mtp_layers)
-    if "mrope_section" not in rope:
+    if "mrope_section" not in rope.parameters:
         writer.add_rope_dimension_sections(sections)
+
+
+def _scaling_keys(writer: GGUFWriter, rope: RopeSettings) -> None:
+    """Add the keys of scaled positions."""
+    if rope.kind not in ("linear", "yarn"):
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(rope.kind))
+    writer.add_rope_scaling_factor(rope.factor)
+    if rope.kind == "linear":
+        return
+    writer.add_rope_scaling_orig_ctx_len(rope.length)
+    given = rope.parameters
+    attention = "attention_factor" if "attention_factor" in given else "attn_factor"
+    adders = {
+        "extrapolation_factor": writer.add_rope_scaling_yarn_ext_factor,
+        attention: writer.add_rope_scaling_yarn_attn_factor,
+        "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
+        "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
+    }
+    for key, add in adders.items():
+        if given.get(key) is not None:
+            add(_number(given, key))
+    # The converter stops here, but llama.cpp does not read yarn_attn_factor for this family: it
+    # derives the usual factor and multiplies it by this one.
+    share = rope.attention / usual_attention(rope.factor)
+    if share != 1:
+        writer.add_rope_scaling_attn_factors(share)
 
 
 def _number(section: Mapping[str, Any], key: str, default: float = 0) -> float:
@@ -244,9 +321,7 @@ def _sections(rope: Mapping[str, Any]) -> list[int]:
     return [*sections, 0, 0, 0][:4]
 
 
-def _ssm_keys(
-    writer: GGUFWriter, config: ModelConfig, rope: Mapping[str, Any], mtp_layers: int
-) -> None:
+def _ssm_keys(writer: GGUFWriter, config: ModelConfig, rope: RopeSettings, mtp_layers: int) -> None:
     text = config.text_raw
     writer.add_ssm_conv_kernel(config.dims["conv"])
     writer.add_ssm_state_size(text["linear_key_head_dim"])
@@ -257,8 +332,7 @@ def _ssm_keys(
     recurrent += [False] * mtp_layers
     writer.add_array(f"{writer.arch}.attention.recurrent_layers", recurrent)
     writer.add_full_attention_interval(int(_number(text, "full_attention_interval", 4)))
-    factor = _number(rope, "partial_rotary_factor", 0.25)
-    writer.add_rope_dimension_count(int(config.dims["head"] * factor))
+    writer.add_rope_dimension_count(int(config.dims["head"] * rope.partial))
 
 
 def _vision_keys(
@@ -295,15 +369,25 @@ def _normalization(documents: SourceDocuments) -> tuple[list[float], list[float]
         return [0.0] * 3, [0.0] * 3
     settings = documents.json("preprocessor_config.json")
     newer = documents.json("processor_config.json")
-    settings = {**settings, **newer, **(newer.get("image_processor") or {})}
+    inner = newer.get("image_processor")
+    settings = {**settings, **newer, **(inner if isinstance(inner, dict) else {})}
     values = settings.get("image_mean"), settings.get("image_std")
-    if not all(isinstance(value, list) and len(value) == 3 for value in values):
+    if not all(_is_color(value) for value in values):
         raise ConfigError(
             "preprocessor_config.json",
             "no image_mean and image_std",
+            expected="three numbers each",
             hint="the projector's file needs them: copy the file from the original checkpoint",
         )
     return [float(x) for x in values[0]], [float(x) for x in values[1]]  # type: ignore[union-attr]
+
+
+def _is_color(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(number) in (int, float) and abs(number) < 2**32 for number in value)
+    )
 
 
 def _as_quantized(
@@ -341,10 +425,8 @@ def _head(writer: GGUFWriter, tensors: Sequence[TensorEntry]) -> RenderedHeader:
     writer.write_header_to_file()
     try:
         writer.write_kv_data_to_file()
-    except struct.error as error:
-        raise ConfigError(
-            "generation_config.json", f"a value that is not a number ({error})"
-        ) from error
+    except (struct.error, AttributeError, OverflowError, TypeError, ValueError) as error:
+        raise _unwritable(writer) or error from error
     writer.write_ti_data_to_file()
     content = buffer.getvalue()
     content += bytes(-len(content) % ALIGNMENT)
@@ -353,3 +435,23 @@ def _head(writer: GGUFWriter, tensors: Sequence[TensorEntry]) -> RenderedHeader:
         offsets[tensor.name] = position
         position += tensor.nbytes + -tensor.nbytes % ALIGNMENT
     return RenderedHeader(content, offsets, position)
+
+
+_ORIGINS = (
+    ("general.sampling.", _SAMPLING),
+    ("general.", "the model's name, or its README.md"),
+    ("tokenizer.", "the tokenizer's files"),
+    ("", "config.json"),
+)
+"""Where the values of keys come from, by the start of the key."""
+
+
+def _unwritable(writer: GGUFWriter) -> ConfigError | None:
+    """Return an error about the value that cannot be written, or None if all can."""
+    for key, entry in writer.kv_data[0].items():
+        try:
+            writer._pack_val(entry.value, entry.type, add_vtype=True, sub_type=entry.sub_type)
+        except (struct.error, AttributeError, OverflowError, TypeError, ValueError) as error:
+            origin = next(name for start, name in _ORIGINS if key.startswith(start))
+            return ConfigError(origin, f"a value that {key} cannot hold ({error})")
+    return None

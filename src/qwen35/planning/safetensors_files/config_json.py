@@ -80,6 +80,8 @@ def _text_only(config: ModelConfig) -> dict[str, Any]:
     for key in _ROOT_ONLY:
         if config.raw.get(key) is not None:
             root[key] = config.raw[key]
+    if root.get("tie_word_embeddings", False) is not config.tied:  # the root's, by its absence
+        root["tie_word_embeddings"] = config.tied
     root.pop("architectures", None)
     return {
         "architectures": [ARCHITECTURES[model_type].class_name],

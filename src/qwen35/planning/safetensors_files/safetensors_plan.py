@@ -14,6 +14,7 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import TensorError, UsageError
+from qwen35.model.config_notes import config_notes
 from qwen35.model.model_config import ModelConfig
 from qwen35.planning.output_plan import Plan, PlannedFile
 from qwen35.planning.rows import rows_of
@@ -26,6 +27,7 @@ from qwen35.planning.safetensors_files.safetensors_documents import (
 )
 from qwen35.planning.safetensors_files.safetensors_options import SafetensorsOptions
 from qwen35.planning.safetensors_files.safetensors_steps import DraftStep, Ruled, make_drafts
+from qwen35.planning.sidecar_checks import check_sidecars, left_behind
 from qwen35.planning.step import Step, StepTarget
 
 __all__ = ["make"]
@@ -52,8 +54,9 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
     _check_format(recipe, drafts)
     options, scale_notes = _with_scale_choice(drafts, items, checkpoint.config, options)
     steps, files = _packed(drafts, options.shard_bytes)
-    generated = documents(DraftedOutput(checkpoint, drafts, files, text_only, prefix))
     vision = not text_only and checkpoint.config.architecture.vision
+    check_sidecars(checkpoint, sidecar_names(vision=vision))
+    generated = documents(DraftedOutput(checkpoint, drafts, files, text_only, prefix))
     notes = tuple(_notes(checkpoint.config, drafts))
     if text_only:
         notes += template_notes(generated)
@@ -67,7 +70,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
         files,
         generated,
         copied,
-        (*notes, *scale_notes),
+        (*notes, *scale_notes, *left_behind(checkpoint, {*copied, *generated})),
         _digest_input(recipe, options, steps, files, generated, copied),
         {},
     )
@@ -85,12 +88,14 @@ def _drops_vision(recipe: Recipe, ruled: Ruled) -> bool:
 
 def _check_format(recipe: Recipe, drafts: Sequence[DraftStep]) -> None:
     codec = CODECS.get(recipe.format)
-    if codec is not None and not any(draft.codec == codec.name for draft in drafts):
-        raise UsageError(
-            f"recipe {recipe.name}",
-            f"leaves nothing to be packed as {codec.label}",
-            hint="keep less, or use the recipe text or bf16",
-        )
+    if codec is None or any(draft.codec == codec.name for draft in drafts):
+        return
+    subject, found = f"recipe {recipe.name}", f"leaves nothing to be packed as {codec.label}"
+    misfit = next((draft for draft in drafts if draft.rule.action == codec.name), None)
+    if misfit is not None:
+        hint = "no such weight fits: choose another format"
+        raise UsageError(subject, f"{found}: {misfit.reason}", hint=hint)
+    raise UsageError(subject, found, hint="keep less, or use the recipe text or bf16")
 
 
 def _with_scale_choice(
@@ -171,6 +176,7 @@ def plan_file(name: str, steps: list[Step]) -> PlannedFile:
 
 
 def _notes(config: ModelConfig, drafts: Sequence[DraftStep]) -> Iterator[str]:
+    yield from config_notes(config)
     if config.mtp_layers and not any(draft.role.scope == "mtp" for draft in drafts):
         yield (
             f"config.json promises {config.mtp_layers} multi-token-prediction layer(s), but the "

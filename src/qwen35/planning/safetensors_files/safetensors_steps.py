@@ -10,6 +10,7 @@ from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.registry import CODECS, is_packed
 from qwen35.errors import UsageError
+from qwen35.model.dimension_keys import shape_keys
 from qwen35.model.fused import fused_group
 from qwen35.model.roles import Role
 from qwen35.planning.rules import Recipe, Rule
@@ -138,7 +139,7 @@ def decide(
         raise UsageError(subject, found, expected=codec.packable, hint=hint)
     if storage == codec.name:  # copying is exact, encoding again is not
         return storage, True, f"{reason}; {codec.label} already"
-    misfit = unfit.get(item.weight.name, "") if codec.joined else codec.fits(item.spec)
+    misfit = unfit.get(item.weight.name, "") if codec.joined else _misfit(codec, item)
     if misfit:
         plain = not is_packed(item.weight)
         return (storage if plain else CODECS["plain"].name), plain, misfit
@@ -158,13 +159,18 @@ def _unfit(ruled: Ruled) -> dict[str, str]:
     for group in _groups(ruled):
         for item, codec in group:
             parts = list(item.experts()) if codec.per_expert else []
-            misfits = (codec.fits(part.spec) for part in parts or [item])
+            misfits = (_misfit(codec, part) for part in parts or [item])
             misfit = next((text for text in misfits if text), "")
             if misfit:
-                sentence = f"{item.role.name} {misfit}"
-                reasons |= {member.weight.name: sentence for member, _ in group}
+                reasons |= {member.weight.name: misfit for member, _ in group}
                 break
     return reasons
+
+
+def _misfit(codec: Codec, item: InventoryItem) -> str:
+    """Return why a weight does not fit a codec, with the keys of config.json that set its shape."""
+    misfit = codec.fits(item.spec)
+    return f"{item.role.name} {misfit}, by {shape_keys(item.role.info)}" if misfit else ""
 
 
 def _groups(ruled: Ruled) -> Iterator[list[tuple[InventoryItem, Codec]]]:
