@@ -14,12 +14,12 @@ from qwen35.codecs.devices import kernels_for
 from qwen35.codecs.nf4 import torch as nf4_torch
 from qwen35.errors import UsageError
 
-SCRIPT = Path(__file__).parent / "encode_on.py"
+HERE = Path(__file__).parent
 
 
-def compared(device: str, **environment: str) -> object:
+def printed(script: str, argument: str, **environment: str) -> object:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore:invalid value:RuntimeWarning", SCRIPT, device],
+        [sys.executable, "-W", "ignore:invalid value:RuntimeWarning", HERE / script, argument],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -32,7 +32,16 @@ def compared(device: str, **environment: str) -> object:
 def test_the_interpreted_kernel_encodes_as_the_processor_does() -> None:
     """All modes, bf16, f16 and f32, with statistics and without, zeros, tiny and huge weights."""
     pytest.importorskip("triton")
-    assert compared("cpu", TRITON_INTERPRET="1") == {"differences": {}, "untold": []}
+    found = printed("encode_on.py", "cpu", TRITON_INTERPRET="1")
+    assert found == {"differences": {}, "untold": []}
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernel_compiles_for_a_gpu_that_is_not_present(capability: int, tmp_path: Path) -> None:
+    """The interpreter accepts code that the compiler refuses."""
+    pytest.importorskip("triton")
+    cache = {"TRITON_CACHE_DIR": str(tmp_path)}
+    assert printed("compile_for.py", str(capability), **cache) == {}
 
 
 def test_a_gpu_encodes_as_the_processor_does() -> None:
@@ -40,7 +49,7 @@ def test_a_gpu_encodes_as_the_processor_does() -> None:
 
     if not torch.cuda.is_available():
         pytest.skip("no GPU here: the test above interprets the same kernel")
-    assert compared("cuda") == {"differences": {}, "untold": []}
+    assert printed("encode_on.py", "cuda") == {"differences": {}, "untold": []}
 
 
 def test_a_gpu_without_triton_is_refused_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
