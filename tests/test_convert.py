@@ -194,10 +194,10 @@ def test_cuda_without_a_gpu_is_refused_in_a_sentence(dense: Path, tmp_path: Path
     assert not (tmp_path / "out").exists()
 
 
-def test_bitsandbytes_encoder_gives_the_same_bytes(
+def test_the_encoder_for_gpus_gives_the_same_bytes(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The path of --device cuda, on bitsandbytes' own CPU device."""
+    """The path of --device cuda, on torch's CPU device."""
     from qwen35.codecs.nf4.torch import TorchEncoder
 
     weight = load_all(dense)[QKV].clone()

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from qwen35.codecs.compiled import compiled, inlined
-from qwen35.codecs.nf4.tables import BOUNDS
+from qwen35.codecs.nf4.tables import BOUNDS, TINY
 
 __all__ = ["encode_bf16", "encode_f32"]
 
 _B = tuple(np.float32(bound) for bound in BOUNDS)
 _B0, _B1, _B2, _B3, _B4, _B5, _B6, _B7 = _B[:8]
 _B8, _B9, _B10, _B11, _B12, _B13, _B14 = _B[8:]
-_TINY = np.float32(1e-38)  # as bitsandbytes on a CPU: a block of zeros gets the level 0
+_TINY = np.float32(TINY)
 
 
 @inlined

@@ -8,7 +8,7 @@ import numpy as np
 
 from qwen35.array_types import F32, U8
 
-__all__ = ["BOUNDS", "LEVELS", "dynamic_lookup", "dynamic_map"]
+__all__ = ["BOUNDS", "LEVELS", "TINY", "dynamic_lookup", "dynamic_map"]
 
 
 LEVELS: F32 = np.array(
@@ -36,6 +36,9 @@ LEVELS: F32 = np.array(
 
 BOUNDS: F32 = ((LEVELS[:-1].astype(np.float64) + LEVELS[1:]) / 2).astype(np.float32)
 """Values above ``BOUNDS[k]`` have an index above k; a value on a bound gets the lower index."""
+
+TINY = np.float32(1e-38)
+"""Smallest divisor of a block, as bitsandbytes on a CPU: a block of zeros gets the level 0."""
 
 _LOOKUP_SIZE = 65536
 

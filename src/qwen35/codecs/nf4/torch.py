@@ -1,9 +1,7 @@
-"""NF4 codes computed by bitsandbytes on a torch device; same bytes as the kernel on the CPU.
+"""NF4 encoding in torch, on any device; same bytes as the CPU kernel.
 
-For bf16 weights no quotient comes near a bound (the nearest is 14.8 units in the last place of
-float32 away), so how a device rounds the division cannot change a code. For fp16 sources a code in
-some millions may differ. A block of zeros is the one systematic difference (bitsandbytes on CUDA
-divides by zero there) and is set right.
+The operations are those of `qwen35.codecs.nf4.kernels`. The CUDA kernel of bitsandbytes is not
+used: it divides approximately and flushes subnormal numbers to zero.
 """
 
 from __future__ import annotations
@@ -11,30 +9,29 @@ from __future__ import annotations
 from typing import Any
 
 from qwen35.array_types import F32, U8, Array
+from qwen35.codecs.floats import f32_from
 from qwen35.codecs.nf4.layout import BLOCK
+from qwen35.codecs.nf4.tables import BOUNDS, TINY
 from qwen35.errors import UsageError
 
 __all__ = ["TorchEncoder", "gpu_count"]
-
-_ZERO_PAIR = 0x77
 
 
 class TorchEncoder:
     """Encodes blocks on a torch device such as ``cuda`` or ``cuda:1``.
 
     Raises:
-        UsageError: torch or bitsandbytes is not installed, or torch has no such device.
+        UsageError: torch is not installed, or has no such device.
     """
 
     def __init__(self, device: str) -> None:
         try:
-            import bitsandbytes.functional
             import torch
         except ImportError as error:
             raise UsageError(
                 f"--device {device}",
                 f"{error.name} is not installed",
-                hint="pip install 'qwen35[nf4]', or leave the flag out: a CPU is enough",
+                hint="pip install 'qwen35[cuda]', or leave the flag out: a CPU is enough",
             ) from error
         if device.startswith("cuda") and not _has_cuda(torch, device):
             raise UsageError(
@@ -43,7 +40,6 @@ class TorchEncoder:
                 hint="leave the flag out: a CPU is enough",
             )
         self._torch = torch
-        self._quantize = bitsandbytes.functional.quantize_4bit
         self._device = device
 
     def __call__(
@@ -55,16 +51,23 @@ class TorchEncoder:
     ) -> bool:
         """Encode as `qwen35.codecs.nf4.arrays.encode_blocks` does."""
         torch = self._torch
-        tensor = torch.from_numpy(values)
+        tensor = torch.from_numpy(values if dtype == "BF16" else f32_from(values, dtype))
         if dtype == "BF16":
             tensor = tensor.view(torch.bfloat16)
-        codes, state = self._quantize(
-            tensor.to(self._device), blocksize=BLOCK, quant_type="nf4", compress_statistics=False
-        )
-        absmax[:] = state.absmax.cpu().numpy()
-        packed[:] = codes.cpu().numpy().reshape(-1)
-        packed.reshape(-1, BLOCK // 2)[absmax == 0] = _ZERO_PAIR
-        return bool(tensor.isfinite().all())
+        codes, largest = self.encode(tensor.to(self._device))
+        packed[:] = codes.cpu().numpy()
+        absmax[:] = largest.cpu().numpy()
+        return bool(largest.isfinite().all())
+
+    def encode(self, tensor: Any) -> tuple[Any, Any]:
+        """Encode a flat tensor on the device. -> codes [n / 2] uint8, absmax [n / 64] float32."""
+        torch = self._torch
+        blocks = tensor.float().reshape(-1, BLOCK)
+        largest = blocks.abs().amax(1, keepdim=True)
+        units = blocks * largest.clamp(min=float(TINY)).reciprocal()
+        bounds = torch.from_numpy(BOUNDS).to(tensor.device)
+        codes = torch.bucketize(units, bounds, out_int32=True).to(torch.uint8)
+        return (codes[:, 0::2] << 4 | codes[:, 1::2]).reshape(-1), largest.reshape(-1)
 
 
 def gpu_count() -> int:
@@ -79,5 +82,7 @@ def gpu_count() -> int:
 def _has_cuda(torch: Any, device: str) -> bool:
     if not torch.cuda.is_available():
         return False
-    number = device.partition(":")[2] or "0"
-    return number.isdigit() and int(number) < torch.cuda.device_count()
+    _, colon, number = device.partition(":")
+    if not colon:
+        return True
+    return number.isdecimal() and int(number) < torch.cuda.device_count()
