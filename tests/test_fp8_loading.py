@@ -16,6 +16,7 @@ from blocks import decode
 from checkpoints import ASSET, make_checkpoint, write_checkpoint
 from loading import clean, load_model
 from qwen35.codecs.fp8.layout import ScaleChoice
+from qwen35.engines.torch_model import TorchModel
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.verification.asking_transformers import Asker, Question, is_right
@@ -98,6 +99,18 @@ def test_a_gpu_would_miss_no_key_either(
         assert torch.equal(state[weight].view(torch.uint8), stored[weight].view(torch.uint8))
     left = [n for n, t in state.items() if t.dtype == torch.float8_e4m3fn and t.ndim == 2]
     assert len(left) == len(single)
+
+
+def test_a_model_is_decoded_on_machines_with_a_gpu_too(
+    outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise transformers rounds activations too, with a kernel that it downloads."""
+    expected = TorchModel(outputs["dense"]).logits(IDS[0].tolist())
+    on_gpu(monkeypatch)
+    model = TorchModel(outputs["dense"])
+    dtypes = {tensor.dtype for tensor in model.model.state_dict().values()}
+    assert dtypes <= {torch.bfloat16, torch.float32}
+    assert (model.logits(IDS[0].tolist()) == expected).all()
 
 
 def test_experts_on_a_gpu_are_those_stored(

@@ -73,12 +73,12 @@ class TorchModel:
             self._widen()
 
     def _load(self, folder: Path, transformers: Any, *, exact: bool, device: str) -> None:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = _decoding(transformers.AutoConfig.from_pretrained(folder))
         self.vision = hasattr(config, "vision_config")
         kind = "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
         options = {"dtype": self._torch.float32} if exact else {}
         self.model, info = getattr(transformers, kind).from_pretrained(
-            folder, device_map=device, output_loading_info=True, **options
+            folder, config=config, device_map=device, output_loading_info=True, **options
         )
         # transformers only warns about these, and initializes missing weights at random.
         self.missing = sorted({*info["missing_keys"], *info["unexpected_keys"]})
@@ -114,6 +114,21 @@ def _loadable(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="qwen35-") as temporary:
         plan = make_plan(checkpoint, load_recipe(_DECODED))
         yield write(plan, Path(temporary) / "decoded").out
+
+
+def _decoding(config: Any) -> Any:
+    """Return the config, set to decode on loading whatever transformers can decode.
+
+    transformers decodes block-wise FP8 only on machines without a GPU. With one, even a model on
+    the CPU rounds activations too, with a kernel from the Hub (transformers 5.23
+    ``quantizers/quantizer_finegrained_fp8.py``, `validate_environment`).
+    """
+    from transformers.quantizers import AutoQuantizationConfig
+
+    packed = getattr(config, "quantization_config", None)
+    if packed and hasattr(AutoQuantizationConfig.from_dict(packed), "dequantize"):
+        packed["dequantize"] = True
+    return config
 
 
 def _open_checkpoint(folder: Path) -> Checkpoint | None:
