@@ -81,7 +81,8 @@ def test_kept_tensors_are_the_same_bytes(dense: Path, tmp_path: Path) -> None:
 
 def test_sidecars_travel_unchanged_and_strangers_do_not(dense: Path, tmp_path: Path) -> None:
     config = read_config(dense)
-    sidecars = {"tokenizer.json": "{}", "merges.txt": "a b", "notes.md": "private"}
+    tokenizer = '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'
+    sidecars = {"tokenizer.json": tokenizer, "merges.txt": "a b", "notes.md": "private"}
     source = write_checkpoint(tmp_path / "in", config, load_all(dense), sidecars=sidecars)
     (source / "pytorch_model.bin").write_bytes(b"pickle")
     run(source, tmp_path / "out")

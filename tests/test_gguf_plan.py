@@ -223,13 +223,16 @@ def test_mtp_present_and_not_promised(tmp_path: Path) -> None:
     assert "blk.4.nextn.eh_proj.weight" in files_of(plan_of(source, "F16"))[0].kinds
 
 
+WORD_LEVEL = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}'
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
         ({"tokenizer.json": ""}, r"tokenizer\.json: missing"),
         ({"tokenizer_config.json": ""}, r"tokenizer_config\.json: missing"),
         ({"tokenizer.json": "[]"}, "not a JSON object"),
-        ({"tokenizer.json": '{"model": {"type": "WordPiece"}}'}, "not a BPE tokenizer"),
+        ({"tokenizer.json": WORD_LEVEL}, "not a BPE tokenizer"),
         ({"tokenizer.json": "split"}, "split pattern"),
         ({"tokenizer.json": "large"}, "token id 99999"),
     ],
@@ -252,8 +255,8 @@ def test_tokenizers_that_llama_cpp_does_not_have(
     ("name", "content", "message"),
     [
         ("README.md", "---\na: [\n---\n", "README.md: front matter"),
-        ("generation_config.json", '{"temperature": "hot"}', "not a number"),
-        ("chat_template.json", "{", "a chat template: cannot be read"),
+        ("generation_config.json", '{"temperature": "hot"}', "a number"),
+        ("chat_template.json", "{", "chat_template.json: not valid JSON"),
     ],
 )
 def test_malformed_side_cars_are_named(

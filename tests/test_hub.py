@@ -22,7 +22,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint that the server holds."""
     config = tiny_config(layers=4)
     folder = tmp_path_factory.mktemp("repo") / "source"
-    sidecars = {"tokenizer.json": "{}", "README.md": "# tiny", "secret.txt": "not ours"}
+    tokenizer = '{"model": {"type": "BPE", "vocab": {}, "merges": []}}'
+    sidecars = {"tokenizer.json": tokenizer, "README.md": "# tiny", "secret.txt": "not ours"}
     return write_checkpoint(folder, config, random_tensors(config), shards=2, sidecars=sidecars)
 
 

@@ -82,13 +82,16 @@ def test_missing_tensor_is_named_with_what_it_should_be() -> None:
     del specs[UP]
     assert refusal(config, specs) == (
         f"{UP}: missing, expected BF16 [512, 256] by config.json; "
-        "download the checkpoint again, or start from a complete one"
+        "it was saved without: start from a complete checkpoint"
     )
 
 
 def test_unknown_tensor_is_named() -> None:
     config = tiny_config()
     name = f"{TEXT}.layers.0.mlp.up_proj.lora_A.weight"
+    specs = specs_of(config) | {name: TensorSpec(name, "BF16", (4, 4))}
+    assert refusal(config, specs).startswith(f"{name}: part of an adapter that is not merged")
+    name = name.replace("lora_A", "extra")
     specs = specs_of(config) | {name: TensorSpec(name, "BF16", (4, 4))}
     assert refusal(config, specs).startswith(f"{name}: not a tensor of Qwen3.5; if another tool")
 
@@ -190,7 +193,9 @@ def test_vision_tensors_must_be_there_under_a_vision_config() -> None:
 
 def test_text_prefix_under_a_vision_config_is_refused() -> None:
     text = specs_of(tiny_config(text_only=True))
-    assert "missing" in refusal(tiny_config(), text)
+    sentence = refusal(tiny_config(), text)
+    assert "begins with 'model.', like" in sentence
+    assert "expected 'model.language_model.' in its place" in sentence
 
 
 def test_partial_mtp_is_refused() -> None:

@@ -33,7 +33,7 @@ def test_weight_that_blocks_do_not_fit_stays_plain() -> None:
         made_up(config),
         recipe_of(("mtp", "plain"), ("kind:linear", "nf4")),
     )
-    odd = [step for step in plan.steps if step.reason == "not a multiple of 64 weights"]
+    odd = [step for step in plan.steps if "not a multiple of 64 weights" in step.reason]
     assert odd
     assert all(step.op == "copy" and step.spec.numel % 64 for step in odd)
     assert all(step.spec.numel % 64 == 0 for step in plan.steps if step.op == "nf4")
@@ -101,4 +101,4 @@ def test_what_cannot_be_packed_is_copied_or_decoded(
     codec, copied, reason = decide("r", rule, CODECS.get(action), item, unfit)
     assert StepTarget(codec, (), (), copied).op == op
     if action in ("nf4", "fp8") and op in ("copy", "decode") and storage != action:
-        assert reason in ("not a multiple of 64 weights", "not whole tiles")
+        assert "not a multiple of 64 weights" in reason or reason == "not whole tiles"

@@ -7,6 +7,7 @@ from typing import TypedDict
 
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.registry import CODECS, codec_of
+from qwen35.model.config_notes import config_notes
 
 __all__ = ["CheckpointSummary", "summarize", "summary_text"]
 
@@ -27,6 +28,7 @@ class CheckpointSummary(TypedDict):
     prefixes: dict[str, dict[str, int]]
     dtypes: dict[str, int]
     sidecars: list[str]
+    notes: list[str]
 
 
 def summarize(checkpoint: Checkpoint) -> CheckpointSummary:
@@ -48,13 +50,14 @@ def summarize(checkpoint: Checkpoint) -> CheckpointSummary:
         "repo": checkpoint.repo,
         "revision": checkpoint.revision,
         "architecture": checkpoint.config.architecture.class_name,
-        "format": _format(storages, checkpoint.config.dtype),
+        "format": _format(checkpoint, storages),
         "shards": len(checkpoint.file_sizes),
         "parameters": parameters,
         "bytes": checkpoint.nbytes,
         "prefixes": dict(sorted(prefixes.items(), key=lambda row: -row[1]["bytes"])),
         "dtypes": dict(dtypes.most_common()),
         "sidecars": list(checkpoint.sidecars),
+        "notes": list(config_notes(checkpoint.config)),
     }
 
 
@@ -62,12 +65,14 @@ def _prefix(name: str) -> str:
     return next(p for p in (*_PREFIXES, name) if name == p or name.startswith(f"{p}."))
 
 
-def _format(storages: Counter[str], dtype: str) -> str:
+def _format(checkpoint: Checkpoint, storages: Counter[str]) -> str:
+    if checkpoint.foreign is not None:
+        return f"{checkpoint.foreign.label}, which cannot be read here"
     for storage, count in storages.items():
         if CODECS[storage].packed:
             codec = CODECS[storage]
             return f"{codec.title or codec.label} ({count} of {storages.total()} weights packed)"
-    return dtype
+    return checkpoint.config.dtype
 
 
 def summary_text(summary: CheckpointSummary) -> str:
@@ -91,5 +96,6 @@ def summary_text(summary: CheckpointSummary) -> str:
         f"parameters    {summary['parameters']:,}",
         f"dtypes        {dtypes}",
         f"side-cars     {', '.join(summary['sidecars']) or 'none'}",
+        *(f"note: {note}" for note in summary["notes"]),
     ]
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen35.checkpoint.locations import FileLocation
+from qwen35.checkpoint.mistaken import LONGEST_HEAD, stand_in
 from qwen35.errors import HeaderError, InputError
 from qwen35.tensors import DTYPE_BITS, TensorSpec
 
@@ -197,7 +198,11 @@ def read_header(place: FileLocation, name: str) -> SafetensorsHeader:
         HeaderError: the file is not a well-formed safetensors file.
     """
     size = place.sizes()[name]
-    length = header_length(place.read(name, 0, min(8, size)), size, name)
+    try:
+        length = header_length(place.read(name, 0, min(8, size)), size, name)
+    except HeaderError as error:
+        head = place.read(name, 0, min(LONGEST_HEAD, size))
+        raise (stand_in(name, head, HeaderError, weights=True) or error) from error.__cause__
     return parse_header(place.read(name, 8, length), size, name)
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "HubId",
     "HubLocation",
     "bound_client",
+    "cached_snapshot",
     "call_hub",
     "client_errors",
     "download",
@@ -65,6 +66,11 @@ def explain(subject: str, error: Exception) -> HubError:
             errors.RepositoryNotFoundError,
             "no such repository, or it is private",
             "check the name; for a private one set HF_TOKEN or give --hf-token",
+        ),
+        (
+            errors.OfflineModeIsEnabled,
+            "HF_HUB_OFFLINE is set, and the Hub's cache does not have it",
+            "unset it, or download the model first",
         ),
         (errors.HFValidationError, "not a valid repository name", "check the name"),
         (errors.RevisionNotFoundError, "no such revision", "check the part after @"),
@@ -180,7 +186,8 @@ class HubLocation:
     def _list(self) -> dict[str, int]:
         from huggingface_hub.hf_api import RepoFile
 
-        entries = self._api.list_repo_tree(self.repo, revision=self.revision)
+        entries = list(self._api.list_repo_tree(self.repo, revision=self.revision))
+        self._folders = sorted(e.path for e in entries if not isinstance(e, RepoFile))
         return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
 
     def __str__(self) -> str:
@@ -189,6 +196,14 @@ class HubLocation:
     def sizes(self) -> Mapping[str, int]:
         """Return the size in bytes of each file at the top of the repository."""
         return self._sizes
+
+    def folders(self) -> Sequence[str]:
+        """Return the names of the folders at the top of the repository."""
+        return self._folders
+
+    def dangling(self) -> Mapping[str, str]:
+        """Return nothing: the Hub has no links."""
+        return {}
 
     def read(self, name: str, start: int, count: int) -> bytes:
         """Return `count` bytes of a file, starting at `start`.
@@ -221,6 +236,27 @@ class HubLocation:
         if len(content) < count:
             raise HubError(f"{self}, {name}", f"received {len(content)} bytes", expected=str(count))
         return content[:count]
+
+
+def cached_snapshot(hub_id: HubId) -> Path | None:
+    """Return a revision's folder in the Hub's cache if HF_HUB_OFFLINE is set and it is there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import (
+        HFValidationError,
+        IncompleteSnapshotError,
+        LocalEntryNotFoundError,
+    )
+
+    if not is_offline_mode():
+        return None
+    options: dict[str, Any] = {"revision": hub_id.revision, "local_files_only": True}
+    try:
+        return Path(snapshot_download(hub_id.repo, **options))
+    except IncompleteSnapshotError as error:
+        return Path(error.snapshot_path)  # files that no model needs may well be missing
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 def parse_address(address: str) -> tuple[HubId, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from qwen35.checkpoint.renamed import naming_cause, size_cause
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.registry import codec_of, is_packed
 from qwen35.errors import TensorError
@@ -92,23 +93,49 @@ def match(checkpoint: Checkpoint) -> tuple[tuple[InventoryItem, ...], list[Tenso
 
     Returns:
         The weights that match, and one problem for each weight that is unknown, missing, or has an
-        unexpected shape or dtype.
+        unexpected shape or dtype; where these have one cause, that alone.
     """
     weights = {weight.name: weight for weight in checkpoint.weights}
-    items, problems = [], []
+    items, problems, missing, misfits = [], [], [], list[_Misfit]()
     for expected in expected_tensors(checkpoint.config, checkpoint.layout):
         weight = weights.pop(expected.name, None)
         if weight is None:
+            missing.append(expected.name)
             problems.append(_missing(checkpoint, expected))
             continue
         problem = codec_of(weight).mismatch(weight, expected)
         if problem is not None:
             problems.append(problem)
+            misfits.append((expected, weight.main.spec.shape))
             continue
         spec = TensorSpec(expected.name, _decoded_dtype(checkpoint, weight), expected.shape)
         items.append(InventoryItem(weight, role_of(expected.name), spec))
+    cause = _cause(checkpoint, items, list(weights), missing, misfits)
+    if cause is not None:
+        return tuple(items), cause
     problems += [_unexpected(checkpoint, name) for name in weights]
     return tuple(items), problems
+
+
+_Misfit = tuple[TensorSpec, tuple[int, ...]]
+"""An expected tensor and the shape that was found instead."""
+
+
+def _cause(
+    checkpoint: Checkpoint,
+    items: Sequence[InventoryItem],
+    unknown: Sequence[str],
+    missing: Sequence[str],
+    misfits: Sequence[_Misfit],
+) -> list[TensorError] | None:
+    """Return the one problem behind all others, if there is one."""
+    if checkpoint.foreign is not None:
+        return [problem for problem in checkpoint.problems if isinstance(problem, TensorError)]
+    cause = naming_cause(unknown, missing)
+    if cause is None and len(misfits) > 1 and not unknown and not missing:
+        fitting = {size for item in items for size in item.role.info.shape}
+        cause = size_cause(misfits, checkpoint.config.dims, fitting)
+    return None if cause is None else [cause]
 
 
 def _summary(problems: list[TensorError]) -> TensorError:
@@ -133,11 +160,18 @@ def _missing(checkpoint: Checkpoint, expected: TensorSpec) -> TensorError:
             expected=f"the experts that model_type {checkpoint.config.model_type!r} has",
             hint="config.json and weights belong to different models",
         )
+    hint = "it was saved without: start from a complete checkpoint"
+    tied = checkpoint.config.text_raw.get("tie_word_embeddings")
+    if expected.name == "lm_head.weight" and tied is True:
+        hint = (
+            "text_config ties it to the embedding, but transformers goes by the root of "
+            "config.json: set tie_word_embeddings to true there"
+        )
     return TensorError(
         expected.name,
         "missing",
         expected=f"{expected.dtype} {list(expected.shape)} by config.json",
-        hint="download the checkpoint again, or start from a complete one",
+        hint=hint,
     )
 
 

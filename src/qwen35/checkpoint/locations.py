@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from qwen35.errors import InputError
 
-__all__ = ["FileLocation", "LocalFolder", "read_bounded", "stamp"]
+__all__ = ["FileLocation", "LocalFolder", "folder_name", "read_bounded", "stamp"]
+
+_SNAPSHOT = re.compile(r"models--(?:[^/]+?--)?(?P<name>[^/]+)/snapshots/[^/]+\Z")
+"""The end of a snapshot's path in the Hub's cache: models--owner--name/snapshots/commit."""
+
+
+def folder_name(root: Path) -> str:
+    """Return what a model in a folder is called: a snapshot of the Hub's cache by its repository.
+
+    >>> folder_name(Path("/hub/models--Qwen--Qwen3.5-0.8B/snapshots/0123abc"))
+    'Qwen3.5-0.8B'
+    """
+    snapshot = _SNAPSHOT.search(root.resolve().as_posix())
+    return snapshot["name"] if snapshot else root.resolve().name
 
 
 def stamp(status: os.stat_result) -> tuple[int, int]:
@@ -43,6 +57,12 @@ class FileLocation(Protocol):
     def sizes(self) -> Mapping[str, int]:
         """Return the size in bytes of each file."""
 
+    def folders(self) -> Sequence[str]:
+        """Return the names of the folders in it."""
+
+    def dangling(self) -> Mapping[str, str]:
+        """Return the links that lead nowhere, with their targets."""
+
     def read(self, name: str, start: int, count: int) -> bytes:
         """Return `count` bytes of a file, starting at `start`."""
 
@@ -69,13 +89,31 @@ class LocalFolder:
     @cached_property
     def _stamps(self) -> dict[str, tuple[int, int]]:
         try:
-            return {p.name: stamp(p.stat()) for p in self._root.iterdir() if p.is_file()}
+            return {p.name: stamp(p.stat()) for p in self._entries() if p.is_file()}
         except OSError as error:
             raise InputError(str(self._root), f"cannot be read ({error.strerror})") from error
 
     def sizes(self) -> Mapping[str, int]:
         """Return the size in bytes of each file."""
         return {name: size for name, (size, _) in self._stamps.items()}
+
+    def folders(self) -> Sequence[str]:
+        """Return the names of the folders in it."""
+        return sorted(path.name for path in self._entries() if path.is_dir())
+
+    def dangling(self) -> Mapping[str, str]:
+        """Return the links that lead nowhere, with their targets."""
+        links = [path for path in self._entries() if path.is_symlink()]
+        try:
+            return {p.name: str(p.readlink()) for p in sorted(links) if not p.exists()}
+        except OSError as error:
+            raise InputError(str(self._root), f"cannot be read ({error.strerror})") from error
+
+    def _entries(self) -> list[Path]:
+        try:
+            return list(self._root.iterdir())
+        except OSError as error:
+            raise InputError(str(self._root), f"cannot be read ({error.strerror})") from error
 
     def stamps(self) -> Mapping[str, tuple[int, int]]:
         """Return size and modification time of each file, as of the first call."""

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qwen35.checkpoint.hub import HubId, HubLocation, download, download_files, parse_address
+from qwen35.checkpoint.hub import (
+    HubId,
+    HubLocation,
+    cached_snapshot,
+    download,
+    download_files,
+    parse_address,
+)
 from qwen35.checkpoint.locations import FileLocation, LocalFolder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import (
@@ -51,6 +58,9 @@ def describe(model: str, *, token: str | None = None, lenient: bool = False) -> 
         return open_place(LocalFolder(path), name=model, root=path, lenient=lenient)
     if is_published(model):
         return open_published(model)
+    cached = _cached(model)
+    if cached is not None:
+        return _open_cached(model, cached, lenient)
     place = _hub_place(model, token, sizes=True)
     return open_place(place, name=model, repo=place.repo, revision=place.revision, lenient=lenient)
 
@@ -77,11 +87,23 @@ def fetch(
             "the name of a published size, without weights",
             hint=f"give a folder or a Hub id such as Qwen/{model}",
         )
+    cached = _cached(model)
+    if cached is not None:
+        return _open_cached(model, cached, lenient)
     place = _hub_place(model, token)
     origin = {"name": model, "repo": place.repo, "revision": place.revision}
     remote = open_place(place, lenient=lenient, **origin)
     root = download(place, [*sorted(remote.file_sizes), *extra], hub_token(token))
-    return open_place(LocalFolder(root), root=root, lenient=lenient, **origin)
+    fetched = open_place(LocalFolder(root), root=root, lenient=lenient, **origin)
+    return replace(fetched, others=remote.others)  # what stayed there was not downloaded
+
+
+def _open_cached(model: str, root: Path, lenient: bool) -> Checkpoint:
+    """Open a snapshot of the Hub's cache; its folder is called like its commit."""
+    repo = model.partition("@")[0]
+    return open_place(
+        LocalFolder(root), name=model, root=root, repo=repo, revision=root.name, lenient=lenient
+    )
 
 
 def looks_like_artifact(model: str) -> bool:
@@ -134,6 +156,9 @@ def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
     """
     if model.startswith("hf:"):
         hub_id, name = parse_address(model.removeprefix("hf:"))
+        root = cached_snapshot(hub_id)
+        if root is not None:
+            return GgufFiles(LocalFolder(root), (name,), whole=False, root=root)
         return GgufFiles(HubLocation(hub_id, hub_token(token)), (name,), whole=False)
     try:
         path = Path(model).expanduser()
@@ -143,6 +168,8 @@ def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
     except (OSError, RuntimeError, ValueError):  # name too long, unknown ~user, NUL
         return None
     root = folder_of(model)
+    if root is None and not is_published(model):
+        root = _cached(model)
     place: FileLocation
     if root is not None:
         place = LocalFolder(root)
@@ -174,6 +201,12 @@ def _hub_id(model: str) -> HubId | None:
     if hub_id is not None and hub_id.revision is None and folder_of(model.partition("/")[0]):
         return None
     return hub_id
+
+
+def _cached(model: str) -> Path | None:
+    """Return the folder in the Hub's cache that stands for a Hub id without a network, or None."""
+    hub_id = _hub_id(model)
+    return cached_snapshot(hub_id) if hub_id is not None else None
 
 
 def _hub_place(model: str, token: str | None, *, sizes: bool = False) -> HubLocation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
@@ -12,10 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 from qwen35.checkpoint.header import SafetensorsHeader, read_header, strict_json
-from qwen35.checkpoint.locations import FileLocation, LocalFolder, stamp
-from qwen35.checkpoint.sidecars import SIDECARS
+from qwen35.checkpoint.locations import FileLocation, LocalFolder, folder_name, stamp
+from qwen35.checkpoint.mistaken import LONGEST_HEAD, not_a_checkpoint, stand_in
+from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
 from qwen35.closing import Closing
-from qwen35.codecs.registry import group
+from qwen35.codecs.foreign import ForeignPacking, foreign_packing
+from qwen35.codecs.registry import group, is_packed, packings
 from qwen35.errors import ConfigError, HeaderError, InputError, TensorError
 from qwen35.model.model_config import ModelConfig, parse_config
 from qwen35.model.roles import CheckpointNaming, expected_tensors
@@ -28,6 +30,7 @@ __all__ = [
     "FolderReader",
     "Reader",
     "check_index",
+    "dangling_link",
     "is_published",
     "open_folder",
     "open_place",
@@ -59,6 +62,9 @@ class Checkpoint:
         file_sizes: size in bytes of each safetensors file.
         stamps: size and modification time of each local file used.
         problems: problems with the index or the packing; empty unless opened leniently.
+        foreign: how another tool packed the weights, which cannot be read; also a problem.
+        others: files and folders beside it that are no part of it; folders end with a slash.
+        dangling: links that lead nowhere, with their targets.
     """
 
     name: str
@@ -73,6 +79,16 @@ class Checkpoint:
     file_sizes: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     problems: tuple[InputError, ...] = ()
     stamps: Mapping[str, tuple[int, int]] = field(default_factory=lambda: MappingProxyType({}))
+    foreign: ForeignPacking | None = None
+    others: tuple[str, ...] = ()
+    dangling: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def title(self) -> str:
+        """What the model is called: the name of its repository or of its folder."""
+        if self.repo:
+            return self.repo.rpartition("/")[2]
+        return folder_name(self.root) if self.root else self.name
 
     @property
     def nbytes(self) -> int:
@@ -144,13 +160,17 @@ def open_place(
     Raises:
         InputError: not a readable Qwen3.5 checkpoint.
     """
+    other = not_a_checkpoint(place)
+    if other is not None:
+        raise other
     sizes = place.sizes()
     config = parse_config(read_json(place, "config.json"))
     shards, weight_map = _shards(place)
     headers = {shard: read_header(place, shard) for shard in shards}
     tensors, problems = _merge(headers, weight_map)
     weights, packing = group(tensors)
-    problems += packing
+    foreign = _foreign(config, tensors, weights, headers)
+    problems = [*problems, *packing] if foreign is None else [_unreadable(foreign, config)]
     if problems and not lenient:
         raise problems[0]
     sidecars = {row.name for row in SIDECARS}
@@ -170,7 +190,41 @@ def open_place(
         file_sizes=MappingProxyType({shard: sizes[shard] for shard in shards}),
         problems=tuple(problems),
         stamps=MappingProxyType({name: stamps[name] for name in sorted(used)}),
+        foreign=foreign,
+        others=_others(place, {"config.json", INDEX_NAME, MANIFEST_NAME, *shards, *sidecars}),
+        dangling=MappingProxyType(dict(place.dangling())),
     )
+
+
+def _foreign(
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    weights: Sequence[Weight],
+    headers: Mapping[str, SafetensorsHeader],
+) -> ForeignPacking | None:
+    held = {part.spec.name for weight in weights if is_packed(weight) for part in weight.parts}
+    strange = (stored.spec for name, stored in tensors.items() if name not in held)
+    formats = {header.metadata.get("format", "") for header in headers.values()}
+    return foreign_packing(config.raw, strange, formats)
+
+
+def _unreadable(foreign: ForeignPacking, config: ModelConfig) -> TensorError:
+    subject = "config.json" if config.quantization else "the weights"
+    readable = [codec.title or codec.label for codec in packings("safetensors").values()]
+    return TensorError(
+        subject,
+        f"weights packed as {foreign.label}",
+        expected=" or ".join(["unquantized ones", *readable]),
+        hint=foreign.hint,
+    )
+
+
+def _others(place: FileLocation, known: Set[str]) -> tuple[str, ...]:
+    """Return files and folders that are no part of a checkpoint; hidden ones are not counted."""
+    files = [name for name in place.sizes() if name not in known]
+    names = [*files, *(f"{name}/" for name in place.folders())]
+    names += [name for name in place.dangling() if name not in known]
+    return tuple(sorted(name for name in names if not name.startswith(".")))
 
 
 def read_json(place: FileLocation, name: str) -> Any:
@@ -181,11 +235,31 @@ def read_json(place: FileLocation, name: str) -> Any:
     """
     size = place.sizes().get(name)
     if size is None:
-        raise ConfigError(str(place), f"no {name} in it", hint="is this a checkpoint?")
+        raise _gone(place, name) or ConfigError(
+            str(place), f"no {name} in it", hint="is this a checkpoint?"
+        )
     if size > _MAX_JSON_BYTES:  # before reading it into memory
         raise ConfigError(name, f"{size} bytes", expected=f"at most {_MAX_JSON_BYTES}")
     kind = HeaderError if name == INDEX_NAME else ConfigError
-    return strict_json(place.read(name, 0, size), name, kind)
+    content = place.read(name, 0, size)
+    known = stand_in(name, content[:LONGEST_HEAD], kind)
+    if known is not None:
+        raise known
+    return strict_json(content, name, kind)
+
+
+def _gone(place: FileLocation, name: str) -> InputError | None:
+    """Return the error for a file that is only a link which leads nowhere, or None."""
+    if name not in place.dangling():
+        return None
+    return dangling_link(name, place.dangling()[name])
+
+
+def dangling_link(name: str, target: str) -> InputError:
+    """Return the error for a link that leads nowhere, as interrupted downloads leave them."""
+    return InputError(
+        name, f"a link to {target}, which does not exist", hint="download the file again"
+    )
 
 
 def _shards(place: FileLocation) -> tuple[list[str], dict[str, str] | None]:
@@ -196,10 +270,13 @@ def _shards(place: FileLocation) -> tuple[list[str], dict[str, str] | None]:
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             if shard not in sizes:
-                raise InputError(
+                raise _gone(place, shard) or InputError(
                     shard, f"listed in {INDEX_NAME} but missing", hint="download it again"
                 )
         return shards, weight_map
+    for link, target in place.dangling().items():
+        if link == INDEX_NAME or link.endswith(".safetensors"):
+            raise dangling_link(link, target)
     found = sorted(name for name in sizes if name.endswith(".safetensors"))
     if not found:
         raise InputError(str(place), "no safetensors file in it")

@@ -91,7 +91,11 @@ class Fp8(Codec):
 
     def fits(self, spec: TensorSpec) -> str:
         """Return why a weight of this shape cannot be packed; empty if it can."""
-        return "" if fits(spec.shape) else f"is {list(spec.shape)}: not whole tiles of 128 x 128"
+        if fits(spec.shape):
+            return ""
+        odd = [f"{size} {axis}" for size, axis in _axes(spec) if size % BLOCK]
+        which = f" ({' and '.join(odd)})" if odd else ""
+        return f"is {list(spec.shape)}: not whole tiles of 128 x 128{which}"
 
     def packs(self, role: Role) -> bool:
         """Return whether weights of this role may be packed."""
@@ -172,3 +176,8 @@ def _scale_mismatch(weight: Weight, expected: TensorSpec) -> TensorError | None:
     if scale.spec.dtype not in FLOAT_DTYPES:
         return TensorError(scale.spec.name, f"dtype {scale.spec.dtype}", expected="BF16 or F32")
     return None
+
+
+def _axes(spec: TensorSpec) -> list[tuple[int, str]]:
+    """Return the sizes of a matrix with what they count; nothing for other shapes."""
+    return list(zip(spec.shape, ("rows", "columns"), strict=True)) if len(spec.shape) == 2 else []

@@ -64,6 +64,8 @@ def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -
 
 
 def _list_findings(entries: object, modules: Sequence[LoaderModule]) -> Iterator[Finding]:
+    if entries is None:  # transformers then leaves the head alone (`get_keys_to_not_convert`)
+        entries = ["lm_head"]
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         yield Finding("skip-list", "config.json", f"{_LIST} is not a list of names")
         return

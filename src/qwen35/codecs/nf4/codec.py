@@ -101,7 +101,9 @@ class Nf4(Codec):
 
     def fits(self, spec: TensorSpec) -> str:
         """Return why a weight of this shape cannot be packed; empty if it can."""
-        return f"not a multiple of {BLOCK} weights" if spec.numel % BLOCK else ""
+        if not spec.numel % BLOCK:
+            return ""
+        return f"is {list(spec.shape)}: not a multiple of {BLOCK} weights"
 
     def packs(self, role: Role) -> bool:
         """Return whether transformers loads weights of this role as `Linear4bit`."""

@@ -16,6 +16,10 @@ __all__ = ["findings", "is_skipped", "quantization_config", "skip_modules"]
 _LIST = "llm_int8_skip_modules"
 _NESTED = ".nested_absmax"
 
+DEFAULT_SKIPS = ("lm_head",)
+"""Linear modules of this family that transformers leaves alone if no list is given (null or
+absent): the output embedding (5.23 ``quantizers.base.get_keys_to_not_convert``)."""
+
 
 def quantization_config(modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
     """Return the config that transformers writes for bitsandbytes 4-bit weights.
@@ -141,7 +145,9 @@ def _companion_findings(module: LoaderModule, double: bool) -> Iterator[Finding]
 def _skip_findings(
     quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
 ) -> Iterator[Finding]:
-    skip = quantization.get(_LIST) or []
+    skip = quantization.get(_LIST)
+    if skip is None:
+        skip = list(DEFAULT_SKIPS)
     if not isinstance(skip, list) or not all(isinstance(entry, str) for entry in skip):
         yield Finding("skip-list", "config.json", f"{_LIST} is not a list of names")
         return

@@ -150,6 +150,7 @@ def _with_mtp(checkpoint: Checkpoint, *, drop: bool) -> tuple[Checkpoint, int]:
     }
     stored, promised = len(layers), checkpoint.config.mtp_layers
     if promised > stored and not drop:
+        inventory(checkpoint)  # a wrapper's prefix hides these layers as well: name that first
         raise ConfigError(
             "config.json",
             f"mtp_num_hidden_layers is {promised}, but the checkpoint has {stored} such layers",

@@ -1,0 +1,250 @@
+"""Check the small files of a source before they travel to an output, and tell what stays behind.
+
+Loaders read them long after a conversion; a damaged one is told here, by its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from qwen35.checkpoint.header import strict_json
+from qwen35.checkpoint.mistaken import LONGEST_HEAD, stand_in
+from qwen35.checkpoint.sidecars import SIDECARS
+from qwen35.checkpoint.source import Checkpoint, dangling_link
+from qwen35.errors import ConfigError, InputError
+
+__all__ = ["check_generation", "check_sidecars", "left_behind", "sidecar_problems"]
+
+_MAX_BYTES = 64 * 2**20
+"""Bound on one of them, far above real ones."""
+
+_SHOWN = 12
+_SECONDS = 60
+_LOAD = """
+import sys
+try:
+    from tokenizers import Tokenizer
+except ImportError:
+    sys.exit()
+Tokenizer.from_buffer(sys.stdin.buffer.read())
+"""
+
+_NUMBERS: dict[str, str] = {
+    "temperature": "a number",
+    "top_p": "a number",
+    "min_p": "a number",
+    "typical_p": "a number",
+    "repetition_penalty": "a number",
+    "length_penalty": "a number",
+    "penalty_repeat": "a number",
+    "xtc_probability": "a number",
+    "xtc_threshold": "a number",
+    "mirostat_tau": "a number",
+    "mirostat_eta": "a number",
+    "top_k": "an integer",
+    "penalty_last_n": "an integer",
+    "mirostat": "an integer",
+    "max_length": "an integer",
+    "max_new_tokens": "an integer",
+    "bos_token_id": "an integer or a list of integers",
+    "eos_token_id": "an integer or a list of integers",
+    "pad_token_id": "an integer or a list of integers",
+    "sequence": "text",
+    "do_sample": "true or false",
+}
+"""Settings of generation_config.json that engines read (transformers 5.23 `GenerationConfig`,
+gguf 0.19 `Metadata`), with what they must be if they are not null."""
+
+_LARGEST = 3.4028234663852886e38
+_loaded: dict[bytes, str] = {}
+"""What `tokenizers` says against each tokenizer seen, by SHA-256: loading takes up to a second."""
+
+
+def check_sidecars(checkpoint: Checkpoint, names: Collection[str]) -> None:
+    """Check the side-cars of a local checkpoint that are called so, if it has them.
+
+    Raises:
+        InputError: one is damaged. The message names the first and counts the others.
+    """
+    problems = list(sidecar_problems(checkpoint, names))
+    if not problems:
+        return
+    first = problems[0]
+    if len(problems) == 1:
+        raise first
+    others = ", ".join(problem.subject for problem in problems[1:])
+    more = f"also damaged: {others}"
+    hint = f"{first.hint} ({more})" if first.hint else more
+    raise type(first)(first.subject, first.found, expected=first.expected, hint=hint)
+
+
+def sidecar_problems(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[InputError]:
+    """Yield what is wrong with the side-cars called so; nothing for those that are not here."""
+    place = checkpoint.place
+    for name in sorted(names):
+        if name in checkpoint.dangling:
+            yield dangling_link(name, checkpoint.dangling[name])
+        size = checkpoint.sidecars.get(name)
+        if place is None or checkpoint.root is None or size is None:
+            continue
+        try:
+            if size > _MAX_BYTES:
+                raise ConfigError(name, f"{size} bytes", expected=f"at most {_MAX_BYTES}")
+            _check(name, place.read(name, 0, size))
+        except InputError as error:
+            yield error
+
+
+def _check(name: str, content: bytes) -> None:
+    known = stand_in(name, content[:LONGEST_HEAD], ConfigError)
+    if known is not None:
+        raise known
+    if name == "LICENSE":
+        return
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(name, f"not UTF-8 text (byte {error.start})") from error
+    if name.endswith(".json"):
+        value = strict_json(content, name, ConfigError)
+        if not isinstance(value, dict):
+            raise ConfigError(name, "not a JSON object")
+        _check_templates(name, value.get("chat_template"))
+        _VALUES.get(name, _nothing)(name, value)
+        if name == "tokenizer.json":
+            _check_loading(name, content)
+    elif name.endswith(".jinja"):
+        _compile(name, text)
+    elif name == "merges.txt":
+        _check_merges(name, text)
+
+
+def _compile(name: str, template: str) -> None:
+    from qwen35.planning.safetensors_files.chat_template import compiles  # late: needs jinja2
+
+    compiles(template, name)
+
+
+def _nothing(name: str, value: Mapping[str, Any]) -> None:
+    del name, value
+
+
+def _check_templates(name: str, template: object) -> None:
+    """Check the syntax of a template, or of a list of named ones, in a JSON file."""
+    if isinstance(template, str):
+        _compile(name, template)
+    elif isinstance(template, list):
+        for entry in template:
+            if isinstance(entry, dict) and isinstance(entry.get("template"), str):
+                _compile(name, entry["template"])
+    elif isinstance(template, dict):  # named ones, as processors store them
+        _check_templates(name, [{"template": value} for value in template.values()])
+    elif template is not None:
+        raise ConfigError(name, f"chat_template is {repr(template)[:80]}", expected="text")
+
+
+def check_generation(name: str, value: Mapping[str, Any]) -> None:
+    """Check the types of the settings in generation_config.json.
+
+    Raises:
+        InputError: one has another type than engines need.
+    """
+    for key, kind in _NUMBERS.items():
+        setting = value.get(key)
+        if setting is not None and not _is(setting, kind):
+            raise ConfigError(name, f"{key} is {repr(setting)[:80]}", expected=kind)
+
+
+def _is(value: object, kind: str) -> bool:
+    if kind == "text":
+        return isinstance(value, str)
+    if kind == "true or false":
+        return isinstance(value, bool)
+    if kind == "a number":
+        number = type(value) in (int, float)
+        return number and math.isfinite(value) and abs(value) <= _LARGEST  # type: ignore[arg-type]
+    if isinstance(value, list) and "list" in kind:
+        return all(_is(item, "an integer") for item in value)
+    return type(value) is int and abs(value) < 2**31
+
+
+def _check_tokens(name: str, value: Mapping[str, Any]) -> None:
+    for token, number in value.items():
+        if type(number) is not int or number < 0:
+            found = f"token {token[:40]!r} is {repr(number)[:40]}"
+            raise ConfigError(name, found, expected="its number")
+
+
+def _check_tokenizer(name: str, value: Mapping[str, Any]) -> None:
+    model, added = value.get("model"), value.get("added_tokens") or []
+    if not isinstance(model, dict):
+        raise ConfigError(name, "no model in it", expected="a tokenizer of the tokenizers library")
+    whole = isinstance(added, list) and all(
+        isinstance(row, dict) and type(row.get("id")) is int and isinstance(row.get("content"), str)
+        for row in added
+    )
+    if not whole:
+        raise ConfigError(name, "malformed added_tokens", expected="a list of id and content")
+
+
+_VALUES: dict[str, Callable[[str, Mapping[str, Any]], None]] = {
+    "added_tokens.json": _check_tokens,
+    "generation_config.json": check_generation,
+    "tokenizer.json": _check_tokenizer,
+    "vocab.json": _check_tokens,
+}
+"""Checks of what a JSON side-car says."""
+
+
+def _check_loading(name: str, content: bytes) -> None:
+    """Load a tokenizer as engines do, if the tokenizers library is installed."""
+    digest = hashlib.sha256(content).digest()
+    if digest not in _loaded:
+        _loaded[digest] = _loading_error(content)
+    if _loaded[digest]:
+        raise ConfigError(name, f"the tokenizers library cannot load it ({_loaded[digest]})")
+
+
+def _loading_error(content: bytes) -> str:
+    """Return why a tokenizer does not load; empty if it does, or if there is no library.
+
+    In a process of its own: a hostile tokenizer may crash the library, or keep it busy for ever.
+    """
+    if importlib.util.find_spec("tokenizers") is None:
+        return ""
+    command = [sys.executable, "-I", "-c", _LOAD]
+    try:
+        done = subprocess.run(command, input=content, capture_output=True, timeout=_SECONDS)  # noqa: S603
+    except subprocess.TimeoutExpired:
+        return f"it takes more than {_SECONDS} seconds"
+    if done.returncode == 0:
+        return ""
+    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    return lines[-1].partition(": ")[2][:200] if lines else "it crashes"
+
+
+def _check_merges(name: str, text: str) -> None:
+    for line in text.split("\n"):
+        if line.strip() and not line.startswith("#version") and len(line.split()) != 2:
+            raise ConfigError(name, f"line {line[:80]!r}", expected="two tokens a line")
+
+
+def left_behind(checkpoint: Checkpoint, carried: Collection[str]) -> tuple[str, ...]:
+    """Return a note that lists what lies beside the weights and does not travel; () if nothing.
+
+    Args:
+        checkpoint: the source.
+        carried: the files that are copied, or whose content is written in another form.
+    """
+    known = [row.name for row in SIDECARS if row.name in checkpoint.sidecars]
+    names = sorted(name for name in (*known, *checkpoint.others) if name not in carried)
+    if not names:
+        return ()
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (f"left behind: {', '.join(names[:_SHOWN])}{more}",)
