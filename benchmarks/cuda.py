@@ -156,7 +156,9 @@ def against_bitsandbytes(device: str) -> None:
             values = weights.view(torch.uint16) if dtype == torch.bfloat16 else weights
             absmax, packed = np.empty(2**18, np.float32), np.empty(2**23, np.uint8)
             assert encode_blocks(values.numpy().reshape(-1), name, absmax, packed)
-            theirs, state = quantize_4bit(weights.to(device), blocksize=64, quant_type="nf4")
+            theirs, state = quantize_4bit(
+                weights.to(device), blocksize=64, quant_type="nf4", compress_statistics=True
+            )
             scales = AbsmaxStatistics.of(absmax, float(state.offset)).codes
             codes = int((theirs.cpu().numpy().reshape(-1) != packed).sum())
             others = int((state.absmax.cpu().numpy() != scales).sum())
