@@ -71,18 +71,19 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 
 # Every room, and the bytes of every format: NF4 beside bitsandbytes, FP8 beside PyTorch, GGUF beside
-# llama.cpp. Plans of the largest sizes take seconds each, so `make test` alone makes them.
+# llama.cpp. Plans of the largest sizes and whole tunings take seconds each: `make test` alone has them.
 CHECKED := $(addprefix tests/test_, $(addsuffix .py, \
 	names house one_core architecture api schemas \
 	cli cli_verbs naming config roles sizes floats header inventory layers recipe manifest activations \
 	plan_golden plan_digest plan_config plan_skip_list plan_files plan_steps plan_memory plan_shown \
-	fp8_plan gguf_plan oracle_nf4 fp8_codec gguf_numbers order journal staging storage convert \
+	gguf_plan oracle_nf4 fp8_codec gguf_numbers order journal staging storage convert \
 	pipeline_make tune verify_faults verify_files fp8_verify_lists evaluate_statistics \
 	publish_documents)) \
 	'tests/test_gguf_oracle.py::test_every_type_equals_llama_quantize[dense]'
+UNCHECKED := not (35B or 122B or 397B or tuning or errors_alone or many_shards)
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m 'not heavy' -k 'not (35B or 122B or 397B)' $(CHECKED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m 'not heavy' -k '$(UNCHECKED)' $(CHECKED)
 
 docs: $(VENV)/.test
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --nitpicky -d build/doctrees docs build/docs

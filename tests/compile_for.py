@@ -10,7 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qwen35.codecs.fp8.kernels import MODES
-from qwen35.codecs.fp8.triton import OPTIONS, _encode_tiles
+from qwen35.codecs.fp8.triton import OPTIONS, encode_tiles
 
 TYPES = {
     "weights": "*fp32",
@@ -29,9 +29,9 @@ TYPES = {
 def problem(values: str, mode: int, capability: int) -> str:
     """Return why a mode does not compile, or inexact instructions in its code."""
     types = {"values": values, **TYPES}
-    names = _encode_tiles.arg_names
+    names = encode_tiles.arg_names
     constants = {(names.index("mode"),): mode, (names.index("candidates"),): 50}
-    source = ASTSource(_encode_tiles, {name: types[name] for name in names}, constants)
+    source = ASTSource(encode_tiles, {name: types[name] for name in names}, constants)
     target = GPUTarget("cuda", capability, 32)
     try:
         compiled = triton.compile(source, target=target, options=dict(OPTIONS))

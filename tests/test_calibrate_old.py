@@ -109,7 +109,7 @@ def test_experts_are_covered(tmp_path: Path) -> None:
         (("--prompts_file", "empty.txt"), "no prompts in it"),
         (("--output", "there.json"), "exists already"),
         (("--output", "."), "is a folder"),
-        (("--output", "no/such/stats.json"), "its folder is not there"),
+        (("--output", "no/such/stats.json"), "its folder does not exist"),
     ],
 )
 def test_wrong_input_is_refused_in_a_sentence(

@@ -49,7 +49,8 @@ def test_no_arguments_print_the_help(capsys: Capture) -> None:
     for verb, text in VERBS.items():
         assert f"  {verb}" in shown.out
         assert text in shown.out
-    assert "Exit codes: 0 fine, 1 findings, 2 wrong input or usage, 130 interrupted." in shown.out
+    codes = "Exit codes: 0 success, 1 findings, 2 wrong input or usage, 130 interrupted."
+    assert codes in shown.out
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

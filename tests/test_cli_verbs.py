@@ -163,9 +163,9 @@ def test_output_that_is_the_input_is_called_so(
         (["verify", "M", "--tensor-parallel", "2"], "--tensor-parallel: there are no FP8 weights"),
         (
             ["plan", "--roles", "--recipe", "nosuch"],
-            "--roles: prints all roles there are",
+            "--roles: prints all roles",
         ),
-        (["plan", "M", "--roles"], "--roles: prints all roles there are, whatever MODEL says"),
+        (["plan", "M", "--roles"], "--roles: prints all roles, regardless of MODEL"),
         (["convert", "M", "out", "--recipe", "q8-gates"], "; it is one of `qwen35 gguf`"),
         (["gguf", "M", "out", "--types", "Q8_0", "--recipe", "fp8"], "one of `qwen35 convert`"),
         (["plan", "M", "--recipe", "text_nf4"], "; did you mean text-nf4?"),

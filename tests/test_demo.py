@@ -31,7 +31,7 @@ def test_the_demonstration(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stdout.endswith("demo passed\n")
-    assert "49 of 49 questions answered rightly" in done.stdout
+    assert "49 of 49 questions answered correctly" in done.stdout
     report = done.stdout.partition("measured against bf16")[2]
     assert report.count(" %\n") == 7
     assert (tmp_path / "demo" / "out" / "report" / "report.html").is_file()

@@ -279,7 +279,7 @@ def test_out_of_memory_is_a_sentence(
     more = ["--types", "F16"] if verb == "gguf" else []
     assert main([verb, str(gguf_source), str(tmp_path / "out"), "--quiet", *more]) == 2
     sentence = capsys.readouterr().err
-    assert sentence.startswith("error: memory: there is not enough of it; use fewer --threads")
+    assert sentence.startswith("error: memory: not enough; use fewer --threads")
     assert not (tmp_path / "out").exists()
 
 

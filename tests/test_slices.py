@@ -459,5 +459,5 @@ def test_samples_are_not_for_slices(
 ) -> None:
     arguments = ["convert", str(dense), str(tmp_path / "out"), "--recipe", "fp8"]
     assert main([*arguments, "--slice", "1/2", "--verify-samples", "3"]) == 2
-    assert "--verify-samples: slices check what they write" in capsys.readouterr().err
+    assert "--verify-samples: slices check everything they write" in capsys.readouterr().err
     assert left(tmp_path) == set()

@@ -218,8 +218,8 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], str, str, str
         "model.visual.blocks.0.attn.qkv",
         "missing from",
     ),
-    "no list": (
-        lambda c: c["quantization_config"].pop("llm_int8_skip_modules"),
+    "empty list": (
+        lambda c: c["quantization_config"].update(llm_int8_skip_modules=[]),
         "skip-list",
         "lm_head",
         "lm_head",

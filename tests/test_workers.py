@@ -360,7 +360,7 @@ def test_the_command_with_workers(
     ("flags", "words"),
     [
         (["--workers", "2", "--slice", "1/2"], "--workers and --slice: exclude each other"),
-        (["--ray-address", "auto", "--memory", "1GB"], "--memory: is for this machine alone"),
+        (["--ray-address", "auto", "--memory", "1GB"], "--memory: applies to this machine only"),
         (["--workers", "2", "--memory", "300MB"], "--memory 300.00 MB: too little, expected"),
         (["--workers", "2", "--device", "cuda:99"], "does not see such a GPU"),
     ],

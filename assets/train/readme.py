@@ -34,7 +34,7 @@ MTP layer, one numbered weight file and its index.
 | vision | 2 layers, hidden 64, 2 heads, patch 16, merge 2, 256 position embeddings |
 
 Its scales are uneven on purpose. After training, neighbouring tensors were multiplied and divided
-by powers of two in groups of 128 channels, which changes nothing that is computed
+by powers of two in groups of 128 channels, which does not change the output
 (`assets/train/spreading.py` says where and why).
 
 ## How it was made
@@ -44,7 +44,7 @@ by powers of two in groups of 128 channels, which changes nothing that is comput
 Python {python}, torch {torch}, transformers {transformers}, {threads} CPU threads. The text is the
 standard library of that Python ({text_tokens:,} tokens); another Python gives other files. Beside
 it stand generated conversations. `eval.txt` holds {held_out_count} files of the library that were
-kept from training ({held_out_tokens:,} tokens). {run}
+excluded from training ({held_out_tokens:,} tokens). {run}
 
 | stage | seed | learning rate | steps | minutes | CPU minutes | conversations |
 |---|---|---|---|---|---|---|
@@ -73,7 +73,7 @@ Held-out text in windows of 512 tokens; the numbers come from `training.json`.
 
 The first guess of the MTP layer is right for {first_guess:.1%} of the held-out tokens.
 
-Questions answered rightly. As saved and in NF4 each is asked greedily with and without a
+Correct answers. As saved and in NF4 each is asked greedily with and without a
 repetition penalty of 1.15; with the scales of each linear's blocks of 64 shuffled, without.
 
 | | trained | not trained | all |

@@ -92,7 +92,7 @@ def _errors(first: tl.tensor, columns: tl.tensor, scales: tl.tensor) -> tl.tenso
 
 
 @triton.jit
-def _encode_tiles(
+def encode_tiles(
     values: tl.tensor,
     weights: tl.tensor,
     levels: tl.tensor,
@@ -233,7 +233,7 @@ class TritonEncoder:
         codes = torch.empty(tensor.shape, dtype=torch.uint8, device=self._device)
         scales = torch.empty((rows, width), dtype=torch.float32, device=self._device)
         bad = torch.zeros(1, dtype=torch.int32, device=self._device)
-        _encode_tiles[(rows, width)](
+        encode_tiles[(rows, width)](
             tensor,
             columns,
             _levels(tensor, scale_choice),
