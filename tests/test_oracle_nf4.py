@@ -16,7 +16,7 @@ from bitsandbytes.functional import (
     quantize_4bit,
     quantize_blockwise,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from checkpoints import ASSET, make_checkpoint, random_tensors, tiny_config, write_checkpoint
@@ -118,6 +118,9 @@ def test_any_block_is_coded_as_bitsandbytes_does(values: list[float]) -> None:
 def test_any_statistics_are_those_of_bitsandbytes(values: list[float]) -> None:
     absmax = np.array(values, np.float32)
     ours = AbsmaxStatistics.of(absmax)
+    with np.errstate(over="ignore", divide="ignore"):
+        # Where 1 / nested overflows, bitsandbytes saturates or makes NaN of 0 * inf; we store 0.
+        assume(np.isfinite(np.float32(1) / ours.nested[ours.nested > 0]).all())
     centred = torch.from_numpy(absmax - np.float32(ours.offset))
     codes, state = quantize_blockwise(centred, blocksize=256)
     assert np.array_equal(ours.codes, codes.numpy())

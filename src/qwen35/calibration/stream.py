@@ -93,7 +93,6 @@ class ForwardStream:
 
     def build(self, block: Block) -> Any:
         """Build the module of a block, with its weights."""
-        """Return the module of a block with its weights."""
         if block.name == HEAD:
             return self.builder.norm(block)
         if block.name == MTP:

@@ -1,4 +1,4 @@
-"""What people take for a checkpoint: files that stand for others, and folders of other things."""
+"""Recognize what is mistaken for a checkpoint: placeholder files and folders of something else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STAND_INS: tuple[tuple[bytes, str, str], ...] = (
         "download it with a token",
     ),
 )
-"""First bytes of what tools leave in place of any file, with what it is and the way on."""
+"""First bytes of placeholders, what each is, and what to do about it."""
 
 _CONTAINERS: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "an archive of torch.save, not safetensors", "save it with safetensors"),
@@ -63,13 +63,13 @@ _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.b
 def stand_in(
     name: str, head: bytes, error: type[InputError] = InputError, *, weights: bool = False
 ) -> InputError | None:
-    """Return an error if a file's first bytes are those of something that stands for it.
+    """Return an error if a file is a placeholder, such as a Git LFS pointer, or of another format.
 
     Args:
         name: its name.
-        head: its first bytes, `LONGEST_HEAD` of them if it has so many.
+        head: its first `LONGEST_HEAD` bytes, or all if it is shorter.
         error: the class of the error.
-        weights: whether it is to hold weights.
+        weights: whether the file should contain weights.
     """
     for start, found, hint in (*_STAND_INS, *(_CONTAINERS if weights else ())):
         if head.startswith(start):
@@ -109,7 +109,7 @@ def _holds_weights(name: str) -> bool:
 
 
 def _inner_checkpoints(place: FileLocation) -> Iterator[str]:
-    """Yield folders that people mean: a snapshot of the Hub's cache, a trainer's last one."""
+    """Yield subfolders the user may mean: a Hub cache snapshot, a trainer's checkpoints."""
     folders = place.folders()
     if "snapshots" in folders:
         yield "a folder below snapshots/"

@@ -1,6 +1,6 @@
 """What misfitting tensors have in common: a wrapper's prefix, an adapter, a size of config.json.
 
-One cause makes hundreds of mismatches, and the first of them rarely says what it is.
+One cause can produce hundreds of mismatches, and the first rarely reveals it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WRAPPERS: dict[str, str] = {
     "_forward_module": "Lightning's wrapper was saved: save the model inside it",
     "module": "a wrapper of distributed training was saved: save the model inside it, `module`",
 }
-"""Segments of names that wrappers add, with the way on."""
+"""Name segments that wrappers add, with the fix for each."""
 
 _ADAPTERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "modules_to_save")
 _PREFIXES = ("model.language_model.", "model.visual.", "model.")
@@ -55,7 +55,7 @@ def naming_cause(unknown: Sequence[str], missing: Collection[str]) -> TensorErro
 
     Args:
         unknown: names of weights that config.json has no place for.
-        missing: names that config.json expects and that are not there.
+        missing: expected names that are absent.
     """
     adapted = [name for name in unknown if not set(_ADAPTERS).isdisjoint(name.split("."))]
     if adapted:

@@ -8,7 +8,7 @@ Rounding to 11 bits, as F16 does, is 1/43 of what Q8_0 does to a weight: half a 
 the largest of 32 normal values, 0.6 % of the typical one. Divergence grows with the square, so F16
 must cost about 1/1800 of Q8_0. Measured on the embedded checkpoint: 1.6e-7 nats against 3.5e-4, in
 BF16, which rounds activations to 8 bits, 4e-6. Layers add up their errors, to an eighth of that
-distance at 64 of them. What costs as much as Q8_0 is therefore no rounding.
+distance at 64 of them. So a divergence as large as Q8_0's is not rounding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Every key of config.json that publishers write or transformers reads, and what becomes of it.
+"""Every config.json key that publishers write or transformers reads, and its place in GGUF files.
 
-Checkpoints that this package writes keep every key. A GGUF file keeps those that have a key there;
-of the others, llama.cpp computes with one value alone, or no number depends on them.
+Checkpoints that this package writes keep every key. A GGUF file stores those with a GGUF
+counterpart. Each other key either has one value that llama.cpp supports, or affects no number.
 
 Sources: config.json of the official and of NVIDIA's releases; transformers 5.23
 ``models/qwen3_5*/configuration_*.py``, ``configuration_utils.py``, ``modeling_rope_utils.py``;
@@ -31,10 +31,10 @@ class ConfigKey:
     """What becomes of a key of config.json in a GGUF file.
 
     Args:
-        gguf: the keys that carry it, without the architecture; "tensors" for what tensors say.
-        only: the values that llama.cpp computes with, of a key that nothing carries and that
-            changes numbers.
-        why: why a key that nothing carries changes no number, or only one value is computed.
+        gguf: the GGUF keys that store it, without the architecture prefix; "tensors" if the tensors
+            imply it.
+        only: the values llama.cpp supports, for a key that affects numbers but has no counterpart.
+        why: why the key affects no number, or what llama.cpp always computes.
         reader: "others" for a key that transformers ignores as llama.cpp does, but not every
             engine; "transformers" for one that its configuration class obeys and this package does
             not.
@@ -48,7 +48,7 @@ class ConfigKey:
 
 @dataclass(frozen=True)
 class KeyValue:
-    """A key with a value that is not its only one.
+    """A key whose value is not among the supported ones.
 
     Args:
         section: a key of `SECTIONS`.
@@ -257,7 +257,7 @@ def _keys(raw: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Any]]:
 
 
 def unknown_keys(raw: Mapping[str, Any]) -> list[str]:
-    """Return the paths of the keys that the table does not know; null says nothing."""
+    """Return the paths of keys missing from the table, except those that are null."""
     misplaced = set(misplaced_keys(raw))
     return [
         path
@@ -275,7 +275,7 @@ def misplaced_keys(raw: Mapping[str, Any]) -> list[str]:
 
 
 def fixed_values(raw: Mapping[str, Any]) -> Iterator[KeyValue]:
-    """Yield the keys with another value than the one that llama.cpp computes with."""
+    """Yield keys whose value llama.cpp does not support."""
     return (one for one in _deviating(raw) if one.row.reader != "others")
 
 

@@ -1,4 +1,4 @@
-"""What users should know about a config.json: unknown keys, and where engines differ over it."""
+"""Notes on config.json for users: unknown keys, and settings that engines read differently."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LLAMA_ROPE = ("default", "linear", "yarn")
 
 
 def config_notes(config: ModelConfig) -> Iterator[str]:
-    """Yield a sentence for each thing that a user of config.json should know."""
+    """Yield the notes, one sentence each."""
     yield from _architecture_notes(config)
     unknown = unknown_keys(config.raw)
     if unknown:
@@ -61,7 +61,7 @@ def refuse_uncarried(config: ModelConfig, *, vision: bool) -> None:
 
     Args:
         config: the model's config.
-        vision: whether the file holds the tower, not the text model.
+        vision: whether the file contains the vision tower instead of the text model.
 
     Raises:
         ConfigError: a key has a value that llama.cpp does not compute with.

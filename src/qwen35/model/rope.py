@@ -26,7 +26,7 @@ SCALED: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "proportional": (),
 }
-"""The kinds of scaling that transformers knows, with the parameters each cannot do without."""
+"""The scaling types of transformers, with their required parameters."""
 
 _FROM_LENGTH = ("llama3", "yarn", "longrope")
 _LAYERS = ("full_attention", "linear_attention")

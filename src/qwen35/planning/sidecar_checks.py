@@ -1,6 +1,6 @@
-"""Check the small files of a source before they travel to an output, and tell what stays behind.
+"""Check the small files of a source before they are copied, and list those that are not copied.
 
-Loaders read them long after a conversion; a damaged one is told here, by its name.
+Loaders read these files long after a conversion, so damage is reported here, by file name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwen35.errors import ConfigError, InputError
 __all__ = ["check_generation", "check_sidecars", "left_behind", "sidecar_problems"]
 
 _MAX_BYTES = 64 * 2**20
-"""Bound on one of them, far above real ones."""
+"""Size limit for a sidecar, far above real ones."""
 
 _SHOWN = 12
 _SECONDS = 60
@@ -67,7 +67,7 @@ _loaded: dict[bytes, str] = {}
 
 
 def check_sidecars(checkpoint: Checkpoint, names: Collection[str]) -> None:
-    """Check the side-cars of a local checkpoint that are called so, if it has them.
+    """Check those sidecars in `names` that a local checkpoint has.
 
     Raises:
         InputError: one is damaged. The message names the first and counts the others.
@@ -85,7 +85,7 @@ def check_sidecars(checkpoint: Checkpoint, names: Collection[str]) -> None:
 
 
 def sidecar_problems(checkpoint: Checkpoint, names: Collection[str]) -> Iterator[InputError]:
-    """Yield what is wrong with the side-cars called so; nothing for those that are not here."""
+    """Yield the problems of the sidecars in `names`; missing files have none."""
     place = checkpoint.place
     for name in sorted(names):
         if name in checkpoint.dangling:
@@ -199,7 +199,7 @@ _VALUES: dict[str, Callable[[str, Mapping[str, Any]], None]] = {
     "tokenizer.json": _check_tokenizer,
     "vocab.json": _check_tokens,
 }
-"""Checks of what a JSON side-car says."""
+"""Content checks of JSON sidecars, by file name."""
 
 
 def _check_loading(name: str, content: bytes) -> None:
@@ -214,7 +214,7 @@ def _check_loading(name: str, content: bytes) -> None:
 def _loading_error(content: bytes) -> str:
     """Return why a tokenizer does not load; empty if it does, or if there is no library.
 
-    In a process of its own: a hostile tokenizer may crash the library, or keep it busy for ever.
+    Runs in a separate process: a hostile tokenizer may crash or hang the library.
     """
     if importlib.util.find_spec("tokenizers") is None:
         return ""
@@ -236,11 +236,11 @@ def _check_merges(name: str, text: str) -> None:
 
 
 def left_behind(checkpoint: Checkpoint, carried: Collection[str]) -> tuple[str, ...]:
-    """Return a note that lists what lies beside the weights and does not travel; () if nothing.
+    """Return a note that lists the files that are not copied; () if there are none.
 
     Args:
         checkpoint: the source.
-        carried: the files that are copied, or whose content is written in another form.
+        carried: files that are copied or converted.
     """
     known = [row.name for row in SIDECARS if row.name in checkpoint.sidecars]
     names = sorted(name for name in (*known, *checkpoint.others) if name not in carried)

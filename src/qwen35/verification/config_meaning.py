@@ -182,7 +182,7 @@ def compare_configs(
         config: of the artifact.
         source: of the source.
         mtp: whether the artifact has the layer of multi-token prediction.
-        result: findings and notes go there.
+        result: receives findings and notes.
     """
     whole = config.architecture.vision and source.architecture.vision
     sides = []

@@ -1,4 +1,4 @@
-"""The keys of a GGUF file beside those that its source gives."""
+"""Compare the keys of a GGUF file with those its source implies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong with the keys of a GGUF file, as far as the file itself tells."""
+"""Find keys of a GGUF file that contradict each other or its tensors; needs no source."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _size_label(container: GgufHeader) -> Iterator[str]:
     total = sum(math.prod(tensor.shape) for tensor in container.tensors.values())
     said = float(match[2]) * _UNITS[match[3]]
     if match[1]:
-        return  # what one expert is, is told in several ways
+        return  # tools define the size of an expert differently
     if not total / _CLOSE <= said <= total * _CLOSE:
         yield f"general.size_label is {label!r}, but the tensors have {total} weights"
 

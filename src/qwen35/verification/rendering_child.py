@@ -1,4 +1,4 @@
-"""Render chat templates, as a program of its own: read a job from stdin, write results to stdout.
+"""Render chat templates as a separate program: read a job from stdin, write results to stdout.
 
 Templates come from strangers. The program runs in its own interpreter without this package, under
 limits of memory, time and files that it sets before it reads anything.

@@ -1,4 +1,4 @@
-"""What a comparison of settings yields, and how values are compared by meaning."""
+"""The result of comparing settings, and equality of JSON values."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class SettingsComparison:
     """Everything but weights, compared with the source.
 
     Args:
-        findings: what decides behaviour and differs.
-        notes: what differs without deciding behaviour.
+        findings: differences that change behaviour.
+        notes: differences that do not.
         skipped: what could not be compared, and why.
-        kin: whether the source can be the artifact's.
+        kin: whether this can be the artifact's source.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -55,7 +55,7 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def shown(value: Any, other: Any = None) -> str:
-    """Return a value for a sentence; of two long lists, what the first difference is."""
+    """Format a value for a message; for two long lists, show only the first difference."""
     if value is ABSENT:
         return "absent"
     if isinstance(value, list | tuple) and isinstance(other, list | tuple) and len(value) > 8:

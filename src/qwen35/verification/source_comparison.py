@@ -1,4 +1,4 @@
-"""Everything but weights beside the source: is it the source at all, and do its settings agree?"""
+"""Compare everything except weights with the source: is it the source, and do settings agree?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["attempt", "compare_checkpoints", "stranger_findings"]
 def stranger_findings(
     name: str, source: Checkpoint, here: Mapping[str, Any], there: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    """Yield one finding if a model has other sizes than its source.
+    """Yield a finding if the sizes differ from the source's.
 
     Args:
         name: the artifact, or its file.
@@ -60,7 +60,7 @@ def compare_checkpoints(
 
 
 def attempt(result: SettingsComparison, compare: Callable[[], None]) -> None:
-    """Compare; files that cannot be read are a finding, and what they hold is not compared."""
+    """Compare; an unreadable file becomes a finding, and its content is skipped."""
     try:
         compare()
     except InputError as error:

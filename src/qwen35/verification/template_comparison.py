@@ -87,14 +87,14 @@ def compare_templates(
 def compare_template(
     subject: str, here: str, there: str, *, vision: bool, result: SettingsComparison
 ) -> None:
-    """Compare two templates: their text, else what they make of conversations.
+    """Compare two templates by text or, if it differs, by what they render for conversations.
 
     Args:
         subject: where the artifact's is.
         here: the artifact's.
         there: the source's.
         vision: whether the artifact takes pictures.
-        result: findings and notes go there.
+        result: receives findings and notes.
     """
     if here == there:
         return

@@ -56,7 +56,7 @@ def _common(
 
 
 def _vocabularies(here: TokenizerMeaning, there: TokenizerMeaning) -> list[Finding]:
-    """Compare each vocabulary of the artifact with the source's of that file, else its only one."""
+    """Compare each vocabulary with the source's from the same file, else with its first."""
     findings = []
     for name, ours in here.vocabularies.items():
         theirs = there.vocabularies.get(name) or next(iter(there.vocabularies.values()))

@@ -85,7 +85,7 @@ _NO_PIXELS = frozenset(
         "video_processor_type",
     }
 )
-"""Keys that change no pixel; processors of one family differ in their classes' names alone."""
+"""Keys that change no pixel; processors of one family differ only in class name."""
 
 _FILES = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
 _JOINT = "processor_config.json"
@@ -138,7 +138,7 @@ def _pixels(checkpoint: Checkpoint, kind: str, name: str) -> Mapping[str, Any] |
     meaning = _PIXELS[kind] | {
         key: value for key, value in found.items() if value is not None and key not in _NO_PIXELS
     }
-    # Older files name the bounds of the size by themselves.
+    # Older files store the size limits as separate keys.
     size = dict(meaning["size"]) if isinstance(meaning["size"], Mapping) else {}
     for old, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         bound = meaning.pop(old, None)

@@ -41,7 +41,7 @@ def _magic_bits(magnitude: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _stored(scale: tl.tensor) -> tl.tensor:
-    """Round a scale to bfloat16, ties to even; at least the least normal one."""
+    """Round a scale to bfloat16, ties to even; at least the smallest normal one."""
     bits = tl.maximum(scale, 1.1754943508222875e-38).to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
     return rounded.to(tl.float32, bitcast=True)

@@ -83,7 +83,7 @@ def tolerance(kind: GgmlType) -> str:
     if kind.name in FLOATS:
         return ""
     tensor, block = BOUNDS.get(kind.name, LOOSE)
-    # One weight alone raises the root mean square of a block by a sixteenth of what it is off by.
+    # An error in one weight raises the block's root mean square by a sixteenth of that error.
     return (
         f"seen is a tensor that is off by {tensor:.1%}, a block of {_BLOCK} weights by {block:.1%} "
         f"of its largest one (root mean square), one weight by {_BLOCK**0.5 * block:.1f} times "

@@ -30,7 +30,7 @@ _SENTINEL = "q5_K"
 """The type most sensitive to how the library was built.
 
 A ggml compiled with -mfma differs in 3 of 10 blocks of q5_K without importance, but in 1 of 250 of
-q6_K: 64 blocks of the one tell more than thousands of the other.
+q6_K: 64 blocks of q5_K reveal more than thousands of q6_K.
 """
 
 _UNMOVED = "q8_0"

@@ -30,7 +30,7 @@ _BEYOND = np.float32(256)
 def nearest(value: Any) -> Any:
     """Round to integers [16] int32: `nearest_int`, also where its integer wraps around.
 
-    That is beyond 2^22, where ggml asserts in debug builds alone; weights of subnormal size get
+    That is beyond 2^22, where ggml asserts only in debug builds; weights of subnormal size get
     there, as does NaN, which gives 0.
     """
     return (bits(value + _MAGIC) & _FRACTION) - _ZERO
@@ -59,8 +59,8 @@ def level(value: Any, low: Any, high: Any) -> Any:
 def truncated(value: Any) -> Any:
     """Return `value` [16] where C converts it to a char without overflow, 0 where it does not.
 
-    Infinity and NaN are there where an inverse scale is infinite; compilers for x86-64 make
-    -2^31 of them, whose low byte is 0.
+    An infinite inverse scale produces infinity and NaN, which x86-64 converts to -2^31, whose low
+    byte is 0.
     """
     return select(magnitude(value) < _BEYOND, value, np.float32(0))
 

@@ -38,7 +38,7 @@ def gather(flat: Any, first: Any, count: Any, period: Any, tile: Any) -> Any:
 
 @compiled
 def weigh(xs: Any, ws: Any, factor: Any) -> Any:
-    """Make weights of importance: times ``sqrt(factor * mean(x^2) + x^2)``, over all rows."""
+    """Compute error weights: importance times ``sqrt(factor * mean(x^2) + x^2)``, over all rows."""
     total = splat(_ZERO)
     for i in range(xs.shape[0]):
         x = load(xs, i)
