@@ -62,6 +62,11 @@ def checks_of(module: Path) -> Iterator[str]:
             name = node.args[0]
             if made and isinstance(name, ast.Constant):
                 yield str(name.value)
+            if ast.unparse(node.func) == "result.differ" and isinstance(name, ast.Constant):
+                yield str(name.value)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_CHECK":
+            assert isinstance(node.value, ast.Constant)
+            yield str(node.value.value)
 
 
 def test_every_check_is_in_the_table() -> None:

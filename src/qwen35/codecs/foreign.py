@@ -1,4 +1,4 @@
-"""Packings of other tools, recognized by config.json and tensor names, so that errors can name them.
+"""Packings of other tools, recognized by config.json and tensor names, so that errors name them.
 
 Their weights cannot be decoded here. Names as the tools wrote them in late 2026: AutoGPTQ and
 GPTQModel, AutoAWQ, compressed-tensors 0.20, Model-Optimizer (``unified_export_hf.py``),
