@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from qwen35.errors import ConfigError, Finding
@@ -12,7 +12,7 @@ from qwen35.model.rope import rope_of
 from qwen35.tensors import DTYPE_NAMES
 from qwen35.verification.settings_comparison import SettingsComparison, same_value, shown
 
-__all__ = ["compare_configs", "text_meaning", "token_meaning"]
+__all__ = ["compare_configs", "text_meaning", "token_ids", "token_meaning"]
 
 _CONFIG = "config.json"
 _ROPE = "rope_parameters."
@@ -150,11 +150,11 @@ def token_meaning(config: ModelConfig, *, whole: bool) -> dict[str, Any]:
     text = {key: config.text_raw.get(key) for key in _TOKENS}
     if whole:
         text = {f"text_config.{key}": value for key, value in text.items()}
-        return {key: _ids(value) for key, value in {**root, **text}.items()}
-    return {key: _ids(text[key] if root[key] is None else root[key]) for key in _TOKENS}
+        return {key: token_ids(value) for key, value in {**root, **text}.items()}
+    return {key: token_ids(text[key] if root[key] is None else root[key]) for key in _TOKENS}
 
 
-def _ids(value: Any) -> Any:
+def token_ids(value: Any) -> Any:
     """Return one id for a list of one; the order of several means nothing."""
     if not isinstance(value, list):
         return value
@@ -195,8 +195,9 @@ def compare_configs(
         sides.append(meaning)
     if source.mtp_layers and not mtp:
         result.notes.append("the source's layer of multi-token prediction is not in it")
-    here, there = _without_unknown(sides[0], sides[1], result)
-    result.differ("config", _CONFIG, here, there)
+    here, there = sides
+    unknown = _unknown(here.keys() ^ there.keys())
+    result.differ("config", _CONFIG, here, there, unknown=unknown)
     for key, value in sorted((config.quantization or {}).items()):
         computes = DTYPE_NAMES[source.dtype]
         if key.endswith("compute_dtype") and not same_value(value, computes):
@@ -204,20 +205,9 @@ def compare_configs(
             result.findings.append(Finding("config", _CONFIG, message))
 
 
-def _without_unknown(
-    here: dict[str, Any], there: dict[str, Any], result: SettingsComparison
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Leave out keys that one side has and no table knows: what they do is not known."""
+def _unknown(lone: Set[str]) -> Set[str]:
+    """Return those of the keys that only one side has which no table knows."""
     known = {key for section in SECTIONS.values() for key in section}
-    lone = {
-        key
-        for key in here.keys() ^ there.keys()
-        if key.rpartition(".")[2] not in known and not key.startswith(_ROPE)
+    return {
+        key for key in lone if key.rpartition(".")[2] not in known and not key.startswith(_ROPE)
     }
-    if lone:
-        names = ", ".join(sorted(lone))[:200]
-        result.skipped.append(f"config.json: on one side alone, and unknown here: {names}")
-    return (
-        {key: value for key, value in here.items() if key not in lone},
-        {key: value for key, value in there.items() if key not in lone},
-    )

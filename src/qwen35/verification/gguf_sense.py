@@ -203,7 +203,8 @@ def _tokens(keys: Mapping[str, Any]) -> Iterator[str]:
         yield f"{len(tokens)} tokens, but {len(types)} token types"
     if len(set(tokens)) != len(tokens):
         yield "a token occurs twice"
-    wrong = next((value for value in types if value not in set(TokenType)), None)
+    known = set(TokenType)
+    wrong = next((value for value in types if value not in known), None)
     if wrong is not None:
         yield f"a token type is {wrong}, expected 1 to 6"
     for name in _IDS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from qwen35.checkpoint.locations import FileLocation
 from qwen35.checkpoint.source import read_json
 from qwen35.errors import Finding, InputError
 
-__all__ = ["ABSENT", "SettingsComparison", "same_value", "settings_of", "shown"]
+__all__ = ["ABSENT", "SettingsComparison", "same_value", "settings_of", "shown", "text_of"]
 
 ABSENT = object()
 """Stands for the value of a key that one side lacks."""
@@ -33,10 +33,24 @@ class SettingsComparison:
     kin: bool = True
 
     def differ(
-        self, check: str, subject: str, here: Mapping[str, Any], there: Mapping[str, Any]
+        self,
+        check: str,
+        subject: str,
+        here: Mapping[str, Any],
+        there: Mapping[str, Any],
+        *,
+        unknown: Set[str] = frozenset(),
     ) -> None:
-        """Add a finding for each key whose values differ; keys may be missing."""
+        """Add a finding for each key whose values differ; keys may be missing.
+
+        Keys in `unknown`, which only one side has and nothing here understands, are skipped.
+        """
+        if unknown:
+            names = ", ".join(sorted(unknown))[:200]
+            self.skipped.append(f"{subject}: on one side alone, and unknown here: {names}")
         for key in dict.fromkeys((*there, *here)):
+            if key in unknown:
+                continue
             ours, theirs = here.get(key, ABSENT), there.get(key, ABSENT)
             if not same_value(ours, theirs):
                 message = f"{key} is {shown(ours, theirs)}, the source has {shown(theirs, ours)}"
@@ -79,3 +93,20 @@ def settings_of(place: FileLocation, name: str) -> dict[str, Any] | None:
     if not isinstance(parsed, dict):
         raise InputError(name, "not a JSON object")
     return parsed
+
+
+def text_of(place: FileLocation, name: str, limit: int) -> str | None:
+    """Return a text file of a checkpoint; None if it is missing.
+
+    Raises:
+        InputError: it is larger than `limit` bytes, or not UTF-8.
+    """
+    size = place.sizes().get(name)
+    if size is None:
+        return None
+    if size > limit:
+        raise InputError(name, f"{size} bytes", expected=f"at most {limit}")
+    try:
+        return place.read(name, 0, size).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(name, "not UTF-8 text") from error

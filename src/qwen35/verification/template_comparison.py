@@ -11,7 +11,7 @@ from qwen35.errors import Finding, InputError
 from qwen35.planning.safetensors_files.chat_template import text_only_template
 from qwen35.verification.bounded_rendering import Rendered, render
 from qwen35.verification.conversations import text_conversations, vision_conversations
-from qwen35.verification.settings_comparison import SettingsComparison, settings_of
+from qwen35.verification.settings_comparison import SettingsComparison, settings_of, text_of
 
 __all__ = ["compare_template", "compare_templates", "default_template", "stored_templates"]
 
@@ -30,17 +30,12 @@ def stored_templates(place: FileLocation) -> dict[tuple[str, str], str]:
         InputError: a file is damaged.
     """
     found: dict[tuple[str, str], str] = {}
-    size = place.sizes().get(_FILE)
-    if size is not None:
-        if size > _MAX_BYTES:
-            raise InputError(_FILE, f"{size} bytes", expected=f"at most {_MAX_BYTES}")
-        try:
-            found[_FILE, _DEFAULT] = place.read(_FILE, 0, size).decode()
-        except UnicodeDecodeError as error:
-            raise InputError(_FILE, "not UTF-8 text") from error
+    text = text_of(place, _FILE, _MAX_BYTES)
+    if text is not None:
+        found[_FILE, _DEFAULT] = text
     for file in _SETTINGS:
         stored = (settings_of(place, file) or {}).get("chat_template")
-        found |= {(file, name): text for name, text in _named(stored).items()}
+        found |= {(file, name): template for name, template in _named(stored).items()}
     return found
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.errors import Finding
 from qwen35.verification.settings_comparison import SettingsComparison
@@ -39,20 +36,10 @@ def compare_tokenizers(
     result.findings += _vocabularies(here, there)
     result.findings += _merges(here, there)
     result.findings += _added(here, there)
-    result.differ(_CHECK, CONFIG, *_common(here.special, there.special, drop=()))
+    result.differ(_CHECK, CONFIG, here.special, there.special)
     result.differ(_CHECK, TOKENIZER, here.pipeline, there.pipeline)
-    lone = sorted(here.settings.keys() ^ there.settings.keys())
-    if lone:
-        names = ", ".join(lone)[:200]
-        result.skipped.append(f"{CONFIG}: on one side alone, and unknown here: {names}")
-    result.differ(_CHECK, CONFIG, *_common(here.settings, there.settings, drop=lone))
-
-
-def _common(
-    here: Mapping[str, Any], there: Mapping[str, Any], *, drop: Sequence[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    one = {key: value for key, value in here.items() if key not in drop}
-    return one, {key: value for key, value in there.items() if key not in drop}
+    lone = here.settings.keys() ^ there.settings.keys()
+    result.differ(_CHECK, CONFIG, here.settings, there.settings, unknown=lone)
 
 
 def _vocabularies(here: TokenizerMeaning, there: TokenizerMeaning) -> list[Finding]:

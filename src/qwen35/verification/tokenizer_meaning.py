@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen35.checkpoint.locations import FileLocation
-from qwen35.errors import InputError
-from qwen35.verification.settings_comparison import settings_of
+from qwen35.verification.settings_comparison import settings_of, text_of
 
 __all__ = ["CONFIG", "TOKENIZER", "AddedToken", "TokenizerMeaning", "tokenizer_meaning"]
 
@@ -178,15 +177,10 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _merges_file(place: FileLocation) -> list[tuple[str, ...]] | None:
-    size = place.sizes().get(MERGES)
-    if size is None:
+    text = text_of(place, MERGES, _MAX_TEXT)
+    if text is None:
         return None
-    if size > _MAX_TEXT:
-        raise InputError(MERGES, f"{size} bytes", expected=f"at most {_MAX_TEXT}")
-    try:
-        lines = place.read(MERGES, 0, size).decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(MERGES, "not UTF-8 text") from error
+    lines = text.split("\n")
     rest = lines[1:] if lines[0].startswith("#version") else lines
     return [tuple(line.rstrip("\r").split(" ")) for line in rest if line.strip()]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding
-from qwen35.verification.config_meaning import token_meaning
+from qwen35.verification.config_meaning import token_ids, token_meaning
 from qwen35.verification.settings_comparison import SettingsComparison, settings_of
 
 __all__ = ["compare_generation", "compare_preprocessors"]
@@ -107,9 +107,8 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     meaning = _SAMPLING | {
         key: value for key, value in found.items() if value is not None and key not in _NO_SAMPLING
     }
-    ends = meaning.get("eos_token_id")
-    if isinstance(ends, list):  # their order means nothing
-        meaning["eos_token_id"] = ends[0] if len(ends) == 1 else sorted(ends, key=repr)
+    if "eos_token_id" in meaning:
+        meaning["eos_token_id"] = token_ids(meaning["eos_token_id"])
     return meaning
 
 

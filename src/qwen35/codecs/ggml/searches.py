@@ -338,48 +338,35 @@ _VALUES = tuple(np.float32(value) for value in LEVELS)
 _BOUNDS = tuple(np.float32((a + b) / 2) for a, b in pairwise(LEVELS))
 """What is below a bound is nearer to the level before it; differences there are exact."""
 
-_V0, _V1, _V2, _V3, _V4, _V5, _V6, _V7, _V8, _V9, _V10, _V11, _V12, _V13, _V14, _V15 = _VALUES
+_V0 = _VALUES[0]
+_NUMBERS = tuple(np.int32(number) for number in range(16))
 _B0, _B1, _B2, _B3, _B4, _B5, _B6, _B7, _B8, _B9, _B10, _B11, _B12, _B13, _B14 = _BOUNDS
 
 
 @inlined
-def _nearest_level(x: Any) -> Any:
-    """Return the level of the table that is nearest to `x`, the last for NaN."""
-    found = select(x < _B0, splat(_V0), _V1)
-    found = select(x < _B1, found, _V2)
-    found = select(x < _B2, found, _V3)
-    found = select(x < _B3, found, _V4)
-    found = select(x < _B4, found, _V5)
-    found = select(x < _B5, found, _V6)
-    found = select(x < _B6, found, _V7)
-    found = select(x < _B7, found, _V8)
-    found = select(x < _B8, found, _V9)
-    found = select(x < _B9, found, _V10)
-    found = select(x < _B10, found, _V11)
-    found = select(x < _B11, found, _V12)
-    found = select(x < _B12, found, _V13)
-    found = select(x < _B13, found, _V14)
-    return select(x < _B14, found, _V15)
+def _nearest(x: Any, choices: Any) -> Any:
+    """Return that of 16 `choices` whose level is nearest to `x` [16], the last for NaN."""
+    found = select(x < _B0, splat(choices[0]), choices[1])
+    found = select(x < _B1, found, choices[2])
+    found = select(x < _B2, found, choices[3])
+    found = select(x < _B3, found, choices[4])
+    found = select(x < _B4, found, choices[5])
+    found = select(x < _B5, found, choices[6])
+    found = select(x < _B6, found, choices[7])
+    found = select(x < _B7, found, choices[8])
+    found = select(x < _B8, found, choices[9])
+    found = select(x < _B9, found, choices[10])
+    found = select(x < _B10, found, choices[11])
+    found = select(x < _B11, found, choices[12])
+    found = select(x < _B12, found, choices[13])
+    found = select(x < _B13, found, choices[14])
+    return select(x < _B14, found, choices[15])
 
 
 @inlined
 def in_table(x: Any) -> Any:
     """Return the number of the level that is nearest to `x` [16], as int32 (`best_index_int8`)."""
-    found = select(x < _B0, splat(np.int32(0)), 1)
-    found = select(x < _B1, found, 2)
-    found = select(x < _B2, found, 3)
-    found = select(x < _B3, found, 4)
-    found = select(x < _B4, found, 5)
-    found = select(x < _B5, found, 6)
-    found = select(x < _B6, found, 7)
-    found = select(x < _B7, found, 8)
-    found = select(x < _B8, found, 9)
-    found = select(x < _B9, found, 10)
-    found = select(x < _B10, found, 11)
-    found = select(x < _B11, found, 12)
-    found = select(x < _B12, found, 13)
-    found = select(x < _B13, found, 14)
-    return select(x < _B14, found, 15)
+    return _nearest(x, _NUMBERS)
 
 
 @compiled
@@ -404,7 +391,7 @@ def fit_table(xs: Any, ws: Any, at: Any, count: Any, fits: Any, j: Any) -> Any:
         sum_qx, sum_q2 = splat(_ZERO), splat(_ZERO)
         for i in range(at, at + count):
             x, w = load(xs, i), load(ws, i)
-            q = _nearest_level(inverse * x)
+            q = _nearest(inverse * x, _VALUES)
             sum_qx = sum_qx + w * q * x
             sum_q2 = sum_q2 + w * q * q
         fitted = sum_qx / sum_q2

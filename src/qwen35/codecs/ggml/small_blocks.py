@@ -24,7 +24,6 @@ from qwen35.codecs.ggml.lanes import (
     load,
     magnitude,
     packed,
-    root,
     select,
     splat,
     store,
@@ -43,7 +42,7 @@ from qwen35.codecs.ggml.searches import (
     fit_table,
     in_table,
 )
-from qwen35.codecs.ggml.tiles import gather, weigh, weigh_squares
+from qwen35.codecs.ggml.tiles import gather, weigh, weigh_by, weigh_squares
 
 __all__ = ["encode_iq4_nl", "encode_minimum", "encode_q8_0", "encode_symmetric"]
 
@@ -91,14 +90,11 @@ def _mean_squares(flat: Any, row: Any, means: Any) -> Any:
 
 @compiled
 def _weigh_rows(xs: Any, ws: Any, means: Any, first: Any, count: Any, period: Any) -> Any:
-    """Make weights of importance: times ``sqrt(mean of the row + x^2)``."""
+    """Compute error weights: importance times ``sqrt(mean of the row + x^2)``."""
     variances = np.empty((1, LANES), np.float32)
     for k in range(LANES):
         variances[0, k] = means[min(first + k, count - 1) // period]
-    variance = load(variances, 0)
-    for i in range(xs.shape[0]):
-        x = load(xs, i)
-        store(ws, i, load(ws, i) * root(variance + x * x))
+    weigh_by(xs, ws, load(variances, 0))
 
 
 @compiled

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from qwen35.codecs.compiled import compiled
+from qwen35.codecs.compiled import compiled, inlined
 from qwen35.codecs.ggml.lanes import LANES, load, magnitude, root, splat, store
 
-__all__ = ["gather", "weigh", "weigh_magnitudes", "weigh_offsets", "weigh_squares"]
+__all__ = ["gather", "weigh", "weigh_by", "weigh_magnitudes", "weigh_offsets", "weigh_squares"]
 
 _ZERO = np.float32(0)
 
@@ -36,6 +36,14 @@ def gather(flat: Any, first: Any, count: Any, period: Any, tile: Any) -> Any:
             tile[i, k] = block[i]
 
 
+@inlined
+def weigh_by(xs: Any, ws: Any, variance: Any) -> Any:
+    """Compute error weights: importance times ``sqrt(variance + x^2)``, a variance a lane."""
+    for i in range(xs.shape[0]):
+        x = load(xs, i)
+        store(ws, i, load(ws, i) * root(variance + x * x))
+
+
 @compiled
 def weigh(xs: Any, ws: Any, factor: Any) -> Any:
     """Compute error weights: importance times ``sqrt(factor * mean(x^2) + x^2)``, over all rows."""
@@ -43,10 +51,7 @@ def weigh(xs: Any, ws: Any, factor: Any) -> Any:
     for i in range(xs.shape[0]):
         x = load(xs, i)
         total = total + x * x
-    variance = factor * total / np.float32(xs.shape[0])
-    for i in range(xs.shape[0]):
-        x = load(xs, i)
-        store(ws, i, load(ws, i) * root(variance + x * x))
+    weigh_by(xs, ws, factor * total / np.float32(xs.shape[0]))
 
 
 @compiled
