@@ -139,10 +139,10 @@ def test_charts_say_what_they_show(judged: Judge) -> None:
         r"Q4_K_M [\d.]+ MB [\d.e-]+ nats",
         size,
     )
-    assert distribution.startswith("Share of tokens by their KL divergence")
+    assert distribution.startswith("Share of tokens by KL divergence")
     assert "half of the tokens are below: Q8_0" in distribution
     sensitivity, front = judged("tune", DESKTOP, LIGHT)["images"]
-    assert "; most in " in sensitivity
+    assert "; highest in " in sensitivity
     assert re.search(r": from [\d.]+ MB .* nats to [\d.]+ MB", front)
 
 

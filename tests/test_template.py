@@ -187,6 +187,9 @@ def test_a_template_longer_than_any_is_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(InputError) as caught:
         text_only_template("x" * 6, "t")
     assert str(caught.value) == "t: 6 characters, expected at most 5"
+    compiles("x" * 5, "t")
+    with pytest.raises(InputError, match="6 characters, expected at most 5"):
+        compiles("x" * 6, "t")
 
 
 def test_a_template_nested_too_deeply_is_refused() -> None:

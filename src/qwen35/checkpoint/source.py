@@ -205,7 +205,7 @@ def _foreign(
     held = {part.spec.name for weight in weights if is_packed(weight) for part in weight.parts}
     strange = (stored.spec for name, stored in tensors.items() if name not in held)
     formats = {header.metadata.get("format", "") for header in headers.values()}
-    return foreign_packing(config.raw, strange, formats)
+    return foreign_packing(config.raw, strange, formats, ours=bool(held))
 
 
 def _unreadable(foreign: ForeignPacking, config: ModelConfig) -> TensorError:

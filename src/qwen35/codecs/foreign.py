@@ -82,7 +82,7 @@ _ENDINGS = tuple(ending for row in _ROWS for ending in row.endings)
 
 
 def foreign_packing(
-    raw: Mapping[str, Any], tensors: Iterable[TensorSpec], formats: Set[str]
+    raw: Mapping[str, Any], tensors: Iterable[TensorSpec], formats: Set[str], *, ours: bool
 ) -> ForeignPacking | None:
     """Return how another tool packed the weights, or None if none did.
 
@@ -90,6 +90,8 @@ def foreign_packing(
         raw: config.json.
         tensors: the tensors that no codec of this package holds.
         formats: values of ``format`` in the ``__metadata__`` of the files.
+        ours: whether codecs of this package hold other weights. Then names alone prove nothing:
+            a tensor of theirs may be misnamed.
     """
     endings, packed = set[str](), False
     for spec in tensors:
@@ -101,7 +103,7 @@ def foreign_packing(
     named = next((row for row in _ROWS if method in row.methods), None)
     if "mlx" in formats:
         named = next(row for row in _ROWS if row.label == "MLX")
-    elif not endings and not (packed and named):
+    elif not (endings or (packed and named)) or (ours and not named):
         return None
     row = named or next(row for row in _ROWS if endings & set(row.endings))
     return ForeignPacking(f"{row.label}{_variant(row, settings)}", row.hint)
