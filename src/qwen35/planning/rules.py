@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import UsageError
+from qwen35.linear_regex import LinearPattern
 from qwen35.model.roles import ROLES, Role, in_group
 from qwen35.planning.container import Container
 
@@ -42,7 +42,7 @@ class Rule:
     required: bool = False
     layers: frozenset[int] | None = None
     subject: str = field(default="", compare=False)
-    pattern: re.Pattern[str] | None = None
+    pattern: LinearPattern | None = None
 
     def matches(self, role: Role, name: str = "") -> bool:
         """Return whether the rule matches a weight with `role`, called `name` in the output."""

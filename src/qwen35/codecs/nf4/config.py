@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from qwen35.codecs.codec import LoaderModule
 from qwen35.codecs.nf4.layout import parts_layout
 from qwen35.errors import Finding, UsageError
+from qwen35.linear_regex import LinearPattern, compile_linear
 from qwen35.tensors import DTYPE_NAMES
 
 __all__ = ["findings", "is_skipped", "quantization_config", "skip_modules"]
@@ -98,10 +99,22 @@ def is_skipped(module: str, skip: Iterable[str]) -> bool:
 
 
 def _matches_prefix(entry: str, module: str) -> bool:
-    try:
-        return re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module) is not None
-    except (re.error, OverflowError, RecursionError):  # entries are untrusted regular expressions
+    r"""Return what ``re.match(rf"(?:{entry})(?:(?<=\.)|(?=\.|$))", module)`` finds, sooner."""
+    patterns = _patterns(entry)
+    if patterns is None or not patterns[0].match(module):
         return False
+    whole, up_to_dot = patterns
+    ends = (i + 1 for i, char in enumerate(module) if char == ".")
+    return bool(up_to_dot.match(module)) or any(whole.fullmatch(module[:end]) for end in ends)
+
+
+@cache
+def _patterns(entry: str) -> tuple[LinearPattern, LinearPattern] | None:
+    """Return `entry` compiled, alone and followed by a dot or the end; None if malformed."""
+    try:
+        return compile_linear(f"(?:{entry})"), compile_linear(rf"(?:{entry})(?:\.|$)")
+    except ValueError:
+        return None
 
 
 def findings(
@@ -151,6 +164,15 @@ def _skip_findings(
     if not isinstance(skip, list) or not all(isinstance(entry, str) for entry in skip):
         yield Finding("skip-list", "config.json", f"{_LIST} is not a list of names")
         return
+    for entry in (entry for entry in skip if _patterns(entry) is None):
+        message = f"{_LIST} has {entry!r}, no regular expression that RE2 reads"
+        yield Finding("skip-list", "config.json", message)
+    yield from _packing_findings(skip, modules, vision=vision)
+
+
+def _packing_findings(
+    skip: Sequence[str], modules: Sequence[LoaderModule], *, vision: bool
+) -> Iterator[Finding]:
     if not is_skipped("lm_head", skip):
         message = f"lm_head is not in {_LIST}, so transformers would pack the head"
         yield Finding("skip-list", "lm_head", message)

@@ -9,6 +9,7 @@ from pathlib import Path
 from qwen35.checkpoint.locations import read_bounded
 from qwen35.codecs.ggml.types import ggml_type
 from qwen35.errors import InputError, UsageError
+from qwen35.linear_regex import compile_linear
 from qwen35.planning.rules import Rule
 
 __all__ = ["exported", "pattern_rules"]
@@ -20,7 +21,8 @@ def pattern_rules(lines: Sequence[str], files: Sequence[Path]) -> tuple[Rule, ..
     """Return the rules of ``--tensor-type`` lines, then those of ``--tensor-type-file`` files.
 
     A line is ``PATTERN=TYPE``; a file holds lines separated by white space. As in llama-quantize,
-    patterns are ECMAScript regular expressions, lower-cased, and may match anywhere in a name.
+    patterns are ECMAScript regular expressions, lower-cased, and may match anywhere in a name;
+    only those that RE2 reads too, in linear time: no look-ahead, no back-references.
 
     Raises:
         UsageError: a line or file is malformed, or a type is unknown.
@@ -37,8 +39,8 @@ def pattern_rules(lines: Sequence[str], files: Sequence[Path]) -> tuple[Rule, ..
     return tuple(rules)
 
 
-_ECMASCRIPT_LACKS = re.compile(r"\(\?(?![:=!])|\\[AZ]|\[\[[:.=]")
-"""Syntax that Python and ECMAScript do not share, and that patterns on names never need."""
+_READ_OTHERWISE = re.compile(r"\(\?(?![:=!])|\\(?![dwsbnrtfvx])[a-z]|\[\[[:.=]")
+"""Syntax that RE2 and ECMAScript do not share, and that patterns on names never need."""
 
 
 def _pattern(subject: str, line: str) -> Rule:
@@ -47,12 +49,13 @@ def _pattern(subject: str, line: str) -> Rule:
         raise UsageError(subject, "malformed", expected="PATTERN=TYPE")
     name = ggml_type(kind, subject).name
     lowered = text.lower()  # llama-quantize does so, even to `\S`, which becomes `\s`
-    if _ECMASCRIPT_LACKS.search(lowered):
+    if _READ_OTHERWISE.search(lowered):
         raise UsageError(subject, "not a pattern that llama-quantize would read the same way")
     try:
-        pattern = re.compile(lowered, re.ASCII)
-    except (re.error, OverflowError, RecursionError) as error:  # hostile repeats and nesting
-        raise UsageError(subject, f"not a pattern ({error})") from error
+        pattern = compile_linear(lowered)
+    except ValueError as error:
+        expected = "a regular expression without look-ahead and back-references (RE2)"
+        raise UsageError(subject, f"not a pattern ({error})", expected=expected) from error
     return Rule(text, name, f"{text}={kind}", required=True, subject=subject, pattern=pattern)
 
 
