@@ -69,13 +69,13 @@ class AbsmaxStatistics:
         padded.reshape(-1)[: len(centred)] = centred
         nested = np.abs(padded).max(axis=1)
         # The float32 operations and their order are bitsandbytes': other orders change codes.
-        with np.errstate(divide="ignore", over="ignore"):
-            inverse = np.float32(1) / nested
-        inverse = np.where(np.isfinite(inverse), inverse, np.float32(0)).astype(np.float32)
-        unit = np.clip(padded * inverse[:, None], np.float32(-1), np.float32(1))
+        with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+            inverse = (np.float32(1) / nested)[:, None]
+            unit = np.clip(padded * inverse, np.float32(-1), np.float32(1))
+        # Of the smallest magnitudes, the inverse overflows; 0 * inf then counts as -1.
+        unit = np.where(np.isnan(unit), np.float32(-1), unit)
         scaled = (unit + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)
         codes = dynamic_lookup()[scaled.astype(np.int32)]
-        codes[nested == 0] = 0
         return cls(codes.reshape(-1)[: len(centred)].copy(), nested, float(mean))
 
     def parts(self, spec: TensorSpec) -> tuple[Any, ...]:
