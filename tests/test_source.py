@@ -43,7 +43,7 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """A checkpoint in three files with an index and some side-cars."""
+    """A checkpoint in three files with an index and some sidecars."""
     config = tiny_config(layers=1)
     return write_checkpoint(
         tmp_path / "source",

@@ -57,7 +57,7 @@ def summarize(checkpoint: Checkpoint) -> CheckpointSummary:
         "prefixes": dict(sorted(prefixes.items(), key=lambda row: -row[1]["bytes"])),
         "dtypes": dict(dtypes.most_common()),
         "sidecars": list(checkpoint.sidecars),
-        "notes": list(config_notes(checkpoint.config)),
+        "notes": list(config_notes(checkpoint.config, head=checkpoint.layout.head)),
     }
 
 
@@ -95,7 +95,7 @@ def summary_text(summary: CheckpointSummary) -> str:
         f"format        {summary['format']}",
         f"parameters    {summary['parameters']:,}",
         f"dtypes        {dtypes}",
-        f"side-cars     {', '.join(summary['sidecars']) or 'none'}",
+        f"sidecars      {', '.join(summary['sidecars']) or 'none'}",
         *(f"note: {note}" for note in summary["notes"]),
     ]
     return "\n".join(lines)

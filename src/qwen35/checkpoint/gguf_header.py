@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,12 +89,18 @@ class GgufHeader:
         nbytes: file size in bytes.
         keys: metadata values by key; arrays are lists.
         tensors: tensors by name, in file order.
+        spans: absolute begin and end of each key's value, without its type.
+        records: absolute end of the tensor records.
+        data: absolute offset of the tensors' data, after padding.
     """
 
     path: Path
     nbytes: int
     keys: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+    spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    records: int = 0
+    data: int = 0
 
     @property
     def architecture(self) -> str:
@@ -173,9 +179,14 @@ class _Parser:
         self._begin = self._at = 0
 
     @property
+    def _position(self) -> int:
+        """Absolute offset of the next byte."""
+        return self._begin + self._at
+
+    @property
     def _left(self) -> int:
         """Number of bytes that may still belong to the header."""
-        return self._limit - self._begin - self._at
+        return self._limit - self._position
 
     def parse(self) -> GgufHeader:
         if self._take(4) != MAGIC:
@@ -187,13 +198,20 @@ class _Parser:
         tensors = self._count(_MAX_TENSORS, "tensors", min_bytes=24)
         count = self._count(_MAX_KEYS, "keys", min_bytes=13)
         keys: dict[str, Any] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(count):
             key = self._string()
             if key in keys:
                 raise self._error(f"key {key[:80]!r} twice")
-            keys[key] = self._value(self._number("I"), depth=0)
+            kind, begin = self._number("I"), self._position
+            keys[key] = self._value(kind, depth=0)
+            spans[key] = begin, self._position
         entries = [self._entry() for _ in range(tensors)]
-        return GgufHeader(self._path, self._size, keys, self._with_offsets(entries, keys))
+        alignment = self._alignment(keys)
+        end = self._position
+        data = end + -end % alignment
+        placed = self._with_offsets(entries, data, alignment)
+        return GgufHeader(self._path, self._size, keys, placed, spans, end, data)
 
     def _error(self, found: str, *, expected: str = "", hint: str = "") -> HeaderError:
         return HeaderError(self._path.name, found, expected=expected, hint=hint)
@@ -282,15 +300,16 @@ class _Parser:
             )
         return GgufTensor(name, kind, shape, offset)
 
-    def _with_offsets(
-        self, entries: list[GgufTensor], keys: Mapping[str, Any]
-    ) -> dict[str, GgufTensor]:
-        """Check that the tensors follow each other without gaps; make their offsets absolute."""
+    def _alignment(self, keys: Mapping[str, Any]) -> int:
         alignment = keys.get("general.alignment", 32)
         if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & alignment - 1:
             raise self._error(f"general.alignment {alignment!r}", expected="a power of two")
-        header_end = self._begin + self._at
-        start = header_end + -header_end % alignment
+        return alignment
+
+    def _with_offsets(
+        self, entries: list[GgufTensor], start: int, alignment: int
+    ) -> dict[str, GgufTensor]:
+        """Check that the tensors follow each other without gaps; make their offsets absolute."""
         tensors: dict[str, GgufTensor] = {}
         position = 0
         for entry in entries:

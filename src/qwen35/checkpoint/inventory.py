@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qwen35.checkpoint.renamed import naming_cause, size_cause
+from qwen35.checkpoint.prefixes import WITHOUT_TOWER
+from qwen35.checkpoint.renamed import empty_cause, naming_cause, size_cause
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.registry import codec_of, is_packed
 from qwen35.errors import TensorError
-from qwen35.model.roles import Role, expected_tensors, role_of
+from qwen35.model.roles import TOWER, Role, expected_tensors, role_of, tower_tensors
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 __all__ = ["InventoryItem", "inventory", "match"]
@@ -75,37 +76,46 @@ class InventoryItem:
                 begin += spec.nbytes
 
 
-def inventory(checkpoint: Checkpoint) -> tuple[InventoryItem, ...]:
+def inventory(checkpoint: Checkpoint, *, tower: bool = True) -> tuple[InventoryItem, ...]:
     """Match the weights of `checkpoint` with its config, in config order.
+
+    Args:
+        checkpoint: with the MTP layers that it holds (`qwen35.checkpoint.reconciled`).
+        tower: whether the vision tower must be whole; if not, only what fits of it is returned.
 
     Raises:
         TensorError: a weight is unknown, missing, or has an unexpected shape or dtype. The message
             names the first and counts the others.
     """
-    items, problems = match(checkpoint)
+    items, problems = match(checkpoint, tower=tower)
     if problems:
         raise _summary(problems)
     return items
 
 
-def match(checkpoint: Checkpoint) -> tuple[tuple[InventoryItem, ...], list[TensorError]]:
-    """Match the weights of `checkpoint` with its config.
+def match(
+    checkpoint: Checkpoint, *, tower: bool = True
+) -> tuple[tuple[InventoryItem, ...], list[TensorError]]:
+    """Match the weights of `checkpoint` with its config; arguments as for `inventory`.
 
     Returns:
         The weights that match, and one problem for each weight that is unknown, missing, or has an
         unexpected shape or dtype; where these have one cause, that alone.
     """
     weights = {weight.name: weight for weight in checkpoint.weights}
-    items, problems, missing, misfits = [], [], [], list[_Misfit]()
+    spared, problems = _spared(checkpoint, tower=tower)
+    items, missing, misfits = [], [], list[_Misfit]()
     for expected in expected_tensors(checkpoint.config, checkpoint.layout):
         weight = weights.pop(expected.name, None)
+        if expected.name in spared and not _fits(weight, expected):
+            continue
         if weight is None:
             missing.append(expected.name)
             problems.append(_missing(checkpoint, expected))
             continue
         problem = codec_of(weight).mismatch(weight, expected)
         if problem is not None:
-            problems.append(problem)
+            problems.append(_with_vocabulary(problem, expected, weight.main.spec.shape))
             misfits.append((expected, weight.main.spec.shape))
             continue
         spec = TensorSpec(expected.name, _decoded_dtype(checkpoint, weight), expected.shape)
@@ -113,8 +123,29 @@ def match(checkpoint: Checkpoint) -> tuple[tuple[InventoryItem, ...], list[Tenso
     cause = _cause(checkpoint, items, list(weights), missing, misfits)
     if cause is not None:
         return tuple(items), cause
-    problems += [_unexpected(checkpoint, name) for name in weights]
+    unknown = (name for name in weights if tower or not name.startswith(TOWER))
+    problems += [_unexpected(checkpoint, name) for name in unknown]
     return tuple(items), problems
+
+
+def _fits(weight: Weight | None, expected: TensorSpec) -> bool:
+    return weight is not None and codec_of(weight).mismatch(weight, expected) is None
+
+
+def _spared(checkpoint: Checkpoint, *, tower: bool) -> tuple[set[str], list[TensorError]]:
+    """Return the tensors whose faults are not told one by one, and what is told instead."""
+    names = {spec.name for spec in tower_tensors(checkpoint.config)}
+    if not tower or not names:
+        return names, []
+    if any(weight.name in names for weight in checkpoint.weights):
+        return set(), []
+    problem = TensorError(
+        "config.json",
+        "it describes a vision tower, but the checkpoint has none",
+        expected=f"{len(names)} tensors that begin with {TOWER}",
+        hint=WITHOUT_TOWER,
+    )
+    return names, [problem]
 
 
 _Misfit = tuple[TensorSpec, tuple[int, ...]]
@@ -131,7 +162,7 @@ def _cause(
     """Return the one problem behind all others, if there is one."""
     if checkpoint.foreign is not None:
         return [problem for problem in checkpoint.problems if isinstance(problem, TensorError)]
-    cause = naming_cause(unknown, missing)
+    cause = empty_cause(misfits) or naming_cause(unknown, missing)
     if cause is None and len(misfits) > 1 and not unknown and not missing:
         fitting = {size for item in items for size in item.role.info.shape}
         cause = size_cause(misfits, checkpoint.config.dims, fitting)
@@ -161,18 +192,35 @@ def _missing(checkpoint: Checkpoint, expected: TensorSpec) -> TensorError:
             hint="config.json and weights belong to different models",
         )
     hint = "it was saved without: start from a complete checkpoint"
-    tied = checkpoint.config.text_raw.get("tie_word_embeddings")
-    if expected.name == "lm_head.weight" and tied is True:
+    if expected.name.startswith(TOWER):
+        hint = f"{hint}; {WITHOUT_TOWER}"
+    if expected.name == "lm_head.weight":
         hint = (
-            "text_config ties it to the embedding, but transformers goes by the root of "
-            "config.json: set tie_word_embeddings to true there"
+            "if it is the embedding, as in most models saved without it, set tie_word_embeddings "
+            "to true in config.json; otherwise start from a complete checkpoint"
         )
+        if checkpoint.config.text_raw.get("tie_word_embeddings") is True:
+            hint = (
+                "text_config ties it to the embedding, but transformers goes by the root of "
+                "config.json: set tie_word_embeddings to true there"
+            )
     return TensorError(
         expected.name,
         "missing",
         expected=f"{expected.dtype} {list(expected.shape)} by config.json",
         hint=hint,
     )
+
+
+def _with_vocabulary(
+    problem: TensorError, expected: TensorSpec, shape: tuple[int, ...]
+) -> TensorError:
+    """Add a hint where rows for tokens were added or removed, but config.json was not changed."""
+    tokens = role_of(expected.name).info.shape[:1] == ("vocab",)
+    if not tokens or shape[1:] != expected.shape[1:] or problem.hint:
+        return problem
+    hint = f"if it has a row for each token, set vocab_size to {shape[0]} beside hidden_size"
+    return TensorError(problem.subject, problem.found, expected=problem.expected, hint=hint)
 
 
 def _has_dense(checkpoint: Checkpoint) -> bool:

@@ -1,4 +1,4 @@
-"""What misfitting tensors have in common: a wrapper's prefix, an adapter, a size of config.json.
+"""What misfitting tensors have in common: a prefix, an adapter, a head, a size of config.json.
 
 One cause can produce hundreds of mismatches, and the first rarely reveals it.
 """
@@ -14,7 +14,7 @@ from qwen35.model.dimension_keys import DIMENSION_KEYS
 from qwen35.model.roles import role_of
 from qwen35.tensors import TensorSpec
 
-__all__ = ["naming_cause", "size_cause"]
+__all__ = ["empty_cause", "naming_cause", "size_cause"]
 
 _WRAPPERS: dict[str, str] = {
     "base_model": "PEFT's wrapper was saved: save what its merge_and_unload() returns",
@@ -28,6 +28,15 @@ _WRAPPERS: dict[str, str] = {
 """Name segments that wrappers add, with the fix for each."""
 
 _ADAPTERS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_embedding_A", "modules_to_save")
+_HEADS: dict[str, str] = {
+    "score": "the head of a classifier",
+    "classifier": "the head of a classifier",
+    "v_head": "the value head of a trainer",
+    "value_head": "the value head of a trainer",
+}
+"""First segments of the names that other heads have (transformers ``*ForSequenceClassification``,
+TRL ``AutoModelForCausalLMWithValueHead``)."""
+
 _PREFIXES = ("model.language_model.", "model.visual.", "model.")
 _RENAME = "save it with transformers, or rename the tensors"
 
@@ -63,6 +72,14 @@ def naming_cause(unknown: Sequence[str], missing: Collection[str]) -> TensorErro
             adapted[0],
             f"part of an adapter that is not merged, with {len(adapted) - 1} others",
             hint="merge it into the weights first (peft: merge_and_unload), then save them",
+        )
+    heads = [name for name in unknown if name.partition(".")[0] in _HEADS]
+    if heads and len(heads) == len(unknown):
+        return TensorError(
+            heads[0],
+            f"{_HEADS[heads[0].partition('.')[0]]}, for which there is no place here",
+            expected="a language model",
+            hint="leave these tensors out to convert the model below the head",
         )
     if not missing:
         return None
@@ -117,6 +134,25 @@ def _error(renaming: _Renaming, first: str, count: int) -> TensorError:
     others = f", like {count - 1} others" if count > 1 else ""
     return TensorError(
         first, f"{found}{others}", expected=expected, hint=_WRAPPERS.get(wrapper, _RENAME)
+    )
+
+
+def empty_cause(misfits: Sequence[tuple[TensorSpec, tuple[int, ...]]]) -> TensorError | None:
+    """Return the one error behind tensors without values, or None if there are none.
+
+    Args:
+        misfits: expected tensors, each with the shape that was found.
+    """
+    empty = [expected.name for expected, found in misfits if 0 in found]
+    if not empty:
+        return None
+    others = f", like {len(empty) - 1} others" if len(empty) > 1 else ""
+    return TensorError(
+        empty[0],
+        f"no values in it{others}",
+        expected="whole weights",
+        hint="DeepSpeed ZeRO-3 saves this where weights are not gathered: save with "
+        "stage3_gather_16bit_weights_on_model_save, or run its zero_to_fp32.py",
     )
 
 

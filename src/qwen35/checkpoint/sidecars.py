@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["MANIFEST_NAME", "SIDECARS", "Sidecar", "sidecar_names"]
+__all__ = ["LEGAL", "MANIFEST_NAME", "SIDECARS", "Sidecar", "sidecar_names"]
 
 MANIFEST_NAME = "qwen35.json"
 """The manifest: marks a folder as output of this package and records how it was made."""
@@ -26,8 +26,11 @@ class Sidecar:
     use: str
 
 
+LEGAL = tuple(f"{name}{end}" for name in ("LICENSE", "NOTICE") for end in ("", ".md", ".txt"))
+"""Files of any form that licenses require to travel along (Apache License 2.0, section 4)."""
+
 SIDECARS: tuple[Sidecar, ...] = (
-    Sidecar("LICENSE", "text", "the terms the weights come under"),
+    *(Sidecar(name, "text", "the terms the weights come under") for name in LEGAL),
     Sidecar("added_tokens.json", "text", "older tokenizers: tokens beyond the vocabulary"),
     Sidecar("chat_template.jinja", "text", "chat template"),
     Sidecar("chat_template.json", "text", "chat template of older processors"),

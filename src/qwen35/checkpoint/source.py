@@ -14,6 +14,7 @@ from typing import Any
 from qwen35.checkpoint.header import SafetensorsHeader, read_header, strict_json
 from qwen35.checkpoint.locations import FileLocation, LocalFolder, folder_name, stamp
 from qwen35.checkpoint.mistaken import LONGEST_HEAD, not_a_checkpoint, stand_in
+from qwen35.checkpoint.prefixes import ReadPrefix, family_names
 from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
 from qwen35.closing import Closing
 from qwen35.codecs.foreign import ForeignPacking, foreign_packing
@@ -38,9 +39,16 @@ __all__ = [
 ]
 
 INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+"""The one file of a checkpoint without an index."""
+
 _MAX_JSON_BYTES = 256 * 2**20
 _MAX_PROBLEMS = 1000  # a hostile index may list millions of names
 _MAX_NAME = 255  # NAME_MAX of Linux file systems
+_SHOWN = 5
+_BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+"""Ends of names of buffers that some trainers save. transformers computes them (``modeling_utils``,
+``additional_unexpected_patterns``), and llama.cpp's converter skips the former."""
 _CHANGED = "changed since its header was read"
 _RETRY = "run again once it no longer changes"
 
@@ -64,7 +72,10 @@ class Checkpoint:
         problems: problems with the index or the packing; empty unless opened leniently.
         foreign: how another tool packed the weights, which cannot be read; also a problem.
         others: files and folders beside it that are no part of it; folders end with a slash.
-        dangling: links that lead nowhere, with their targets.
+        dangling: entries that cannot be read (links that lead nowhere, pipes), with what they are.
+        buffers: stored tensors that are no weights, and that loaders compute from the config.
+        prefix: what stands before its text tensors, if that is not the family's own.
+        unread: safetensors files beside `SINGLE_NAME`, which no index lists.
     """
 
     name: str
@@ -82,6 +93,22 @@ class Checkpoint:
     foreign: ForeignPacking | None = None
     others: tuple[str, ...] = ()
     dangling: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    buffers: tuple[str, ...] = ()
+    prefix: ReadPrefix | None = None
+    unread: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> Iterator[str]:
+        """How its files were read, where that needs saying."""
+        if self.unread:
+            names = ", ".join(self.unread[:_SHOWN])
+            more = f" and {len(self.unread) - _SHOWN} more" if len(self.unread) > _SHOWN else ""
+            yield (
+                f"without {INDEX_NAME}, only {SINGLE_NAME} is read, as by transformers: not "
+                f"{names}{more}"
+            )
+        if self.prefix is not None:
+            yield self.prefix.note
 
     @property
     def title(self) -> str:
@@ -168,6 +195,9 @@ def open_place(
     shards, weight_map = _shards(place)
     headers = {shard: read_header(place, shard) for shard in shards}
     tensors, problems = _merge(headers, weight_map)
+    tensors, prefix = family_names(tensors, vision=config.architecture.vision)
+    buffers = tuple(name for name in tensors if name.endswith(_BUFFERS))
+    tensors = {name: stored for name, stored in tensors.items() if name not in buffers}
     weights, packing = group(tensors)
     foreign = _foreign(config, tensors, weights, headers)
     problems = [*problems, *packing] if foreign is None else [_unreadable(foreign, config)]
@@ -193,7 +223,15 @@ def open_place(
         foreign=foreign,
         others=_others(place, {"config.json", INDEX_NAME, MANIFEST_NAME, *shards, *sidecars}),
         dangling=MappingProxyType(dict(place.dangling())),
+        buffers=buffers,
+        prefix=prefix,
+        unread=() if weight_map is not None else _unread(sizes, shards),
     )
+
+
+def _unread(sizes: Mapping[str, int], shards: Sequence[str]) -> tuple[str, ...]:
+    """Return the safetensors files that are not read."""
+    return tuple(sorted(n for n in sizes if n.endswith(".safetensors") and n not in shards))
 
 
 def _foreign(
@@ -255,11 +293,9 @@ def _gone(place: FileLocation, name: str) -> InputError | None:
     return dangling_link(name, place.dangling()[name])
 
 
-def dangling_link(name: str, target: str) -> InputError:
-    """Return the error for a link that leads nowhere, as interrupted downloads leave them."""
-    return InputError(
-        name, f"a link to {target}, which does not exist", hint="download the file again"
-    )
+def dangling_link(name: str, what: str) -> InputError:
+    """Return the error for an entry that is no file: interrupted downloads leave such links."""
+    return InputError(name, what, hint="download the file again")
 
 
 def _shards(place: FileLocation) -> tuple[list[str], dict[str, str] | None]:
@@ -275,11 +311,13 @@ def _shards(place: FileLocation) -> tuple[list[str], dict[str, str] | None]:
                 )
         return shards, weight_map
     for link, target in place.dangling().items():
-        if link == INDEX_NAME or link.endswith(".safetensors"):
+        if link == INDEX_NAME or (link.endswith(".safetensors") and SINGLE_NAME not in sizes):
             raise dangling_link(link, target)
     found = sorted(name for name in sizes if name.endswith(".safetensors"))
     if not found:
         raise InputError(str(place), "no safetensors file in it")
+    if SINGLE_NAME in found:  # transformers looks for it first
+        return [SINGLE_NAME], None
     if len(found) > 1:
         raise InputError(
             str(place),

@@ -86,7 +86,7 @@ _COMMON: dict[str, ConfigKey] = {
     "eos_token_id": ConfigKey(("tokenizer.ggml.eos_token_id",)),
     "pad_token_id": ConfigKey(("tokenizer.ggml.padding_token_id",)),
     **_irrelevant(
-        "names of the model and of what wrote it",
+        "names of the model and of the program that wrote it",
         "_name_or_path name_or_path _commit_hash architectures transformers_version model_name "
         "unsloth_fixed unsloth_version transformers.js_config",
     ),
@@ -113,10 +113,12 @@ _COMMON: dict[str, ConfigKey] = {
         "return_dict_in_generate suppress_tokens target_lookbehind temperature top_k top_p "
         "typical_p",
     ),
-    **_fixed("is_encoder_decoder", False, None, why="a decoder", reader="transformers"),
-    **_fixed("is_causal", True, None, why="attention that looks back alone", reader="transformers"),
-    **_fixed("per_layer_config", None, why="layers that are all alike", reader="transformers"),
-    "auto_map": ConfigKey(why="code, which nothing here runs"),
+    **_fixed("is_encoder_decoder", False, None, why="a decoder-only model", reader="transformers"),
+    **_fixed("is_causal", True, None, why="causal attention", reader="transformers"),
+    **_fixed(
+        "per_layer_config", None, why="the same settings in every layer", reader="transformers"
+    ),
+    "auto_map": ConfigKey(why="custom code, which this package never runs"),
 }
 
 _TEXT: dict[str, ConfigKey] = {
@@ -148,7 +150,7 @@ _TEXT: dict[str, ConfigKey] = {
         vocab_size="tokenizer.ggml.tokens",
         tie_word_embeddings="tensors",
     ),
-    **_fixed("hidden_act", "silu", "swish", why="feed-forward layers with SiLU"),
+    **_fixed("hidden_act", "silu", "swish", why="SiLU in the feed-forward layers"),
     **_fixed("attention_bias", False, None, why="attention without biases"),
     **_fixed("attn_output_gate", True, None, why="attention with an output gate"),
     **_fixed(
@@ -156,13 +158,13 @@ _TEXT: dict[str, ConfigKey] = {
         "swish",
         "silu",
         None,
-        why="linear attention with a gate of SiLU",
+        why="linear attention with a SiLU gate",
         reader="others",
     ),
     **_fixed("mlp_only_layers", [], None, why="experts in every layer", reader="others"),
     **_fixed("decoder_sparse_step", 1, None, why="experts in every layer", reader="others"),
-    **_fixed("norm_topk_prob", True, None, why="weights of experts that sum to 1", reader="others"),
-    **_fixed("mtp_use_dedicated_embeddings", False, None, why="one embedding for all layers"),
+    **_fixed("norm_topk_prob", True, None, why="expert weights summing to 1", reader="others"),
+    **_fixed("mtp_use_dedicated_embeddings", False, None, why="MTP with the shared embedding"),
     **_irrelevant("the precision of states: llama.cpp keeps them in float32", "mamba_ssm_dtype"),
 }
 
@@ -205,14 +207,14 @@ _VISION: dict[str, ConfigKey] = {
         spatial_merge_size="vision.spatial_merge_size",
         deepstack_visual_indexes="vision.is_deepstack_layers",
     ),
-    **_fixed("hidden_act", "gelu_pytorch_tanh", "gelu_new", why="a tower with tanh GELU"),
-    **_fixed("in_channels", 3, why="three colours"),
+    **_fixed("hidden_act", "gelu_pytorch_tanh", "gelu_new", why="tanh GELU in the vision tower"),
+    **_fixed("in_channels", 3, why="three colour channels"),
     **_fixed("temporal_patch_size", 2, why="patches of two frames"),
 }
 
 _VISION_ROPE: dict[str, ConfigKey] = {
-    **_fixed("rope_theta", 10000, None, why="a tower with rope_theta 10000"),
-    **_fixed("rope_type", "axial", "default", None, why="a tower without scaling"),
+    **_fixed("rope_theta", 10000, None, why="rope_theta 10000 in the vision tower"),
+    **_fixed("rope_type", "axial", "default", None, why="a vision tower without rotary scaling"),
 }
 
 _ROOT: dict[str, ConfigKey] = {

@@ -22,14 +22,24 @@ _LLAMA_ROPE = ("default", "linear", "yarn")
 """Kinds of scaling that llama.cpp computes for this family (``src/models/qwen35.cpp``)."""
 
 
-def config_notes(config: ModelConfig) -> Iterator[str]:
-    """Yield the notes, one sentence each."""
+def config_notes(config: ModelConfig, *, head: bool = False) -> Iterator[str]:
+    """Yield the notes, one sentence each.
+
+    Args:
+        config: the model's config.
+        head: whether ``lm_head.weight`` is stored.
+    """
+    if head and config.tied:
+        yield (
+            "lm_head.weight is stored although tie_word_embeddings is true: transformers and "
+            "llama.cpp use it where it differs from the embedding, vLLM does not"
+        )
     yield from _architecture_notes(config)
     unknown = unknown_keys(config.raw)
     if unknown:
         yield (
-            f"config.json has keys that are not known here: {_listed(unknown)}: a checkpoint keeps "
-            "them, a GGUF file cannot, and no check knows what they mean"
+            f"config.json has unknown keys: {_listed(unknown)}: checkpoints keep them, GGUF files "
+            "cannot, and no check covers them"
         )
     misplaced = misplaced_keys(config.raw)
     if misplaced:
@@ -39,8 +49,8 @@ def config_notes(config: ModelConfig) -> Iterator[str]:
         )
     for one in ignored_values(config.raw):
         yield (
-            f"{one.path} is {ascii(one.value)[:80]}: transformers and llama.cpp compute "
-            f"{one.row.why} all the same, other engines may not"
+            f"{one.path} is {ascii(one.value)[:80]}: transformers and llama.cpp always compute "
+            f"{one.row.why}, other engines may not"
         )
     yield from _tied_notes(config)
     yield from _quantization_notes(config)
@@ -70,7 +80,7 @@ def refuse_uncarried(config: ModelConfig, *, vision: bool) -> None:
         if one.section.startswith("vision_config") is vision:
             raise ConfigError(
                 _CONFIG,
-                f"{one.path} is {repr(one.value)[:80]}, which a GGUF file cannot say",
+                f"{one.path} is {repr(one.value)[:80]}, which a GGUF file cannot express",
                 expected=f"{_listed([repr(value) for value in one.row.only[:1]])}: llama.cpp "
                 f"computes {one.row.why}",
                 hint="convert it to a checkpoint instead",
@@ -100,14 +110,14 @@ def _architecture_notes(config: ModelConfig) -> Iterator[str]:
     if named is not None and named != [expected]:
         yield (
             f"architectures is {repr(named)[:80]}, but model_type {config.model_type} is "
-            f"{expected}: read as the latter, while some engines go by the former"
+            f"{expected}: it is read as the latter, but some engines go by the former"
         )
     inner = config.text_raw.get("model_type", "")
     text = f"{config.model_type}_text"
     if config.architecture.vision and inner not in ("", text):
         yield (
             f"model_type is {config.model_type}, but {repr(inner)[:80]} in text_config, "
-            f"where {text} belongs"
+            f"expected {text}"
         )
 
 
@@ -127,18 +137,17 @@ def _tied_notes(config: ModelConfig) -> Iterator[str]:
 def _quantization_notes(config: ModelConfig) -> Iterator[str]:
     if config.quantization is not None and "quantization_config" not in config.raw:
         yield (
-            "quantization_config is in text_config alone: vLLM reads it there, transformers does "
-            "not"
+            "quantization_config is only in text_config: vLLM reads it there, transformers does not"
         )
 
 
 def _text_notes(config: ModelConfig) -> Iterator[str]:
     text = config.text_raw
     if text.get("attn_output_gate") is False:
-        yield "attn_output_gate is false: vLLM obeys, transformers and llama.cpp gate all the same"
+        yield "attn_output_gate is false: vLLM obeys, transformers and llama.cpp always gate"
     if text.get("rope_scaling") and text.get("rope_parameters"):
         yield (
-            "config.json has rope_scaling and rope_parameters: transformers takes the former alone"
+            "config.json has rope_scaling and rope_parameters: transformers reads only the former"
         )
 
 
@@ -146,22 +155,22 @@ def _rope_notes(config: ModelConfig, rope: RopeSettings) -> Iterator[str]:
     text, given = config.text_raw, rope.parameters
     named = text.get("rope_scaling") or text.get("rope_parameters") or {}
     if "rope_theta" not in text and "rope_theta" not in named:
-        yield "config.json has no rope_theta: 10000, as in transformers"
+        yield "config.json has no rope_theta: 10000 is used, as in transformers"
     if given.get("mrope_interleaved") is False:
-        yield "mrope_interleaved is false: vLLM obeys, transformers and llama.cpp interleave"
+        yield "mrope_interleaved is false: vLLM obeys, transformers and llama.cpp always interleave"
     if rope.kind != "yarn":
         return
     beside, inside = (one.get("original_max_position_embeddings") for one in (text, named))
     if beside is not None and beside != inside:
         yield (
             f"YaRN starts from original_max_position_embeddings {beside}, which is beside the "
-            "rope parameters: so in transformers, but not in vLLM"
+            "rope parameters: transformers reads it there, vLLM does not"
         )
     betas = rope.number("beta_fast", 32), rope.number("beta_slow", 1)
     if betas != (32, 1):
         yield (
-            f"YaRN with beta_fast {betas[0]} and beta_slow {betas[1]}: a GGUF file says so, but "
-            "llama.cpp computes this family with 32 and 1"
+            f"YaRN with beta_fast {betas[0]} and beta_slow {betas[1]}: a GGUF file stores them, "
+            "but llama.cpp always uses 32 and 1 for this family"
         )
     if given.get("truncate", True) is not True:
-        yield "YaRN without truncate: a GGUF file cannot say so, and llama.cpp truncates"
+        yield "YaRN without truncate: a GGUF file cannot express that, and llama.cpp truncates"

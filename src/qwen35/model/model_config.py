@@ -74,7 +74,8 @@ class ModelConfig:
         dims: every symbolic size used in the shapes of `qwen35.model.roles`.
         layer_types: ``linear_attention`` or ``full_attention``, per decoder layer.
         vision_depth: number of vision blocks, 0 without a vision tower.
-        mtp_layers: value of ``mtp_num_hidden_layers``.
+        mtp_layers: value of ``mtp_num_hidden_layers``; the layers that are stored, once a
+            checkpoint is reconciled (`qwen35.checkpoint.reconciled`).
         tied: whether ``lm_head`` shares the embedding matrix.
         dtype: the checkpoint's dtype, by its safetensors name.
     """
@@ -109,6 +110,11 @@ class ModelConfig:
         """The sizes of the text model, identical with and without a vision tower."""
         sizes = {name: n for name, n in self.dims.items() if not name.startswith("vision")}
         return {"layers": len(self.layer_types), **sizes}
+
+    @property
+    def promised_mtp(self) -> int:
+        """The value of ``mtp_num_hidden_layers`` in config.json, which may promise too much."""
+        return _promised_mtp(self.raw, self.text_raw)
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -256,6 +262,13 @@ def _dtype(raw: dict[str, Any], text: dict[str, Any]) -> str:
     return "BF16"
 
 
+def _promised_mtp(raw: dict[str, Any], text: dict[str, Any]) -> int:
+    mtp = text.get("mtp_num_hidden_layers", raw.get("mtp_num_hidden_layers", 0)) or 0
+    if type(mtp) is not int or not 0 <= mtp <= _LIMITS["mtp_num_hidden_layers"]:
+        raise ConfigError("config.json", f"mtp_num_hidden_layers is {mtp!r}")
+    return mtp
+
+
 def parse_config(raw: object) -> ModelConfig:
     """Validate a parsed config.json.
 
@@ -279,16 +292,13 @@ def parse_config(raw: object) -> ModelConfig:
         vision_depth = vision.pop("vision_depth")
         dims |= vision
     layers = int(text["num_hidden_layers"])
-    mtp = text.get("mtp_num_hidden_layers", raw.get("mtp_num_hidden_layers", 0)) or 0
-    if type(mtp) is not int or not 0 <= mtp <= _LIMITS["mtp_num_hidden_layers"]:
-        raise ConfigError("config.json", f"mtp_num_hidden_layers is {mtp!r}")
     return ModelConfig(
         raw=raw,
         model_type=model_type,
         dims=dims,
         layer_types=_layer_types(text, layers),
         vision_depth=vision_depth,
-        mtp_layers=mtp,
+        mtp_layers=_promised_mtp(raw, text),
         tied=_tied(raw, text),
         dtype=_dtype(raw, text),
     )

@@ -22,14 +22,21 @@ from qwen35.model.model_config import ModelConfig
 from qwen35.tensors import TensorSpec
 
 __all__ = [
+    "MTP",
     "ROLES",
+    "TOWER",
     "CheckpointNaming",
     "Role",
     "RoleInfo",
     "expected_tensors",
     "in_group",
+    "mtp_tensors",
     "role_of",
+    "tower_tensors",
 ]
+
+MTP, TOWER = "mtp.", "model.visual."
+"""Prefixes of multi-token prediction and of the vision tower."""
 
 Kind = Literal["linear", "embedding", "head", "router", "experts", "conv", "vector"]
 Place = Literal["root", "layer", "linear", "full", "dense", "moe", "fused", "expert"]
@@ -434,16 +441,23 @@ def expected_tensors(config: ModelConfig, layout: CheckpointNaming) -> Iterator[
     yield from (_spec(config, prefix, info) for info in _TEXT_ROOT)
     for i, kind in enumerate(config.layer_types):
         yield from _block(config, layout, f"{prefix}layers.{i}", f"layers.{i}", kind)
-    if config.architecture.vision:
-        yield from _vision_tensors(config)
+    yield from tower_tensors(config)
     if layout.mtp:
-        yield from (_spec(config, "mtp.", info) for info in _MTP_ROOT)
-        for i in range(config.mtp_layers):
-            block = f"mtp.layers.{i}"
-            yield from _block(config, layout, block, block, "full_attention")
+        yield from mtp_tensors(config, layout)
 
 
-def _vision_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
+def mtp_tensors(config: ModelConfig, layout: CheckpointNaming) -> Iterator[TensorSpec]:
+    """Yield the tensors of multi-token prediction, first those outside its layers."""
+    yield from (_spec(config, "mtp.", info) for info in _MTP_ROOT)
+    for i in range(config.mtp_layers):
+        block = f"mtp.layers.{i}"
+        yield from _block(config, layout, block, block, "full_attention")
+
+
+def tower_tensors(config: ModelConfig) -> Iterator[TensorSpec]:
+    """Yield the tensors of the vision tower; none for a text-only config."""
+    if not config.architecture.vision:
+        return
     yield from (_spec(config, "model.visual.", info) for info in _VISION_ROOT)
     for i in range(config.vision_depth):
         for info in _VISION_BLOCK:

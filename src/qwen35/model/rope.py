@@ -76,7 +76,7 @@ def rope_of(text: Mapping[str, Any]) -> RopeSettings:
     if nested:
         raise ConfigError(
             "config.json",
-            f"rope_parameters for {nested[0]} layers apart",
+            f"separate rope_parameters for {nested[0]} layers",
             expected="one set of parameters: Qwen3.5 has one rotary embedding",
         )
     parameters = {"rope_theta": text.get("rope_theta", 10000.0), **given}
