@@ -8,12 +8,13 @@ told by the ``X-Error-Code`` header. It counts what it sends, and misbehaves whe
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from hub_store import COMMIT, Blob, ConflictError, MissingError, Repo, is_large
 
 __all__ = ["COMMIT", "FakeHub", "Fault", "Repo", "Request", "serving"]
+
+_DRIP_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ class Fault:
         corrupt: flip a bit of the body.
         cut: close the connection after this many bytes of the body.
         slow: seconds to wait in the middle of the body.
+        headers: of the answer, added or replaced; left out if None.
+        body: instead of the answer's.
+        make: makes that body of the request's.
+        drip: an endless body made of this.
+        pause: seconds between its pieces.
         skip: leave so many requests alone first.
         times: how often.
     """
@@ -64,6 +72,11 @@ class Fault:
     corrupt: bool = False
     cut: int = -1
     slow: float = 0.0
+    headers: Mapping[str, str | None] = field(default_factory=dict)
+    body: bytes | None = None
+    make: Callable[[bytes], bytes] | None = None
+    drip: bytes = b""
+    pause: float = 0.0
     skip: int = 0
     times: int = 1
 
@@ -78,6 +91,13 @@ class Fault:
             return False
         self.times -= 1
         return self.times >= 0
+
+    def applied(self, reply: _Reply, asked: bytes) -> _Reply:
+        """Return the answer as this spoils it."""
+        headers = {**reply.headers, **self.headers}
+        body = reply.body if self.body is None else self.body
+        body = self.make(asked) if self.make else body
+        return _Reply(reply.status, body, {n: v for n, v in headers.items() if v is not None})
 
 
 @dataclass
@@ -360,6 +380,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         reply = _Reply(fault.status) if fault.status else _answer(asked)
+        reply = fault.applied(reply, asked.body)
         if fault.drop == "after":
             self._note(asked, reply.status, 0)
             self.close_connection = True
@@ -391,6 +412,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(reply.status)
         for name, value in reply.headers.items():
             self.send_header(name, value)
+        if fault.drip:
+            self._drip(fault)
+            return
         self.send_header("Content-Length", str(len(reply.body)))
         self.end_headers()
         middle = len(body) // 2
@@ -401,6 +425,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body[middle:])
         if len(body) < whole:
             self.close_connection = True
+
+    def _drip(self, fault: Fault) -> None:
+        self.close_connection = True  # the end of a body without a length, were there one
+        self.end_headers()
+        end = time.monotonic() + _DRIP_SECONDS
+        with contextlib.suppress(OSError):
+            while self.command != "HEAD" and time.monotonic() < end:
+                self.wfile.write(fault.drip)
+                self.wfile.flush()
+                time.sleep(fault.pause)
 
     def _note(self, asked: _Asked, status: int, sent: int) -> None:
         self.hub.requests.append(

@@ -72,6 +72,7 @@ class Client:
 
     def __init__(self, hub: FakeHub, home: Path, **settings: str) -> None:
         self.token: str | None = hub.token
+        self.home = home
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "hub_client.py")],
             stdin=subprocess.PIPE,

@@ -196,6 +196,34 @@ def test_folder_as_source_must_be_named(
     )
 
 
+@pytest.mark.parametrize("revision", ["1" * 40, "main", "1" * 39, "../../x", "1" * 40 + "\n"])
+@pytest.mark.parametrize("repo", ["owner/name", "./x", "../x", "/tmp/x", "x", "owner/name@v1"])
+def test_no_folder_stands_in_for_a_commit_on_the_hub(
+    repo: str,
+    revision: str,
+    dense: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    nf4_artifact: Path,
+) -> None:
+    """The manifest is foreign: a folder called like its source is not what was published."""
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
+    if not repo.startswith("/"):
+        place = inner / f"{repo}@{revision}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.symlink_to(dense)
+    out = Path(shutil.copytree(nf4_artifact, tmp_path / "out"))
+    edit(out / "qwen35.json", source={"repo": repo, "revision": revision})
+    assert reproduce(out) == 2
+    error = capsys.readouterr().err
+    offline = "HF_HUB_OFFLINE is set" in error
+    assert offline == ((repo, revision) == ("owner/name", "1" * 40))
+    assert offline or "no commit on the Hub" in error or "a malformed source" in error
+
+
 @pytest.mark.parametrize("name", ["nothing", "x.json", "a/b/c"])
 def test_no_manifest(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce(tmp_path / name) == 2

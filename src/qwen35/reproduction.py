@@ -9,12 +9,18 @@ from typing import Any
 
 from qwen35.checkpoint.hub import HubId, HubLocation
 from qwen35.checkpoint.locations import FileLocation, LocalFolder
-from qwen35.checkpoint.open import fetch, hub_token
+from qwen35.checkpoint.open import fetch, fetch_commit, hub_token
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.planning.container import ContainerInputs
 from qwen35.planning.containers import container_from_manifest
-from qwen35.planning.manifest import manifest_versions, read_manifest, source_of
+from qwen35.planning.manifest import (
+    amendment_notes,
+    first_entries,
+    manifest_versions,
+    read_manifest,
+    source_of,
+)
 from qwen35.planning.output_plan import Plan
 from qwen35.planning.work_order import plan_again as plan_from_manifest
 from qwen35.progress import Progress
@@ -117,12 +123,14 @@ def plan_again(
     container = container_from_manifest(manifest)
     container.request_from_manifest(manifest, inputs)  # fail before anything is downloaded
     repo, revision = source_of(manifest)
-    model = source or (f"{repo}@{revision}" if repo else None)
-    if model is None:
+    if source:
+        checkpoint = fetch(source, token=token, extra=container.extra)
+    elif repo and revision:
+        checkpoint = fetch_commit(repo, revision, token=token, extra=container.extra)
+    else:
         folder = manifest["source"].get("folder")
         found = f"made from a folder called {folder}"
         raise UsageError(origin.name, found, hint="give its location with --source")
-    checkpoint = fetch(model, token=token, extra=container.extra)
     return plan_from_manifest(checkpoint, manifest, inputs)
 
 
@@ -156,16 +164,22 @@ def _findings(origin: ArtifactOrigin, plan: Plan, result: StagedResult) -> Itera
     manifest = origin.manifest
     if manifest.get("plan") != plan.digest:
         yield Finding("plan", MANIFEST_NAME, "the plan computed now differs")
+    first = first_entries(manifest)
     for name, entry in manifest["files"].items():
+        if name in first and not _is_listed_file(origin, name, entry):
+            yield Finding("artifact", name, "the file beside the manifest is not as amended")
+        written = first.get(name, entry)
+        if written is None:  # added on purpose
+            continue
         rebuilt = result.hashes.get(name)
         if rebuilt is None:
             yield Finding("missing", name, "not rebuilt")
             continue
-        if rebuilt != entry["sha256"]:
-            message = f"sha256 {rebuilt[:12]} now, {entry['sha256'][:12]} in the manifest"
+        if rebuilt != written["sha256"]:
+            message = f"sha256 {rebuilt[:12]} now, {written['sha256'][:12]} in the manifest"
             yield Finding("bytes", name, message)
         # The manifest may be intact while the file beside it is not.
-        if not _same_file(origin, name, result.out / name):
+        if name not in first and not _same_file(origin, name, result.out / name):
             message = "the file beside the manifest is missing, or differs from the rebuilt one"
             yield Finding("artifact", name, message)
     for name in sorted(result.hashes.keys() - manifest["files"].keys()):
@@ -183,10 +197,25 @@ def _same_file(origin: ArtifactOrigin, name: str, rebuilt: Path) -> bool:
     return path.is_file() and digest_file(path) == digest
 
 
+def _is_listed_file(origin: ArtifactOrigin, name: str, entry: Mapping[str, Any]) -> bool:
+    """Return whether the artifact's own file is the one that its manifest lists.
+
+    Of small files, a repository's listing has only the size and git's hash.
+    """
+    if origin.remote is not None:
+        there = origin.remote.files.get(name)
+        listed = (entry["size"], entry["sha256"])
+        return there is not None and (there.size, there.sha256 or listed[1]) == listed
+    assert origin.folder is not None
+    path = origin.folder / name
+    return path.is_file() and digest_file(path).sha256 == entry["sha256"]
+
+
 def _notes(manifest: Mapping[str, Any]) -> list[str]:
     recorded = manifest.get("tool")
     recorded = recorded if isinstance(recorded, dict) else {}
-    return [
+    amended = [f"{text}; compared as first written" for text in amendment_notes(manifest)]
+    return amended + [
         f"{name} {version} here, {recorded.get(name, 'unknown')} then"
         for name, version in manifest_versions().items()
         if recorded.get(name) != version

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +17,6 @@ from qwen35.errors import HubError, InputError, UsageError
 __all__ = [
     "HubId",
     "HubLocation",
-    "bound_client",
     "cached_snapshot",
     "call_hub",
     "client_errors",
@@ -23,16 +24,26 @@ __all__ = [
     "download_file",
     "download_files",
     "explain",
+    "fetch_file",
     "parse_address",
     "status_of",
 ]
 
 _T = TypeVar("_T")
 
-ANSWER_SECONDS = 300.0
-"""Timeout for the next bytes of a response; a commit of many files takes minutes."""
+_DOWNLOADS_AT_ONCE = 8
+_READ_RETRIES = 2
 
-_CONNECT_SECONDS = 20.0
+_MISREAD = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What the client raises where an answer has another type or form than it takes for granted."""
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?\Z", re.ASCII)
 
@@ -56,6 +67,10 @@ def explain(subject: str, error: Exception) -> HubError:
     # Imported late throughout this module: the client takes longer to import than the whole CLI.
     from huggingface_hub import errors
 
+    from qwen35.checkpoint.hub_headers import BadAnswerError
+
+    if isinstance(error, BadAnswerError):
+        return HubError(subject, f"the Hub {error}", hint="check HF_ENDPOINT, or try again later")
     rows: tuple[tuple[type[Exception], str, str], ...] = (
         (  # before its base class RepositoryNotFoundError
             errors.GatedRepoError,
@@ -79,8 +94,14 @@ def explain(subject: str, error: Exception) -> HubError:
     for kind, found, hint in rows:
         if isinstance(error, kind):
             return HubError(subject, found, hint=hint)
+    if isinstance(error.__cause__, errors.FileMetadataError):
+        found = "the Hub named no commit or no ETag of a file"
+        return HubError(subject, found, hint="check HF_ENDPOINT, or try again later")
     status = status_of(error)
     name = type(error).__name__
+    if isinstance(error, _MISREAD) and not status:
+        found = f"the Hub's answer was not understood ({name})"
+        return HubError(subject, found, hint="check HF_ENDPOINT, or try again later")
     found = f"the Hub answered {status}" if status else f"the Hub was not reached ({name})"
     return HubError(subject, found, hint="check the network and HF_ENDPOINT, then run again")
 
@@ -96,9 +117,14 @@ def status_of(error: BaseException | None) -> int | None:
 
 
 def client_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions of the Hub's client for refused requests and failed connections."""
+    """Return the exceptions of the Hub's client for refused requests and failed connections.
+
+    Those of `_MISREAD` are among them: use it around calls of the client only.
+    """
     import httpx2
     from huggingface_hub import errors
+
+    from qwen35.checkpoint.hub_headers import BadAnswerError
 
     try:
         from hf_xet import XetAuthenticationError, XetObjectNotFoundError
@@ -108,6 +134,8 @@ def client_errors() -> tuple[type[Exception], ...]:
         xet = (XetAuthenticationError, XetObjectNotFoundError)
     return (
         *xet,
+        *_MISREAD,
+        BadAnswerError,
         errors.XetDownloadError,
         errors.HFValidationError,
         errors.HfHubHTTPError,
@@ -125,35 +153,6 @@ def call_hub(subject: str, call: Callable[[], _T]) -> _T:
         raise explain(subject, error) from error
 
 
-def bound_client() -> None:
-    """Add timeouts to the Hub's client, which otherwise waits forever for a response.
-
-    Some of its calls disable timeouts explicitly, so a hook adds them to each outgoing request.
-    Timeouts that are already set stay.
-    """
-    from huggingface_hub.utils import get_session
-
-    hooks = get_session().event_hooks
-    if _add_timeouts in hooks["request"]:
-        return
-    import httpx2
-    from huggingface_hub import set_client_factory
-
-    hooks = {**hooks, "request": [*hooks["request"], _add_timeouts]}
-    set_client_factory(
-        lambda: httpx2.Client(event_hooks=hooks, follow_redirects=True, timeout=None)
-    )
-
-
-def _add_timeouts(request: Any) -> None:
-    """Fill in the timeouts that a request of the client lacks."""
-    defaults = {"connect": _CONNECT_SECONDS} | dict.fromkeys(
-        ("read", "write", "pool"), ANSWER_SECONDS
-    )
-    chosen = {n: v for n, v in request.extensions.get("timeout", {}).items() if v is not None}
-    request.extensions["timeout"] = defaults | chosen
-
-
 class HubLocation:
     """The files of a repository at one commit, read by range requests and not cached.
 
@@ -166,29 +165,15 @@ class HubLocation:
     """
 
     def __init__(self, hub_id: HubId, token: str | None = None) -> None:
-        from huggingface_hub import HfApi
+        from qwen35.checkpoint.hub_listing import commit_of, list_tree
 
-        bound_client()
-        self._id = hub_id
-        self._api = HfApi(token=token)
-        info = call_hub(
-            hub_id.repo,
-            lambda: self._api.model_info(
-                hub_id.repo, revision=hub_id.revision, files_metadata=False
-            ),
+        self.repo, self._token = hub_id.repo, token
+        self.revision = call_hub(
+            self.repo, lambda: commit_of(self.repo, hub_id.revision, self._token)
         )
-        if not info.sha:
-            raise HubError(hub_id.repo, "the Hub named no commit")
-        self.repo = hub_id.repo
-        self.revision = info.sha
-        self._sizes = call_hub(hub_id.repo, self._list)
-
-    def _list(self) -> dict[str, int]:
-        from huggingface_hub.hf_api import RepoFile
-
-        entries = list(self._api.list_repo_tree(self.repo, revision=self.revision))
-        self._folders = sorted(e.path for e in entries if not isinstance(e, RepoFile))
-        return {entry.path: entry.size for entry in entries if isinstance(entry, RepoFile)}
+        entries = call_hub(self.repo, lambda: list_tree(self.repo, self.revision, self._token))
+        self._folders = sorted(entry.path for entry in entries if entry.size is None)
+        self._sizes = {entry.path: entry.size for entry in entries if entry.size is not None}
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision[:12]}"
@@ -216,18 +201,32 @@ class HubLocation:
         return call_hub(f"{self}, {name}", lambda: self._read(name, start, count))
 
     def _read(self, name: str, start: int, count: int) -> bytes:
+        import httpx2
+
+        for _ in range(_READ_RETRIES):
+            try:
+                return self._read_once(name, start, count)
+            except httpx2.TimeoutException:  # told by the session
+                continue
+        return self._read_once(name, start, count)
+
+    def _read_once(self, name: str, start: int, count: int) -> bytes:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        url = hf_hub_url(self.repo, name, revision=self.revision, endpoint=self._api.endpoint)
-        headers = build_hf_headers(token=self._api.token)
+        from qwen35.checkpoint.hub_headers import limited
+
+        url = hf_hub_url(self.repo, name, revision=self.revision)
+        headers = build_hf_headers(token=self._token)
         headers["Range"] = f"bytes={start}-{start + count - 1}"
-        headers["Accept-Encoding"] = "identity"  # a range of compressed data would be useless
-        with get_session().stream("GET", url, headers=headers, timeout=60) as response:
+        content = b""
+        with (
+            limited(self._sizes.get(name, start + count), self.revision),
+            get_session().stream("GET", url, headers=headers) as response,
+        ):
             hf_raise_for_status(response)
             range_ignored = response.status_code == 200  # the server sends the whole file
             skip = start if range_ignored else 0
-            content = b""
             for chunk in response.iter_bytes():
                 content += chunk[skip:]
                 skip = max(0, skip - len(chunk))
@@ -266,9 +265,46 @@ def parse_address(address: str) -> tuple[HubId, str]:
         UsageError: `address` is malformed.
     """
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/([\w./-]+)", address, re.ASCII)
-    if match is None:
+    if match is None or ".." in match[3].split("/"):
         raise UsageError(f"hf:{address}", "malformed", expected="hf:owner/name/path")
     return HubId(match[1], match[2]), match[3]
+
+
+def fetch_file(place: str, repo: str, commit: str, path: str, size: int, **options: Any) -> Path:
+    """Download one file, which becomes no larger than it is listed; return where it is.
+
+    Args:
+        place: what to call the file in errors.
+        repo: its repository.
+        commit: its commit.
+        path: its name in the repository.
+        size: its listed bytes.
+        options: as for the client's `hf_hub_download`.
+
+    Raises:
+        HubError: the download failed, or has another size.
+        OSError: it cannot be stored.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from qwen35.checkpoint.hub_headers import limited
+    from qwen35.checkpoint.hub_session import guard_client
+
+    guard_client()
+    with limited(size, commit):
+        try:
+            target = call_hub(
+                place, lambda: hf_hub_download(repo, path, revision=commit, **options)
+            )
+        except OSError as error:
+            if error.errno is not None:  # the local disk
+                raise
+            raise HubError(place, "arrived incomplete", hint="run again") from error
+    file, arrived = Path(target), Path(target).stat().st_size
+    if arrived != size:
+        hint = f"remove {file} and run again"
+        raise HubError(place, f"has {arrived} bytes", expected=f"{size}, as listed", hint=hint)
+    return file
 
 
 def download_file(address: str, token: str | None = None) -> Path:
@@ -282,14 +318,21 @@ def download_file(address: str, token: str | None = None) -> Path:
         UsageError: the address is malformed.
         HubError: the download failed.
     """
-    from huggingface_hub import hf_hub_download
-
-    bound_client()
     hub_id, path = parse_address(address)
-    options: dict[str, Any] = {"revision": hub_id.revision, "token": token}
+    root = cached_snapshot(hub_id)
+    if root is not None and (root / path).is_file():
+        return root / path
+    from qwen35.checkpoint.hub_listing import commit_of, list_tree
+
+    commit = call_hub(address, lambda: commit_of(hub_id.repo, hub_id.revision, token))
+    deep = "/" in path
+    entries = call_hub(address, lambda: list_tree(hub_id.repo, commit, token, recursive=deep))
+    size = {entry.path: entry.size for entry in entries}.get(path)
+    if size is None:
+        raise HubError(address, "a file is missing there", hint="check its name")
     try:
-        return Path(call_hub(address, lambda: hf_hub_download(hub_id.repo, path, **options)))
-    except OSError as error:  # client errors are handled above: this is the local disk
+        return fetch_file(address, hub_id.repo, commit, path, size, token=token)
+    except OSError as error:
         raise _not_stored(address, error) from error
 
 
@@ -308,7 +351,6 @@ def download(place: HubLocation, shards: list[str], token: str | None = None) ->
 
     Raises:
         HubError: the download failed.
-        InputError: the snapshot is incomplete.
     """
     patterns = [row.name for row in SIDECARS]
     patterns += ["config.json", "*.safetensors.index.json", MANIFEST_NAME, *shards]
@@ -325,24 +367,25 @@ def download_files(place: HubLocation, patterns: Sequence[str], token: str | Non
 
     Raises:
         HubError: the download failed.
-        InputError: the snapshot is incomplete.
+        InputError: there are no such files.
     """
-    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():  # progress bars would clutter pipes and logs
         disable_progress_bars()
-    options: dict[str, Any] = {
-        "revision": place.revision,
-        "token": token,
-        "allow_patterns": patterns,
-    }
+    sizes = place.sizes()
+    wanted = [n for n in sizes if any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+    def fetch(name: str) -> Path:
+        return fetch_file(place.repo, place.repo, place.revision, name, sizes[name], token=token)
+
+    pool = ThreadPoolExecutor(_DOWNLOADS_AT_ONCE)
     try:
-        folder = Path(call_hub(place.repo, lambda: snapshot_download(place.repo, **options)))
+        files = list(pool.map(fetch, wanted))
     except OSError as error:
         raise _not_stored(place.repo, error) from error
-    # If the Hub becomes unreachable, the client falls back to a cached, possibly partial snapshot.
-    missing = [name for name in patterns if name in place.sizes() and not (folder / name).exists()]
-    if missing:
-        raise InputError(str(place), f"{missing[0]} was not downloaded", hint="run again")
-    return folder
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if not files:
+        raise InputError(str(place), f"none of {', '.join(patterns[:3])} is there")
+    return files[0].parent

@@ -32,7 +32,7 @@ def stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path, limit: int = 2**30) -> bytes:
     """Return the content of a file of at most `limit` bytes.
 
     Raises:
@@ -43,10 +43,11 @@ def read_bounded(path: Path, limit: int) -> bytes:
         if path.exists() and not path.is_file():
             raise InputError(str(path), "not a file")
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            large = os.fstat(file.fileno()).st_size > limit
+            data = b"" if large else file.read(limit + 1)
     except OSError as error:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
-    if len(data) > limit:
+    if large or len(data) > limit:
         raise InputError(str(path), "far too large", expected=f"at most {limit} bytes")
     return data
 
@@ -61,10 +62,19 @@ class FileLocation(Protocol):
         """Return the names of the folders in it."""
 
     def dangling(self) -> Mapping[str, str]:
-        """Return the links that lead nowhere, with their targets."""
+        """Return the entries that cannot be read, with what they are."""
 
     def read(self, name: str, start: int, count: int) -> bytes:
         """Return `count` bytes of a file, starting at `start`."""
+
+
+def _no_file(path: Path) -> str:
+    """Return what `path` is, if neither a file nor a folder."""
+    if path.is_file() or path.is_dir():
+        return ""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {path.readlink()}, which does not exist"
+    return "a pipe, a socket or a device"
 
 
 class LocalFolder:
@@ -102,10 +112,9 @@ class LocalFolder:
         return sorted(path.name for path in self._entries() if path.is_dir())
 
     def dangling(self) -> Mapping[str, str]:
-        """Return the links that lead nowhere, with their targets."""
-        links = [path for path in self._entries() if path.is_symlink()]
+        """Return the entries that cannot be read, with what they are."""
         try:
-            return {p.name: str(p.readlink()) for p in sorted(links) if not p.exists()}
+            return {p.name: what for p in sorted(self._entries()) if (what := _no_file(p))}
         except OSError as error:
             raise InputError(str(self._root), f"cannot be read ({error.strerror})") from error
 

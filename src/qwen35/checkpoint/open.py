@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from qwen35.checkpoint.hub import (
     HubId,
@@ -30,12 +32,14 @@ __all__ = [
     "GgufFiles",
     "describe",
     "fetch",
+    "fetch_commit",
     "folder_of",
     "gguf_files",
     "hub_token",
     "looks_like_artifact",
 ]
 
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOCAL_STARTS = ("./", "../", "/", "~", ".")
 
 
@@ -87,11 +91,31 @@ def fetch(
             "the name of a published size, without weights",
             hint=f"give a folder or a Hub id such as Qwen/{model}",
         )
+    return _fetch_hub(model, token, lenient, extra)
+
+
+def fetch_commit(
+    repo: str, commit: str, *, token: str | None = None, extra: Sequence[str] = ()
+) -> Checkpoint:
+    """Open a commit on the Hub with its weights; a local folder never stands in for it.
+
+    Raises:
+        InputError: not the name of a commit on the Hub, or not a readable Qwen3.5 checkpoint.
+        HubError: the Hub refused a request or could not be reached.
+    """
+    model = f"{repo}@{commit}"
+    if not _COMMIT.fullmatch(commit) or _hub_id(model) is None:
+        expected = "a repository (owner/name) and a commit of 40 hexadecimal digits"
+        raise InputError(model[:200], "no commit on the Hub", expected=expected)
+    return _fetch_hub(model, token, lenient=False, extra=extra)
+
+
+def _fetch_hub(model: str, token: str | None, lenient: bool, extra: Sequence[str]) -> Checkpoint:
     cached = _cached(model)
     if cached is not None:
         return _open_cached(model, cached, lenient)
     place = _hub_place(model, token)
-    origin = {"name": model, "repo": place.repo, "revision": place.revision}
+    origin: dict[str, Any] = {"name": model, "repo": place.repo, "revision": place.revision}
     remote = open_place(place, lenient=lenient, **origin)
     root = download(place, [*sorted(remote.file_sizes), *extra], hub_token(token))
     fetched = open_place(LocalFolder(root), root=root, lenient=lenient, **origin)
