@@ -247,7 +247,9 @@ def _on_path(name: str, say: Callable[[str, str], None]) -> Callable[..., Any]:
     real = getattr(os, name)
 
     def call(path: Any, *rest: Any, **more: Any) -> Any:
-        say(name, str(path))
+        folder = more.get("dir_fd", more.get("src_dir_fd"))
+        below = Path(f"/proc/self/fd/{folder}").readlink() if folder is not None else Path()
+        say(name, str(below / path))
         return real(path, *rest, **more)
 
     return call

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 import deadly
 import qwen35
-from checkpoints import random_tensors, tiny_config, write_checkpoint
+from checkpoints import ASSET, random_tensors, tiny_config, write_checkpoint
 from gguf_models import make_variant
 from qwen35.cli.main import main
 from qwen35.errors import TensorError, UsageError, WorkerError
@@ -39,7 +40,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     package = str(Path(qwen35.__file__).parent.parent)
-    path = os.pathsep.join([package, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    own = [package, str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, own))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         patch.setenv("QWEN35_DEADLY", str(tmp_path_factory.mktemp("deadly")))
@@ -96,6 +98,20 @@ def test_a_cluster_writes_what_threads_write(
     assert len({node for node, *_ in log}) == 2
     jobs = [json.dumps(rest) for _, *rest in log]
     assert len(set(jobs)) == len(jobs)  # none was done twice
+
+
+def test_a_node_runs_nothing_from_the_folder_of_the_driver(cluster: Any, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(ASSET, tmp_path / "source"))
+    for name in ("numbers", "random", "json", "struct", "qwen35", "numpy", "safetensors"):
+        for folder in (source, tmp_path):
+            (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w')\n")
+    code = "import sys; from qwen35.cli.main import main; sys.exit(main())"
+    arguments = ["convert", ".", "../out", "--recipe", "text", "--ray-address", cluster.address]
+    subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments, "--quiet"], cwd=source, check=True
+    )
+    assert (tmp_path / "out" / "qwen35.json").exists()
+    assert not (tmp_path / "RAN").exists()
 
 
 def test_a_worker_that_dies_costs_only_its_task(

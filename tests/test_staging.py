@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -40,7 +41,9 @@ def ours(tmp_path: Path) -> Path:
     """A folder that an earlier run wrote."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / MANIFEST_NAME).write_text("{}")
+    listed = {"model.safetensors": {"size": 3, "sha256": hashlib.sha256(b"old").hexdigest()}}
+    manifest = {"manifest": 1, "files": listed, "tensors": {}}
+    (out / MANIFEST_NAME).write_text(json.dumps(manifest))
     (out / "model.safetensors").write_text("old")
     return out
 
@@ -65,7 +68,52 @@ def test_existing_output_is_refused(ours: Path) -> None:
 
 
 def test_output_of_ours_may_be_overwritten(ours: Path) -> None:
+    (ours / "model.sig").write_text("a signature over all files")
+    (ours / ".cache" / "huggingface").mkdir(parents=True)
+    (ours / ".cache" / "huggingface" / "CACHEDIR.TAG").write_text("of the Hub's client")
     check_output(ours, source=None, overwrite=True)
+
+
+def test_files_of_others_in_an_output_are_named_and_never_deleted(ours: Path) -> None:
+    (ours / "deep").mkdir()
+    (ours / "deep" / "thesis.tex").write_text("years of work")
+    (ours / "notes.md").write_text("mine")
+    (ours / "link").symlink_to("nowhere")
+    words = "out: holds files that qwen35 did not write: deep/thesis.tex, link, notes.md; move them"
+    with pytest.raises(OutputError, match=words):
+        check_output(ours, source=None, overwrite=True)
+    for i in range(4):
+        (ours / f"z{i}").touch()
+    with pytest.raises(OutputError, match="notes.md, z0, z1 and 2 more;"):
+        check_output(ours, source=None, overwrite=True)
+
+
+def test_file_of_others_that_appears_meanwhile_is_not_deleted(ours: Path) -> None:
+    with pytest.raises(OutputError, match="notes.md"), staging(ours, overwrite=True):
+        (ours / "notes.md").write_text("mine")
+    assert (ours / "notes.md").read_text() == "mine"
+    assert (ours / "model.safetensors").read_text() == "old"
+
+
+def test_document_counts_as_ours_until_someone_edits_it(ours: Path) -> None:
+    manifest = json.loads((ours / MANIFEST_NAME).read_text())
+    manifest["added"] = {"README.md": {"size": 4, "sha256": hashlib.sha256(b"card").hexdigest()}}
+    (ours / MANIFEST_NAME).write_text(json.dumps(manifest))
+    (ours / "README.md").write_text("card")
+    check_output(ours, source=None, overwrite=True)
+    (ours / "README.md").write_text("cart")
+    with pytest.raises(OutputError, match=r"did not write: README\.md"):
+        check_output(ours, source=None, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["", "[]", "{}", '{"manifest": 1, "files": {}, "tensors": {}, "added": [1]}'],
+)
+def test_output_with_a_broken_manifest_is_kept(ours: Path, manifest: str) -> None:
+    (ours / MANIFEST_NAME).write_text(manifest)
+    with pytest.raises(OutputError, match="nothing tells which files are ours"):
+        check_output(ours, source=None, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -253,7 +301,6 @@ def leftovers(out: Path, *names: str) -> Path:
 
 def test_leftovers_of_a_killed_run_are_removed(ours: Path) -> None:
     work = leftovers(ours, "files", "files/sub", "strange")
-    (work / "files" / "link").symlink_to(ours)
     ours.with_name(".out.lock").write_text("")
     with staging(ours, overwrite=True) as folder:
         assert folder == work / "files"
@@ -346,11 +393,11 @@ def test_second_run_is_locked_out_until_the_output_is_in_place(
     refused = []
     rename = os.rename
 
-    def renaming(source: Path, target: Path) -> None:
+    def renaming(source: Path, target: Path, **folders: int) -> None:
         with pytest.raises(OutputError, match="another run is writing it"), staging(out):
             raise AssertionError("two runs at once")
         refused.append(target)
-        rename(source, target)
+        rename(source, target, **folders)
 
     monkeypatch.setattr(os, "rename", renaming)
     with staging(out) as folder:
@@ -365,10 +412,10 @@ def test_failed_rename_brings_the_old_output_back(
     before = snapshot(ours.parent)
     rename = os.rename
 
-    def failing(source: Path, target: Path) -> None:
+    def failing(source: Path, target: Path, **folders: int) -> None:
         if Path(source).name == "files":
             raise OSError(errno.EXDEV, "Invalid cross-device link", str(target))
-        rename(source, target)
+        rename(source, target, **folders)
 
     monkeypatch.setattr(os, "rename", failing)
     with pytest.raises(OutputError, match="cross-device"), staging(ours, overwrite=True):

@@ -11,7 +11,17 @@ Expected failures raise a subclass of `Qwen35Error` (`qwen35.errors`); nothing i
 this package loads none of its modules; each is imported on first use.
 """
 
-from __future__ import annotations
+# No `from __future__` here: that is an import too, and none may come before this.
+import sys
+
+if (
+    sys.argv[:1] == ["-m"]
+    and any(word.removeprefix("-m").split(".")[0] == __name__ for word in sys.orig_argv)
+    and not sys.flags.safe_path
+):
+    # `python -m qwen35`: Python puts the working directory first, so that a numbers.py in a model
+    # folder would run in the place of Python's own.
+    del sys.path[0]
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -19,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from qwen35.version import __version__
 
 if TYPE_CHECKING:
+    from qwen35.api.amend_api import amend as amend
     from qwen35.api.calibrate_api import calibrate as calibrate
     from qwen35.api.convert_api import convert as convert
     from qwen35.api.evaluate_api import evaluate as evaluate
@@ -36,6 +47,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Qwen35Error",
     "__version__",
+    "amend",
     "calibrate",
     "convert",
     "evaluate",

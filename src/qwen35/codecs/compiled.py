@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from numba import njit
-
 __all__ = ["compiled", "inlined"]
+
+
+def _import_numba() -> None:
+    """Import Numba without the settings that it reads from the working directory.
+
+    A ``.numba_config.yaml`` there could name the folder of compiled kernels, which are pickled, or
+    change what is compiled. Variables of the environment count as ever.
+    """
+    if "numba" in sys.modules:  # a program that uses it has its own settings
+        return
+    yaml = sys.modules.get("yaml")
+    sys.modules["yaml"] = None  # type: ignore[assignment]  # makes its import fail
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that such a file needs it
+            from numba.core import config
+    finally:
+        del sys.modules["yaml"]
+        if yaml is not None:
+            sys.modules["yaml"] = yaml
+    config._config_fname = ""  # it looks again whenever it compiles
+
+
+_import_numba()
+
+from numba import njit  # noqa: E402
 
 
 def _import_arrays() -> None:

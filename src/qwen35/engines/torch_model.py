@@ -10,14 +10,21 @@ from typing import Any
 
 from qwen35.array_types import F32
 from qwen35.checkpoint.locations import LocalFolder
+from qwen35.checkpoint.reconciled import has_tower
 from qwen35.checkpoint.source import Checkpoint, open_place
 from qwen35.codecs.registry import codec_of
 from qwen35.errors import InputError, UsageError
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
+from qwen35.planning.rules import Rule
 from qwen35.writing.write import write
 
-__all__ = ["TorchModel", "torch_and_transformers"]
+__all__ = ["NO_CODE", "TorchModel", "torch_and_transformers"]
+
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""For every `from_pretrained`: without it, transformers asks at the terminal whether to run a
+folder's own code."""
+
 
 _DECODED = "bf16"
 """The recipe that unpacks every weight."""
@@ -73,10 +80,14 @@ class TorchModel:
             self._widen()
 
     def _load(self, folder: Path, transformers: Any, *, exact: bool, device: str) -> None:
-        config = _decoding(transformers.AutoConfig.from_pretrained(folder))
-        self.vision = hasattr(config, "vision_config")
+        config = _decoding(transformers.AutoConfig.from_pretrained(folder, **NO_CODE))
+        checkpoint = _open_checkpoint(folder)
+        # Without its tower, a vision-language checkpoint is loaded as its text model.
+        self.vision = hasattr(config, "vision_config") and (
+            checkpoint is None or has_tower(checkpoint)
+        )
         kind = "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
-        options = {"dtype": self._torch.float32} if exact else {}
+        options = {**NO_CODE, "dtype": self._torch.float32} if exact else NO_CODE
         self.model, info = getattr(transformers, kind).from_pretrained(
             folder, config=config, device_map=device, output_loading_info=True, **options
         )
@@ -112,7 +123,10 @@ def _loadable(folder: Path) -> Iterator[Path]:
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="qwen35-") as temporary:
-        plan = make_plan(checkpoint, load_recipe(_DECODED))
+        recipe = load_recipe(_DECODED)
+        if checkpoint.config.architecture.vision and not has_tower(checkpoint):
+            recipe = recipe.preceded([Rule("visual", "drop", "not whole")])
+        plan = make_plan(checkpoint, recipe)
         yield write(plan, Path(temporary) / "decoded").out
 
 

@@ -39,7 +39,7 @@ class ProcessPool(WorkerPool):
         self._threads = threads or max(1, default_threads() // count)
         gpus = gpu_numbers(device)
         self._device = "cuda" if gpus else "cpu"
-        self._free = [_Slot(_environment(gpus, i)) for i in range(count)]
+        self._free = [_Slot(worker_environment(gpus, i)) for i in range(count)]
         self._busy: dict[int, _Slot] = {}
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class _Slot:
         if self.process is None or self.process.poll() is not None:
             self.end()
             self.process = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-m", MODULE],
+                [sys.executable, "-P", "-m", MODULE],  # -P: import nothing from where we work
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -120,12 +120,13 @@ class _Slot:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
-def _environment(gpus: Sequence[int], number: int) -> dict[str, str]:
+def worker_environment(gpus: Sequence[int], number: int) -> dict[str, str]:
     """Return a worker's environment: this package, one BLAS thread, its GPU."""
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {"OPENBLAS_NUM_THREADS": "1", **os.environ}  # BLAS threads would spin
-    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))  # no empty entries: see -P
+    environment["PYTHONSAFEPATH"] = "1"  # for interpreters that libraries start
     if gpus:
         # numbers count the visible GPUs only, so look up the entry of the list we inherited
         gpu = gpus[number % len(gpus)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -64,7 +65,15 @@ class RayWorkers(WorkerPool):
             return
         try:
             _reach(self._address)
-            self._ray.init(address=self._address, log_to_driver=False, logging_level="ERROR")
+            # Without a folder of its own, Ray has workers import from the driver's: an empty one
+            with tempfile.TemporaryDirectory(prefix="qwen35-") as folder:
+                environment = {"working_dir": folder, "env_vars": {"PYTHONSAFEPATH": "1"}}
+                self._ray.init(
+                    address=self._address,
+                    runtime_env=environment,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
         except (OSError, RuntimeError, ValueError) as error:
             first = str(error).strip().partition("\n")[0]
             raise UsageError(

@@ -28,8 +28,9 @@ from qwen35.planning.output_plan import Plan
 from qwen35.planning.rows import RowSpan
 from qwen35.planning.step import Step, StepTarget
 from qwen35.planning.work_order import ORDER_NAME, SHARED, plan_from
+from qwen35.sinks.checksums import PieceSums
 from qwen35.sinks.files import TensorFile, hash_file
-from qwen35.sinks.staging import FILES_NAME
+from qwen35.sinks.work_folder import FILES_NAME
 
 __all__ = ["answer"]
 
@@ -42,9 +43,9 @@ def answer(job: Mapping[str, Any]) -> dict[str, Any]:
             or ``steps``, the numbers of steps in `Plan.written`.
 
     Returns:
-        ``done``: the file's SHA-256; or ``tensors``, the flushed tensors by file, and
-        ``compared``, the results of the check if the order asks for one. After an error,
-        ``failure`` instead (`qwen35.execution.failures`).
+        ``done``: the file's SHA-256; or ``tensors``, the flushed pieces by file (first tensor to
+        checksum), and ``compared``, the results of the check if the order asks for one. After an
+        error, ``failure`` instead (`qwen35.execution.failures`).
     """
     try:
         return {"done": _do(job)}
@@ -105,7 +106,10 @@ class _Prepared:
             for file in files.values():
                 stack.callback(file.close)
 
+            sums = PieceSums()
+
             def write(target: StepTarget, name: str, offset: int, data: memoryview) -> None:
+                sums.add(target.outputs, target.files, name, offset, data)
                 for file in target.files:
                     files[file].write(name, offset, data)
 
@@ -116,11 +120,12 @@ class _Prepared:
             if self.check:
                 written = stack.enter_context(FolderReader(self.folder))
                 compared = compare_steps(steps, planned, written, self.reader, pool)
-        tensors: dict[str, list[str]] = {name: [] for name in names}
+        tensors: dict[str, dict[str, str]] = {name: {} for name in names}
         for step in steps:
             for target in step.targets:
+                checksum = sums.take(target.outputs, target.files)
                 for name in target.files:
-                    tensors[name].append(target.outputs[0].name)
+                    tensors[name][target.outputs[0].name] = checksum
         return {"tensors": tensors, "compared": compared}
 
     def _run(

@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwen35.sinks.work_folder import in_work_folder, open_ours
+
 __all__ = ["TensorFile", "flushed", "hash_file", "write_file"]
 
 _PIECE = 2**20
@@ -39,7 +41,7 @@ class TensorFile:
         self._offsets = offsets
         create = 0 if again else os.O_CREAT if shared else os.O_CREAT | os.O_EXCL
         access = os.O_WRONLY if shared else os.O_RDWR  # as `join`
-        self._descriptor = os.open(path, create | access | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._descriptor = open_ours(path, create | access)
         try:
             if not shared:
                 _reserve(self._descriptor, nbytes)
@@ -61,7 +63,7 @@ class TensorFile:
         """
         file = cls.__new__(cls)
         file._path, file._offsets = path, offsets
-        file._descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        file._descriptor = open_ours(path, os.O_WRONLY)
         return file
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
@@ -103,18 +105,22 @@ def _reserve(descriptor: int, nbytes: int) -> None:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits."""
+    """Return the SHA-256 of a file as hexadecimal digits; in a work folder, only of one of ours."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_PIECE))
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=_opener) as file:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
 
 
+def _opener(path: str, flags: int) -> int:
+    return open_ours(Path(path), flags) if in_work_folder(Path(path)) else os.open(path, flags)
+
+
 def flushed(path: Path) -> str:
     """Flush a file that a library wrote and return its SHA-256."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_ours(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -124,8 +130,7 @@ def flushed(path: Path) -> str:
 
 def write_file(path: Path, content: bytes) -> str:
     """Write a new file, flush it to disk and return its SHA-256."""
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = open_ours(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     try:
         rest = memoryview(content)
         while rest:

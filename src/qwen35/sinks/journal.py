@@ -18,8 +18,12 @@ from typing import Any
 
 from qwen35.closing import Closing
 from qwen35.errors import OutputError
+from qwen35.sinks.work_folder import fsync_folder, open_ours
 
-__all__ = ["Journal", "fsync_folder"]
+__all__ = ["Journal"]
+
+_MAX_BYTES = 2**30
+"""Bound on a journal, so that no other file is read whole; a line is about 100 bytes."""
 
 
 class Journal(Closing, Mapping[str, Any]):
@@ -38,8 +42,7 @@ class Journal(Closing, Mapping[str, Any]):
     def __init__(self, path: Path, key: Mapping[str, Any], *, home: Path | None = None) -> None:
         self._pieces: dict[str, Any] = {}
         self._lock = Lock()
-        flags = os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._descriptor = os.open(path, flags, 0o666)
+        self._descriptor = open_ours(path, os.O_CREAT | os.O_RDWR | os.O_APPEND)
         try:
             self._lock_file(path)
             # through JSON and back, to compare equal to what was read: tuples become lists
@@ -89,7 +92,7 @@ class Journal(Closing, Mapping[str, Any]):
     def _load(self, path: Path, key: dict[str, Any], home: Path) -> None:
         size = 0
         stored_key: dict[str, Any] | None = None
-        for value, size in _lines(path.read_bytes()):  # noqa: B007
+        for value, size in _lines(self._content(path)):  # noqa: B007
             if stored_key is None:
                 stored_key = value
             else:
@@ -103,9 +106,17 @@ class Journal(Closing, Mapping[str, Any]):
             return
         os.ftruncate(self._descriptor, size)  # cut off a torn line: new ones are appended
 
+    def _content(self, path: Path) -> bytes:
+        size = os.fstat(self._descriptor).st_size
+        if size > _MAX_BYTES:
+            found, expected = f"is {size} bytes long", f"a journal of at most {_MAX_BYTES}"
+            raise OutputError(str(path), found, expected=expected, hint="remove it to start over")
+        with os.fdopen(os.dup(self._descriptor), "rb") as file:
+            return file.read()
+
 
 def _key_error(stored_key: Mapping[str, Any], key: Mapping[str, Any], home: Path) -> OutputError:
-    names = [name for name in {**stored_key, **key} if stored_key.get(name) != key.get(name)]
+    names = [name for name in key if stored_key.get(name) != key[name]] or ["key"]
     return OutputError(
         str(home),
         f"holds an unfinished run with another {' and another '.join(names)}",
@@ -125,17 +136,11 @@ def _lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:
         digits, _, text = data[start:end].partition(b" ")
         if digits != b"%08x" % zlib.crc32(text):
             return
-        value = json.loads(text)
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):  # intact, but not written by us
+            return
         if not isinstance(value, dict):
             return
         start = end + 1
         yield value, start
-
-
-def fsync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,12 +17,15 @@ from uuid import uuid4
 from qwen35.errors import OutputError
 from qwen35.planning.work_order import ORDER_NAME, key_differences, order_bytes
 from qwen35.sinks.files import write_file
-from qwen35.sinks.journal import Journal, fsync_folder
-from qwen35.sinks.staging import (
+from qwen35.sinks.journal import Journal
+from qwen35.sinks.staging import os_errors
+from qwen35.sinks.work_folder import (
     FILES_NAME,
     JOURNAL_NAME,
     claim,
-    os_errors,
+    fsync_folder,
+    open_folder,
+    open_ours,
     work_path,
 )
 
@@ -64,17 +67,15 @@ def joined(out: Path, number: int, order: Mapping[str, Any]) -> Iterator[tuple[P
 
 def _files_folder(work: Path) -> Path:
     """Create the folders; retry if another run removes an empty one as a leftover."""
-    files = work / FILES_NAME
-    if work.is_symlink():
-        claim(work)
-    if files.is_symlink():
-        raise OutputError(str(files), "is a link, expected a folder of ours", hint="remove it")
-    while not files.is_dir():
-        claim(work)
+    claim(work)
+    while not (work / FILES_NAME).is_dir():
         with suppress(FileNotFoundError):
-            files.mkdir(exist_ok=True)
-            fsync_folder(work)
-    return files
+            claim(work)
+            with open_folder(work) as folder:
+                with suppress(FileExistsError):
+                    os.mkdir(FILES_NAME, dir_fd=folder)
+                os.fsync(folder)
+    return work / FILES_NAME
 
 
 def _agree(work: Path, order: Mapping[str, Any]) -> None:
@@ -126,24 +127,35 @@ def read_order(work: Path) -> dict[str, Any]:
         OutputError: it is missing or malformed.
     """
     try:
-        order = json.loads((work / ORDER_NAME).read_bytes())
+        order = json.loads(_content(work / ORDER_NAME))
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         order = None
     if not isinstance(order, dict) or not isinstance(order.get("key"), dict):
         raise OutputError(str(work), "holds no order of slices", hint="nothing can be finalized")
+    absent = () if "slices" in order else ("slices", "overwrite")  # then a run without slices
     for name, is_valid in _VALID.items():
-        if name in order and not is_valid(order[name]):
+        if name not in absent and not (name in order and is_valid(order[name])):
             found = f"holds a damaged order ({name})"
             raise OutputError(str(work), found, hint="remove this to start over")
     return order
 
 
+def _content(path: Path) -> bytes:
+    with os.fdopen(open_ours(path, os.O_RDONLY), "rb") as file:
+        return file.read(_MAX_BYTES)  # what is longer is no JSON then
+
+
+_MAX_BYTES = 2**26
+_MAX_SLICES = 2**20
+"""Bound on the slices of an order: each is a list of tasks."""
+
 _VALID: dict[str, Callable[[Any], bool]] = {
+    "key": lambda value: isinstance(value.get("tool version", {}), dict),
     "root": lambda value: isinstance(value, str),
     "repo": lambda value: value is None or isinstance(value, str),
     "revision": lambda value: value is None or isinstance(value, str),
     "task_bytes": lambda value: type(value) is int and value > 0,  # not isinstance: bool is an int
-    "slices": lambda value: type(value) is int and value > 0,
+    "slices": lambda value: type(value) is int and 0 < value <= _MAX_SLICES,
     "overwrite": lambda value: isinstance(value, bool),
     "inputs": lambda value: (
         isinstance(value, dict)

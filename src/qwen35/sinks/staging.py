@@ -14,30 +14,35 @@ from typing import Any
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import InputError, OutputError, UsageError
-from qwen35.sinks.journal import Journal, fsync_folder
+from qwen35.sinks.journal import Journal
+from qwen35.sinks.strangers import refuse_strangers
+from qwen35.sinks.work_folder import (
+    FILES_NAME,
+    JOURNAL_NAME,
+    OLD_NAME,
+    SLICES,
+    check_work,
+    claim,
+    discard,
+    fsync_folder,
+    open_folder,
+    open_ours,
+    remove,
+    work_path,
+)
 
 __all__ = [
-    "FILES_NAME",
-    "JOURNAL_NAME",
     "StagedResult",
     "check_output",
     "check_space",
-    "claim",
     "existing",
     "locked",
     "os_errors",
     "resolved",
     "resumable",
     "staging",
-    "work_path",
 ]
 
-FILES_NAME, JOURNAL_NAME = "files", "journal"
-"""In a work folder: the output's files, and the journal of a run without slices."""
-
-_MARK_NAME = ".qwen35-partial"
-_OLD_NAME = "old"
-_SLICES = "slice-*"
 _SPARE_BYTES = 16 * 2**20
 """Space beyond the files' bytes, for the journal and the file system's own blocks."""
 
@@ -106,14 +111,16 @@ def _check_replaceable(out: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputError(str(out), "exists already", hint="give --overwrite to replace it")
+    refuse_strangers(out)
 
 
 def _clean_up(out: Path) -> None:
     """Remove the work folder of a run that was killed after its last rename."""
     work = work_path(out)
-    if work.is_dir() and _is_ours(work) and not (work / FILES_NAME).exists():
+    if work.is_dir() and not (work / FILES_NAME).exists():
         with suppress(OutputError), locked(out):
-            _discard(work)
+            check_work(work)
+            discard(work)
 
 
 def check_space(folder: Path, needed: int, *, keeping: Path | None = None) -> None:
@@ -143,12 +150,6 @@ def existing(folder: Path) -> Path:
     return folder
 
 
-def work_path(out: Path) -> Path:
-    """Return the folder beside `out` for unfinished work."""
-    absolute = out.absolute()
-    return absolute.with_name(f".{absolute.name}.partial")
-
-
 @contextmanager
 def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Prepare `out` in a folder beside it; rename it on success, remove it on failure.
@@ -159,7 +160,7 @@ def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputError: another run is writing it, the name is taken, or it cannot be written.
     """
     with _working(out, overwrite) as work:
-        _remove(work.path / JOURNAL_NAME)
+        (work.path / JOURNAL_NAME).unlink(missing_ok=True)
         yield work.fresh()
 
 
@@ -220,11 +221,11 @@ class _Work:
 
     def fresh(self) -> Path:
         """Create and return an empty folder for the output's files."""
-        folder = self.path / FILES_NAME
-        _remove(folder)
-        folder.mkdir()
-        fsync_folder(self.path)
-        return folder
+        with open_folder(self.path) as folder:
+            remove(FILES_NAME, folder)
+            os.mkdir(FILES_NAME, dir_fd=folder)
+            os.fsync(folder)
+        return self.path / FILES_NAME
 
 
 @contextmanager
@@ -246,7 +247,7 @@ def _working(out: Path, overwrite: bool) -> Iterator[_Work]:
                 done = True
             finally:
                 if work is not None and (done or not work.stays):
-                    _discard(work.path)
+                    discard(work.path)
     finally:
         if not done and (work is None or not work.stays):
             for parent in created:
@@ -306,7 +307,7 @@ def _make_parents(parent: Path) -> list[Path]:
 
 def _refuse_slices(work: _Work) -> None:
     """Refuse a work folder that slices share."""
-    if any(work.path.glob(_SLICES)):
+    if any(work.path.glob(SLICES)):
         work.stays = True
         hint = "run the remaining slices and `qwen35 finalize`, or remove this to start over"
         raise OutputError(str(work.path), "holds an unfinished run in slices", hint=hint)
@@ -324,8 +325,15 @@ def _make_folder(folder: Path) -> None:
 def locked(out: Path) -> Iterator[None]:
     """Hold the lock file beside `out`; it is removed before it is released."""
     path = out.with_name(f".{out.name}.lock")
-    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
+        descriptor = open_ours(path, os.O_CREAT | os.O_RDWR)
+    except FileNotFoundError as error:
+        found = f"nothing can be written into {out.parent}"
+        raise OutputError(str(out), found, hint="choose another folder") from error
+    try:
+        if os.fstat(descriptor).st_size:  # it will be removed, and ours is empty
+            found, hint = "is in the way and was not made by qwen35", "move it away"
+            raise OutputError(str(path), found, hint=hint)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -336,7 +344,7 @@ def locked(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink()
+            path.unlink(missing_ok=True)  # its folder may have been moved away meanwhile
     finally:
         os.close(descriptor)
 
@@ -356,66 +364,27 @@ def _work_folder(out: Path) -> Path:
     """Create and return the work folder; put back an output that was moved into it."""
     folder = work_path(out)
     claim(folder)
-    old = folder / _OLD_NAME
-    if old.exists() and not out.exists():  # the run was killed between two renames
-        os.rename(old, out)
-    _remove(old)
+    with open_folder(folder) as work:
+        if (folder / OLD_NAME).exists() and not out.exists():  # killed between two renames
+            os.rename(OLD_NAME, out, src_dir_fd=work)
+        remove(OLD_NAME, work)
     return folder
-
-
-def claim(folder: Path) -> None:
-    """Create a work folder and mark it as ours; several runs may do so at once.
-
-    Raises:
-        OutputError: the path holds something else.
-    """
-    if not _is_ours(folder):
-        raise OutputError(
-            str(folder), "is in the way and was not made by qwen35", hint="move it away"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _MARK_NAME).touch()
-    fsync_folder(folder.parent)
-
-
-def _is_ours(folder: Path) -> bool:
-    """Return whether a work folder may be used: it is marked, empty or missing."""
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        return False
-    return not folder.exists() or not any(folder.iterdir()) or (folder / _MARK_NAME).is_file()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _discard(work: Path) -> None:
-    """Remove a work folder as far as possible, its mark last, so that it stays recognizable."""
-    for path in work.iterdir():
-        if path.name != _MARK_NAME:
-            with suppress(OSError):
-                _remove(path)
-    with suppress(OSError):
-        if not {path.name for path in work.iterdir()} - {_MARK_NAME}:
-            (work / _MARK_NAME).unlink(missing_ok=True)
-            work.rmdir()
 
 
 def _replace(work: Path, out: Path, overwrite: bool) -> None:
     """Rename the prepared files to `out`; move an existing output aside first."""
-    folder, old = work / FILES_NAME, work / _OLD_NAME
-    fsync_folder(folder)  # the names must be on disk before the folder becomes the output
+    check_work(work)  # again: nothing in it may have been replaced by a link since
     check_output(out, source=None, overwrite=overwrite)  # again: it may have appeared meanwhile
     moved = out.exists() and any(out.iterdir())
-    if moved:
-        os.rename(out, old)
-    try:
-        os.rename(folder, out)
-    except OSError:
+    with open_folder(work) as folder:
+        with open_folder(work, FILES_NAME) as files:
+            os.fsync(files)  # the names must be on disk before the folder becomes the output
         if moved:
-            os.rename(old, out)
-        raise
+            os.rename(out, OLD_NAME, dst_dir_fd=folder)
+        try:
+            os.rename(FILES_NAME, out, src_dir_fd=folder)
+        except OSError:
+            if moved:
+                os.rename(OLD_NAME, out, src_dir_fd=folder)
+            raise
     fsync_folder(out.parent)

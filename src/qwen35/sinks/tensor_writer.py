@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -13,24 +15,30 @@ from types import TracebackType
 from typing import Self
 
 from qwen35.errors import OutputError
-from qwen35.sinks.files import TensorFile, hash_file
-from qwen35.sinks.journal import Journal, fsync_folder
+from qwen35.sinks.checksums import checksum_of, is_zero
+from qwen35.sinks.files import TensorFile
+from qwen35.sinks.journal import Journal
+from qwen35.sinks.work_folder import fsync_folder, open_ours
 
 __all__ = ["SECONDS", "TensorWriter"]
 
 SECONDS = 10.0
 """Seconds between flushes of finished tensors; a killed run loses at most this much work."""
 
+_LOG = logging.getLogger(__name__)
+_SHOWN = 3
+
 
 class TensorWriter:
     """Opens, flushes and finishes tensor files, and records in the journal what is on disk.
 
-    A tensor is recorded after its files were flushed, a file after it was flushed and hashed.
-    Thread-safe.
+    A piece, the tensors of one weight, is recorded after its files were flushed, a file after it
+    was flushed and hashed. Thread-safe.
 
     Args:
         folder: holds the files.
-        journal: ``FILE/TENSOR`` to 1 for finished tensors, ``FILE`` to SHA-256 for finished files.
+        journal: ``FILE/TENSOR`` to the checksum of the piece that begins with this tensor
+            (`qwen35.sinks.checksums`), ``FILE`` to SHA-256 for finished files; 0 cancels an entry.
         shared: other runs fill the same files: none is removed, and the first run creates it.
     """
 
@@ -39,7 +47,7 @@ class TensorWriter:
         self._journal = journal
         self._shared = shared
         self._open: dict[str, TensorFile] = {}
-        self._pending: dict[str, int] = {}
+        self._pending: dict[str, str] = {}
         self._lock = Lock()
         self._flushing = Lock()
         self._failed = False
@@ -66,24 +74,61 @@ class TensorWriter:
         for file in self._open.values():
             file.close()
 
-    def hash_of(self, name: str, nbytes: int) -> str | None:
-        """Return the SHA-256 of a file that an earlier run finished, else None.
+    @property
+    def resumes(self) -> bool:
+        """Whether an earlier run finished anything."""
+        return bool(self._journal)
 
-        The file is hashed again, and written anew if it does not match: other processes may have
-        changed it since.
+    def check(
+        self, name: str, head: bytes, nbytes: int, pieces: Mapping[str, Sequence[tuple[int, int]]]
+    ) -> str | None:
+        """Check what an earlier run finished of a file; damaged pieces no longer count (`has`).
+
+        Other processes or the disk may have changed them since.
+
+        Args:
+            name: the file's.
+            head: the bytes before the data.
+            nbytes: size of the whole file.
+            pieces: first tensor of a piece to the byte ranges (offset, size) of all its tensors.
+
+        Returns:
+            The SHA-256 if the file is finished.
         """
-        digest: str | None = self._journal.get(name)
-        if not digest:
+        recorded = {tensor: self._journal.get(f"{name}/{tensor}") for tensor in pieces}
+        recorded = {tensor: value for tensor, value in recorded.items() if value}
+        digest: str | None = self._journal.get(name) or None
+        if not recorded and not digest:
             return None
         path = self._folder / name
-        if path.is_file() and path.stat().st_size == nbytes and hash_file(path) == digest:
-            return digest
-        self._forget(name)
-        return None
+        if not path.is_file() or path.stat().st_size != nbytes:
+            if not self._shared:  # `open` refuses those
+                self._forget(name)
+                _LOG.warning("%s: is missing or was truncated; it is written again", path)
+            return None
+        descriptor = open_ours(path, os.O_RDONLY)
+        try:
+            if not self._shared and not _is_framed(descriptor, head, nbytes, pieces, bool(digest)):
+                self._forget(name)
+                _LOG.warning("%s: was changed outside of its tensors; it is written again", path)
+                return None
+            damaged = [
+                tensor
+                for tensor, value in recorded.items()
+                if checksum_of(descriptor, pieces[tensor]) != value
+            ]
+        finally:
+            os.close(descriptor)
+        if damaged:
+            _LOG.warning("%s: was changed; written again: %s", path, ", ".join(damaged[:_SHOWN]))
+        if damaged or len(recorded) < len(pieces):
+            self._cancel([name, *(f"{name}/{tensor}" for tensor in damaged)])
+            return None
+        return digest
 
     def has(self, file: str, tensor: str) -> bool:
         """Return whether a file holds a tensor completely."""
-        return bool(self._journal.get(f"{file}/{tensor}") or self._journal.get(file))
+        return bool(self._journal.get(f"{file}/{tensor}"))
 
     def open(self, name: str, head: bytes, offsets: Mapping[str, int], nbytes: int) -> TensorFile:
         """Open a file to fill; tensors that an earlier run finished stay (`has`).
@@ -108,14 +153,17 @@ class TensorWriter:
         return [entry for entry in self._journal if entry == name or entry.startswith(f"{name}/")]
 
     def _forget(self, name: str) -> None:
-        # a journal only grows: 0 cancels an entry, and is on disk before the file is removed
-        self._journal.record({e: 0 for e in self._entries(name) if self._journal[e]})
+        self._cancel(self._entries(name))  # on disk before the file is removed
         (self._folder / name).unlink(missing_ok=True)
 
-    def done(self, tensor: str, files: Iterable[str]) -> None:
-        """Note that a tensor is complete in these files; flush if it is time to."""
+    def _cancel(self, entries: Iterable[str]) -> None:
+        # a journal only grows: 0 cancels an entry
+        self._journal.record({entry: 0 for entry in entries if self._journal.get(entry)})
+
+    def done(self, tensor: str, files: Iterable[str], checksum: str) -> None:
+        """Note that a piece (its first tensor) is complete in these files; flush if it is due."""
         with self._lock:
-            self._pending |= {f"{file}/{tensor}": 1 for file in files}
+            self._pending |= {f"{file}/{tensor}": checksum for file in files}
             if time.monotonic() < self._due:
                 return
             self._due = math.inf  # one thread flushes while the others go on
@@ -148,9 +196,9 @@ class TensorWriter:
         file.close()
         fsync_folder(self._folder)
 
-    def filled(self, file: str, tensors: Iterable[str]) -> None:
-        """Record that another process wrote tensors to a file and flushed it."""
-        self._journal.record({f"{file}/{tensor}": 1 for tensor in tensors})
+    def filled(self, file: str, pieces: Mapping[str, str]) -> None:
+        """Record what another process wrote to a file and flushed: first tensors to checksums."""
+        self._journal.record({f"{file}/{tensor}": value for tensor, value in pieces.items()})
 
     def hashed(self, name: str, digest: str) -> None:
         """Record the hash of a file that other processes filled, flushed and hashed."""
@@ -160,8 +208,29 @@ class TensorWriter:
         """Flush a file, record it as finished and return its SHA-256."""
         file = self._open[name]
         digest = file.finish()
-        self._journal.record({name: digest})
-        with self._flushing, self._lock:  # `flush` must not hold a file that is being closed
-            del self._open[name]
+        with self._flushing:  # `flush` must not hold a file that is being closed
+            with self._lock:
+                own = {e: v for e, v in self._pending.items() if e.startswith(f"{name}/")}
+                self._pending = {e: v for e, v in self._pending.items() if e not in own}
+                del self._open[name]
+            self._journal.record({**own, name: digest})
         file.close()
         return digest
+
+
+def _is_framed(
+    descriptor: int,
+    head: bytes,
+    nbytes: int,
+    pieces: Mapping[str, Sequence[tuple[int, int]]],
+    finished: bool,
+) -> bool:
+    """Return whether a file has its head, if it is finished, and zeros between the tensors."""
+    if finished and os.pread(descriptor, len(head), 0) != head:
+        return False
+    end = len(head)
+    for offset, size in sorted(part for parts in pieces.values() for part in parts):
+        if end < offset and not is_zero(descriptor, end, offset):
+            return False
+        end = offset + size
+    return end >= nbytes or is_zero(descriptor, end, nbytes)

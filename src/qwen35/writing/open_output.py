@@ -17,6 +17,7 @@ from qwen35.planning.output_plan import Plan, PlannedFile
 from qwen35.planning.rows import RowSpan
 from qwen35.planning.step import Step, StepTarget
 from qwen35.progress import Progress
+from qwen35.sinks.checksums import PieceSums
 from qwen35.sinks.files import TensorFile
 from qwen35.sinks.staging import StagedResult, os_errors
 from qwen35.sinks.tensor_writer import TensorWriter
@@ -59,14 +60,30 @@ class OpenOutput:
         self._opened: dict[str, TensorFile] = {}
         self._unfilled: Counter[str] = Counter()
         self._spans: Counter[int] = Counter()
+        self._sums = PieceSums()
         self._lock = Lock()
 
-    def find_finished(self, pool: Executor) -> list[PlannedFile]:
-        """Keep the hashes of files that an earlier run finished; return the other files."""
+    def find_finished(self, pool: Executor, steps: Sequence[Step]) -> list[PlannedFile]:
+        """Check what an earlier run finished of these steps; keep the hashes of whole files.
+
+        Returns:
+            The other files.
+        """
+        pieces: dict[str, dict[str, list[tuple[int, int]]]] = {name: {} for name in self._files}
+        for step in steps if self.written.resumes else ():
+            for target in step.targets:
+                for name in target.files:
+                    offsets = self._files[name].offsets
+                    parts = [(offsets[out.name], out.nbytes) for out in target.outputs]
+                    pieces[name][target.outputs[0].name] = parts
+
+        def check(file: PlannedFile) -> str | None:
+            with os_errors(self.out):
+                return self.written.check(file.name, file.head, file.nbytes, pieces[file.name])
+
         files = self.plan.files
-        digests = pool.map(lambda file: self.written.hash_of(file.name, file.nbytes), files)
         unfinished = []
-        for file, digest in zip(files, digests, strict=True):
+        for file, digest in zip(files, pool.map(check, files), strict=True):
             if digest is None:
                 unfinished.append(file)
             else:
@@ -107,6 +124,7 @@ class OpenOutput:
         return RangeReader(owner, *step.rows.bounds(span), rank, run)
 
     def _write(self, target: StepTarget, name: str, offset: int, data: memoryview) -> None:
+        self._sums.add(target.outputs, target.files, name, offset, data)
         for file in target.files:
             self._open(file).write(name, offset, data)
 
@@ -128,7 +146,8 @@ class OpenOutput:
             if self._spans[number]:
                 return
         for target in step.targets:
-            self.written.done(target.outputs[0].name, target.files)
+            checksum = self._sums.take(target.outputs, target.files)
+            self.written.done(target.outputs[0].name, target.files, checksum)
         with self._lock:
             self._unfilled.subtract(step.files)
             full = [file for file in step.files if not self._unfilled[file]]

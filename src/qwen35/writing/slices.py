@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -22,16 +23,9 @@ from qwen35.planning.work_order import order_of, plan_from
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.journal import Journal
 from qwen35.sinks.slice_folder import joined, read_order, slice_name
-from qwen35.sinks.staging import (
-    FILES_NAME,
-    JOURNAL_NAME,
-    StagedResult,
-    check_output,
-    check_space,
-    resolved,
-    work_path,
-)
+from qwen35.sinks.staging import StagedResult, check_output, check_space, os_errors, resolved
 from qwen35.sinks.tensor_writer import TensorWriter
+from qwen35.sinks.work_folder import FILES_NAME, JOURNAL_NAME, check_work, work_path
 from qwen35.threads import default_threads
 from qwen35.writing.open_output import OpenOutput
 from qwen35.writing.write import write
@@ -106,6 +100,8 @@ def write_slice(
 def _fill(
     output: OpenOutput, own: Sequence[Step], title: str, reader: Reader, threads: int | None
 ) -> None:
+    with ThreadPoolExecutor(threads or default_threads()) as pool:
+        output.find_finished(pool, own)
     steps = output.pending(own)
     check_space(output.folder, sum(step.nbytes for step in steps))
     nbytes = sum(step.read_bytes for step in steps)
@@ -150,12 +146,15 @@ def finalize(
     """
     out = resolved(out)
     work = work_path(out)
-    if not work.exists() and out.exists():
+    begun = os.path.lexists(work)
+    if not begun and out.exists():
         raise OutputError(str(out), "already exists", hint="there are no slices to finalize")
-    if not work.exists():
+    if not begun:
         hint = "write them with `--slice i/N` of convert or gguf and the same OUT"
         raise OutputError(str(out), "has no slices", hint=hint)
-    order = read_order(work)
+    with os_errors(out):
+        check_work(work)
+        order = read_order(work)
     if not isinstance(order.get("slices"), int):
         hint = "run the original command again"
         raise OutputError(str(work), "holds a run without slices", hint=hint)
@@ -184,7 +183,7 @@ def _merged(work: Path, order: Mapping[str, Any]) -> bool:
 
 def _finished(
     out: Path, plan: Plan, order: Mapping[str, Any], held: ExitStack, *, complete: bool
-) -> tuple[dict[str, int], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Collect the results of all slices.
 
     Args:
@@ -195,14 +194,14 @@ def _finished(
         complete: skip the checks, because an earlier call found all slices complete.
 
     Returns:
-        The finished tensors as journal entries, and the results of their checks.
+        The finished pieces as journal entries, and the results of their checks.
 
     Raises:
         OutputError: slices are missing or incomplete; the message names them.
     """
     work, count = work_path(out), order["slices"]
     shares = share(make_tasks(plan.written, order["task_bytes"]), count)
-    finished: dict[str, int] = {}
+    finished: dict[str, Any] = {}
     compared: dict[str, Any] = {}
     problems = []
     for number, tasks in enumerate(shares, 1):
@@ -216,7 +215,7 @@ def _finished(
         missing = sum(not all(map(journal.get, entries)) for entries in expected)
         if missing:
             problems.append(f"slice {number}/{count} lacks {missing} of {len(expected)} weights")
-        finished |= dict.fromkeys((entry for entries in expected for entry in entries), 1)
+        finished |= {entry: journal.get(entry) for entries in expected for entry in entries}
         compared |= _valid_comparisons(journal)
     if problems and not complete:
         raise OutputError(str(out), "; ".join(problems), hint="run these, then finalize again")

@@ -208,7 +208,7 @@ class _Sweep:
         for owner, output in enumerate(outputs):
             if output is None:
                 continue
-            names = [file.name for file in output.find_finished(pool)]
+            names = [file.name for file in output.find_finished(pool, output.plan.written)]
             steps = output.pending(output.plan.written)
             readers += output.readers(owner, steps)
             full = set(names) - {file for step in steps for file in step.files}
@@ -241,7 +241,7 @@ class _Sweep:
         self, output: OpenOutput, pool: ThreadPoolExecutor, workers: WorkerPool, *, check: bool
     ) -> None:
         """Have workers fill the files."""
-        unfinished = output.find_finished(pool)
+        unfinished = output.find_finished(pool, output.plan.written)
         todo = sum(step.read_bytes for step in output.pending(output.plan.written))
         self._announce(todo, output.plan.read_bytes)
         fill(output, unfinished, workers, check=check)

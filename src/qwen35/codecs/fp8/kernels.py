@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
+from qwen35.codecs.compiled import compiled, inlined  # first: it imports Numba in its own way
+from qwen35.codecs.fp8.layout import BLOCK
+
+# isort: split
 from numba import types
 from numba.extending import overload
-
-from qwen35.codecs.compiled import compiled, inlined
-from qwen35.codecs.fp8.layout import BLOCK
 
 __all__ = ["CANDIDATES", "MODES", "encode", "encode_with", "load_tile"]
 

@@ -16,6 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+
+from qwen35.codecs import compiled  # noqa: F401 - it imports Numba in its own way
+
+# isort: split
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, lower_builtin, models, register_model, type_callable
