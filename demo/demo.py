@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from qwen35.cli.main import main as qwen35
-from qwen35.verification.asking_transformers import Asker, Question, is_right
+from qwen35.verification.asking_transformers import Asker
+from qwen35.verification.questions import Question, is_right
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "assets" / "qwen3.5-tiny"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qwen35.verification.asking_transformers import Question
 from qwen35.verification.behaviour import IMAGE
+from qwen35.verification.questions import Question
 
 __all__ = ["RIGHT", "Scripted"]
 
@@ -26,6 +26,8 @@ class Scripted:
     def __init__(self, change: Callable[[Question, str], str] = lambda _, said: said) -> None:
         self.change = change
         self.penalties: set[float] = set()
+        self.thinking = (False, True)
+        self.notes: tuple[str, ...] = ()
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
         self.penalties.add(repetition_penalty)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import sys
@@ -17,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoTokenizer, RepetitionPenaltyLogitsProcessor
 
 from answering import Scripted
@@ -26,9 +23,12 @@ from qwen35.checkpoint.gguf_header import read_container
 from qwen35.cli.main import main
 from qwen35.errors import InputError, UsageError
 from qwen35.verification import asking_vllm
-from qwen35.verification.asking_llama import LlamaAsker, compile_template
-from qwen35.verification.asking_transformers import Asker, Question
+from qwen35.verification.asking_engines import in_engine
+from qwen35.verification.asking_llama import LlamaAsker
+from qwen35.verification.asking_transformers import Asker
 from qwen35.verification.behaviour import IMAGE, TASKS
+from qwen35.verification.bounded_rendering import render
+from qwen35.verification.questions import Question
 from running import run
 
 Capture = pytest.CaptureFixture[str]
@@ -43,7 +43,7 @@ class FakeTransformers:
     merge_size = 2
 
     def __init__(self) -> None:
-        self.templates: list[tuple[Any, dict[str, Any]]] = []
+        self.written: list[Question] = []
         self.given: dict[str, Any] = {}
         self.model = SimpleNamespace(visual=self)
         self.full = False
@@ -54,13 +54,17 @@ class FakeTransformers:
         if self.full and place != "cpu":
             raise torch.OutOfMemoryError
 
-    def apply_chat_template(self, messages: Any, **options: Any) -> str:
-        self.templates.append((messages, options))
+    def write(self, question: Question) -> str:
+        self.written.append(question)
         return "the prompt"
+
+    def answer(self, question: Question, turn: str) -> str:
+        assert question == self.written[-1]
+        return f"{turn}."
 
     def __call__(self, text: str = "", **options: Any) -> dict[str, Any]:
         if text:
-            assert (text, options) == ("the prompt", {})
+            assert (text, options) == ("the prompt", {"add_special_tokens": False})
             return {"input_ids": [7, 8, 99, 9]}
         assert options.pop("images").size == (448, 224)
         assert options == {"return_tensors": "pt"}
@@ -85,22 +89,20 @@ class FakeTransformers:
 def fake() -> tuple[Asker, FakeTransformers]:
     asker, engine = object.__new__(Asker), FakeTransformers()
     asker.torch, asker.vision = torch, True
-    asker.model = asker.tokenizer = asker.images = engine
+    asker.model = asker.tokenizer = asker.images = asker.prompts = engine  # type: ignore[assignment]
     return asker, engine
 
 
 def test_transformers_is_asked_greedily(fake: tuple[Asker, FakeTransformers]) -> None:
     asker, engine = fake
     question = Question("2 + 2?", "4", thinking=True, tokens=5)
-    assert asker.ask(question) == "said [5, 6]"
+    assert asker.ask(question) == "said [5, 6]."
     rows = {name: engine.given.pop(name) for name in ("input_ids", "attention_mask")}
     assert {(row.shape, row.device.type) for row in rows.values()} == {((1, 4), "meta")}
     assert engine.given == {"max_new_tokens": 5, "do_sample": False, "repetition_penalty": 1.0}
     asker.ask(question, repetition_penalty=1.5)
     assert engine.given["repetition_penalty"] == 1.5
-    content = [{"type": "text", "text": "2 + 2?"}]
-    options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": True}
-    assert engine.templates == [([{"role": "user", "content": content}], options)] * 2
+    assert engine.written == [question] * 2
 
 
 def test_transformers_is_shown_a_picture(fake: tuple[Asker, FakeTransformers]) -> None:
@@ -117,10 +119,7 @@ def test_transformers_is_shown_a_picture(fake: tuple[Asker, FakeTransformers]) -
         "mm_token_type_ids": [[0, 0, *[1] * 6, 0]],
         "image_grid_thw": [[1, 4, 6]],
     }
-    [([message], options)] = engine.templates
-    content = [{"type": "image"}, {"type": "text", "text": IMAGE.prompt}]
-    assert message == {"role": "user", "content": content}
-    assert options["enable_thinking"] is False
+    assert engine.written == [IMAGE]
 
 
 def test_a_dropped_tower_sees_nothing(fake: tuple[Asker, FakeTransformers]) -> None:
@@ -217,27 +216,20 @@ def test_llama_cpp_is_asked_with_the_penalty_of_transformers(
     LlamaAsker(container)
     assert made[-1].opened == (gguf, 2048, 1)
     broken = replace(container, keys={**container.keys, "tokenizer.chat_template": "{% if %}"})
-    with pytest.raises(InputError, match=rf"^{gguf.name}: its chat template does not compile"):
+    refused = rf"^{gguf.name}: refuses a plain question .TemplateSyntaxError"
+    with pytest.raises(InputError, match=refused):
         LlamaAsker(broken)
 
 
-def test_a_template_is_compiled_as_transformers_compiles_it() -> None:
+def test_a_template_is_rendered_as_transformers_renders_it() -> None:
     """Blocks take their line with them; loops can be left (`render_jinja_template`)."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     source = "{% for x in 'abc' %}\n  {% if x == 'b' %}\n{% break %}{% endif %}\n-{{ x }}\n"
     source += "{% endfor %}\n."
-    ours = compile_template(Path("x.gguf"), source).render()
+    [[ours]] = render([source], [{}])
     [theirs], _ = render_jinja_template([[]], chat_template=source)
-    assert ours == theirs == "-a\n."
-
-
-@pytest.mark.sentences
-def test_template_that_refuses_is_a_sentence() -> None:
-    with pytest.raises(InputError, match="does not compile"):
-        compile_template(Path("x.gguf"), "{% if %}")
-    with pytest.raises(InputError, match="refuses the question"):
-        compile_template(Path("x.gguf"), "{{ raise_exception('no') }}").render()
+    assert ours.text == theirs == "-a\n."
 
 
 # --- vLLM
@@ -256,29 +248,22 @@ class FakeVllm:
         self.options = options
         return self
 
-    def chat(
-        self,
-        messages: Any,
-        sampling: dict[str, Any],
-        *,
-        use_tqdm: bool,
-        chat_template_kwargs: dict[str, bool],
+    def generate(
+        self, prompts: list[Any], sampling: dict[str, Any], *, use_tqdm: bool
     ) -> list[Any]:
         assert use_tqdm is False
-        [message] = messages
-        assert message["role"] == "user"
-        *picture, text = message["content"]
-        assert text["type"] == "text"
-        for part in picture:
-            assert part["type"] == "image_url"
-            png = part["image_url"]["url"].removeprefix("data:image/png;base64,")
-            pixels = Image.open(io.BytesIO(base64.b64decode(png)))
-            assert [pixels.getpixel((x, 0)) for x in (0, 447)] == [(255, 0, 0), (0, 0, 255)]
-        [(switch, thinking)] = chat_template_kwargs.items()
-        assert switch == "enable_thinking"
-        self.asked.append((thinking, bool(picture)))
+        [given] = prompts
+        picture = given.get("multi_modal_data", {}).get("image")
+        if picture is not None:
+            assert [picture.getpixel((x, 0)) for x in (0, 447)] == [(255, 0, 0), (0, 0, 255)]
+        text = given["prompt"]
+        assert text.count("<|image_pad|>") == (picture is not None)
+        thinking = text.endswith("<think>\n")
+        assert thinking or text.endswith("<think>\n\n</think>\n\n")
+        [prompt] = [task.prompt for task in (IMAGE, *TASKS) if task.prompt in text]
+        self.asked.append((thinking, picture is not None))
         self.samplings.append(sampling)
-        said = self.scripted.ask(Question(text["text"], "", thinking=thinking))
+        said = self.scripted.ask(Question(prompt, "", thinking=thinking))
         return [SimpleNamespace(outputs=[SimpleNamespace(text=said)])]
 
 
@@ -322,6 +307,22 @@ def test_vllm_is_asked_everything(
     vllm.scripted.change = lambda _, said: said.replace("Paris", "Rome")
     assert main(arguments) == 1
     assert "capital of France" in capsys.readouterr().out
+
+
+def test_what_vllm_refuses_is_a_finding(vllm: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **more: Any) -> Any:
+        raise ValueError("no\n preprocessor")
+
+    for name, sentence in {
+        "generate": "vLLM cannot answer it (ValueError: no preprocessor)",
+        "llm": "vLLM cannot load it (ValueError: no preprocessor)",
+    }.items():
+        if name == "llm":
+            monkeypatch.setattr(sys.modules["vllm"], "LLM", refuse)
+        else:
+            monkeypatch.setattr(vllm, name, refuse)
+        [found] = in_engine("vllm", ASSET, vision=False).findings
+        assert (found.check, found.message) == ("load", sentence)
 
 
 def test_vllm_speaks_to_stderr_unless_told_otherwise(

@@ -17,7 +17,8 @@ from checkpoints import ASSET, random_tensors
 from loading import load_model
 from qwen35.checkpoint.source import open_folder
 from qwen35.model.roles import CheckpointNaming
-from qwen35.verification.asking_transformers import Asker, Question, is_right
+from qwen35.verification.asking_transformers import Asker
+from qwen35.verification.questions import Question, is_right
 from running import plan_of, read_config, run
 
 ROWS: list[dict[str, Any]] = json.loads((ASSET / "questions.json").read_text())

@@ -21,10 +21,10 @@ from qwen35.cli.main import main
 from qwen35.cli.old import front_doors
 from qwen35.errors import InputError, UsageError
 from qwen35.verification import asking_transformers, behaviour, device_choice
-from qwen35.verification.asking_transformers import Question, is_right
 from qwen35.verification.behaviour import IMAGE, TASKS, Answer, ask, behaviour_findings
 from qwen35.verification.device_choice import choose
 from qwen35.verification.gguf_subject import GgufSubject
+from qwen35.verification.questions import Halves, Question, is_right
 from qwen35.verification.verdict import verify
 from running import load_all, read_config, run
 
@@ -187,7 +187,7 @@ def test_a_question_is_read_from_a_row() -> None:
     row = {"id": "a", "prompt": "2 + 2?", "expect": "4", "match": "any", "thinking": 1}
     assert Question.from_json(row) == Question("2 + 2?", "4", "any", thinking=True)
     shown = {"left": "red", "right": "blue", "size": [8, 2]}
-    halves = asking_transformers.Halves("red", "blue", 8, 2)
+    halves = Halves("red", "blue", 8, 2)
     question = Question("?", "4", "all", image=halves)
     read = Question.from_json({"image": shown, **row, "prompt": "?", "match": "all", "thinking": 0})
     assert read == question
@@ -195,7 +195,7 @@ def test_a_question_is_read_from_a_row() -> None:
 
 
 def test_a_picture_is_two_halves() -> None:
-    image = asking_transformers.drawn(asking_transformers.Halves("red", "blue", 5, 3))
+    image = asking_transformers.drawn(Halves("red", "blue", 5, 3))
     assert image.size == (5, 3)
     red, blue = asking_transformers.COLORS["red"], asking_transformers.COLORS["blue"]
     for y in range(3):

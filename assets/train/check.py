@@ -25,7 +25,8 @@ from batches import Batch, text_rows
 from checkpoint import write_json
 from learning import Clock, text_loss
 from qwen35.cli.main import main as qwen35
-from qwen35.verification.asking_transformers import Asker, Question, is_right
+from qwen35.verification.asking_transformers import Asker
+from qwen35.verification.questions import Question, is_right
 from readme import readme
 from rounding import round_model, shuffle_model
 from vocabulary import special_ids

@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.header import strict_json
 from qwen35.checkpoint.mistaken import LONGEST_HEAD, stand_in
-from qwen35.checkpoint.sidecars import SIDECARS
+from qwen35.checkpoint.sidecars import LEGAL, SIDECARS
 from qwen35.checkpoint.source import Checkpoint, dangling_link
 from qwen35.errors import ConfigError, InputError
+from qwen35.planning import tokenizer_child
+from qwen35.planning.bounded_child import Limits, run_bounded
 
 __all__ = ["check_generation", "check_sidecars", "left_behind", "sidecar_problems"]
 
@@ -25,15 +26,8 @@ _MAX_BYTES = 64 * 2**20
 """Size limit for a sidecar, far above real ones."""
 
 _SHOWN = 12
-_SECONDS = 60
-_LOAD = """
-import sys
-try:
-    from tokenizers import Tokenizer
-except ImportError:
-    sys.exit()
-Tokenizer.from_buffer(sys.stdin.buffer.read())
-"""
+_LOADING = Limits(seconds=60, memory=2**32)
+"""For loading a tokenizer: the largest take a second or two."""
 
 _NUMBERS: dict[str, str] = {
     "temperature": "a number",
@@ -60,6 +54,8 @@ _NUMBERS: dict[str, str] = {
 }
 """Settings of generation_config.json that engines read (transformers 5.23 `GenerationConfig`,
 gguf 0.19 `Metadata`), with what they must be if they are not null."""
+
+_SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 _LARGEST = 3.4028234663852886e38
 _loaded: dict[bytes, str] = {}
@@ -105,7 +101,7 @@ def _check(name: str, content: bytes) -> None:
     known = stand_in(name, content[:LONGEST_HEAD], ConfigError)
     if known is not None:
         raise known
-    if name == "LICENSE":
+    if name in LEGAL:
         return
     try:
         text = content.decode()
@@ -193,10 +189,44 @@ def _check_tokenizer(name: str, value: Mapping[str, Any]) -> None:
         raise ConfigError(name, "malformed added_tokens", expected="a list of id and content")
 
 
+def _check_settings(name: str, value: Mapping[str, Any]) -> None:
+    """Check those tokenizer settings that transformers 5.23 fails on."""
+    for key, setting in value.items():
+        if setting is None:
+            continue
+        expected = _expected(key, setting)
+        if expected:
+            raise ConfigError(name, f"{key} is {repr(setting)[:80]}", expected=expected)
+
+
+def _expected(key: str, setting: Any) -> str:
+    """Return what a tokenizer setting must be; empty if it is that."""
+    if key in _SPECIAL:
+        return "" if _is_token(setting) else "a token"
+    if key == "added_tokens_decoder":
+        whole = isinstance(setting, dict) and all(
+            number.isdecimal() and isinstance(token, dict) and _is_token(token)
+            for number, token in setting.items()
+        )
+        return "" if whole else "tokens by their numbers"
+    if key in ("additional_special_tokens", "extra_special_tokens"):
+        tokens = list(setting.values()) if isinstance(setting, dict) else setting
+        whole = isinstance(tokens, list) and all(map(_is_token, tokens))
+        return "" if whole else "a list of tokens, or tokens by name"
+    return "text" if key == "tokenizer_class" and not isinstance(setting, str) else ""
+
+
+def _is_token(value: object) -> bool:
+    text = value.get("content") if isinstance(value, dict) else value
+    return isinstance(text, str)
+
+
 _VALUES: dict[str, Callable[[str, Mapping[str, Any]], None]] = {
     "added_tokens.json": _check_tokens,
     "generation_config.json": check_generation,
+    "special_tokens_map.json": _check_settings,
     "tokenizer.json": _check_tokenizer,
+    "tokenizer_config.json": _check_settings,
     "vocab.json": _check_tokens,
 }
 """Content checks of JSON sidecars, by file name."""
@@ -218,15 +248,12 @@ def _loading_error(content: bytes) -> str:
     """
     if importlib.util.find_spec("tokenizers") is None:
         return ""
-    command = [sys.executable, "-I", "-c", _LOAD]
+    program = Path(tokenizer_child.__file__)
     try:
-        done = subprocess.run(command, input=content, capture_output=True, timeout=_SECONDS)  # noqa: S603
-    except subprocess.TimeoutExpired:
-        return f"it takes more than {_SECONDS} seconds"
-    if done.returncode == 0:
-        return ""
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
-    return lines[-1].partition(": ")[2][:200] if lines else "it crashes"
+        why, whole = run_bounded(program, content, _LOADING, ("tokenizers",))
+    except OSError as error:
+        return f"no process to load it in: {error.strerror}"
+    return why.decode(errors="replace") if whole else f"it crashes, or takes more than {_LOADING}"
 
 
 def _check_merges(name: str, text: str) -> None:
@@ -236,7 +263,7 @@ def _check_merges(name: str, text: str) -> None:
 
 
 def left_behind(checkpoint: Checkpoint, carried: Collection[str]) -> tuple[str, ...]:
-    """Return a note that lists the files that are not copied; () if there are none.
+    """Return notes that list the files and buffers that are not copied.
 
     Args:
         checkpoint: the source.
@@ -244,7 +271,9 @@ def left_behind(checkpoint: Checkpoint, carried: Collection[str]) -> tuple[str, 
     """
     known = [row.name for row in SIDECARS if row.name in checkpoint.sidecars]
     names = sorted(name for name in (*known, *checkpoint.others) if name not in carried)
-    if not names:
-        return ()
+    buffers = [f"{name}, which loaders compute" for name in checkpoint.buffers[:1]]
+    if len(checkpoint.buffers) > 1:
+        buffers = [f"{checkpoint.buffers[0]} and others alike, which loaders compute"]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (f"left behind: {', '.join(names[:_SHOWN])}{more}",)
+    lists = [f"{', '.join(names[:_SHOWN])}{more}"] if names else []
+    return tuple(f"left behind: {one}" for one in (*lists, *buffers))

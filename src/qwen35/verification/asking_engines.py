@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwen35.checkpoint.gguf_header import GgufHeader
-from qwen35.errors import Finding
+from qwen35.errors import Finding, InputError
 from qwen35.verification.asking_transformers import Asker
 from qwen35.verification.asking_vllm import VllmAsker, check_vllm
 from qwen35.verification.behaviour import Answer, BehaviourResult, ask, behaviour_findings
@@ -27,13 +27,25 @@ def check_engine(engine: Engine | None) -> None:
 
 
 def in_engine(engine: Engine | None, folder: Path, *, vision: bool) -> BehaviourResult:
-    """Load a checkpoint in an engine (transformers by default) and ask all questions."""
-    return _in_vllm(folder, vision) if engine == "vllm" else _in_transformers(folder)
+    """Load a checkpoint in an engine (transformers by default) and ask all questions.
+
+    What the engine, or the chat template, refuses is a finding.
+    """
+    try:
+        return _in_vllm(folder, vision) if engine == "vllm" else _in_transformers(folder)
+    except InputError as error:
+        return BehaviourResult(findings=(_refused(error),))
+
+
+def _refused(error: InputError) -> Finding:
+    return Finding("load", error.subject, error.message)
 
 
 def _in_vllm(folder: Path, vision: bool) -> BehaviourResult:
-    answers = tuple(ask(VllmAsker(folder, vision=vision), image=vision))
-    return BehaviourResult(answers, tuple(behaviour_findings(answers)), ("asked in vLLM",))
+    asker = VllmAsker(folder, vision=vision)
+    answers = tuple(ask(asker, image=asker.vision))
+    notes = ("asked in vLLM", *asker.notes)
+    return BehaviourResult(answers, tuple(behaviour_findings(answers)), notes)
 
 
 def _in_transformers(folder: Path) -> BehaviourResult:
@@ -43,7 +55,7 @@ def _in_transformers(folder: Path) -> BehaviourResult:
         for name in asker.missing
     ]
     answers = tuple(ask(asker, image=asker.vision))
-    notes = [f"asked in transformers, on the {asker.model.device.type}"]
+    notes = [f"asked in transformers, on the {asker.model.device.type}", *asker.notes]
     if asker.settled:
         notes.append(
             f"{asker.settled} layers kept off bitsandbytes' AVX512-BF16 path, which fails on them"
@@ -57,14 +69,20 @@ def in_llama(containers: Iterable[GgufHeader], threads: int) -> BehaviourResult:
 
     answers: list[Answer] = []
     findings: list[Finding] = []
+    notes: dict[str, None] = {}
     for container in containers:
         file = container.path.name
-        with LlamaAsker(container, threads) as asker:
-            file_answers = list(ask(asker, image=False))
+        try:
+            with LlamaAsker(container, threads) as asker:
+                file_answers = list(ask(asker, image=False))
+                notes |= dict.fromkeys(asker.notes)
+        except InputError as error:
+            findings.append(_refused(error))
+            continue
         answers += [replace(answer, file=file) for answer in file_answers]
         findings += [
             replace(finding, subject=f"{file}: {finding.subject}")
             for finding in behaviour_findings(file_answers)
         ]
     note = "asked in llama.cpp, without pictures: the binding is built without vision support"
-    return BehaviourResult(tuple(answers), tuple(findings), (note,))
+    return BehaviourResult(tuple(answers), tuple(findings), (note, *notes))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,12 +10,11 @@ from qwen35.array_types import F32
 from qwen35.checkpoint.gguf_header import GgufHeader
 from qwen35.closing import Closing
 from qwen35.engines.llama import Llama
-from qwen35.errors import InputError
-from qwen35.verification.asking_transformers import Question
+from qwen35.verification.chat_prompts import ChatPrompts
+from qwen35.verification.gguf_sense import TEMPLATE, token_texts
+from qwen35.verification.questions import Question
 
 __all__ = ["LlamaAsker"]
-
-_CONTEXT = 2048
 
 
 class LlamaAsker(Closing):
@@ -27,14 +24,20 @@ class LlamaAsker(Closing):
         container: the file's header.
         threads: threads of llama.cpp.
 
+    Attributes:
+        thinking: whether questions can be asked without thinking, and with.
+        notes: what is special about asking it.
+
     Raises:
-        InputError: llama.cpp cannot load it, or its chat template does not compile.
+        InputError: llama.cpp cannot load it, or its chat template refuses questions.
         UsageError: llama-cpp-python is not installed.
     """
 
     def __init__(self, container: GgufHeader, threads: int = 1) -> None:
-        self._template = compile_template(container.path, container.keys["tokenizer.chat_template"])
-        self._llama = Llama(container.path, context=_CONTEXT, threads=threads)
+        keys = container.keys
+        self.prompts = ChatPrompts(container.path.name, keys.get(TEMPLATE), token_texts(keys))
+        self.thinking, self.notes = self.prompts.thinking, self.prompts.notes
+        self._llama = Llama(container.path, context=self.prompts.context, threads=threads)
 
     def close(self) -> None:
         """Free the model; may be called twice."""
@@ -42,11 +45,6 @@ class LlamaAsker(Closing):
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
         """Return the model's turn, including the reasoning if it thinks."""
-        text = self._template.render(
-            messages=[{"role": "user", "content": question.prompt}],
-            add_generation_prompt=True,
-            enable_thinking=question.thinking,
-        )
 
         def penalized(row: F32, seen: Sequence[int]) -> F32:
             """Penalize the logits of tokens seen, as transformers does (Keskar 2019)."""
@@ -58,26 +56,6 @@ class LlamaAsker(Closing):
             )
             return changed
 
-        prompt = self._llama.encode(text)
-        return self._llama.decode(self._llama.answer(prompt, question.tokens, penalized))
-
-
-def compile_template(path: Path, source: str) -> Any:
-    """Compile a chat template with the settings of transformers, in a sandbox."""
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-
-    def refuse(message: str) -> None:
-        raise InputError(path.name, f"its chat template refuses the question ({message})")
-
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        found = f"its chat template does not compile ({error})"
-        raise InputError(path.name, found) from error
+        prompt = self._llama.encode(self.prompts.write(question))
+        turn = self._llama.decode(self._llama.answer(prompt, question.tokens, penalized))
+        return self.prompts.answer(question, turn)

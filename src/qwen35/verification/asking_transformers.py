@@ -1,20 +1,19 @@
-"""Ask a checkpoint in transformers; the questions and the judgement of answers are shared."""
+"""Ask a checkpoint in transformers, with prompts that a bounded child renders."""
 
 from __future__ import annotations
 
-import ast
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from qwen35.engines.torch_model import TorchModel, torch_and_transformers
-from qwen35.errors import UsageError
+from qwen35.engines.torch_model import NO_CODE, TorchModel, torch_and_transformers
+from qwen35.errors import InputError, Qwen35Error, UsageError
+from qwen35.verification.chat_prompts import ChatPrompts
+from qwen35.verification.questions import Halves, Question
 
-__all__ = ["COLORS", "Asker", "Halves", "Question", "drawn", "is_right"]
+__all__ = ["COLORS", "UNSEEN", "Asker", "as_sentence", "drawn", "prompts_of"]
 
-MAX_NEW_TOKENS = 96
 COLORS: dict[str, tuple[int, int, int]] = {
     "red": (255, 0, 0),
     "blue": (0, 0, 255),
@@ -25,103 +24,9 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "orange": (255, 140, 0),
     "purple": (128, 0, 128),
 }
-
-
-@dataclass(frozen=True)
-class Halves:
-    """A picture: its left half of one colour, its right half of another."""
-
-    left: str
-    right: str
-    width: int = 448
-    height: int = 224
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question and its right answer.
-
-    Args:
-        prompt: the user's turn.
-        expect: what the answer must be or hold.
-        match: ``word``: the answer is this word; ``any``: it holds one of these words; ``all``: all
-            of them; ``words``: one sentence with all of these; ``contains``: it holds this text;
-            ``code``: a Python function that holds this text; ``sum``: a Python function that
-            returns the sum of its two arguments.
-        thinking: the model must reason first, and finish its reasoning.
-        image: a picture shown with the question.
-        tokens: maximum length of the model's turn.
-    """
-
-    prompt: str
-    expect: str
-    match: str = "word"
-    thinking: bool = False
-    image: Halves | None = None
-    tokens: int = MAX_NEW_TOKENS
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Self:
-        """Read a row of a questions.json."""
-        shown = row.get("image")
-        image = Halves(shown["left"], shown["right"], *shown["size"]) if shown else None
-        return cls(row["prompt"], row["expect"], row["match"], bool(row["thinking"]), image)
-
-
-def is_right(question: Question, turn: str) -> bool:
-    """Judge the model's turn.
-
-    >>> is_right(Question("2 + 2?", "4"), "4."), is_right(Question("2 + 2?", "4"), "It is 5")
-    (True, False)
-    """
-    if question.thinking:
-        thought, closed, turn = turn.partition("</think>")
-        if not closed or not thought.strip():
-            return False
-    elif "<think>" in turn:
-        return False
-    return _matches(question, turn.strip())
-
-
-def _matches(question: Question, answer: str) -> bool:
-    expect = question.expect.casefold()
-    words = re.findall(r"\w+", answer.casefold())
-    if question.match == "word":
-        return words == [expect]
-    if question.match == "any":
-        return not set(expect.split()).isdisjoint(words)
-    if question.match == "all":
-        return set(expect.split()) <= set(words)
-    if question.match == "words":
-        return set(expect.split()) <= set(words) and answer.count(".") == 1
-    if question.match == "contains":
-        return expect in answer.casefold()
-    if question.match == "code":
-        block = re.fullmatch(r"```python\n(.*)\n```", answer, flags=re.DOTALL)
-        return block is not None and "def " in answer and expect in answer.casefold()
-    if question.match == "sum":
-        return _sums(answer)
-    raise UsageError(question.prompt, f"match {question.match!r}", expected="word, words, ...")
-
-
-def _sums(answer: str) -> bool:
-    """Return whether an answer defines a Python function that adds its two arguments."""
-    # parsed, never run: a model wrote it
-    block = re.search(r"```(?:python|py)?\n(.*?)```", answer, flags=re.DOTALL)
-    try:
-        tree = ast.parse(block[1] if block else answer)
-    except (SyntaxError, ValueError, RecursionError):
-        return False
-    for function in ast.walk(tree):
-        if not isinstance(function, ast.FunctionDef):
-            continue
-        names = {argument.arg for argument in function.args.args}
-        for node in ast.walk(function):
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-                added = {side.id for side in (node.left, node.right) if isinstance(side, ast.Name)}
-                if len(names) == 2 and added == names:
-                    return True
-    return False
+UNSEEN = "not shown a picture: the chat template has no place for one"
+_TOKENIZERS = ("tokenizer.json", "vocab.json")
+_PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 class Asker:
@@ -131,23 +36,42 @@ class Asker:
         folder: the artifact.
 
     Attributes:
-        vision: whether it sees pictures.
+        vision: whether it can be shown pictures.
         missing: weights that only the model or only the files have.
         settled: number of 4-bit layers kept off a code path that fails on this processor.
+        thinking: whether questions can be asked without thinking, and with.
+        notes: what is special about asking it.
 
     Raises:
+        InputError: there is no tokenizer, the chat template refuses questions, or transformers
+            cannot load it.
         UsageError: transformers, torch or, for pictures, Pillow is not installed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.torch, transformers = torch_and_transformers("asking the model")
-        loaded = TorchModel(folder)
+        self.tokenizer, self.prompts = prompts_of(folder, transformers)
+        with as_sentence(folder.name, "transformers cannot load it"):
+            loaded = TorchModel(folder)
         self.model, self.vision = loaded.model, loaded.vision
         self.missing, self.settled = loaded.missing, loaded.settled
-        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
-        self.images: Any = (
-            transformers.AutoImageProcessor.from_pretrained(folder) if self.vision else None
-        )
+        self.thinking, notes = self.prompts.thinking, list(self.prompts.notes)
+        self.images: Any = None
+        if self.vision:
+            unseen = self._unseen(folder)
+            self.vision = not unseen
+            notes += unseen
+        if self.vision:
+            with as_sentence(folder.name, "transformers cannot load its image preprocessor"):
+                self.images = transformers.AutoImageProcessor.from_pretrained(folder, **NO_CODE)
+        self.notes = tuple(notes)
+        _end_turns(self.model, self.tokenizer)
+
+    def _unseen(self, folder: Path) -> list[str]:
+        """Return a note on why no picture can be shown; none if one can."""
+        if not any((folder / name).is_file() for name in _PREPROCESSORS):
+            return [f"not shown a picture: no {_PREPROCESSORS[0]}"]
+        return [] if self.prompts.sees else [UNSEEN]
 
     def move(self, device: str, *, drop_tower: bool) -> bool:
         """Move the model to a device, optionally without its vision tower.
@@ -166,32 +90,30 @@ class Asker:
         return True
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
-        """Return the model's turn, including the reasoning if it thinks."""
+        """Return the model's turn, including the reasoning if it thinks.
+
+        Raises:
+            InputError: the chat template refuses the question, or transformers cannot answer it.
+        """
         torch = self.torch
-        inputs = {name: part.to(self.model.device) for name, part in self._inputs(question).items()}
-        with torch.no_grad():
+        with as_sentence(question.prompt, "transformers cannot answer it"), torch.no_grad():
+            inputs = self._inputs(question)
+            inputs = {name: part.to(self.model.device) for name, part in inputs.items()}
             out = self.model.generate(
                 **inputs,
                 max_new_tokens=question.tokens,
                 do_sample=False,
                 repetition_penalty=repetition_penalty,
             )
-        turn = out[0, inputs["input_ids"].shape[1] :]
-        text: str = self.tokenizer.decode(turn, skip_special_tokens=True)
-        return text
+            turn = out[0, inputs["input_ids"].shape[1] :]
+            text: str = self.tokenizer.decode(turn, skip_special_tokens=True)
+        return self.prompts.answer(question, text)
 
     def _inputs(self, question: Question) -> dict[str, Any]:
         torch = self.torch
-        content: list[dict[str, str]] = [{"type": "text", "text": question.prompt}]
-        if question.image is not None:
-            content.insert(0, {"type": "image"})
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=question.thinking,
-        )
-        ids = self.tokenizer(text)["input_ids"]
+        # As in transformers' own chat: the template writes the special tokens.
+        text = self.prompts.write(question)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if question.image is None:
             row = torch.tensor([ids])
             return {"input_ids": row, "attention_mask": torch.ones_like(row)}
@@ -208,6 +130,48 @@ class Asker:
             "pixel_values": pixels["pixel_values"],
             "image_grid_thw": pixels["image_grid_thw"],
         }
+
+
+@contextmanager
+def as_sentence(subject: str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises for a stranger's files into a sentence.
+
+    Raises:
+        InputError: what the library raised.
+    """
+    try:
+        yield
+    except (Qwen35Error, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(subject, f"{what} ({type(error).__name__}: {text})") from error
+
+
+def prompts_of(folder: Path, transformers: Any) -> tuple[Any, ChatPrompts]:
+    """Return a checkpoint's tokenizer and the prompts of its chat template.
+
+    Raises:
+        InputError: there is no tokenizer, it cannot be loaded, or its template refuses questions.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        hint = f"add the {_TOKENIZERS[0]} of its source"
+        raise InputError(folder.name, "no tokenizer, so nothing can be asked", hint=hint)
+    with as_sentence(folder.name, "transformers cannot load its tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
+        template, named = tokenizer.chat_template, tokenizer.special_tokens_map
+    template = template.get("default") if isinstance(template, dict) else template
+    tokens = {name: text for name, text in named.items() if isinstance(text, str)}
+    return tokenizer, ChatPrompts("chat template", template, tokens)
+
+
+def _end_turns(model: Any, tokenizer: Any) -> None:
+    """Let the tokenizer's own last token end a turn, as in vLLM and llama.cpp."""
+    config, end = model.generation_config, tokenizer.eos_token_id
+    ends = config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if end is not None and end not in ends:
+        config.eos_token_id = [*ends, end]
 
 
 def drawn(halves: Halves) -> Any:

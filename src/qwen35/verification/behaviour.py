@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from qwen35.errors import Finding
-from qwen35.verification.asking_transformers import Halves, Question, is_right
+from qwen35.verification.questions import IMAGE, TASKS, Question, is_right
 
 __all__ = [
     "IMAGE",
@@ -17,39 +17,15 @@ __all__ = [
     "AnsweringModel",
     "BehaviourResult",
     "ask",
+    "asked",
     "behaviour_findings",
 ]
 
 REPETITION_PENALTY = 1.15
 """As in the earlier commands."""
 
-IMAGE = Question(
-    "What color is the left half of this image? Answer with one word.",
-    "red",
-    "any",
-    image=Halves("red", "blue"),
-    tokens=16,
-)
-
-TASKS = (
-    Question("What is 2 + 2? Answer in one word.", "4 four", "any", tokens=256),
-    Question("Translate to French: 'The sky is blue.'", "ciel bleu", "all", tokens=512),
-    Question(
-        "Write a Python function that returns the sum of two numbers.",
-        "a function that returns a + b",
-        "sum",
-        tokens=1024,
-    ),
-    Question(
-        "Summarize in one sentence: The quick brown fox jumps over the lazy dog near the river "
-        "bank on a sunny day.",
-        "fox dog",
-        "words",
-        tokens=512,
-    ),
-    Question("What is the capital of France?", "Paris", "contains", tokens=512),
-)
-"""Asked with thinking off, then on."""
+_REASONED = 512
+"""Tokens for reasoning and a short answer."""
 
 NOT_ASKED = "no questions asked: fix the findings first"
 """The note on an artifact with findings at a lower depth."""
@@ -57,6 +33,11 @@ NOT_ASKED = "no questions asked: fix the findings first"
 
 class AnsweringModel(Protocol):
     """A model in some engine that answers questions."""
+
+    @property
+    def thinking(self) -> tuple[bool, ...]:
+        """Whether questions can be asked without thinking, and with."""
+        ...
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
         """Return the model's turn, including the reasoning if it thinks."""
@@ -118,12 +99,24 @@ class BehaviourResult:
 def ask(
     engine: AnsweringModel, *, image: bool, thinking: tuple[bool, ...] = (False, True)
 ) -> Iterator[Answer]:
-    """Ask all questions in turn, the picture first if the model sees."""
+    """Ask all questions in turn, the picture first if the model sees.
+
+    Without thinking, with it, or both, as far as the chat template can switch it.
+    """
     if image:
-        yield _ask(engine, IMAGE)
+        yield _ask(engine, asked(engine, IMAGE))
     for on in thinking:
-        for task in TASKS:
-            yield _ask(engine, replace(task, thinking=on))
+        if on in engine.thinking:
+            for task in TASKS:
+                yield _ask(engine, replace(task, thinking=on))
+
+
+def asked(engine: AnsweringModel, question: Question) -> Question:
+    """Return a question with thinking on if the template always asks for reasoning."""
+    if question.thinking in engine.thinking:
+        return question
+    on = engine.thinking[0]
+    return replace(question, thinking=on, tokens=max(question.tokens, _REASONED))
 
 
 def _ask(engine: AnsweringModel, question: Question) -> Answer:

@@ -121,6 +121,7 @@ def _varied(
     table: dict[str, list[dict[str, Any]]], more: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each conversation with thinking on, off and unsaid, and without a prompt to answer."""
+    more = {"tools": None, "documents": None, **more}  # as transformers does
     for name, messages in table.items():
         for ending, thinking in _THINKING.items():
             prompt = {"add_generation_prompt": True}

@@ -1,26 +1,21 @@
-"""Render chat templates as a separate program: read a job from stdin, write results to stdout.
+"""Render chat templates: read a job from stdin, write a line of results for each template.
 
-Templates come from strangers. The program runs in its own interpreter without this package, under
-limits of memory, time and files that it sets before it reads anything.
+Templates come from strangers. Runs as a bounded child (`qwen35.planning.bounded_child`).
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
 LONGEST = 2**20
 """Characters of one result."""
 
-
-def _limit(seconds: int, nbytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+ALL = 2**22
+"""Characters of all results of one template."""
 
 
 def _environment() -> Any:
@@ -57,29 +52,41 @@ def _environment() -> Any:
     return environment
 
 
-def _render(template: Any, variables: dict[str, Any]) -> list[str]:
+def _said(error: Exception) -> list[str]:
+    """Return the error; its own text may be as long or as hostile as the template likes."""
     try:
-        text = template.render(**variables)
+        text = f"{type(error).__name__}: {error}"
+    except Exception:  # noqa: BLE001 - the same
+        text = type(error).__name__
+    return ["error", text[:200].rstrip(": ")]
+
+
+def _results(environment: Any, source: str, conversations: list[Any]) -> Iterator[list[str]]:
+    try:
+        template = environment.from_string(source)
     except Exception as error:  # noqa: BLE001 - whatever a stranger's template raises is its result
-        return ["error", f"{type(error).__name__}: {error}"[:200]]
-    return ["text", text] if len(text) <= LONGEST else ["error", f"{len(text)} characters"]
+        yield from [_said(error)] * len(conversations)
+        return
+    total = 0
+    for variables in conversations:
+        try:
+            text = template.render(**variables)
+            total += len(text)
+            long = len(text) > LONGEST or total > ALL
+            yield ["error", f"it writes {len(text)} characters"] if long else ["text", text]
+        except Exception as error:  # noqa: BLE001 - the same
+            yield _said(error)
 
 
 def main() -> None:
     """Render every template with every set of variables."""
-    seconds, nbytes = map(int, sys.argv[1:])
-    _limit(seconds, nbytes)
-    job = json.load(sys.stdin)
+    job = json.loads(sys.stdin.buffer.read())
     environment = _environment()
-    results = []
     for source in job["templates"]:
-        try:
-            template = environment.from_string(source)
-        except Exception as error:  # noqa: BLE001 - the same
-            results.append([["error", f"{type(error).__name__}: {error}"[:200]]] * len(job["with"]))
-            continue
-        results.append([_render(template, variables) for variables in job["with"]])
-    json.dump(results, sys.stdout)
+        # A line at a time: whoever ends this program knows which template it was about.
+        results = list(_results(environment, source, job["with"]))
+        sys.stdout.write(json.dumps(results) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.codecs.registry import CODECS
-from qwen35.errors import ConfigError, UsageError
+from qwen35.errors import ConfigError, InputError, UsageError
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
-from qwen35.verification.asking_transformers import Asker, Question, is_right
+from qwen35.verification.asking_transformers import Asker
+from qwen35.verification.behaviour import asked
+from qwen35.verification.questions import Question, is_right
 from qwen35.verification.safetensors_subject import CheckpointSubject
 from qwen35.verification.verdict import verify
 
@@ -107,11 +109,17 @@ def _answers(out: Path, plan: Plan, output: Console) -> bool:
         return True
     try:
         asker = Asker(out)
+        question = asked(asker, QUESTION)
+        answer = asker.ask(question).strip()
     except UsageError as error:
         output.line(f"   inference: skipped, {error.found}")
         return True
-    answer = asker.ask(QUESTION).strip()
-    right = is_right(QUESTION, answer)
+    except InputError as error:
+        output.line(f"   inference: FAILED {error}")
+        return False
+    for note in asker.notes:
+        output.line(f"   note: {note}")
+    right = is_right(question, answer)
     verdict = "ok" if right else f"FAILED, expected {QUESTION.expect!r}"
     output.line(f"   inference: {QUESTION.prompt} -> {answer!r} ({verdict})")
     return right

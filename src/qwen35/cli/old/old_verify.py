@@ -53,7 +53,8 @@ def stages(args: argparse.Namespace, output: Console, *, image: bool) -> int:
     strategy = choose(total, visual if image else 0, free_gpu_bytes())
     asker = _load(checkpoint.folder(), strategy, output)
     right = _precision(subject, output)
-    answers = _inference(asker, strategy, output, image=image and vision)
+    skipped = _skipped(asker, vision=vision)
+    answers = _inference(asker, strategy, output, image=image and asker.vision, skipped=skipped)
     return _end(output, result, findings, answers, passed=right and not asker.missing)
 
 
@@ -86,6 +87,8 @@ def _load(folder: Path, strategy: Strategy, output: Console) -> Asker:
         output.line(f"   FAILED {name}: missing or unexpected when loaded")
     if asker.settled:
         output.line(f"   {asker.settled} layers kept off bitsandbytes' AVX512-BF16 path")
+    for note in asker.notes:
+        output.line(f"   note: {note}")
     return asker
 
 
@@ -116,13 +119,22 @@ def _is_module(item: InventoryItem) -> bool:
     return item.role.info.kind in ("linear", "head") and item.role.scope != "mtp"
 
 
-def _inference(asker: Asker, strategy: Strategy, output: Console, *, image: bool) -> list[Answer]:
+def _skipped(asker: Asker, *, vision: bool) -> str:
+    """Return why no picture is shown."""
+    if asker.vision:
+        return "skipped by this command"
+    return "skipped: no picture can be shown (see the note)" if vision else "skipped: text only"
+
+
+def _inference(
+    asker: Asker, strategy: Strategy, output: Console, *, image: bool, skipped: str
+) -> list[Answer]:
     answers: list[Answer] = []
     output.line("4 Inference [IMAGE]")
     if image:
         answers += _show(list(ask(asker, image=True, thinking=())), output)
     else:
-        output.line("   skipped: text only" if not asker.vision else "   skipped by this command")
+        output.line(f"   {skipped}")
     if strategy == "cuda_drop":
         moved = asker.move("cuda", drop_tower=True)
         output.line(
@@ -130,6 +142,8 @@ def _inference(asker: Asker, strategy: Strategy, output: Console, *, image: bool
         )
     for stage, thinking in (("5a THINKING OFF", False), ("5b THINKING ON", True)):
         output.line(stage)
+        if thinking not in asker.thinking:
+            output.line("   skipped: the chat template has no switch for thinking")
         answers += _show(list(ask(asker, image=False, thinking=(thinking,))), output)
     return answers
 

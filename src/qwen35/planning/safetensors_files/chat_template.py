@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -23,6 +24,7 @@ __all__ = ["compiles", "text_only_template", "writes_vision"]
 MAX_LENGTH = 2**17
 _VISION_WORDS = {"image", "image_url", "video", "video_url"}
 _ERROR = "{{- raise_exception('This is a text-only model: it takes no images and no videos.') }}"
+_REPAIR = "repair the chat template of the source"
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _ENDRAW = re.compile(r"\{%[-+]?\s*endraw")
 _PAIRS = {"{%": "%}", "{{": "}}", "{#": "#}"}
@@ -117,20 +119,30 @@ def _parse(source: str, name: str) -> nodes.Template:
         raise InputError(
             name,
             f"not a valid Jinja template, line {error.lineno}: {error.message}",
-            hint="repair the chat template of the source",
+            hint=_REPAIR,
         ) from error
-    except RecursionError as error:
-        raise InputError(name, "a Jinja template nested too deeply") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise InputError(name, f"not a valid Jinja template ({error})", hint=_REPAIR) from error
 
 
 def compiles(source: str, name: str) -> None:
-    """Check that a template parses.
+    """Check that a template parses. It is never compiled, let alone rendered, in this process.
 
     Raises:
         InputError: the template is far longer than any chat template, or does not parse; then the
             message gives the line.
     """
-    _parse_bounded(source, name)
+    with _depth(name):
+        _parse_bounded(source, name)
+
+
+@contextmanager
+def _depth(name: str) -> Iterator[None]:
+    """Refuse a template that is nested deeper than the parser, or a search of its tree, goes."""
+    try:
+        yield
+    except RecursionError as error:
+        raise InputError(name, "a Jinja template nested too deeply") from error
 
 
 def _parse_bounded(source: str, name: str) -> nodes.Template:
@@ -233,8 +245,14 @@ def text_only_template(source: str, name: str) -> str:
         name: its file, for error messages.
 
     Raises:
-        InputError: the template is not valid Jinja, or far longer than any chat template.
+        InputError: the template is not valid Jinja, nested too deeply, or far longer than any
+            chat template.
     """
+    with _depth(name):
+        return _without_vision(source, name)
+
+
+def _without_vision(source: str, name: str) -> str:
     before = _read_names(_parse_bounded(source, name))
     edits = list(_branch_edits(source, name))
     if not edits:
