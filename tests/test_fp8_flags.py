@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints import ASSET, random_tensors, tiny_config, write_checkpoint
 from parsers import actions_of
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
@@ -68,6 +69,85 @@ def test_old_command_writes_the_conservative_recipe(
     assert same(load_all(out), load_all(expected.out))
     assert read_config(out) == read_config(tmp_path / "expected")
     assert f"{LAYER}.0.linear_attn.out_proj.weight_scale_inv" not in load_all(out)
+
+
+def test_old_command_keeps_the_shards_of_the_source_and_samples_each(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(layers=4)
+    source = write_checkpoint(tmp_path / "in", config, random_tensors(config), shards=3)
+    out = tmp_path / "out"
+    arguments = ["--input_dir", str(source), "--output_dir", str(out), "--calib_mode", "max"]
+    assert front_doors.quantize_fp8([*arguments, "--verify_samples", "1", "--json"]) == 0
+    before, after = (
+        json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        for folder in (source, out)
+    )
+    assert after == {name: before[name.removesuffix("_scale_inv")] for name in after}
+    assert {*before} <= {*after}
+    report = json.loads(capsys.readouterr().out)["report"]
+    assert report["shards"] == 3
+    assert sum(report["checked"].values()) == 3
+    assert sorted({before[name] for name in report["tensors"]}) == sorted(set(before.values()))
+    files = {path.name for path in out.glob("*.safetensors")}
+    assert files == set(before.values())
+
+
+def test_a_run_that_checked_a_sample_says_so(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sample may miss what a check of all weights finds."""
+    arguments = ["--input_dir", str(dense), "--output_dir", str(tmp_path / "out")]
+    assert front_doors.quantize_fp8([*arguments, "--calib_mode", "max"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "5 of 29 FP8 weights were checked; others may be worse: --verify-samples 29" in text
+    whole = [*arguments, "--calib_mode", "max", "--verify_samples", "29", "--overwrite"]
+    assert front_doors.quantize_fp8(whole) == 0
+    assert "were checked" not in capsys.readouterr().out
+
+
+def test_the_default_on_the_embedded_checkpoint_is_what_the_guide_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/fp8.md: the sample passes with a warning, a check of all weights fails."""
+    arguments = ["--input_dir", str(ASSET), "--output_dir", str(tmp_path / "out")]
+    assert front_doors.quantize_fp8(arguments) == 0
+    assert "✔ 0 GOOD  ⚠ 5 WARN  ✘ 0 FAIL" in capsys.readouterr().out
+    whole = [*arguments, "--verify_samples", "51", "--overwrite"]
+    assert front_doors.quantize_fp8(whole) == 1
+    assert "⚠ 47 WARN  ✘ 4 FAIL" in capsys.readouterr().out
+
+
+def test_an_fp8_source_is_named_as_such(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "fp8"
+    arguments = ["--output_dir", str(source), "--skip_verify"]
+    assert front_doors.quantize_fp8(["--input_dir", str(dense), *arguments]) == 0
+    arguments = ["--input_dir", str(source), "--output_dir", str(tmp_path / "out")]
+    assert front_doors.quantize_fp8(arguments) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"error: {source}: FP8 already (29 weights): no scales are chosen, expected an unquantized "
+        "checkpoint; start from the original; qwen35 convert without --calib-mode and "
+        "--activation-stats copies the codes"
+    )
+
+
+@pytest.mark.parametrize("mode", ["max", "percentile"])
+def test_statistics_are_ignored_unread_by_modes_that_weigh_nothing(
+    mode: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Statistics of another model, or no statistics at all."""
+    foreign = tmp_path / "stats.json"
+    foreign.write_text('{"model.another.weight": {"input_channel_max": [1.0]}}')
+    arguments = ["--input_dir", str(dense), "--output_dir", str(tmp_path / "out")]
+    more = ["--activation_stats", str(foreign), "--calib_mode", mode, "--skip_verify"]
+    assert front_doors.quantize_fp8([*arguments, *more]) == 0
+    note = f"note: stats.json is ignored: mode {mode}"
+    assert note in capsys.readouterr().err
+    more[-2] = "rms"
+    assert front_doors.quantize_fp8([*arguments, *more, "--overwrite"]) == 2
+    assert "stats.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dash", ["_", "-"])

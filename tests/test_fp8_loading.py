@@ -19,7 +19,8 @@ from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.engines.torch_model import TorchModel
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
-from qwen35.verification.asking_transformers import Asker, Question, is_right
+from qwen35.verification.asking_transformers import Asker
+from qwen35.verification.questions import Question, is_right
 from qwen35.writing.write import write
 from running import load_all, plan_of, read_config, run
 

@@ -15,6 +15,7 @@ from qwen35.codecs.fp8.error_sums import ErrorSums
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import Finding
 from qwen35.verification.bands import BANDS
+from qwen35.verification.documented_advice import documented_advice
 from qwen35.verification.fp8_display import report_text
 
 pytestmark = pytest.mark.sentences
@@ -127,6 +128,8 @@ def test_the_whole_summary() -> None:
 ✘  model.safetensors: not in the plan
 {"-" * 64}
 ✘  Outside hard limits. Do not deploy.
+   2 of 5 FP8 weights were checked; others may be worse:
+   --verify-samples 5 checks all.
 {"-" * 64}
   CALIBRATION RECOMMENDATIONS
   1. 9 weights saturate: raise --rms-factor (now 3) until none does.
@@ -145,6 +148,7 @@ def test_the_whole_json() -> None:
         "fp8": 5,
         "passthrough": 7,
         "passthrough_identical": 6,
+        "source_quantized": {},
         "checked": {"GOOD": 0, "WARN": 0, "FAIL": 1},
         "metrics": {
             "cosine sim": pytest.approx(0.8**0.5),
@@ -185,3 +189,66 @@ def test_metrics_of_zeros_and_of_what_became_of_them() -> None:
     for misplaced, clipped, worst in ((0, 0, 0), (0, 7, 1), (3, 0, 2), (1, 1, 2)):
         found = errors(0.01, clipped=clipped, misplaced=misplaced)
         assert rows["worst MaxAE"].band([found]) == astray.get(worst, "GOOD")
+
+
+# --- the documented rows beside ours, as the old command prints them
+
+
+def test_documented_rows_and_advice_stand_beside_ours() -> None:
+    found = {UP: errors(0.02), QKV: errors(0.05, clipped=9)}
+    lines = report_text(report_of("rms", found), both=True).splitlines()
+    documented = lines.index("  cosine sim      0.999276    0.9997–...      ✘ FAIL  ≥ 0.9995")
+    assert lines[documented + 1 : documented + 6] == [
+        "  mean abs err    0.035000    0.0004–0.0008   ✘ FAIL  ≤ 0.001",
+        "  worst MAE       0.050000                    ✘ FAIL  ≤ 0.001",
+        "  worst MaxAE     0.050000                    ✘ FAIL  ≤ 0.02",
+        "  -- by the rounding of the format ------------------------------",
+        "  cosine sim      0.999276    0.99955–...     ⚠ WARN  ≥ 0.99805",
+    ]
+    verdict = lines.index("⚠  Metrics within hard limits but outside typical range.")
+    assert " ".join(" ".join(lines[verdict + 1 :]).split()) == (
+        "See calibration recommendations below. "
+        "2 of 5 FP8 weights were checked; others may be worse: --verify-samples 5 checks all. "
+        "Judged by the derived limits; by the documented ones it is FAIL (--bands documented). "
+        f"{'-' * 64} CALIBRATION RECOMMENDATIONS "
+        "1. Cosine similarity avg=0.999276 is in the FAIL zone (typical ≥ 0.9997). "
+        "Switch to --calib_mode mse for best quality. "
+        "2. Mean abs error avg=0.035000 is in the FAIL zone (typical ≤ 0.0008). "
+        "Decrease --rms_factor (now 3). Measured: the error grows as it falls; increase it. "
+        "3. Max abs error worst=0.050000 is in the FAIL zone (typical ≤ 0.01). "
+        "Increase --rms_factor (now 3). "
+        "4. 9 weights saturate: raise --rms-factor (now 3) until none does. "
+        f"5. {SEARCH} {'=' * 64}"
+    )
+    assert all(len(line) <= 70 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("mode", "advice"),
+    [
+        ("max", "Switch to --calib_mode rms (same speed, outlier-robust) or --calib_mode mse for "),
+        ("percentile", "Switch to --calib_mode mse for best quality."),
+        ("mse", "Add --activation_stats for the highest quality"),
+        ("search", "No mode has less error."),
+    ],
+)
+def test_the_documented_example_of_max(mode: str, advice: str) -> None:
+    report = report_of(mode, {UP: replace(errors(0.04), absolute=0.0)})
+    (cosine, worst) = documented_advice(report)
+    assert cosine.startswith("Cosine similarity avg=0.9992")
+    assert "is in the FAIL zone (typical ≥ 0.9997). " + advice in cosine
+    assert worst.startswith("Max abs error worst=")
+
+
+def test_documented_limits_that_agree_are_not_mentioned() -> None:
+    report = report_of("max", {UP: ErrorSums(count=4)})
+    text = report_text(report, both=True)
+    assert "Judged by" not in text
+    assert "RECOMMENDATIONS" not in text
+    assert list(documented_advice(report_of("max", {}))) == []
+
+
+def test_a_quantized_source_is_named() -> None:
+    report = replace(report_of("max", {UP: errors(0.02)}), quantized={"NF4": 3})
+    assert "  Compared with       : a source with 3 weights in NF4, decoded" in report_text(report)
+    assert report.to_json()["source_quantized"] == {"NF4": 3}

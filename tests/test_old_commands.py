@@ -16,7 +16,7 @@ from qwen35.cli.old import front_doors
 from qwen35.cli.old.old_convert import add_arguments as convert_arguments
 from qwen35.cli.old.old_strip import add_arguments as strip_arguments
 from qwen35.cli.old.old_upload import add_arguments as upload_arguments
-from running import load_all, read_config, run
+from running import changed, load_all, read_config, run
 
 pytestmark = pytest.mark.sentences
 
@@ -59,11 +59,15 @@ def test_convert_prints_its_stages_in_order(
     stages = [
         "GPU : none used",
         "[before load]",
+        "✅ Headers read",
+        "⏳ Restoring quantized skip layers to full precision …",
+        "   0 layers restored",
         "⏳ Replacing linear layers with BNB Linear4bit …",
         "   31 layers replaced",
-        "💾 Saving to",
-        "no GPU was used",
+        "⏳ Quantizing to nf4 on the CPU",
+        "✅ Model quantized; no GPU was used.",
         "[after quantize]",
+        "💾 Saving to",
         f"✅ Done. Saved to: {out}",
     ]
     positions = [text.index(stage) for stage in stages]
@@ -73,6 +77,30 @@ def test_convert_prints_its_stages_in_order(
     assert (out / "model.safetensors").read_bytes() == (
         tmp_path / "new" / "model.safetensors"
     ).read_bytes()
+
+
+def test_convert_restores_what_should_not_be_quantized(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fp8 = run(dense, tmp_path / "fp8", "fp8").out
+    out = tmp_path / "out"
+    assert front_doors.convert(["--model", str(fp8), "--output", str(out), "--verbose"]) == 0
+    text = capsys.readouterr().out
+    assert "   └── restored     mtp.layers.0.mlp.up_proj\n" in text
+    assert "   7 layers restored\n" in text
+    assert "weights are FP8 in the source and are quantized again" in text
+
+
+def test_convert_saves_nothing_when_a_weight_is_not_finite(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = list(load_all(dense))[-1]
+    source = changed(dense, tmp_path / "in", {name: load_all(dense)[name] * float("nan")})
+    assert front_doors.convert(["--model", str(source), "--output", str(tmp_path / "out")]) == 2
+    text = capsys.readouterr().out
+    assert "⏳ Quantizing to nf4" in text
+    assert "Model quantized" not in text
+    assert "Saving" not in text
 
 
 def test_verbose_prints_skipped_roots_and_replaced_layers(

@@ -65,6 +65,7 @@ def test_an_order_says_all_that_decides(dense: Path, tmp_path: Path) -> None:
             **recipe_json(plan.recipe),
             "keep_prefix": True,
             "shard_bytes": 1_000_000,
+            "keep_shards": False,
         },
         "calibration": {
             "mode": "mse",

@@ -33,6 +33,7 @@ def convert(
     keep: Sequence[str] = (),
     drop_mtp: bool = False,
     keep_prefix: bool = False,
+    keep_shards: bool = False,
     calib_mode: ScaleMode | None = None,
     rms_factor: float = DEFAULTS.rms_factor,
     calib_percentile: float = DEFAULTS.percentile,
@@ -62,6 +63,7 @@ def convert(
         keep: additional roles, or groups of them, to leave unquantized.
         drop_mtp: drop the MTP layer.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
+        keep_shards: write the source's files, by name, instead of files of 5 GB.
         calib_mode: FP8: how to choose the scale of a tile: ``max``, ``rms``, ``percentile``,
             ``mse`` or ``search`` (if None); `qwen35.codecs.fp8.layout.ScaleChoice` has the
             formulas.
@@ -107,7 +109,7 @@ def convert(
     local_device = "cpu" if ray_address else device  # the cluster's nodes have their own GPUs
     check_before(out, overwrite=overwrite, device=local_device, source=folder_of(str(model)))
     scale_choice = scale_choice_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
-    activations = activations_of(activation_stats)
+    activations = activations_of(activation_stats, scale_choice)
     checkpoint = (describe if dry_run else fetch)(str(model), token=hf_token)
     plan = plan_of(
         checkpoint,
@@ -115,6 +117,7 @@ def convert(
         keep,
         drop_mtp=drop_mtp,
         keep_prefix=keep_prefix,
+        keep_shards=keep_shards,
         scale_choice=scale_choice,
         activations=activations,
     )

@@ -47,9 +47,13 @@ def scale_choice_of(
     return None
 
 
-def activations_of(path: str | Path | None) -> Activations | None:
-    """Return the statistics in a file, if there is one."""
-    return load_activations(Path(path)) if path else None
+def activations_of(path: str | Path | None, scale_choice: ScaleChoice | None) -> Activations | None:
+    """Return the statistics in a file, if there is one; unread for modes that ignore them."""
+    if not path:
+        return None
+    if scale_choice is not None and not scale_choice.weighted:
+        return Activations(Path(path).name, "", {})
+    return load_activations(Path(path))
 
 
 def check_unused(

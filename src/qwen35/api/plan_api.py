@@ -23,6 +23,7 @@ def plan(
     keep: Sequence[str] = (),
     drop_mtp: bool = False,
     keep_prefix: bool = False,
+    keep_shards: bool = False,
     types: str | Sequence[str] | None = None,
     imatrix: str | Path | None = None,
     tensor_type: Sequence[str] = (),
@@ -39,6 +40,7 @@ def plan(
         keep: additional roles, or groups of them, to leave unquantized.
         drop_mtp: drop the MTP layer.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
+        keep_shards: write the source's files, by name, instead of files of 5 GB.
         types: GGUF: file types, as names or as a comma-separated string.
         imatrix: GGUF: importance matrix, a file or ``hf:owner/name/path``.
         tensor_type: GGUF: ``PATTERN=TYPE``, for tensors whose name matches the pattern.
@@ -65,7 +67,7 @@ def plan(
         "--upstream-counters": upstream_counters,
         "--mmproj": mmproj,
     }
-    for_others = {"--keep": keep, "--keep-prefix": keep_prefix}
+    for_others = {"--keep": keep, "--keep-prefix": keep_prefix, "--keep-shards": keep_shards}
     for flag, value in (for_gguf if types is None else for_others).items():
         if value:
             found = f"has no effect with{'out' if types is None else ''} --types"
@@ -74,7 +76,14 @@ def plan(
     if types is None:
         checkpoint = describe(str(model), token=hf_token)
         name = recipe or "nf4"
-        return plan_of(checkpoint, name, keep, drop_mtp=drop_mtp, keep_prefix=keep_prefix)
+        return plan_of(
+            checkpoint,
+            name,
+            keep,
+            drop_mtp=drop_mtp,
+            keep_prefix=keep_prefix,
+            keep_shards=keep_shards,
+        )
     # imported late: most plans need none of the GGUF modules
     from qwen35.api.gguf_api import gguf_plan, gguf_recipe
 
@@ -98,6 +107,7 @@ def plan_of(
     *,
     drop_mtp: bool,
     keep_prefix: bool,
+    keep_shards: bool,
     scale_choice: ScaleChoice | None = None,
     activations: Activations | None = None,
 ) -> Plan:
@@ -107,6 +117,7 @@ def plan_of(
         checkpoint,
         adjusted.dropping_mtp() if drop_mtp else adjusted,
         keep_prefix=keep_prefix,
+        keep_shards=keep_shards,
         scale_choice=scale_choice,
         activations=activations,
     )

@@ -61,6 +61,7 @@ def _check_alone(args: argparse.Namespace) -> None:
         "--keep": bool(args.keep),
         "--drop-mtp": args.drop_mtp,
         "--keep-prefix": args.keep_prefix,
+        "--keep-shards": args.keep_shards,
     }
     for name, given in flags.items():
         if given:

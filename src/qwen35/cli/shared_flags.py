@@ -134,6 +134,9 @@ def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> 
         help="text-only: leave tensors under model.language_model.",
     )
     parser.add_argument(
+        "--keep-shards", action="store_true", help="write the source's files instead of 5 GB each"
+    )
+    parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
     )
     parser.add_argument(

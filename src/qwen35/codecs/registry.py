@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.fp8.codec import Fp8
@@ -12,7 +13,7 @@ from qwen35.codecs.plain.codec import Plain
 from qwen35.errors import TensorError
 from qwen35.tensors import StoredTensor, Weight
 
-__all__ = ["CODECS", "codec_of", "group", "is_packed", "packings"]
+__all__ = ["CODECS", "codec_of", "group", "is_packed", "packings", "quantized_weights"]
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
@@ -34,6 +35,11 @@ def codec_of(weight: Weight) -> Codec:
 def is_packed(weight: Weight) -> bool:
     """Return whether a weight is quantized."""
     return CODECS[weight.storage].packed
+
+
+def quantized_weights(weights: Iterable[Weight]) -> dict[str, int]:
+    """Return the number of quantized weights by the label of their format."""
+    return dict(Counter(codec_of(weight).label for weight in weights if is_packed(weight)))
 
 
 def packings(container: str) -> dict[str, Codec]:

@@ -31,6 +31,11 @@ def notes(report: EvaluationReport) -> list[str]:
     """Return notes on the table, one sentence each; what is abnormal comes first."""
     sentences = [f"[{one.check}] {one.subject}: {one.message}" for one in report.findings]
     sentences += [
+        f"the base was made from a source with {count} weights in {label}: figures compare with "
+        "what they decode to, not with the original weights"
+        for label, count in report.base.decoded.items()
+    ]
+    sentences += [
         f"{'abnormal ' * is_abnormal(row)}noise floor: the unquantized model in "
         f"{row.model.engine} ({row.model.stored}) is {row.comparison.kld.value:.3g} nats from "
         f"itself in {report.base.engine} (99.9%: "

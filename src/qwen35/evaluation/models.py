@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +17,7 @@ from qwen35.codecs.registry import CODECS, codec_of, is_packed
 from qwen35.errors import InputError
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 from qwen35.planning.gguf_files.vocabulary import read_vocabulary
-from qwen35.planning.manifest import read_manifest
+from qwen35.planning.manifest import quantized_source, read_manifest
 from qwen35.tensors import Weight
 
 __all__ = [
@@ -73,6 +73,7 @@ class EvaluatedModel:
         tokenizer: its tokenizer.
         plan: digest of the plan it was written by, if it has a manifest.
         sha256: of a GGUF file, if it has a manifest.
+        decoded: format to the number of weights that its source held in it, by its manifest.
     """
 
     name: str
@@ -85,6 +86,7 @@ class EvaluatedModel:
     tokenizer: TokenizerIdentity
     plan: str | None = None
     sha256: str | None = None
+    decoded: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -195,6 +197,7 @@ def _gguf(container: GgufHeader) -> EvaluatedModel:
         tokenizer=TokenizerIdentity(str(keys.get("tokenizer.ggml.pre", "")), tokens, merges),
         plan=str(manifest["plan"]) if manifest and entry else None,
         sha256=entry["sha256"] if entry else None,
+        decoded=quantized_source(manifest if entry else None),
     )
 
 
@@ -222,6 +225,7 @@ def _checkpoint(source: str, token: str | None) -> EvaluatedModel:
             vocabulary.pre, vocabulary.tokens, list(vocabulary.special.merges)
         ),
         plan=str(manifest["plan"]) if manifest else None,
+        decoded=quantized_source(manifest),
     )
 
 

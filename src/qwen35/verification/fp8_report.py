@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.fp8.error_sums import ErrorSums
 from qwen35.codecs.fp8.layout import ScaleChoice
-from qwen35.codecs.registry import codec_of
+from qwen35.codecs.registry import codec_of, quantized_weights
 from qwen35.errors import Finding
 from qwen35.model.fused import FUSED, fused_group
 from qwen35.model.roles import Role, role_of
@@ -42,6 +42,8 @@ class Fp8Report:
         identical: number of other weights with the bytes of the source.
         errors: FP8 weight to its errors, for those that were compared.
         findings: findings apart from the bands.
+        quantized: format to the number of weights that the source holds in it; they are compared
+            as they decode.
     """
 
     scale_choice: ScaleChoice
@@ -52,6 +54,7 @@ class Fp8Report:
     identical: int
     errors: Mapping[str, ErrorSums]
     findings: Sequence[Finding]
+    quantized: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def metrics(self) -> tuple[BandMetric, ...]:
@@ -67,6 +70,15 @@ class Fp8Report:
     def verdict(self) -> Band:
         """FAIL if there are findings, else the band of the worst weight."""
         return "FAIL" if self.findings else worse(*self.judged)
+
+    def verdict_by(self, bands: BandsName) -> Band:
+        """The verdict that other bands would give."""
+        return replace(self, bands=bands).verdict
+
+    @property
+    def unchecked(self) -> int:
+        """Number of FP8 weights that were not compared."""
+        return self.packed - len(self.errors)
 
     def value(self, metric: BandMetric) -> float:
         """Return the mean or the largest value of a metric over all compared weights."""
@@ -112,6 +124,7 @@ class Fp8Report:
             "fp8": self.packed,
             "passthrough": self.passthrough,
             "passthrough_identical": self.identical,
+            "source_quantized": dict(self.quantized),
             "checked": {band: self.judged[band] for band in ("GOOD", "WARN", "FAIL")},
             "metrics": {m.name: self.value(m) for m in self.metrics} if self.errors else {},
             "tensors": {
@@ -207,6 +220,7 @@ def check_fp8(
             *structure.findings,
             *(f for f in numbers.findings if f.check != "codes" or f.subject not in misplaced),
         ],
+        quantized=quantized_weights(source.weights),
     )
 
 

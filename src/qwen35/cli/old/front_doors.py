@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from qwen35.cli.main import run_verb
+from qwen35.cli.main import run_verb, tune_process
 
 __all__ = [
     "collect_activation_stats",
@@ -20,6 +20,8 @@ __all__ = [
 
 
 def _run(name: str, module: str, argv: Sequence[str] | None) -> int:
+    if argv is None:
+        tune_process()
     return run_verb(name, sys.argv[1:] if argv is None else argv, module=module, prog=name)
 
 

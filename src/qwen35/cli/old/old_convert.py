@@ -10,10 +10,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 
 from qwen35.checkpoint.open import fetch
 from qwen35.cli.console import Console
 from qwen35.codecs.nf4.config import skip_modules
+from qwen35.codecs.registry import is_packed
 from qwen35.display import size
 from qwen35.errors import ConfigError
 from qwen35.planning.output_plan import Plan, make_plan
@@ -57,19 +59,59 @@ def run(args: argparse.Namespace, output: Console) -> int:
             hint="use `qwen35 convert MODEL OUT --recipe nf4`",
         )
     output.line(f"✅ Headers read: {len(plan.steps)} tensors, {size(plan.checkpoint.nbytes)}.\n")
+    output.line("⏳ Restoring quantized skip layers to full precision …")
+    for line in _restored(plan) if args.verbose else ():
+        output.line(line)
+    output.line(f"   {sum(1 for _ in _restored(plan))} layers restored\n")
     output.line("⏳ Replacing linear layers with BNB Linear4bit …")
     for line in _decisions(plan) if args.verbose else ():
         output.line(line)
     output.line(f"   {sum(step.packing is not None for step in plan.steps)} layers replaced\n")
     output.line("⏳ Quantizing to nf4 on the CPU, layer by layer …")
-    output.line(f"💾 Saving to '{args.output}' …")
-    write(plan, args.output, overwrite=args.overwrite, progress=output.progress())
-    output.line("✅ Model quantized; no GPU was used.\n")
-    output.line(_resources("after quantize"))
+    write(plan, args.output, overwrite=args.overwrite, progress=_Quantizing(output, args.output))
     for note in plan.notes:
         output.line(f"   note: {note}")
     output.data(f"✅ Done. Saved to: {args.output}", {"out": str(args.output)})
     return 0
+
+
+class _Quantizing:
+    """Progress that begins the next stage when the weights are quantized.
+
+    They stream into a folder beside the output; saving adds the other files and renames it.
+    """
+
+    def __init__(self, output: Console, out: Path) -> None:
+        self._output, self._out = output, out
+        self._progress = output.progress()
+        self._lock = Lock()
+        self._left = 0
+
+    def begin(self, title: str, total: int) -> None:
+        """Begin."""
+        self._left = total
+        self._progress.begin(title, total)
+
+    def advance(self, amount: int, item: str) -> None:
+        """Count what is left; called by several threads."""
+        self._progress.advance(amount, item)
+        with self._lock:
+            self._left -= amount
+
+    def end(self) -> None:
+        """Announce the next stage, unless the weights failed."""
+        self._progress.end()
+        if self._left:
+            return
+        self._output.line("✅ Model quantized; no GPU was used.\n")
+        self._output.line(_resources("after quantize"))
+        self._output.line(f"💾 Saving to '{self._out}' …")
+
+
+def _restored(plan: Plan) -> Iterator[str]:
+    for step in plan.steps:
+        if is_packed(step.weight) and step.packing is None:
+            yield f"   └── restored     {step.weight.name.removesuffix('.weight')}"
 
 
 def _decisions(plan: Plan) -> Iterator[str]:

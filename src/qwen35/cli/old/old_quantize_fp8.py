@@ -1,7 +1,8 @@
 """Quantize a bf16 Qwen3.5 checkpoint to block-wise FP8 (now: qwen35 convert --recipe fp8).
 
 Quantizes the same weights as the original tool (linear_attn.out_proj and shared experts stay bf16),
-and also fused experts. Activation statistics are only read from --activation_stats.
+and also fused experts, and keeps the source's shards. Activation statistics are only read from
+--activation_stats.
 """
 
 from __future__ import annotations
@@ -45,10 +46,17 @@ def run(args: argparse.Namespace, output: Console) -> int:
     options = keywords(args, "input_dir", "output_dir")
     source = str(Path(args.input_dir).absolute())
     result = convert(
-        source, args.output_dir, recipe="fp8-conservative", **options, progress=output.progress()
+        source,
+        args.output_dir,
+        recipe="fp8-conservative",
+        keep_shards=True,
+        **options,
+        progress=output.progress(),
     )
     output.notes(result.plan.notes)
     output.line(f"{result.out}: {size(result.nbytes)}, {packed_text(result.plan)}")
-    text = "verification skipped" if result.report is None else report_text(result.report)
+    text = (
+        "verification skipped" if result.report is None else report_text(result.report, both=True)
+    )
     output.data(text, result.to_json())
     return 0 if result.passed else EXIT_FINDINGS

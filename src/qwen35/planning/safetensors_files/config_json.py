@@ -46,8 +46,9 @@ def output_config(
     text = raw["text_config"] if ARCHITECTURES[raw["model_type"]].vision else raw
     for section in (raw, text):  # it describes the source's packing
         section.pop("quantization_config", None)
-    if config.mtp_layers:
-        _set_mtp(raw, text, config.mtp_layers if _writes_mtp(drafts) else 0)
+    layers = config.mtp_layers if _writes_mtp(drafts) else 0
+    if layers or config.promised_mtp:
+        _set_mtp(raw, text, layers)
     written = [draft for draft in drafts if draft.outputs]
     packings = [CODECS[name] for name in {draft.codec for draft in written} if CODECS[name].packed]
     if len(packings) > 1:

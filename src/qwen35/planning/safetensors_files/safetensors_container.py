@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen35.checkpoint.sidecars import sidecar_names
 from qwen35.codecs.registry import CODECS, packings
 from qwen35.errors import UsageError
-from qwen35.planning.container import Container, ContainerInputs, ContainerOptions
+from qwen35.planning.container import Container, ContainerInputs, ContainerOptions, EditedFile
 
 if TYPE_CHECKING:
     from qwen35.checkpoint.source import Checkpoint
@@ -82,6 +84,17 @@ class SafetensorsContainer(Container):
             }
             for file in plan.files
         }
+
+    def amendable(self, *, vision: bool) -> tuple[str, ...]:
+        """Return the sidecars; config.json and the index belong to the weights."""
+        return sidecar_names(vision=vision)
+
+    def with_template(
+        self, folder: Path, names: Collection[str], template: str
+    ) -> dict[str, EditedFile]:
+        """Return the file that loaders prefer to any other template."""
+        del folder, names
+        return {"chat_template.jinja": EditedFile(template.encode())}
 
     def kind(self, plan: Plan) -> str:
         """Return the codec that packs weights; ``plain`` if none does."""

@@ -135,7 +135,7 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
 
 def _notes(plan: Plan) -> Iterator[str]:
     if plan.checkpoint.place is None:
-        yield "side-car files (tokenizer, template) are not known here and not counted"
+        yield "sidecars (tokenizer, chat template) are not known here and not counted"
     yield from plan.notes
 
 

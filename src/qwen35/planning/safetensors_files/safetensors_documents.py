@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen35.checkpoint.header import json_bytes, strict_json
 from qwen35.checkpoint.locations import FileLocation
-from qwen35.checkpoint.source import INDEX_NAME, Checkpoint
+from qwen35.checkpoint.source import INDEX_NAME, SINGLE_NAME, Checkpoint
 from qwen35.errors import InputError
 from qwen35.planning.safetensors_files.config_json import output_config
 
@@ -64,9 +64,9 @@ def _config(output: DraftedOutput, name: str) -> bytes:
 
 
 def _index(output: DraftedOutput, name: str) -> bytes | None:
-    """Return the index, if there are several shards."""
+    """Return the index, which only a single file of the usual name does without."""
     del name
-    if len(output.files) == 1:  # model.safetensors needs none
+    if [file.name for file in output.files] == [SINGLE_NAME]:
         return None
     total = sum(file.nbytes - len(file.head) for file in output.files)
     weight_map = {name: file.name for file in output.files for name in file.offsets}

@@ -40,6 +40,8 @@ def request_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
         entries["keep_prefix"] = options.keep_prefix
     if whole or options.shard_bytes != safetensors_options.MAX_SHARD_BYTES:
         entries["shard_bytes"] = options.shard_bytes
+    if whole or options.keep_shards:
+        entries["keep_shards"] = options.keep_shards
     return {
         "recipe": {**recipe_json(plan.recipe), **entries},
         "calibration": scale_choice_json(options),
@@ -79,6 +81,7 @@ def request_from_manifest(
         scale_choice=scale_choice,
         activations=_activations(digest, inputs),
         shard_bytes=shard_bytes,
+        keep_shards=row.get("keep_shards") is True,
     )
 
 

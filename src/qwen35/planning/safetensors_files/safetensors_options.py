@@ -29,12 +29,14 @@ class SafetensorsOptions:
         scale_choice: how scales are chosen; `ScaleChoice`'s default if None.
         activations: statistics that weigh columns when scales are chosen.
         shard_bytes: the most tensor bytes per file; `MAX_SHARD_BYTES` if 0.
+        keep_shards: write a file for each file of the source, of the same name.
     """
 
     keep_prefix: bool = False
     scale_choice: ScaleChoice | None = None
     activations: Activations | None = None
     shard_bytes: int = 0
+    keep_shards: bool = False
 
     @property
     def settings(self) -> ScaleChoice | None:

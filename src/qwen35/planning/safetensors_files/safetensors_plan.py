@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from qwen35.checkpoint.header import file_layout
-from qwen35.checkpoint.inventory import InventoryItem, inventory
+from qwen35.checkpoint.inventory import InventoryItem
+from qwen35.checkpoint.reconciled import source_notes, take
 from qwen35.checkpoint.sidecars import sidecar_names
-from qwen35.checkpoint.source import Checkpoint
+from qwen35.checkpoint.source import SINGLE_NAME, Checkpoint
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import TensorError, UsageError
 from qwen35.model.config_notes import config_notes
 from qwen35.model.model_config import ModelConfig
+from qwen35.model.roles import mtp_tensors, role_of, tower_tensors
 from qwen35.planning.output_plan import Plan, PlannedFile
+from qwen35.planning.requantized import requantized_notes
 from qwen35.planning.rows import rows_of
 from qwen35.planning.rules import Recipe, check_used
 from qwen35.planning.safetensors_files import safetensors_options as options_module
@@ -29,13 +32,19 @@ from qwen35.planning.safetensors_files.safetensors_options import SafetensorsOpt
 from qwen35.planning.safetensors_files.safetensors_steps import DraftStep, Ruled, make_drafts
 from qwen35.planning.sidecar_checks import check_sidecars, left_behind
 from qwen35.planning.step import Step, StepTarget
+from qwen35.tensors import TensorSpec
 
 __all__ = ["make"]
 
 
 def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) -> Plan:
     """Plan a safetensors output; errors are those of `qwen35.planning.output_plan.make_plan`."""
-    items = inventory(checkpoint)
+    tower = not _drops(recipe, tower_tensors(checkpoint.config))
+    refusal = checkpoint.prefix.refusal if tower and checkpoint.prefix else None
+    if refusal is not None:
+        raise refusal
+    original = checkpoint
+    checkpoint, items = take(original, tower=tower)
     ruled = [(item, recipe.rule_for(item.role)) for item in items]
     text_only = checkpoint.config.architecture.vision and _drops_vision(recipe, ruled)
     prefix = checkpoint.layout.prefix
@@ -45,19 +54,20 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
         raise UsageError("--keep-prefix", "nothing is renamed here", hint="leave it out")
     drafts = make_drafts(recipe, ruled, checkpoint.layout.prefix, prefix)
     check_used(
-        recipe.rules,
+        [rule for rule in recipe.rules if rule.action != "drop"],  # nothing to drop is fine
         [rule for _, rule in ruled],
         name=lambda rule: f"rule for {rule.match!r} ({rule.reason})",
         found="no tensor of this checkpoint is left for it",
         hint="remove it, or move it before the rule that takes its tensors",
     )
     _check_format(recipe, drafts)
-    options, scale_notes = _with_scale_choice(drafts, items, checkpoint.config, options)
-    steps, files = _packed(drafts, options.shard_bytes)
+    options, scale_notes = _with_scale_choice(drafts, items, checkpoint, options)
+    layout = _as_in_source(drafts) if options.keep_shards else _packed(drafts, options.shard_bytes)
+    steps, files = layout
     vision = not text_only and checkpoint.config.architecture.vision
     check_sidecars(checkpoint, sidecar_names(vision=vision))
     generated = documents(DraftedOutput(checkpoint, drafts, files, text_only, prefix))
-    notes = tuple(_notes(checkpoint.config, drafts))
+    notes = (*_source_notes(original, recipe, tower=tower), *_notes(checkpoint.config, drafts))
     if text_only:
         notes += template_notes(generated)
     names = [name for name in sidecar_names(vision=vision) if name not in generated]
@@ -70,10 +80,27 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
         files,
         generated,
         copied,
-        (*notes, *scale_notes, *left_behind(checkpoint, {*copied, *generated})),
+        (
+            *notes,
+            *requantized_notes(steps),
+            *scale_notes,
+            *left_behind(checkpoint, {*copied, *generated}),
+        ),
         _digest_input(recipe, options, steps, files, generated, copied),
         {},
     )
+
+
+def _drops(recipe: Recipe, specs: Iterable[TensorSpec]) -> bool:
+    """Return whether a recipe drops all of these tensors, or there are none."""
+    rules = (recipe.find(role_of(spec.name)) for spec in specs)
+    return all(rule is not None and rule.action == "drop" for rule in rules)
+
+
+def _source_notes(checkpoint: Checkpoint, recipe: Recipe, *, tower: bool) -> Iterator[str]:
+    one = replace(checkpoint.config, mtp_layers=1)
+    mtp = not _drops(recipe, mtp_tensors(one, checkpoint.layout))
+    return source_notes(checkpoint, mtp=mtp, tower=tower)
 
 
 def _drops_vision(recipe: Recipe, ruled: Ruled) -> bool:
@@ -101,7 +128,7 @@ def _check_format(recipe: Recipe, drafts: Sequence[DraftStep]) -> None:
 def _with_scale_choice(
     drafts: Sequence[DraftStep],
     items: Sequence[InventoryItem],
-    config: ModelConfig,
+    checkpoint: Checkpoint,
     options: SafetensorsOptions,
 ) -> tuple[SafetensorsOptions, tuple[str, ...]]:
     """Fill in the options that depend on the weights; return them with notes for the user."""
@@ -109,24 +136,41 @@ def _with_scale_choice(
     encoded = [d for d in drafts if d.codec and not d.copied and CODECS[d.codec].chooses_scales]
     activations = options.activations
     if not encoded:
-        flags = {"--calib-mode": options.scale_choice, "--activation-stats": activations}
-        for flag, value in flags.items():
-            if value is not None:
-                raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
+        _refuse_scale_flags(checkpoint.name, drafts, options)
         return options, ()
     scale_choice = options.scale_choice or ScaleChoice()
     options = replace(options, scale_choice=scale_choice)
     if activations is None:
         return options, ()
-    activations.check(items, config.geometry)
-    if not scale_choice.weighted:
+    if not scale_choice.weighted:  # whatever is in the file
         note = f"{activations.name} is ignored: mode {scale_choice.mode} weighs no columns"
         return replace(options, activations=None), (note,)
+    activations.check(items, checkpoint.config.geometry)
     column_weights = (activations.weights(draft.role, scale_choice.mode) for draft in encoded)
     without = sum(weights is None for weights in column_weights)
     share = f"{without} of {len(encoded)} FP8 weights have no statistics: their columns weigh alike"
     notes = (share,) if without else ()
     return options, (*notes, *activations.notes())
+
+
+def _refuse_scale_flags(
+    source: str, drafts: Sequence[DraftStep], options: SafetensorsOptions
+) -> None:
+    """Refuse flags for scales where no scale is chosen, and name a source that has them already."""
+    held = [draft for draft in drafts if draft.copied and CODECS[draft.codec].chooses_scales]
+    flags = {"--calib-mode": options.scale_choice, "--activation-stats": options.activations}
+    for flag, value in flags.items():
+        if value is None:
+            continue
+        if not held:
+            raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
+        raise UsageError(
+            source,
+            f"{CODECS[held[0].codec].label} already ({len(held)} weights): no scales are chosen",
+            expected="an unquantized checkpoint",
+            hint="start from the original; qwen35 convert without --calib-mode and "
+            "--activation-stats copies the codes",
+        )
 
 
 def _packed(
@@ -143,19 +187,30 @@ def _packed(
         size += nbytes
     count = number + 1  # shard names contain it, so files are named after counting
     names = [shard_name(i, count) for i in range(1, count + 1)]
-    steps = tuple(
-        _step(draft, names[number]) for draft, number in zip(drafts, numbers, strict=True)
-    )
-    members: list[list[Step]] = [[] for _ in names]
-    for step, number in zip(steps, numbers, strict=True):
+    return _laid_out([(draft, names[n]) for draft, n in zip(drafts, numbers, strict=True)])
+
+
+def _as_in_source(drafts: Sequence[DraftStep]) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
+    """Give every weight the file that it has in the source; files without weights are left out."""
+    placed = [(draft, draft.item.weight.main.file) for draft in drafts]
+    return _laid_out(sorted(placed, key=lambda pair: pair[1]))  # stable: model order in a file
+
+
+def _laid_out(
+    placed: Sequence[tuple[DraftStep, str]],
+) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
+    """Return the steps, and the files that hold what they write, in order of appearance."""
+    steps = tuple(_step(draft, file) for draft, file in placed)
+    members: dict[str, list[Step]] = {}
+    for step, (_, file) in zip(steps, placed, strict=True):
         if step.targets:
-            members[number].append(step)
-    return steps, tuple(plan_file(name, own) for name, own in zip(names, members, strict=True))
+            members.setdefault(file, []).append(step)
+    return steps, tuple(plan_file(name, own) for name, own in members.items())
 
 
 def shard_name(number: int, count: int) -> str:
     """Return the name of one file of `count`; numbers begin with 1."""
-    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+    return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _step(draft: DraftStep, file: str) -> Step:
@@ -176,12 +231,8 @@ def plan_file(name: str, steps: list[Step]) -> PlannedFile:
 
 
 def _notes(config: ModelConfig, drafts: Sequence[DraftStep]) -> Iterator[str]:
-    yield from config_notes(config)
-    if config.mtp_layers and not any(draft.role.scope == "mtp" for draft in drafts):
-        yield (
-            f"config.json promises {config.mtp_layers} multi-token-prediction layer(s), but the "
-            "checkpoint has none: the output's config.json says 0"
-        )
+    head = any(draft.role.name == "lm_head" for draft in drafts)
+    yield from config_notes(config, head=head)
     written = [draft for draft in drafts if draft.outputs]
     for name in dict.fromkeys(draft.codec for draft in written):
         yield from CODECS[name].notes(written, config.dtype)
