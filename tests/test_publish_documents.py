@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,15 +14,21 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
+import qwen35
 from checkpoints import ASSET
 from hub_client import REPO, World, files_in
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.source import open_folder
+from qwen35.cli.main import parser_of
+from qwen35.cli.shared_flags import keywords
 from qwen35.errors import InputError
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
 from qwen35.publishing.modelfile import gguf_models, modelfile_text
 from qwen35.publishing.repo_documents import documents, write_documents
 from qwen35.verification.opening import open_artifact
 from qwen35.verification.verdict import verify
+from qwen35.writing.write import write
 from running import run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -163,6 +170,21 @@ def test_card_of_a_text_only_artifact(made: dict[str, Path]) -> None:
     assert "kbit" not in text
 
 
+def test_card_loads_with_what_is_there(nf4: Path) -> None:
+    """AutoProcessor needs a preprocessor; a reasoning parser needs a template that reasons."""
+    _, text = card_of(nf4)
+    assert f'\ntokenizer = AutoTokenizer.from_pretrained("{REPO}")\n' in text
+    assert "\nImages also need preprocessor_config.json from the base model.\n" in text
+    assert text.count("--reasoning-parser qwen3\n") == 2
+    (nf4 / "preprocessor_config.json").write_text("{}")
+    (nf4 / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    _, text = card_of(nf4)
+    assert f'\nprocessor = AutoProcessor.from_pretrained("{REPO}")\n' in text
+    assert "Images also need" not in text
+    assert "--reasoning-parser" not in text
+    assert "\n\n\n" not in text
+
+
 def test_card_without_a_known_source(nf4: Path) -> None:
     card, text = card_of(nf4)
     data = card.data.to_dict()
@@ -174,7 +196,6 @@ def test_card_without_a_known_source(nf4: Path) -> None:
 
 
 def test_card_names_no_command_that_would_make_something_else(dense: Path, tmp_path: Path) -> None:
-    from qwen35.writing.write import write
     from running import plan_of
 
     out = tmp_path / "out"
@@ -434,3 +455,100 @@ def test_key_that_is_none_is_refused(
 def test_asset_is_publishable(world: World) -> None:
     done = world.publish("--mode", "check", folder=ASSET)
     assert done.code == 0, done.out
+
+
+# the steps of the card
+
+
+def written(folder: Path, recipe: str, container: str, **options: Any) -> Path:
+    """Write the embedded checkpoint; the manifest names a repository as its source."""
+    plan = make_plan(open_folder(ASSET), load_recipe(recipe, container), **options)
+    write(plan, folder, threads=1)
+    edit_manifest(folder, source={"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT})
+    return folder
+
+
+def command_in(text: str) -> list[str]:
+    """Return the words of the command by which a card says the artifact was written."""
+    lines = text.partition("this command:\n\n```bash\n")[2].partition("\n```")[0]
+    return shlex.split(lines.replace("\\\n", " "))
+
+
+def test_command_of_a_gguf_card_plans_the_same_files(tmp_path: Path) -> None:
+    """Parsed as a shell does and planned: the plan's digest is the manifest's."""
+    rules = ("blk.0.ffn_up=q6_K",)
+    folder = tmp_path / "out"
+    parsed = qwen35.gguf(
+        ASSET, folder, types="Q8_0,Q4_K_M", recipe="q8-gates", tensor_type=rules, drop_mtp=True
+    )
+    digest = parsed.plan.digest
+    edit_manifest(folder, source={"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT})
+    words = command_in(card_of(folder)[1])
+    assert words[:4] == ["qwen35", "gguf", f"Qwen/Qwen3.5-0.8B@{COMMIT}", "OUT"]
+    args = parser_of("gguf").parse_args([str(ASSET), str(tmp_path / "again"), *words[4:]])
+    again = qwen35.gguf(**{**keywords(args), "dry_run": True})
+    assert again.plan.digest == digest
+
+
+def test_card_of_gguf_names_tensors_with_a_type_of_their_own(tmp_path: Path) -> None:
+    folder = written(tmp_path / "out", "q8-gates", "gguf", types=("Q4_K_M",))
+    _, text = card_of(folder)
+    layers = sum(
+        name.endswith("attn_qkv.weight")
+        for name in manifest_of(folder)["tensors"][f"{ASSET.name}-Q4_K_M.gguf"]
+    )
+    for name in ("attn_gate", "attn_qkv", "ssm_out"):
+        assert f"| `blk.*.{name}.weight` | Q8_0 | {layers} | " in text
+    assert f"llama-server -hf {REPO}:Q4_K_M --jinja -c 32768 -ngl 99\n" in text
+    edit_manifest(folder, recipe={**manifest_of(folder)["recipe"], "projector": "F32"})
+    assert "Written by this command" not in card_of(folder)[1]
+
+
+def test_card_serves_with_tensor_parallel_and_context(tmp_path: Path) -> None:
+    folder = written(tmp_path / "out", "fp8", "safetensors")
+    _, text = card_of(folder)
+    length = json.loads((ASSET / "config.json").read_text())["text_config"]
+    length = length["max_position_embeddings"]
+    assert command_in(text)[4:] == ["--recipe", "fp8", "--calib-mode", "search"]
+    statistics = {"name": "stats.json", "sha256": "0" * 64}
+    chosen = {"mode": "mse", "rms_factor": 3.0, "grid_size": 80, "activations": statistics}
+    edit_manifest(folder, calibration=chosen)
+    assert command_in(card_of(folder)[1])[4:] == [
+        *("--recipe", "fp8", "--calib-mode", "mse", "--mse-grid-size", "80"),
+        *("--activation-stats", "stats.json"),
+    ]
+    flags = "--reasoning-parser qwen3\n"
+    assert f"vllm serve {REPO} --tensor-parallel-size 1 --max-model-len {length} {flags}" in text
+    assert f"--model-path {REPO} --tp-size 1 --context-length {length} {flags}" in text
+    assert f"`qwen35 verify {REPO} --tensor-parallel N`" in text
+
+
+def test_card_says_what_was_measured_beside_it(nf4: Path) -> None:
+    edit_manifest(nf4, source={"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT})
+    report = {
+        "table": {"columns": ["KLD metric", "this", "mix"], "rows": [["Mean KLD", 1, 2]]},
+        "base": {"name": "Qwen3.5-0.8B", "stored": "BF16", "engine": "transformers"},
+        "text": {"name": "wiki.test.raw"},
+        "tokens": {"chunks": 3, "context": 512},
+        "candidates": [
+            {"name": "this", "plan": manifest_of(nf4)["plan"]},
+            {"name": "mix", "plan": "another"},
+        ],
+    }
+    (nf4 / "report.json").write_text(json.dumps(report))
+    _, text = card_of(nf4)
+    assert (
+        "in one sweep on `wiki.test.raw` (3 chunks of 512 tokens), against `Qwen3.5-0.8B` (BF16 "
+        "in transformers). Not a file of this repository, for comparison: `mix`.\n"
+    ) in text
+    assert f"qwen35 evaluate Qwen/Qwen3.5-0.8B@{COMMIT} OUT --text TEXT --report OUT\n" in text
+
+
+@pytest.mark.parametrize("value", [None, 1, "x", [1], [{}], {"name": ["a"]}, {"text_config": 1}])
+def test_report_and_config_of_any_type_make_a_card(nf4: Path, value: Any) -> None:
+    table = {"columns": ["a", "b"], "rows": [[1, value]]}
+    for key in ("base", "text", "tokens", "candidates"):
+        whole = {"base": {"name": 1}, "tokens": {"chunks": 1}, "candidates": [{"plan": 1}]}
+        (nf4 / "report.json").write_text(json.dumps({**whole, key: value, "table": table}))
+        (nf4 / "config.json").write_text(json.dumps(value))
+        card_of(nf4)

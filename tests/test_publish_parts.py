@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from checkpoints import ASSET
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.publishing.diff import Diff, Kind, check_same, load_diff, pull_diff, push_diff
 from qwen35.publishing.diff_display import diff_text
-from qwen35.publishing.guard import SECRETS, UNWANTED, bad_name, secrets, unwanted
+from qwen35.publishing.guard import UNWANTED, bad_name, unwanted
 from qwen35.publishing.hashes import FileDigest, FileHasher, digest_bytes, digest_file
 from qwen35.publishing.listing import LocalListing, RemoteFile, RemoteRepo, list_local, walk
 from qwen35.publishing.pull import apply_pull
 from qwen35.publishing.push import apply_push
+from qwen35.publishing.secret_search import SECRETS, secrets
 from qwen35.publishing.sync import save_diff
 
 A, B = digest_bytes(b"a"), digest_bytes(b"b")
@@ -220,7 +223,7 @@ EXAMPLES = {
 def found_in(path: Path, token: str | None = None) -> list[str]:
     found = list(secrets(path, path.name, token))
     assert all(f.check == "secret" and f.subject == path.name for f in found)
-    return [f.message.removeprefix("holds what looks like ") for f in found]
+    return [re.sub(r"^(line \d+ )?holds what looks like ", "", f.message) for f in found]
 
 
 def test_every_pattern_has_an_example() -> None:
@@ -233,6 +236,59 @@ def test_secret_is_found_and_not_repeated(kind: str, tmp_path: Path) -> None:
     path.write_text(f"first line\nkey: {EXAMPLES[kind]} \n")
     assert found_in(path) == [kind]
     assert EXAMPLES[kind] not in str(list(secrets(path, "notes.txt")))
+
+
+KEYED = [
+    "AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    'export db_password="correct7horse8battery9"',
+    "  client_secret: 3f9a0b7c2d1e4f5a6b7c8d9e0f1a2b3c",
+    '{"api_key": "0123456789abcdef0123456789abcdef"}',
+    "HF_TOKEN=a1b2c3d4e5f6a7b8c9d0e1f2",
+    "https://user:hunter2hunter2@example.org/repo.git",
+    "DefaultEndpointsProtocol=https;AccountKey=" + "aB3/" * 21 + "ab==",
+    "sk_live_" + "a1B2" * 6,
+    "SG." + "a1B2c3D4e5F" * 2 + "." + "a1B2c3D4e5F6g7H8i9J0kLmNoPqRsTuVwXyZ0123456",
+]
+
+
+@pytest.mark.parametrize("text", KEYED)
+@pytest.mark.parametrize("width", [0, 5000])
+def test_secrets_by_name_and_of_other_services(text: str, width: int, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("one\ntwo " + "x " * width + text + "\nthree\n")
+    (finding,) = secrets(path, "notes.txt")
+    assert finding.message.startswith("line 2 holds what looks like a secret")
+    assert not any(word in str(finding) for word in re.findall(r"[\w/]{12,}", text)[-1:])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'OpenAI(api_key="EMPTY", base_url="http://localhost:8000/v1")',
+        "api_key=os.environ['SOME_SERVICE_API_KEY_2']",
+        "export HF_TOKEN=<your token>",
+        '"password": 21553, "secret": 8123, "Ġapi_key": 15124',
+        '"access_token_type_ids_of_the_model": "token_type_ids"',
+        "password = getpass.getpass()",
+        '"sha256": "' + "3f9a0b7c" * 8 + '"',
+        "secretary: Jane-Doe-Of-The-Board",
+    ],
+)
+def test_what_only_looks_like_a_secret(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(text)
+    assert found_in(path) == []
+
+
+def test_model_folders_raise_no_alarm(nf4_artifact: Path) -> None:
+    files = [path for folder in (ASSET, nf4_artifact) for path in folder.iterdir()]
+    assert [f for path in files if path.is_file() for f in secrets(path, path.name)] == []
+
+
+def test_hostile_lines_are_searched_in_bounded_time(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("://" * 50_000 + "\n" + "secret" * 30_000 + "\n" + "aws" * 50_000)
+    assert found_in(path) == []
 
 
 def test_part_of_a_word_is_no_secret(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -96,6 +97,72 @@ def test_pull_of_nothing_that_exists(world: World) -> None:
     assert "not a folder" in world.refused("--mode", "pull", folder=world.tmp / "file")
 
 
+# what was changed here
+
+
+def test_file_that_was_changed_here_is_not_replaced(world: World) -> None:
+    theirs(world)
+    (world.folder / "config.json").write_text("mine")
+    before = files_in(world.folder)
+    for mode in ("pull", "fetch"):
+        done = world.publish("--mode", mode)
+        assert done.code == 1
+        stopped = [line for line in done.out.splitlines() if line.startswith("STOPPED")]
+        words = "changed here since it was pulled or pushed: --overwrite replaces it"
+        assert stopped == [f"STOPPED config.json: {words}"]
+    assert files_in(world.folder) == before
+    assert world.publish("--mode", "pull", "--overwrite").code == 0
+    assert files_in(world.folder) == {**CONTENT, **NEW}
+
+
+def test_pulled_folder_follows_the_repository_until_it_is_edited(world: World) -> None:
+    world.pushed()
+    out = world.tmp / "copy"
+    assert world.publish("--mode", "pull", folder=out).code == 0
+    for content in (b"[1]", b"[2]"):
+        world.repo.put({"config.json": content, SHARD: content})
+        assert world.publish("--mode", "pull", folder=out).code == 0
+        assert (out / "config.json").read_bytes() == content
+    (out / SHARD).write_bytes(b"edited")
+    world.repo.put({SHARD: b"[3]"})
+    assert f"STOPPED {SHARD}" in world.publish("--mode", "pull", folder=out).out
+    assert (out / SHARD).read_bytes() == b"edited"
+
+
+def test_file_of_unknown_origin_counts_as_changed_here(world: World) -> None:
+    world.pushed()
+    out = world.tmp / "other"
+    out.mkdir()
+    (out / "config.json").write_text("from elsewhere")
+    assert "STOPPED config.json: changed here" in world.publish("--mode", "pull", folder=out).out
+    assert files_in(out) == {"config.json": b"from elsewhere"}
+
+
+def test_edited_file_that_left_the_repository_is_not_removed(world: World) -> None:
+    theirs(world)
+    (world.folder / "notes.md").write_text("edited")
+    assert "STOPPED notes.md" in world.publish("--mode", "pull", "--delete").out
+    assert (world.folder / "notes.md").read_text() == "edited"
+    assert world.publish("--mode", "pull", "--delete", "--overwrite").code == 0
+    assert not (world.folder / "notes.md").exists()
+
+
+def test_manifest_vouches_for_files_that_qwen35_wrote(world: World) -> None:
+    world.pushed()
+    out = world.tmp / "made"
+    out.mkdir()
+    (out / "config.json").write_bytes(b"made")
+    entry = {"size": 4, "sha256": hashlib.sha256(b"made").hexdigest()}
+    manifest = {"manifest": 1, "files": {"config.json": entry}, "tensors": {}}
+    (out / "qwen35.json").write_text(json.dumps(manifest))
+    assert world.publish("--mode", "pull", folder=out).code == 0
+    assert (out / "config.json").read_bytes() == CONTENT["config.json"]
+
+
+def test_overwrite_is_for_a_pull(world: World) -> None:
+    assert "--overwrite: is for a pull" in world.refused("--mode", "diff", "--overwrite")
+
+
 # what arrives is wrong, or does not arrive
 
 
@@ -139,7 +206,7 @@ def test_slow_body_is_waited_for(world: World, tmp_path: Path) -> None:
     theirs(world)
     world.hub.faults = [Fault(RESOLVE, method="GET", slow=1.5)]
     with Client(world.hub, tmp_path / "home", HF_HUB_DOWNLOAD_TIMEOUT="1") as client:
-        assert replace(world, client=client).publish("--mode", "pull").code == 0
+        assert replace(world, client=client).publish("--mode", "pull", "--overwrite").code == 0
     assert files_in(world.folder) == {**CONTENT, **NEW}
 
 

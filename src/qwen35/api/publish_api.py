@@ -35,6 +35,7 @@ class PublishRequest:
     message: str | None = None
     private: bool = False
     delete: bool = False
+    overwrite: bool = False
     dry_run: bool = False
     save: Path | None = None
     sign: Path | None = None
@@ -77,6 +78,7 @@ def publish(
     message: str | None = None,
     private: bool = False,
     delete: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     save: str | Path | None = None,
     apply: str | Path | None = None,
@@ -97,6 +99,7 @@ def publish(
         message: commit message; depends on the mode if None.
         private: make a newly created repository private.
         delete: also delete files that only the target has.
+        overwrite: with a pull: also replace files that were changed here.
         dry_run: change nothing; the result shows the difference.
         save: with a dry run: write the difference to this file.
         apply: apply the difference saved in this file, if it is still current.
@@ -119,6 +122,7 @@ def publish(
         message=message,
         private=private,
         delete=delete,
+        overwrite=overwrite,
         dry_run=dry_run,
         save=Path(save) if save else None,
         sign=Path(sign) if sign else None,
@@ -276,6 +280,8 @@ def _check(request: PublishRequest, *, applies: bool) -> None:
     if request.delete and request.mode in ("init", "files"):
         found = f"mode {request.mode} deletes nothing"
         raise UsageError("--delete", found, hint="use diff or pull")
+    if request.overwrite and request.mode not in _PULLS:
+        raise UsageError("--overwrite", "is for a pull", hint="use pull or fetch")
     if request.save and not request.dry:
         raise UsageError("--save", "is for a dry run", hint="add --dry-run")
     if request.save and request.save.resolve().is_relative_to(request.folder.resolve()):
@@ -288,7 +294,7 @@ def _diff(request: PublishRequest, target: SyncTarget) -> Diff:
     from qwen35.publishing.sync import diff_pull, diff_push
 
     if request.mode in _PULLS:
-        return diff_pull(target, delete=request.delete)
+        return diff_pull(target, delete=request.delete, overwrite=request.overwrite)
     return diff_push(
         target,
         create=request.mode in ("init", "check"),

@@ -59,6 +59,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--delete", action="store_true", help="also delete files that only the target has"
     )
     parser.add_argument(
+        "--overwrite", action="store_true", help="pull: also replace files that were changed here"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="show the difference, change nothing"
     )
     parser.add_argument(

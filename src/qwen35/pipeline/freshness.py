@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from qwen35.checkpoint.locations import LocalFolder
-from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import INDEX_NAME, Checkpoint
 from qwen35.errors import InputError
 from qwen35.pipeline.planned_artifacts import PlannedArtifact
@@ -16,7 +14,7 @@ from qwen35.pipeline.run_state import RunState, key_of
 from qwen35.planning.manifest import read_manifest
 from qwen35.publishing.hashes import FileHasher
 
-__all__ = ["foreign_files", "is_up_to_date", "make_key", "source_identity", "up_to_date"]
+__all__ = ["is_up_to_date", "make_key", "source_identity", "up_to_date"]
 
 
 def source_identity(checkpoint: Checkpoint, hasher: FileHasher) -> Any:
@@ -78,13 +76,3 @@ def up_to_date(
     hasher = FileHasher(remember=False)
     identity = source_identity(source, hasher)
     return frozenset(a.name for a in artifacts if is_up_to_date(a, identity, state, hasher))
-
-
-def foreign_files(folder: Path) -> Iterator[str]:
-    """Yield the files in an artifact's folder that qwen35 did not write."""
-    manifest = read_manifest(LocalFolder(folder)) or {}
-    known = {MANIFEST_NAME, *manifest.get("files", {}), *manifest.get("added", {})}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in known:
-            yield name

@@ -12,9 +12,9 @@ from typing import Any
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.errors import Finding, InputError, OutputError, Qwen35Error
+from qwen35.errors import Finding, InputError, Qwen35Error
 from qwen35.pipeline.evaluation_step import candidates, measure
-from qwen35.pipeline.freshness import foreign_files, is_up_to_date, make_key, source_identity
+from qwen35.pipeline.freshness import is_up_to_date, make_key, source_identity
 from qwen35.pipeline.gates import artifact_gate, publish_gate, quantization_gate
 from qwen35.pipeline.graph import GraphStep
 from qwen35.pipeline.make import make_artifacts
@@ -142,14 +142,6 @@ class PipelineRunner:
         """Raise if a file that this run did not write would be replaced without --overwrite."""
         ours = name in self._state.steps or self.options.overwrite
         check_output(artifact.out, source=self.source.folder(), overwrite=ours)
-        if self.options.overwrite or not artifact.out.is_dir():
-            return
-        for path in sorted(foreign_files(artifact.out)):
-            raise OutputError(
-                str(artifact.out),
-                f"must be rebuilt, but holds {path}, which this run did not write",
-                hint="move it away, or give --overwrite",
-            )
 
     def _gate_make(self, step: GraphStep) -> Outcome:
         artifact = step.artifact

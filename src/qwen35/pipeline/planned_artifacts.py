@@ -163,9 +163,8 @@ def _clashes(artifacts: Sequence[PlannedArtifact]) -> Iterator[UsageError]:
     for i, artifact in enumerate(artifacts):
         before = artifacts[:i]
         if any(other.name == artifact.name for other in before):
-            yield UsageError(
-                artifact.name, "two artifacts with this name", hint="rename one of them"
-            )
+            hint = "leave one out, or give them names in a run file"
+            yield UsageError(artifact.name, "two artifacts with this name", hint=hint)
         elif artifact.repo and any(other.repo == artifact.repo for other in before):
             yield UsageError(
                 artifact.repo, "two artifacts for this repository", hint="give each its own"
@@ -210,6 +209,7 @@ def _engine_modules(artifact: PlannedArtifact) -> Iterator[tuple[str, str]]:
 
 
 def _measuring_problems(checkpoint: Checkpoint, text: Path, out: Path) -> Iterator[Qwen35Error]:
+    from qwen35.evaluation.text_chunks import read_text
     from qwen35.reporting.report_files import check_report
 
     if any(map(is_packed, checkpoint.weights)):
@@ -220,10 +220,10 @@ def _measuring_problems(checkpoint: Checkpoint, text: Path, out: Path) -> Iterat
     except Qwen35Error as error:
         yield error
     try:
-        if not text.read_text("utf-8").strip():
+        if not read_text(text).content.strip():
             yield UsageError(str(text), "is empty", expected="text to measure on")
-    except (OSError, UnicodeDecodeError) as error:
-        yield UsageError(str(text), f"cannot be read ({error})", expected="text in UTF-8")
+    except Qwen35Error as error:
+        yield error
 
 
 def source_bytes(artifacts: Sequence[PlannedArtifact]) -> int:

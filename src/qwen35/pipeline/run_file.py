@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qwen35.checkpoint.hub import HubId
+from qwen35.checkpoint.locations import read_bounded
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import UsageError
 from qwen35.pipeline.run_request import (
@@ -70,9 +71,7 @@ def read_run_file(path: Path) -> RunRequest:
         UsageError: the file cannot be read or is not TOML.
     """
     try:
-        parsed = tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise UsageError(str(path), f"cannot be read ({error.strerror})") from error
+        parsed = tomllib.loads(read_bounded(path).decode())
     except UnicodeDecodeError as error:
         raise UsageError(str(path), "not UTF-8", expected="TOML") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:

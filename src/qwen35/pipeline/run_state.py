@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.header import json_bytes
+from qwen35.checkpoint.locations import read_bounded
+from qwen35.errors import InputError
 from qwen35.sinks.files import write_file
 from qwen35.sinks.staging import os_errors
 from qwen35.version import __version__
@@ -49,8 +51,8 @@ class RunState:
         """Read the state in `folder`; a damaged file counts as empty."""
         path = folder / STATE_NAME
         try:
-            parsed = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):  # costs a rebuild, not the run
+            parsed = json.loads(read_bounded(path))
+        except (InputError, ValueError, RecursionError):  # costs a rebuild, not the run
             return cls(path)
         steps = parsed.get("steps") if isinstance(parsed, dict) else None
         if not isinstance(steps, dict) or parsed.get("run") != _VERSION:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -17,7 +17,33 @@ if TYPE_CHECKING:
     from qwen35.planning.rules import Recipe
     from qwen35.planning.step import Step
 
-__all__ = ["Container", "ContainerInputs", "ContainerOptions"]
+__all__ = ["Container", "ContainerInputs", "ContainerOptions", "EditedFile"]
+
+_PIECE = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class EditedFile:
+    """A file with a new beginning.
+
+    Args:
+        head: the beginning.
+        rest: the file that the other bytes are copied from; None if there are none.
+        start: where they begin in it.
+    """
+
+    head: bytes
+    rest: Path | None = None
+    start: int = 0
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield its bytes."""
+        yield self.head
+        if self.rest is not None:
+            with self.rest.open("rb") as file:
+                file.seek(self.start)
+                while piece := file.read(_PIECE):
+                    yield piece
 
 
 @dataclass(frozen=True)
@@ -157,6 +183,26 @@ class Container(ABC):
     def models(self, folder: Path) -> list[Path]:
         """Return the paths in a written output that can be evaluated."""
         return [folder]
+
+    def amendable(self, *, vision: bool) -> tuple[str, ...]:
+        """Return the small files that may be edited once the output is written."""
+        del vision
+        return ()
+
+    @abstractmethod
+    def with_template(
+        self, folder: Path, names: Collection[str], template: str
+    ) -> dict[str, EditedFile]:
+        """Return the files of a written output that a new chat template changes.
+
+        Args:
+            folder: the output.
+            names: its files.
+            template: the template.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
 
     @abstractmethod
     def kind(self, plan: Plan) -> str:

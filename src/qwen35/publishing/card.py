@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Self
 
 from qwen35.checkpoint.locations import LocalFolder
+from qwen35.checkpoint.sidecars import LEGAL, MANIFEST_NAME
 from qwen35.checkpoint.source import read_json
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.plain.codec import Plain
 from qwen35.codecs.registry import CODECS, codec_of, group, is_packed, packings
+from qwen35.errors import InputError
 from qwen35.model.roles import role_of
 from qwen35.planning.containers import container_from_manifest
 from qwen35.planning.gguf_files.gguf_container import GgufContainer
-from qwen35.planning.manifest import recipe_of, source_of
-from qwen35.planning.recipe import built_in, load_recipe
+from qwen35.planning.manifest import amendment_notes, recipe_of, source_of, tensor_of
 from qwen35.planning.rules import Recipe, Rule
+from qwen35.publishing.card_steps import (
+    HeldTensors,
+    context_of,
+    held_tensors,
+    make_command,
+    measured_on,
+)
+from qwen35.publishing.markdown import as_code, as_text
 from qwen35.publishing.modelfile import gguf_models
-from qwen35.tensors import StoredTensor, TensorSpec, Weight
+from qwen35.tensors import StoredTensor, Weight
+from qwen35.verification.template_comparison import stored_templates
 
 __all__ = ["CardMeasurements", "card_text"]
 
 _LICENSES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 """First words of a LICENSE file to the Hub's identifier."""
 
-_RECIPE_ONLY = {"name", "format", "rules"}
-"""A manifest's keys of a recipe that was used without further options."""
+_HUB = "https://huggingface.co"
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_VERSION = re.compile(r"[\w.+!-]{1,64}", re.ASCII)
+_TYPE = re.compile(r"\w+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,11 @@ class CardMeasurements:
         if not all(isinstance(row, list) and len(row) == len(columns) for row in rows):
             return None
         return cls(tuple(map(str, columns)), tuple(map(tuple, rows)))
+
+    def escaped(self) -> dict[str, Any]:
+        """Return the table with its cells as Markdown."""
+        rows = [[as_text(cell) for cell in row] for row in self.rows]
+        return {"columns": list(map(as_text, self.columns)), "rows": rows}
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as plain values."""
@@ -108,7 +126,9 @@ def card_text(
         name=repo.split("/")[-1],
         facts=facts,
         title=facts.codec.described or facts.codec.label,
-        measures=asdict(measures) if measures else None,
+        measures=measures.escaped() if measures else None,
+        text=as_text,
+        code=as_code,
         manifest=manifest,
     )
     return str(card).rstrip() + "\n"
@@ -124,6 +144,7 @@ class _Facts:
         self._manifest = manifest
         self._recipe = recipe_of(manifest, container_from_manifest(manifest))
         self.source, self.revision = source_of(manifest)
+        self.version = _version(manifest)
         self.base_model = base_model or self.source
         self.recipe = self._recipe.name
         self.gguf = gguf_models(place)
@@ -135,14 +156,27 @@ class _Facts:
         )
 
     @property
+    def base_link(self) -> str:
+        """The base model, as a link if it is on the Hub."""
+        name = as_text(self.base_model)
+        return f"[{name}]({_HUB}/{name})" if _REPOSITORY.fullmatch(str(self.base_model)) else name
+
+    @property
+    def notes(self) -> list[str]:
+        """The notes on the artifact."""
+        notes = self._manifest.get("notes")
+        return list(map(str, notes)) if isinstance(notes, list) else []
+
+    @property
     def license(self) -> str | None:
-        """The licence according to LICENSE; None without that file."""
+        """The licence according to LICENSE in any form; None without that file."""
         sizes = self._place.sizes()
-        if "LICENSE" not in sizes:
+        name = next((name for name in LEGAL if name in sizes and name.startswith("LICENSE")), None)
+        if name is None:
             return None
-        start = self._place.read("LICENSE", 0, min(sizes["LICENSE"], 400))
+        start = self._place.read(name, 0, min(sizes[name], 400))
         text = start.decode(errors="replace").strip()
-        return next((name for head, name in _LICENSES.items() if text.startswith(head)), "other")
+        return next((kind for head, kind in _LICENSES.items() if text.startswith(head)), "other")
 
     @property
     def files(self) -> list[tuple[str, int]]:
@@ -162,15 +196,39 @@ class _Facts:
     @property
     def command(self) -> str:
         """The command that writes this artifact, if a built-in recipe alone determines it."""
-        name = self._recipe.name
-        if not self.source or self._manifest["recipe"].keys() != _RECIPE_ONLY:
+        if not self.source:
             return ""
-        container = self._recipe.container
-        if name not in built_in(container.name):
+        source = f"{self.source}@{self.revision}"
+        return make_command(self._recipe, self._manifest, source)
+
+    @property
+    def held(self) -> list[HeldTensors]:
+        """GGUF: the rules that give tensors a type of their own."""
+        return list(held_tensors(self._recipe, self._manifest)) if self.gguf else []
+
+    @property
+    def amendments(self) -> list[str]:
+        """A sentence for each amendment."""
+        notes = amendment_notes(self._manifest)
+        return [text[0].upper() + text[1:] for text in notes]
+
+    @property
+    def types(self) -> list[str]:
+        """GGUF: the last parts of the models' names, such as Q4_K_M, the preferred one first."""
+        parts = [name.removesuffix(".gguf").rpartition("-")[2] for name in self.gguf]
+        return [part for part in parts if _TYPE.fullmatch(part)]
+
+    @property
+    def measured_on(self) -> str:
+        """What the figures compare, on which text; empty without a report that says it."""
+        if "report.json" not in self._place.sizes():
             return ""
-        if load_recipe(name, container.name).rules != self._recipe.rules:
-            return ""
-        return f"qwen35 {container.verb} {self.source}@{self.revision} OUT --recipe {name}"
+        return measured_on(read_json(self._place, "report.json"), self._manifest.get("plan"))
+
+    @property
+    def context(self) -> int | None:
+        """The longest context by config.json."""
+        return context_of(self._config)
 
     @property
     def model_class(self) -> str:
@@ -178,13 +236,36 @@ class _Facts:
         return "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
 
     @property
+    def images(self) -> bool:
+        """Whether transformers finds the settings with which it prepares images."""
+        found = {"preprocessor_config.json", "processor_config.json"} & self._place.sizes().keys()
+        return self.vision and bool(found)
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the chat template marks reasoning; assumed without a template."""
+        templates = stored_templates(self._place).values()
+        return not templates or any("</think>" in text for text in templates)
+
+    @property
     def architecture(self) -> str:
         """The architecture in config.json."""
-        if "config.json" not in self._place.sizes():
-            return ""
-        config = read_json(self._place, "config.json")
+        config = self._config
         names = config.get("architectures") if isinstance(config, dict) else None
         return str(names[0]) if isinstance(names, list) and names else ""
+
+    @property
+    def _config(self) -> Any:
+        return read_json(self._place, "config.json") if "config.json" in self._place.sizes() else {}
+
+
+def _version(manifest: Mapping[str, Any]) -> str:
+    """Return the version of qwen35 that wrote an artifact: it goes into a command."""
+    tools = manifest.get("tool")
+    version = tools.get("qwen35") if isinstance(tools, dict) else None
+    if not isinstance(version, str) or not _VERSION.fullmatch(version):
+        raise InputError(MANIFEST_NAME, "names no version of qwen35")
+    return version
 
 
 def _weights(manifest: Mapping[str, Any]) -> tuple[Weight, ...]:
@@ -194,9 +275,7 @@ def _weights(manifest: Mapping[str, Any]) -> tuple[Weight, ...]:
         if not file.endswith(".safetensors"):
             continue
         for name, text in tensors.items():
-            dtype, _, shape = str(text).partition(" ")
-            sizes = tuple(int(part) for part in shape.strip("[]").split(",") if part.strip())
-            stored[name] = StoredTensor(TensorSpec(name, dtype, sizes), file, 0)
+            stored[name] = StoredTensor(tensor_of(name, text), file, 0)
     return group(stored)[0]
 
 

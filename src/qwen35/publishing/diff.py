@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from qwen35.checkpoint.header import strict_json
+from qwen35.checkpoint.locations import read_bounded
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.publishing.guard import bad_name, unwanted
 from qwen35.publishing.hashes import FileDigest
@@ -126,10 +127,23 @@ def push_diff(
     return _diff("push", remote, delete, tuple(only), operations, findings)
 
 
-def pull_diff(local: LocalListing, remote: RemoteRepo, *, delete: bool = False) -> Diff:
+def pull_diff(
+    local: LocalListing,
+    remote: RemoteRepo,
+    *,
+    delete: bool = False,
+    known: Mapping[str, Set[str]] | None = None,
+) -> Diff:
     """Return the operations that make the folder equal to the repository.
 
     A file that is never pushed (an environment file, a key) is never removed either.
+
+    Args:
+        local: the folder.
+        remote: the repository.
+        delete: remove files that the repository lacks.
+        known: path to SHA-256 or git blob of what was pulled, pushed or written by qwen35. Any
+            other content was changed here: a finding. None: it may be replaced.
     """
     operations = [_pulled(there, local.files.get(path)) for path, there in remote.files.items()]
     for path, digest in local.files.items():
@@ -142,8 +156,23 @@ def pull_diff(local: LocalListing, remote: RemoteRepo, *, delete: bool = False) 
     ]
     links = {f.subject: f for f in local.findings if f.check in ("link", "kind")}
     findings += [finding for path, finding in links.items() if path in remote.files]
+    findings += _changed_here(operations, local, known)
     findings += _collisions([*remote.files, *(p for p in local.files if p not in remote.files)])
     return _diff("pull", remote, delete, (), operations, tuple(findings))
+
+
+def _changed_here(
+    operations: Sequence[Operation], local: LocalListing, known: Mapping[str, Set[str]] | None
+) -> Iterator[Finding]:
+    """Yield the files that would be replaced or removed although they were changed here."""
+    if known is None:
+        return
+    for op in operations:
+        digest, contents = local.files.get(op.path), known.get(op.path, set())
+        goes = op.kind == "download" or (op.kind == "remove" and contents)
+        if goes and digest is not None and contents.isdisjoint((digest.sha256, digest.blob)):
+            message = "changed here since it was pulled or pushed: --overwrite replaces it"
+            yield Finding("changed", op.path, message)
 
 
 def _diff(
@@ -205,10 +234,7 @@ def load_diff(path: Path) -> Diff:
     Raises:
         InputError: it cannot be read, or is not a diff.
     """
-    try:
-        parsed = strict_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    parsed = strict_json(read_bounded(path), str(path))
     if not isinstance(parsed, dict) or parsed.pop("diff", None) != _VERSION:
         raise InputError(str(path), "not a diff of this version of qwen35")
     try:
@@ -216,11 +242,30 @@ def load_diff(path: Path) -> Diff:
         parsed["findings"] = tuple(Finding(**row) for row in parsed["findings"])
         parsed["only"] = tuple(parsed["only"])
         diff = Diff(**parsed)
+        _check_types(diff)
     except (KeyError, TypeError) as error:
         raise InputError(str(path), "a malformed diff", hint="save it again") from error
     if diff.direction not in get_args(Direction):
         raise InputError(str(path), f"direction {diff.direction!r}", expected="push or pull")
     return diff
+
+
+def _check_types(diff: Diff) -> None:
+    """Raise a TypeError unless all values of a parsed diff have the types of its fields."""
+    texts: list[Any] = [diff.direction, diff.repo, *diff.only]
+    hashes: list[Any] = [diff.base]
+    sizes: list[Any] = []
+    for op in diff.operations:
+        texts += [op.path, op.kind]
+        hashes += [op.local, op.remote]
+        sizes.append(op.size)
+    for finding in diff.findings:
+        texts += [finding.check, finding.subject, finding.message]
+    fits = all(isinstance(text, str) for text in texts)
+    fits = fits and all(value is None or isinstance(value, str) for value in hashes)
+    fits = fits and all(type(size) is int for size in sizes)
+    if not fits or type(diff.delete) is not bool:
+        raise TypeError("a value of the wrong type")
 
 
 def check_same(saved: Diff, fresh: Diff) -> None:

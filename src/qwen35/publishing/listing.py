@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.hub import bound_client, call_hub
+from qwen35.checkpoint.hub import call_hub
 from qwen35.errors import Finding, HubError, InputError
 from qwen35.publishing.guard import bad_name, unwanted
 from qwen35.publishing.hashes import FileDigest, FileHasher, digest_bytes
@@ -163,7 +163,9 @@ def hub_api(token: str | None) -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars, logging
 
-    bound_client()
+    from qwen35.checkpoint.hub_session import guard_client
+
+    guard_client()
     disable_progress_bars()
     logging.set_verbosity_error()
     return HfApi(token=token)
@@ -179,17 +181,16 @@ def list_remote(repo: str, token: str | None, *, missing_ok: bool = False) -> Re
     """
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    api = hub_api(token)
+    from qwen35.checkpoint.hub_listing import commit_of
+
     try:
-        info = call_hub(repo, lambda: api.model_info(repo))
+        commit = call_hub(repo, lambda: commit_of(repo, None, token))
     except HubError as error:
         absent = isinstance(error.__cause__, RepositoryNotFoundError)
         if absent and missing_ok:
             return RemoteRepo(repo, None, {})
         raise
-    if not info.sha:
-        raise HubError(repo, "the Hub named no commit")
-    return list_commit(repo, info.sha, token)  # by commit, since the head may move
+    return list_commit(repo, commit, token)  # by commit, since the head may move
 
 
 def list_commit(repo: str, commit: str, token: str | None) -> RemoteRepo:
@@ -198,17 +199,12 @@ def list_commit(repo: str, commit: str, token: str | None) -> RemoteRepo:
     Raises:
         HubError: the Hub refused or was not reached; no partial listing is returned.
     """
-    from huggingface_hub.hf_api import RepoFile
+    from qwen35.checkpoint.hub_listing import list_tree
 
-    api = hub_api(token)
-    entries = call_hub(
-        repo, lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit))
-    )
+    entries = call_hub(repo, lambda: list_tree(repo, commit, token, recursive=True))
     files = {
-        entry.path: RemoteFile(
-            entry.path, entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None
-        )
+        entry.path: RemoteFile(entry.path, entry.size, entry.blob, entry.sha256)
         for entry in entries
-        if isinstance(entry, RepoFile)
+        if entry.size is not None
     }
     return RemoteRepo(repo, commit, files)

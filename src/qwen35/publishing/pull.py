@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from qwen35.checkpoint.hub import call_hub
+from qwen35.checkpoint.hub import fetch_file
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import INDEX_NAME
 from qwen35.errors import HubError, InputError, OutputError
@@ -15,6 +15,7 @@ from qwen35.progress import Progress, Silent
 from qwen35.publishing.diff import Diff, Operation, check_clean
 from qwen35.publishing.hashes import FileDigest, FileHasher, digest_file
 from qwen35.publishing.listing import hub_api
+from qwen35.publishing.synced import remember_synced
 from qwen35.sinks.staging import check_space, locked, os_errors
 
 __all__ = ["PullResult", "apply_pull"]
@@ -82,6 +83,7 @@ def apply_pull(
                 (root / op.path).unlink()
             _remove_empty(root, diff)
             shutil.rmtree(stage.folder)
+            remember_synced(root, {op.path: op.remote for op in diff.of("download", "same")})
     return PullResult(root, diff.base, sum(op.size for op in downloads))
 
 
@@ -130,10 +132,10 @@ class _Stage:
 
     def _download(self, op: Operation, path: Path) -> None:
         subject = f"{self.repo}@{self.commit[:12]}, {op.path}"
-        api = hub_api(self.token)
-        options = {"revision": self.commit, "local_dir": self.folder}
+        hub_api(self.token)  # silences the client
         path.unlink(missing_ok=True)  # of another version, or incomplete
-        call_hub(subject, lambda: api.hf_hub_download(self.repo, op.path, **options))
+        options = {"local_dir": self.folder, "token": self.token}
+        fetch_file(subject, self.repo, self.commit, op.path, op.size, **options)
         digest = digest_file(path)  # the client checks the size only
         if not _matches(digest, op):
             path.unlink()

@@ -15,6 +15,7 @@ from qwen35.progress import Progress, Silent
 from qwen35.publishing.diff import ATTRIBUTES, Diff, check_clean
 from qwen35.publishing.hashes import FileDigest, FileHasher
 from qwen35.publishing.listing import RemoteRepo, hub_api, list_commit, list_remote
+from qwen35.publishing.synced import remember_synced
 
 __all__ = ["PushResult", "apply_push"]
 
@@ -74,9 +75,10 @@ def apply_push(
     """
     assert diff.direction == "push"
     check_clean(diff)
-    return _Push(diff, root, token, hasher or FileHasher(), progress or Silent()).run(
-        message, private
-    )
+    push = _Push(diff, root, token, hasher or FileHasher(), progress or Silent())
+    result = push.run(message, private)
+    remember_synced(root, {op.path: op.local for op in diff.of("upload", "same")})
+    return result
 
 
 @dataclass
@@ -171,11 +173,16 @@ class _Push:
         """Make the commit; if its answer is lost, find out whether it was made."""
         from huggingface_hub import CommitOperationDelete
 
+        from qwen35.checkpoint.hub_headers import COMMIT, BadAnswerError
+
         operations = [*additions, *map(CommitOperationDelete, expected.deleted)]
         options = {"commit_message": message, "parent_commit": expected.before.commit}
         try:
             info = self.api.create_commit(self.diff.repo, operations, **options)
         except client_errors() as error:
+            if isinstance(error, ValueError) and "README.md" in str(error):
+                # the client has the card's metadata checked
+                raise InputError("README.md", " ".join(str(error).split())) from error
             status = status_of(error)
             if status == 412:  # the parent is no longer the head
                 raise self._moved() from error
@@ -183,10 +190,8 @@ class _Push:
                 raise _refusal(self.diff.repo, error) from error
             # no answer, or a 5xx, which a proxy may send although the commit was made
             return self._settle(expected, error)
-        except ValueError as error:  # the client checks the card's metadata
-            if "README.md" not in str(error):
-                raise
-            raise InputError("README.md", " ".join(str(error).split())) from error
+        if not COMMIT.fullmatch(str(info.oid)):
+            return self._settle(expected, BadAnswerError("named a malformed commit"))
         return str(info.oid)
 
     def _settle(self, expected: _Expected, error: Exception) -> str:

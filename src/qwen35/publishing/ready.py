@@ -7,6 +7,7 @@ from pathlib import Path
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding
+from qwen35.planning.containers import container_from_manifest
 from qwen35.planning.manifest import read_manifest
 from qwen35.publishing.listing import LocalListing
 from qwen35.verification.opening import open_artifact
@@ -28,6 +29,7 @@ def readiness(folder: Path, local: LocalListing) -> list[Finding]:
     if manifest is None:
         return []
     findings: list[Finding] = []
+    amendable = container_from_manifest(manifest).amendable(vision=True)
     verified = manifest.get("verified")
     if isinstance(verified, dict) and verified.get("passed") is False:
         message = "records a failed verification: fix the artifact, then verify with --record"
@@ -37,7 +39,10 @@ def readiness(folder: Path, local: LocalListing) -> list[Finding]:
         if digest is None:
             findings.append(Finding("missing", name, "missing, but the manifest lists it"))
         elif digest.sha256 != entry["sha256"]:
-            findings.append(Finding("changed", name, "not the file that the manifest lists"))
+            message = "not the file that the manifest lists"
+            if name in amendable:
+                message += "; if you edited it on purpose, record that with `qwen35 amend`"
+            findings.append(Finding("changed", name, message))
     if findings or not any(name.endswith(".safetensors") for name in local.files):
         return findings
     return list(verify(open_artifact(str(folder.absolute()))).findings)

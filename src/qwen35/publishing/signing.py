@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from qwen35.checkpoint.locations import read_bounded
 from qwen35.errors import InputError, UsageError
 from qwen35.sinks.staging import os_errors
 
@@ -58,9 +59,7 @@ def _load(private_key: Path) -> Any:
 
     subject, expected = f"--sign {private_key}", "an elliptic-curve key in PEM, without password"
     try:
-        key = load_pem_private_key(private_key.read_bytes(), None)
-    except OSError as error:
-        raise UsageError(subject, f"cannot be read ({error.strerror})") from error
+        key = load_pem_private_key(read_bounded(private_key), None)
     except (ValueError, TypeError) as error:
         raise UsageError(subject, "not such a key", expected=expected) from error
     if not isinstance(key, EllipticCurvePrivateKey):

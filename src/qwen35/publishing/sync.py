@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.hub import HubId
+from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import hub_token
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, HubError, InputError, UsageError
+from qwen35.planning.manifest import read_manifest
 from qwen35.progress import Progress
 from qwen35.publishing.diff import Diff, pull_diff, push_diff
-from qwen35.publishing.guard import secrets
 from qwen35.publishing.hashes import FileHasher
 from qwen35.publishing.listing import LocalListing, list_local, list_remote
 from qwen35.publishing.modelfile import is_gguf
 from qwen35.publishing.ready import readiness
 from qwen35.publishing.repo_documents import documents, write_documents
+from qwen35.publishing.secret_search import secrets
 from qwen35.publishing.signing import sign
+from qwen35.publishing.synced import synced_files
 from qwen35.sinks.staging import os_errors
 from qwen35.verification.verdict import Verdict
 
@@ -137,8 +141,13 @@ def finish_folder(
     return signing_key is not None and sign(target.folder, signing_key)
 
 
-def diff_pull(target: SyncTarget, *, delete: bool = False) -> Diff:
+def diff_pull(target: SyncTarget, *, delete: bool = False, overwrite: bool = False) -> Diff:
     """Return what a pull would do; a missing folder counts as empty.
+
+    Args:
+        target: the folder and the repository.
+        delete: remove files that the repository lacks.
+        overwrite: also replace or remove files that were changed here; otherwise a finding.
 
     Raises:
         InputError: the folder cannot be read.
@@ -149,7 +158,18 @@ def diff_pull(target: SyncTarget, *, delete: bool = False) -> Diff:
         raise InputError(str(folder), "not a folder")
     remote = list_remote(target.repo, target.token)
     local = list_local(folder, target.hasher) if folder.exists() else LocalListing({})
-    return pull_diff(local, remote, delete=delete)
+    known = None if overwrite or not local.files else _known(folder)
+    return pull_diff(local, remote, delete=delete, known=known)
+
+
+def _known(folder: Path) -> dict[str, set[str]]:
+    """Return the contents that each file had when it was pulled, pushed or written by qwen35."""
+    known = {name: {identity} for name, identity in synced_files(folder).items()}
+    with suppress(InputError):  # a damaged manifest vouches for nothing
+        manifest = read_manifest(LocalFolder(folder)) or {}
+        for name, entry in {**manifest.get("added", {}), **manifest.get("files", {})}.items():
+            known.setdefault(name, set()).add(entry["sha256"])
+    return known
 
 
 def save_diff(diff: Diff, path: Path) -> None:

@@ -16,6 +16,16 @@ __all__ = ["HTML_NAME", "JSON_NAME", "check_report", "write_files", "write_repor
 JSON_NAME = "report.json"
 HTML_NAME = "report.html"
 
+_MARKS = {
+    JSON_NAME: b'{\n  "report": ',
+    HTML_NAME: b": evaluation</title>",
+    "tune.json": b'{\n  "model": ',
+    "tune.html": b": tuning</title>",
+}
+"""What the beginning of a report's file holds: a file of this name without it is not ours."""
+
+_HEAD = 4096
+
 
 def check_report(
     folder: Path, *, overwrite: bool, names: Sequence[str] = (JSON_NAME, HTML_NAME)
@@ -28,7 +38,7 @@ def check_report(
         names: the files.
 
     Raises:
-        OutputError: `folder` is not a folder, or has a report that may not be replaced.
+        OutputError: `folder` is not a folder, or has a file that may not be replaced.
         UsageError: Matplotlib is not installed.
     """
     from qwen35.reporting.charts import matplotlib_figure
@@ -43,6 +53,18 @@ def check_report(
         raise OutputError(
             str(folder / existing[0]), "exists already", hint="give --overwrite to replace it"
         )
+    for name in existing:
+        if not _is_ours(folder / name):
+            hint = "move it away or choose another folder"
+            raise OutputError(str(folder / name), "was not written by qwen35", hint=hint)
+
+
+def _is_ours(path: Path) -> bool:
+    with os_errors(path):
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return _MARKS[path.name] in file.read(_HEAD)
 
 
 def write_report(report: EvaluationReport, folder: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen35.codecs.ggml.types import COMPILED, ggml_type
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import Finding, InputError
-from qwen35.planning.container import Container, ContainerInputs, ContainerOptions
+from qwen35.planning.container import Container, ContainerInputs, ContainerOptions, EditedFile
 from qwen35.planning.gguf_files.mixes import MIX
 
 if TYPE_CHECKING:
@@ -108,6 +108,15 @@ class GgufContainer(Container):
         """Return the files with a language model."""
         files = sorted(folder.glob("*.gguf"))
         return [path for path in files if not path.name.startswith("mmproj-")]
+
+    def with_template(
+        self, folder: Path, names: Collection[str], template: str
+    ) -> dict[str, EditedFile]:
+        """Return each model with the template among its keys; its tensors stay as they are."""
+        from qwen35.planning.gguf_files.template_edit import with_template
+
+        models = [path for path in self.models(folder) if path.name in names]
+        return {path.name: with_template(path, template) for path in models}
 
     def head_memory(self, plan: Plan) -> int:
         """Return the bytes of the heads, and of the vocabulary while a head is rendered."""

@@ -24,7 +24,7 @@ from qwen35.planning.transforms import (
     Transform,
 )
 
-__all__ = ["UntypedTensor", "text_tensors", "vision_tensors"]
+__all__ = ["UntypedTensor", "name_pattern", "text_tensors", "vision_tensors"]
 
 Storage = Literal["any", "f32", "patch"]
 
@@ -135,6 +135,17 @@ _EXPERTS = ("mlp.experts.down_proj", "mlp.experts.gate_proj", "mlp.experts.up_pr
 def converter_order(items: Sequence[InventoryItem]) -> list[InventoryItem]:
     """Return `items` in the order of llama.cpp's converter: by file, then by name."""
     return sorted(items, key=lambda item: (item.weight.main.file, item.weight.name))
+
+
+def name_pattern(role: str) -> str:
+    """Return the names of a role's tensors in a file, with ``*`` for the layer; empty if unknown.
+
+    >>> name_pattern("linear_attn.out_proj")
+    'blk.*.ssm_out.weight'
+    """
+    layer = _LAYER.get(role) or _MTP_ROOT.get(role)
+    root = _ROOT.get(role)
+    return f"blk.*.{layer.name}" if layer else root.name if root else ""
 
 
 def text_tensors(

@@ -1,0 +1,133 @@
+"""What files and manifests say reaches a model card as text, never as markup or a command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+
+from qwen35.errors import InputError
+from qwen35.publishing.markdown import as_code, as_text
+from qwen35.publishing.repo_documents import documents
+
+MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable("table")
+
+EVIL = (
+    'x" onload=alert(1)><script>alert(2)</script>\n---\nlicense: evil\n# pwned `code` | cell '
+    "[a](javascript:alert(3)) ![b](http://c.d/e) <img src=x onerror=alert(4)>\n```bash\ncurl e|sh"
+    "\n```"
+)
+
+PIECES = ["<", ">", "[a](javascript:b)", "![", "](", "|", "`", "\\", "\n", "<b>", "&lt;", "#", "*"]
+TEXT = st.lists(st.sampled_from([*PIECES, "word", " "]), max_size=12).map("".join)
+
+
+def kinds(text: str) -> set[str]:
+    """Return the kinds of Markdown elements in `text`."""
+    tokens = MARKDOWN.parse(text)
+    inner = (child for token in tokens for child in token.children or ())
+    return {token.type for token in (*tokens, *inner)}
+
+
+@given(TEXT)
+def test_text_in_a_paragraph_makes_no_element(text: str) -> None:
+    harmless = {"paragraph_open", "paragraph_close", "inline", "text", "code_inline"}
+    harmless |= {"em_open", "em_close", "strong_open", "strong_close"}
+    assert kinds(f"Note: {as_text(text)}.") <= harmless
+
+
+@given(TEXT, TEXT)
+def test_text_in_a_table_stays_in_its_cell(text: str, name: str) -> None:
+    table = f"| a | b |\n|---|---|\n| `{as_code(name)}` | {as_text(text)} |\n| 1 | 2 |"
+    tokens = MARKDOWN.parse(table)
+    assert sum(token.type == "td_open" for token in tokens) == 4
+    assert not kinds(table) & {"html_inline", "link_open", "image"}
+
+
+def _set(*keys: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(manifest: dict[str, Any]) -> None:
+        place: Any = manifest
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = EVIL
+
+    return edit
+
+
+EDITS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "recipe's name": _set("recipe", "name"),
+    "reason": _set("recipe", "rules", -1, 2),
+    "notes": lambda m: m.__setitem__("notes", [EVIL, f"`{EVIL}"]),
+    "file": lambda m: m["files"].__setitem__(EVIL, {"size": 1, "sha256": "0" * 64}),
+    "version": _set("tool", "qwen35"),
+    "repository": lambda m: m.__setitem__("source", {"repo": EVIL, "revision": "a" * 40}),
+    "revision": lambda m: m.__setitem__("source", {"repo": "a/b", "revision": EVIL}),
+    "amendment": lambda m: m.__setitem__(
+        "amended", [{"files": ["chat_template.jinja"], "time": EVIL, "why": EVIL}]
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_hostile_manifest(
+    edit: Callable[[dict[str, Any]], None], nf4_artifact: Path, tmp_path: Path
+) -> None:
+    card = _card(nf4_artifact, tmp_path / "copy", edit, {})
+    if card is not None:
+        _assert_harmless(card)
+
+
+@pytest.mark.parametrize("where", ["columns", "rows", "text", "candidates"])
+def test_hostile_report(where: str, nf4_artifact: Path, tmp_path: Path) -> None:
+    report: dict[str, Any] = {
+        "table": {"columns": ["a", "b"], "rows": [[1, 2]]},
+        "base": {"name": "c", "stored": "BF16", "engine": "d"},
+        "tokens": {"chunks": 1, "context": 2},
+        "text": {"name": "e"},
+        "candidates": [{"name": "f"}],
+    }
+    if where in report["table"]:
+        report["table"][where] = [EVIL, EVIL] if where == "columns" else [[EVIL, EVIL]]
+    else:
+        report[where] = {"name": EVIL} if where == "text" else [{"name": EVIL}, {"name": "f"}]
+    card = _card(nf4_artifact, tmp_path / "copy", lambda _: None, {"report.json": report})
+    assert card is not None
+    _assert_harmless(card)
+
+
+def _card(
+    artifact: Path, copy: Path, edit: Callable[[dict[str, Any]], None], files: dict[str, Any]
+) -> str | None:
+    """Return the card of an edited artifact; None if its manifest is refused."""
+    shutil.copytree(artifact, copy)
+    manifest = json.loads((copy / "qwen35.json").read_text())
+    edit(manifest)
+    (copy / "qwen35.json").write_text(json.dumps(manifest))
+    for name, content in files.items():
+        (copy / name).write_text(json.dumps(content))
+    try:
+        return documents(copy, "me/model")["README.md"].decode()
+    except InputError as error:
+        if error.subject != "qwen35.json":
+            raise
+        return None
+
+
+def _assert_harmless(card: str) -> None:
+    front, body = card.removeprefix("---\n").split("\n---\n", 1)
+    assert "evil" not in front
+    assert not kinds(body) & {"html_block", "html_inline", "image"}
+    tokens = [child for token in MARKDOWN.parse(body) for child in token.children or ()]
+    links = [str(token.attrs["href"]) for token in tokens if token.type == "link_open"]
+    assert all(link.startswith(("https://huggingface.co/", "qwen35.json")) for link in links)
+    fences = [token.content for token in MARKDOWN.parse(body) if token.type == "fence"]
+    assert not any("curl" in fence for fence in fences)
+    headings = [token.content for token in MARKDOWN.parse(body) if token.type == "inline"]
+    assert not any(line == "pwned" for line in headings)
