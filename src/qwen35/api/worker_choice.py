@@ -12,6 +12,9 @@ from qwen35.threads import default_threads
 
 __all__ = ["check_workers", "pool_for"]
 
+_PER_PROCESSOR = 8
+"""Worker processes per processor: each takes memory and a second to start."""
+
 
 def check_workers(
     workers: int | None,
@@ -28,6 +31,10 @@ def check_workers(
     given = [flag for flag, value in flags.items() if value is not None]
     if len(given) > 1:
         raise UsageError(" and ".join(given), "exclude each other", hint="give one of them")
+    most = _PER_PROCESSOR * default_threads()
+    if workers is not None and workers > most:
+        found = f"{workers} on {default_threads()} processors"
+        raise UsageError("--workers", found, expected=f"at most {most}")
     if part is not None and not 1 <= part[0] <= part[1]:
         found = f"{part[0]}/{part[1]}"
         raise UsageError("--slice", found, expected="i/N, with i from 1 to N")

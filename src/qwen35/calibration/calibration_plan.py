@@ -13,7 +13,8 @@ from qwen35.calibration.blocks import Block, blocks
 from qwen35.calibration.inputs import MTP, input_of
 from qwen35.calibration.sums import FLOOR
 from qwen35.calibration.text_windows import TextWindows
-from qwen35.checkpoint.inventory import InventoryItem, inventory
+from qwen35.checkpoint.inventory import InventoryItem
+from qwen35.checkpoint.reconciled import source_notes, take
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.display import size, size_rounded_up
 from qwen35.errors import InputError, UsageError
@@ -78,6 +79,7 @@ class CalibrationPlan:
         items: the checkpoint's weights.
         blocks: parts of the model in execution order; one is in memory at a time.
         batch: windows per forward call.
+        notes: for the user, on how the checkpoint was read.
     """
 
     checkpoint: Checkpoint
@@ -86,6 +88,7 @@ class CalibrationPlan:
     items: tuple[InventoryItem, ...]
     blocks: tuple[Block, ...]
     batch: int
+    notes: tuple[str, ...] = ()
 
     @property
     def config(self) -> ModelConfig:
@@ -215,7 +218,8 @@ def make_plan(
         TensorError: the checkpoint lacks weights that its config implies.
         UsageError: one layer and one window exceed `request.memory`.
     """
-    items = inventory(checkpoint)
+    original = checkpoint
+    checkpoint, items = take(original, tower=False)
     config = checkpoint.config
     if config.quantization is not None:
         raise InputError(
@@ -236,7 +240,8 @@ def make_plan(
             raise UsageError(f"--memory {size(request.memory)}", "too little", expected=expected)
         batch = min(batch, (request.memory - layer) // window)
     batch = min(batch, len(text.windows))
-    return CalibrationPlan(checkpoint, text, request, items, parts, batch)
+    notes = tuple(source_notes(original, mtp=True, tower=False))
+    return CalibrationPlan(checkpoint, text, request, items, parts, batch, notes)
 
 
 def workspace(config: ModelConfig, context: int, itemsize: int) -> int:

@@ -13,8 +13,10 @@ from qwen35.calibration.inputs import HEAD
 from qwen35.calibration.libraries import libraries
 from qwen35.calibration.statistics_file import coverage, write_statistics
 from qwen35.calibration.sums import FLOOR, Sums
-from qwen35.checkpoint.inventory import inventory
+from qwen35.checkpoint.locations import read_bounded
+from qwen35.checkpoint.reconciled import has_tower, take
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.engines.torch_model import NO_CODE
 from qwen35.errors import InputError
 from qwen35.planning.manifest import source_json
 from qwen35.progress import Progress
@@ -46,9 +48,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         InputError: the file cannot be read, is not UTF-8, or has no prompts.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+        lines = read_bounded(path).decode().splitlines()
     except UnicodeDecodeError as error:
         raise InputError(str(path), "not UTF-8 text") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
@@ -97,12 +97,13 @@ def collect(
         InputError: an input is not finite.
     """
     torch, transformers = libraries()
-    folder, vision = checkpoint.folder(), checkpoint.config.architecture.vision
-    items = inventory(checkpoint)
+    folder, vision = checkpoint.folder(), has_tower(checkpoint)
+    checkpoint, items = take(checkpoint, tower=False)
     kind = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
-    model = getattr(transformers, kind).from_pretrained(folder, dtype="auto", device_map=device_map)
+    options = {"dtype": "auto", "device_map": device_map, **NO_CODE}
+    model = getattr(transformers, kind).from_pretrained(folder, **options)
     model.eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
     # Only the text model is measured: prompts have no images.
     text = model.model.language_model if vision else model.model
     sums = _MemorySums()

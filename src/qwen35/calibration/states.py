@@ -12,9 +12,11 @@ import numpy as np
 
 from qwen35.array_types import Array
 from qwen35.calibration.sums import Sums, load_sums, save_sums
+from qwen35.checkpoint.locations import read_bounded
 from qwen35.closing import Closing
-from qwen35.errors import OutputError
+from qwen35.errors import InputError, OutputError
 from qwen35.sinks.staging import os_errors
+from qwen35.sinks.work_folder import check_entries
 
 __all__ = ["CalibrationFolder", "work_folder"]
 
@@ -55,12 +57,13 @@ class CalibrationFolder(Closing):
                 self._save()
 
     def _load_done(self, restart: bool) -> list[str]:
-        if not self.folder.exists():
+        if not os.path.lexists(self.folder):
             return []
+        check_entries(self.folder)
         try:
-            state = json.loads((self.folder / _STATE).read_bytes())
+            state = json.loads(read_bounded(self.folder / _STATE))
             digest, done = state["plan"], [str(name) for name in state["done"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (InputError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise OutputError(
                 str(self.folder), "is in the way and was not made by qwen35", hint="move it away"
             ) from error
@@ -107,7 +110,8 @@ class CalibrationFolder(Closing):
     def _file(self, number: int) -> int:
         if number not in self._files:
             path = self.folder / f"hidden-{number}.bin"
-            self._files[number] = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+            flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+            self._files[number] = os.open(path, flags, 0o666)
         return self._files[number]
 
     def write(self, number: int, offset: int, data: memoryview) -> None:

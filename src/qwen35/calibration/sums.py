@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -107,7 +108,15 @@ _PARTS = ("squares", "largest", "tokens")
 
 
 def load_sums(path: Path) -> dict[str, Sums]:
-    """Read a file written by `save_sums`."""
-    with np.load(path, allow_pickle=False) as arrays:
-        names = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files)
-        return {name: Sums(*(arrays[f"{name}/{part}"] for part in _PARTS)) for name in names}
+    """Read a file written by `save_sums`.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files)
+            return {name: Sums(*(arrays[f"{name}/{part}"] for part in _PARTS)) for name in names}
+    except (ValueError, KeyError, EOFError, AttributeError, BadZipFile) as error:
+        hint = "remove its folder to start over"
+        raise InputError(str(path), "not sums of a calibration", hint=hint) from error

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen35.array_types import I32
+from qwen35.checkpoint.locations import read_bounded
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import ConfigError, InputError, UsageError
 
@@ -69,7 +70,7 @@ def read_text(
     ids: list[I32] = []
     files = []
     for path in paths:
-        data = _read(path)
+        data = read_bounded(path)
         try:
             text = data.decode()
         except UnicodeDecodeError as error:
@@ -93,13 +94,6 @@ def read_text(
     count = min(whole, windows) if windows else whole
     used = count * context
     return TextWindows(flat[:used].reshape(count, context), tuple(files), len(flat) - used)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Any:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from qwen35.cli.screen import fit, width_of
 from qwen35.display import printable, size
-from qwen35.errors import Qwen35Error
+from qwen35.errors import Qwen35Error, UsageError
 from qwen35.progress import Progress, Silent
 
 __all__ = ["Console"]
@@ -61,19 +63,29 @@ class Console:
     def notes(self, notes: Iterable[str]) -> None:
         """Print notes for the user."""
         for note in notes:
-            self.info(f"note: {note}")
+            self.info(f"note: {printable(note)}")
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Print what is logged meanwhile as notes: trouble that will perhaps be overcome."""
+        logger, handler = logging.getLogger("qwen35"), _Notes(self)
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
 
     def error(self, error: Qwen35Error) -> None:
         """Print an expected failure as one sentence."""
         if self.as_json:
-            print(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            _print(json.dumps({"error": type(error).__name__, "message": str(error)}))
         _print_error(error)
 
     def errors(self, errors: Sequence[Qwen35Error]) -> None:
         """Print several expected failures, each as one sentence."""
         if self.as_json:
             rows = [{"error": type(e).__name__, "message": str(e)} for e in errors]
-            print(json.dumps({**rows[0], "errors": rows}))
+            _print(json.dumps({**rows[0], "errors": rows}))
         for error in errors:
             _print_error(error)
 
@@ -92,8 +104,16 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:  # the reader (`head`, a pager) has closed the pipe
-        # the flush at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
+    except OSError as error:
+        _silence(sys.stdout)
+        found, hint = f"cannot be written ({error.strerror})", "print it somewhere else"
+        raise UsageError("stdout", found, hint=hint) from error
+
+
+def _silence(stream: TextIO) -> None:
+    """Discard what is still written to `stream`: the flush at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _json(value: Any) -> str:
@@ -110,7 +130,21 @@ def _print_error(error: Qwen35Error) -> None:
 
 
 def _tell(text: str) -> None:
-    print(fit(text, sys.stderr), file=sys.stderr, flush=True)
+    try:
+        print(fit(text, sys.stderr), file=sys.stderr, flush=True)
+    except OSError:  # messages that nobody can read do not end the work
+        _silence(sys.stderr)
+
+
+class _Notes(logging.Handler):
+    """Prints warnings as notes."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.notes([record.getMessage()])
 
 
 class _Lines:

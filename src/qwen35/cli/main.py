@@ -9,6 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +19,7 @@ from qwen35.cli.help import HelpFormatter
 from qwen35.errors import Qwen35Error, UsageError, did_you_mean
 from qwen35.version import __version__
 
-__all__ = ["SHELLS", "VERBS", "main", "parser_of", "run_verb", "whole_parser"]
+__all__ = ["SHELLS", "VERBS", "main", "parser_of", "run_verb", "tune_process", "whole_parser"]
 
 VERBS: dict[str, str] = {
     "inspect": "describe a checkpoint from its headers",
@@ -30,6 +31,7 @@ VERBS: dict[str, str] = {
     "evaluate": "measure perplexity and KL divergence of quantized models",
     "tune": "find the recipe with the least loss under a budget",
     "run": "run a whole pipeline: make, verify, measure, publish",
+    "amend": "record edits of an artifact's small files, such as a template",
     "publish": "sync a folder with a Hub repository, in either direction",
     "reproduce": "rebuild an artifact from its manifest and compare",
     "finalize": "complete an output from its slices",
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` and return the exit code."""
     if argv is None:
-        _tune_process()
+        tune_process()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
         verb = arguments[1:2]
@@ -103,7 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if known.print_completion and known.verb is None:
         from qwen35.cli.completion import script
 
-        Console().script(script(known.print_completion, whole_parser()))
+        output = Console()
+        try:
+            output.script(script(known.print_completion, whole_parser()))
+        except UsageError as full:
+            output.error(full)
+            return EXIT_USAGE
         return 0
     first = arguments[0]
     if known.verb in VERBS:
@@ -123,13 +130,27 @@ def _unknown(verb: str) -> UsageError:
     return UsageError(f"verb {verb!r}", "unknown", expected=", ".join(VERBS), hint=hint)
 
 
-def _tune_process() -> None:
-    """Skip start-up costs that a one-shot command never recoups, before numpy is imported."""
+def tune_process() -> None:
+    """Prepare the process of a command, before numpy is imported: its environment, its memory."""
+    _open_streams()
     # NumPy's BLAS starts a spinning thread per core, but nothing here multiplies matrices with it
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # libraries start interpreters too (torch, multiprocessing): none imports from where we work
+    os.environ["PYTHONSAFEPATH"] = "1"
     # a plan's 10,000 objects live until the end: repeated collections would scan them in vain
     gc.set_threshold(1_000_000)
     atexit.register(_leave)
+
+
+def _open_streams() -> None:
+    """Open standard streams that are closed: a file could get their number, and be written to."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _leave() -> None:
@@ -154,7 +175,8 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
     args = parser.parse_args(argv)
     output = Console(quiet=args.quiet, as_json=args.json)
     try:
-        code: int = implementation.run(args, output)
+        with output.warnings():
+            code: int = implementation.run(args, output)
     except Qwen35Error as error:
         output.error(error)
         _print_notes(error, output)
@@ -163,11 +185,23 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
         output.error(_OUT_OF_MEMORY)
         _print_notes(error, output)
         return EXIT_USAGE
+    except FileNotFoundError:
+        if _working_folder_exists():
+            raise
+        output.error(UsageError("the working folder", "no longer exists", hint="change to another"))
+        return EXIT_USAGE
     except KeyboardInterrupt as error:
         output.info("interrupted")
         _print_notes(error, output)
         return EXIT_INTERRUPTED
     return code
+
+
+def _working_folder_exists() -> bool:
+    try:
+        return Path.cwd().is_dir()
+    except OSError:
+        return False
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:

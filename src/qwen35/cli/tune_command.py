@@ -92,11 +92,13 @@ def run(args: argparse.Namespace, output: Console) -> int:
     request |= {"types": types_of(args.types), "token": args.hf_token}
     if args.dry_run:
         job = prepare(TuningRequest(**{**request, "output": None}))
+        output.notes(job.space.notes)
         output.data(*plan_text(job.space, job.budget, args.probes))
         return 0
     if args.output is None:
         raise UsageError("--output", "missing", expected="a file to write, ending with .toml")
     result = carry_out(TuningRequest(**request), args.report, output.progress)
+    output.notes(result.space.notes)
     if args.report is not None:
         output.info(f"{args.report}: tune.json and tune.html")
     text = tuned_text(result.space, result.tuned, result.recipe, output.width)

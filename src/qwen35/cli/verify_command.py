@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depth",
         choices=get_args(Depth),
-        help="structure: headers only; numbers: every byte (default with --source); "
+        help="structure: headers and small files; numbers: every byte (default with --source); "
         "behaviour: also load it and ask it questions",
     )
     parser.add_argument(

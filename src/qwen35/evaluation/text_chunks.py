@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from qwen35.array_types import I32, I64
+from qwen35.checkpoint.locations import read_bounded
 from qwen35.engines.llama import Llama
-from qwen35.engines.torch_model import torch_and_transformers
+from qwen35.engines.torch_model import NO_CODE, torch_and_transformers
 from qwen35.errors import InputError
 from qwen35.evaluation.models import EvaluatedModel
 
@@ -91,11 +92,9 @@ def read_text(path: Path) -> EvaluationText:
     Raises:
         InputError: the file cannot be read or is not UTF-8.
     """
+    data = read_bounded(path)
     try:
-        data = path.read_bytes()
         content = data.decode()
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         found = f"not UTF-8 text (byte {error.start})"
         raise InputError(path.name, found, expected="a plain text file") from error
@@ -114,7 +113,7 @@ def tokenizer_of(model: EvaluatedModel) -> tuple[Callable[[str], Sequence[int]],
         llama = Llama(model.path, vocabulary_only=True)
         return (lambda text: llama.encode(text, special=False)), llama.decode
     _, transformers = torch_and_transformers(f"the tokenizer of {model.name}")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model.path)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model.path, **NO_CODE)
 
     def encode(text: str) -> Sequence[int]:
         ids: list[int] = tokenizer(text, split_special_tokens=True, add_special_tokens=False)[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.header import strict_json
+from qwen35.checkpoint.locations import read_bounded
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import InputError
 from qwen35.sinks.files import hash_file
@@ -101,11 +103,7 @@ def load_measurements(path: Path) -> Measurements:
     Raises:
         InputError: the file cannot be read, or has another format.
     """
-    try:
-        raw = path.read_bytes()[: _MAX_BYTES + 1]
-    except OSError as error:
-        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
-    content = strict_json(raw, str(path)) if len(raw) <= _MAX_BYTES else None
+    content = strict_json(read_bounded(path, _MAX_BYTES), str(path))
     if not isinstance(content, dict) or content.pop("version", None) != _VERSION:
         raise InputError(str(path), "no measurements of `qwen35 tune` in it")
     try:
@@ -116,17 +114,27 @@ def load_measurements(path: Path) -> Measurements:
 
 def _parsed(content: Mapping[str, Any]) -> Measurements:
     errors = {
-        str(unit): {str(choice): float(value) for choice, value in row.items()}
+        unit: {choice: _number(value) for choice, value in row.items()}
         for unit, row in content["errors"].items()
     }
     return Measurements(
         MeasurementKey(**content["key"]),
         str(content["name"]),
         errors,
-        {str(name): list(map(str, units)) for name, units in content["groups"].items()},
-        [Probe(p["group"], p["choice"], float(p["kld"])) for p in content["probes"]],
-        [MeasuredTrial(**row) for row in content["trials"]],
+        {name: list(map(str, units)) for name, units in content["groups"].items()},
+        [Probe(str(p["group"]), str(p["choice"]), _number(p["kld"])) for p in content["probes"]],
+        [_trial(**row) for row in content["trials"]],
     )
+
+
+def _trial(digest: str, nbytes: int, predicted: float, kld: float) -> MeasuredTrial:
+    return MeasuredTrial(str(digest), int(_number(nbytes)), _number(predicted), _number(kld))
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        raise ValueError(f"{repr(value)[:80]} is not a number")
+    return value
 
 
 def model_digest(checkpoint: Checkpoint) -> str:

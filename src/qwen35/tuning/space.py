@@ -70,6 +70,11 @@ class ChoiceSpace:
         base = load_recipe(self._tunable.base(self.format), container_of(self.format).name)
         return self._tunable.plan(self.checkpoint, base, self.imatrix)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user, on the model that is tuned."""
+        return self._plan.notes
+
     @cached_property
     def _codecs(self) -> dict[str, Codec]:
         return {choice: self._tunable.codec(choice) for choice in self.choices}
@@ -94,6 +99,9 @@ class ChoiceSpace:
     def units(self) -> tuple[Unit, ...]:
         """One unit per layer and role, or joined matrix."""
         units = tuple(self._unit(name, steps) for name, steps in self.members.items())
+        if not units:
+            found = f"{self.format}, but all weights that it packs are packed already"
+            raise UsageError("--format", found, hint="tune with the original checkpoint")
         stuck = [unit.name for unit in units if not unit.sizes]
         if stuck:
             found = f"none fits {stuck[0]}{self._misfit(self.members[stuck[0]])}"

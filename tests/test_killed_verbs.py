@@ -1,0 +1,133 @@
+"""Verbs that are killed before any of their writes: the same call ends the work, to the same end.
+
+What `convert`, `gguf`, `finalize` and their workers leave is in `test_resume.py`, `test_slices.py`
+and `test_workers.py`; a killed `verify` in `test_verify_memo.py`, `amend` in `test_amend.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from checkpoints import ASSET
+from hub_client import CONTENT, REPO, World, environment, files_in
+
+PROGRAM = """
+import os, signal, sys
+
+at, log, *arguments = sys.argv[1:]
+names = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
+count = 0
+
+def killed(event, values):
+    global count
+    if event == "open":
+        if not isinstance(values[2], int) or not values[2] & (os.O_WRONLY | os.O_RDWR):
+            return
+    elif event not in names:
+        return
+    if values[0] == log or not str(values[0]).startswith(os.path.dirname(log)):
+        return
+    count += 1
+    if count == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+from qwen35.cli.main import main
+
+sys.addaudithook(killed)
+code = main(arguments)
+with open(log, "w") as file:
+    file.write(str(count))
+sys.exit(code)
+"""
+
+
+def run(arguments: list[str], log: Path, env: Mapping[str, str], at: int = 0) -> int:
+    """Run a command, killed before its write number `at`; return its exit code."""
+    command = [sys.executable, "-c", PROGRAM, str(at), str(log), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode
+
+
+def kills(log: Path, most: int) -> Iterator[int]:
+    """Yield at most `most` numbers of writes, spread over those that a whole run made."""
+    count = int(log.read_text())
+    assert count > 1
+    yield from sorted({1 + i * (count - 1) // (most - 1) for i in range(most)})
+
+
+@pytest.mark.parametrize("mode", ["init", "pull"])
+def test_a_killed_publish_ends_as_if_it_had_not_been(mode: str, world: World) -> None:
+    env = environment(world.hub, world.tmp / "home")
+    env["HF_TOKEN"] = world.hub.token or ""
+    log = world.tmp / "log"
+    new = {"config.json": b'{"model_type": "qwen3_5", "a": 1}', "deep/new.txt": b"new"}
+
+    def command(number: int) -> tuple[list[str], Path]:
+        folder = world.tmp / f"folder{number}"
+        repo = f"{REPO}{number}"
+        if mode == "pull":
+            world.hub.repos[repo] = world.hub.repos[REPO]
+        else:
+            for name, content in CONTENT.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(content)
+        return ["publish", str(folder), repo, "--mode", mode], folder
+
+    if mode == "pull":
+        world.pushed()
+        world.repo.put(new)
+    whole = {**CONTENT, **new} if mode == "pull" else CONTENT
+    for number in (-1, 0):  # caches are made by the first
+        arguments, _ = command(number)
+        assert run(arguments, log, env) == 0
+    for number in kills(log, 4):
+        arguments, folder = command(number)
+        assert run(arguments, log, env, number) == -9
+        assert run(arguments, log, env) == 0
+        repo = world.hub.repos[arguments[2]]
+        remote = {n: repo.read(n) for n in repo.files if n != ".gitattributes"}
+        assert remote == whole
+        assert files_in(folder) == whole
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("verb", ["evaluate", "tune"])
+def test_a_killed_measurement_ends_as_if_it_had_not_been(verb: str, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((ASSET / "eval.txt").read_text()[:12_000])
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log"
+
+    def command(number: int) -> tuple[list[str], Path]:
+        place = tmp_path / str(number)
+        place.mkdir()
+        report = ["--text", str(text), "--report", str(place / "report"), "--chunks", "2"]
+        if verb == "evaluate":
+            base = ["--kl-divergence-base", str(place / "base.kld")]
+            return ["evaluate", str(ASSET), str(ASSET), *base, *report], place / "report"
+        output = ["--output", str(place / "recipe.toml"), "--probes", "2"]
+        return ["tune", str(ASSET), "--format", "nf4", "--size", "9MB", *output, *report], place
+
+    arguments, _ = command(0)
+    assert run(arguments, log, env) == 0
+    expected = figures(tmp_path / "0" / "report")
+    for number in kills(log, 6):
+        arguments, _ = command(number)
+        assert run(arguments, log, env, number) == -9
+        assert run(arguments, log, env) == 0
+        assert figures(tmp_path / str(number) / "report") == expected
+
+
+def figures(report: Path) -> object:
+    """Return what a report measured, without times and places."""
+    (path,) = report.glob("*.json")
+    content = json.loads(path.read_text())
+    return content["table"] if "table" in content else content["errors"]
