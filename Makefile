@@ -6,7 +6,7 @@
 ## make test         lint, documentation and tests
 ## make test-all     and the tests that take minutes each or gigabytes
 ## make test-vllm    load the embedded checkpoint and its FP8 in vLLM, in an environment of its own
-## make fuzz         fuzz the readers of untrusted files, a minute each (SECONDS=60)
+## make fuzz         fuzz the readers of untrusted files, about a minute each (SECONDS=60)
 ## make docs         build the documentation into build/docs; a warning, such as a dead link, is an error
 ## make docs-pages   make the generated pages and the README's table again
 ## make docs-shown   write what the blocks of README and tutorials print into them
@@ -152,6 +152,7 @@ fuzz: $(VENV)/.test
 		(cd build/fuzz && $(CURDIR)/$(BIN)/python $(CURDIR)/fuzz/fuzz.py $$target -max_total_time=$(SECONDS) \
 			-verbosity=0); \
 	done
+	QWEN35_EXAMPLES=$$(( $(SECONDS) * 5 )) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_structures.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/nf4.py

@@ -56,15 +56,15 @@ class Limited:
 
 
 @contextmanager
-def limited(*modules: str) -> Iterator[Limited]:
-    """Start the process, which imports `modules` once."""
+def limited(*modules: str, **settings: str) -> Iterator[Limited]:
+    """Start the process, which imports `modules` once; `settings` are in its environment."""
     environment = {"PYTHONPATH": str(Path(qwen35.__file__).parent.parent), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, __file__, *modules],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **environment, "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, **environment, "OPENBLAS_NUM_THREADS": "1", **settings},
     ) as process:
         yield Limited(process)
         assert process.stdin is not None

@@ -24,11 +24,13 @@ from qwen35.planning.manifest import (
     recipe_of,
     source_json,
     source_of,
+    tensor_of,
     work_key,
 )
 from qwen35.planning.rules import Recipe, Rule
 from qwen35.planning.safetensors_files.safetensors_container import SafetensorsContainer
 from qwen35.planning.safetensors_files.safetensors_manifest import kept_prefix, scale_choice_of
+from qwen35.tensors import TensorSpec
 from running import plan_of
 
 MSE = ScaleChoice("mse", grid_size=9)
@@ -191,7 +193,21 @@ GOOD: dict[str, Any] = {
 }
 VERSION = "not a manifest of this version of qwen35"
 FILES = "malformed files, expected size and sha256 of each"
-TENSORS = "malformed tensors, expected a table for each file"
+TENSORS = "malformed tensors, expected a table for each file: type and shape of every tensor"
+TOOL = "malformed tool, expected the version of qwen35 and of each library"
+NO_TENSORS: tuple[Any, ...] = (
+    None,
+    1,
+    [],
+    "",
+    "abc",
+    "BF16",
+    "BF16 1",
+    "BF16 [x]",
+    "BF16 [-1]",
+    "BF16 [1,2]",
+    "[1]",
+)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +224,20 @@ TENSORS = "malformed tensors, expected a table for each file"
         ({"files": {"a": {"size": "1", "sha256": "0"}}}, FILES),
         ({"files": {"a": {"size": 1, "sha256": 0}}}, FILES),
         ({"files": {**GOOD["files"], "b": {}}}, FILES),
+        ({"files": {"a": {"size": -1, "sha256": "0"}}}, FILES),
+        ({"files": {"a": {"size": 2**63, "sha256": "0"}}}, FILES),
+        *(({"files": {name: GOOD["files"]["a"]}}, FILES) for name in ("", "/x", "b/../../x", "\0")),
         ({"tensors": []}, TENSORS),
         ({"tensors": None}, TENSORS),
         ({"tensors": {"a": {}, "b": []}}, TENSORS),
+        *(({"tensors": {"a": {"x": text}}}, TENSORS) for text in NO_TENSORS),
+        ({"tool": None}, TOOL),
+        ({"tool": {}}, TOOL),
+        ({"tool": {"qwen35": 1}}, TOOL),
+        ({"tool": {"qwen35": "1", "numpy": None}}, TOOL),
+        ({"plan": 1}, "malformed plan, expected a digest"),
+        ({"notes": None}, "malformed notes, expected sentences"),
+        ({"notes": ["a", 1]}, "malformed notes, expected sentences"),
     ],
 )
 def test_malformed_manifest(change: dict[str, Any], sentence: str, tmp_path: Path) -> None:
@@ -218,6 +245,11 @@ def test_malformed_manifest(change: dict[str, Any], sentence: str, tmp_path: Pat
     with pytest.raises(InputError) as caught:
         read_manifest(written(tmp_path, {**GOOD, **change}))
     assert str(caught.value) == f"qwen35.json: {sentence}"
+
+
+def test_a_tensor_is_read_back_as_it_was_recorded() -> None:
+    for spec in (TensorSpec("a", "BF16", (2, 300)), TensorSpec("b", "F32", ())):
+        assert tensor_of(spec.name, f"{spec.dtype} {list(spec.shape)}") == spec
 
 
 def test_a_list_or_nothing_is_no_manifest(tmp_path: Path) -> None:

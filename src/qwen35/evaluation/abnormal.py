@@ -54,10 +54,10 @@ def noise_findings(
             continue
         figures = row.comparison
         message = (
-            f"abnormal: stored unquantized ({row.model.stored}), but in {row.model.engine} "
-            f"{figures.kld.value:.3g} nats from {base.name} in {base.engine}, same top p "
-            f"{figures.same_top.value:.3%}; rounding costs {MOST_NOISE:g} nats at most, and keeps "
-            f"{LEAST_SAME:.0%}: weights or settings differ, and so in every quantized file made "
-            f"like it; qwen35 verify FILE --source {base.name} compares them"
+            f"abnormal: unquantized ({row.model.stored}), but {figures.kld.value:.3g} nats from "
+            f"{base.name} ({row.model.engine} against {base.engine}), with "
+            f"{figures.same_top.value:.3%} same top p; rounding costs at most {MOST_NOISE:g} nats "
+            f"and keeps {LEAST_SAME:.0%}, so weights or settings must differ, also in quantized "
+            f"files made the same way: compare with `qwen35 verify FILE --source {base.name}`"
         )
         yield Finding("noise-floor", row.model.name, message)

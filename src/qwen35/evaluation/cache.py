@@ -181,7 +181,7 @@ class CacheFile:
                 self.close()
                 raise InputError(
                     path.name,
-                    f"{key} {stored}",
+                    f"{key} {str(stored)[:80]}",
                     expected=str(value),
                     hint="it was made from another text or model: give another file",
                 )

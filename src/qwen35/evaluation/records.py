@@ -69,7 +69,7 @@ class RecordFile:
         line = self._file.readline(_MAX_HEAD)
         try:
             return json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
     def _scan(self) -> list[tuple[int, int, int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
@@ -13,10 +14,12 @@ from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint, read_json
+from qwen35.codecs.registry import quantized_weights
 from qwen35.errors import InputError, UsageError
 from qwen35.planning.container import Container
 from qwen35.planning.layers import parse_layers, spell_layers
 from qwen35.planning.rules import Recipe, Rule
+from qwen35.tensors import TensorSpec
 from qwen35.version import __version__
 
 if TYPE_CHECKING:
@@ -24,15 +27,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MANIFEST_VERSION",
+    "amendment_notes",
+    "first_entries",
     "manifest_bytes",
     "manifest_size",
     "manifest_versions",
+    "quantized_source",
     "read_manifest",
     "recipe_json",
     "recipe_of",
     "render_manifest",
     "source_json",
     "source_of",
+    "tensor_of",
     "work_key",
 ]
 
@@ -40,6 +47,9 @@ MANIFEST_VERSION = 1
 """Increase it when a reader of older manifests would misread a newer one."""
 
 _NO_HASH = "0" * 64
+
+_REPOSITORY = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
+_REVISION = re.compile(r"[\w.][\w./-]*", re.ASCII)
 
 
 def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
@@ -89,7 +99,7 @@ def render_manifest(
         {
             "manifest": MANIFEST_VERSION,
             "tool": manifest_versions(),
-            "source": source_json(checkpoint),
+            "source": source_json(checkpoint) | _quantized_json(checkpoint),
             "recipe": recipe,
             "calibration": scale_choice,
             "plan": digest,
@@ -148,6 +158,15 @@ def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"folder": folder.name}
 
 
+def _quantized_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the number of quantized weights by format; nothing for an unquantized source.
+
+    They are the reference of every figure, and they are not the original weights.
+    """
+    counts = quantized_weights(checkpoint.weights)
+    return {"quantized": counts} if counts else {}
+
+
 def read_manifest(place: FileLocation) -> Mapping[str, Any] | None:
     """Read and check an artifact's manifest; None if it has none.
 
@@ -159,20 +178,117 @@ def read_manifest(place: FileLocation) -> Mapping[str, Any] | None:
     manifest = read_json(place, MANIFEST_NAME)
     if not isinstance(manifest, dict) or manifest.get("manifest") != MANIFEST_VERSION:
         raise InputError(MANIFEST_NAME, "not a manifest of this version of qwen35")
-    files, tensors = manifest.get("files"), manifest.get("tensors")
-    if not isinstance(files, dict) or not all(map(_is_file_entry, files.values())):
-        raise InputError(MANIFEST_NAME, "malformed files", expected="size and sha256 of each")
-    if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
-        raise InputError(MANIFEST_NAME, "malformed tensors", expected="a table for each file")
+    for key, (is_valid, expected) in _ENTRIES.items():
+        if (key in manifest or key in _REQUIRED) and not is_valid(manifest.get(key)):
+            raise InputError(MANIFEST_NAME, f"malformed {key}", expected=expected)
     return manifest
+
+
+def quantized_source(manifest: Mapping[str, Any] | None) -> dict[str, int]:
+    """Return how many weights the source of an artifact held quantized, by format, if recorded."""
+    source = manifest.get("source") if manifest else None
+    counts = source.get("quantized") if isinstance(source, dict) else None
+    rows = counts.items() if isinstance(counts, dict) else ()
+    return {label: count for label, count in rows if type(count) is int}
+
+
+def _are_amendments(rows: object) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and isinstance(row.get("when"), str)
+        and isinstance(row.get("why"), str)
+        and isinstance(row.get("files"), dict)
+        and all(map(_is_file_name, row["files"]))
+        and all(was is None or _is_file_entry(was) for was in row["files"].values())
+        for row in rows
+    )
+
+
+def amendment_notes(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a sentence for each amendment: the files, when and why."""
+    for row in manifest.get("amended", []):
+        why = f": {row['why']}" if row["why"] else ""
+        yield f"amended {row['when'][:10]}, {', '.join(row['files'])}{why}"
+
+
+def first_entries(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of each file as it was written, before any amendment; None: it was added."""
+    first: dict[str, Any] = {}
+    for row in manifest.get("amended", []):
+        first = {**row["files"], **first}
+    return first
 
 
 def _is_file_entry(entry: object) -> bool:
     return (
         isinstance(entry, dict)
-        and type(entry.get("size")) is int
+        and type(entry.get("size")) is int  # bool is an int
+        and 0 <= entry["size"] < 2**63
         and isinstance(entry.get("sha256"), str)
     )
+
+
+def _are_files(entries: object) -> bool:
+    return isinstance(entries, dict) and all(
+        _is_file_name(name) and _is_file_entry(entry) for name, entry in entries.items()
+    )
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether a name stays in the artifact's folder."""
+    return bool(name) and name[0] != "/" and ".." not in name.split("/") and "\0" not in name
+
+
+def _are_tensors(tables: object) -> bool:
+    return isinstance(tables, dict) and all(
+        isinstance(table, dict) and all(map(_is_tensor, table.values()))
+        for table in tables.values()
+    )
+
+
+def _is_tensor(text: object) -> bool:
+    return isinstance(text, str) and _TENSOR.fullmatch(text) is not None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and all(map(_is_text, values))
+
+
+def _are_versions(values: object) -> bool:
+    return (
+        isinstance(values, dict)
+        and _is_text(values.get("qwen35"))
+        and _are_texts([*values.values()])
+    )
+
+
+_TENSOR = re.compile(r"(\w{1,20}) \[((?:\d{1,19}(?:, \d{1,19})*)?)\]", re.ASCII)
+"""A tensor as manifests record it: dtype and shape."""
+
+_ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "files": (_are_files, "size and sha256 of each"),
+    "tensors": (_are_tensors, "a table for each file: type and shape of every tensor"),
+    "added": (_are_files, "size and sha256 of each file"),
+    "amended": (_are_amendments, "when, why and the earlier entry of each file"),
+    "tool": (_are_versions, "the version of qwen35 and of each library"),
+    "plan": (_is_text, "a digest"),
+    "notes": (_are_texts, "sentences"),
+}
+"""Entry to its check and what is expected: nothing below asks again what type a value has."""
+
+_REQUIRED = {"files", "tensors"}
+
+
+def tensor_of(name: str, text: str) -> TensorSpec:
+    """Return a tensor from its text in a manifest that was read, such as ``BF16 [2, 3]``."""
+    found = _TENSOR.fullmatch(text)
+    assert found is not None  # `read_manifest` checks it
+    sizes = found[2].split(", ") if found[2] else []
+    return TensorSpec(name, found[1], tuple(map(int, sizes)))
 
 
 def source_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -187,7 +303,12 @@ def source_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
     repo, revision = source.get("repo"), source.get("revision")
     if repo is None:
         return None, None
-    if not isinstance(repo, str) or not isinstance(revision, str):
+    if not (
+        isinstance(repo, str)
+        and isinstance(revision, str)
+        and _REPOSITORY.fullmatch(repo)
+        and _REVISION.fullmatch(revision)
+    ):  # both go into addresses and commands
         raise InputError(MANIFEST_NAME, "a malformed source", expected="repo and revision")
     return repo, revision
 
@@ -229,7 +350,3 @@ def _rule_of(row: Any) -> Rule:
     except UsageError as error:
         raise InputError(MANIFEST_NAME, error.found, expected=error.expected) from error
     return Rule(match, action, reason, layers=parsed)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str)

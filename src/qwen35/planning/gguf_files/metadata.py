@@ -344,7 +344,8 @@ def _vision_keys(
     writer.add_file_type(file_type.code)
     writer.add_clip_has_vision_encoder(True)
     writer.add_vision_projection_dim(config.dims["hidden"])
-    writer.add_vision_image_size(vision.get("image_size") or int(math.sqrt(positions) * patch))
+    side = int(_number(vision, "image_size")) or int(math.sqrt(positions) * patch)
+    writer.add_vision_image_size(side)
     writer.add_vision_patch_size(patch)
     writer.add_vision_embedding_length(config.dims["vision_hidden"])
     writer.add_vision_feed_forward_length(config.dims["vision_ffn"])
@@ -356,7 +357,10 @@ def _vision_keys(
     writer.add_vision_use_gelu(True)
     writer.add_vision_spatial_merge_size(vision["spatial_merge_size"])
     writer.add_vision_attention_layernorm_eps(_number(config.text_raw, "rms_norm_eps", 1e-6))
-    deep = set(vision.get("deepstack_visual_indexes") or [])
+    deep = vision.get("deepstack_visual_indexes") or []
+    if not isinstance(deep, list):
+        found = f"deepstack_visual_indexes is {repr(deep)[:80]}"
+        raise ConfigError("config.json", found, expected="a list of layers")
     writer.add_vision_is_deepstack_layers([i in deep for i in range(config.vision_depth)])
 
 
