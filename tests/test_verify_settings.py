@@ -14,6 +14,7 @@ from checkpoints import ASSET
 from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
+from qwen35.planning.bounded_child import Limits
 from qwen35.planning.safetensors_files.chat_template import text_only_template
 from qwen35.verification.bounded_rendering import render
 from qwen35.verification.conversations import text_conversations, vision_conversations
@@ -185,7 +186,7 @@ FAULTS: dict[str, tuple[str, Edit, str]] = {
         at("do_sample", value=True),
         "do_sample is True, the source has False",
     ),
-    "vocabulary": (TOKENIZER, swap_tokens, "2 tokens have other ids than in the source: "),
+    "vocabulary": (TOKENIZER, swap_tokens, "2 tokens have different ids in the source: "),
     "merges": (TOKENIZER, swap_merges, "merge 5 is "),
     "a merge less": (
         TOKENIZER,
@@ -241,7 +242,7 @@ FAULTS: dict[str, tuple[str, Edit, str]] = {
     "vocab.json": (
         "vocab.json",
         lambda c: c.update({"!": 1, '"': 0}),
-        "2 tokens have other ids than in the source: '!' has 1, there 0",
+        "2 tokens have different ids in the source: '!' has 1 here, 0 there",
     ),
     "mean": (
         PIXELS,
@@ -352,7 +353,7 @@ def test_templates_are_compared_by_what_they_write(text: Path, tmp_path: Path) -
     result = compared(broken)
     assert result.findings == []
     assert result.notes == [
-        f"{TEMPLATE}: another text than the source's, the same on "
+        f"{TEMPLATE}: differs from the source's, but writes the same prompts for "
         f"{len(text_conversations())} conversations"
     ]
     (broken / TEMPLATE).unlink()
@@ -360,15 +361,46 @@ def test_templates_are_compared_by_what_they_write(text: Path, tmp_path: Path) -
     assert finding.message == "no chat template 'default', the source has one"
 
 
+def test_templates_that_files_state_differently_are_compared_file_by_file(tmp_path: Path) -> None:
+    other = at("chat_template", value=[{"name": "default", "template": "{{ messages[0] }}"}])
+    source = edit(copy(tmp_path / "source"), SETTINGS, other)
+    out = run(source, tmp_path / "out", "text").out
+    assert compared(out, source).findings == []
+    edit(out, SETTINGS, at("chat_template", value="{{ messages }}"))
+    assert {finding.subject for finding in compared(out, source).findings} == {SETTINGS}
+    edit(out, SETTINGS, other)
+    (out / TEMPLATE).unlink()  # loaders now take the other one
+    assert {finding.subject for finding in compared(out, source).findings} == {SETTINGS}
+
+
+def test_folders_of_templates_and_programs_are_not_silently_passed(tmp_path: Path) -> None:
+    folder = copy(tmp_path / "x")
+    (folder / "additional_chat_templates").mkdir()
+    assert any("takes by name" in told for told in compared(folder).skipped)
+    (folder / "custom_generate").mkdir()
+    findings = verify(open_artifact(str(folder))).findings
+    assert [finding.subject for finding in findings] == ["custom_generate/"]
+
+
+def test_a_processor_of_another_family_is_a_finding(tmp_path: Path) -> None:
+    folder = edit(
+        copy(tmp_path / "x"), PIXELS, at("image_processor_type", value="CLIPImageProcessor")
+    )
+    (finding,) = compared(folder).findings
+    assert finding.message.startswith("image_processor_type is 'CLIPImageProcessor'")
+    edit(folder, PIXELS, at("image_processor_type", value="Qwen3VLImageProcessorFast"))
+    assert compared(folder).findings == []
+
+
 @pytest.mark.sentences
 def test_a_template_that_never_ends_is_a_finding(text: Path, tmp_path: Path) -> None:
     broken = copy(tmp_path / "x", text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen35.verification.bounded_rendering.SECONDS", 1)
+        patch.setattr("qwen35.verification.bounded_rendering.LIMITS", Limits(1, 2**29))
         loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
         (broken / TEMPLATE).write_text(loop)
         (finding,) = compared(broken).findings
-    assert "not compared: takes too long or too much memory" in finding.message
+    assert "not be compared: takes too long or too much memory" in finding.message
 
 
 def test_conversations_reach_every_branch_of_the_template() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +16,8 @@ from checkpoints import Tensors, make_checkpoint, random_tensors, write_checkpoi
 from qwen35.cli.main import main
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.fp8.error_sums import ErrorSums
+from qwen35.codecs.nf4.arrays import AbsmaxStatistics
+from qwen35.codecs.nf4.judge import same_mean, wrong_scales
 from qwen35.errors import Finding
 from qwen35.tensors import TensorSpec, Weight
 from qwen35.verification.bands import WORST_ERROR
@@ -172,9 +177,58 @@ def test_weights_that_one_side_alone_has_are_named(
     assert not any(f.check == "source" for f in check(without, dense).findings)
 
 
-def test_a_source_at_depth_structure_is_refused(
-    nf4_artifact: Path, dense: Path, capsys: pytest.CaptureFixture[str]
+def test_at_depth_structure_headers_and_settings_are_compared(
+    broken_nf4: Path, dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
-    arguments = ["verify", str(nf4_artifact), "--source", str(dense), "--depth", "structure"]
+    # no weight is read
+    monkeypatch.setattr("qwen35.checkpoint.source.FolderReader.read_into", None)
+    arguments = ["verify", str(broken_nf4), "--source", str(dense), "--depth", "structure"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "passed: headers and settings compared with the source, weights not read" in out
+    rewrite(broken_nf4, lambda tensors: tensors.pop(NORM))
+    config = read_config(broken_nf4)
+    config["text_config"]["rope_parameters"]["rope_theta"] = 5
+    (broken_nf4 / "config.json").write_text(json.dumps(config))
+    assert main(arguments) == 1
+    out = capsys.readouterr().out
+    assert f"{NORM}: in the source, but not here [source]" in out
+    assert "rope_theta is 5" in out
+
+
+def test_at_depth_structure_a_published_size_has_no_settings(
+    nf4_artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["verify", str(nf4_artifact), "--source", "Qwen3.5-0.8B", "--depth", "structure"]
     assert main(arguments) == 2
-    assert "is not read at depth structure" in capsys.readouterr().err
+    assert "the name of a published size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("delta", [0.01, -0.01])
+@pytest.mark.parametrize("degrees", [3, 1000])
+def test_a_scale_that_is_off_by_one_percent_is_seen(delta: float, degrees: int) -> None:
+    """As `not compared` says of FP8; the lowest bit of a bfloat16 scale is not."""
+    values = np.random.default_rng(1).standard_t(degrees, (128, 128)).astype(np.float32)
+    scale = np.float32(np.abs(values).max() / 448)
+    codes = torch.from_numpy(values / scale).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    for off, seen in ((delta, True), (delta / 2.56, False)):
+        errors = ErrorSums()
+        errors.add(values, "F32", codes, np.full((1, 1), scale * (1 + off), np.float32))
+        assert bool(errors.misplaced) is seen
+
+
+@pytest.mark.parametrize(("off", "seen"), [(2e-5, True), (5e-6, False)])
+def test_constants_of_scales_that_are_off_are_seen(off: float, seen: bool) -> None:
+    """As `not compared` says of NF4."""
+    absmax = np.random.default_rng(1).random(256).astype(np.float32)
+    offset = float(absmax.mean(dtype=np.float64))
+    stored = AbsmaxStatistics.of(absmax, offset)
+    nested = (stored.nested * (1 + off)).astype(np.float32)
+    assert bool(wrong_scales(stored.codes, nested, offset, absmax)) is seen
+    assert same_mean(offset + off * float(absmax.max()), absmax) is not seen
+
+
+def test_smallest_difference_that_is_seen_is_told(nf4_artifact: Path, dense: Path) -> None:
+    (said,) = [one for one in check(nf4_artifact, dense).not_compared if one.startswith("NF4")]
+    assert said.startswith("NF4: every code and scale")
+    assert "1e-05" in said

@@ -13,9 +13,9 @@ import pytest
 from qwen35.checkpoint.open import fetch
 from qwen35.cli.main import main
 from qwen35.errors import Finding, UsageError
-from qwen35.verification.asking_transformers import Question
 from qwen35.verification.behaviour import NOT_ASKED, Answer
 from qwen35.verification.opening import open_artifact
+from qwen35.verification.questions import Question
 from qwen35.verification.role_errors import RoleError
 from qwen35.verification.verdict import Verdict, verify
 from qwen35.verification.verdict_display import verdict_text
@@ -64,12 +64,14 @@ class Spoken:
     """What stands in for a model in an engine: it answers everything with one word."""
 
     missing: tuple[str, ...] = ()
-    vision = False
     settled = 0
+    thinking = (False, True)
+    notes: tuple[str, ...] = ()
     model = SimpleNamespace(device=SimpleNamespace(type="cpu"))
 
     def __init__(self, folder: Path, **more: object) -> None:
         self.folder, self.more = folder, more
+        self.vision = bool(more.get("vision"))
 
     def ask(self, question: Question, *, repetition_penalty: float = 1.0) -> str:
         return "no"

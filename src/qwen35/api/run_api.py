@@ -230,7 +230,8 @@ def job_for(
     if not path:
         given = [name for name, value in path_options.items() if value is not None]
         if given:
-            raise UsageError(f"--{given[0]}", "is for --path", hint="set it in the file")
+            hint = "with a run file, set it in the file"
+            raise UsageError(f"--{given[0]}", "is for --path", hint=hint)
         if len(what) != 1 or not what[0].endswith(".toml"):
             expected = "one FILE.toml, or --path with MODEL and OUT"
             raise UsageError("run", " ".join(what), expected=expected)

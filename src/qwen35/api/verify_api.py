@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qwen35.checkpoint.open import fetch
+from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import UsageError
 from qwen35.progress import Progress
 from qwen35.publishing.repo_documents import record_verdict
@@ -36,8 +37,9 @@ def verify(
     Args:
         model: folder, GGUF file, Hub id or ``hf:owner/name/path``.
         source: the checkpoint that it was made from.
-        depth: ``structure`` reads headers, ``numbers`` every byte, ``behaviour`` also loads it and
-            asks it questions; if None, ``numbers`` with a source, otherwise ``structure``.
+        depth: ``structure`` reads headers and small files, ``numbers`` every byte, ``behaviour``
+            also loads it and asks it questions; if None, ``numbers`` with a source, otherwise
+            ``structure``.
         engine: engine for checkpoints at depth ``behaviour``; ``transformers`` if None.
         threads: number of threads; all processors if None.
         tensor_parallel: FP8: number of GPUs that must be able to split every weight in whole tiles.
@@ -59,14 +61,12 @@ def verify(
     if engine and depth != "behaviour":
         hint = "add --depth behaviour, or leave it out"
         raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
-    if depth == "structure" and source:
-        raise UsageError("--source", "is not read at depth structure", hint="leave one of them out")
     subject = open_artifact(
         name, depth, engine=engine, tensor_parallel=tensor_parallel, token=hf_token
     )
     verdict = check(
         subject,
-        source=fetch(str(source), token=hf_token) if source and subject.files else None,
+        source=_source(str(source), depth, hf_token) if source and subject.files else None,
         depth=depth,
         threads=threads,
         tensor_parallel=tensor_parallel,
@@ -76,6 +76,15 @@ def verify(
     if folder is not None:
         record_verdict(folder, verdict)
     return verdict
+
+
+def _source(model: str, depth: Depth, token: str | None) -> Checkpoint:
+    """Open the source as far as the depth needs it: on the Hub, weights stay there."""
+    if depth == "structure":
+        described = describe(model, token=token)
+        if described.place is not None:
+            return described
+    return fetch(model, token=token)  # refuses a published size, which has no files
 
 
 def _record_folder(name: str) -> Path:

@@ -18,6 +18,7 @@ _LEFTOVERS = re.compile(
 """What transformers' trainer leaves beside the weights; no loader of the model reads it."""
 
 _CODE = (".py", ".pyc", ".so")
+_PROGRAMS = "custom_generate"
 _ADAPTER = re.compile(r"adapter_(model\..*|config\.json)\Z")
 _CONFIGS = (
     "config.json",
@@ -38,6 +39,9 @@ def foreign_findings(place: FileLocation) -> Iterator[Finding]:
         elif _PICKLES.match(name) and not _LEFTOVERS.match(name):
             found = "not safetensors: some loaders prefer it, and a pickle runs code"
             yield Finding("files", name, found)
+    if _PROGRAMS in place.folders():
+        found = "programs for generate(): no checkpoint of this family needs one"
+        yield Finding("files", f"{_PROGRAMS}/", found)
     for name in _CONFIGS:
         try:
             settings = settings_of(place, name) or {}

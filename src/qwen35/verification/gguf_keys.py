@@ -23,6 +23,7 @@ from qwen35.planning.gguf_files.metadata import (
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 from qwen35.planning.gguf_files.vocabulary import read_vocabulary
 from qwen35.verification.config_meaning import text_meaning
+from qwen35.verification.gguf_sense import TEMPLATE, token_texts
 from qwen35.verification.settings_comparison import (
     ABSENT,
     SettingsComparison,
@@ -33,7 +34,6 @@ from qwen35.verification.template_comparison import compare_template
 
 __all__ = ["compare_keys"]
 
-_TEMPLATE = "tokenizer.chat_template"
 _CHECKED_ALONE = frozenset(
     {
         "general.alignment",
@@ -41,7 +41,7 @@ _CHECKED_ALONE = frozenset(
         "general.name",
         "general.quantization_version",
         "general.size_label",
-        _TEMPLATE,
+        TEMPLATE,
     }
 )
 """Keys that are checked in another way."""
@@ -90,7 +90,7 @@ def compare_keys(container: GgufHeader, source: Checkpoint, result: SettingsComp
             mtp_layers=mtp if type(mtp) is int else 0,
             vision=vision,
         )
-        template = expected.get(_TEMPLATE)
+        template = expected.get(TEMPLATE)
     _compare(container, expected, tokenizer=vocabulary is not None, result=result)
     _compare_name(container, expected, source, result)
     if not vision:
@@ -153,13 +153,14 @@ def _compare_name(
 
 
 def _compare_template(container: GgufHeader, template: Any, result: SettingsComparison) -> None:
-    file, ours = container.path.name, container.keys.get(_TEMPLATE)
+    file, ours = container.path.name, container.keys.get(TEMPLATE)
     if not isinstance(ours, str):  # without a source, too, that is a finding
         return
     if not isinstance(template, str):
         result.skipped.append(f"{file}: its chat template: the source has none")
         return
-    compare_template(file, ours, template, vision=False, result=result)
+    tokens = token_texts(container.keys)
+    compare_template(file, ours, template, tokens, vision=False, result=result)
 
 
 def _against_config(container: GgufHeader, source: Checkpoint) -> Iterator[tuple[str, str]]:
@@ -187,7 +188,7 @@ def _carried(config: ModelConfig) -> dict[str, Any]:
         "rope.dimension_count": int(config.dims["head"] * rope.partial),
         "rope.freq_base": rope.theta,
     }
-    if "num_experts_per_tok" in meaning:
+    if config.moe:  # a dense model may have the key all the same
         carried["expert_used_count"] = meaning["num_experts_per_tok"]
     if rope.kind not in _UNSCALED:
         carried |= {"rope.scaling.type": rope.kind, "rope.scaling.factor": rope.factor}

@@ -13,13 +13,18 @@ from qwen35.checkpoint.gguf_header import GgufHeader
 from qwen35.codecs.ggml.types import GGML_TYPES, GgmlType
 from qwen35.errors import Finding, InputError
 from qwen35.planning.gguf_files.vocabulary import PRE_TOKENIZERS
+from qwen35.verification.chat_prompts import ChatPrompts
 
-__all__ = ["sense_findings", "vocabulary_findings"]
+__all__ = ["TEMPLATE", "sense_findings", "token_texts", "vocabulary_findings"]
+
+TEMPLATE = "tokenizer.chat_template"
+"""The key with the chat template."""
 
 _TOKENS = "tokenizer.ggml.tokens"
 _TYPES = "tokenizer.ggml.token_type"
 _MERGES = "tokenizer.ggml.merges"
 _LISTS: dict[str, type] = {_TOKENS: str, _TYPES: int, _MERGES: str}
+_NOUNS: dict[type, str] = {str: "strings", int: "numbers"}
 _END = "eos_token_id"
 _IDS = (_END, "padding_token_id", "bos_token_id")
 _FLAGS = ("add_bos_token", "add_eos_token")
@@ -183,7 +188,7 @@ def _malformed(keys: Mapping[str, Any]) -> Iterator[str]:
     for key, kind in _LISTS.items():
         values = keys[key]
         if not isinstance(values, list) or any(type(value) is not kind for value in values):
-            yield f"{key} is no list of {kind.__name__}"
+            yield f"{key} is not a list of {_NOUNS[kind]}"
     for name in _IDS:
         value = keys.get(f"tokenizer.ggml.{name}", 0)
         if type(value) is not int:
@@ -192,9 +197,9 @@ def _malformed(keys: Mapping[str, Any]) -> Iterator[str]:
         value = keys.get(f"tokenizer.ggml.{name}", False)
         if type(value) is not bool:
             yield f"{name} is {value!r}, expected true or false"
-    template = keys.get("tokenizer.chat_template", "")
+    template = keys.get(TEMPLATE, "")
     if not isinstance(template, str):
-        yield f"tokenizer.chat_template is {template!r:.80}, expected a text"
+        yield f"{TEMPLATE} is {template!r:.80}, expected a string"
 
 
 def _tokens(keys: Mapping[str, Any]) -> Iterator[str]:
@@ -241,12 +246,24 @@ def _settings(keys: Mapping[str, Any]) -> Iterator[str]:
             f"tokenizer.ggml.{name}_token_id" not in keys
         ):
             yield f"add_{name}_token is true, but there is no {name}_token_id"
-    if "tokenizer.chat_template" not in keys:
+    if TEMPLATE not in keys:
         yield "no chat template: chat programs will guess one"
         return
     from qwen35.planning.safetensors_files.chat_template import compiles
 
     try:
-        compiles(keys["tokenizer.chat_template"], "tokenizer.chat_template")
+        compiles(keys[TEMPLATE], TEMPLATE)
+        ChatPrompts(TEMPLATE, keys[TEMPLATE], token_texts(keys))
     except InputError as error:
         yield f"{error.subject}: {error.found}"
+
+
+def token_texts(keys: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens that llama.cpp gives to a chat template, by name."""
+    tokens = keys.get(_TOKENS)
+    tokens = tokens if isinstance(tokens, list) else []
+    ids = {name: keys.get(f"tokenizer.ggml.{name}_id") for name in ("bos_token", "eos_token")}
+    return {
+        name: str(tokens[i]) if type(i) is int and 0 <= i < len(tokens) else ""
+        for name, i in ids.items()
+    }

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from qwen35.checkpoint.inventory import inventory
+from qwen35.checkpoint.reconciled import take
 from qwen35.checkpoint.source import Checkpoint, FolderReader, Reader
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.registry import codec_of
@@ -19,7 +19,7 @@ from qwen35.verification.memo import ReadOnlyMemo, ResultMemo
 from qwen35.verification.role_errors import RoleError, by_role
 from qwen35.verification.subject import HeldWeight, SourceWeights, Subject, SubjectPart
 
-__all__ = ["NumbersResult", "check_numbers"]
+__all__ = ["NumbersResult", "check_numbers", "check_shapes"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,17 @@ class NumbersResult:
         for held, one in self.compared:
             if one.errors is not None and (why := codec_of(held.weight).too_far(one.errors)):
                 yield Finding("error", held.subject, why)
+
+
+def check_shapes(subject: Subject, source: Checkpoint) -> Iterator[Finding]:
+    """Compare names and shapes of the weights with the source's, from headers alone.
+
+    Raises:
+        InputError: the source's headers do not fit its config.
+    """
+    _, items = take(source, tower=False)
+    for part in subject.parts:
+        yield from subject.originals(part, source, items).findings
 
 
 def check_numbers(
@@ -70,7 +81,7 @@ def check_numbers(
     roles: list[RoleError] = []
     compared: list[tuple[HeldWeight, WeightComparison]] = []
     findings: list[Finding] = []
-    items = inventory(source) if source else ()
+    items = take(source, tower=False)[1] if source else ()
     with (
         subject.reader() as reader,
         Reader(source) if source else nullcontext() as source_reader,

@@ -11,6 +11,7 @@ from qwen35.checkpoint.inventory import InventoryItem, match
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.checkpoint.mistaken import LONGEST_HEAD, stand_in
 from qwen35.checkpoint.open import describe, fetch, looks_like_artifact
+from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, Reader, read_json
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.plain.codec import Plain
@@ -24,9 +25,10 @@ from qwen35.planning.safetensors_files.safetensors_container import SafetensorsC
 from qwen35.planning.sidecar_checks import sidecar_problems
 from qwen35.verification.asking_engines import check_engine, in_engine
 from qwen35.verification.behaviour import BehaviourResult
+from qwen35.verification.chat_prompts import ChatPrompts, special_tokens
 from qwen35.verification.foreign_files import foreign_findings
 from qwen35.verification.memo import stamped
-from qwen35.verification.settings_comparison import SettingsComparison, shown
+from qwen35.verification.settings_comparison import SettingsComparison, shown, text_of
 from qwen35.verification.source_comparison import compare_checkpoints, stranger_findings
 from qwen35.verification.subject import (
     Engine,
@@ -36,11 +38,14 @@ from qwen35.verification.subject import (
     SubjectPart,
     TensorTable,
 )
+from qwen35.verification.template_comparison import default_template, stored_templates
 from qwen35.verification.unreadable import Unreadable
 
 __all__ = ["CheckpointSubject"]
 
 _TEMPLATE = "chat_template.jinja"
+_MOST = 2**20
+"""Bytes of a template that are read at most."""
 
 
 class CheckpointSubject(Subject):
@@ -125,6 +130,9 @@ class CheckpointSubject(Subject):
         problems = self.checkpoint.problems
         yield from (_finding("packing", problem) for problem in problems)
         known = {problem.subject for problem in problems}
+        prefix = self.checkpoint.prefix
+        if prefix is not None and prefix.refusal is not None:
+            yield _finding("tensors", prefix.refusal)
         unfit = self._matched[1]
         yield from (_finding("tensors", p) for p in unfit if p.subject not in known)
         yield from self._config_findings()
@@ -135,9 +143,8 @@ class CheckpointSubject(Subject):
 
     def _config_findings(self) -> Iterator[Finding]:
         config = self.checkpoint.config
-        if config.mtp_layers and not self.checkpoint.layout.mtp:
-            message = f"mtp_num_hidden_layers is {config.mtp_layers}, but there is no mtp tensor"
-            yield Finding("mtp", "config.json", message)
+        if self._empty_promise and MANIFEST_NAME in self.place.sizes():
+            yield Finding("mtp", "config.json", self._empty_promise)
         quantization = config.quantization or {}
         method = quantization.get("quant_method")
         for codec in _packings().values():
@@ -162,7 +169,21 @@ class CheckpointSubject(Subject):
     @property
     def notes(self) -> Iterator[str]:
         """What users of config.json should know."""
-        return config_notes(self.checkpoint.config)
+        if self._empty_promise and MANIFEST_NAME not in self.place.sizes():
+            yield f"config.json: {self._empty_promise}, as after transformers' save_pretrained"
+        yield from self.checkpoint.notes
+        yield from config_notes(self.checkpoint.config, head=self.checkpoint.layout.head)
+
+    @property
+    def _empty_promise(self) -> str:
+        """What config.json says about MTP layers if there are none; empty if it is right.
+
+        transformers leaves the promise when it saves: a fault in our output, a note elsewhere.
+        """
+        layers = self.checkpoint.config.mtp_layers
+        if not layers or self.checkpoint.layout.mtp:
+            return ""
+        return f"mtp_num_hidden_layers is {layers}, but there is no mtp tensor"
 
     def _count(self, codec: Codec) -> int:
         return sum(item.codec == codec.name for item in self.items)
@@ -177,7 +198,7 @@ class CheckpointSubject(Subject):
         sizes = self.place.sizes()
         for name in sizes:
             if name.endswith(self.suffix) and name not in self.checkpoint.file_sizes:
-                yield Finding("files", name, f"not in {INDEX_NAME}: no loader reads it")
+                yield Finding("files", name, self._unread)
         if INDEX_NAME not in sizes:
             return
         metadata = read_json(self.place, INDEX_NAME).get("metadata")
@@ -186,24 +207,38 @@ class CheckpointSubject(Subject):
         if total != nbytes and not self.checkpoint.problems:
             yield Finding("index", INDEX_NAME, f"total_size is {total}, the tensors have {nbytes}")
 
+    @property
+    def _unread(self) -> str:
+        """Why a safetensors file is no part of the checkpoint."""
+        if self.checkpoint.unread:
+            return f"not read by transformers, without {INDEX_NAME}; vLLM reads it"
+        return f"not in {INDEX_NAME}: no loader reads it"
+
     def _template_findings(self) -> Iterator[Finding]:
-        if _TEMPLATE not in self.checkpoint.sidecars:
-            return
+        """Check the syntax of the template, and that it takes a question."""
         from qwen35.planning.safetensors_files.chat_template import compiles
 
+        subject = _TEMPLATE
         try:
-            content = self.place.read(_TEMPLATE, 0, self.place.sizes()[_TEMPLATE])
-            known = stand_in(_TEMPLATE, content[:LONGEST_HEAD])
-            if known is not None:
-                raise known
-            compiles(content.decode(), _TEMPLATE)
+            if _TEMPLATE in self.checkpoint.sidecars:
+                text = text_of(self.place, _TEMPLATE, _MOST) or ""
+                known = stand_in(_TEMPLATE, text.encode()[:LONGEST_HEAD])
+                if known is not None:
+                    raise known
+                compiles(text, _TEMPLATE)
+            try:
+                stored, tokens = stored_templates(self.place), special_tokens(self.place)
+            except InputError:  # a damaged file is a finding of its own
+                return
+            chosen = default_template(stored)
+            if chosen is not None:
+                subject, template = chosen
+                ChatPrompts(subject, template, tokens)
         except InputError as error:
-            yield Finding("template", _TEMPLATE, error.message)
-        except UnicodeDecodeError as error:
-            yield Finding("template", _TEMPLATE, str(error))
+            yield Finding("template", subject, error.message)
 
     def _sidecar_findings(self) -> Iterator[Finding]:
-        """Yield side-cars that loaders cannot read, and links that lead nowhere."""
+        """Yield sidecars that loaders cannot read, and links that lead nowhere."""
         dangling, sidecars = self.checkpoint.dangling, self.checkpoint.sidecars
         names = {*dangling, *sidecars} - {_TEMPLATE} | {_TEMPLATE} & dangling.keys()
         yield from (_finding("files", p) for p in sidecar_problems(self.checkpoint, names))

@@ -47,7 +47,7 @@ class SettingsComparison:
         """
         if unknown:
             names = ", ".join(sorted(unknown))[:200]
-            self.skipped.append(f"{subject}: on one side alone, and unknown here: {names}")
+            self.skipped.append(f"{subject}: unknown keys that only one side has: {names}")
         for key in dict.fromkeys((*there, *here)):
             if key in unknown:
                 continue

@@ -60,9 +60,9 @@ def compare_checkpoints(
 
 
 def attempt(result: SettingsComparison, compare: Callable[[], None]) -> None:
-    """Compare; an unreadable file becomes a finding, and its content is skipped."""
+    """Compare; if a file cannot be read, add a finding and list its content as not compared."""
     try:
         compare()
     except InputError as error:
         result.findings.append(Finding("files", error.subject, error.message))
-        result.skipped.append(f"{error.subject}: what it holds, and what depends on it")
+        result.skipped.append(f"{error.subject}: its content, and whatever depends on it")

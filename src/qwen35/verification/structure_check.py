@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen35.checkpoint.locations import FileLocation
-from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
+from qwen35.checkpoint.sidecars import LEGAL, MANIFEST_NAME, SIDECARS
 from qwen35.errors import Finding, InputError
 from qwen35.planning.manifest import read_manifest
 from qwen35.verification.memo import MemoFile
@@ -16,8 +16,8 @@ from qwen35.verification.subject import Subject, TensorTable
 
 __all__ = ["StructureResult", "check_hashes", "check_structure"]
 
-_DECIDING = {sidecar.name for sidecar in SIDECARS} - {"LICENSE"}
-"""Side-cars that loaders read."""
+_DECIDING = {sidecar.name for sidecar in SIDECARS} - {*LEGAL}
+"""Sidecars that loaders read."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _manifest_findings(
             if digest != entry["sha256"]:
                 yield Finding("hash", name, f"changed since it was written (sha256 {digest[:12]})")
     beside = set(subject.files) if subject.unlisted == "files" else set()
-    if subject.whole:  # a side-car that was put there later decides what loaders do
+    if subject.whole:  # a sidecar that was put there later decides what loaders do
         beside |= _DECIDING & sizes.keys()
     yield from (_unlisted("files", name) for name in sorted(beside - listed.keys()))
     for table in subject.tables(manifest):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import islice
+from time import monotonic
 from typing import Any
 
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.errors import Finding, InputError
 from qwen35.planning.safetensors_files.chat_template import text_only_template
-from qwen35.verification.bounded_rendering import Rendered, render
+from qwen35.verification.bounded_rendering import LIMITS, Rendered, render
+from qwen35.verification.chat_prompts import special_tokens
 from qwen35.verification.conversations import text_conversations, vision_conversations
 from qwen35.verification.settings_comparison import SettingsComparison, settings_of, text_of
 
@@ -19,6 +21,7 @@ _CHECK = "template"
 _FILE = "chat_template.jinja"
 _SETTINGS = ("tokenizer_config.json", "chat_template.json")
 _DEFAULT = "default"
+_MORE = "additional_chat_templates"
 _MAX_BYTES = 2**20
 _SHOWN = 3
 
@@ -50,9 +53,12 @@ def _named(stored: Any) -> dict[str, str]:
     )
 
 
-def default_template(templates: Mapping[tuple[str, str], str], name: str = _DEFAULT) -> str | None:
-    """Return the template that a loader takes; None if there is none."""
-    return next((text for (_, called), text in templates.items() if called == name), None)
+def default_template(
+    templates: Mapping[tuple[str, str], str], name: str = _DEFAULT
+) -> tuple[str, str] | None:
+    """Return the file and the text of the template that a loader takes; None if there is none."""
+    found = ((file, text) for (file, called), text in templates.items() if called == name)
+    return next(found, None)
 
 
 def compare_templates(
@@ -64,23 +70,50 @@ def compare_templates(
         InputError: a file is damaged.
     """
     here, there = stored_templates(place), stored_templates(source)
+    tokens, begin = special_tokens(source), monotonic()
     done: set[tuple[str, str]] = set()
     for (file, name), text in here.items():
-        theirs = default_template(there, name) or default_template(there)
+        taken = any(name == other for other, _ in done)
+        theirs = _counterpart(there, file, name, taken=taken)
         if (name, text) in done:
             continue
+        if done and monotonic() > begin + LIMITS.seconds:  # any of them may be hostile
+            result.skipped.append(f"{file}: more chat templates, after {len(done)} that took long")
+            break
         done.add((name, text))
         if theirs is None:
             result.findings.append(Finding(_CHECK, file, "a chat template, the source has none"))
         else:
-            compare_template(file, text, theirs, vision=vision, result=result)
+            compare_template(file, text, theirs, tokens, vision=vision, result=result)
+    if _MORE in (*place.folders(), *source.folders()):
+        result.skipped.append(f"{_MORE}/: more chat templates, which transformers takes by name")
     for name in sorted({name for _, name in there} - {name for _, name in here}):
         message = f"no chat template {name!r}, the source has one"
         result.findings.append(Finding(_CHECK, _FILE, message))
 
 
+def _counterpart(
+    there: Mapping[tuple[str, str], str], file: str, name: str, *, taken: bool
+) -> str | None:
+    """Return the template of the source to compare with; None if it has none.
+
+    That is the one its loader takes. If the artifact's loader takes another file's (`taken`), it is
+    the one in the same file, which other engines prefer.
+    """
+    if taken and (file, name) in there:
+        return there[file, name]
+    found = default_template(there, name) or default_template(there)
+    return found[1] if found else None
+
+
 def compare_template(
-    subject: str, here: str, there: str, *, vision: bool, result: SettingsComparison
+    subject: str,
+    here: str,
+    there: str,
+    tokens: Mapping[str, str],
+    *,
+    vision: bool,
+    result: SettingsComparison,
 ) -> None:
     """Compare two templates by text or, if it differs, by what they render for conversations.
 
@@ -88,6 +121,7 @@ def compare_template(
         subject: where the artifact's is.
         here: the artifact's.
         there: the source's.
+        tokens: the source's special tokens, by name.
         vision: whether the artifact takes pictures.
         result: receives findings and notes.
     """
@@ -95,9 +129,10 @@ def compare_template(
         return
     conversations = text_conversations() | (vision_conversations() if vision else {})
     try:
-        ours, theirs = render((here, there), list(conversations.values()))
+        told = [{**tokens, **one} for one in conversations.values()]
+        ours, theirs = render((here, there), told)
     except InputError as error:
-        message = f"another text than the source's, and not compared: {error.message}"
+        message = f"differs from the source's and could not be compared: {error.message}"
         result.findings.append(Finding(_CHECK, subject, message))
         return
     wrong = [
@@ -113,8 +148,8 @@ def compare_template(
         result.findings.append(Finding(_CHECK, subject, message))
     if not wrong and here != _text_only(there):
         result.notes.append(
-            f"{subject}: another text than the source's, the same on {len(conversations)} "
-            "conversations"
+            f"{subject}: differs from the source's, but writes the same prompts for "
+            f"{len(conversations)} conversations"
         )
 
 
@@ -129,7 +164,7 @@ def _difference(one: Rendered, other: Rendered) -> str:
     """Return both results from a little before the first difference."""
     if one.failed != other.failed:
         failed = one if one.failed else other
-        side = "is refused" if one.failed else "is refused by the source's alone"
+        side = "is refused" if one.failed else "is refused only by the source's"
         return f"{side} ({failed.text[:80]})"
     pairs = zip(one.text, other.text, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one.text), len(other.text)))

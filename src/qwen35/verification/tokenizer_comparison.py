@@ -30,7 +30,7 @@ def compare_tokenizers(
         result.skipped.append("tokenizer: the source has none")
         return
     if TOKENIZER in there.vocabularies and TOKENIZER not in here.vocabularies:
-        message = "no tokenizer in it, the source has one"
+        message = "missing, the source has it"
         result.findings.append(Finding(_CHECK, TOKENIZER, message))
         return
     result.findings += _vocabularies(here, there)
@@ -52,8 +52,8 @@ def _vocabularies(here: TokenizerMeaning, there: TokenizerMeaning) -> list[Findi
         wrong = [token for token in {**theirs, **ours} if ours.get(token) != theirs.get(token)]
         token = wrong[0]
         message = (
-            f"{len(wrong)} tokens have other ids than in the source: {token[:40]!r} has "
-            f"{ours.get(token, 'none')}, there {theirs.get(token, 'none')}"
+            f"{len(wrong)} tokens have different ids in the source: {token[:40]!r} has "
+            f"{ours.get(token, 'none')} here, {theirs.get(token, 'none')} there"
         )
         findings.append(Finding(_CHECK, name, message))
     return findings

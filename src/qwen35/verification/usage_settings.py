@@ -85,7 +85,9 @@ _NO_PIXELS = frozenset(
         "video_processor_type",
     }
 )
-"""Keys that change no pixel; processors of one family differ only in class name."""
+"""Keys that change no pixel; a processor's class does if it is of another family."""
+
+_FAMILY = "Qwen"
 
 _FILES = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
 _JOINT = "processor_config.json"
@@ -137,6 +139,9 @@ def _pixels(checkpoint: Checkpoint, kind: str, name: str) -> Mapping[str, Any] |
     meaning = _PIXELS[kind] | {
         key: value for key, value in found.items() if value is not None and key not in _NO_PIXELS
     }
+    named = found.get(f"{kind}_processor_type")
+    if isinstance(named, str) and not named.startswith(_FAMILY):
+        meaning[f"{kind}_processor_type"] = named
     # Older files store the size limits as separate keys.
     size = dict(meaning["size"]) if isinstance(meaning["size"], Mapping) else {}
     for old, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qwen35.checkpoint.reconciled import reconciled
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.codecs.registry import codec_of, is_packed
+from qwen35.codecs.registry import codec_of, is_packed, quantized_weights
 from qwen35.errors import Finding
+from qwen35.planning.manifest import amendment_notes, first_entries
 from qwen35.progress import Progress
 from qwen35.verification.behaviour import NOT_ASKED, Answer, BehaviourResult
 from qwen35.verification.foreign_files import foreign_notes
 from qwen35.verification.memo import MemoFile, stamped
-from qwen35.verification.numbers_check import NumbersResult, check_numbers
+from qwen35.verification.numbers_check import NumbersResult, check_numbers, check_shapes
 from qwen35.verification.role_errors import RoleError
 from qwen35.verification.settings_comparison import SettingsComparison
 from qwen35.verification.structure_check import check_hashes, check_structure
@@ -43,6 +45,7 @@ class Verdict:
         notes: remarks on how it was checked.
         source: name of the source that it was compared with.
         not_compared: what this check could not see, or did not look at.
+        amended: files that were changed on purpose, which the manifest records.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     source: str | None = None
     not_compared: tuple[str, ...] = ()
+    amended: tuple[str, ...] = ()
 
     @property
     def result(self) -> str:
@@ -62,8 +66,17 @@ class Verdict:
         if self.findings:
             noun = "finding" if len(self.findings) == 1 else "findings"
             return f"FAILED: {len(self.findings)} {noun}"
+        amended = f"; amended since: {', '.join(self.amended)}" if self.amended else ""
+        return f"{self._passed}{amended}"
+
+    @property
+    def _passed(self) -> str:
         if self.depth == "structure":
-            return "passed: headers only, weights not read; --depth numbers reads them"
+            seen = "headers and settings compared with the source"
+            return (
+                f"passed: {seen if self.source else 'headers only'}, weights not read; --depth "
+                "numbers reads them"
+            )
         if self.depth == "behaviour":
             weights = "compared with the source" if self.source else "read but not compared"
             return f"passed: weights {weights}, {len(self.answers)} answers right"
@@ -120,7 +133,7 @@ def verify(
 
     Args:
         subject: opened for this depth (`qwen35.verification.opening.open_artifact`).
-        source: the checkpoint that it was made from; used from depth ``numbers`` on.
+        source: the checkpoint that it was made from; at depth ``structure``, its headers do.
         depth: ``structure`` reads headers, ``numbers`` every byte; ``behaviour`` also asks it.
         threads: number of weights checked at a time.
         tensor_parallel: number of GPUs that must be able to split weights of codecs with tiles.
@@ -132,27 +145,32 @@ def verify(
         InputError: the source cannot be read, or only headers were opened.
     """
     subject.refuse(engine, tensor_parallel)
+    source = source and reconciled(source)
     structure = check_structure(subject)
     findings = list(structure.findings)
     if tensor_parallel is not None:
         findings += subject.sharding_findings(tensor_parallel)
     compared = _settings(subject, source)
+    amended = _accept_amended(compared, structure.manifest or {})
     findings += [one for one in compared.findings if one not in findings]
     foreign = foreign_notes(subject.place) if subject.place else ()
     notes = [*subject.notes, *foreign, *compared.notes]
     errors: Sequence[RoleError] = ()
-    if depth != "structure":
+    original = source if compared.kin else None
+    if depth == "structure":
+        findings += check_shapes(subject, original) if original else ()
+    else:
         inputs = {"artifact": subject.stamps(), "source": source and stamped(source)}
         with MemoFile(inputs) as memo:
             if structure.manifest is not None:
                 findings += check_hashes(subject, structure.manifest, memo)
-            original = source if compared.kin else None
             numbers = check_numbers(
                 subject, original, memo=memo, threads=threads, progress=progress
             )
         errors = numbers.roles
         findings += [*numbers.findings, *numbers.too_far()]
         notes += [*memo.notes, *_mostly_other(numbers, source)]
+        notes += _decoded(original)
     behaviour = BehaviourResult()
     if depth == "behaviour" and not findings:
         behaviour = subject.ask(engine, threads)
@@ -176,7 +194,8 @@ def verify(
         behaviour.answers,
         tuple(notes),
         source.name if source else None,
-        (*compared.skipped, *_unseen(subject, source if compared.kin else None)),
+        (*compared.skipped, *_unseen(subject, None if depth == "structure" else original)),
+        amended,
     )
 
 
@@ -190,6 +209,28 @@ def _settings(subject: Subject, source: Checkpoint | None) -> SettingsComparison
     return subject.settings(source)
 
 
+_NEVER_EXCUSED = ("config.json", "tokenizer.json", "vocab.json", "merges.txt")
+
+
+def _accept_amended(compared: SettingsComparison, manifest: Mapping[str, Any]) -> tuple[str, ...]:
+    """Turn differences from the source that were recorded as made on purpose into notes.
+
+    In a file of weights, that is the chat template alone. An artifact's own word never excuses
+    another configuration or vocabulary.
+
+    Returns:
+        The amended files.
+    """
+    compared.notes[:0] = amendment_notes(manifest)
+    files, weights = first_entries(manifest), manifest.get("tensors", {})
+    refused = {*weights, *_NEVER_EXCUSED}
+    for one in list(compared.findings):
+        if one.subject in files and (one.subject not in refused or one.check == "template"):
+            compared.findings.remove(one)
+            compared.notes.append(f"{one.subject}, amended: {one.message}")
+    return tuple(name for name in files if name in manifest.get("files", {}))
+
+
 def _unseen(subject: Subject, source: Checkpoint | None) -> Iterator[str]:
     """Yield the smallest differences that comparisons see, for each type where some are missed."""
     if source is None:
@@ -198,6 +239,15 @@ def _unseen(subject: Subject, source: Checkpoint | None) -> Iterator[str]:
     for codec in codecs.values():
         if codec.tolerance:
             yield f"{codec.label}: {codec.tolerance}"
+
+
+def _decoded(source: Checkpoint | None) -> Iterator[str]:
+    """Yield a note for each format in which the source itself is quantized."""
+    for label, count in quantized_weights(source.weights if source else ()).items():
+        yield (
+            f"the source holds {count} weights in {label}: they are compared as they decode, not "
+            "with the original weights"
+        )
 
 
 def _mostly_other(numbers: NumbersResult, source: Checkpoint | None) -> Iterator[str]:

@@ -146,6 +146,13 @@ class Fp8(Codec):
 
         yield from tensor_parallel_findings(config, modules, ranks)
 
+    @property
+    def tolerance(self) -> str:
+        """The smallest differences that `judge` sees."""
+        from qwen35.codecs.fp8.judge import TOLERANCE
+
+        return TOLERANCE
+
     def judge(
         self,
         reader: Readable,

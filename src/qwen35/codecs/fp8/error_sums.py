@@ -21,13 +21,15 @@ from qwen35.codecs.floats import f32_from
 from qwen35.codecs.fp8.kernels import load_tile
 from qwen35.codecs.fp8.layout import BLOCK
 
-__all__ = ["WORST_ERROR", "ErrorSums"]
+__all__ = ["RELATIVE", "WORST_ERROR", "ErrorSums"]
 
 WORST_ERROR = 1 / 16
 """Upper bound of the relative error of rounding to a three-bit mantissa."""
 
+RELATIVE = 1 / 15
+"""Upper bound of the error of a correct code, relative to its weight."""
+
 _SIDE = BLOCK
-_RELATIVE = 1 / 15
 _ABSOLUTE = 2.0**-10 * 17 / 15
 _TOP = 126  # the code of 448
 _SUMS = 6
@@ -158,7 +160,7 @@ def _compare_tile(tile: Any, codes: Any, scale: Any, columns: Any, worst: Any, b
             columns[5, c] += abs(value)
             worst[c] = max(worst[c], error)
             # `not <=`, so that a NaN error counts as too far.
-            far = np.int64(not error <= max(least, abs(value) * _RELATIVE))
+            far = np.int64(not error <= max(least, abs(value) * RELATIVE))
             top = np.int64((code & 127) == _TOP)
             clipped += far & top
             misplaced += far & (1 - top)

@@ -11,14 +11,20 @@ import numpy as np
 from qwen35.codecs.codec import Piece
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import all_finite
-from qwen35.codecs.fp8.error_sums import WORST_ERROR, ErrorSums
+from qwen35.codecs.fp8.error_sums import RELATIVE, WORST_ERROR, ErrorSums
 from qwen35.codecs.fp8.layout import BLOCK, fits
 from qwen35.codecs.fp8.stored import StoredFp8, read_scales
 from qwen35.codecs.pieces import Readable, not_finite
 from qwen35.codecs.plain.codec import judge_values
 from qwen35.tensors import TensorSpec, Weight
 
-__all__ = ["judge", "too_far"]
+__all__ = ["TOLERANCE", "judge", "too_far"]
+
+TOLERANCE = (
+    f"smaller errors than these are not detected: {RELATIVE:.1%} of a weight (more if it saturates "
+    "or is almost zero), 1% of a tile's scale; `qwen35 reproduce` compares every byte"
+)
+"""The smallest differences that `judge` sees: a scale that is off moves some weight too far."""
 
 
 def judge(

@@ -85,9 +85,9 @@ def tolerance(kind: GgmlType) -> str:
     tensor, block = BOUNDS.get(kind.name, LOOSE)
     # An error in one weight raises the block's root mean square by a sixteenth of that error.
     return (
-        f"seen is a tensor that is off by {tensor:.1%}, a block of {_BLOCK} weights by {block:.1%} "
-        f"of its largest one (root mean square), one weight by {_BLOCK**0.5 * block:.1f} times "
-        "that one; `qwen35 reproduce` compares every byte"
+        f"smaller errors than these are not detected: {tensor:.1%} of a tensor, {block:.1%} of "
+        f"the largest weight in a block of {_BLOCK} (root mean square), {_BLOCK**0.5 * block:.1f} "
+        "times that weight for a single one; `qwen35 reproduce` compares every byte"
     )
 
 

@@ -166,6 +166,13 @@ class Nf4(Codec):
                 "transformers cannot load them packed"
             )
 
+    @property
+    def tolerance(self) -> str:
+        """The smallest differences that `judge` sees."""
+        from qwen35.codecs.nf4.judge import TOLERANCE
+
+        return TOLERANCE
+
     def judge(
         self,
         reader: Readable,

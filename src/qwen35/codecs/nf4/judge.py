@@ -17,7 +17,7 @@ from qwen35.codecs.nf4.tables import BOUNDS, LEVELS, dynamic_map
 from qwen35.codecs.pieces import Readable
 from qwen35.tensors import TensorSpec, Weight
 
-__all__ = ["judge", "same_mean", "wrong_codes", "wrong_scales"]
+__all__ = ["TOLERANCE", "judge", "same_mean", "wrong_codes", "wrong_scales"]
 
 
 ABSMAX_SLACK = 1e-6
@@ -25,6 +25,16 @@ ABSMAX_SLACK = 1e-6
 
 CODE_SLACK = 1e-5
 """Tolerance of a quotient around the bounds between levels: rounding of the division."""
+
+CONSTANT_SLACK = 1e-5
+"""Tolerance of the float32 constants of scales: devices round sums and divisions differently."""
+
+TOLERANCE = (
+    "every code and scale that is not the nearest is detected, but not an error below "
+    f"{CONSTANT_SLACK:g} (relative) in the float32 constants that scales are computed from, or of "
+    "the largest scale in their offset; `qwen35 reproduce` compares every byte"
+)
+"""The smallest differences that `judge` sees."""
 
 
 def wrong_codes(packed: Array, expected: Array, values: F32, absmax: F32) -> int:
@@ -54,7 +64,7 @@ def wrong_scales(codes: Array, nested: F32, offset: float, true: F32) -> int:
     """
     expected = AbsmaxStatistics.of(true, offset)
     # Other devices may round the last bits differently.
-    if not np.allclose(nested, expected.nested, rtol=1e-5, atol=0):
+    if not np.allclose(nested, expected.nested, rtol=CONSTANT_SLACK, atol=0):
         return len(true)
     scale = np.repeat(expected.nested, NESTED_BLOCK)[: len(true)].astype(np.float64)
     values = (true - np.float32(offset)) / np.where(scale > 0, scale, 1)
@@ -69,7 +79,8 @@ def wrong_scales(codes: Array, nested: F32, offset: float, true: F32) -> int:
 def same_mean(offset: float, true: F32) -> bool:
     """Return whether an offset is the mean of the scales, up to rounding of the sum."""
     # bitsandbytes sums in float32; its result varies with the number of threads.
-    return abs(offset - float(true.mean(dtype=np.float64))) <= 1e-5 * float(np.abs(true).max())
+    mean = float(true.mean(dtype=np.float64))
+    return abs(offset - mean) <= CONSTANT_SLACK * float(np.abs(true).max())
 
 
 def judge(

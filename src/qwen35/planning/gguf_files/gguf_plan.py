@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-from qwen35.checkpoint.inventory import InventoryItem, inventory
+from qwen35.checkpoint.inventory import InventoryItem
+from qwen35.checkpoint.reconciled import source_notes, take
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.ggml.codec import BlockSpec, codec_name
 from qwen35.codecs.ggml.types import GGML_TYPES
-from qwen35.errors import ConfigError, UsageError
+from qwen35.errors import UsageError
 from qwen35.model.config_notes import config_notes, refuse_uncarried
 from qwen35.planning.gguf_files.gguf_options import GgufOptions
 from qwen35.planning.gguf_files.metadata import (
@@ -28,6 +29,7 @@ from qwen35.planning.gguf_files.type_choice import Kinds, TypeChooser, float_kin
 from qwen35.planning.gguf_files.vocabulary import Vocabulary, read_vocabulary
 from qwen35.planning.output_plan import Plan, PlannedFile
 from qwen35.planning.recipe_files import built_in_names, built_in_recipe
+from qwen35.planning.requantized import requantized_notes
 from qwen35.planning.rules import Recipe
 from qwen35.planning.sidecar_checks import check_sidecars, left_behind
 from qwen35.planning.step import Step, StepTarget
@@ -56,7 +58,7 @@ class GgufFile(PlannedFile):
 
 
 _TOKENIZER_COPIES = ("added_tokens.json", "special_tokens_map.json", "vocab.json")
-"""Side-cars that say again what tokenizer.json says, which goes into the files."""
+"""Sidecars that say again what tokenizer.json says, which goes into the files."""
 
 
 def files_of(plan: Plan) -> Sequence[GgufFile]:
@@ -66,9 +68,10 @@ def files_of(plan: Plan) -> Sequence[GgufFile]:
 
 def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
     """Plan GGUF files; errors are those of `qwen35.planning.output_plan.make_plan`."""
-    checkpoint, stored = _with_mtp(checkpoint, drop=options.drop_mtp)
-    mtp = 0 if options.drop_mtp else stored
-    items = inventory(checkpoint)
+    tower = options.projector is not None
+    original = checkpoint
+    checkpoint, items = take(original, tower=tower and original.config.architecture.vision)
+    mtp = _mtp_layers(checkpoint, options)
     refuse_uncarried(checkpoint.config, vision=False)
     if options.projector is not None:
         refuse_uncarried(checkpoint.config, vision=True)
@@ -94,9 +97,12 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
         {},
         {},
         (
-            *config_notes(checkpoint.config),
+            *config_notes(checkpoint.config, head=checkpoint.layout.head),
+            *source_notes(original, mtp=not options.drop_mtp, tower=tower),
+            *_mtp_notes(checkpoint, options),
             *_notes(vocabulary, documents),
             *notes,
+            *requantized_notes(steps),
             *left_behind(checkpoint, {*read, *_TOKENIZER_COPIES}),
         ),
         {"heads": heads, "imatrix": options.imatrix.digest if options.imatrix else None},
@@ -137,46 +143,29 @@ def _filled(file: GgufFile, steps: Sequence[Step]) -> GgufFile:
     return replace(file, steps=tuple(step for step in steps if file.name in step.files))
 
 
-def _with_mtp(checkpoint: Checkpoint, *, drop: bool) -> tuple[Checkpoint, int]:
-    """Count the MTP layers from the tensors, not from config.json.
+def _mtp_layers(checkpoint: Checkpoint, options: GgufOptions) -> int:
+    """Return the number of MTP layers to write.
 
-    llama.cpp's converter trusts the config: if the layers are missing it writes a file that does
-    not load, and if the config does not mention them it stops.
+    llama.cpp's loader needs mtp.fc in every such layer, and the family has a single one.
     """
-    layers = {
-        int(weight.name.split(".")[2])
-        for weight in checkpoint.weights
-        if weight.name.startswith("mtp.layers.") and weight.name.split(".")[2].isdecimal()
-    }
-    stored, promised = len(layers), checkpoint.config.mtp_layers
-    if promised > stored and not drop:
-        inventory(checkpoint)  # a wrapper's prefix hides these layers as well: name that first
-        raise ConfigError(
-            "config.json",
-            f"mtp_num_hidden_layers is {promised}, but the checkpoint has {stored} such layers",
-            expected="its tensors (mtp.*): transformers drops them when it saves",
-            hint="take them from the original checkpoint, or give --drop-mtp",
-        )
-    if stored > 1 and not drop:
-        raise ConfigError(
-            "config.json",
-            f"{stored} MTP layers",
-            expected="one: llama.cpp's loader needs mtp.fc per layer, the family has a single one",
-            hint="give --drop-mtp",
-        )
-    if promised == stored:
-        return checkpoint, stored
-    return replace(checkpoint, config=replace(checkpoint.config, mtp_layers=stored)), stored
+    stored = checkpoint.config.mtp_layers
+    return 0 if options.drop_mtp or stored > 1 else stored
+
+
+def _mtp_notes(checkpoint: Checkpoint, options: GgufOptions) -> Iterator[str]:
+    stored = checkpoint.config.mtp_layers
+    if stored > 1 and not options.drop_mtp:
+        yield f"{stored} multi-token-prediction layers are left out: llama.cpp reads one at most"
 
 
 def _notes(vocabulary: Vocabulary | None, documents: SourceDocuments) -> Iterator[str]:
     if vocabulary is not None and vocabulary.nfc:
         yield (
-            "the tokenizer brings text into Unicode's NFC form first, llama.cpp does not: text in "
-            "another form gets other tokens there"
+            "the tokenizer normalizes text to NFC, llama.cpp does not: text that is not in NFC "
+            "gets different tokens there"
         )
     if not documents.complete:
-        yield "tokenizer and metadata files are not known here, their bytes are not counted"
+        yield "the bytes of tokenizer and metadata files are unknown and not counted"
 
 
 @dataclass(frozen=True)

@@ -140,12 +140,12 @@ def imatrix_notes(imatrix: Imatrix, tensors: Sequence[UntypedTensor]) -> Iterato
     missing = [name for name in quantized if name not in imatrix.entries]
     if missing:
         yield (
-            f"{imatrix.name} has nothing on {len(missing)} of {len(quantized)} tensors, which are "
-            f"quantized without: {_some(missing)}"
+            f"{imatrix.name} has no entry for {len(missing)} of {len(quantized)} tensors, which "
+            f"are quantized without one: {_some(missing)}"
         )
     extra = sorted(set(imatrix.entries) - set(quantized))
     if extra:
-        yield f"{imatrix.name} speaks of tensors that are not here: {_some(extra)}"
+        yield f"{imatrix.name} has entries for tensors not in this model: {_some(extra)}"
     if filled := imatrix.provenance.get("experts_below_floor"):
         yield (
             f"{imatrix.name} saw fewer than {imatrix.provenance.get('floor')} tokens for {filled} "
@@ -155,7 +155,7 @@ def imatrix_notes(imatrix: Imatrix, tensors: Sequence[UntypedTensor]) -> Iterato
     if partial:
         count = sum(imatrix.entries[name].unseen for name in partial)
         yield (
-            f"{imatrix.name} saw no token for {count} experts, whose channels count evenly: "
+            f"{imatrix.name} saw no token for {count} experts, whose channels weigh the same: "
             f"{_some(partial)}"
         )
 
