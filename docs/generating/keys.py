@@ -26,8 +26,8 @@ from qwen35.planning.manifest import manifest_bytes, render_manifest
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.publishing.repo_documents import REPORT_NAME, documents
-from qwen35.verification.asking_transformers import Halves, Question
 from qwen35.verification.behaviour import Answer
+from qwen35.verification.questions import Halves, Question
 from qwen35.verification.role_errors import RoleError
 from qwen35.verification.verdict import Verdict
 
@@ -172,9 +172,13 @@ def _paths(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _named(prefix: str, key: str) -> str:
-    if prefix in ("files", "added", "tensors"):
+    if prefix in ("files", "added", "tensors", "amended[].files"):
         return "FILE"
-    open_ended = prefix in ("verified.counts", "recipe.geometry") or prefix.startswith("tensors.")
+    open_ended = prefix in (
+        "verified.counts",
+        "recipe.geometry",
+        "source.quantized",
+    ) or prefix.startswith("tensors.")
     return "NAME" if open_ended else key
 
 
@@ -189,7 +193,9 @@ def _manifests() -> Iterator[Mapping[str, Any]]:
     gguf = _gguf(tiny, "F16")
     sizes = dict(gguf.file_sizes())
     yield json.loads(manifest_bytes(gguf, dict.fromkeys(sizes, "0" * 64)))
-    yield {"source": {"repo": "owner/name", "revision": "a commit"}}
+    entry = {"size": 1, "sha256": "0" * 64}
+    yield {"amended": [{"when": "", "why": "", "files": {"chat_template.jinja": entry}}]}
+    yield {"source": {"repo": "owner/name", "revision": "a commit", "quantized": {"NF4": 1}}}
     yield _with_scale_choice(tiny)
 
 
