@@ -145,7 +145,7 @@ def fp8_moe_artifact(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="session")
 def run_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source of runs, with side-cars; only to be read."""
+    """The source of runs, with sidecars; only to be read."""
     return make_variant(tmp_path_factory.mktemp("source"), "dense")
 
 

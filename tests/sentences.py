@@ -37,7 +37,8 @@ _NAME = (
 )
 _CHANGING = (
     (_NAME, "NAME"),
-    (r"(?<=not valid TOML )\(.*\)|(?<=does not compile )\(.*\)", "(WHY)"),
+    (r"(?<=not valid TOML )\(.*\)|(?<=a plain question )\(.*\)", "(WHY)"),
+    (r"(?<=transformers cannot load it )\(.*\)|(?<=preprocessor )\(.*\)", "(WHY)"),
     (r"(?<=Jinja template, line )\d+: .*(?=; )", "N: WHY"),
     (r"\b(?:[0-9a-f]{12}|[0-9a-f]{64})\b", "HASH"),
     (r"\b\d[\d,]* (?:of \d[\d,]* )?(?=bytes|codes|scales|values)", "N "),

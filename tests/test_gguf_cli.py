@@ -82,7 +82,7 @@ def test_published_sizes_are_planned(model: str, capsys: pytest.CaptureFixture[s
     planned = json.loads(capsys.readouterr().out)
     q4, q8, manifest = (planned["files"][name] for name in planned["files"])
     assert manifest < q4 < q8
-    assert any("their bytes are not counted" in note for note in planned["notes"])
+    assert any("are unknown and not counted" in note for note in planned["notes"])
 
 
 @pytest.mark.parametrize(

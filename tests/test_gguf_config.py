@@ -114,7 +114,10 @@ def rope(**keys: Any) -> Change:
         (rope(rope_type="linear", factor=0), "factor is 0"),
         (rope(rope_theta=None), "rope_theta is None"),
         (text(rope_parameters=[1]), "rope_parameters is [1]"),
-        (text(rope_parameters={"full_attention": {}}), "for full_attention layers apart"),
+        (
+            text(rope_parameters={"full_attention": {}}),
+            "separate rope_parameters for full_attention layers",
+        ),
         (text(hidden_act="gelu"), "text_config.hidden_act is 'gelu'"),
         (text(attention_bias=True), "text_config.attention_bias is True"),
         (text(is_causal=False), "text_config.is_causal is False"),
@@ -187,9 +190,7 @@ def test_scaled_positions_compute_what_transformers_computes(
     assert right.kld.value < 1e-5
     assert wrong.kld.value > 1e-3
     assert [finding.subject for finding in report.findings] == ["bare/source-F16"]
-    assert "[noise-floor] bare/source-F16: abnormal: stored unquantized (F16)" in report_text(
-        report
-    )
+    assert "[noise-floor] bare/source-F16: abnormal: unquantized (F16)" in report_text(report)
     assert [finding.check for finding in blind.findings] == ["noise-floor"] * 2
     assert "abnormal noise floor" in report_text(blind)
     assert "within 3 times" not in report_text(blind)

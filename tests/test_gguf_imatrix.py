@@ -137,11 +137,11 @@ def test_what_is_missing_extra_or_unseen_is_told(tmp_path: Path) -> None:
         "blk.0.attn_q.weight": ones(1, 256),
     }
     notes = plan_of(source, read_imatrix(gguf_file(tmp_path / "i.gguf", entries))).notes
-    missing = [note for note in notes if "has nothing on" in note]
+    missing = [note for note in notes if "has no entry for" in note]
     assert len(missing) == 1
     assert "output.weight" in missing[0]
     assert "blk.0.ffn_up_exps" not in missing[0]
-    assert any("tensors that are not here: blk.0.attn_q.weight" in note for note in notes)
+    assert any("tensors not in this model: blk.0.attn_q.weight" in note for note in notes)
     assert any("saw no token for 1 experts" in note for note in notes)
 
 

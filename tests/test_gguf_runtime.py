@@ -19,7 +19,7 @@ from qwen35.checkpoint.source import open_folder
 from qwen35.engines.llama import Llama
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
-from qwen35.verification.asking_transformers import Question, is_right
+from qwen35.verification.questions import Question, is_right
 from qwen35.writing.write import write
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")

@@ -257,7 +257,7 @@ def test_link_that_leads_nowhere_is_named(name: str, copy: Path) -> None:
     assert refusal(dry_gguf(copy)).startswith(said)
 
 
-# --- side-cars
+# --- sidecars
 
 
 @pytest.mark.parametrize(
@@ -270,6 +270,11 @@ def test_link_that_leads_nowhere_is_named(name: str, copy: Path) -> None:
         ("tokenizer_config.json", "[]", "not a JSON object"),
         ("tokenizer_config.json", '{"chat_template": "{% if %}"}', "not a valid Jinja template"),
         ("tokenizer_config.json", '{"chat_template": 7}', "chat_template is 7"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "eos_token is 5, expected a token"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"7": "x"}}', "tokens by their num"),
+        ("tokenizer_config.json", '{"extra_special_tokens": [1]}', "expected a list of tokens"),
+        ("tokenizer_config.json", '{"tokenizer_class": ["A"]}', "tokenizer_class is ['A']"),
+        ("tokenizer_config.json", '{"pad_token": {"a": 1}}', "pad_token is {'a': 1}"),
         ("chat_template.jinja", "{% for x in y %}", "not a valid Jinja template"),
         ("generation_config.json", "[1]", "not a JSON object"),
         ("generation_config.json", '{"temperature": "hot"}', "temperature is 'hot'"),
@@ -305,12 +310,12 @@ def test_several_damaged_files_are_told_together(copy: Path) -> None:
 
 def test_what_stays_behind_is_listed(copy: Path) -> None:
     (copy / "additional_chat_templates").mkdir()
-    (copy / "NOTICE").write_text("ours")
+    (copy / "TERMS.txt").write_text("ours")
     (copy / ".gitattributes").write_text("")
     plan = make_plan(open_folder(copy), load_recipe("text-nf4"))
     (note,) = [note for note in plan.notes if note.startswith("left behind")]
     assert note == (
-        "left behind: NOTICE, README.md, additional_chat_templates/, eval.txt, "
+        "left behind: README.md, TERMS.txt, additional_chat_templates/, eval.txt, "
         "preprocessor_config.json, questions.json, training.json, video_preprocessor_config.json"
     )
     assert "tokenizer.json" in plan.copied

@@ -200,7 +200,7 @@ def test_file_that_is_not_toml(tmp_path: Path, text: str, capsys: Capture) -> No
     [
         (["run.toml", "x"], "run: run.toml x, expected one FILE.toml, or --path with MODEL and"),
         (["model"], "run: model, expected one FILE.toml"),
-        (["run.toml", "--depth", "numbers"], "--depth: is for --path; set it in the file"),
+        (["run.toml", "--depth", "numbers"], "--depth: is for --path; with a run file, set"),
         (["run.toml", "--private"], "--private: is for --path"),
         (["--path", "A", "model"], "--path: given with 'model', expected MODEL and OUT"),
         (["--path", "B", "m", "o", "--repo", "me/x"], "--repo me/x: one repository for 2 artif"),

@@ -34,7 +34,7 @@ class Measured:
         folder.mkdir(parents=True, exist_ok=True)
         rows = [[path.name, 0.25] for path in compared]
         table = {"columns": ["candidate", "mean KLD"], "rows": rows}
-        (folder / "report.json").write_text(json.dumps({"table": table}))
+        (folder / "report.json").write_text(json.dumps({"report": 1, "table": table}, indent=2))
 
 
 @pytest.fixture

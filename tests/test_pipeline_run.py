@@ -184,11 +184,12 @@ def test_own_files_in_an_artifact_are_not_lost(
     (run_out / NF4 / "notes.md").write_text("mine")
     assert go(capsys, run_original, run_out).code == 0  # nothing has to be made, so it may stay
     (run_out / NF4 / "config.json").write_text("{}")
-    error = refused(capsys, run_original, run_out)
-    assert "must be rebuilt, but holds notes.md, which this run did not write" in error
+    for more in ((), ("--overwrite",)):
+        error = refused(capsys, run_original, run_out, *more)
+        assert "holds files that qwen35 did not write: notes.md; move them away" in error
     assert (run_out / NF4 / "notes.md").read_text() == "mine"
-    assert go(capsys, run_original, run_out, "--overwrite").code == 0
-    assert not (run_out / NF4 / "notes.md").exists()
+    (run_out / NF4 / "notes.md").unlink()
+    assert go(capsys, run_original, run_out).code == 0
 
 
 def test_edited_card_is_kept_and_not_lost(
@@ -199,7 +200,7 @@ def test_edited_card_is_kept_and_not_lost(
     assert said.code == 0
     assert (run_out / NF4 / "README.md").read_text() == "my own words"
     (run_out / NF4 / "config.json").unlink()
-    assert "holds README.md" in refused(capsys, run_original, run_out)
+    assert "did not write: README.md" in refused(capsys, run_original, run_out)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"run": 9, "steps": {}}', '{"run":1,"steps":3}'])

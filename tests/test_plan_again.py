@@ -124,7 +124,10 @@ def test_safetensors_outputs(sources: Sources, tmp_path: Path, data: st.DataObje
     kind = load_recipe(base).format
     actions = st.sampled_from(["drop", "keep", "plain", kind if kind != "stored" else "plain"])
     name = own_recipe(tmp_path, base, kind, data.draw(rules(actions)))
-    options: dict[str, Any] = {"keep_prefix": data.draw(st.booleans())}
+    options: dict[str, Any] = {
+        "keep_prefix": data.draw(st.booleans()),
+        "keep_shards": data.draw(st.booleans()),
+    }
     if data.draw(st.booleans()):
         options["shard_bytes"] = data.draw(st.integers(10_000, 10**6))
     if kind == "fp8" and data.draw(st.booleans()):

@@ -109,7 +109,7 @@ def test_config_says_no_mtp_when_none_is_written() -> None:
     assert dropped.notes == ()
     assert absent.notes == (
         "config.json promises 1 multi-token-prediction layer(s), but the checkpoint has none: the "
-        "output's config.json says 0",
+        "output promises none",
     )
 
 

@@ -50,7 +50,7 @@ def test_text_of_a_plan_counts_up() -> None:
     assert "488 weights in, 1265 tensors out, 186 weights in NF4" in text
     assert f"plan {plan.digest}" in text
     assert "drop: vision tower" in text
-    assert "note: side-car files (tokenizer, template) are not known here and not counted" in text
+    assert "note: sidecars (tokenizer, chat template) are not known here and not counted" in text
     rows = re.findall(r"^  (\S+) +(\d+) +([\d,]+) +([\d,]+)$", text, re.MULTILINE)
     assert sum(int(count) for _, count, _, _ in rows) == 488
     assert sum(int(b.replace(",", "")) for *_, b in rows) == sum(s.nbytes for s in plan.steps)

@@ -19,9 +19,10 @@ from browser import DARK, DESKTOP, LIGHT, PHONE, chromium, in_a_browser
 from checkpoints import ASSET
 from evaluating import gguf, measure
 from qwen35.cli.main import main
+from qwen35.errors import OutputError
 from qwen35.publishing.card import CardMeasurements
 from qwen35.reporting.evaluation_page import page
-from qwen35.reporting.report_files import HTML_NAME, JSON_NAME
+from qwen35.reporting.report_files import HTML_NAME, JSON_NAME, check_report
 
 pytest.importorskip("matplotlib", reason="the extra eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:.*FP8.*", "ignore:.*is deprecated.*")
@@ -113,15 +114,22 @@ def test_the_front(value: dict[str, Any]) -> None:
 def test_a_report_is_replaced_only_on_demand(
     formats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / JSON_NAME).write_text("{}")
+    (tmp_path / JSON_NAME).write_text('{\n  "report": 0}')
     assert verb(formats, tmp_path) == 2
     assert "exists already; give --overwrite" in capsys.readouterr().err
-    assert (tmp_path / JSON_NAME).read_text() == "{}"
+    assert (tmp_path / JSON_NAME).read_text() == '{\n  "report": 0}'
     file = tmp_path / "file"
     file.touch()
     assert verb(formats, file) == 2
     assert verb(formats, tmp_path, more=("--overwrite",)) == 0
     assert json.loads((tmp_path / JSON_NAME).read_text())["report"] == 1
+
+
+@pytest.mark.parametrize("name", [JSON_NAME, "report.html", "tune.json", "tune.html"])
+def test_a_file_of_someone_else_is_never_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"summary": "of another tool"}')
+    with pytest.raises(OutputError, match=rf"{name}: was not written by qwen35"):
+        check_report(tmp_path, overwrite=True, names=(name,))
 
 
 def test_without_matplotlib_it_stops_at_once(

@@ -133,8 +133,8 @@ def test_verify(held: Any, formats: Path, tmp_path: Path) -> None:
 
 def test_answers(formats: Path) -> None:
     """The answers of depth behaviour, in the form of both engines."""
-    from qwen35.verification.asking_transformers import Question
     from qwen35.verification.behaviour import IMAGE, Answer
+    from qwen35.verification.questions import Question
     from qwen35.verification.verdict import Verdict
 
     answers = (Answer(IMAGE, "red"), Answer(Question("2 + 2?", "4"), "4", file="a.gguf"))
@@ -179,6 +179,15 @@ def test_run(held: Any, tmp_path: Path) -> None:
 
 def test_reproduce(held: Any, formats: Path) -> None:
     assert held("reproduce", formats / "text", "--source", ASSET)["same"]
+
+
+def test_amend(held: Any, formats: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(formats / "text", tmp_path / "out"))
+    held("amend", out)
+    (out / "chat_template.jinja").write_text("{{ messages }}")
+    assert held("amend", out, "--dry-run") == held("amend", out)
+    (out / "config.json").write_text("{}")
+    assert held("amend", out, code=1)["findings"]
 
 
 def test_publish(world: World) -> None:

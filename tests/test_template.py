@@ -227,7 +227,9 @@ def with_settings(source: Path, folder: Path, content: bytes) -> Path:
 def test_of_settings_the_template_is_looked_at_and_no_list_of_tokens(
     place: str, word: str, dense: Path, tmp_path: Path
 ) -> None:
-    content = json.dumps({"processor_class": "P", place: word}).encode()
+    content = json.dumps(
+        {"processor_class": "P", place: word if place == "chat_template" else [word]}
+    ).encode()
     notes = plan_of(with_settings(dense, tmp_path / "in", content), "text").notes
     unrecognized = (
         f"{SETTINGS}: its test for images or videos was not recognized, so it still writes their "

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from checkpoints import ASSET
 from gguf_models import make_variant
 from imatrices import gguf_file
+from qwen35.api.convert_api import convert
 from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import Reader
 from qwen35.cli.main import main
@@ -503,6 +504,16 @@ def test_dry_run_needs_no_weights(kind: str, text: Path, capsys: Capture) -> Non
     told = json.loads(capsys.readouterr().out)
     assert told["smallest"] < told["exact"]
     assert told["probes"] > 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_packed_weights_leave_nothing_to_choose(
+    kind: str, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    packed = convert(ASSET, tmp_path / "packed", recipe=kind).out
+    options = ("--format", kind, "--size", "6bpw", "--text", str(text), "--dry-run")
+    assert main(["tune", str(packed), *options]) == 2
+    assert "all weights that it packs are packed already" in capsys.readouterr().err
 
 
 def test_every_format_offered_is_known_to_a_container() -> None:
