@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -99,35 +100,32 @@ def test_a_killed_publish_ends_as_if_it_had_not_been(mode: str, world: World) ->
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("verb", ["evaluate", "tune"])
-def test_a_killed_measurement_ends_as_if_it_had_not_been(verb: str, tmp_path: Path) -> None:
+def test_a_killed_evaluation_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text((ASSET / "eval.txt").read_text()[:12_000])
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     log = tmp_path / "log"
 
-    def command(number: int) -> tuple[list[str], Path]:
+    def command(number: int) -> list[str]:
         place = tmp_path / str(number)
         place.mkdir()
         report = ["--text", str(text), "--report", str(place / "report"), "--chunks", "2"]
-        if verb == "evaluate":
-            base = ["--kl-divergence-base", str(place / "base.kld")]
-            return ["evaluate", str(ASSET), str(ASSET), *base, *report], place / "report"
-        output = ["--output", str(place / "recipe.toml"), "--probes", "2"]
-        return ["tune", str(ASSET), "--format", "nf4", "--size", "9MB", *output, *report], place
+        base = ["--kl-divergence-base", str(place / "base.kld")]
+        return ["evaluate", str(ASSET), str(ASSET), *base, *report]
 
-    arguments, _ = command(0)
-    assert run(arguments, log, env) == 0
-    expected = figures(tmp_path / "0" / "report")
+    expected = []
+    arguments = command(0)
+    for _ in range(2):  # the second time, the base's file is read, which holds 16 bits
+        shutil.rmtree(tmp_path / "0" / "report", ignore_errors=True)
+        assert run(arguments, log, env) == 0
+        expected.append(figures(tmp_path / "0" / "report"))
     for number in kills(log, 6):
-        arguments, _ = command(number)
+        arguments = command(number)
         assert run(arguments, log, env, number) == -9
         assert run(arguments, log, env) == 0
-        assert figures(tmp_path / str(number) / "report") == expected
+        assert figures(tmp_path / str(number) / "report") in expected
 
 
 def figures(report: Path) -> object:
     """Return what a report measured, without times and places."""
-    (path,) = report.glob("*.json")
-    content = json.loads(path.read_text())
-    return content["table"] if "table" in content else content["errors"]
+    return json.loads((report / "report.json").read_text())["table"]
