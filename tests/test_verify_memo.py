@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from gguf_models import make_variant
+from qwen35.checkpoint.locations import cache_folder
 from qwen35.checkpoint.open import fetch
 from qwen35.execution.judging import judge
 from qwen35.planning.output_plan import make_plan
@@ -203,7 +204,7 @@ def test_the_cache_is_where_the_specification_says(
     if home is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", home)
     expected = Path("/absolute") if home == "/absolute" else tmp_path / ".cache"
-    assert memo.memo_folder() == expected / "qwen35"
+    assert cache_folder() == expected / "qwen35"
 
 
 def test_a_short_check_writes_nothing(

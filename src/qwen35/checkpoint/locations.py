@@ -52,6 +52,12 @@ def read_bounded(path: Path, limit: int = 2**30) -> bytes:
     return data
 
 
+def cache_folder() -> Path:
+    """Return this package's cache folder, by the XDG base directory specification."""
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "qwen35"
+
+
 class FileLocation(Protocol):
     """Named files of known size; `str()` gives the location for error messages."""
 

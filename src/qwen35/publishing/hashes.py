@@ -12,6 +12,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen35.checkpoint.locations import cache_folder
 from qwen35.errors import InputError
 from qwen35.progress import Progress, Silent
 from qwen35.threads import default_threads
@@ -123,8 +124,7 @@ class FileHasher:
     ) -> None:
         self._remember = remember
         self._progress = progress or Silent()
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self._cache = cache or home / "qwen35" / "hashes.sqlite"
+        self._cache = cache or cache_folder() / "hashes.sqlite"
         self.read_bytes = 0
 
     def digests(self, paths: Iterable[Path]) -> dict[Path, FileDigest]:

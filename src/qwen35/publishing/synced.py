@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from pathlib import Path
+
+from qwen35.checkpoint.locations import cache_folder
 
 __all__ = ["remember_synced", "synced_files"]
 
@@ -46,5 +47,4 @@ def remember_synced(folder: Path, files: Mapping[str, str | None]) -> None:
 
 
 def _path() -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "qwen35" / "synced.sqlite"
+    return cache_folder() / "synced.sqlite"

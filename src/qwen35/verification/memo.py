@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from qwen35.checkpoint.locations import cache_folder
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import OutputError
 from qwen35.planning.manifest import manifest_versions
@@ -82,7 +82,7 @@ class MemoFile:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         self.notes: list[str] = []
         self._key = key
-        self._path = memo_folder() / f"verify-{digest[:32]}"
+        self._path = cache_folder() / f"verify-{digest[:32]}"
         self._journal: Journal | None = None
         self._pieces: dict[str, Any] = {}
         self._pending: dict[str, Any] = {}
@@ -149,12 +149,6 @@ class MemoFile:
     def _give_up(self, error: Exception) -> None:
         why = error.strerror if isinstance(error, OSError) else str(error)
         self.notes = [f"a check that is killed starts over: cannot write {self._path} ({why})"]
-
-
-def memo_folder() -> Path:
-    """Return the cache folder, by the XDG base directory specification."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "qwen35"
 
 
 def _forget_old(folder: Path) -> None:
