@@ -15,6 +15,7 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
 from qwen35.errors import HubError, InputError, UsageError
 
 __all__ = [
+    "COMMIT",
     "HubId",
     "HubLocation",
     "cached_snapshot",
@@ -44,6 +45,9 @@ _MISREAD = (
     ValueError,
 )
 """What the client raises where an answer has another type or form than it takes for granted."""
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+"""The whole name of a commit, or of a blob."""
 
 _ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?\Z", re.ASCII)
 

@@ -16,8 +16,9 @@ import httpx2
 from huggingface_hub import constants
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from qwen35.checkpoint.hub import COMMIT
+
 __all__ = [
-    "COMMIT",
     "FIRST_ERROR",
     "XET_ROUTE",
     "BadAnswerError",
@@ -31,7 +32,6 @@ __all__ = [
 
 _LOG = logging.getLogger(__name__)
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 FIRST_ERROR = 400
 
 WAIT_SECONDS = 60

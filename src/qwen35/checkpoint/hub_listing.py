@@ -22,7 +22,8 @@ from huggingface_hub.utils import (
 )
 
 from qwen35.checkpoint.header import strict_json
-from qwen35.checkpoint.hub_headers import COMMIT, BadAnswerError, endpoint
+from qwen35.checkpoint.hub import COMMIT
+from qwen35.checkpoint.hub_headers import BadAnswerError, endpoint
 from qwen35.checkpoint.hub_session import guard_client
 from qwen35.errors import InputError
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.hub import (
+    COMMIT,
     HubId,
     HubLocation,
     cached_snapshot,
@@ -39,7 +39,6 @@ __all__ = [
     "looks_like_artifact",
 ]
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOCAL_STARTS = ("./", "../", "/", "~", ".")
 
 
@@ -104,7 +103,7 @@ def fetch_commit(
         HubError: the Hub refused a request or could not be reached.
     """
     model = f"{repo}@{commit}"
-    if not _COMMIT.fullmatch(commit) or _hub_id(model) is None:
+    if not COMMIT.fullmatch(commit) or _hub_id(model) is None:
         expected = "a repository (owner/name) and a commit of 40 hexadecimal digits"
         raise InputError(model[:200], "no commit on the Hub", expected=expected)
     return _fetch_hub(model, token, lenient=False, extra=extra)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from qwen35.checkpoint.hub import COMMIT
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import UsageError
 from qwen35.model.model_config import ModelConfig, parse_config
@@ -18,7 +19,6 @@ __all__ = ["artifact_name", "published_size"]
 
 _FAMILY = re.compile(r"qwen(?P<version>\d+\.\d+)-(?P<text>text-)?(?P<size>.+)\Z", re.IGNORECASE)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?B(?:-A\d+(?:\.\d+)?B)?)(?:-|\Z)", re.IGNORECASE)
-_COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 _SUFFIXES = tuple(dict.fromkeys(codec.suffix for codec in CODECS.values() if codec.suffix))
 """Removed from a source's name before the output's own suffix is added."""
 
@@ -57,7 +57,7 @@ def artifact_name(source: str, config: ModelConfig, suffix: str, *, text: bool) 
         UsageError: the source's name claims a published size that it does not have.
     """
     size = published_size(config)
-    if _COMMIT.match(source) and size:  # the Hub cache names a snapshot by its commit
+    if COMMIT.fullmatch(source) and size:  # the Hub cache names a snapshot by its commit
         source = f"Qwen3.5-{size}"
     for known in _SUFFIXES:
         source = source.removesuffix(known)

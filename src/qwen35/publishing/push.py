@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qwen35.checkpoint.hub import client_errors, explain, status_of
+from qwen35.checkpoint.hub import COMMIT, client_errors, explain, status_of
 from qwen35.errors import HubError, InputError
 from qwen35.progress import Progress, Silent
 from qwen35.publishing.diff import ATTRIBUTES, Diff, check_clean
@@ -173,7 +173,7 @@ class _Push:
         """Make the commit; if its answer is lost, find out whether it was made."""
         from huggingface_hub import CommitOperationDelete
 
-        from qwen35.checkpoint.hub_headers import COMMIT, BadAnswerError
+        from qwen35.checkpoint.hub_headers import BadAnswerError
 
         operations = [*additions, *map(CommitOperationDelete, expected.deleted)]
         options = {"commit_message": message, "parent_commit": expected.before.commit}
