@@ -23,6 +23,7 @@ from qwen35.publishing.hashes import FileHasher
 from qwen35.publishing.listing import LocalListing, list_local
 from qwen35.publishing.repo_documents import write_documents
 from qwen35.sinks.staging import check_space, locked, os_errors
+from qwen35.sinks.work_folder import open_ours
 from qwen35.verification.chat_prompts import ChatPrompts, special_tokens
 from qwen35.verification.opening import open_artifact
 
@@ -258,8 +259,7 @@ def _entry(file: EditedFile) -> dict[str, Any]:
 
 def _write(path: Path, file: EditedFile) -> None:
     path.unlink(missing_ok=True)
-    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-    with os.fdopen(os.open(path, flags, 0o666), "wb") as target:
+    with os.fdopen(open_ours(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "wb") as target:
         for piece in file.pieces():
             target.write(piece)
         target.flush()

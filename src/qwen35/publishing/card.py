@@ -164,8 +164,7 @@ class _Facts:
     @property
     def notes(self) -> list[str]:
         """The notes on the artifact."""
-        notes = self._manifest.get("notes")
-        return list(map(str, notes)) if isinstance(notes, list) else []
+        return list(self._manifest.get("notes", []))
 
     @property
     def license(self) -> str | None:
@@ -261,9 +260,8 @@ class _Facts:
 
 def _version(manifest: Mapping[str, Any]) -> str:
     """Return the version of qwen35 that wrote an artifact: it goes into a command."""
-    tools = manifest.get("tool")
-    version = tools.get("qwen35") if isinstance(tools, dict) else None
-    if not isinstance(version, str) or not _VERSION.fullmatch(version):
+    version: str = manifest.get("tool", {}).get("qwen35", "")
+    if not _VERSION.fullmatch(version):
         raise InputError(MANIFEST_NAME, "names no version of qwen35")
     return version
 
