@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -25,6 +26,11 @@ def plan_of(source: Path, recipe: str = "nf4", *, keep: tuple[str, ...] = ()) ->
 def run(source: Path, out: Path, recipe: str = "nf4", **options: Any) -> StagedResult:
     """Convert with one thread."""
     return write(plan_of(source, recipe), out, **{"threads": 1, **options})
+
+
+def limit_shards(patch: pytest.MonkeyPatch, nbytes: int) -> None:
+    """Have plans make shards of at most `nbytes` bytes."""
+    patch.setattr("qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", nbytes)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

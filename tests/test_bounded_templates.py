@@ -293,27 +293,23 @@ def test_prompts_are_those_of_transformers(style: str) -> None:
     tokenizer.bos_token = "<s>"
     named = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     prompts = ChatPrompts(TEMPLATE, template, named)
-    for on in thinking:
-        text = TASKS[1].prompt
-        parts = [{"type": "text", "text": text}] if style == "content in parts" else text
-        theirs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": parts}],
+
+    def theirs(content: object, *, on: bool) -> object:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
             chat_template=template,
             tokenize=False,
             add_generation_prompt=True,
             enable_thinking=on,
         )
-        assert prompts.write(Question(text, "", thinking=on)) == theirs
+
+    for on in thinking:
+        text = TASKS[1].prompt
+        parts = [{"type": "text", "text": text}] if style == "content in parts" else text
+        assert prompts.write(Question(text, "", thinking=on)) == theirs(parts, on=on)
     if prompts.sees:
         content = [{"type": "image"}, {"type": "text", "text": IMAGE.prompt}]
-        theirs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        assert prompts.write(IMAGE) == theirs
+        assert prompts.write(IMAGE) == theirs(content, on=False)
 
 
 def test_special_tokens_are_those_of_transformers() -> None:

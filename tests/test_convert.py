@@ -22,7 +22,7 @@ from qwen35.errors import UsageError
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.writing.write import write
-from running import changed, dequantize, load_all, plan_of, read_config, run
+from running import changed, dequantize, limit_shards, load_all, plan_of, read_config, run
 
 pytestmark = pytest.mark.sentences
 
@@ -121,9 +121,7 @@ def test_source_in_shards_or_one_file_gives_the_same_weights(
 def test_output_in_several_shards_has_a_true_index(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 600_000
-    )
+    limit_shards(monkeypatch, 600_000)
     run(dense, tmp_path / "out")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     tensors = load_all(tmp_path / "out")

@@ -20,7 +20,7 @@ from qwen35.errors import TensorError, UsageError
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.writing.write import write
-from running import load_all, read_config, run, same
+from running import limit_shards, load_all, read_config, run, same
 
 pytestmark = pytest.mark.sentences
 
@@ -191,9 +191,7 @@ def test_several_shards_hold_a_weight_and_its_scale_together(
     moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = load_all(run(moe, tmp_path / "whole", "fp8").out)
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 300_000
-    )
+    limit_shards(monkeypatch, 300_000)
     out = run(moe, tmp_path / "out", "fp8").out
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = index["weight_map"]

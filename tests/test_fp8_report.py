@@ -24,7 +24,7 @@ from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import UsageError
 from qwen35.verification.fp8_display import report_text
 from qwen35.verification.fp8_report import check_fp8
-from running import load_all, run
+from running import limit_shards, load_all, run
 from watching import Watching, watched_pools
 
 pytestmark = pytest.mark.sentences
@@ -200,9 +200,7 @@ def test_what_was_compared_as_it_was_written_is_not_read_again(
 def test_samples_are_drawn_in_each_file_by_a_seed(
     fp8_sources: dict[float, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 1_500_000
-    )
+    limit_shards(monkeypatch, 1_500_000)
     source = fp8_sources[0.02]
     out = packed(source, tmp_path / "out", ScaleChoice("max"))
     files = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]

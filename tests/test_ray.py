@@ -24,7 +24,7 @@ from qwen35.cli.main import main
 from qwen35.errors import TensorError, UsageError, WorkerError
 from qwen35.execution.ray_workers import RayWorkers
 from qwen35.writing.write import write
-from running import plan_of, tree
+from running import limit_shards, plan_of, tree
 from watching import Watching
 
 ray = pytest.importorskip("ray")
@@ -69,9 +69,7 @@ def folder(cluster: Any) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
-    )
+    limit_shards(monkeypatch, SHARD)
 
 
 @pytest.fixture
@@ -148,9 +146,7 @@ def test_a_worker_that_always_dies_is_an_error_and_the_rest_is_kept(
     assert len(list(folder.glob("death*"))) == 3
     assert "run the same command to resume" in caught.value.__notes__[0]
     monkeypatch.undo()
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
-    )
+    limit_shards(monkeypatch, SHARD)
     rest = Watching()
     write(plan, tmp_path / "out", pool=RayWorkers("auto"), progress=rest)
     assert rest.total < plan.read_bytes / 2

@@ -21,7 +21,7 @@ from qwen35.errors import OutputError
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.writing.write import write
-from running import plan_of, tree
+from running import limit_shards, plan_of, tree
 
 KILLS = {False: 32, True: 12}
 """Runs that are killed at least once, by the signal or by the power."""
@@ -220,9 +220,7 @@ def in_shards(plan: Plan, out: Path) -> list[Path]:
 def test_a_finished_file_that_was_damaged_since_is_written_again(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 1_500_000
-    )
+    limit_shards(monkeypatch, 1_500_000)
     plan = plan_of(dense)
     expected = write(plan, tmp_path / "unharmed", threads=1).hashes
     first, *_ = in_shards(plan, tmp_path / "out")

@@ -24,16 +24,14 @@ from qwen35.errors import OutputError, TensorError
 from qwen35.sinks.slice_folder import joined
 from qwen35.writing.slices import finalize, write_slice
 from qwen35.writing.write import write
-from running import plan_of, tree
+from running import limit_shards, plan_of, tree
 
 SHARD = 800_000
 
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
-    )
+    limit_shards(monkeypatch, SHARD)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +44,7 @@ def runs() -> Iterator[Killer]:
 def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What one run writes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
-        )
+        limit_shards(patch, SHARD)
         out = tmp_path_factory.mktemp("expected") / "out"
         write(plan_of(dense), out, threads=1)
     return tree(out)

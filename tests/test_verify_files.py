@@ -14,7 +14,7 @@ from qwen35.cli.main import main
 from qwen35.verification.behaviour import NOT_ASKED
 from qwen35.verification.opening import open_artifact
 from qwen35.verification.verdict import verify
-from running import load_all, read_config, run
+from running import limit_shards, load_all, read_config, run
 from verifying import check
 
 pytestmark = pytest.mark.sentences
@@ -81,9 +81,7 @@ def test_a_listed_file_that_is_gone_is_named(dense: Path, tmp_path: Path) -> Non
 def test_a_stale_index_and_swapped_shards_are_named(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 1_500_000
-    )
+    limit_shards(monkeypatch, 1_500_000)
     out = run(dense, tmp_path / "out").out
     first, second = sorted(out.glob("*.safetensors"))[:2]
     first.rename(tmp_path / "x")
@@ -123,9 +121,7 @@ def test_a_malformed_manifest_is_a_finding(broken_nf4: Path, manifest: str) -> N
 def test_files_that_the_manifest_does_not_list_are_named_and_the_others_hashed(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", 1_500_000
-    )
+    limit_shards(monkeypatch, 1_500_000)
     out = run(dense, tmp_path / "out", "text").out
     first, *_, last = sorted(path.name for path in out.glob("*.safetensors"))
     manifest = json.loads((out / "qwen35.json").read_text())

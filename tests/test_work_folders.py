@@ -29,7 +29,7 @@ from qwen35.sinks.staging import locked, staging
 from qwen35.tensors import TensorSpec
 from qwen35.writing.slices import finalize, write_slice
 from qwen35.writing.write import write
-from running import plan_of, tree
+from running import limit_shards, plan_of, tree
 from watching import Watching
 
 SHARD = 800_000
@@ -37,9 +37,7 @@ SHARD = 800_000
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
-    )
+    limit_shards(monkeypatch, SHARD)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +45,7 @@ def unfinished(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work folder of a run that was interrupted when two files were finished."""
     out = tmp_path_factory.mktemp("unfinished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
-        )
+        limit_shards(patch, SHARD)
         plan = plan_of(dense)
         interrupted(plan, out, sum(len(file.steps) for file in plan.files[:2]) + 2)
     return out.with_name(".out.partial")
@@ -60,9 +56,7 @@ def in_slices(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work folder of slices, of which all are done."""
     out = tmp_path_factory.mktemp("slices") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
-        )
+        limit_shards(patch, SHARD)
         for number in (1, 2):
             write_slice(plan_of(dense), out, number, 2, threads=1)
     return out.with_name(".out.partial")
@@ -72,9 +66,7 @@ def in_slices(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("unharmed") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
-        )
+        limit_shards(patch, SHARD)
         write(plan_of(dense), out, threads=1)
     return tree(out)
 

@@ -32,7 +32,7 @@ from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.planning.work_order import order_bytes, order_of, plan_from
 from qwen35.writing.write import write
-from running import plan_of, tree
+from running import limit_shards, plan_of, tree
 from watching import Watching
 
 SHARD = 800_000
@@ -40,9 +40,7 @@ SHARD = 800_000
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "qwen35.planning.safetensors_files.safetensors_options.MAX_SHARD_BYTES", SHARD
-    )
+    limit_shards(monkeypatch, SHARD)
 
 
 @pytest.fixture
