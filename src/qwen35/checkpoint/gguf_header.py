@@ -25,6 +25,7 @@ from qwen35.errors import HeaderError, InputError
 __all__ = ["MAGIC", "GgufHeader", "GgufTensor", "is_gguf", "read_container", "read_gguf"]
 
 MAGIC = b"GGUF"
+_ALIGNMENT, _DEFAULT_ALIGNMENT = "general.alignment", 32
 _VERSIONS = (2, 3)
 # Far above real files; they bound time and memory on hostile ones.
 _MAX_KEYS = 100_000
@@ -101,6 +102,12 @@ class GgufHeader:
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     records: int = 0
     data: int = 0
+
+    @property
+    def alignment(self) -> int:
+        """What offsets of tensors are multiples of, in bytes."""
+        alignment: int = self.keys.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
+        return alignment
 
     @property
     def architecture(self) -> str:
@@ -301,9 +308,9 @@ class _Parser:
         return GgufTensor(name, kind, shape, offset)
 
     def _alignment(self, keys: Mapping[str, Any]) -> int:
-        alignment = keys.get("general.alignment", 32)
+        alignment = keys.get(_ALIGNMENT, _DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & alignment - 1:
-            raise self._error(f"general.alignment {alignment!r}", expected="a power of two")
+            raise self._error(f"{_ALIGNMENT} {alignment!r}", expected="a power of two")
         return alignment
 
     def _with_offsets(

@@ -144,7 +144,7 @@ def open_published(name: str) -> Checkpoint:
     tensors = {}
     position = 0
     for spec in expected_tensors(config, layout):
-        tensors[spec.name] = StoredTensor(spec, "model.safetensors", position)
+        tensors[spec.name] = StoredTensor(spec, SINGLE_NAME, position)
         position += spec.nbytes
     return Checkpoint(name, config, group(tensors)[0], layout, MappingProxyType({}))
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from qwen35.checkpoint.gguf_header import read_container
 from qwen35.errors import InputError
 from qwen35.planning.container import EditedFile
-from qwen35.planning.gguf_files.metadata import ALIGNMENT
 
 __all__ = ["with_template"]
 
@@ -26,7 +25,6 @@ def with_template(path: Path, template: str) -> EditedFile:
         InputError: the file cannot be read, or is not one that this package writes.
     """
     header = read_container(path)
-    alignment = header.keys.get("general.alignment", ALIGNMENT)
     with path.open("rb") as file:
         head = file.read(header.data)
     value = _string(template.encode())
@@ -40,7 +38,7 @@ def with_template(path: Path, template: str) -> EditedFile:
         (count,) = _COUNT.unpack_from(head, _COUNT_AT)
         head = head[:_COUNT_AT] + _COUNT.pack(count + 1) + head[_COUNT_AT + 8 :]
     head = head[:begin] + value + head[end : header.records]
-    return EditedFile(head + bytes(-len(head) % alignment), path, header.data)
+    return EditedFile(head + bytes(-len(head) % header.alignment), path, header.data)
 
 
 def _string(content: bytes) -> bytes:
