@@ -99,6 +99,37 @@ def test_a_killed_publish_ends_as_if_it_had_not_been(mode: str, world: World) ->
         assert files_in(folder) == whole
 
 
+@pytest.mark.parametrize("probes", [0, pytest.param(3, marks=pytest.mark.heavy)])
+def test_a_killed_tuning_ends_as_if_it_had_not_been(probes: int, tmp_path: Path) -> None:
+    """The measurements are kept, and what was chosen is the same."""
+    text = tmp_path / "text.txt"
+    text.write_text((ASSET / "eval.txt").read_text()[:12_000])
+    env = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log"
+
+    def command(number: int) -> list[str]:
+        place = tmp_path / str(number)
+        place.mkdir()
+        budget = ["--format", "nf4", "--size", "9MB", "--text", str(text), "--chunks", "1"]
+        outputs = ["--output", str(place / "r.toml"), "--report", str(place / "report")]
+        return ["tune", str(ASSET), *budget, "--probes", str(probes), *outputs]
+
+    assert run(command(0), log, env) == 0
+    expected = chosen(tmp_path / "0")
+    for number in kills(log, 6 if probes else 4):
+        arguments = command(number)
+        assert run(arguments, log, env, number) == -9
+        assert run(arguments, log, env) == 0
+        assert chosen(tmp_path / str(number)) == expected
+
+
+def chosen(folder: Path) -> object:
+    """Return what was tuned: every file but the page, in which times may be."""
+    assert sorted(p.name for p in folder.iterdir()) == ["r.json", "r.toml", "report"]
+    assert sorted(files_in(folder / "report")) == ["tune.html", "tune.json"]
+    return [(folder / name).read_bytes() for name in ("r.json", "r.toml", "report/tune.json")]
+
+
 @pytest.mark.heavy
 def test_a_killed_evaluation_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
