@@ -11,7 +11,7 @@
 ## make docs-pages   make the generated pages and the README's table again
 ## make docs-shown   write what the blocks of README and tutorials print into them
 ## make results      measure the README's table of formats anew (docs/results.json)
-## make bench        the benchmarks
+## make bench        measure the tables of speed anew (docs/benchmarks.json), 20 minutes on idle cores
 ## make golden       record anew what llama.cpp's converter writes (tests/golden/gguf*.json)
 ## make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
 ## make golden-sentences  and what users read when something is wrong (tests/golden/sentences.txt)
@@ -95,7 +95,7 @@ docs-shown: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/pages.py README.md docs/tutorials/*.md docs/explanation/*.md
 
 results: $(VENV)/.test
-	$(BIN)/python benchmarks/formats.py
+	$(BIN)/python -m benchmarks.formats
 	$(BIN)/python docs/generate.py
 
 test: $(VENV)/.test lint docs
@@ -154,12 +154,10 @@ fuzz: $(VENV)/.test
 	done
 	QWEN35_EXAMPLES=$$(( $(SECONDS) * 5 )) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_structures.py
 
-bench: $(VENV)/.test
-	$(BIN)/python benchmarks/nf4.py
-	$(BIN)/python benchmarks/fp8.py
-	$(BIN)/python benchmarks/gguf.py
-	$(BIN)/python benchmarks/evaluate.py
-	$(BIN)/python benchmarks/calibrate.py
+# interrupted, it goes on with the next benchmark when run again
+bench: $(VENV)/.test $(PROGRAMS)/.made
+	$(BIN)/python -m benchmarks
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """Compare conversion on a GPU with the CPU, in one run: bytes and time.
 
-    python benchmarks/cuda.py [--work DIR] [--sizes 0.8B 4B] [--runs 2] [--device cuda]
+    python -m benchmarks.cuda [--work DIR] [--sizes 0.8B 4B] [--runs 2] [--device cuda]
 
 Measures the kernels alone, on a matrix that is on the GPU already. Then it writes random
 checkpoints with real shapes and converts them on both, without the check of FP8: wall time, input
@@ -17,22 +17,19 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # this folder has files with the names of libraries
-    sys.path[0] = str(ROOT)
 
 import numpy as np
 import torch
-from benchmarks.nf4 import EMBEDDED, make_checkpoint, measure, median
 
+from benchmarks.measuring import ASSET, QWEN35, measure
+from benchmarks.models import make_checkpoint
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.fp8.triton import TritonEncoder
@@ -54,12 +51,10 @@ LARGER = ("nf4", "fp8, search")
 """Routes for the sizes after the first."""
 
 
-def convert(source: Path, out: Path, device: str, recipe: str, *flags: str) -> list[str]:
+def convert(source: Path, out: Path, device: str, recipe: str, *flags: str) -> list[object]:
     """Return the command that converts on one device."""
-    return [
-        *(sys.executable, "-m", "qwen35.cli.main", "convert", str(source), str(out), "--quiet"),
-        *("--recipe", recipe, "--device", device, *flags),
-    ]
+    given = ("--quiet", "--recipe", recipe, "--device", device, *flags)
+    return [*QWEN35, "convert", source, out, *given]
 
 
 def hashes(folder: Path) -> dict[str, Any]:
@@ -75,8 +70,8 @@ def row(name: str, source: Path, work: Path, device: str, runs: int) -> None:
     walls = []
     for place in ("cpu", device):
         command = convert(source, work / place, place, recipe, *flags)
-        seen = [measure(command, work / place) for _ in range(runs + 1)]
-        walls.append(median(seen[1:] or seen).wall)  # the first warms caches, and compiles
+        seen = [measure(command, work / place).wall for _ in range(runs + 1)]
+        walls.append(median(seen[1:] or seen))  # the first warms caches, and compiles
     here, there = walls
     same = hashes(work / "cpu") == hashes(work / device)
     print(
@@ -181,7 +176,7 @@ def main() -> None:
     kernels(args.device, args.side)
     if find_spec("bitsandbytes"):
         against_bitsandbytes(args.device)
-    compare(EMBEDDED, LARGER, args.work, args.device, args.runs)
+    compare(ASSET, LARGER, args.work, args.device, args.runs)
     for i, size in enumerate(args.sizes):
         source = make_checkpoint(size, args.work)
         routes, runs = (LARGER, 0) if i else (ROUTES, args.runs)

@@ -1,6 +1,6 @@
 """Bytes and divergence of every format on the embedded checkpoint: the README's table.
 
-    python benchmarks/formats.py [--chunks 8]
+    python -m benchmarks.formats [--chunks 8]
 
 Writes each artifact text-only, measures them all against the checkpoint on its held-out text, and
 writes docs/results.json; `python docs/generate.py` builds the table from it.
@@ -11,23 +11,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT / "tests")  # benchmarks/gguf.py would shadow the library
-
+from benchmarks.measuring import ASSET, ROOT
 from qwen35.checkpoint.source import open_folder
 from qwen35.evaluation.evaluation_run import evaluate
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.writing.write import write
 
-ASSET = ROOT / "assets" / "qwen3.5-tiny"
 RESULTS = ROOT / "docs" / "results.json"
 PACKED = {"NF4": "text-nf4", "FP8": "text-fp8"}
 """Name of a row to the recipe of `qwen35 convert`."""

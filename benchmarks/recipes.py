@@ -1,6 +1,6 @@
 """Measure bytes and divergence of GGUF recipes on the embedded checkpoint.
 
-    python benchmarks/recipes.py [--windows 8]
+    python -m benchmarks.recipes [--windows 8]
 
 Prints bytes and, like `qwen35 evaluate`, the mean Kullback-Leibler divergence from the F32
 file, in llama.cpp, over held-out text. The importance matrix is collected with transformers on
@@ -18,14 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT / "tests")
-
 import torch
 import transformers
 from gguf import GGUFWriter
 
+from benchmarks.measuring import ASSET
 from qwen35.checkpoint.source import open_folder
 from qwen35.evaluation.evaluation_run import evaluate
 from qwen35.planning.gguf_files.gguf_plan import files_of
@@ -36,7 +33,6 @@ from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.writing.write import write
 
-ASSET = ROOT / "assets" / "qwen3.5-tiny"
 WINDOW = 512
 GATES_F32 = r"blk\..*ssm_(alpha|beta)=f32"
 ROWS: dict[str, tuple[str, Sequence[str]]] = {

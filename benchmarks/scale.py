@@ -1,6 +1,6 @@
 """Simulate large conversions: the real planner, tasks and dispatcher, on a simulated clock.
 
-    python benchmarks/scale.py [--size Qwen3.5-397B-A17B] [--recipe fp8 | --types Q4_K_M]
+    python -m benchmarks.scale [--size Qwen3.5-397B-A17B] [--recipe fp8 | --types Q4_K_M]
         [--times 1] [--workers 1 8 64] [--threads 4] [--read 1.07] [--network 1.25]
 
 Plans a published size from its description, cuts the plan into tasks for each number of workers and
@@ -18,17 +18,11 @@ import hashlib
 import heapq
 import os
 import platform
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
-    sys.path[0] = str(ROOT)
 
 from qwen35.checkpoint.open import describe
 from qwen35.codecs.registry import CODECS

@@ -1,12 +1,14 @@
 """Compare tuned GGUF recipes with hand-made ones of the same size, on unseen text.
 
-    python benchmarks/tune.py [--work DIR] [--probes 126] [--chunks 16] [--types T,...]
+    python -m benchmarks.tune [--work DIR] [--probes 126] [--chunks 16] [--types T,...]
+                               [--output docs/tune.json]
 
 The embedded checkpoint's held-out text is split into three parts: for the importance matrix, for
 tuning and for measuring. The importance matrix is the same everywhere. For the sizes of plain
 Q4_K_M and of the recipe q8-gates at Q4_K_M, Q5_K_M and Q6_K the tuned file has at most as many
 bytes; mean divergence and its 99.9th percentile are against F16, in llama.cpp. Then each is tuned
-to at most the divergence of the hand-made file on the tuning text, to measure the bytes saved.
+to at most the divergence of the hand-made file on the tuning text, to measure the bytes saved. The
+figures are written to docs/tune.json; `python docs/generate.py` builds the tables from it.
 """
 
 from __future__ import annotations
@@ -16,17 +18,12 @@ import contextlib
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-if sys.path[0] != str(ROOT):  # files in this folder would shadow libraries
-    sys.path[0] = str(ROOT)
-
+from benchmarks.measuring import ASSET, ROOT
 from qwen35.cli.main import main as qwen35
 
-EMBEDDED = ROOT / "assets" / "qwen3.5-tiny"
 TYPES = "Q4_K_M,Q5_K_M,Q6_K"
 CASES = (("mix", "Q4_K_M"), ("q8-gates", "Q4_K_M"), ("q8-gates", "Q5_K_M"), ("q8-gates", "Q6_K"))
 
@@ -43,7 +40,7 @@ def command(*arguments: object) -> Any:
 
 def cut_text(work: Path) -> tuple[Path, Path, Path]:
     """Write the three parts of the held-out text."""
-    text = (EMBEDDED / "eval.txt").read_text()
+    text = (ASSET / "eval.txt").read_text()
     third = len(text) // 3
     paths = []
     for i, name in enumerate(("calibrate", "tune", "measure")):
@@ -62,9 +59,9 @@ def make_hand_made(work: Path, imatrix: Path) -> dict[tuple[str, str], Path]:
     made: dict[tuple[str, str], Path] = {}
     for recipe in ("mix", "q8-gates"):
         out = work / recipe
-        command("gguf", EMBEDDED, out, "--types", TYPES, "--recipe", recipe, "--imatrix", imatrix)
+        command("gguf", ASSET, out, "--types", TYPES, "--recipe", recipe, "--imatrix", imatrix)
         made |= {(recipe, kind): file_of(out, kind) for kind in TYPES.split(",")}
-    command("gguf", EMBEDDED, work / "f16", "--types", "F16")
+    command("gguf", ASSET, work / "f16", "--types", "F16")
     return made
 
 
@@ -75,7 +72,7 @@ def tune(
     recipe = work / f"{name}.toml"
     types = ("--types", args.types) if args.types else ()
     found = command(
-        "tune", EMBEDDED, "--format", "gguf", *budget, "--text", text, "--imatrix", imatrix,
+        "tune", ASSET, "--format", "gguf", *budget, "--text", text, "--imatrix", imatrix,
         "--output", recipe, "--measurements", work / "measured.json", "--probes", args.probes,
         "--chunks", args.chunks, *types, "--report", work / f"report-{name}",
     )  # fmt: skip
@@ -86,7 +83,7 @@ def tune(
     )
     out = work / name
     asked = ("--types", "Q4_K_M", "--recipe", recipe, "--imatrix", imatrix)
-    command("gguf", EMBEDDED, out, *asked)
+    command("gguf", ASSET, out, *asked)
     path = out / f"{name}.gguf"
     file_of(out, "Q4_K_M").rename(path)
     return path
@@ -105,11 +102,12 @@ def main() -> None:
     parser.add_argument("--probes", type=int, default=126)
     parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--types", default="")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "tune.json")
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
     calibrate, tuning, measure = cut_text(args.work)
-    command("calibrate", EMBEDDED, "--text", calibrate, "--output", args.work / "statistics")
+    command("calibrate", ASSET, "--text", calibrate, "--output", args.work / "statistics")
     imatrix = args.work / "statistics" / "imatrix.gguf"
     made = make_hand_made(args.work, imatrix)
     base = file_of(args.work / "f16", "F16")
@@ -148,29 +146,32 @@ def main() -> None:
         "evaluate", base, *sorted(links.glob("*.gguf")), "--text", measure,
         "--report", args.work / "report",
     )  # fmt: skip
-    rows = {row["name"]: row["figures"] for row in report["candidates"]}
-    print(f"\n{'at the size of':<24} {'bytes':>9} {'hand-made':>10} {'tuned':>10} {'less':>7}")
-    for case in CASES:
-        theirs, ours = (rows[names[path]] for path in (made[case], tuned[case]))
-        size = tuned[case].stat().st_size
-        pairs = {
-            "mean": (theirs["kld"]["value"], ours["kld"]["value"]),
-            "99.9 %": (theirs["percentiles"]["99.9"], ours["percentiles"]["99.9"]),
-        }
-        for figure, (a, b) in pairs.items():
-            label = f"{' '.join(case)} {figure}"
-            print(f"{label:<24} {size:>9} {a:>10.6f} {b:>10.6f} {100 * (1 - b / a):>5.1f} %")
-    heads = f"{'bytes':>9} {'tuned':>9} {'less':>7} {'mean':>10} tuned mean"
-    print(f"\n{'no farther than':<24} {heads}")
-    for case in CASES:
-        sizes = [path.stat().st_size for path in (made[case], smaller[case])]
-        means = [rows[names[path]]["kld"]["value"] for path in (made[case], smaller[case])]
-        saved = 100 * (1 - sizes[1] / sizes[0])
-        label = " ".join(case)
-        print(
-            f"{label:<24} {sizes[0]:>9} {sizes[1]:>9} {saved:>5.1f} % {means[0]:>10.6f} "
-            f"{means[1]:>10.6f}"
-        )
+    figures = {row["name"]: row["figures"] for row in report["candidates"]}
+    routes = {"hand_made": made, "tuned": tuned, "smaller": smaller}
+    results = {
+        "made_by": "benchmarks/tune.py",
+        "probes": args.probes,
+        "chunks": args.chunks,
+        "rows": [
+            {
+                "recipe": case[0],
+                "type": case[1],
+                **{
+                    name: outcome(paths[case], figures[names[paths[case]]])
+                    for name, paths in routes.items()
+                },
+            }
+            for case in CASES
+        ],
+    }
+    args.output.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    print(f"written: {args.output}; `python docs/generate.py` builds the tables from it")
+
+
+def outcome(path: Path, figures: Any) -> dict[str, Any]:
+    """Return the size of a file and its divergence on unseen text."""
+    mean, tail = figures["kld"]["value"], figures["percentiles"]["99.9"]
+    return {"bytes": path.stat().st_size, "mean_kld": round(mean, 6), "kld_99.9": round(tail, 6)}
 
 
 if __name__ == "__main__":

@@ -8,15 +8,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from generating.commands import commands_page, old_commands_page
 from generating.keys import gguf_keys_page, manifest_page
+from generating.marked import with_tables
 from generating.recipes import recipes_page, roles_page
-from generating.results import with_results
 from generating.runtime import runtime_page
 
 ROOT = Path(__file__).parent.parent
+
+MARKED = ("README.md", "docs/benchmarks.md")
+"""Pages written by hand, with tables between marks."""
 
 PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/commands.md": commands_page,
@@ -26,7 +30,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/reference/gguf-keys.md": gguf_keys_page,
     "docs/reference/manifest.md": manifest_page,
     "docs/reference/runtime.md": runtime_page,
-    "README.md": lambda: with_results((ROOT / "README.md").read_text("utf-8")),
+    **{page: partial(with_tables, ROOT / page) for page in MARKED},
 }
 """Page to its generator."""
 

@@ -201,7 +201,9 @@ EXIT_CODES = {
     0: "success",
     1: "findings: a check found something, a gate is closed, bytes differ",
     2: "wrong usage or input, or no space, network or permission; one sentence on stderr",
-    130: "interrupted; repeat the command to resume, if possible",
+    129: "interrupted by SIGHUP (a closed terminal), as 130; not under `nohup`",
+    130: "interrupted by Ctrl-C; repeat the command to resume, if possible",
+    143: "interrupted by SIGTERM (a batch scheduler, `docker stop`, `timeout`), as 130",
 }
 """Exit code to its meaning."""
 

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from generating.markdown import table
 
-__all__ = ["RESULTS", "results_lines", "with_results"]
+__all__ = ["results_lines"]
 
-RESULTS = Path(__file__).parents[1] / "results.json"
-_BEGIN, _END = "<!-- results.json -->", "<!-- /results.json -->"
-
-
-def with_results(readme: str) -> str:
-    """Return the README with the table between its marks rebuilt."""
-    lines = "\n".join(results_lines(json.loads(RESULTS.read_text("utf-8"))))
-    marked = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-    if len(marked.findall(readme)) != 1:
-        raise SystemExit(f"README.md: {_BEGIN} and {_END} must each occur once")
-    return marked.sub(lambda _: f"{_BEGIN}\n{lines}{_END}", readme)
+_RESULTS = Path(__file__).parents[1] / "results.json"
 
 
-def results_lines(results: Mapping[str, Any]) -> Iterator[str]:
+def results_lines() -> Iterator[str]:
     """Yield the lines of the table."""
+    results = json.loads(_RESULTS.read_text("utf-8"))
     base, tokens = results["base"], results["tokens"]
     yield (
         f"{tokens['scored']:,} tokens in {tokens['chunks']} chunks of {tokens['context']}; ± "
