@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,15 @@ def _random(spec: TensorSpec, generator: torch.Generator) -> torch.Tensor:
 def random_tensors(
     config: dict[str, Any], layout: CheckpointNaming | None = None, seed: int = 0
 ) -> Tensors:
-    """Return seeded random weights for `config`."""
+    """Return seeded random weights for `config`, which the caller may change."""
+    made = _random_tensors(json.dumps(config), layout or layout_of(config), seed)
+    return {name: tensor.clone() for name, tensor in made.items()}
+
+
+@lru_cache(maxsize=16)
+def _random_tensors(config: str, layout: CheckpointNaming, seed: int) -> Tensors:
     generator = torch.Generator().manual_seed(seed)
-    specs = expected_tensors(parse_config(config), layout or layout_of(config))
+    specs = expected_tensors(parse_config(json.loads(config)), layout)
     return {spec.name: _random(spec, generator) for spec in specs}
 
 

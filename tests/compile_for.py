@@ -41,10 +41,11 @@ def problem(values: str, mode: int, capability: int) -> str:
     return ", ".join(word for word in words if word in compiled.asm["ptx"])
 
 
-def main(capability: int) -> None:
+def main(capabilities: list[int]) -> None:
     """Print the problems of all modes."""
     found = {
-        f"{values} {mode}": said
+        f"{capability} {values} {mode}": said
+        for capability in capabilities
         for values in ("*bf16", "*fp32")
         for number, mode in enumerate(MODES)
         if (said := problem(values, number, capability))
@@ -53,4 +54,4 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main([int(capability) for capability in sys.argv[1:]])

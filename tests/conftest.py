@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Generator, Iterator
@@ -27,10 +28,36 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 for _name in ("COLUMNS", "FORCE_COLOR", "NO_COLOR"):  # pytest-xdist sets the first in its workers
     os.environ.pop(_name, None)
+# the commands that tests start are hundreds: only the first of them compiles what they import
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+gc.set_threshold(100_000)  # seldom, as commands do: plans have as many objects, and no garbage
 
 # a busy machine is no failure: no example has a deadline, and drawing one may take long
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+
+def _flush(descriptor: int) -> None:
+    """Do not wait for the disk, of which no test in this process could tell.
+
+    A conversion would wait for it a dozen times. What is flushed when is held against power
+    failures in the processes of `killing.py`; commands in processes of their own flush, too.
+    """
+    os.fstat(descriptor)  # it must be open
+
+
+os.fsync = os.fdatasync = _flush  # type: ignore[assignment]
+
+
+def pytest_collection_finish() -> None:
+    """Leave alone what is imported and collected by now: no garbage will be among it."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """Let libraries free at exit what is theirs: some complain about what is left."""
+    gc.unfreeze()
 
 
 @pytest.hookimpl(wrapper=True)

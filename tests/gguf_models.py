@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,19 @@ def variant_config(name: str) -> dict[str, Any]:
 
 
 def exact_tensors(config: dict[str, Any], layout: CheckpointNaming, seed: int) -> Tensors:
-    """Return weights that are the same on every machine: sums of small whole numbers, scaled."""
+    """Return weights that are the same on every machine: sums of small whole numbers, scaled.
+
+    The caller may change them.
+    """
+    made = _exact_tensors(json.dumps(config), layout, seed)
+    return {name: tensor.clone() for name, tensor in made.items()}
+
+
+@lru_cache(maxsize=16)
+def _exact_tensors(config: str, layout: CheckpointNaming, seed: int) -> Tensors:
     generator = np.random.default_rng(seed)
     tensors = {}
-    for spec in expected_tensors(parse_config(config), layout):
+    for spec in expected_tensors(parse_config(json.loads(config)), layout):
         whole = generator.integers(0, 256, (4, *spec.shape)).sum(axis=0) - 510
         scale, shift = (2.0**-13, 0.0)
         role = role_of(spec.name).name

@@ -19,7 +19,7 @@ from qwen35.planning.rules import Recipe, Rule
 from qwen35.tensors import StoredTensor
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)  # all that the tests of plans ask for, in every file again
 def published_plan(size: str, recipe: str, keep: tuple[str, ...] = ()) -> Plan:
     """Plan a published size."""
     return make_plan(open_published(size), load_recipe(recipe).keeping(keep))

@@ -25,6 +25,13 @@ ROWS: list[dict[str, Any]] = json.loads((ASSET / "questions.json").read_text())
 STANDARD = 5
 PENALTY = 1.15
 
+some_or_all = pytest.mark.parametrize(
+    "rows",
+    [ROWS[::4], pytest.param(ROWS, marks=pytest.mark.heavy)],
+    ids=["some", "all"],
+)
+"""Where other tests ask all questions (in NF4, of GGUF files), or few of them can be answered."""
+
 
 def wrong(asker: Asker, rows: list[dict[str, Any]], penalty: float = 1.0) -> list[str]:
     """Ask questions; return those answered wrongly, with the answers."""
@@ -107,8 +114,9 @@ def test_its_tokenizer_splits_as_the_official_one_and_has_its_special_tokens() -
     assert max(ids.values()) < config["text_config"]["vocab_size"]
 
 
-def test_every_question_is_answered_in_bf16() -> None:
-    assert wrong(original(), ROWS) == []
+@some_or_all
+def test_every_question_is_answered_in_bf16(rows: list[dict[str, Any]]) -> None:
+    assert wrong(original(), rows) == []
 
 
 def test_at_least_twenty_questions_were_not_trained_on() -> None:
@@ -154,19 +162,21 @@ def shuffle_scales(model: Any) -> None:
             weight.mul_(norms[order] / norms)
 
 
-def test_with_its_scales_shuffled_it_fails() -> None:
+@some_or_all
+def test_with_its_scales_shuffled_it_fails(rows: list[dict[str, Any]]) -> None:
     asker = Asker(ASSET)
     with torch.no_grad():
         shuffle_scales(asker.model)
-    rows = [row for row in ROWS if not row["thinking"]]
+    rows = [row for row in rows if not row["thinking"]]
     assert len(wrong(asker, rows)) > len(rows) / 2
 
 
-def test_random_weights_answer_nothing(tmp_path: Path) -> None:
+@some_or_all
+def test_random_weights_answer_nothing(rows: list[dict[str, Any]]) -> None:
     asker = Asker(ASSET)
     tensors = random_tensors(read_config(ASSET))
     asker.model.load_state_dict(tensors, strict=False)
-    rows = [row for row in ROWS if not row["thinking"]]
+    rows = [row for row in rows if not row["thinking"]]
     assert len(wrong(asker, rows)) == len(rows)
 
 

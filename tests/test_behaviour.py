@@ -31,6 +31,8 @@ from running import load_all, read_config, run
 Capture = pytest.CaptureFixture[str]
 
 RECIPES = ("text", "nf4", "text-nf4", "fp8", "fp8-conservative", "text-fp8")
+AGAIN = ("text-nf4", "fp8-conservative")
+"""The first is asked by an old command, the second is FP8 with fewer layers of it."""
 
 
 def faults(change: Callable[[Question, str], str]) -> list[str]:
@@ -350,7 +352,9 @@ def test_what_is_not_there_is_an_error(capsys: Capture) -> None:
 # --- the verb
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, marks=pytest.mark.heavy if r in AGAIN else ()) for r in RECIPES]
+)
 def test_embedded_checkpoint_answers_in_every_format(
     recipe: str, tmp_path: Path, capsys: Capture
 ) -> None:

@@ -9,7 +9,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from jsonschema import Draft202012Validator
 from safetensors.torch import load_file, save_file
 
 from checkpoints import ASSET
+from limits import Ended, Limited, limited
+from patience import PATIENCE
+from qwen35.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
@@ -36,13 +40,27 @@ def blocks(kind: str) -> list[tuple[str, str]]:
     return [(match["note"] or "", textwrap.dedent(match["body"])) for match in found]
 
 
+@dataclass(frozen=True)
+class Tree:
+    """A copy of the package, and a process that runs its command."""
+
+    folder: Path
+    commands: Limited
+
+    def qwen35(self, *arguments: Any) -> Ended:
+        return self.commands.run([str(argument) for argument in arguments], self.folder)
+
+
+_VERBS = ("plan", "convert", "gguf", "verify")
+_MODULES = (*(f"qwen35.cli.{verb}_command" for verb in _VERBS), "qwen35.codecs.compiled")
+
+
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
     """A copy of the package with everything applied that is shown."""
     tree = tmp_path_factory.mktemp("contributed")
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    shutil.copytree(ROOT / "src", tree / "src", ignore=ignored)
-    for name in ("docs", "tests"):
+    ignored = shutil.ignore_patterns("*.egg-info")
+    for name in ("src", "docs", "tests"):  # with what is compiled already, and holds for copies
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tree / name)
@@ -55,7 +73,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 file.write_text(body)
     for _, body in blocks("diff"):
         apply_diff(tree, body)
-    return tree
+    with limited(*_MODULES, seconds=PATIENCE, PYTHONPATH=str(tree / "src")) as commands:
+        yield Tree(tree, commands)
 
 
 def apply_diff(tree: Path, body: str) -> None:
@@ -104,10 +123,6 @@ def run(tree: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
-
-
-def qwen35(tree: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    return run(tree, "qwen35.cli.main", *arguments)
 
 
 def changed(body: str) -> str:
@@ -193,29 +208,29 @@ MODELS = {"Qwen3.5-0.8B": 72, "Qwen3.5-35B-A3B": 160}
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_recipe_works_as_a_file(tree: Path, model: str) -> None:
-    done = qwen35(tree, "plan", model, "--recipe", tree / RECIPE)
-    assert f"{MODELS[model]} weights in NF4" in done.stdout, done.stderr
+def test_the_recipe_works_as_a_file(tree: Tree, model: str) -> None:
+    done = tree.qwen35("plan", model, "--recipe", tree.folder / RECIPE)
+    assert f"{MODELS[model]} weights in NF4" in done.printed, done.said
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_the_recipe_works_by_name(tree: Path, model: str) -> None:
-    done = qwen35(tree, "plan", model, "--recipe", "text-nf4-mlp")
-    assert f"{MODELS[model]} weights in NF4" in done.stdout, done.stderr
-    assert "copy: linear attention stays as it is" in done.stdout
+def test_the_recipe_works_by_name(tree: Tree, model: str) -> None:
+    done = tree.qwen35("plan", model, "--recipe", "text-nf4-mlp")
+    assert f"{MODELS[model]} weights in NF4" in done.printed, done.said
+    assert "copy: linear attention stays as it is" in done.printed
 
 
-def test_the_check_finds_its_fault_and_nothing_else(tree: Path, tmp_path: Path) -> None:
+def test_the_check_finds_its_fault_and_nothing_else(tree: Tree, tmp_path: Path) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
-    assert qwen35(tree, "convert", ASSET, good, "--recipe", "text", "--quiet").returncode == 0
-    assert qwen35(tree, "verify", good).returncode == 0
+    assert tree.qwen35("convert", ASSET, good, "--recipe", "text", "--quiet").code == 0
+    assert tree.qwen35("verify", good).code == 0
     shutil.copytree(good, bad)
     (bad / "qwen35.json").unlink()
     config = json.loads((bad / "generation_config.json").read_text())
     (bad / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": 10**9}))
-    done = qwen35(tree, "verify", bad)
-    assert done.returncode == 1
-    found = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    done = tree.qwen35("verify", bad)
+    assert done.code == 1
+    found = [line for line in done.printed.splitlines() if line.startswith("error: ")]
     assert found == [
         "error: generation_config.json: eos_token_id 1000000000 is beyond the vocabulary "
         "[generation]"
@@ -223,13 +238,13 @@ def test_the_check_finds_its_fault_and_nothing_else(tree: Path, tmp_path: Path) 
 
 
 def test_the_shown_test_of_the_check_passes_with_it_and_fails_without(
-    tree: Path, tmp_path: Path
+    tree: Tree, tmp_path: Path
 ) -> None:
     (name,) = [name for name in files("python") if name.startswith("tests/")]
-    done = run(tree, "pytest", "-q", name)
+    done = run(tree.folder, "pytest", "-q", name)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
-    without = Path(shutil.copytree(tree, tmp_path / "without"))
+    without = Path(shutil.copytree(tree.folder, tmp_path / "without"))
     checks = without / "src" / "qwen35" / "verification" / "safetensors_subject.py"
     call = "        yield from self._generation_findings()\n"
     assert checks.read_text().count(call) == 1
@@ -238,58 +253,58 @@ def test_the_shown_test_of_the_check_passes_with_it_and_fails_without(
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_the_family_member_is_planned(tree: Path) -> None:
-    done = qwen35(tree, "plan", "Qwen3.9-4B", "--json")
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["steps"]) == 738
+def test_the_family_member_is_planned(tree: Tree) -> None:
+    done = tree.qwen35("plan", "Qwen3.9-4B", "--json")
+    assert done.code == 0, done.said
+    assert len(json.loads(done.printed)["steps"]) == 738
 
 
 @pytest.fixture(scope="module")
-def int8(tree: Path) -> Path:
+def int8(tree: Tree) -> Path:
     """What the shown commands made of the embedded checkpoint, each of them without a fault."""
     (commands,) = [body for _, body in blocks("bash") if "--recipe int8" in body]
     for command in commands.splitlines():
         words = command.removeprefix("qwen35 ").split()
-        done = qwen35(tree, *words)
-        assert done.returncode == 0, command + "\n" + done.stdout + done.stderr
-    return tree / "build" / "int8"
+        done = tree.qwen35(*words)
+        assert done.code == 0, command + "\n" + done.printed + done.said
+    return tree.folder / "build" / "int8"
 
 
-def test_what_holds_for_all_recipes_and_codecs_holds_with_more_of_them(tree: Path) -> None:
+def test_what_holds_for_all_recipes_and_codecs_holds_with_more_of_them(tree: Tree) -> None:
     chosen = ("tests/test_recipe.py", "tests/test_one_core.py")
-    done = run(tree, "pytest", "-q", "-p", "no:cacheprovider", *chosen)
+    done = run(tree.folder, "pytest", "-q", "-p", "no:cacheprovider", *chosen)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_codec_is_converted_verified_and_evaluated(tree: Path, int8: Path) -> None:
+def test_the_codec_is_converted_verified_and_evaluated(tree: Tree, int8: Path) -> None:
     manifest = json.loads((int8 / "qwen35.json").read_text())
     packed = [t for file in manifest["tensors"].values() for t in file.values() if t[:2] == "I8"]
     assert len(packed) > 10
-    done = qwen35(tree, "verify", int8, "--source", ASSET, "--json", "--depth", "numbers")
-    found = json.loads(done.stdout)
+    done = tree.qwen35("verify", int8, "--source", ASSET, "--json", "--depth", "numbers")
+    found = json.loads(done.printed)
     assert (found["passed"], found["kind"]) == (True, "int8")
     assert found["counts"]["packed"] == len(packed)
     errors = {row["role"]: row for row in found["relative_error"] if row["storage"] == "int8"}
     assert all(0 < row["relative"] < 0.05 for row in errors.values()), errors
     assert sum(row["weights"] for row in errors.values()) == len(packed)
     text = ASSET / "eval.txt"
-    done = qwen35(tree, "evaluate", ASSET, int8, "--text", text, "--chunks", "1", "--json")
-    (row,) = json.loads(done.stdout)["candidates"]
+    done = tree.qwen35("evaluate", ASSET, int8, "--text", text, "--chunks", "1", "--json")
+    (row,) = json.loads(done.printed)["candidates"]
     assert row["stored"] == "INT8"
     assert 0 < row["figures"]["kld"]["value"] < 0.01
 
 
-def test_the_codec_judges_what_is_not_the_nearest(tree: Path, int8: Path, tmp_path: Path) -> None:
+def test_the_codec_judges_what_is_not_the_nearest(tree: Tree, int8: Path, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(int8, tmp_path / "broken"))
     (broken / "qwen35.json").unlink()
     data = load_file(broken / "model.safetensors")
     name = next(name for name, values in data.items() if values.dtype == torch.int8)
     data[name] = data[name] ^ 64
     save_file(data, broken / "model.safetensors", {"format": "pt"})
-    done = qwen35(tree, "verify", broken, "--source", ASSET, "--depth", "numbers")
-    assert done.returncode == 1
-    assert f"error: {name}: " in done.stdout
-    assert "are not the nearest [codes]" in done.stdout
+    done = tree.qwen35("verify", broken, "--source", ASSET, "--depth", "numbers")
+    assert done.code == 1
+    assert f"error: {name}: " in done.printed
+    assert "are not the nearest [codes]" in done.printed
 
 
 def spoiled(int8: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
@@ -305,72 +320,72 @@ def spoiled(int8: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]]
 SCALE = "model.language_model.layers.0.mlp.up_proj.weight.scale"
 
 
-def test_a_nan_is_found_and_never_written(tree: Path, int8: Path, tmp_path: Path) -> None:
+def test_a_nan_is_found_and_never_written(tree: Tree, int8: Path, tmp_path: Path) -> None:
     def change(data: dict[str, torch.Tensor]) -> None:
         data[SCALE][3] = torch.nan
 
     broken = spoiled(int8, tmp_path / "broken", change)
     for source in ([], ["--source", ASSET]):
-        done = qwen35(tree, "verify", broken, *source, "--depth", "numbers")
-        assert done.returncode == 1
-        assert "holds NaN or infinity" in done.stdout
-        assert "[decode]" in done.stdout
-    done = qwen35(tree, "convert", broken, tmp_path / "out", "--recipe", "bf16")
-    assert done.returncode == 2
-    assert "holds NaN or infinity" in done.stderr
+        done = tree.qwen35("verify", broken, *source, "--depth", "numbers")
+        assert done.code == 1
+        assert "holds NaN or infinity" in done.printed
+        assert "[decode]" in done.printed
+    done = tree.qwen35("convert", broken, tmp_path / "out", "--recipe", "bf16")
+    assert done.code == 2
+    assert "holds NaN or infinity" in done.said
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("change", [lambda t: t[:7].clone(), lambda t: t.to(torch.int32)])
 def test_a_companion_that_is_none_is_refused(
-    tree: Path, int8: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
+    tree: Tree, int8: Path, tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
     broken = spoiled(
         int8, tmp_path / "broken", lambda data: data.update({SCALE: change(data[SCALE])})
     )
-    done = qwen35(tree, "verify", broken, "--source", ASSET, "--depth", "numbers")
-    assert done.returncode == 1
-    assert f"error: {SCALE}: " in done.stdout
-    assert qwen35(tree, "convert", broken, tmp_path / "out", "--recipe", "bf16").returncode == 2
+    done = tree.qwen35("verify", broken, "--source", ASSET, "--depth", "numbers")
+    assert done.code == 1
+    assert f"error: {SCALE}: " in done.printed
+    assert tree.qwen35("convert", broken, tmp_path / "out", "--recipe", "bf16").code == 2
 
 
-def test_a_list_that_names_what_is_packed_is_found(tree: Path, int8: Path, tmp_path: Path) -> None:
+def test_a_list_that_names_what_is_packed_is_found(tree: Tree, int8: Path, tmp_path: Path) -> None:
     broken = spoiled(int8, tmp_path / "broken", lambda _: None)
     config = json.loads((broken / "config.json").read_text())
     config["quantization_config"]["ignore"][0] = SCALE.removesuffix(".weight.scale")
     (broken / "config.json").write_text(json.dumps(config))
-    done = qwen35(tree, "verify", broken)
-    assert done.returncode == 1
-    assert "in ignore, but packed [skip-list]" in done.stdout
-    assert "not packed, and missing from ignore [skip-list]" in done.stdout
+    done = tree.qwen35("verify", broken)
+    assert done.code == 1
+    assert "in ignore, but packed [skip-list]" in done.printed
+    assert "not packed, and missing from ignore [skip-list]" in done.printed
 
 
 def test_the_json_of_a_codec_more_keeps_to_the_schemas(
-    tree: Path, int8: Path, tmp_path: Path
+    tree: Tree, int8: Path, tmp_path: Path
 ) -> None:
     for name, words in {
         "plan": ("plan", ASSET, "--recipe", "int8"),
         "convert": ("convert", ASSET, tmp_path / "out", "--recipe", "int8", "--quiet"),
         "verify": ("verify", int8),
     }.items():
-        done = qwen35(tree, *words, "--json")
+        done = tree.qwen35(*words, "--json")
         schema = json.loads((ROOT / "docs" / "schemas" / f"{name}.json").read_text())
-        Draft202012Validator(schema).validate(json.loads(done.stdout))
+        Draft202012Validator(schema).validate(json.loads(done.printed))
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_the_codec_is_written_alike_by_workers(
-    tree: Path, int8: Path, tmp_path: Path, workers: str
+    tree: Tree, int8: Path, tmp_path: Path, workers: str
 ) -> None:
     out = tmp_path / "out"
-    made = qwen35(tree, "convert", ASSET, out, "--recipe", "int8", "--workers", workers, "--quiet")
-    assert made.returncode == 0, made.stderr
+    made = tree.qwen35("convert", ASSET, out, "--recipe", "int8", "--workers", workers, "--quiet")
+    assert made.code == 0, made.said
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {
         f.name: f.read_bytes() for f in int8.iterdir()
     }
 
 
-def test_the_codec_is_a_source_of_all_else(tree: Path, int8: Path, tmp_path: Path) -> None:
+def test_the_codec_is_a_source_of_all_else(tree: Tree, int8: Path, tmp_path: Path) -> None:
     values, gguf = tmp_path / "values", tmp_path / "gguf"
     for arguments in (
         ("convert", int8, values, "--recipe", "bf16"),
@@ -378,44 +393,46 @@ def test_the_codec_is_a_source_of_all_else(tree: Path, int8: Path, tmp_path: Pat
         ("gguf", int8, gguf, "--types", "Q8_0"),
         ("verify", gguf, "--source", int8, "--depth", "numbers"),
     ):
-        done = qwen35(tree, *arguments, "--quiet")
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = tree.qwen35(*arguments, "--quiet")
+        assert done.code == 0, done.printed + done.said
 
 
-def test_the_codec_is_tuned(tree: Path, tmp_path: Path) -> None:
+def test_the_codec_is_tuned(tree: Tree, tmp_path: Path) -> None:
     asked = ["--format", "int8", "--size", "12bpw", "--probes", "0", "--context", "128"]
     text = ["--text", ASSET / "eval.txt", "--chunks", "1", "--output", tmp_path / "tuned.toml"]
-    done = qwen35(tree, "tune", ASSET, *asked, *text, "--quiet")
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = tree.qwen35("tune", ASSET, *asked, *text, "--quiet")
+    assert done.code == 0, done.printed + done.said
     assert 'format = "int8"' in (tmp_path / "tuned.toml").read_text()
 
 
-def test_the_document_is_planned_written_and_verified(tree: Path, tmp_path: Path) -> None:
+def test_the_document_is_planned_written_and_verified(tree: Tree, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    planned = qwen35(tree, "plan", ASSET, "--recipe", "nf4", "--json")
-    documents = json.loads(planned.stdout)["documents"]
-    made = qwen35(tree, "convert", ASSET, out, "--recipe", "nf4", "--quiet")
-    assert made.returncode == 0, made.stderr
+    planned = tree.qwen35("plan", ASSET, "--recipe", "nf4", "--json")
+    documents = json.loads(planned.printed)["documents"]
+    made = tree.qwen35("convert", ASSET, out, "--recipe", "nf4", "--quiet")
+    assert made.code == 0, made.said
     lines = (out / "modules.txt").read_text()
     assert documents["modules.txt"] == lines
     assert "model.language_model.layers.0.mlp.gate_proj nf4\n" in lines
     assert "modules.txt" in json.loads((out / "qwen35.json").read_text())["files"]
-    assert qwen35(tree, "verify", out, "--source", ASSET).returncode == 0
+    assert tree.qwen35("verify", out, "--source", ASSET).code == 0
     (out / "modules.txt").write_text("")
-    assert "modules.txt: 0 bytes, expected" in qwen35(tree, "verify", out).stdout
+    assert "modules.txt: 0 bytes, expected" in tree.qwen35("verify", out).printed
 
 
-def test_the_transform_is_written_and_verified(tree: Path, tmp_path: Path) -> None:
+def test_the_transform_is_written_and_verified(tree: Tree, tmp_path: Path) -> None:
     twice, once = tmp_path / "twice", tmp_path / "once"
-    for where, out in ((tree, twice), (ROOT, once)):
-        made = qwen35(where, "gguf", ASSET, out, "--types", "F16", "--quiet")
-        assert made.returncode == 0, made.stderr
-        checked = qwen35(where, "verify", out, "--source", ASSET, "--depth", "numbers")
-        assert checked.returncode == 0, checked.stdout
+    made = tree.qwen35("gguf", ASSET, twice, "--types", "F16", "--quiet")
+    assert made.code == 0, made.said
+    checked = tree.qwen35("verify", twice, "--source", ASSET, "--depth", "numbers")
+    assert checked.code == 0, checked.printed
+    assert main(["gguf", str(ASSET), str(once), "--types", "F16", "--quiet"]) == 0
     name = "blk.0.ssm_norm.weight"
     read = [{t.name: t.data for t in gguf_tensors(out)}[name] for out in (twice, once)]
     assert np.array_equal(read[0], 2 * read[1])
-    assert qwen35(ROOT, "verify", twice, "--source", ASSET, "--depth", "numbers").returncode == 1
+    whole = ["--source", str(ASSET), "--depth", "numbers", "--quiet"]
+    assert main(["verify", str(once), *whole]) == 0
+    assert main(["verify", str(twice), *whole]) == 1
 
 
 def gguf_tensors(folder: Path) -> list[Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import qwen35
 from checkpoints import tiny_config
 from gguf_models import sidecars
 from qwen35.checkpoint.header import file_layout
+from qwen35.cli.main import main
 from qwen35.model.model_config import parse_config
 from qwen35.model.roles import CheckpointNaming, expected_tensors
 from qwen35.model.sizes import published_config
@@ -67,11 +72,49 @@ def command(*arguments: str) -> tuple[str, int]:
         return done.stdout, int(peak.read()) * 1024
 
 
+def said(*arguments: str) -> int:
+    """Return the peak memory that a command that only plans states; it runs in this process."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert main([*arguments, "--json", "--quiet"]) == 0
+    peak: int = json.loads(printed.getvalue())["peak_memory"]
+    return peak
+
+
 def stated(source: Path, recipe: str, threads: int) -> int:
     """Return the peak memory that the plan states."""
-    said, _ = command("plan", str(source), "--recipe", recipe, "--threads", str(threads))
-    peak: int = json.loads(said)["peak_memory"]
-    return peak
+    return said("plan", str(source), "--recipe", recipe, "--threads", str(threads))
+
+
+Packed = Callable[[str, str], tuple[Path, int]]
+
+
+@pytest.fixture(scope="module")
+def packed(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """Pack a source with two threads, each once; returns where it is and the peak memory."""
+    root = tmp_path_factory.mktemp("packed")
+
+    @cache
+    def one(size: str, recipe: str) -> tuple[Path, int]:
+        out = root / f"{size}-{recipe}"
+        arguments = ["convert", str(sources[size]), str(out), "--recipe", recipe, "--threads", "2"]
+        return out, command(*arguments)[1]
+
+    return one
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large weights in NF4."""
+    folder = tmp_path_factory.mktemp("wide")
+    config = tiny_config(layers=2)
+    config["text_config"].update(hidden_size=1024, intermediate_size=65536)
+    config["vision_config"]["out_hidden_size"] = 1024
+    source = hollow(folder / "in", config)
+    for side, text in sidecars().items():
+        (source / side).write_text(text)
+    command("convert", str(source), str(folder / "nf4"), "--recipe", "nf4")
+    return folder / "nf4"
 
 
 @pytest.fixture(scope="module")
@@ -94,45 +137,32 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("recipe", ["nf4", "fp8"])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_conversion_keeps_to_what_the_plan_states(
-    sources: dict[str, Path], recipe: str, size: str, tmp_path: Path
+    sources: dict[str, Path], packed: Packed, recipe: str, size: str
 ) -> None:
-    source = sources[size]
-    promised = stated(source, recipe, 2)
-    out = str(tmp_path / "out")
-    _, used = command("convert", str(source), out, "--recipe", recipe, "--threads", "2")
-    assert used <= promised
+    _, used = packed(size, recipe)
+    assert used <= stated(sources[size], recipe, 2)
 
 
 @pytest.mark.parametrize("held", ["plain", "nf4", "fp8"])
 @pytest.mark.parametrize("size", SIZES)
 def test_gguf_files_keep_to_what_their_plan_states(
-    sources: dict[str, Path], size: str, held: str, tmp_path: Path
+    sources: dict[str, Path], packed: Packed, size: str, held: str, tmp_path: Path
 ) -> None:
-    source = sources[size]
-    if held != "plain":  # and is decoded on the way
-        command("convert", str(source), str(tmp_path / "in"), "--recipe", held, "--threads", "2")
-        source = tmp_path / "in"
+    source = sources[size] if held == "plain" else packed(size, held)[0]  # decoded on the way
     arguments = ["gguf", str(source), str(tmp_path / "out"), "--types", "F16,Q8_0"]
-    said, _ = command(*arguments, "--threads", "2", "--dry-run")
+    promised = said(*arguments, "--threads", "2", "--dry-run")
     _, used = command(*arguments, "--threads", "2")
-    assert used <= json.loads(said)["peak_memory"]
+    assert used <= promised
 
 
 @pytest.mark.parametrize("threads", ["2", "8"])
 @pytest.mark.parametrize("verb", [("convert", "--recipe", "bf16"), ("gguf", "--types", "Q8_0")])
 def test_large_packed_weights_keep_to_what_is_stated(
-    verb: tuple[str, ...], threads: str, tmp_path: Path
+    verb: tuple[str, ...], threads: str, wide: Path, tmp_path: Path
 ) -> None:
-    config = tiny_config(layers=2)
-    config["text_config"].update(hidden_size=1024, intermediate_size=65536)
-    config["vision_config"]["out_hidden_size"] = 1024
-    source = hollow(tmp_path / "in", config)
-    for side, text in sidecars().items():
-        (source / side).write_text(text)
-    command("convert", str(source), str(tmp_path / "nf4"), "--recipe", "nf4")
-    asked = [*verb, str(tmp_path / "nf4"), str(tmp_path / "out"), "--threads", threads]
-    said, _ = command(*asked, "--dry-run")
-    assert command(*asked)[1] <= json.loads(said)["peak_memory"]
+    asked = [*verb, str(wide), str(tmp_path / "out"), "--threads", threads]
+    promised = said(*asked, "--dry-run")
+    assert command(*asked)[1] <= promised
 
 
 def test_the_limit_given_is_kept_by_fewer_threads(sources: dict[str, Path], tmp_path: Path) -> None:
@@ -171,17 +201,16 @@ def test_a_worker_keeps_to_what_the_plan_states(
 
 @pytest.mark.parametrize("way", ["bf16 to nf4", "nf4 to gguf", "fp8 to gguf"])
 def test_peak_memory_does_not_grow_with_the_weights(
-    sources: dict[str, Path], way: str, tmp_path: Path
+    sources: dict[str, Path], packed: Packed, way: str, tmp_path: Path
 ) -> None:
     held, _, to = way.split()
     used = {}
-    for size, source in sources.items():
-        place = tmp_path / size
-        if held != "bf16":
-            command("convert", str(source), str(place / held), "--recipe", held)
-            source = place / held
-        verb = ("convert",) if to == "nf4" else ("gguf", "--types", "Q8_0")
-        used[size] = command(*verb, str(source), str(place / "out"), "--threads", "2")[1]
+    for size in sources:
+        if to == "nf4":
+            used[size] = packed(size, "nf4")[1]
+        else:
+            verb = ("gguf", str(packed(size, held)[0]), str(tmp_path / size), "--types", "Q8_0")
+            used[size] = command(*verb, "--threads", "2")[1]
     bytes_of = {
         size: (source / "model.safetensors").stat().st_size for size, source in sources.items()
     }
@@ -201,6 +230,6 @@ def test_experts_of_the_35b_at_their_true_shapes(tmp_path: Path, recipe: str) ->
         assert b'"shape":[256,1024,2048]' in file.read(2**20)
     promised = stated(source, recipe, 2)
     out = str(tmp_path / "out")
-    said, used = command("convert", str(source), out, "--recipe", recipe, "--threads", "2")
-    assert json.loads(said)["bytes"] > 10**9
+    printed, used = command("convert", str(source), out, "--recipe", recipe, "--threads", "2")
+    assert json.loads(printed)["bytes"] > 10**9
     assert used <= promised < 10**9

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +20,12 @@ from qwen35.checkpoint.source import open_folder
 from qwen35.errors import OutputError
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
+from qwen35.sinks.files import TensorFile
 from qwen35.writing.write import write
 from running import limit_shards, plan_of, tree
 
-KILLS = {False: 32, True: 12}
-"""Runs that are killed at least once, by the signal or by the power."""
+KILLS = {False: 16, True: 6}
+"""Runs that are killed at least once, by the signal or by the power; twice as many are heavy."""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ def filling(phase: str) -> bool:
     return busy and path.endswith((".safetensors", ".gguf", "/journal", "/files"))
 
 
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
 @pytest.mark.parametrize("asked", ["nf4", "F16,Q8_0,Q4_K_M"])
 def test_runs_killed_at_random_points_end_with_the_same_bytes(
@@ -54,7 +56,9 @@ def test_runs_killed_at_random_points_end_with_the_same_bytes(
     tmp_path: Path,
     asked: str,
     power: bool,
+    times: int,
 ) -> None:
+    kills = times * KILLS[power]
     source = gguf_source if "," in asked else dense
     place = tmp_path / "place"
     whole = Trial("threads", str(source), str(place / "out"), asked)
@@ -64,7 +68,7 @@ def test_runs_killed_at_random_points_end_with_the_same_bytes(
     expected = tree(place / "out")
     chance = random.Random(f"{asked} {power}")
     phases = []
-    for number in range(KILLS[power]):
+    for number in range(kills):
         shutil.rmtree(place)
         place.mkdir()
         shadow = tmp_path / f"shadow{number}"
@@ -91,8 +95,8 @@ def test_runs_killed_at_random_points_end_with_the_same_bytes(
         assert left <= {".out.lock"}
         shutil.rmtree(shadow)
     logging.getLogger(__name__).info("killed in: %s", Counter(phases))
-    assert len(phases) >= KILLS[power]
-    assert sum(map(filling, phases)) >= KILLS[power] * 2 // 3
+    assert len(phases) >= kills
+    assert sum(map(filling, phases)) >= kills * 2 // 3
 
 
 @pytest.mark.parametrize("asked", ["nf4", "F16,Q8_0"])
@@ -171,12 +175,15 @@ def test_another_plan_refuses_to_continue_and_says_how_to_start_over(
     write(plan_of(dense, "text"), tmp_path / "out")
 
 
+TOUCHED = r"unfinished run with another source \(config\.json has another time\); run the original"
+
+
 def test_a_changed_source_refuses_to_continue(dense: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(dense, source)
     interrupted(plan_of(source), tmp_path / "out")
     os.utime(source / "config.json")
-    with pytest.raises(OutputError, match="unfinished run with another source;"):
+    with pytest.raises(OutputError, match=TOUCHED):
         write(plan_of(source), tmp_path / "out")
 
 
@@ -195,7 +202,7 @@ def test_another_version_of_the_tool_refuses_to_continue(
 ) -> None:
     interrupted(plan_of(dense), tmp_path / "out")
     monkeypatch.setattr("qwen35.planning.manifest.__version__", "99")
-    with pytest.raises(OutputError, match="unfinished run with another tool version;"):
+    with pytest.raises(OutputError, match=r"unfinished run with another qwen35 \(.*, here 99\);"):
         write(plan_of(dense), tmp_path / "out")
 
 
@@ -210,15 +217,71 @@ def test_a_run_in_which_nothing_was_finished_is_no_hindrance(
     assert not (tmp_path / ".out.partial").exists()
 
 
+@pytest.mark.parametrize("harm", [b"", b"[]", b"\0" * 4096, b"moved", None])
+def test_a_journal_that_is_lost_is_told_and_the_run_starts_over(
+    dense: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: bytes | None
+) -> None:
+    interrupted(plan_of(dense), tmp_path / "out")
+    journal = tmp_path / ".out.partial" / "journal"
+    if harm is None:
+        journal.unlink()
+    else:
+        journal.write_bytes(harm)
+    progress = Interrupted()
+    write(plan_of(dense), tmp_path / "out", threads=1, progress=progress)
+    assert progress.title == "writing out"
+    (note,) = (r.getMessage() for r in caplog.records if "starting over" in r.getMessage())
+    lost = f"{journal.parent}: no journal tells what is finished: starting over"
+    assert note == (f"{journal}: is damaged: starting over" if harm else lost)
+
+
+def test_where_nothing_may_stay_nothing_is_said_to_be_kept(dense: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught:
+        write(plan_of(dense), tmp_path / "out", keep=False, threads=1, progress=Interrupted(12))
+    assert not hasattr(caught.value, "__notes__")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", [shutil.rmtree, lambda folder: folder.rename(f"{folder}-moved")])
+def test_a_folder_above_that_goes_away_is_a_sentence_and_nothing_is_said_to_be_kept(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path], None]
+) -> None:
+    real, place = TensorFile.finish, tmp_path / "place"
+
+    def finish(file: TensorFile) -> str:
+        how(place)
+        return real(file)
+
+    monkeypatch.setattr(TensorFile, "finish", finish)
+    words = r"cannot be written \(No such file or directory\); its folder does not exist, or was"
+    with pytest.raises(OutputError, match=words) as caught:
+        write(plan_of(dense), place / "out", threads=1)
+    assert not hasattr(caught.value, "__notes__")
+    assert not place.exists()
+
+
+HARMS = {
+    "a bit": "was changed; written again: ",
+    "the end": "bytes instead of ",
+    "more": "bytes instead of ",
+    "all of it": "is missing; it is written again",
+}
+"""What happens to a finished file, and what is told."""
+
+
 def in_shards(plan: Plan, out: Path) -> list[Path]:
     """Interrupt a run when two of its shards are finished, and return them."""
     interrupted(plan, out, steps=sum(len(file.steps) for file in plan.files[:2]) + 2)
     return sorted((out.with_name(".out.partial") / "files").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("harm", ["a bit", "the end", "all of it"])
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_finished_file_that_was_damaged_since_is_written_again(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+    dense: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    harm: str,
 ) -> None:
     limit_shards(monkeypatch, 1_500_000)
     plan = plan_of(dense)
@@ -230,9 +293,13 @@ def test_a_finished_file_that_was_damaged_since_is_written_again(
         first.write_bytes(data)
     elif harm == "the end":
         os.truncate(first, first.stat().st_size - 1)
+    elif harm == "more":
+        os.truncate(first, first.stat().st_size + 100)
     else:
         first.unlink()
     interrupted(plan, tmp_path / "out", steps=2)  # and once more, while it is made again
+    assert f"{first}: " in caplog.text
+    assert HARMS[harm] in caplog.text
     assert write(plan, tmp_path / "out", threads=1).hashes == expected
 
 
