@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -557,3 +558,37 @@ def test_decoded_values_are_those_of_the_table() -> None:
     codes, _ = encode(heavy_tailed(), ScaleChoice("max"))
     by_table = e4m3_values()[codes.view(torch.uint8).numpy()]
     np.testing.assert_array_equal(by_table, codes.float().numpy())
+
+
+def spread(name: str) -> torch.Tensor:
+    """Return values of one distribution."""
+    values: dict[str, Callable[[], torch.Tensor]] = {
+        "normal": gaussian,
+        "heavy tails": heavy_tailed,
+        "all but one tiny": lambda: gaussian() * 1e-4 + torch.eye(256, 384),
+        "ties": lambda: gaussian().mul(200).round(),
+        "constant": lambda: torch.full((256, 384), 0.3),
+    }
+    return values[name]().bfloat16()
+
+
+@pytest.mark.parametrize("mode", ["search", "mse"])
+@pytest.mark.parametrize("name", ["normal", "heavy tails", "all but one tiny", "ties", "constant"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_scales_that_are_ruled_out_are_never_the_best(
+    name: str, mode: ScaleMode, weighted: bool
+) -> None:
+    # float32 values have no histogram: each scale is tried on the tile
+    values = spread(name)
+    columns = values.shape[1]
+    weights = np.linspace(0, 3, columns, dtype=np.float32) if weighted else None
+    results = []
+    for array, dtype in (
+        (values.view(torch.uint16).numpy(), "BF16"),
+        (values.float().numpy(), "F32"),
+    ):
+        codes = np.empty(array.shape, np.uint8)
+        scales = np.empty((array.shape[0] // 128, columns // 128), np.uint16)
+        assert encode_rows(array, dtype, ScaleChoice(mode), weights, codes, scales)
+        results.append((codes.tobytes(), scales.tobytes()))
+    assert results[0] == results[1]

@@ -22,11 +22,13 @@ _CARRIER: dict[str, type[np.generic]] = {
 CARRIED = tuple(_CARRIER)
 """The dtypes supported by `empty`."""
 
-_EXPONENT = {
-    "BF16": (np.uint16, 0x7F80),
-    "F16": (np.uint16, 0x7C00),
-    "F32": (np.uint32, 0x7F800000),
+_INFINITY = {
+    "BF16": (np.int16, 0x7F80),
+    "F16": (np.int16, 0x7C00),
+    "F32": (np.int32, 0x7F800000),
+    "F8_E4M3": (np.int8, 0x7F),
 }
+"""Bits of infinity, below those of NaN; F8_E4M3 has no infinity, only one NaN of each sign."""
 
 
 def empty(dtype: str, size: int) -> Array:
@@ -54,11 +56,23 @@ def from_f32(values: F32, dtype: str) -> Array:
     return bf16_from_f32(values) if dtype == "BF16" else values.astype(_CARRIER[dtype])
 
 
+def largest(values: Array, dtype: str) -> float:
+    """Return the largest magnitude of finite values; zero if there are none."""
+    if not values.size:
+        return 0.0
+    if dtype == "BF16":  # bits of magnitudes are ordered as they are
+        most = (values.reshape(-1) & np.uint16(0x7FFF)).max(keepdims=True)
+        return float(f32_from(most, dtype)[0])
+    return float(np.abs(values).max())
+
+
 def all_finite(values: Array, dtype: str) -> bool:
     """Return whether `values` of `dtype` contain no NaN and no infinity."""
-    if dtype == "F8_E4M3":  # no infinities, one NaN per sign
-        return not np.any(values & np.uint8(0x7F) == 0x7F)
-    kind, exponent = _EXPONENT[dtype]
-    # NaN and infinity have all exponent bits set; np.isfinite does not exist for bfloat16.
-    masked = values.view(kind) & np.array(exponent, kind)
-    return not masked.size or int(masked.max()) != exponent
+    signed, infinity = _INFINITY[dtype]
+    if not values.size:
+        return True
+    # Without a copy: the largest signed integer is positive, the largest unsigned one negative.
+    bits = values.view(signed)
+    sign = 1 << 8 * bits.itemsize - 1
+    unsigned = bits.view(f"u{bits.itemsize}")
+    return bool(bits.max() < infinity and unsigned.max() < sign + infinity)

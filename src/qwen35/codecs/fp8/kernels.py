@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen35.codecs.compiled import compiled, inlined  # first: it imports Numba in its own way
+from qwen35.codecs.fp8.histogram import EXPONENT, LARGEST, LEAST_EXPONENT, TO_MAGIC, rule_out
 from qwen35.codecs.fp8.layout import BLOCK
 
 # isort: split
@@ -24,7 +25,6 @@ MODES = ("max", "rms", "percentile", "mse", "search")
 
 _MAX, _RMS, _PERCENTILE, _MSE, _SEARCH = range(5)
 _SIDE = BLOCK
-_LARGEST = np.float32(448)
 _SMALLEST_SCALE = np.float32(2.0**-126)  # the inverse of a subnormal scale may be infinite
 CANDIDATES = 32
 """Number of scales that `search` tries."""
@@ -32,19 +32,12 @@ CANDIDATES = 32
 _STEP = 128 // CANDIDATES
 """bfloat16 has 128 values per octave; `search` tries every fourth."""
 
-_EXPONENT = np.int32(0x7F800000)
-_LEAST_EXPONENT = np.int32(121 << 23)
-"""Exponent bits of 2**-6, the smallest normal E4M3 value: below it, steps stay 2**-9."""
-
-_TO_MAGIC = np.int32((20 << 23) + (1 << 22))
-"""Turns 2**e into 1.5 * 2**(e + 20), whose last-place unit is the E4M3 step 2**(e - 3)."""
-
 
 @inlined
 def _exponent(magnitude: Any) -> Any:
     """Return the exponent bits of a magnitude, at least those of 2**-6."""
     bits = np.float32(magnitude).view(np.int32)
-    return max(np.int32(bits & _EXPONENT), _LEAST_EXPONENT)
+    return max(np.int32(bits & EXPONENT), LEAST_EXPONENT)
 
 
 @inlined
@@ -54,9 +47,9 @@ def _code(value: Any) -> Any:
     Adding the magic number leaves the number of steps in the last bits of the sum.
     """
     bits = np.float32(value).view(np.int32)
-    magnitude = min(abs(value), _LARGEST)
+    magnitude = min(abs(value), LARGEST)
     exponent = _exponent(magnitude)
-    magic = np.int32(exponent + _TO_MAGIC)
+    magic = np.int32(exponent + TO_MAGIC)
     total = np.float32(magnitude + magic.view(np.float32))
     steps = np.int32(total.view(np.int32) - magic)
     code = np.int32(np.int32(np.int32(exponent >> 20) - np.int32(121 << 3)) + steps)
@@ -114,8 +107,8 @@ def _column_errors(tile: Any, scale: Any, sums: Any) -> None:
     for r in range(_SIDE):
         for c in range(_SIDE):
             value = np.float32(abs(tile[r * _SIDE + c]) * inverse)
-            clipped = min(value, _LARGEST)
-            magic = np.int32(_exponent(clipped) + _TO_MAGIC).view(np.float32)
+            clipped = min(value, LARGEST)
+            magic = np.int32(_exponent(clipped) + TO_MAGIC).view(np.float32)
             error = np.float32(np.float32(clipped + magic) - magic) - value
             sums[c] += np.float32(error * error)
 
@@ -160,6 +153,8 @@ def _percentile(tile: Any, percent: Any) -> Any:
 def _best(tile: Any, scales: Any, weights: Any, column: Any, sums: Any) -> Any:
     """Return the first scale with the least weighted squared error."""
     best, least = scales[0], np.inf
+    if len(scales) == 1:  # there is nothing to compare
+        return best
     for scale in scales:
         _column_errors(tile, scale, sums)
         loss = _weigh(sums, weights, column) * np.float64(scale) * np.float64(scale)
@@ -170,12 +165,14 @@ def _best(tile: Any, scales: Any, weights: Any, column: Any, sums: Any) -> Any:
 
 @compiled
 def _scale(
+    values: Any,
+    row: Any,
+    column: Any,
     tile: Any,
     largest: Any,
     mode: Any,
     parameter: Any,
     weights: Any,
-    column: Any,
     sums: Any,
     scales: Any,
 ) -> Any:
@@ -187,12 +184,12 @@ def _scale(
         _column_squares(tile, largest, sums)
         rms = largest * np.sqrt(_weigh(sums, weights, column) / _SIDE)
         if rms > 0:
-            return _stored(np.float32(rms * parameter / _LARGEST))
+            return _stored(np.float32(rms * parameter / LARGEST))
     if mode == _PERCENTILE:
         level = _percentile(tile, parameter)
         if level > 0:
-            return _stored(np.float32(level / _LARGEST))
-    base = np.float32(largest / _LARGEST)
+            return _stored(np.float32(level / LARGEST))
+    base = np.float32(largest / LARGEST)
     # Candidates are rounded as they will be stored: the codes then fit the stored scale exactly.
     if mode not in (_MSE, _SEARCH):
         return _stored(base)
@@ -203,7 +200,8 @@ def _scale(
             scales[i] = _stored(np.float32(base * np.float32(alpha)))
         else:
             scales[i] = np.int32(first + np.int32((i * _STEP) << 16)).view(np.float32)
-    return _best(tile, scales, weights, column, sums)
+    count = rule_out(values, row, column, largest, weights, scales)
+    return _best(tile, scales[:count], weights, column, sums)
 
 
 @compiled
@@ -234,7 +232,9 @@ def encode(values: Any, mode: Any, parameter: Any, weights: Any, codes: Any, sto
             if not largest < np.inf:  # also true for NaN
                 bad += 1
                 continue
-            scale = _scale(tile, largest, mode, parameter, weights, column, sums, scales)
+            scale = _scale(
+                values, row, column, tile, largest, mode, parameter, weights, sums, scales
+            )
             _write(tile, scale, codes, row, column)
             bits = np.float32(scale).view(np.int32)
             stored[row // _SIDE, column // _SIDE] = np.uint16(bits >> 16)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qwen35.codecs.compiled import inlined
-from qwen35.codecs.ggml.lanes import bits, from_bits, magnitude, select
+from qwen35.codecs.lanes import bits, from_bits, magnitude, select
 
 __all__ = ["half_bits", "half_value", "level", "nearest", "nearest_one", "put_half", "truncated"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from qwen35.codecs.compiled import compiled, inlined
-from qwen35.codecs.ggml.lanes import floats, load, magnitude, select, some, splat, store
 from qwen35.codecs.ggml.rounding import level, nearest
+from qwen35.codecs.lanes import floats, load, magnitude, select, some, splat, store
 
 __all__ = [
     "BASE",

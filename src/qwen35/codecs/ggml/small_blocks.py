@@ -15,20 +15,6 @@ from typing import Any
 import numpy as np
 
 from qwen35.codecs.compiled import compiled, inlined
-from qwen35.codecs.ggml.lanes import (
-    LANES,
-    bits,
-    from_bits,
-    ints,
-    largest,
-    load,
-    magnitude,
-    packed,
-    select,
-    splat,
-    store,
-    store_bytes,
-)
 from qwen35.codecs.ggml.rounding import level, put_half, truncated
 from qwen35.codecs.ggml.searches import (
     BASE,
@@ -42,7 +28,22 @@ from qwen35.codecs.ggml.searches import (
     fit_table,
     in_table,
 )
-from qwen35.codecs.ggml.tiles import gather, weigh, weigh_by, weigh_squares
+from qwen35.codecs.ggml.tiles import weigh, weigh_by, weigh_squares
+from qwen35.codecs.lanes import (
+    LANES,
+    bits,
+    from_bits,
+    gather,
+    ints,
+    largest,
+    load,
+    magnitude,
+    packed,
+    select,
+    splat,
+    store,
+    store_bytes,
+)
 
 __all__ = ["encode_iq4_nl", "encode_minimum", "encode_q8_0", "encode_symmetric"]
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from qwen35.codecs.compiled import compiled, inlined
-from qwen35.codecs.ggml.lanes import LANES, ints, load, select, splat, store, store_bytes
 from qwen35.codecs.ggml.rounding import level, nearest, nearest_one, put_half
 from qwen35.codecs.ggml.searches import (
     BASE,
@@ -32,12 +31,12 @@ from qwen35.codecs.ggml.searches import (
     in_table,
 )
 from qwen35.codecs.ggml.tiles import (
-    gather,
     weigh,
     weigh_magnitudes,
     weigh_offsets,
     weigh_squares,
 )
+from qwen35.codecs.lanes import LANES, gather, ints, load, select, splat, store, store_bytes
 
 __all__ = ["encode_iq4_xs", "encode_q2_k", "encode_q3_k", "encode_q6_k", "encode_q45_k"]
 

@@ -10,30 +10,11 @@ from typing import Any
 import numpy as np
 
 from qwen35.codecs.compiled import compiled, inlined
-from qwen35.codecs.ggml.lanes import LANES, load, magnitude, root, splat, store
+from qwen35.codecs.lanes import load, magnitude, root, splat, store
 
-__all__ = ["gather", "weigh", "weigh_by", "weigh_magnitudes", "weigh_offsets", "weigh_squares"]
+__all__ = ["weigh", "weigh_by", "weigh_magnitudes", "weigh_offsets", "weigh_squares"]
 
 _ZERO = np.float32(0)
-
-
-@compiled
-def gather(flat: Any, first: Any, count: Any, period: Any, tile: Any) -> Any:
-    """Put 16 blocks into the columns of a tile.
-
-    Args:
-        flat: blocks, one after the other, float32.
-        first: number of the first block.
-        count: how many there are; where fewer than 16 are left, the last takes the other columns.
-        period: blocks after which `flat` begins again (importance does, for every row).
-        tile: [elements of a block, 16] float32.
-    """
-    size = tile.shape[0]
-    for k in range(LANES):
-        start = min(first + k, count - 1) % period * size
-        block = flat[start : start + size]
-        for i in range(size):
-            tile[i, k] = block[i]
 
 
 @inlined

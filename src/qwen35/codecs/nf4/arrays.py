@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,14 @@ from qwen35.codecs.nf4.tables import LEVELS, dynamic_lookup, dynamic_map
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec
 
-__all__ = ["AbsmaxStatistics", "decode_absmax", "decode_blocks", "encode_blocks", "parse_state"]
+__all__ = [
+    "AbsmaxStatistics",
+    "decode_absmax",
+    "decode_blocks",
+    "encode_blocks",
+    "error_sums",
+    "parse_state",
+]
 
 
 def encode_blocks(values: Array, dtype: str, absmax: F32, packed: U8) -> bool:
@@ -37,6 +45,22 @@ def encode_blocks(values: Array, dtype: str, absmax: F32, packed: U8) -> bool:
     else:
         bad = kernels.encode_f32(f32_from(values, dtype), packed, absmax)
     return int(bad) == 0
+
+
+def error_sums(values: Array, dtype: str, packed: U8, absmax: F32) -> tuple[float, float]:
+    """Return the sums of squared differences and of squares of the original.
+
+    Arguments are those of `encode_blocks`, with `absmax` as it is decoded.
+    """
+    from qwen35.codecs.nf4 import kernels
+
+    sums = np.zeros((2, BLOCK // 2))
+    if dtype == "BF16":
+        kernels.error_sums_bf16(values.view(np.uint32), packed, absmax, LEVELS, sums)
+    else:
+        kernels.error_sums_f32(f32_from(values, dtype), packed, absmax, LEVELS, sums)
+    squared, norm = sums.sum(axis=1).tolist()
+    return squared, norm
 
 
 @dataclass(frozen=True)
@@ -125,6 +149,8 @@ def parse_state(raw: bytes, name: str) -> QuantState:
         shape = tuple(int(size) for size in parsed["shape"])
         nested = "nested_offset" in parsed
         offset = float(parsed.get("nested_offset", 0.0))
+        if not math.isfinite(offset):
+            raise ValueError(offset)
         kind = (parsed["quant_type"], parsed["blocksize"], parsed.get("nested_blocksize", 256))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise TensorError(name, "its quant_state is not readable") from error

@@ -48,16 +48,13 @@ class Nf4(Codec):
     library = "transformers"
     toolkit = "bnb"
     in_memory = True
+    endings = tuple(f".{part}" for part in PARTS)
 
     def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
         """Return the companions that are present, of the five beside the packed tensor."""
         if f"{name}.{STATE}" not in tensors and f"{name}.absmax" not in tensors:
             return None
         return [f"{name}.{part}" for part in PARTS if f"{name}.{part}" in tensors]
-
-    def is_companion(self, name: str) -> bool:
-        """Return whether a tensor of this name belongs to another weight."""
-        return name.endswith(tuple(f".{part}" for part in PARTS))
 
     def problem(self, tensors: Mapping[str, StoredTensor], name: str) -> TensorError | None:
         """Return the problem with the tensors found by `companions`, or None."""

@@ -9,7 +9,7 @@ from typing import Any
 from qwen35.codecs.codec import LoaderModule
 from qwen35.codecs.nf4.layout import parts_layout
 from qwen35.errors import Finding, UsageError
-from qwen35.linear_regex import LinearPattern, compile_linear
+from qwen35.linear_regex import MOST_PATTERNS, LinearPattern, compile_linear
 from qwen35.tensors import DTYPE_NAMES
 
 __all__ = ["findings", "is_skipped", "quantization_config", "skip_modules"]
@@ -163,6 +163,10 @@ def _skip_findings(
         skip = list(DEFAULT_SKIPS)
     if not isinstance(skip, list) or not all(isinstance(entry, str) for entry in skip):
         yield Finding("skip-list", "config.json", f"{_LIST} is not a list of names")
+        return
+    if len(skip) > MOST_PATTERNS:
+        message = f"{_LIST} has {len(skip)} entries, expected at most {MOST_PATTERNS}"
+        yield Finding("skip-list", "config.json", message)
         return
     for entry in (entry for entry in skip if _patterns(entry) is None):
         message = f"{_LIST} has {entry!r}, no regular expression that RE2 reads"

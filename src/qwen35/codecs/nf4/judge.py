@@ -10,7 +10,7 @@ from qwen35.array_types import F32, Array
 from qwen35.codecs.codec import Piece
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import f32_from
-from qwen35.codecs.nf4.arrays import AbsmaxStatistics, QuantState, decode_blocks, encode_blocks
+from qwen35.codecs.nf4.arrays import AbsmaxStatistics, QuantState, encode_blocks, error_sums
 from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK
 from qwen35.codecs.nf4.stored import read_absmax, read_state
 from qwen35.codecs.nf4.tables import BOUNDS, LEVELS, dynamic_map
@@ -107,10 +107,12 @@ def judge(
         blocks = slice(done // BLOCK, (done + values.size) // BLOCK)
         expected = np.empty_like(packed)
         encode_blocks(values, piece.dtype, true[blocks], expected)
-        floats = f32_from(values, piece.dtype)
         if not np.array_equal(packed, expected):  # the exact comparison is cheaper
+            floats = f32_from(values, piece.dtype)
             wrong += wrong_codes(packed, expected, floats, true[blocks])
-        result.add(decode_blocks(packed, absmax[blocks], LEVELS), floats)
+        squared, norm = error_sums(values, piece.dtype, packed, absmax[blocks])
+        result.squared += squared
+        result.norm += norm
     if wrong:
         result.found("codes", f"{wrong} of {spec.numel} codes are not the nearest level")
     _scales(reader, weight, state, true, result)

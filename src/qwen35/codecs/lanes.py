@@ -17,7 +17,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from qwen35.codecs import compiled  # noqa: F401 - it imports Numba in its own way
+from qwen35.codecs.compiled import compiled  # first: it imports Numba in its own way
 
 # isort: split
 from numba import types
@@ -32,6 +32,7 @@ __all__ = [
     "bits",
     "floats",
     "from_bits",
+    "gather",
     "ints",
     "largest",
     "load",
@@ -284,3 +285,25 @@ packed = _function(MASK, types.int32, _packed)
 
 some = _function(MASK, types.boolean, _some)
 """Whether any lane of a mask is set."""
+
+
+# --- blocks side by side
+
+
+@compiled
+def gather(flat: Any, first: Any, count: Any, period: Any, tile: Any) -> Any:
+    """Put 16 blocks into the columns of a tile.
+
+    Args:
+        flat: blocks, one after the other, float32.
+        first: number of the first block.
+        count: how many there are; where fewer than 16 are left, the last takes the other columns.
+        period: blocks after which `flat` begins again (importance does, for every row).
+        tile: [elements of a block, 16] float32.
+    """
+    size = tile.shape[0]
+    for k in range(LANES):
+        start = min(first + k, count - 1) % period * size
+        block = flat[start : start + size]
+        for i in range(size):
+            tile[i, k] = block[i]
