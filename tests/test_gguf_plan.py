@@ -76,7 +76,7 @@ def test_few_key_value_heads_raise_iq4() -> None:
 def test_types_are_those_of_the_library() -> None:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    for name in ENCODABLE:
+    for name in sorted(set(ENCODABLE) - {"q2_0"}):  # which the library does not know yet
         kind = GGMLQuantizationType[name.upper()]
         assert (GGML_TYPES[name].code, GGML_TYPES[name].block) == (
             int(kind),
@@ -91,6 +91,8 @@ def test_types_are_those_of_the_library() -> None:
         ("q5_K", 736, "q5_1"),
         ("q6_K", 736, "q8_0"),
         ("q3_K", 736, "q4_0"),
+        ("q2_0", 736, "q4_0"),
+        ("nvfp4", 736, "f16"),
         ("iq4_xs", 736, "iq4_nl"),
         ("q4_K", 744, "f16"),
         ("q8_0", 744, "f16"),

@@ -19,10 +19,21 @@ from typing import Any, Protocol
 
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.checkpoint.open import GgufFiles
+from qwen35.codecs.ggml.codec import BlockSpec, codec_name
 from qwen35.codecs.ggml.types import GGML_TYPES, GgmlType
+from qwen35.codecs.registry import CODECS
 from qwen35.errors import HeaderError, InputError
+from qwen35.tensors import StoredTensor, Weight
 
-__all__ = ["MAGIC", "GgufHeader", "GgufTensor", "is_gguf", "read_container", "read_gguf"]
+__all__ = [
+    "MAGIC",
+    "GgufHeader",
+    "GgufTensor",
+    "is_gguf",
+    "read_container",
+    "read_gguf",
+    "weights_of",
+]
 
 MAGIC = b"GGUF"
 _ALIGNMENT, _DEFAULT_ALIGNMENT = "general.alignment", 32
@@ -113,6 +124,24 @@ class GgufHeader:
     def architecture(self) -> str:
         """Value of ``general.architecture``, or an empty string."""
         return str(self.keys.get("general.architecture", ""))
+
+
+def weights_of(container: GgufHeader) -> list[Weight]:
+    """Group the tensors of a file into weights: some types have scales in tensors beside them."""
+    stored = {
+        name: StoredTensor(BlockSpec(name, t.kind.name, t.shape), container.path.name, t.begin)
+        for name, t in container.tensors.items()
+    }
+    beside = {
+        name: CODECS[codec_name(one.spec.dtype)].companions(stored, name) or ()
+        for name, one in stored.items()
+    }
+    taken = {name for names in beside.values() for name in names}
+    return [
+        Weight(name, codec_name(one.spec.dtype), (one, *(stored[part] for part in beside[name])))
+        for name, one in stored.items()
+        if name not in taken
+    ]
 
 
 def is_gguf(path: Path) -> bool:

@@ -17,6 +17,7 @@ from qwen35.codecs.codec import Codec
 from qwen35.codecs.devices import Kernels, kernels_for
 from qwen35.codecs.roundtrip import RoundTrip
 from qwen35.errors import UsageError
+from qwen35.execution.survey import Survey
 from qwen35.model.dimension_keys import shape_keys
 from qwen35.model.fused import fused_group
 from qwen35.planning.containers import container_of
@@ -126,7 +127,7 @@ class ChoiceSpace:
 
     def _legal(self, step: Step, codec: Codec) -> bool:
         """Return whether a codec fits a step's weight and has the importance it needs."""
-        if codec.fits(_spec(step)):
+        if codec.fits(_spec(step)) or not codec.packs(step.role):
             return False
         return not codec.needs_importance or self._plan.options.importance(step, 0) is not None
 
@@ -163,13 +164,15 @@ class ChoiceSpace:
         norms: dict[str, float] = defaultdict(float)
         progress.begin("quantization errors", sum(_numel(step, part) for _, step, part in jobs))
         [kernels] = kernels_for("cpu")
+        survey = Survey()
         try:
             with Reader(self.checkpoint) as reader, ThreadPoolExecutor(threads) as pool:
 
                 def work(job: tuple[Unit, Step, list[RowChunk]]) -> tuple[float, dict[str, float]]:
                     unit, step, part = job
                     packed = {c: self._codecs[c] for c in unit.sizes if c != self.exact}
-                    return _RowErrors(self._plan, step, part, packed, kernels).measure(reader)
+                    errors = _RowErrors(self._plan, step, part, packed, kernels, survey)
+                    return errors.measure(reader)
 
                 # In order of the jobs, so that sums do not depend on the threads' timing.
                 results = pool.map(work, jobs)
@@ -190,7 +193,9 @@ class ChoiceSpace:
         codecs = [codec for choice, codec in self._codecs.items() if choice != self.exact]
         grain = max((codec.grain(step.spec) for codec in codecs), default=1)
         chunks = step.rows.chunks(grain)
-        if all(codec.independent for codec in codecs):
+        # a codec that surveys has a scale for each matrix: rows of several stay together
+        alone = len(step.rows.shape) == 2 or not any(codec.surveys for codec in codecs)
+        if alone and all(codec.independent for codec in codecs):
             yield from ([chunk] for chunk in chunks)
         else:
             yield list(chunks)
@@ -230,7 +235,7 @@ class ChoiceSpace:
 
     def make(self, chosen: Allocation, out: Path, threads: int) -> str:
         """Write an artifact; return its path."""
-        return str(write(self._planned(chosen), out, threads=threads).out)
+        return str(write(self._planned(chosen), out, keep=False, threads=threads).out)
 
 
 def _spec(step: Step) -> TensorSpec:
@@ -251,6 +256,7 @@ class _RowErrors:
         chunks: the rows: one chunk, or all.
         codecs: choice to codec.
         kernels: encoding kernels.
+        survey: the largest magnitudes of weights.
     """
 
     plan: Plan
@@ -258,6 +264,7 @@ class _RowErrors:
     chunks: list[RowChunk]
     codecs: dict[str, Codec]
     kernels: Kernels
+    survey: Survey
 
     def measure(self, reader: Reader) -> tuple[float, dict[str, float]]:
         """Return the sums of squares of the values, and of the errors of each choice.
@@ -267,7 +274,7 @@ class _RowErrors:
         """
         from qwen35.codecs.floats import f32_from  # late: pulls in numpy
 
-        trips = self._trips()
+        trips = self._trips(reader)
         opened = self.step.rows.open(reader)
         for chunk in self.chunks:
             piece = opened.piece(chunk, self._importance(chunk))
@@ -284,11 +291,13 @@ class _RowErrors:
                 errors[choice] += _weighted(values - trip.decoded(piece), piece.importance)
         return norm, errors
 
-    def _trips(self) -> dict[str, RoundTrip]:
+    def _trips(self, reader: Reader) -> dict[str, RoundTrip]:
         rows, [first, *more] = self.step.rows, self.chunks
         begin = 0 if more else first.slab * rows.count + first.first
         count = sum(chunk.count for chunk in self.chunks)
-        spec = TensorSpec(self.step.outputs[0].name, self.step.spec.dtype, (count, rows.row))
+        # all of a weight in its own shape: experts have scales of their own
+        shape = rows.shape if count == prod(rows.shape[:-1]) else (count, rows.row)
+        spec = TensorSpec(self.step.outputs[0].name, self.step.spec.dtype, shape)
         return {
             choice: RoundTrip(
                 codec,
@@ -296,6 +305,7 @@ class _RowErrors:
                 first=begin,
                 settings=self.plan.settings,
                 kernel=self.kernels.get(codec.name),
+                largest=self.survey.of_rows(self.step, reader) if codec.surveys else None,
             )
             for choice, codec in self.codecs.items()
         }

@@ -177,7 +177,7 @@ class _Gguf(Tunable):
 
     def reference(self, checkpoint: Checkpoint, folder: Path) -> str:
         plan = make_plan(checkpoint, load_recipe("mix", "gguf"), types=("F16",))
-        return str(write(plan, folder / "F16").out)
+        return str(write(plan, folder / "F16", keep=False).out)
 
 
 TUNABLE: dict[str, Tunable] = {"safetensors": _Safetensors(), "gguf": _Gguf()}

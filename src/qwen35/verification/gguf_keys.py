@@ -10,16 +10,12 @@ import numpy as np
 
 from qwen35.checkpoint.gguf_header import GgufHeader
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.ggml.codec import BlockSpec
 from qwen35.errors import Finding, InputError
 from qwen35.model.config_keys import fixed_values
 from qwen35.model.model_config import ModelConfig
 from qwen35.model.rope import rope_of
-from qwen35.planning.gguf_files.metadata import (
-    SourceDocuments,
-    TensorEntry,
-    keys_of,
-    model_name,
-)
+from qwen35.planning.gguf_files.metadata import SourceDocuments, keys_of, model_name
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 from qwen35.planning.gguf_files.vocabulary import read_vocabulary
 from qwen35.verification.config_meaning import text_meaning
@@ -85,7 +81,7 @@ def compare_keys(container: GgufHeader, source: Checkpoint, result: SettingsComp
             source.config,
             documents,
             file_type,
-            [TensorEntry(t.name, t.shape, t.kind.name) for t in container.tensors.values()],
+            [BlockSpec(t.name, t.kind.name, t.shape) for t in container.tensors.values()],
             vocabulary=vocabulary,
             mtp_layers=mtp if type(mtp) is int else 0,
             vision=vision,
@@ -160,7 +156,7 @@ def _compare_template(container: GgufHeader, template: Any, result: SettingsComp
         result.skipped.append(f"{file}: its chat template: the source has none")
         return
     tokens = token_texts(container.keys)
-    compare_template(file, ours, template, tokens, vision=False, result=result)
+    compare_template(file, ours, template, tokens, vision=False, told=True, result=result)
 
 
 def _against_config(container: GgufHeader, source: Checkpoint) -> Iterator[tuple[str, str]]:

@@ -39,6 +39,9 @@ _NEAR = 1.6
 _CLOSE = 1.3
 """Labels are rounded to one or two digits."""
 
+_NEWER = {41: "q2_0"}
+"""File types of ``llama.h`` that `gguf` 0.19 does not know."""
+
 _NUMBERS: dict[str, tuple[float, float]] = {
     "context_length": (1, 2**31),
     "rope.freq_base": (1, 1e12),
@@ -105,7 +108,7 @@ def _base(code: Any) -> str | None:
     try:
         name = LlamaFileType(code).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     except ValueError:
-        return None
+        return _NEWER.get(code)
     lower = {kind.lower(): kind for kind in GGML_TYPES}
     for candidate in (name, name.rpartition("_")[0]):
         if candidate.lower() in lower:

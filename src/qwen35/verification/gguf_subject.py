@@ -7,18 +7,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf
+from qwen35.checkpoint.gguf_header import GgufHeader, read_gguf, weights_of
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import GgufFiles, gguf_files
 from qwen35.checkpoint.source import Checkpoint, FolderReader
-from qwen35.codecs.ggml.codec import BlockSpec, codec_name
 from qwen35.codecs.ggml.types import GGML_TYPES
+from qwen35.codecs.registry import codec_of
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.planning.gguf_files.expected_tensors import KEYS, expected, missing_keys
 from qwen35.planning.gguf_files.gguf_container import GgufContainer
 from qwen35.planning.gguf_files.tensor_names import UntypedTensor, text_tensors, vision_tensors
-from qwen35.tensors import StoredTensor, TensorSpec, Weight
+from qwen35.tensors import TensorSpec, Weight
 from qwen35.threads import default_threads
 from qwen35.verification.asking_engines import in_llama
 from qwen35.verification.behaviour import BehaviourResult
@@ -136,7 +136,7 @@ class GgufSubject(Subject):
     def parts(self) -> Sequence[SubjectPart]:
         """The tensors of each file."""
         return [
-            SubjectPart(file, one.nbytes, tuple(_held(file, e) for e in one.tensors.values()), True)
+            SubjectPart(file, one.nbytes, tuple(map(_held, weights_of(one))), True)
             for file, one in self._containers.items()
         ]
 
@@ -198,12 +198,10 @@ class GgufSubject(Subject):
         return in_llama(texts, threads or default_threads())
 
 
-def _held(file: str, entry: GgufTensor) -> HeldWeight:
-    spec = BlockSpec(entry.name, entry.kind.name, entry.shape)
-    stored = StoredTensor(spec, file, entry.begin)
-    weight = Weight(entry.name, codec_name(entry.kind.name), (stored,))
-    decoded = TensorSpec(entry.name, "F32", entry.shape)
-    return HeldWeight(weight, decoded, f"{file}: {entry.name}", entry.kind.name)
+def _held(weight: Weight) -> HeldWeight:
+    stored = weight.main.spec
+    decoded = TensorSpec(weight.name, "F32", stored.shape)
+    return HeldWeight(weight, decoded, f"{weight.main.file}: {weight.name}", stored.dtype)
 
 
 def _structure(container: GgufHeader) -> Iterator[Finding]:
@@ -244,8 +242,39 @@ def _tensors(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> Itera
         if tensor.storage in GGML_TYPES and entry.kind.name != tensor.storage:
             message = f"{entry.kind.name}, but llama.cpp computes with it in {tensor.storage}"
             yield Finding("tensors", f"{file}: {name}", message)
-    for name in sorted(container.tensors.keys() - table.keys()):
+    scaled = _scaled(container, table)
+    yield from _scale_findings(file, scaled)
+    for name in _unknown(container, table, scaled):
         yield Finding("tensors", f"{file}: {name}", "not a tensor that the keys imply")
+
+
+def _scaled(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> list[Weight]:
+    """Return the weights of `table` beside which llama.cpp reads the scales of their type."""
+    weights = (weight for weight in weights_of(container) if weight.name in table)
+    return [w for w in weights if codec_of(w).packs(table[w.name].rows.item.role)]
+
+
+def _scale_findings(file: str, scaled: Sequence[Weight]) -> Iterator[Finding]:
+    """Yield scales of another shape, or missing though the file has them for other weights."""
+    usual = {weight.storage for weight in scaled if weight.parts[1:]}
+    for weight in scaled:
+        held = {part.spec.name: part.spec for part in weight.parts}
+        for scale in codec_of(weight).layout(weight.main.spec)[1:]:
+            subject, expected = f"{file}: {scale.name}", f"{scale.dtype} {list(scale.shape)}"
+            found = held.get(scale.name)
+            if found is not None and (found.dtype, found.shape) != (scale.dtype, scale.shape):
+                message = f"{found.dtype} {list(found.shape)}, expected {expected}"
+                yield Finding("tensors", subject, message)
+            elif found is None and weight.storage in usual:
+                message = f"missing, but other {codec_of(weight).label} tensors have theirs"
+                yield Finding("tensors", subject, message)
+
+
+def _unknown(
+    container: GgufHeader, table: Mapping[str, UntypedTensor], scaled: Sequence[Weight]
+) -> list[str]:
+    beside = {part.spec.name for weight in scaled for part in weight.parts[1:]}
+    return sorted(container.tensors.keys() - table.keys() - beside)
 
 
 def _sizes(container: GgufHeader) -> dict[str, Any]:
@@ -304,5 +333,5 @@ def _source_findings(
         elif _squeezed(entry.shape) != _squeezed(tensor.shape):
             message = f"shape {list(entry.shape)}, the source has {list(tensor.shape)}"
             yield Finding("source", f"{file}: {name}", message)
-    for name in sorted(container.tensors.keys() - table.keys()):
+    for name in _unknown(container, table, _scaled(container, table)):
         yield Finding("source", f"{file}: {name}", "not in the source")

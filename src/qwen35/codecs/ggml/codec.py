@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwen35.codecs.codec import Codec, Encoding, EncodingRequest, Piece, StoredValues, stacked
 from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, NEEDS_IMATRIX, GgmlType
-from qwen35.tensors import TensorSpec, Weight
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.pieces import Readable
     from qwen35.model.roles import Role
 
-__all__ = ["GGML", "BlockSpec", "Ggml", "codec_name"]
+__all__ = ["GGML", "BlockSpec", "Ggml", "ScaledGgml", "codec_name"]
 
 
 def codec_name(kind: str) -> str:
@@ -78,6 +79,11 @@ class Ggml(Codec):
 
         return tolerance(self.kind)
 
+    def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str]:
+        """Return the tensors beside the one called `name`: mostly none."""
+        del tensors, name
+        return []
+
     def numel(self, weight: Weight) -> int:
         """Return the number of stored elements."""
         return weight.main.spec.nbytes // self.kind.nbytes * self.kind.block
@@ -134,5 +140,54 @@ class Ggml(Codec):
 _ROW_BYTES = 24
 """Bytes per element of a row: stored, widened to float32, masked and encoded."""
 
-GGML: tuple[Any, ...] = tuple(Ggml(kind) for kind in GGML_TYPES.values())
+
+class ScaledGgml(Ggml):
+    """A type whose values are relative to a scale in a tensor of its own, as in NVFP4.
+
+    ``X.weight`` has ``X.scale`` beside it, F32 [1], or one for each expert of a stack. llama.cpp
+    multiplies products by it (``src/llama-model.cpp``, `build_lora_mm` of ``llama-graph.cpp``).
+    ``X.input_scale``, which other tools write, is for activations.
+    """
+
+    surveys = True
+
+    def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str]:
+        """Return the scales that there are; without one, values are relative to 1."""
+        names = (_beside(name, "scale"), _beside(name, "input_scale"))
+        return [one for one in names if one in tensors]
+
+    def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
+        """Return the tensor in this type, and its scales."""
+        scales = BlockSpec(_beside(spec.name, "scale"), "f32", (prod(spec.shape[:-2]),))
+        return (*super().layout(spec), scales)
+
+    def packs(self, role: Role) -> bool:
+        """Return whether llama.cpp reads a scale for weights of this role.
+
+        It looks the rows of an embedding up without one, even where they are the head too. Where it
+        does not load MTP layers, the default, it takes their scales for tensors that do not belong
+        in the file, and refuses it.
+        """
+        return role.info.kind != "embedding" and role.scope != "mtp"
+
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
+        """Return a reader that decodes with the `gguf` library and multiplies by the scales."""
+        from qwen35.codecs.ggml.scaled import StoredScaled
+
+        return StoredScaled(reader, weight, self.kind, self.layout(spec)[1])
+
+    def encode(self, request: EncodingRequest) -> Encoding:
+        """Return an encoder of rows relative to the scale of their matrix."""
+        from qwen35.codecs.ggml.scaled import EncodingScaled
+
+        return EncodingScaled(request, self.kind)
+
+
+def _beside(name: str, suffix: str) -> str:
+    return f"{name.removesuffix('.weight')}.{suffix}"
+
+
+_CODECS = {"nvfp4": ScaledGgml}
+
+GGML: tuple[Any, ...] = tuple(_CODECS.get(kind.name, Ggml)(kind) for kind in GGML_TYPES.values())
 """One codec per ggml type, including the types that are only read."""

@@ -23,8 +23,23 @@ def decode(data: U8, kind: GgmlType) -> F32:
 
     # Damaged scales overflow here; readers report non-finite values themselves.
     with np.errstate(over="ignore", invalid="ignore"):
+        if kind.name == "q2_0":
+            return _decode_q2_0(data)
         values: F32 = dequantize(data, GGMLQuantizationType(kind.code))
     return values
+
+
+def _decode_q2_0(data: U8) -> F32:
+    """Decode blocks of a float16 scale and 64 codes: 0 to 3 is -1 to 2 times the scale.
+
+    Source: `dequantize_row_q2_0` of llama.cpp's ``ggml/src/ggml-quants.c`` at 0c1e5709; `gguf` 0.19
+    does not have the type.
+    """
+    blocks = data.reshape(-1, 18)
+    scales = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    codes = blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & np.uint8(3)
+    values: F32 = (codes.reshape(-1, 64).astype(np.float32) - 1) * scales
+    return values.reshape(-1)
 
 
 class StoredGgml:
@@ -42,7 +57,11 @@ class StoredGgml:
         self._reader.read_into(self._main, begin * self._kind.nbytes, data.data)
         skipped = first - begin * block
         out[:] = decode(data, self._kind).reshape(-1)[skipped : skipped + out.size]
-        if not np.isfinite(out).all():
+        self.refuse_infinite(out)
+
+    def refuse_infinite(self, values: Array) -> None:
+        """Raise a `TensorError` if `values` hold NaN or infinity."""
+        if not np.isfinite(values).all():
             subject = f"{self._main.file}: {self._main.spec.name}"
             raise TensorError(subject, "a scale or weight is not finite")
 

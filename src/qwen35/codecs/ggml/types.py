@@ -82,9 +82,13 @@ GGML_TYPES: dict[str, GgmlType] = {
         GgmlType("mxfp4", 39, 32, 17),
         GgmlType("nvfp4", 40, 64, 36),
         GgmlType("q1_0", 41, 128, 18),
+        GgmlType("q2_0", 42, 64, 18),
     )
 }
-"""Name to type (``ggml.h`` `ggml_type`, ``ggml-common.h``; `gguf` 0.19 ``GGML_QUANT_SIZES``)."""
+"""Name to type (``ggml.h`` `ggml_type`, ``ggml-common.h``; `gguf` 0.19 ``GGML_QUANT_SIZES``).
+
+`gguf` 0.19 does not know q2_0.
+"""
 
 FLOATS = ("f32", "f16", "bf16")
 """Types that are not quantized."""
@@ -94,7 +98,7 @@ ENCODABLE: tuple[str, ...] = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
     *("q2_K", "q3_K", "q4_K", "q5_K", "q6_K"),
     *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs"),
-    *("q1_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4"),
+    *("q1_0", "q2_0", "tq1_0", "tq2_0", "mxfp4", "nvfp4"),
 )
 """Types that ``ggml_quantize_chunk`` writes, and that recipes may assign."""
 
@@ -110,12 +114,12 @@ NEEDS_IMATRIX = ("iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s")
 _SMALLER = {
     **dict.fromkeys(NEEDS_IMATRIX, "iq4_nl"),
     **dict.fromkeys(("iq3_s", "iq4_xs"), "iq4_nl"),
-    **dict.fromkeys(("q2_K", "q3_K", "tq1_0", "tq2_0"), "q4_0"),
+    **dict.fromkeys(("q2_0", "q2_K", "q3_K", "tq1_0", "tq2_0"), "q4_0"),
     "q4_K": "q5_0",
     "q5_K": "q5_1",
     "q6_K": "q8_0",
 }
-"""Type with blocks of 256 to its fallback with blocks of 32, for rows that it does not fit."""
+"""Type with blocks of 64 or 256 to the one with blocks of 32 for rows that it does not fit."""
 
 
 def ggml_type(name: str, subject: str) -> GgmlType:

@@ -71,7 +71,11 @@ class GgufContainer(Container):
         from qwen35.planning.gguf_files.gguf_plan import files_of
 
         return {
-            file.name: {t.name: f"{file.kinds[t.name]} {list(t.shape)}" for t in file.tensors}
+            file.name: {
+                part.name: f"{part.dtype} {list(part.shape)}"
+                for tensor in file.tensors
+                for part in file.parts(tensor)
+            }
             for file in files_of(plan)
         }
 

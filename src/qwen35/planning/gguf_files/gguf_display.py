@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.display import size
 from qwen35.planning.gguf_files.gguf_plan import GgufFile, files_of
 from qwen35.planning.memory import peak_memory
@@ -40,10 +39,10 @@ def _file_lines(file: GgufFile) -> Iterator[str]:
     yield ""
     yield f"{file.name:<58} {file.nbytes:>21,}"
     rows: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for tensor in file.tensors:
-        name = re.sub(r"blk\.\d+\.", "blk.N.", tensor.name)
-        block = re.search(r"blk\.(\d+)\.", tensor.name)
-        rows[name][file.kinds[tensor.name]].append(int(block[1]) if block else -1)
+    for part in (part for tensor in file.tensors for part in file.parts(tensor)):
+        name = re.sub(r"blk\.\d+\.", "blk.N.", part.name)
+        block = re.search(r"blk\.(\d+)\.", part.name)
+        rows[name][part.dtype].append(int(block[1]) if block else -1)
     for name, kinds in rows.items():
         if len(kinds) == 1:
             (kind,) = kinds
@@ -104,13 +103,14 @@ def plan_json(plan: Plan, threads: int) -> dict[str, Any]:
         "tensors": {
             file.name: [
                 {
-                    "name": tensor.name,
-                    "type": file.kinds[tensor.name],
-                    "shape": list(tensor.shape),
-                    "bytes": GGML_TYPES[file.kinds[tensor.name]].size(tensor.shape),
+                    "name": part.name,
+                    "type": part.dtype,
+                    "shape": list(part.shape),
+                    "bytes": part.nbytes,
                     "sources": [slab.item.weight.name for slab in tensor.rows.slabs],
                 }
                 for tensor in file.tensors
+                for part in file.parts(tensor)
             ]
             for file in files_of(plan)
         },

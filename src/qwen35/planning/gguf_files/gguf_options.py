@@ -51,6 +51,11 @@ class GgufOptions:
             raise InputError(self.imatrix.name, "workers cannot read it", expected="a file")
         return ContainerInputs(imatrix=self.imatrix.path if self.imatrix else None)
 
+    def input_largest(self, step: Step) -> float | None:
+        """Return None: no type stores anything about inputs."""
+        del step
+        return None
+
     def importance(self, step: Step, slab: int) -> F32 | None:
         """Return the importance of each column of a slab; None if the matrix lacks it."""
         if self.imatrix is None:

@@ -10,15 +10,14 @@ from typing import cast
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.reconciled import source_notes, take
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.codecs.ggml.codec import BlockSpec, codec_name
-from qwen35.codecs.ggml.types import GGML_TYPES
+from qwen35.codecs.ggml.codec import codec_name
+from qwen35.codecs.registry import CODECS
 from qwen35.errors import UsageError
 from qwen35.model.config_notes import config_notes, refuse_uncarried
 from qwen35.planning.gguf_files.gguf_options import GgufOptions
 from qwen35.planning.gguf_files.metadata import (
     ALIGNMENT,
     SourceDocuments,
-    TensorEntry,
     documents_of,
     model_name,
     render_head,
@@ -33,6 +32,7 @@ from qwen35.planning.requantized import requantized_notes
 from qwen35.planning.rules import Recipe
 from qwen35.planning.sidecar_checks import check_sidecars, left_behind
 from qwen35.planning.step import Step, StepTarget
+from qwen35.tensors import TensorSpec
 
 __all__ = ["GgufFile", "files_of", "make"]
 
@@ -45,16 +45,37 @@ class GgufFile(PlannedFile):
         file_type: type of the file as a whole.
         tensors: its tensors, in the converter's order.
         kinds: the type of each tensor.
+        records: where the head's records of tensors end, before its padding.
     """
 
     file_type: FileType
     tensors: tuple[UntypedTensor, ...]
     kinds: Kinds
+    records: int
+
+    def parts(self, tensor: UntypedTensor) -> tuple[TensorSpec, ...]:
+        """Return the tensors that hold `tensor`: itself, and its scales if its type needs them."""
+        return _parts(tensor, self.kinds[tensor.name])
 
     def size_with(self, kinds: Kinds) -> int:
-        """Return the file's size if its tensors had these types; the head keeps its length."""
-        sizes = [GGML_TYPES[kinds[t.name]].size(t.shape) for t in self.tensors]
-        return len(self.head) + sum(size + -size % ALIGNMENT for size in sizes)  # each padded
+        """Return the file's size if its tensors had these types."""
+        now = [part for t in self.tensors for part in self.parts(t)]
+        then = [part for t in self.tensors for part in _parts(t, kinds[t.name])]
+        records = self.records + sum(map(_record, then)) - sum(map(_record, now))
+        return sum(map(_padded, (records, *(part.nbytes for part in then))))
+
+
+def _parts(tensor: UntypedTensor, kind: str) -> tuple[TensorSpec, ...]:
+    return CODECS[codec_name(kind)].layout(TensorSpec(tensor.name, "F32", tensor.shape))
+
+
+def _record(part: TensorSpec) -> int:
+    """Return the bytes of a tensor's record: lengths, name, sizes, type and offset."""
+    return 24 + len(part.name) + 8 * len(part.shape)
+
+
+def _padded(size: int) -> int:
+    return size + -size % ALIGNMENT
 
 
 _TOKENIZER_COPIES = ("added_tokens.json", "special_tokens_map.json", "vocab.json")
@@ -128,7 +149,7 @@ def _steps(files: Sequence[GgufFile]) -> tuple[Step, ...]:
 
 def _step(tensor: UntypedTensor, kinds: Mapping[str, Sequence[str]]) -> Step:
     targets = tuple(
-        StepTarget(codec_name(kind), (BlockSpec(tensor.name, kind, tensor.shape),), tuple(files))
+        StepTarget(codec_name(kind), _parts(tensor, kind), tuple(files))
         for kind, files in kinds.items()
     )
     return Step(tensor.rows, tensor.rows.item.role, "", targets)
@@ -265,11 +286,20 @@ class _Planner:
             self.checkpoint.config,
             self.documents,
             file_type,
-            [TensorEntry(t.name, t.shape, kinds[t.name]) for t in tensors],
+            [part for tensor in tensors for part in _parts(tensor, kinds[tensor.name])],
             vocabulary=None if vision else self.vocabulary,
             mtp_layers=self.mtp,
             imatrix=imatrix.keys() if imatrix else None,
             vision=vision,
         )
-        content, offsets, nbytes = head.content, head.offsets, head.nbytes
-        return GgufFile(name, content, offsets, nbytes, (), file_type, tuple(tensors), kinds)
+        return GgufFile(
+            name,
+            head.content,
+            head.offsets,
+            head.nbytes,
+            (),
+            file_type,
+            tuple(tensors),
+            kinds,
+            head.records,
+        )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, TypedDict
 
-from qwen35.checkpoint.gguf_header import GgufHeader
+from qwen35.checkpoint.gguf_header import GgufHeader, weights_of
+from qwen35.codecs.registry import codec_of
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 
 __all__ = ["GgufSummary", "summarize_gguf", "summary_text"]
@@ -32,11 +33,10 @@ def summarize_gguf(container: GgufHeader) -> GgufSummary:
     """Summarize a GGUF file."""
     kinds: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
-    parameters = 0
     for entry in container.tensors.values():
         kinds[entry.kind.name] += 1
         nbytes[entry.kind.name] += entry.nbytes
-        parameters += entry.nbytes // entry.kind.nbytes * entry.kind.block
+    parameters = sum(codec_of(weight).numel(weight) for weight in weights_of(container))
     code = container.keys.get("general.file_type")
     names = {row.code: row.name for row in FILE_TYPES.values()}
     return {

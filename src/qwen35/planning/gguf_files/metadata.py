@@ -20,6 +20,7 @@ from gguf.gguf_writer import GGUFWriter, WriterState
 
 from qwen35.checkpoint.header import strict_json
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.ggml.codec import BlockSpec
 from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.errors import ConfigError
 from qwen35.model.model_config import ModelConfig
@@ -28,6 +29,7 @@ from qwen35.planning.gguf_files.front_matter import checked_card
 from qwen35.planning.gguf_files.mixes import FileType, mix_order
 from qwen35.planning.gguf_files.vocabulary import Vocabulary
 from qwen35.planning.sidecar_checks import check_generation
+from qwen35.tensors import TensorSpec
 
 __all__ = [
     "ALIGNMENT",
@@ -124,34 +126,22 @@ class RenderedHeader:
 
     Args:
         content: the bytes before the tensor data, padded.
+        records: where the tensors' records end, before the padding.
         offsets: absolute offset of each tensor.
         nbytes: size of the whole file.
     """
 
     content: bytes
+    records: int
     offsets: Mapping[str, int]
     nbytes: int
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """A tensor in a file's head: name, shape (outermost first), type."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return GGML_TYPES[self.kind].size(self.shape)
 
 
 def render_head(
     config: ModelConfig,
     documents: SourceDocuments,
     file_type: FileType,
-    tensors: Sequence[TensorEntry],
+    tensors: Sequence[TensorSpec],
     *,
     vocabulary: Vocabulary | None,
     mtp_layers: int,
@@ -164,7 +154,7 @@ def render_head(
         config: the model's config.
         documents: the model's small files.
         file_type: type of the file.
-        tensors: in the converter's order; a quantized file gets llama-quantize's.
+        tensors: `BlockSpec`s in the converter's order; a quantized file gets llama-quantize's.
         vocabulary: the tokenizer; None in a projector's file, or if unknown.
         mtp_layers: number of multi-token-prediction layers written.
         imatrix: the keys that describe an importance matrix.
@@ -180,7 +170,7 @@ def keys_of(
     config: ModelConfig,
     documents: SourceDocuments,
     file_type: FileType,
-    tensors: Sequence[TensorEntry],
+    tensors: Sequence[TensorSpec],
     *,
     vocabulary: Vocabulary | None,
     mtp_layers: int,
@@ -195,7 +185,7 @@ def _filled(
     config: ModelConfig,
     documents: SourceDocuments,
     file_type: FileType,
-    tensors: Sequence[TensorEntry],
+    tensors: Sequence[TensorSpec],
     vocabulary: Vocabulary | None,
     mtp_layers: int,
     *,
@@ -217,8 +207,9 @@ def _filled(
     return writer
 
 
-def _add(writer: GGUFWriter, name: str, tensor: TensorEntry) -> None:
-    kind = GGMLQuantizationType(GGML_TYPES[tensor.kind].code)
+def _add(writer: GGUFWriter, name: str, tensor: TensorSpec) -> None:
+    # not the library's own member: it writes the number of types that it does not know as well
+    kind = cast("GGMLQuantizationType", GGML_TYPES[tensor.dtype].code)
     shape = [int(size) for size in tensor.shape]
     writer.add_tensor_info(name, shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
 
@@ -396,10 +387,10 @@ def _is_color(value: object) -> bool:
 
 def _as_quantized(
     writer: GGUFWriter,
-    tensors: Sequence[TensorEntry],
+    tensors: Sequence[TensorSpec],
     file_type: FileType,
     imatrix: Mapping[str, str | int],
-) -> list[TensorEntry]:
+) -> list[TensorSpec]:
     """Rearrange keys and tensors to the order and form that llama-quantize writes."""
     # llama-quantize copies the keys of its input and sets these two again, at the end.
     keys = writer.kv_data[0]
@@ -418,11 +409,11 @@ def _as_quantized(
         shape = tensor.shape
         while len(shape) > 1 and shape[0] == 1:  # ggml drops outer dimensions of 1
             shape = shape[1:]
-        _add(writer, tensor.name, TensorEntry(tensor.name, shape, tensor.kind))
+        _add(writer, tensor.name, BlockSpec(tensor.name, tensor.dtype, shape))
     return ordered
 
 
-def _head(writer: GGUFWriter, tensors: Sequence[TensorEntry]) -> RenderedHeader:
+def _head(writer: GGUFWriter, tensors: Sequence[TensorSpec]) -> RenderedHeader:
     buffer = io.BytesIO()
     writer.fout = cast("list[BufferedWriter]", [buffer])  # only write and flush are used
     writer.state = WriterState.EMPTY  # as if it had opened the buffer as its file
@@ -433,12 +424,13 @@ def _head(writer: GGUFWriter, tensors: Sequence[TensorEntry]) -> RenderedHeader:
         raise _unwritable(writer) or error from error
     writer.write_ti_data_to_file()
     content = buffer.getvalue()
-    content += bytes(-len(content) % ALIGNMENT)
+    records = len(content)
+    content += bytes(-records % ALIGNMENT)
     offsets, position = {}, len(content)
     for tensor in tensors:
         offsets[tensor.name] = position
         position += tensor.nbytes + -tensor.nbytes % ALIGNMENT
-    return RenderedHeader(content, offsets, position)
+    return RenderedHeader(content, records, offsets, position)
 
 
 _ORIGINS = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from qwen35.codecs.ggml.codec import codec_name
 from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, NEEDS_IMATRIX, fallback
+from qwen35.codecs.registry import CODECS
 from qwen35.errors import TensorError, UsageError
 from qwen35.planning.gguf_files.imatrix import Imatrix
 from qwen35.planning.gguf_files.mixes import MIX, FileType, MixGeometry, quantizable, select_types
@@ -43,10 +45,15 @@ class TypeChooser:
             UsageError: a required rule decides no tensor.
         """
         chosen = {
-            tensor.name: self.recipe.find(tensor.rows.item.role, tensor.name)
+            tensor.name: next((r for r in self._matching(tensor) if _readable(r, tensor)), None)
             for tensor in self.tensors
             if quantizable(tensor.name, tensor.shape)
         }
+        used = {id(rule) for rule in chosen.values()}
+        for tensor, rule in self._skipped():
+            if rule.required and id(rule) not in used:
+                found = f"{tensor.name}: {rule.action} needs a scale, which llama.cpp does not read"
+                raise UsageError(rule.subject, f"{found} for it", expected="another type")
         check_used(
             self.recipe.rules,
             chosen.values(),
@@ -55,6 +62,17 @@ class TypeChooser:
             hint="names are those of `qwen35 gguf --dry-run --json`; the first rule decides",
         )
         return chosen
+
+    def _matching(self, tensor: UntypedTensor) -> Iterator[Rule]:
+        role = tensor.rows.item.role
+        return (rule for rule in self.recipe.rules if rule.matches(role, tensor.name))
+
+    def _skipped(self) -> Iterator[tuple[UntypedTensor, Rule]]:
+        """Yield the tensors whose first rule gives them a type that llama.cpp could not read."""
+        for tensor in self.tensors:
+            rule = next(self._matching(tensor), None)
+            if rule and quantizable(tensor.name, tensor.shape) and not _readable(rule, tensor):
+                yield tensor, rule
 
     def kinds(self, file_type: FileType) -> tuple[Kinds, list[str]]:
         """Return the type of every tensor of a file, and notes.
@@ -78,7 +96,7 @@ class TypeChooser:
             named,
             upstream_counters=self.upstream_counters,
         )
-        kinds, notes = {}, []
+        kinds, notes = {}, list(self._skipped_notes())
         for tensor in self.tensors:
             if tensor.name not in picked:  # not quantizable: llama-quantize copies it
                 kinds[tensor.name] = "f32"
@@ -89,6 +107,16 @@ class TypeChooser:
             self._check_imatrix(tensor, kind)
             kinds[tensor.name] = kind
         return kinds, notes
+
+    def _skipped_notes(self) -> Iterator[str]:
+        names: dict[str, list[str]] = {}
+        for tensor, rule in self._skipped():
+            names.setdefault(rule.action, []).append(tensor.name)
+        for kind, skipped in names.items():
+            yield (
+                f"{kind} needs scales, which llama.cpp does not read for {_some(skipped)}: they "
+                "get the type that they would have without that rule"
+            )
 
     def _fitting(
         self, tensor: UntypedTensor, kind: str, rule: Rule | None
@@ -114,6 +142,11 @@ class TypeChooser:
                 expected="an entry for it in --imatrix",
                 hint="ggml cannot write this type without it: choose another type",
             )
+
+
+def _readable(rule: Rule, tensor: UntypedTensor) -> bool:
+    """Return whether llama.cpp reads all that the type of a rule needs for a tensor."""
+    return rule.action == MIX or CODECS[codec_name(rule.action)].packs(tensor.rows.item.role)
 
 
 def float_kind(tensor: UntypedTensor, file_type: FileType) -> str:
