@@ -68,10 +68,12 @@ def test_path_b_always_makes_the_f16() -> None:
 
 def test_several_paths_make_each_artifact_once() -> None:
     assert len(path_artifacts(["A", "B", "fp8", "A"])) == 4
+    assert path_artifacts(["nf4", "gguf"]) == path_artifacts(["A", "B"])
+    assert [one.recipe for one in path_artifacts(["int4", "nvfp4"])] == ["int4", "nvfp4"]
 
 
 def test_unknown_path_and_types_without_b_are_refused() -> None:
-    with pytest.raises(UsageError, match="path 'C': unknown, expected A, B, fp8"):
+    with pytest.raises(UsageError, match="path 'C': unknown, expected A, B, nf4, gguf, fp8"):
         path_artifacts(["C"])
     with pytest.raises(UsageError, match="types and imatrix: are for path B"):
         path_artifacts(["A"], types=["Q8_0"])
@@ -136,7 +138,7 @@ HEAD = 'model = "m"\nout = "o"\n'
         ('out = "o"\npath = "A"', "model: is missing"),
         ('model = "m"\npath = "A"', "out: is missing"),
         (HEAD, "path: nothing to make; set path"),
-        (HEAD + 'path = "C"', "path 'C': unknown, expected A, B, fp8"),
+        (HEAD + 'path = "C"', "path 'C': unknown, expected A, B, nf4, gguf, fp8"),
         (HEAD + "path = 1", "path: 1, expected a string or a list of strings"),
         (HEAD + 'path = ["A", 1]', "path: ['A', 1], expected a string or a list of strings"),
         (HEAD + 'path = "A"\ntypes = ["Q8_0"]', "types and imatrix: are for path B"),

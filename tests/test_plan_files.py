@@ -49,8 +49,17 @@ def check_files(plan: Plan) -> None:
     assert plan.nbytes == sum(size for _, size in plan.file_sizes())
 
 
-@pytest.mark.parametrize("recipe", built_in("safetensors"))
-@pytest.mark.parametrize("size", SIZES)
+SERVED = ("nvfp4", "nvfp4-mixed", "nvfp4-experts", "int4", "fp8-channel")
+
+
+@pytest.mark.parametrize(
+    ("size", "recipe"),
+    [
+        *itertools.product(SIZES, sorted({*built_in("safetensors")} - {*SERVED})),
+        *itertools.product(["Qwen3.5-35B-A3B"], SERVED),
+        *itertools.product(["Qwen3.5-0.8B"], [name for name in SERVED if "experts" not in name]),
+    ],
+)
 def test_files_of_a_published_size_hold_its_tensors(size: str, recipe: str) -> None:
     check_files(published_plan(size, recipe))
 

@@ -111,7 +111,7 @@ class Weight:
     Args:
         name: the tensor's name in an unquantized checkpoint.
         storage: the codec: a key of `qwen35.codecs.registry.CODECS`.
-        parts: the stored tensors, the one called `name` first.
+        parts: the stored tensors, that of the values first.
     """
 
     name: str
@@ -120,7 +120,7 @@ class Weight:
 
     @property
     def main(self) -> StoredTensor:
-        """The stored tensor that carries the weight's name."""
+        """The stored tensor of the values."""
         return self.parts[0]
 
     @property

@@ -34,6 +34,8 @@ def convert(
     drop_mtp: bool = False,
     keep_prefix: bool = False,
     keep_shards: bool = False,
+    layout: str | None = None,
+    activations: bool = False,
     calib_mode: ScaleMode | None = None,
     rms_factor: float = DEFAULTS.rms_factor,
     calib_percentile: float = DEFAULTS.percentile,
@@ -64,6 +66,10 @@ def convert(
         drop_mtp: drop the MTP layer.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
         keep_shards: write the source's files, by name, instead of files of 5 GB.
+        layout: NVFP4: whose tensors and config.json to write: ``compressed-tensors`` (if None) or
+            ``modelopt``.
+        activations: NVFP4: quantize the inputs of layers too (W4A4), with scales from
+            `activation_stats`.
         calib_mode: FP8: how to choose the scale of a tile: ``max``, ``rms``, ``percentile``,
             ``mse`` or ``search`` (if None); `qwen35.codecs.fp8.layout.ScaleChoice` has the
             formulas.
@@ -109,7 +115,7 @@ def convert(
     local_device = "cpu" if ray_address else device  # the cluster's nodes have their own GPUs
     check_before(out, overwrite=overwrite, device=local_device, source=folder_of(str(model)))
     scale_choice = scale_choice_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
-    activations = activations_of(activation_stats, scale_choice)
+    statistics = activations_of(activation_stats, scale_choice, needed=activations)
     checkpoint = (describe if dry_run else fetch)(str(model), token=hf_token)
     plan = plan_of(
         checkpoint,
@@ -118,14 +124,16 @@ def convert(
         drop_mtp=drop_mtp,
         keep_prefix=keep_prefix,
         keep_shards=keep_shards,
+        layout=layout,
+        quantized_inputs=activations,
         scale_choice=scale_choice,
-        activations=activations,
+        activations=statistics,
     )
     check_unused(plan, bands=bands, samples=verify_samples, seed=verify_seed, skip=skip_verify)
     if slice is not None and verify_samples is not None:
         found = "slices check everything they write"
         raise UsageError("--verify-samples", found, hint="leave it out, or give --skip-verify")
-    checked = plan.settings is not None and not skip_verify
+    checked = plan.banded and not skip_verify
     options = WriteOptions(
         device,
         workers,

@@ -47,11 +47,16 @@ def scale_choice_of(
     return None
 
 
-def activations_of(path: str | Path | None, scale_choice: ScaleChoice | None) -> Activations | None:
-    """Return the statistics in a file, if there is one; unread for modes that ignore them."""
+def activations_of(
+    path: str | Path | None, scale_choice: ScaleChoice | None, *, needed: bool = False
+) -> Activations | None:
+    """Return the statistics in a file, if there is one.
+
+    They are not read for modes that ignore them, unless they are `needed` for something else.
+    """
     if not path:
         return None
-    if scale_choice is not None and not scale_choice.weighted:
+    if not needed and scale_choice is not None and not scale_choice.weighted:
         return Activations(Path(path).name, "", {})
     return load_activations(Path(path))
 
@@ -71,7 +76,7 @@ def check_unused(
         "--skip-verify": skip,
     }
     for flag, given in flags.items():
-        if given and plan.settings is None:
+        if given and not plan.banded:
             raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
 
 

@@ -24,6 +24,7 @@ def plan(
     drop_mtp: bool = False,
     keep_prefix: bool = False,
     keep_shards: bool = False,
+    layout: str | None = None,
     types: str | Sequence[str] | None = None,
     imatrix: str | Path | None = None,
     tensor_type: Sequence[str] = (),
@@ -41,6 +42,7 @@ def plan(
         drop_mtp: drop the MTP layer.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
         keep_shards: write the source's files, by name, instead of files of 5 GB.
+        layout: as for `convert`.
         types: GGUF: file types, as names or as a comma-separated string.
         imatrix: GGUF: importance matrix, a file or ``hf:owner/name/path``.
         tensor_type: GGUF: ``PATTERN=TYPE``, for tensors whose name matches the pattern.
@@ -67,7 +69,12 @@ def plan(
         "--upstream-counters": upstream_counters,
         "--mmproj": mmproj,
     }
-    for_others = {"--keep": keep, "--keep-prefix": keep_prefix, "--keep-shards": keep_shards}
+    for_others = {
+        "--keep": keep,
+        "--keep-prefix": keep_prefix,
+        "--keep-shards": keep_shards,
+        "--layout": layout,
+    }
     for flag, value in (for_gguf if types is None else for_others).items():
         if value:
             found = f"has no effect with{'out' if types is None else ''} --types"
@@ -83,6 +90,7 @@ def plan(
             drop_mtp=drop_mtp,
             keep_prefix=keep_prefix,
             keep_shards=keep_shards,
+            layout=layout,
         )
     # imported late: most plans need none of the GGUF modules
     from qwen35.api.gguf_api import gguf_plan, gguf_recipe
@@ -108,11 +116,15 @@ def plan_of(
     drop_mtp: bool,
     keep_prefix: bool,
     keep_shards: bool,
+    layout: str | None = None,
+    quantized_inputs: bool = False,
     scale_choice: ScaleChoice | None = None,
     activations: Activations | None = None,
 ) -> Plan:
     """Plan a checkpoint by a recipe and its adjustments; arguments and errors as for `plan`."""
-    adjusted = load_recipe(str(recipe)).keeping(tuple(keep))
+    adjusted = load_recipe(str(recipe)).keeping(tuple(keep)).laid_out(layout)
+    if quantized_inputs:
+        adjusted = adjusted.quantizing_inputs()
     return make_plan(
         checkpoint,
         adjusted.dropping_mtp() if drop_mtp else adjusted,

@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_workers(parser)
     add_scale_choice(parser, mode=None, samples=None)
+    parser.add_argument(
+        "--activations",
+        action="store_true",
+        help="NVFP4: quantize inputs too (W4A4), with scales from --activation-stats",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
 

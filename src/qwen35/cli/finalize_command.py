@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
     result = finalize(**keywords(args), progress=output.progress())
-    if result.plan.settings is not None and result.report is None:
+    if result.plan.banded and result.report is None:
         check = f"qwen35 verify {result.out} --source {result.plan.checkpoint.name}"
         output.notes([f"FP8 weights were not checked by the slices: {check}"])
     return show(result, output)

@@ -3,7 +3,7 @@
   qwen35 run FILE.toml                    a run file (docs/pipeline.md)
   qwen35 run --path A MODEL OUT           text-only NF4, for training
   qwen35 run --path B MODEL OUT           text-only, and GGUF with its F16
-  qwen35 run --path fp8 MODEL OUT         block FP8, for serving
+  qwen35 run --path fp8 MODEL OUT         block FP8, to serve; nvfp4, int4 too
 
 Each artifact is made, verified, documented and, if a repository is named, published. A closed gate
 stops the steps that depend on it. A repeated run only does what is missing or changed. Exit code 0
@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group = parser.add_argument_group("instead of a file")
     group.add_argument(
-        "--path", action="append", choices=get_args(PathName), help="may be repeated"
+        "--path",
+        action="append",
+        choices=get_args(PathName),
+        help="may be repeated; A is nf4, B is gguf",
     )
     group.add_argument("--types", metavar="T,...", help="path B: types besides F16")
     group.add_argument("--imatrix", metavar="FILE", help="path B: importance matrix")

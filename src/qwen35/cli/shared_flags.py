@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from qwen35.codecs.registry import CODECS
 from qwen35.display import bytes_of
 from qwen35.model.sizes import PUBLISHED
 from qwen35.planning.recipe import built_in
@@ -135,6 +136,11 @@ def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> 
     )
     parser.add_argument(
         "--keep-shards", action="store_true", help="write the source's files instead of 5 GB each"
+    )
+    parser.add_argument(
+        "--layout",
+        choices=sorted({name for codec in CODECS.values() for name in codec.layouts}),
+        help="NVFP4: whose tensors and config.json to write (default: compressed-tensors)",
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"

@@ -66,6 +66,9 @@ class EncodingRequest:
         settings: how to choose scales, for codecs with `chooses_scales`.
         kernel: the device's kernel, for codecs that have kernels.
         encoder: which implementation encodes, for codecs with several.
+        largest: [matrices] float32, the largest magnitude of each matrix of the whole weight and of
+            those that share its scales, for codecs that `surveys`.
+        input_largest: the largest magnitude of the layer's inputs, for `quantized_inputs`.
     """
 
     source: str
@@ -75,6 +78,8 @@ class EncodingRequest:
     settings: Any = None
     kernel: Kernel | None = None
     encoder: str = "auto"
+    largest: F32 | None = None
+    input_largest: float | None = None
 
 
 class StoredValues(Protocol):
@@ -124,7 +129,7 @@ class LoaderModule(Protocol):
 
     @property
     def parts(self) -> Sequence[TensorSpec]:
-        """The tensors that hold it, the one with its own name first."""
+        """The tensors that hold it, that of its values first."""
 
 
 class Codec(ABC):
@@ -141,9 +146,18 @@ class Codec(ABC):
             and up separated; otherwise it stays one 3-D tensor.
         joined: whether weights that engines fuse (`qwen35.model.fused`) must be packed together.
         chooses_scales: whether it uses `EncodingRequest.settings` and activation statistics.
+        surveys: whether encoding any row needs the largest magnitude of its matrix
+            (`EncodingRequest.largest`), which takes a second read.
+        scale_modes: the ways of choosing scales (`qwen35.codecs.fp8.layout.ScaleMode`) that it has,
+            if it `chooses_scales`.
         needs_importance: whether it is unusable without the importance of each column.
         widens: whether values other than BF16 are converted to float32 before encoding.
+        banded: whether every conversion is judged by bands (`qwen35.verification.bands`).
+        layouts: the codecs that store the same codes, by the name of the layout (``--layout``).
+        quantized_inputs: whether it has a scale of the layer's inputs, which statistics give.
+        with_inputs: the codec of the same weights that has `quantized_inputs`, if there is one.
         packable: the weights it can hold, for error messages.
+        endings: what the names of tensors that belong to another weight end with.
         spared: kinds of weights that group rules skip.
         method: ``quant_method`` in config.json.
         container: the file format; a key of `qwen35.planning.containers.CONTAINERS`.
@@ -156,6 +170,7 @@ class Codec(ABC):
         trains: whether peft trains adapters on it.
         load_format: the ``load_format`` argument SGLang needs.
         libraries: modules its engine needs besides transformers.
+        served: whether vLLM and SGLang serve it although transformers does not load it.
         loads: whether transformers loads it; other codecs are decoded first.
         in_memory: whether transformers keeps it packed in memory.
         tiled: whether tensor parallelism can only split at tile boundaries (`tensor_parallel`).
@@ -169,9 +184,16 @@ class Codec(ABC):
     per_expert: ClassVar[bool] = False
     joined: ClassVar[bool] = False
     chooses_scales: ClassVar[bool] = False
+    scale_modes: ClassVar[tuple[str, ...]] = ()
+    surveys: ClassVar[bool] = False
     needs_importance: ClassVar[bool] = False
     widens: ClassVar[bool] = False
+    banded: ClassVar[bool] = False
+    layouts: ClassVar[Mapping[str, str]] = {}
+    quantized_inputs: ClassVar[bool] = False
+    with_inputs: ClassVar[str] = ""
     packable: ClassVar[str] = "linear layers"
+    endings: ClassVar[tuple[str, ...]] = ()
     spared: ClassVar[frozenset[str]] = frozenset({"vector", "conv", "embedding", "router"})
     method: ClassVar[str] = ""
     container: ClassVar[str] = "safetensors"
@@ -184,6 +206,7 @@ class Codec(ABC):
     trains: ClassVar[bool] = False
     load_format: ClassVar[str] = ""
     libraries: ClassVar[tuple[str, ...]] = ()
+    served: ClassVar[bool] = False
     loads: ClassVar[bool] = False
     in_memory: ClassVar[bool] = False
     tiled: ClassVar[bool] = False
@@ -205,8 +228,12 @@ class Codec(ABC):
 
     # --- stored weights
 
+    def weight_name(self, name: str) -> str:
+        """Return the name of the weight whose first tensor is called `name`."""
+        return name
+
     def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
-        """Return the companion tensors of the weight called `name`, in the order of parts.
+        """Return the companions of the first tensor of a weight, in the order of parts.
 
         None means that this codec does not hold the weight. The first codec to return a list claims
         it, so recognize weights by unambiguous names, or by names and dtypes. `mismatch` checks
@@ -214,11 +241,6 @@ class Codec(ABC):
         """
         del tensors, name
         return None
-
-    def is_companion(self, name: str) -> bool:
-        """Return whether a tensor of this name belongs to another weight, present or not."""
-        del name
-        return False
 
     def problem(self, tensors: Mapping[str, StoredTensor], name: str) -> TensorError | None:
         """Return the problem with the tensors found by `companions`, or None."""
@@ -270,7 +292,7 @@ class Codec(ABC):
 
     @abstractmethod
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
-        """Return the tensors that a weight becomes, the one with its own name first."""
+        """Return the tensors that a weight becomes, that of its values first."""
 
     def fits(self, spec: TensorSpec) -> str:
         """Return why a weight of this shape cannot be packed; empty if it can.
@@ -330,6 +352,11 @@ class Codec(ABC):
         """
         del prefix, dtype
         return {"quant_method": self.method or self.name, "ignore": self._unpacked(modules)}
+
+    def documents(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the JSON files beside config.json that loaders read, given its section."""
+        del quantization
+        return {}
 
     def _unpacked(self, modules: Sequence[LoaderModule]) -> list[str]:
         """Return the names of all matrices in other codecs."""
@@ -391,6 +418,15 @@ class Codec(ABC):
         Raises:
             InputError: a part cannot be read or decoded.
         """
+
+    def whole_scale(self, reader: Readable, weight: Weight) -> float | None:
+        """Return the scale of the whole, which weights share that engines fuse; None without one.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        del reader, weight
+        return None
 
     def too_far(self, errors: Mapping[str, float]) -> str:
         """Return why a weight as a whole is too far from its original; empty if it is not.

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.fp8.codec import Fp8
+from qwen35.codecs.fp8_channel.codec import Fp8Channel, Fp8Tensor
 from qwen35.codecs.ggml.codec import GGML
+from qwen35.codecs.int4.codec import INT4
 from qwen35.codecs.nf4.codec import Nf4
+from qwen35.codecs.nvfp4.codec import NVFP4
 from qwen35.codecs.plain.codec import Plain
 from qwen35.errors import TensorError
 from qwen35.tensors import StoredTensor, Weight
@@ -20,6 +23,10 @@ CODECS: dict[str, Codec] = {
     for codec in (
         Plain(),
         Nf4(),
+        *NVFP4,
+        *INT4,
+        Fp8Channel(),
+        Fp8Tensor(),
         Fp8(),
         *GGML,
     )
@@ -66,11 +73,12 @@ def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list
                 claimed.update(companions, (name,))
                 weights.append(_weight(tensors, name, codec, companions, problems))
                 break
+    endings = tuple({ending for codec in codecs for ending in codec.endings})
     # A second pass: a companion may be stored before its weight.
     for name, stored in tensors.items():
         if name in claimed:
             continue
-        if any(codec.is_companion(name) for codec in codecs):
+        if name.endswith(endings):
             problems.append(_orphan(name, "the weight it belongs to is missing"))
             continue
         if stored.spec.dtype in ("U8", "F8_E4M3"):
@@ -92,7 +100,8 @@ def _weight(
     if problem is not None:
         problems.append(problem)
         return Weight(name, Plain.name, (tensors[name],))
-    return Weight(name, codec.name, tuple(tensors[part] for part in (name, *companions)))
+    whole = codec.weight_name(name)
+    return Weight(whole, codec.name, tuple(tensors[part] for part in (name, *companions)))
 
 
 def _orphan(name: str, found: str) -> TensorError:

@@ -23,6 +23,7 @@ class RoundTrip:
         first: index of the first row in the full weight.
         settings: how to choose scales, for codecs with `chooses_scales`.
         kernel: the device's kernel, for codecs that have kernels.
+        largest: as in `EncodingRequest`.
     """
 
     def __init__(
@@ -33,13 +34,16 @@ class RoundTrip:
         first: int = 0,
         settings: Any = None,
         kernel: Kernel | None = None,
+        largest: F32 | None = None,
     ) -> None:
         self._codec, self._spec, self._first = codec, spec, first
         outputs = codec.layout(spec)
         self._memory = _Memory(outputs)
         parts = tuple(StoredTensor(out, "", 0) for out in outputs)
         self._weight = Weight(spec.name, codec.name, parts)
-        request = EncodingRequest(spec.name, spec, outputs, self._memory.write, settings, kernel)
+        request = EncodingRequest(
+            spec.name, spec, outputs, self._memory.write, settings, kernel, largest=largest
+        )
         self._encoding = codec.encode(request)
 
     def add(self, piece: Piece) -> None:

@@ -150,7 +150,7 @@ def compare_steps(
 
     def compare(step: Step) -> tuple[str, Any]:
         target = step.targets[0]
-        file, name = files[target.files[0]], target.outputs[0].name
+        file, name = files[target.files[0]], target.name
         parts = tuple(StoredTensor(o, file.name, file.offsets[o.name]) for o in target.outputs)
         weight = Weight(name, target.codec, parts)
         spec = TensorSpec(name, step.spec.dtype, step.rows.shape)

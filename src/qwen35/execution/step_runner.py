@@ -6,8 +6,9 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Condition, Event
+from typing import TYPE_CHECKING
 
 from qwen35.checkpoint.source import FolderReader
 from qwen35.codecs import pieces
@@ -16,11 +17,15 @@ from qwen35.codecs.devices import Kernels
 from qwen35.codecs.pieces import stored
 from qwen35.codecs.registry import CODECS, codec_of
 from qwen35.errors import Qwen35Error
+from qwen35.execution.survey import Survey
 from qwen35.execution.window import RangeReader, advance, groups
 from qwen35.planning.output_plan import Plan
 from qwen35.planning.rows import RowSpan
 from qwen35.planning.step import Step, StepTarget
 from qwen35.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from qwen35.array_types import F32
 
 __all__ = ["StepRunner", "ThreadCrew", "Write"]
 
@@ -42,6 +47,7 @@ class StepRunner:
 
     plan: Plan
     kernels: tuple[Kernels, ...]
+    survey: Survey = field(default_factory=Survey)
 
     def spans(self, step: Step) -> list[RowSpan]:
         """Cut a step into independent spans, for several threads."""
@@ -67,7 +73,8 @@ class StepRunner:
             return
         check = not all(CODECS[target.codec].checks for target in step.targets)
         opened = step.rows.open(reader, check=check)
-        encodings = [self._encoding(step, target, write) for target in step.targets]
+        largest = self.survey.of(step, reader)
+        encodings = [self._encoding(step, target, write, largest) for target in step.targets]
         importance, slab = None, -1
         for chunk in step.rows.chunks(self._grain(step), span):
             if chunk.slab != slab:
@@ -80,13 +87,15 @@ class StepRunner:
         for encoding in encodings:
             encoding.finish()
 
-    def _encoding(self, step: Step, target: StepTarget, write: Write) -> Encoding:
+    def _encoding(
+        self, step: Step, target: StepTarget, write: Write, largest: F32 | None
+    ) -> Encoding:
         def to_target(name: str, offset: int, data: memoryview) -> None:
             write(target, name, offset, data)
 
         # not hash(), which differs between processes: every run uses the same device
         device = zlib.crc32(step.weight.name.encode()) % len(self.kernels)
-        spec = TensorSpec(target.outputs[0].name, step.spec.dtype, step.rows.shape)
+        spec = TensorSpec(target.name, step.spec.dtype, step.rows.shape)
         return CODECS[target.codec].encode(
             EncodingRequest(
                 step.weight.name,
@@ -96,6 +105,8 @@ class StepRunner:
                 self.plan.settings,
                 self.kernels[device].get(target.codec),
                 self.plan.options.encoder,
+                largest,
+                self.plan.options.input_largest(step),
             )
         )
 
@@ -127,8 +138,8 @@ class ThreadCrew:
         failed: Callable[[int, Qwen35Error], None],
         stopped: Callable[[int], bool],
     ) -> None:
-        # file by file, so that one can be hashed while the next is filled; in a file, the largest
-        # groups first, so that no thread is left with one at the end
+        # in the order of the output, so that hashing follows close behind; where it does not
+        # matter, the largest groups first, so that no thread is left with one at the end
         ordered = sorted(groups(readers), key=lambda g: (min(r.rank for r in g), -_span(g)))
         self._groups = deque(ordered)
         self._urgent: deque[Callable[[], None]] = deque()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from qwen35.model.roles import Role
 
-__all__ = ["FUSED", "fused_group"]
+__all__ = ["FUSED", "fused_group", "scale_group"]
 
 FUSED: dict[str, tuple[str, ...]] = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -41,3 +41,20 @@ def fused_group(role: Role) -> tuple[str, int | None, str] | None:
     # MTP layers have the modules of a full-attention decoder layer.
     group = _GROUP_OF.get(role.name.removeprefix("mtp.layers."))
     return None if group is None else (role.scope, role.layer, group)
+
+
+def scale_group(role: Role) -> tuple[object, ...] | None:
+    """Return a key of the weights to which engines give one scale of the whole; None if none.
+
+    They are those of a fused matrix; of experts, the gate and the up projection of the same one.
+    vLLM 0.32 takes one global scale for a fused layer, whatever its parts were stored with.
+
+    >>> from qwen35.model.roles import role_of
+    >>> scale_group(role_of("model.layers.3.mlp.experts.7.up_proj.weight"))
+    ('text', 3, 'mlp.experts', 7)
+    >>> scale_group(role_of("model.layers.3.mlp.experts.7.down_proj.weight"))
+    """
+    group = fused_group(role)
+    if group is None or not group[2].endswith(".experts"):
+        return group
+    return None if role.name.endswith("down_proj") else (*group, role.expert)

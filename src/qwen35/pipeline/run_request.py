@@ -24,7 +24,7 @@ __all__ = [
     "repo_problem",
 ]
 
-PathName = Literal["A", "B", "fp8"]
+PathName = Literal["A", "B", "nf4", "gguf", "fp8", "nvfp4", "int4"]
 
 REPORT_FOLDER = "report"
 """The folder in a run's folder that holds report.json and report.html."""
@@ -126,12 +126,18 @@ class RunOptions:
     token: str | None = field(default=None, repr=False)
 
 
+_TRAIN = (ArtifactRequest("text-nf4"),)
+_LOCAL = (ArtifactRequest("text"), ArtifactRequest("mix", types=("F16", *DEFAULT_TYPES)))
 _PATHS: dict[PathName, tuple[ArtifactRequest, ...]] = {
-    "A": (ArtifactRequest("text-nf4"),),
-    "B": (ArtifactRequest("text"), ArtifactRequest("mix", types=("F16", *DEFAULT_TYPES))),
+    "A": _TRAIN,
+    "B": _LOCAL,
+    "nf4": _TRAIN,
+    "gguf": _LOCAL,
     "fp8": (ArtifactRequest("fp8"),),
+    "nvfp4": (ArtifactRequest("nvfp4"),),
+    "int4": (ArtifactRequest("int4"),),
 }
-"""A: text-only NF4 to train on. B: text-only and GGUF, F16 always. fp8: block FP8 to serve."""
+"""A, nf4: text-only NF4 to train on. B, gguf: text-only and GGUF, F16 always. Others: to serve."""
 
 
 def path_artifacts(
@@ -152,7 +158,7 @@ def path_artifacts(
         if name not in get_args(PathName):
             raise UsageError(f"path {name!r}", "unknown", expected=", ".join(get_args(PathName)))
         requests |= {request.label: request for request in _PATHS[name]}  # type: ignore[index]
-    if "B" not in paths and (types or imatrix):
+    if not any(request.types for request in requests.values()) and (types or imatrix):
         raise UsageError("types and imatrix", "are for path B", hint="leave them out")
     all_types = tuple(dict.fromkeys(("F16", *(types or DEFAULT_TYPES))))
     return tuple(

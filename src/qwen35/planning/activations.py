@@ -79,6 +79,11 @@ class Activations:
         squares = self.squares.get(key) if mode == "search" else None
         return self.columns.get(key) if squares is None else squares
 
+    def largest(self, role: Role) -> float | None:
+        """Return the largest magnitude of a weight's inputs; None if unknown."""
+        columns = self.columns.get((role.name, role.layer, role.expert))
+        return None if columns is None else float(columns.max())
+
     def check(self, items: Sequence[InventoryItem], geometry: Mapping[str, int]) -> None:
         """Check that the statistics belong to the model with the weights `items`.
 

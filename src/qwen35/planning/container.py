@@ -87,6 +87,9 @@ class ContainerOptions(Protocol):
     def importance(self, step: Step, slab: int) -> F32 | None:
         """Return how much an error in each column of a slab matters; None: all equally."""
 
+    def input_largest(self, step: Step) -> float | None:
+        """Return the largest magnitude of the inputs of a step's layer; None if unknown."""
+
 
 class Container(ABC):
     """An output file format.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.registry import CODECS
 from qwen35.planning.container import Container, ContainerOptions
 from qwen35.planning.step import Step
 from qwen35.tensors import TensorSpec
@@ -119,6 +120,12 @@ class Plan:
     def settings(self) -> Any:
         """How codecs choose scales; None if none do."""
         return self.options.settings
+
+    @property
+    def banded(self) -> bool:
+        """Whether weights are encoded that bands judge (`Codec.banded`)."""
+        targets = (target for step in self.steps for target in step.targets if not target.copied)
+        return any(CODECS[target.codec].banded for target in targets)
 
     @property
     def kind(self) -> str:

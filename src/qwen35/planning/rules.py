@@ -116,6 +116,47 @@ class Recipe:
                 rules.append(Rule(role, "plain", "asked for by --keep", required=True))
         return self.preceded(rules)
 
+    def laid_out(self, layout: str | None) -> Recipe:
+        """Return this recipe with its packings in another layout, if one is named.
+
+        Raises:
+            UsageError: a packing has no such layout, or nothing is packed.
+        """
+        if layout is None:
+            return self
+        packing = {self.format, *(rule.action for rule in self.rules)}
+        codecs = [CODECS[name] for name in packing if name in CODECS and CODECS[name].packed]
+        for codec in sorted(codecs, key=lambda codec: codec.name):
+            if not codec.layouts:
+                found, hint = f"{codec.label} has only one", "leave it out"
+                raise UsageError(f"--layout {layout}", found, hint=hint)
+            if layout not in codec.layouts:
+                found, expected = f"{codec.label} has no such layout", " or ".join(codec.layouts)
+                raise UsageError(f"--layout {layout}", found, expected=expected)
+        if not codecs:
+            found, hint = "this recipe packs nothing", "leave it out"
+            raise UsageError(f"--layout {layout}", found, hint=hint)
+        renamed = {codec.name: codec.layouts[layout] for codec in codecs}
+        rules = (replace(rule, action=renamed.get(rule.action, rule.action)) for rule in self.rules)
+        return replace(self, format=renamed[self.format], rules=tuple(rules))
+
+    def quantizing_inputs(self) -> Recipe:
+        """Return this recipe with packings that quantize the inputs of their layers as well.
+
+        Raises:
+            UsageError: no packing can.
+        """
+        names = {self.format, *(rule.action for rule in self.rules)} & CODECS.keys()
+        renamed = {name: CODECS[name].with_inputs for name in names if CODECS[name].with_inputs}
+        if not renamed:
+            found = (
+                f"{CODECS[self.format].label if self.format in CODECS else 'nothing'} has no form"
+            )
+            found = f"{found} with inputs quantized by statistics"
+            raise UsageError("--activations", found, hint="leave it out")
+        rules = (replace(rule, action=renamed.get(rule.action, rule.action)) for rule in self.rules)
+        return replace(self, format=renamed.get(self.format, self.format), rules=tuple(rules))
+
     def dropping_mtp(self) -> Recipe:
         """Return this recipe with the multi-token-prediction layer dropped."""
         return self.preceded([Rule("mtp", "drop", "asked for by --drop-mtp")])

@@ -30,6 +30,11 @@ class StepTarget:
     copied: bool = False
 
     @property
+    def name(self) -> str:
+        """The written weight's name; its tensors may be called otherwise."""
+        return CODECS[self.codec].weight_name(self.outputs[0].name)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensors, in one file."""
         return sum(out.nbytes for out in self.outputs)
@@ -51,12 +56,14 @@ class Step:
         role: its role in the model.
         reason: the reason of the rule that decided.
         targets: the encodings written; empty if the weight is dropped.
+        tied: the other weights that have to have the same scale of the whole, as engines fuse them.
     """
 
     rows: Rows
     role: Role
     reason: str
     targets: tuple[StepTarget, ...]
+    tied: tuple[Rows, ...] = ()
 
     @property
     def weight(self) -> Weight:
@@ -112,7 +119,7 @@ class Step:
     @property
     def module(self) -> str:
         """The module's name in the output."""
-        return self.targets[0].outputs[0].name.removesuffix(".weight")
+        return self.targets[0].name.removesuffix(".weight")
 
     @property
     def packing(self) -> str | None:

@@ -231,8 +231,8 @@ def _is_complete(result: Mapping[str, Any]) -> bool:
 
 
 def _is_judged(held: HeldWeight) -> bool:
-    """Return whether bands apply: only a codec that chooses scales can choose them badly."""
-    return codec_of(held.weight).chooses_scales
+    """Return whether bands apply."""
+    return codec_of(held.weight).banded
 
 
 def _sample(weights: Sequence[HeldWeight], count: int | None, seed: int) -> Iterator[HeldWeight]:

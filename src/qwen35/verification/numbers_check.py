@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 from qwen35.checkpoint.reconciled import take
 from qwen35.checkpoint.source import Checkpoint, FolderReader, Reader
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.registry import codec_of
-from qwen35.errors import Finding
+from qwen35.errors import Finding, InputError
 from qwen35.execution.judging import judge
+from qwen35.model.fused import scale_group
+from qwen35.model.roles import role_of
 from qwen35.progress import Progress, Silent
 from qwen35.threads import default_threads
 from qwen35.verification.memo import ReadOnlyMemo, ResultMemo
@@ -98,7 +100,22 @@ def check_numbers(
             compared += checked
             findings += [finding for _, one in checked for finding in one.findings]
             roles += _roles(part, originals, checked)
+            findings += _untied(part, reader)
     return NumbersResult(roles, compared, findings)
+
+
+def _untied(part: SubjectPart, reader: FolderReader) -> Iterator[Finding]:
+    """Yield weights whose scale of the whole is not that of those that engines fuse with them."""
+    first: dict[object, tuple[str, float]] = {}
+    for held in part.weights:
+        with suppress(InputError):  # the check of the weight itself found it
+            scale = codec_of(held.weight).whole_scale(reader, held.weight)
+            if scale is None or (key := scale_group(role_of(held.weight.name))) is None:
+                continue
+            name, other = first.setdefault(key, (held.weight.name, scale))
+            if scale != other:
+                message = f"its scale of the whole is {scale:g}, that of {name} {other:g}"
+                yield Finding("scales", held.subject, f"{message}: engines take one for both")
 
 
 def _roles(

@@ -152,8 +152,11 @@ class CheckpointSubject(Subject):
             if count and method != _method(codec):
                 message = f"quant_method is {method!r}, but {count} weights are packed {codec.name}"
                 yield Finding("quantization-config", "config.json", message)
-        for codec in self._promised():
-            yield from codec.config_findings(quantization, self.items, vision=self.vision)
+        yield from dict.fromkeys(  # codecs of one method find the same
+            finding
+            for codec in self._promised()
+            for finding in codec.config_findings(quantization, self.items, vision=self.vision)
+        )
         yield from self._meaning_findings()
 
     def _meaning_findings(self) -> Iterator[Finding]:

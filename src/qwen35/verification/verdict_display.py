@@ -18,11 +18,13 @@ def verdict_text(verdict: Verdict) -> str:
     if verdict.errors:
         exact = sum(row.count for row in verdict.errors if not row.squared)
         lines.append(f"{exact} weights are exactly those of the source")
+    width = max([6, *(len(row.storage) for row in inexact)])
     if inexact:
-        lines += ["", f"{'  role':<38} {'stored':>6} {'count':>6} {'rel. error':>12} {'worst':>12}"]
+        head = f"{'  role':<38} {'stored':>{width}} {'count':>6} {'rel. error':>12} {'worst':>12}"
+        lines += ["", head]
     for row in inexact:
         values = f"{row.relative:>12.6f} {row.worst:>12.6f}"
-        lines.append(f"  {row.role:<36} {row.storage:>6} {row.count:>6} {values}")
+        lines.append(f"  {row.role:<36} {row.storage:>{width}} {row.count:>6} {values}")
     if verdict.answers:
         lines += ["", f"{'  asked':<62} {'thinking':>8}  answer"]
     file = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from qwen35.codecs.codec import (
     Codec,
@@ -14,7 +14,7 @@ from qwen35.codecs.codec import (
     Piece,
     StoredValues,
 )
-from qwen35.codecs.fp8.layout import BLOCK, SCALE, fits, layout
+from qwen35.codecs.fp8.layout import BLOCK, SCALE, ScaleMode, fits, layout
 from qwen35.errors import Finding, TensorError
 from qwen35.tensors import FLOAT_DTYPES, StoredTensor, TensorSpec, Weight
 
@@ -36,8 +36,11 @@ class Fp8(Codec):
     per_expert = True
     joined = True
     chooses_scales = True
+    scale_modes = get_args(ScaleMode)
+    banded = True
     widens = True
     packable = "linear layers or experts"
+    endings = (SCALE,)
     method = "fp8"
     suffix = "-FP8"
     tags = ("fp8",)
@@ -53,10 +56,6 @@ class Fp8(Codec):
     def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
         """Return the scale tensor, if present."""
         return [name + SCALE] if name + SCALE in tensors else None
-
-    def is_companion(self, name: str) -> bool:
-        """Return whether a tensor of this name belongs to another weight."""
-        return name.endswith(SCALE)
 
     def problem(self, tensors: Mapping[str, StoredTensor], name: str) -> TensorError | None:
         """Return the problem with the tensors found by `companions`, or None."""

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen35.codecs.codec import LoaderModule
+from qwen35.codecs.engine_modules import fused_findings, loaded_as
 from qwen35.codecs.fp8.layout import BLOCK
 from qwen35.errors import Finding
-from qwen35.model.fused import fused_group
 from qwen35.model.model_config import ModelConfig
 
 __all__ = ["findings", "quantization_config", "tensor_parallel_findings", "unconverted_modules"]
@@ -39,14 +39,8 @@ def unconverted_modules(modules: Sequence[LoaderModule]) -> list[str]:
     """
     return sorted(
         {"lm_head"}
-        | {_loaded_as(m.module) for m in modules if m.codec == "plain" and len(m.spec.shape) > 1}
+        | {loaded_as(m.module) for m in modules if m.codec == "plain" and len(m.spec.shape) > 1}
     )
-
-
-def _loaded_as(module: str) -> str:
-    """Return the module into which engines load a weight; all experts of a layer share one."""
-    layer, separator, _ = module.partition(".mlp.experts.")
-    return f"{layer}.mlp.experts" if separator else module
 
 
 def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -> Iterator[Finding]:
@@ -60,7 +54,7 @@ def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -
             message = f"{key} is {quantization.get(key)!r}, expected {value!r}"
             yield Finding("quantization-config", "config.json", message)
     yield from _list_findings(quantization.get(_LIST), modules)
-    yield from _group_findings(modules)
+    yield from fused_findings(modules)
 
 
 def _list_findings(entries: object, modules: Sequence[LoaderModule]) -> Iterator[Finding]:
@@ -75,7 +69,7 @@ def _list_findings(entries: object, modules: Sequence[LoaderModule]) -> Iterator
         yield Finding("skip-list", "lm_head", message)
     names = {"lm_head"}
     for module in modules:
-        full, joint = module.module, _loaded_as(module.module)
+        full, joint = module.module, loaded_as(module.module)
         names |= {joint, full}
         packed = module.codec == "fp8"
         skip = joint in listed or full in listed
@@ -85,22 +79,6 @@ def _list_findings(entries: object, modules: Sequence[LoaderModule]) -> Iterator
             yield Finding("skip-list", full, f"not packed, and missing from {_LIST}")
     for entry in sorted(listed - names):
         yield Finding("skip-list", entry, f"in {_LIST}, but no module of this model")
-
-
-def _group_findings(modules: Sequence[LoaderModule]) -> Iterator[Finding]:
-    first: dict[object, LoaderModule] = {}
-    reported = set()
-    for module in modules:
-        key = fused_group(module.role)
-        if key is None or key in reported:
-            continue
-        # Comparing with the first member suffices: if all agree with it, they agree.
-        other = first.setdefault(key, module)
-        if (module.codec == "fp8") != (other.codec == "fp8"):
-            reported.add(key)
-            packed, plain = (module, other) if module.codec == "fp8" else (other, module)
-            message = f"packed, but not {plain.spec.name}: engines load both as {key[2]}"
-            yield Finding("fused-group", packed.spec.name, message)
 
 
 def tensor_parallel_findings(

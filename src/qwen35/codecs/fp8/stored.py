@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen35.codecs.codec import Encoding, EncodingRequest, Piece, stacked
-from qwen35.codecs.floats import all_finite, from_f32
 from qwen35.codecs.fp8.arrays import decode_rows
 from qwen35.codecs.fp8.layout import BLOCK, SCALE
 from qwen35.codecs.pieces import Readable, not_finite, whole
+from qwen35.codecs.stored_rows import StoredRows
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.array_types import F32, U8, Array
+    from qwen35.array_types import F32, U8
 
 __all__ = ["EncodingFp8", "StoredFp8", "read_scales"]
 
@@ -37,26 +37,20 @@ def read_scales(reader: Readable, weight: Weight) -> F32:
     return scales.reshape(stored_scale.spec.shape)
 
 
-class StoredFp8:
+class StoredFp8(StoredRows):
     """The decoded values of a stored FP8 weight; its scales stay in memory."""
 
     def __init__(self, reader: Readable, weight: Weight, spec: TensorSpec) -> None:
-        self._reader, self._weight, self._spec = reader, weight, spec
+        super().__init__(weight, spec)
+        self._reader = reader
         self._scales = read_scales(reader, weight)
 
-    def read_into(self, first: int, out: Array) -> None:
-        """Fill flat `out` with decoded elements, starting at index `first`."""
-        columns = self._spec.shape[1]
-        begin, end = first // columns, -(-(first + out.size) // columns)
-        codes = np.empty((end - begin, columns), np.uint8)
-        self._reader.read_into(self._weight.main, begin * columns, codes.data.cast("B"))
-        values = self._decoded(codes, begin).reshape(-1)
-        skipped = first - begin * columns
-        values = values[skipped : skipped + out.size]
-        with np.errstate(over="ignore"):  # F16 may overflow: refused below
-            out[:] = from_f32(values, self._spec.dtype)
-        if not (all_finite(values, "F32") and all_finite(out, self._spec.dtype)):
-            raise not_finite(self._weight.name)
+    def decoded(self, first: int, count: int) -> F32:
+        """Return rows, decoded."""
+        columns = self.spec.shape[1]
+        codes = np.empty((count, columns), np.uint8)
+        self._reader.read_into(self.weight.main, first * columns, codes.data.cast("B"))
+        return self._decoded(codes, first)
 
     def _decoded(self, codes: U8, begin: int) -> F32:
         """Decode rows starting at row `begin`, which may lie inside a tile."""

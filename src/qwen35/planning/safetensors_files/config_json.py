@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import UsageError
 from qwen35.model.model_config import ARCHITECTURES, ModelConfig
+from qwen35.model.named_code import without_code
 
 if TYPE_CHECKING:
     from qwen35.planning.safetensors_files.safetensors_steps import DraftStep
@@ -42,7 +43,7 @@ def output_config(
     Raises:
         UsageError: no loader could read the tensors.
     """
-    raw = _text_only(config) if text_only else copy.deepcopy(config.raw)
+    raw = without_code(_text_only(config) if text_only else copy.deepcopy(config.raw))
     text = raw["text_config"] if ARCHITECTURES[raw["model_type"]].vision else raw
     for section in (raw, text):  # it describes the source's packing
         section.pop("quantization_config", None)
@@ -50,12 +51,14 @@ def output_config(
     if layers or config.promised_mtp:
         _set_mtp(raw, text, layers)
     written = [draft for draft in drafts if draft.outputs]
-    packings = [CODECS[name] for name in {draft.codec for draft in written} if CODECS[name].packed]
-    if len(packings) > 1:
+    packings = [
+        CODECS[name] for name in sorted({draft.codec for draft in written}) if CODECS[name].packed
+    ]
+    if len({codec.method for codec in packings}) > 1:
         labels = " and ".join(sorted((codec.label for codec in packings), reverse=True))
         found = f"would leave {labels} weights in one checkpoint"
         raise UsageError("recipe", found, hint="decode the source first, with --recipe bf16")
-    for codec in packings:  # at most one
+    for codec in packings[:1]:  # those of one method describe each other
         raw["quantization_config"] = codec.config(written, prefix, config.dtype)
     return raw
 

@@ -14,6 +14,7 @@ from qwen35.planning.container import Container, ContainerInputs, ContainerOptio
 
 if TYPE_CHECKING:
     from qwen35.checkpoint.source import Checkpoint
+    from qwen35.codecs.codec import Codec
     from qwen35.planning.output_plan import Plan
     from qwen35.planning.rules import Recipe
 
@@ -43,7 +44,7 @@ class SafetensorsContainer(Container):
         if action not in ACTIONS:
             raise UsageError(rule, f"action {action!r}", expected=" or ".join(ACTIONS))
         codec = CODECS.get(action)
-        if codec is not None and codec.packed and action != kind:
+        if codec is not None and codec.packed and not _goes_with(codec, kind):
             hint = f'give it format = "{action}"'
             raise UsageError(recipe, f"packs as {codec.label}", hint=hint)
         return action
@@ -130,3 +131,9 @@ class SafetensorsContainer(Container):
         from qwen35.planning.safetensors_files.safetensors_display import packed_text
 
         return packed_text(plan)
+
+
+def _goes_with(codec: Codec, kind: str) -> bool:
+    """Return whether one config.json can describe weights of a codec beside those of a format."""
+    other = CODECS.get(kind)
+    return codec.name == kind or bool(other and codec.method and codec.method == other.method)

@@ -66,7 +66,7 @@ def plan_text(plan: Plan, threads: int) -> str:
         f"{len(plan.steps)} weights in, {written} tensors out, {packed_text(plan)}",
         f"reads {size(plan.read_bytes)}, writes {size(total)}, "
         f"peak memory about {size(peak_memory(plan, threads))} with {threads} threads",
-        *([f"FP8 scales: {plan.settings}"] if plan.settings else []),
+        *([f"{CODECS[plan.kind].label} scales: {plan.settings}"] if plan.settings else []),
         f"plan {plan.digest}",
     ]
     lines += [f"note: {note}" for note in _notes(plan)]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwen35.checkpoint.header import json_bytes, strict_json
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.checkpoint.source import INDEX_NAME, SINGLE_NAME, Checkpoint
+from qwen35.codecs.registry import CODECS
 from qwen35.errors import InputError
 from qwen35.planning.safetensors_files.config_json import output_config
 
@@ -52,7 +53,12 @@ def documents(output: DraftedOutput) -> dict[str, bytes]:
         UsageError: no loader could read the output.
     """
     contents = {name: make(output, name) for name, make in DOCUMENTS.items()}
-    return {name: content for name, content in contents.items() if content is not None}
+    made = {name: content for name, content in contents.items() if content is not None}
+    quantization = json.loads(made["config.json"]).get("quantization_config")
+    for codec in {draft.codec for draft in output.drafts if draft.outputs}:
+        beside = CODECS[codec].documents(quantization or {})
+        made |= {name: json_bytes(content) for name, content in beside.items()}
+    return made
 
 
 def _config(output: DraftedOutput, name: str) -> bytes:

@@ -65,3 +65,11 @@ class SafetensorsOptions:
         if self.activations is None or self.scale_choice is None:
             return None
         return self.activations.weights(step.role, self.scale_choice.mode)
+
+    def input_largest(self, step: Step) -> float | None:
+        """Return the largest magnitude of the inputs of a step's layer, and of those tied to it."""
+        if self.activations is None:
+            return None
+        roles = (step.role, *(rows.item.role for rows in step.tied))
+        found = (self.activations.largest(role) for role in roles)
+        return max((one for one in found if one is not None), default=None)

@@ -16,8 +16,11 @@ from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import TensorError, UsageError
 from qwen35.model.config_notes import config_notes
+from qwen35.model.fused import scale_group
 from qwen35.model.model_config import ModelConfig
+from qwen35.model.named_code import code_keys
 from qwen35.model.roles import mtp_tensors, role_of, tower_tensors
+from qwen35.planning.activations import Activations
 from qwen35.planning.output_plan import Plan, PlannedFile
 from qwen35.planning.requantized import requantized_notes
 from qwen35.planning.rows import rows_of
@@ -29,7 +32,12 @@ from qwen35.planning.safetensors_files.safetensors_documents import (
     template_notes,
 )
 from qwen35.planning.safetensors_files.safetensors_options import SafetensorsOptions
-from qwen35.planning.safetensors_files.safetensors_steps import DraftStep, Ruled, make_drafts
+from qwen35.planning.safetensors_files.safetensors_steps import (
+    DraftStep,
+    Ruled,
+    make_drafts,
+    scale_groups,
+)
 from qwen35.planning.sidecar_checks import check_sidecars, left_behind
 from qwen35.planning.step import Step, StepTarget
 from qwen35.tensors import TensorSpec
@@ -139,18 +147,38 @@ def _with_scale_choice(
         _refuse_scale_flags(checkpoint.name, drafts, options)
         return options, ()
     scale_choice = options.scale_choice or ScaleChoice()
+    codec = CODECS[encoded[0].codec]
+    if scale_choice.mode not in codec.scale_modes:
+        found = f"{codec.label} has no mode {scale_choice.mode}"
+        raise UsageError("--calib-mode", found, expected=" or ".join(codec.scale_modes))
     options = replace(options, scale_choice=scale_choice)
+    inputs = [draft for draft in encoded if CODECS[draft.codec].quantized_inputs]
+    _check_inputs(inputs, activations)
     if activations is None:
         return options, ()
-    if not scale_choice.weighted:  # whatever is in the file
+    if not scale_choice.weighted and not inputs:  # whatever is in the file
         note = f"{activations.name} is ignored: mode {scale_choice.mode} weighs no columns"
         return replace(options, activations=None), (note,)
     activations.check(items, checkpoint.config.geometry)
     column_weights = (activations.weights(draft.role, scale_choice.mode) for draft in encoded)
     without = sum(weights is None for weights in column_weights)
-    share = f"{without} of {len(encoded)} FP8 weights have no statistics: their columns weigh alike"
+    count = f"{without} of {len(encoded)} {codec.label} weights"
+    share = f"{count} have no statistics: their columns weigh alike"
     notes = (share,) if without else ()
     return options, (*notes, *activations.notes())
+
+
+def _check_inputs(drafts: Sequence[DraftStep], activations: Activations | None) -> None:
+    """Check that there are statistics of the inputs of all weights that store their scale."""
+    if drafts and activations is None:
+        found = "takes statistics of the layers' inputs"
+        hint = "give them: --activation-stats FILE, from `qwen35 calibrate`"
+        raise UsageError("--activations", found, hint=hint)
+    for draft in drafts:
+        if activations is not None and not activations.largest(draft.role):
+            found = f"no inputs of {draft.spec.name}, or only zeros"
+            hint = "calibrate again, with more text"
+            raise UsageError(activations.name, found, expected="their largest values", hint=hint)
 
 
 def _refuse_scale_flags(
@@ -200,7 +228,8 @@ def _laid_out(
     placed: Sequence[tuple[DraftStep, str]],
 ) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
     """Return the steps, and the files that hold what they write, in order of appearance."""
-    steps = tuple(_step(draft, file) for draft, file in placed)
+    groups = scale_groups(draft for draft, _ in placed)
+    steps = tuple(_step(draft, file, groups) for draft, file in placed)
     members: dict[str, list[Step]] = {}
     for step, (_, file) in zip(steps, placed, strict=True):
         if step.targets:
@@ -213,11 +242,13 @@ def shard_name(number: int, count: int) -> str:
     return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _step(draft: DraftStep, file: str) -> Step:
+def _step(draft: DraftStep, file: str, groups: Mapping[object, Sequence[DraftStep]]) -> Step:
     targets: tuple[StepTarget, ...] = ()
     if draft.outputs:
         targets = (StepTarget(draft.codec, draft.outputs, (file,), draft.copied),)
-    return Step(rows_of(draft.item), draft.role, draft.reason, targets)
+    group = groups.get(scale_group(draft.role), ()) if draft.surveys else ()
+    tied = tuple(rows_of(other.item) for other in group if other is not draft)
+    return Step(rows_of(draft.item), draft.role, draft.reason, targets, tied)
 
 
 def plan_file(name: str, steps: list[Step]) -> PlannedFile:
@@ -233,6 +264,9 @@ def plan_file(name: str, steps: list[Step]) -> PlannedFile:
 def _notes(config: ModelConfig, drafts: Sequence[DraftStep]) -> Iterator[str]:
     head = any(draft.role.name == "lm_head" for draft in drafts)
     yield from config_notes(config, head=head)
+    for key in code_keys(config.raw):
+        shown = key if key.isprintable() else ascii(key)
+        yield f"{shown[:80]} of config.json is left out: it names code or files to be loaded"
     written = [draft for draft in drafts if draft.outputs]
     for name in dict.fromkeys(draft.codec for draft in written):
         yield from CODECS[name].notes(written, config.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwen35.checkpoint.inventory import InventoryItem
@@ -11,12 +11,12 @@ from qwen35.codecs.codec import Codec
 from qwen35.codecs.registry import CODECS, is_packed
 from qwen35.errors import UsageError
 from qwen35.model.dimension_keys import shape_keys
-from qwen35.model.fused import fused_group
+from qwen35.model.fused import fused_group, scale_group
 from qwen35.model.roles import Role
 from qwen35.planning.rules import Recipe, Rule
 from qwen35.tensors import TensorSpec
 
-__all__ = ["DraftStep", "check_groups", "make_drafts"]
+__all__ = ["DraftStep", "check_groups", "make_drafts", "scale_groups"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,11 @@ class DraftStep:
         """Bytes written."""
         return sum(out.nbytes for out in self.outputs)
 
+    @property
+    def surveys(self) -> bool:
+        """Whether encoding it needs the largest magnitude of its whole (`Codec.surveys`)."""
+        return bool(self.outputs) and not self.copied and CODECS[self.codec].surveys
+
     # --- `qwen35.codecs.codec.LoaderModule`
 
     @property
@@ -64,7 +69,7 @@ class DraftStep:
     @property
     def module(self) -> str:
         """The module's name in the output."""
-        return self.outputs[0].name.removesuffix(".weight")
+        return CODECS[self.codec].weight_name(self.outputs[0].name).removesuffix(".weight")
 
 
 Ruled = Sequence[tuple[InventoryItem, Rule]]
@@ -105,10 +110,9 @@ def make_drafts(
 
 def _outputs(codec: str, copied: bool, item: InventoryItem, name: str) -> tuple[TensorSpec, ...]:
     if copied:
+        before, now = (whole.removesuffix(".weight") for whole in (item.spec.name, name))
         return tuple(
-            TensorSpec(
-                name + part.spec.name.removeprefix(item.spec.name), part.spec.dtype, part.spec.shape
-            )
+            TensorSpec(now + part.spec.name.removeprefix(before), part.spec.dtype, part.spec.shape)
             for part in item.weight.parts
         )
     renamed = TensorSpec(name, item.spec.dtype, item.spec.shape)
@@ -205,6 +209,15 @@ def check_groups(drafts: Sequence[DraftStep]) -> None:
                 expected="both or neither: engines load them as one matrix",
                 hint=f"keep {packed.role.name} as well, or pack {plain.role.name}",
             )
+
+
+def scale_groups(drafts: Iterable[DraftStep]) -> Mapping[object, list[DraftStep]]:
+    """Return the weights that are encoded with one scale of the whole, by group."""
+    groups: dict[object, list[DraftStep]] = defaultdict(list)
+    for draft in drafts:
+        if draft.surveys and (key := scale_group(draft.role)) is not None:
+            groups[key].append(draft)
+    return groups
 
 
 def _joined(draft: DraftStep) -> str:

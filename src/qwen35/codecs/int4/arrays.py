@@ -1,0 +1,94 @@
+"""INT4 on arrays: rows quantized, and codes packed into words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from qwen35.array_types import F32, U8, Array
+from qwen35.codecs.floats import f32_from, from_f32
+from qwen35.codecs.int4.layout import PER_WORD
+
+__all__ = ["QuantizedRows", "packed", "quantize_rows", "unpacked"]
+
+I32 = npt.NDArray[np.int32]
+
+_OF_ZEROS = np.float32(2.0**-7)
+"""The scale of a group of zeros: any would do; compressed-tensors has bfloat16's epsilon."""
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Rows as INT4.
+
+    Args:
+        codes: [rows, columns] uint8, q + 8.
+        scales: [rows, columns / group] float32, values of the dtype they are stored in.
+        zeros: [rows, columns / group] uint8, z + 8.
+    """
+
+    codes: U8
+    scales: F32
+    zeros: U8
+
+    @property
+    def values(self) -> F32:
+        """[rows, columns] what they decode to."""
+        group = self.codes.shape[1] // self.scales.shape[1]
+        steps = self.codes.astype(np.float32) - np.repeat(self.zeros, group, axis=1)
+        return steps * np.repeat(self.scales, group, axis=1)
+
+
+def quantize_rows(
+    values: Array,
+    dtype: str,
+    group: int,
+    stored: str,
+    weights: F32 | None,
+    *,
+    symmetric: bool,
+    search: bool,
+) -> QuantizedRows:
+    """Quantize rows.
+
+    Args:
+        values: [rows, columns] elements of `dtype` (BF16 as uint16 bits), finite.
+        dtype: BF16, F16 or F32.
+        group: columns that share a scale.
+        stored: dtype of the scales.
+        weights: [columns] error weight of each column; None for equal weights.
+        symmetric: whether zero points are 0.
+        search: whether scales are searched; else from the extremes.
+    """
+    from qwen35.codecs.int4 import kernels
+
+    rows, columns = values.shape
+    flat = f32_from(values.reshape(-1), dtype)
+    importance = np.ones(columns, np.float32)
+    if weights is not None and weights.any():
+        importance = weights
+    scales, zeros = np.empty((2, flat.size // group), np.float32)
+    kernels.choose(flat, importance, group, symmetric, search, scales, zeros)
+    with np.errstate(over="ignore", under="ignore"):
+        scales = f32_from(from_f32(scales, stored), stored)
+    scales[scales == 0] = _OF_ZEROS
+    codes = np.empty(flat.size, np.uint8)
+    kernels.encode(flat, group, scales, zeros, codes)
+    shape = (rows, columns // group)
+    whole = (zeros + np.float32(8)).astype(np.uint8)
+    return QuantizedRows(codes.reshape(values.shape), scales.reshape(shape), whole.reshape(shape))
+
+
+def packed(codes: U8) -> I32:
+    """Pack codes [..., 8 n] into words [..., n], the first code in the lowest bits."""
+    pairs = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
+    return np.ascontiguousarray(pairs).view("<i4")
+
+
+def unpacked(words: I32) -> U8:
+    """Undo `packed`."""
+    pairs = np.ascontiguousarray(words).view(np.uint8)
+    shape = (*words.shape[:-1], PER_WORD * words.shape[-1])
+    return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(shape)

@@ -1,0 +1,70 @@
+"""NVFP4 on arrays: the scale of a whole weight, and rows encoded and decoded."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from qwen35.array_types import F32, U8, Array
+from qwen35.codecs.floats import f32_from
+from qwen35.codecs.fp8.arrays import e4m3_values
+from qwen35.codecs.nvfp4.layout import BLOCK, RANGE
+
+__all__ = ["decode_rows", "e2m1_values", "encode_rows", "whole_scale"]
+
+_TINY = np.finfo(np.float32).tiny
+
+
+def whole_scale(largest: float) -> np.float32:
+    """Return 2688 times the inverse of the largest magnitude; 1 if there is none to speak of.
+
+    The inverse is rounded before the product, as torch divides a number by a tensor.
+    """
+    with np.errstate(over="ignore"):
+        scale = np.float32(RANGE) * (np.float32(1) / max(np.float32(largest), _TINY))
+    return scale if np.isfinite(scale) else np.float32(1)
+
+
+def encode_rows(
+    values: Array, dtype: str, whole: np.float32, weights: F32 | None, *, search: bool
+) -> tuple[U8, U8]:
+    """Quantize rows.
+
+    Args:
+        values: [rows, columns] elements of `dtype` (BF16 as uint16 bits), finite.
+        dtype: BF16, F16 or F32.
+        whole: as `whole_scale` returns it.
+        weights: [columns] error weight of each column; None for equal weights.
+        search: whether the scales of blocks are searched; else from their largest magnitudes.
+
+    Returns:
+        Codes [rows, columns / 2], two a byte, and the scales' E4M3 codes [rows, columns / 16].
+    """
+    from qwen35.codecs.nvfp4 import kernels
+
+    rows, columns = values.shape
+    codes, scales = (
+        np.empty(rows * columns // 2, np.uint8),
+        np.empty(rows * columns // BLOCK, np.uint8),
+    )
+    even = weights is None or not weights.any()
+    importance = np.ones(columns, np.float32) if even or weights is None else weights
+    flat = f32_from(values.reshape(-1), dtype)
+    kernels.encode(flat, importance, whole, search, e4m3_values()[:128], codes, scales)
+    return codes.reshape(rows, -1), scales.reshape(rows, -1)
+
+
+def e2m1_values() -> F32:
+    """Return the value of each of the 16 E2M1 codes; the fourth bit is the sign."""
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    return np.concatenate([magnitudes, -magnitudes])
+
+
+def decode_rows(codes: U8, units: F32) -> F32:
+    """Return ``value * unit`` in float32.
+
+    Args:
+        codes: [rows, columns / 2], two a byte, the first in the low bits.
+        units: [rows, columns / 16].
+    """
+    values = e2m1_values()[np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)]
+    return values * np.repeat(units, BLOCK, axis=1)

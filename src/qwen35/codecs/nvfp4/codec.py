@@ -1,0 +1,174 @@
+"""The NVFP4 codec, in the layouts of compressed-tensors and of ModelOpt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from qwen35.codecs.codec import (
+    Codec,
+    Encoding,
+    EncodingRequest,
+    LoaderModule,
+    Piece,
+    StoredValues,
+)
+from qwen35.codecs.nvfp4.layout import COMPRESSED_TENSORS, MODELOPT, Nvfp4Layout, fits
+from qwen35.errors import Finding
+from qwen35.model.fused import scale_group
+from qwen35.model.roles import role_of
+from qwen35.tensors import StoredTensor, TensorSpec, Weight
+
+if TYPE_CHECKING:
+    from qwen35.codecs.comparison import WeightComparison
+    from qwen35.codecs.pieces import Readable
+    from qwen35.model.roles import Role
+
+__all__ = ["NVFP4", "Nvfp4"]
+
+
+class Nvfp4(Codec):
+    """E2M1 codes with an E4M3 scale per block of 16 and a float32 scale of the whole.
+
+    Args:
+        name: as `Codec.name`.
+        layout: the tensors of a weight.
+        inputs: whether the layer's inputs are quantized too (W4A4).
+    """
+
+    checks = False
+    per_expert = True
+    joined = True
+    served = True
+    surveys = True
+    chooses_scales = True
+    widens = True
+    packable = "linear layers, experts or the head"
+    tags = ("nvfp4", "fp4")
+    described = "NVFP4 (E2M1 in blocks of 16 with E4M3 scales)"
+    scale_modes = ("search", "max")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "head")
+
+    def __init__(self, name: str, layout: Nvfp4Layout, *, inputs: bool) -> None:
+        kind = "nvfp4-a4" if inputs else "nvfp4"
+        tool = layout.name
+        self._layout = layout
+        self.name, self.method, self.quantized_inputs = name, tool, inputs  # type: ignore[misc]
+        self.layouts = {"compressed-tensors": kind, "modelopt": f"{kind}-modelopt"}  # type: ignore[misc]
+        self.with_inputs = "" if inputs else name.replace("nvfp4", "nvfp4-a4")  # type: ignore[misc]
+        self.suffix = "-NVFP4" if name == kind else "-NVFP4-modelopt"  # type: ignore[misc]
+        also = ", inputs too" if inputs else ""
+        self.meaning = f"NVFP4 (blocks of 16{also}), as {tool} stores it"  # type: ignore[misc]
+
+    @property
+    def label(self) -> str:
+        """The display name."""
+        return "NVFP4"
+
+    def weight_name(self, name: str) -> str:
+        """Return the name of the weight whose codes are called `name`."""
+        return f"{name.removesuffix(self._layout.codes)}weight"
+
+    def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
+        """Return the scales, if the scale of the whole is present."""
+        if not name.endswith(f".{self._layout.codes}"):
+            return None
+        module = name.removesuffix(self._layout.codes)
+        if f"{module}{self._layout.whole}" not in tensors:
+            return None
+        if (f"{module}{self._layout.inputs}" in tensors) != self.quantized_inputs:
+            return None
+        names = (self._layout.scales, self._layout.whole, self._layout.inputs)
+        return [f"{module}{one}" for one in names if f"{module}{one}" in tensors]
+
+    def numel(self, weight: Weight) -> int:
+        """Return the number of weights, two in a byte."""
+        return 2 * weight.main.spec.numel
+
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
+        """Open the decoded values."""
+        from qwen35.codecs.nvfp4.stored import StoredNvfp4
+
+        return StoredNvfp4(reader, weight, spec, self._layout)
+
+    def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
+        """Return the tensors of codes and scales."""
+        return self._layout.parts(spec, inputs=self.quantized_inputs)
+
+    def fits(self, spec: TensorSpec) -> str:
+        """Return why a weight of this shape cannot be packed; empty if it can."""
+        return fits(spec)
+
+    def packs(self, role: Role) -> bool:
+        """Return whether weights of this role may be packed."""
+        return role.info.kind in self.kinds
+
+    def encode(self, request: EncodingRequest) -> Encoding:
+        """Start encoding, row by row."""
+        from qwen35.codecs.nvfp4.stored import EncodingNvfp4
+
+        return EncodingNvfp4(request, self._layout)
+
+    def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
+        """Return ``quantization_config`` as the layout's tool writes it."""
+        from qwen35.codecs import compressed_tensors, modelopt
+
+        del prefix, dtype
+        if self._layout is COMPRESSED_TENSORS:
+            return compressed_tensors.quantization_config(modules)
+        return modelopt.quantization_config(modules)
+
+    def documents(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
+        """Return hf_quant_config.json, for TensorRT."""
+        from qwen35.codecs import modelopt
+
+        if self._layout is COMPRESSED_TENSORS:
+            return {}
+        return {"hf_quant_config.json": modelopt.hf_quant_config(quantization)}
+
+    def config_findings(
+        self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
+    ) -> Iterator[Finding]:
+        """Yield contradictions between config.json and the weights, as engines read them."""
+        from qwen35.codecs import compressed_tensors, modelopt
+
+        del vision
+        own = self._layout is COMPRESSED_TENSORS
+        yield from (compressed_tensors if own else modelopt).findings(quantization, modules)
+
+    @property
+    def tolerance(self) -> str:
+        """The smallest differences that `judge` sees."""
+        from qwen35.codecs.nvfp4.judge import TOLERANCE
+
+        return TOLERANCE
+
+    def judge(
+        self,
+        reader: Readable,
+        weight: Weight,
+        spec: TensorSpec,
+        original: Iterator[Piece],
+        result: WeightComparison,
+    ) -> None:
+        """Compare every code with the nearest, and the scales with the largest magnitudes."""
+        from qwen35.codecs.nvfp4.judge import judge
+        from qwen35.codecs.nvfp4.stored import StoredNvfp4
+
+        values = StoredNvfp4(reader, weight, spec, self._layout)
+        judge(values, spec, original, result, alone=scale_group(role_of(weight.name)) is None)
+
+    def whole_scale(self, reader: Readable, weight: Weight) -> float | None:
+        """Return the scale of the whole as it is stored."""
+        from qwen35.codecs.nvfp4.stored import read_whole
+
+        return float(read_whole(reader, weight))
+
+
+NVFP4 = (
+    Nvfp4("nvfp4", COMPRESSED_TENSORS, inputs=False),
+    Nvfp4("nvfp4-a4", COMPRESSED_TENSORS, inputs=True),
+    Nvfp4("nvfp4-modelopt", MODELOPT, inputs=False),
+    Nvfp4("nvfp4-a4-modelopt", MODELOPT, inputs=True),
+)
+"""The codecs."""
