@@ -16,7 +16,7 @@ from qwen35.calibration.sums import FLOOR, Sums
 from qwen35.checkpoint.locations import read_bounded
 from qwen35.checkpoint.reconciled import has_tower, take
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.engines.torch_model import NO_CODE
+from qwen35.engines.torch_model import MODEL_OPTIONS, NO_CODE
 from qwen35.errors import InputError
 from qwen35.planning.manifest import source_json
 from qwen35.progress import Progress
@@ -100,7 +100,7 @@ def collect(
     folder, vision = checkpoint.folder(), has_tower(checkpoint)
     checkpoint, items = take(checkpoint, tower=False)
     kind = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
-    options = {"dtype": "auto", "device_map": device_map, **NO_CODE}
+    options = {"dtype": "auto", "device_map": device_map, **MODEL_OPTIONS}
     model = getattr(transformers, kind).from_pretrained(folder, **options)
     model.eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from qwen35.engines.torch_model import refuse_hub_kernels
 from qwen35.errors import UsageError
 
 __all__ = ["libraries"]
@@ -15,6 +16,7 @@ def libraries() -> tuple[Any, Any]:
     Raises:
         UsageError: one of them is not installed.
     """
+    refuse_hub_kernels()
     try:
         import torch
         import transformers

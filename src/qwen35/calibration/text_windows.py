@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,11 +14,9 @@ from qwen35.array_types import I32
 from qwen35.checkpoint.locations import read_bounded
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import ConfigError, InputError, UsageError
+from qwen35.planning.bounded_tokenizer import TOKENIZER_NAME, encode_bounded
 
 __all__ = ["TextWindows", "read_text"]
-
-
-_TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -67,17 +65,16 @@ def read_text(
     if context < 2:
         raise UsageError("--context", str(context), expected="2 tokens at least")
     tokenizer = _tokenizer(checkpoint)
-    ids: list[I32] = []
-    files = []
+    texts, files = [], []
     for path in paths:
         data = read_bounded(path)
         try:
-            text = data.decode()
+            data.decode()
         except UnicodeDecodeError as error:
             raise InputError(str(path), "not UTF-8 text", expected="plain text") from error
-        encoded = tokenizer.encode(text, add_special_tokens=False)  # no BOS between files
-        ids.append(np.array(encoded.ids, np.int32))
+        texts.append(data)
         files.append((path.name, hashlib.sha256(data).hexdigest()))
+    ids = encode_bounded(tokenizer, texts)
     flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
     whole = len(flat) // context
     if whole == 0:
@@ -90,24 +87,18 @@ def read_text(
     # A tokenizer of another model would otherwise index past the embedding.
     vocabulary = checkpoint.config.dims["vocab"]
     if int(flat.max()) >= vocabulary:
-        raise ConfigError(_TOKENIZER, f"token {flat.max()}", expected=f"less than {vocabulary}")
+        raise ConfigError(TOKENIZER_NAME, f"token {flat.max()}", expected=f"less than {vocabulary}")
     count = min(whole, windows) if windows else whole
     used = count * context
     return TextWindows(flat[:used].reshape(count, context), tuple(files), len(flat) - used)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Any:
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
+def _tokenizer(checkpoint: Checkpoint) -> bytes:
+    if importlib.util.find_spec("tokenizers") is None:
         raise UsageError(
             "calibrate", "tokenizers is not installed", hint="pip install 'qwen35[nf4]'"
-        ) from error
-    size = checkpoint.sidecars.get(_TOKENIZER)
+        )
+    size = checkpoint.sidecars.get(TOKENIZER_NAME)
     if size is None or checkpoint.place is None:
-        raise ConfigError(checkpoint.name, f"no {_TOKENIZER} in it", hint="download it as well")
-    content = checkpoint.place.read(_TOKENIZER, 0, size)
-    try:
-        return Tokenizer.from_buffer(content)
-    except Exception as error:  # the library raises nothing narrower
-        raise ConfigError(_TOKENIZER, f"not a tokenizer ({error})") from error
+        raise ConfigError(checkpoint.name, f"no {TOKENIZER_NAME} in it", hint="download it as well")
+    return checkpoint.place.read(TOKENIZER_NAME, 0, size)

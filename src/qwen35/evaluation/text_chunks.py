@@ -16,6 +16,7 @@ from qwen35.engines.llama import Llama
 from qwen35.engines.torch_model import NO_CODE, torch_and_transformers
 from qwen35.errors import InputError
 from qwen35.evaluation.models import EvaluatedModel
+from qwen35.planning.bounded_tokenizer import check_tokenizer
 
 __all__ = ["CONTEXT", "Decode", "TokenChunks", "cut", "read_text", "tokenize", "tokenizer_of"]
 
@@ -116,6 +117,7 @@ def tokenizer_of(model: EvaluatedModel) -> tuple[Callable[[str], Sequence[int]],
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model.path, **NO_CODE)
 
     def encode(text: str) -> Sequence[int]:
+        check_tokenizer(Path(model.path), [text])
         ids: list[int] = tokenizer(text, split_special_tokens=True, add_special_tokens=False)[
             "input_ids"
         ]

@@ -6,10 +6,8 @@ Loaders read these files long after a conversion, so damage is reported here, by
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.header import strict_json
@@ -17,8 +15,7 @@ from qwen35.checkpoint.mistaken import LONGEST_HEAD, stand_in
 from qwen35.checkpoint.sidecars import LEGAL, SIDECARS
 from qwen35.checkpoint.source import Checkpoint, dangling_link
 from qwen35.errors import ConfigError, InputError
-from qwen35.planning import tokenizer_child
-from qwen35.planning.bounded_child import Limits, run_bounded
+from qwen35.planning.bounded_tokenizer import why_not_loaded
 
 __all__ = ["check_generation", "check_sidecars", "left_behind", "sidecar_problems"]
 
@@ -26,9 +23,6 @@ _MAX_BYTES = 64 * 2**20
 """Size limit for a sidecar, far above real ones."""
 
 _SHOWN = 12
-_LOADING = Limits(seconds=60, memory=2**32)
-"""For loading a tokenizer: the largest take a second or two."""
-
 _NUMBERS: dict[str, str] = {
     "temperature": "a number",
     "top_p": "a number",
@@ -236,24 +230,9 @@ def _check_loading(name: str, content: bytes) -> None:
     """Load a tokenizer as engines do, if the tokenizers library is installed."""
     digest = hashlib.sha256(content).digest()
     if digest not in _loaded:
-        _loaded[digest] = _loading_error(content)
+        _loaded[digest] = why_not_loaded(content)
     if _loaded[digest]:
         raise ConfigError(name, f"the tokenizers library cannot load it ({_loaded[digest]})")
-
-
-def _loading_error(content: bytes) -> str:
-    """Return why a tokenizer does not load; empty if it does, or if there is no library.
-
-    Runs in a separate process: a hostile tokenizer may crash or hang the library.
-    """
-    if importlib.util.find_spec("tokenizers") is None:
-        return ""
-    program = Path(tokenizer_child.__file__)
-    try:
-        why, whole = run_bounded(program, content, _LOADING, ("tokenizers",))
-    except OSError as error:
-        return f"no process to load it in: {error.strerror}"
-    return why.decode(errors="replace") if whole else f"it crashes, or takes more than {_LOADING}"
 
 
 def _check_merges(name: str, text: str) -> None:

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qwen35.display import cut
 from qwen35.engines.torch_model import NO_CODE, TorchModel, torch_and_transformers
 from qwen35.errors import InputError, Qwen35Error, UsageError
+from qwen35.planning.bounded_tokenizer import check_tokenizer
 from qwen35.verification.chat_prompts import ChatPrompts
 from qwen35.verification.questions import Halves, Question
 
@@ -144,7 +146,7 @@ def as_sentence(subject: str, what: str) -> Iterator[None]:
     except (Qwen35Error, MemoryError):
         raise
     except Exception as error:
-        text = " ".join(str(error).split())[:200]
+        text = cut(" ".join(str(error).split()), 200)
         raise InputError(subject, f"{what} ({type(error).__name__}: {text})") from error
 
 
@@ -162,7 +164,9 @@ def prompts_of(folder: Path, transformers: Any) -> tuple[Any, ChatPrompts]:
         template, named = tokenizer.chat_template, tokenizer.special_tokens_map
     template = template.get("default") if isinstance(template, dict) else template
     tokens = {name: text for name, text in named.items() if isinstance(text, str)}
-    return tokenizer, ChatPrompts("chat template", template, tokens)
+    prompts = ChatPrompts("chat template", template, tokens)
+    check_tokenizer(folder, prompts.texts)
+    return tokenizer, prompts
 
 
 def _end_turns(model: Any, tokenizer: Any) -> None:

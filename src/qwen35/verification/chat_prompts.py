@@ -114,6 +114,11 @@ class ChatPrompts:
             self.thinking, self._passed = (opened,), on
         self.notes = tuple(self._told(missing=template is None))
 
+    @property
+    def texts(self) -> list[str]:
+        """All prompts that it may write."""
+        return list({one.text for one in self._known.values()})
+
     def _form_for(self, thinking: bool) -> _Form | None:
         """Return the first form in which all questions can be asked."""
         return next((form for form in _FORMS if self._fits(form, thinking)), None)
