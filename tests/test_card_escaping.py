@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from qwen35.display import printable
 from qwen35.errors import InputError
 from qwen35.publishing.markdown import as_code, as_text
 from qwen35.publishing.repo_documents import documents
@@ -26,6 +28,7 @@ EVIL = (
 )
 
 PIECES = ["<", ">", "[a](javascript:b)", "![", "](", "|", "`", "\\", "\n", "<b>", "&lt;", "#", "*"]
+PIECES += ["- ", "1. ", "~~~", "---", "$", "=", "http://a.b", "www.a.b", "a@b.c", "mailto:", "    "]
 TEXT = st.lists(st.sampled_from([*PIECES, "word", " "]), max_size=12).map("".join)
 
 
@@ -36,19 +39,39 @@ def kinds(text: str) -> set[str]:
     return {token.type for token in (*tokens, *inner)}
 
 
+PARAGRAPH = {"paragraph_open", "paragraph_close", "inline", "text", "code_inline"}
+PARAGRAPH |= {"em_open", "em_close", "strong_open", "strong_close"}
+
+
 @given(TEXT)
 def test_text_in_a_paragraph_makes_no_element(text: str) -> None:
-    harmless = {"paragraph_open", "paragraph_close", "inline", "text", "code_inline"}
-    harmless |= {"em_open", "em_close", "strong_open", "strong_close"}
-    assert kinds(f"Note: {as_text(text)}.") <= harmless
+    assert kinds(f"Note: {as_text(text)}.") <= PARAGRAPH
+    assert kinds(as_text(text)) <= PARAGRAPH
+    assert kinds(f"- {as_text(text)}") <= {*PARAGRAPH, *kinds("- a")}
 
 
 @given(TEXT, TEXT)
 def test_text_in_a_table_stays_in_its_cell(text: str, name: str) -> None:
-    table = f"| a | b |\n|---|---|\n| `{as_code(name)}` | {as_text(text)} |\n| 1 | 2 |"
+    table = f"| a | b |\n|---|---|\n| {as_code(name)} | {as_text(text)} |\n| 1 | 2 |"
     tokens = MARKDOWN.parse(table)
     assert sum(token.type == "td_open" for token in tokens) == 4
     assert not kinds(table) & {"html_inline", "link_open", "image"}
+
+
+@given(TEXT, TEXT)
+def test_nothing_that_renderers_read_differently(text: str, name: str) -> None:
+    """GitHub's and the Hub's renderers differ in what is before a bar, and make links of words."""
+    assert not set("|`") & set(re.sub("`[^`]*`", "", as_text(text) + as_code(name)))
+    assert "|" not in as_text(text) + as_code(name)
+    for token in MARKDOWN.parse(f"Note: {as_text(text)}.")[1].children or ():
+        if token.type == "text":
+            assert not re.search(r"://|www\.|mailto:|[^@ ]@[^@ ]", token.content)
+
+
+@given(TEXT.filter(lambda text: "`" not in text))
+def test_code_shows_what_it_was_given(text: str) -> None:
+    shown = MARKDOWN.parse(f"Note: {as_code(text)}.")[1].children or []
+    assert "".join(token.content for token in shown) == f"Note: {printable(text)}."
 
 
 def _set(*keys: Any) -> Callable[[dict[str, Any]], None]:
@@ -84,7 +107,7 @@ def test_hostile_manifest(
         _assert_harmless(card)
 
 
-@pytest.mark.parametrize("where", ["columns", "rows", "text", "candidates"])
+@pytest.mark.parametrize("where", ["columns", "rows", "text", "candidates", "tokens"])
 def test_hostile_report(where: str, nf4_artifact: Path, tmp_path: Path) -> None:
     report: dict[str, Any] = {
         "table": {"columns": ["a", "b"], "rows": [[1, 2]]},
@@ -95,6 +118,8 @@ def test_hostile_report(where: str, nf4_artifact: Path, tmp_path: Path) -> None:
     }
     if where in report["table"]:
         report["table"][where] = [EVIL, EVIL] if where == "columns" else [[EVIL, EVIL]]
+    elif where == "tokens":
+        report["tokens"]["chunks"], report["base"]["name"] = "`", EVIL
     else:
         report[where] = {"name": EVIL} if where == "text" else [{"name": EVIL}, {"name": "f"}]
     card = _card(nf4_artifact, tmp_path / "copy", lambda _: None, {"report.json": report})

@@ -296,6 +296,18 @@ def test_modelfile_names_the_preferred_type(tmp_path: Path) -> None:
     assert "\n".join(lines).count('"""') == 2
 
 
+@pytest.mark.parametrize(
+    "name", ["x\nSYSTEM a\n-Q4_K_M.gguf", "mmproj-x\rADAPTER a.gguf", "z\u2028FROM a.gguf"]
+)
+def test_modelfile_gets_no_instruction_from_a_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "a b-Q4_K_M.gguf").write_text("")
+    assert "\nFROM ./a b-Q4_K_M.gguf\n" in modelfile_text(LocalFolder(tmp_path))
+    (tmp_path / name).write_text("")
+    with pytest.raises(InputError, match="a name that other systems read differently") as caught:
+        modelfile_text(LocalFolder(tmp_path))
+    assert str(caught.value).isprintable()
+
+
 def test_folder_with_projectors_only_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mmproj-x-F16.gguf").write_text("")
     with pytest.raises(InputError, match="only projectors"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -168,6 +170,19 @@ def test_table_escapes_what_could_harm_a_terminal() -> None:
         "deep/.aws/config",
         "a.lock",
         "b.bak",
+        "rclone.conf",
+        "a/terraform.tfstate.backup",
+        "client_secret_1.json",
+        "hf_token",
+        "token.txt",
+        ".bash_history",
+        ".python_history",
+        "kubeconfig",
+        "deep/.pgpass",
+        "my.ppk",
+        "service-account-prod.json",
+        ".vault-token",
+        "secrets.toml",
     ],
 )
 def test_unwanted_names(path: str) -> None:
@@ -189,6 +204,7 @@ def test_unwanted_names(path: str) -> None:
         "LICENSE",
         "special_tokens_map.json",
         "key_value.txt",
+        "history.md",
         ".gitignore",
         "Modelfile",
         "keys/a.txt",
@@ -217,6 +233,22 @@ EXAMPLES = {
     "a Google API key": "AIza" + "aB3_e" * 7,
     "a Weights & Biases key": "WANDB_API_KEY=" + "0123456789abcdef" * 2 + "01234567",
     "a private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "a Hugging Face token of an organization": "api_org_" + "aBcDe" * 7,
+    "an NVIDIA key": "nvapi-" + "aB3_e-" * 11,
+    "an npm token": "npm_" + "a1B2" * 9,
+    "a Databricks token": "dapi" + "0123456789abcdef" * 2,
+    "a Replicate token": "r8_" + "a1B2" * 9 + "c",
+    "a Weights & Biases login": "wandb login --relogin " + "0123456789abcdef" * 2 + "01234567",
+    "a Google OAuth client secret": "GOCSPX-" + "a1B2c3_" * 4,
+    "a PuTTY key": "PuTTY-User-Key-File-3: ssh-rsa",
+    "a Groq key": "gsk_" + "a1B2" * 13,
+    "an xAI key": "xai-" + "a1B2" * 20,
+    "a Docker Hub token": "dckr_pat_" + "aB3_" * 7,
+    "a DigitalOcean token": "dop_v1_" + "0123456789abcdef" * 4,
+    "a Vault token": "hvs." + "aB3_" * 8,
+    "a Google OAuth token": "ya29." + "aB3_" * 20,
+    "an age key": "AGE-SECRET-KEY-1" + "QPZRY9X8GF" * 6,
+    "a password of .netrc": "machine api.wandb.ai\n  login user\n  password " + "0a1b2c3d4e" * 4,
 }
 
 
@@ -261,6 +293,72 @@ def test_secrets_by_name_and_of_other_services(text: str, width: int, tmp_path: 
     assert not any(word in str(finding) for word in re.findall(r"[\w/]{12,}", text)[-1:])
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_secrets_in_what_windows_writes(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(f"one\r\ntwo\r\n{KEYED[0]}\r\n".encode(encoding))
+    (finding,) = secrets(path, "notes.txt")
+    assert finding.message == "line 3 holds what looks like a secret by its name"
+    path.write_bytes(codecs.BOM_UTF16_BE + f"\n{EXAMPLES['an npm token']}".encode("utf-16-be"))
+    (finding,) = secrets(path, "notes.txt")
+    assert finding.message == "line 2 holds what looks like an npm token"
+
+
+@pytest.mark.parametrize("head", [codecs.BOM_UTF16_LE, codecs.BOM_UTF32_BE, b"\xff", b"\xfe"])
+def test_what_begins_like_another_encoding(head: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(head + bytes(range(256)) * 3 + b"\xd8")
+    assert found_in(path) == []
+
+
+VALUE = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYzz9kEY"
+SHAPES = [
+    f'os.environ["AWS_SECRET_ACCESS_KEY"] = "{VALUE}"',
+    json.dumps(f'os.environ["API_KEY"] = "{VALUE}"\n'),
+    json.dumps({"a": json.dumps({"b": json.dumps({"api_key": VALUE})})}),
+    f"ENV AWS_SECRET_ACCESS_KEY {VALUE}",
+    f"setx API_KEY {VALUE}",
+    f"tool --api-key '{VALUE}'",
+    f'SECRET_KEY = b"{VALUE}"',
+    f'os.getenv("API_KEY", "{VALUE}")',
+    f"<secretKey>{VALUE}</secretKey>",
+    f'<add key="ApiKey" value="{VALUE}"/>',
+    f"- name: AWS_SECRET_ACCESS_KEY\n  value: {VALUE}",
+    f'{{"name": "API_KEY",\n  "value": "{VALUE}"}}',
+    f"api_key: >-\n  {VALUE}",
+    f"Authorization: Bearer {VALUE}",
+    f'headers = {{"Authorization": "Basic {VALUE}"}}',
+    f'[hub]\ntoken = "{VALUE}"',
+    f'{{"auths": {{"x": {{"auth": "{VALUE}"}}}}}}',
+    'password = "S3cr3t!pass$word#2024"',
+    f"?api_key%3D{VALUE}",
+    f"name\0AWS_SECRET_ACCESS_KEY={VALUE}\0",
+]
+
+
+@pytest.mark.parametrize("text", SHAPES)
+def test_ways_to_write_a_secret_with_its_name(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(f"{text}\n")
+    (finding,) = secrets(path, "notes.txt")
+    where = "" if "\0" in text else f"line {1 + text.count(chr(10))} "
+    assert finding.message == f"{where}holds what looks like a secret by its name"
+
+
+@pytest.mark.parametrize("before", [r'{"a": "b\n', "%3D", r"\u003d", r"\x3d", "a=3D", "\x1b[1;31m"])
+def test_token_after_an_escape(before: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(before + EXAMPLES["a Hugging Face token"])
+    assert found_in(path) == ["a Hugging Face token"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_secret_in_a_text_without_its_mark(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_bytes(f"one two three\n{KEYED[0]}\n".encode(encoding))
+    assert found_in(path) == ["a secret by its name"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -272,6 +370,19 @@ def test_secrets_by_name_and_of_other_services(text: str, width: int, tmp_path: 
         "password = getpass.getpass()",
         '"sha256": "' + "3f9a0b7c" * 8 + '"',
         "secretary: Jane-Doe-Of-The-Board",
+        "Authorization: Bearer YOUR_ACCESS_TOKEN_1",
+        "curl -H 'Authorization: Bearer $HF_TOKEN' https://huggingface.co/api/models2",
+        "export HF_TOKEN=hf_xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+        "hf_" + "X" * 34 + ' api_key="xxxxxxxxxxxxxxxxxxx1"',
+        'login(token="hf_...")',
+        "tool --tokenizer Qwen/Qwen3.5-0.8B-Instruct --max-token-length 4096",
+        'token = "reserved_special_token_250"',
+        'api_key = get_from_the_vault_v2("a")',
+        'token_url: "https://login.example.org/oauth2/token"',
+        'password: "$MY_DATABASE_PASSWORD_2"',
+        "api_key: ${{ secrets.API_KEY_OF_SERVICE_2 }}",
+        '["secret", "ary", "token", "izers1"], ["Ġapi_key", "Ġvalue123"]',
+        '"eos_token": "<|endoftext|>", "eos_token_id": 248046, "pad_token": "<|vision_pad|>"',
     ],
 )
 def test_what_only_looks_like_a_secret(text: str, tmp_path: Path) -> None:
@@ -287,7 +398,9 @@ def test_model_folders_raise_no_alarm(nf4_artifact: Path) -> None:
 
 def test_hostile_lines_are_searched_in_bounded_time(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
-    path.write_text("://" * 50_000 + "\n" + "secret" * 30_000 + "\n" + "aws" * 50_000)
+    path.write_text(
+        "://" * 50_000 + "\n" + "secret" * 30_000 + "\n" + "aws" * 50_000 + "\n" + "\\" * 50_000
+    )
     assert found_in(path) == []
 
 

@@ -281,6 +281,23 @@ def test_folder_that_is_a_link_is_not_written_through(world: World) -> None:
     assert files_in(outside) == {}
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_link_in_place_of_the_folder_is_refused_before_anything(world: World, there: bool) -> None:
+    """As `convert` does; a link above the folder is the user's own way to say where it is."""
+    world.pushed()
+    elsewhere, link = world.tmp / "elsewhere", world.tmp / "link"
+    if there:
+        elsewhere.mkdir()
+    link.symlink_to(elsewhere)
+    for mode in ("pull", "fetch"):
+        assert "is a symbolic link; give the folder" in world.refused("--mode", mode, folder=link)
+    assert elsewhere.exists() is there
+    assert not there or files_in(elsewhere) == {}
+    if there:
+        assert world.publish("--mode", "pull", folder=link / "model").code == 0
+        assert files_in(elsewhere / "model") == CONTENT
+
+
 def test_folder_in_the_way_of_a_file(world: World) -> None:
     theirs(world)
     (world.folder / "config.json").unlink()
@@ -346,6 +363,55 @@ def test_something_else_called_like_the_staging_folder(world: World) -> None:
     (stage / "mine.txt").write_text("mine")
     assert "was not made by qwen35; move it away" in world.refused("--mode", "pull")
     assert files_in(stage) == {"mine.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    "kind", ["folder", "file", "hard link", "mark", "client's folder", "pipe", "deep link"]
+)
+def test_planted_staging_folder_is_refused_and_nothing_behind_it_changes(
+    world: World, kind: str
+) -> None:
+    theirs(world)
+    stage, victim = world.tmp / ".artifact.pull", world.tmp / "victim"
+    (stage / "deep").mkdir(parents=True)
+    (victim / "huggingface").mkdir(parents=True)
+    (victim / "x").write_bytes(NEW["config.json"])
+    (stage / ".qwen35-partial").touch()
+    target = stage / "config.json"
+    if kind == "folder":
+        (stage / "deep").rmdir()
+        (target := stage / "deep").symlink_to(victim)
+    elif kind == "deep link":
+        (target := stage / "deep" / "er").symlink_to(victim)
+    elif kind == "file":
+        target.symlink_to(victim / "x")
+    elif kind == "hard link":
+        target.hardlink_to(victim / "x")
+    elif kind == "mark":
+        (stage / ".qwen35-partial").unlink()
+        (target := stage / ".qwen35-partial").symlink_to(victim / "x")
+    elif kind == "client's folder":
+        (target := stage / ".cache").symlink_to(victim)
+    else:
+        os.mkfifo(target)
+    before = files_in(world.folder), files_in(victim)
+    assert f"{target}: " in world.refused("--mode", "pull", "--delete")
+    assert (files_in(world.folder), files_in(victim)) == before
+    assert world.hub.sent() == 0
+
+
+def test_finished_download_that_becomes_a_link_is_not_placed(world: World) -> None:
+    theirs(world)
+    staged, victim = world.tmp / ".artifact.pull" / "config.json", world.tmp / "victim"
+    victim.write_bytes(NEW["config.json"])
+
+    def swap() -> None:
+        staged.unlink()
+        staged.symlink_to(victim)
+
+    world.hub.faults = [Fault(f"*{SHARD}", method="GET", hook=swap)]
+    assert f"{staged}: is a link, expected " in world.refused("--mode", "pull")
+    assert files_in(world.folder) == CONTENT
 
 
 def test_saved_pull_is_applied_or_stopped(world: World) -> None:

@@ -158,8 +158,8 @@ class _Facts:
     @property
     def base_link(self) -> str:
         """The base model, as a link if it is on the Hub."""
-        name = as_text(self.base_model)
-        return f"[{name}]({_HUB}/{name})" if _REPOSITORY.fullmatch(str(self.base_model)) else name
+        name = str(self.base_model)
+        return f"[{name}]({_HUB}/{name})" if _REPOSITORY.fullmatch(name) else as_text(name)
 
     @property
     def notes(self) -> list[str]:

@@ -140,18 +140,18 @@ def measured_on(report: Any, plan: object) -> str:
         plan: the plan of the artifact: other candidates were measured beside it.
     """
     base, text, tokens = (_table(report, key) for key in ("base", "text", "tokens"))
-    if not base or not tokens:
+    chunks, context = tokens.get("chunks"), tokens.get("context")
+    if not base or type(chunks) is not int or type(context) is not int:
         return ""
-    where = f" on `{as_code(text['name'])}`" if "name" in text else ""
-    context = f"{as_text(tokens.get('chunks'))} chunks of {as_text(tokens.get('context'))} tokens"
+    where = f" on {as_code(text['name'])}" if "name" in text else ""
     sentence = (
-        f"All columns were measured in one sweep{where} ({context}), against "
-        f"`{as_code(base.get('name'))}` "
+        f"All columns were measured in one sweep{where} ({chunks} chunks of {context} tokens), "
+        f"against {as_code(base.get('name'))} "
         f"({as_text(base.get('stored'))} in {as_text(base.get('engine'))})."
     )
     rows = report.get("candidates")
     rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    others = [f"`{as_code(row.get('name'))}`" for row in rows if row.get("plan") != plan]
+    others = [as_code(row.get("name")) for row in rows if row.get("plan") != plan]
     if others and len(others) < len(rows):
         sentence += f" Not a file of this repository, for comparison: {', '.join(others)}."
     return sentence

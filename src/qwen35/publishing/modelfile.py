@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.source import read_json
+from qwen35.display import printable
 from qwen35.errors import InputError
+from qwen35.publishing.guard import bad_name
 
 __all__ = ["gguf_models", "is_gguf", "modelfile_text"]
 
@@ -47,18 +49,27 @@ def modelfile_text(place: LocalFolder) -> str:
     is a comment.
 
     Raises:
-        InputError: no GGUF file is a model.
+        InputError: no GGUF file is a model, or a name is not for other systems.
     """
     models = gguf_models(place)
     if not models:
         raise InputError(str(place), "no GGUF file of a model in it, only projectors")
-    lines = ["# ollama create NAME -f Modelfile", f"FROM ./{models[0]}"]
-    lines += [f"# other sizes: FROM ./{name}" for name in models[1:]]
+    first, *others = map(_from, models)
+    lines = ["# ollama create NAME -f Modelfile", first]
+    lines += [f"# other sizes: {line}" for line in others]
     projectors = sorted(name for name in place.sizes() if name.startswith(_PROJECTOR))
-    lines += [f"# for pictures, where Ollama takes it: FROM ./{name}" for name in projectors]
+    lines += [f"# for pictures, where Ollama takes it: {_from(name)}" for name in projectors]
     lines += ["", _TEMPLATE, 'PARAMETER stop "<|im_end|>"', 'PARAMETER stop "<|endoftext|>"']
     lines += _sampling(place)
     return "\n".join(lines) + "\n"
+
+
+def _from(name: str) -> str:
+    """Return the instruction that loads a file; Ollama reads the rest of the line as its name."""
+    problem = bad_name(name)
+    if problem:
+        raise InputError(printable(name), problem, hint="rename it")
+    return f"FROM ./{name}"
 
 
 def _sampling(place: LocalFolder) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,10 +16,10 @@ from qwen35.publishing.hashes import FileDigest, FileHasher, digest_file
 from qwen35.publishing.listing import hub_api
 from qwen35.publishing.synced import remember_synced
 from qwen35.sinks.staging import check_space, locked, os_errors
+from qwen35.sinks.work_folder import check_tree, claim_tree, discard, open_ours
 
 __all__ = ["PullResult", "apply_pull"]
 
-_MARK_NAME = ".qwen35-partial"
 _LAST = (INDEX_NAME, "config.json", MANIFEST_NAME)
 """Renamed last: a folder with these files looks complete."""
 
@@ -63,11 +62,14 @@ def apply_pull(
     Raises:
         InputError: the diff has findings, or a file in the folder changed since.
         HubError: the Hub refused, or a download differs from the listing.
-        OutputError: the disk is full, or the path of a file is blocked.
+        OutputError: it is a link, the disk is full, the path of a file is blocked, or
+            ``.NAME.pull`` holds anything that a pull did not put there.
     """
     assert diff.direction == "pull"
     check_clean(diff)
     assert diff.base
+    if root.is_symlink():  # one above it is the user's choice
+        raise OutputError(str(root), "is a symbolic link", hint="give the folder that it leads to")
     root = root.resolve()
     downloads = diff.of("download")
     with os_errors(root):
@@ -77,12 +79,14 @@ def apply_pull(
             stage.prepare(downloads)
             stage.fill(downloads, progress or Silent())
             _check_unchanged(diff, root, hasher or FileHasher())  # after the slow part
+            check_tree(stage.folder)  # again: no finished file may have become a link since
             for op in sorted(downloads, key=_order):
                 _place(stage.folder / op.path, root, op.path)
             for op in diff.of("remove"):
+                _check_path(root, op.path)
                 (root / op.path).unlink()
             _remove_empty(root, diff)
-            shutil.rmtree(stage.folder)
+            discard(stage.folder, any_name=True)
             remember_synced(root, {op.path: op.remote for op in diff.of("download", "same")})
     return PullResult(root, diff.base, sum(op.size for op in downloads))
 
@@ -108,15 +112,10 @@ class _Stage:
         """Create the folder, or reuse that of an earlier pull."""
         for op in downloads:
             _check_path(self.root, op.path)
-        folder = self.folder
-        if folder.is_symlink() or (folder.exists() and not (folder / _MARK_NAME).is_file()):
-            hint = "move it away"
-            raise OutputError(str(folder), "is in the way and was not made by qwen35", hint=hint)
-        folder.mkdir(exist_ok=True)
-        (folder / _MARK_NAME).touch()
-        paths = (folder / op.path for op in downloads)
+        claim_tree(self.folder)  # the client writes through links, and a link would be placed
+        paths = (self.folder / op.path for op in downloads)
         downloaded = sum(path.stat().st_size for path in paths if path.is_file())
-        check_space(folder, sum(op.size for op in downloads) - downloaded)
+        check_space(self.folder, sum(op.size for op in downloads) - downloaded)
 
     def fill(self, downloads: tuple[Operation, ...], progress: Progress) -> None:
         """Download missing files; check every file."""
@@ -144,7 +143,7 @@ class _Stage:
             expected = f"{op.size} bytes with {str(op.remote)[:12]}"
             raise HubError(subject, found, expected=expected, hint=hint)
         # on disk before the rename, so that a crash leaves no empty file under the final name
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_ours(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -24,6 +24,7 @@ from qwen35.publishing.repo_documents import documents, write_documents
 from qwen35.publishing.secret_search import secrets
 from qwen35.publishing.signing import sign
 from qwen35.publishing.synced import synced_files
+from qwen35.sinks.files import replace_file
 from qwen35.sinks.staging import os_errors
 from qwen35.verification.verdict import Verdict
 
@@ -156,6 +157,8 @@ def diff_pull(target: SyncTarget, *, delete: bool = False, overwrite: bool = Fal
     folder = target.folder
     if folder.exists() and not folder.is_dir():
         raise InputError(str(folder), "not a folder")
+    if folder.is_symlink():  # as `apply_pull`, but before anything is asked
+        raise InputError(str(folder), "is a symbolic link", hint="give the folder that it leads to")
     remote = list_remote(target.repo, target.token)
     local = list_local(folder, target.hasher) if folder.exists() else LocalListing({})
     known = None if overwrite or not local.files else _known(folder)
@@ -179,7 +182,7 @@ def save_diff(diff: Diff, path: Path) -> None:
         OutputError: it cannot be written.
     """
     with os_errors(path):
-        path.write_bytes(json_bytes(diff.to_json()))
+        replace_file(path, json_bytes(diff.to_json()))
 
 
 def _check_folder(folder: Path) -> None:
