@@ -141,6 +141,11 @@ BOMBS = {
     "huge text": "{{ lipsum(n=10**6) }}",
     "huge output": "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
     "huge error": "{{ raise_exception('n' * 10**8) }}",
+    "power, then a text": "{{ 2 ** 100000000 }}",
+    "macro that doubles": (
+        "{% macro m(t, n) %}{% if n %}{{ m(t ~ t, n - 1) }}{% else %}{{ t }}{% endif %}"
+        "{% endmacro %}{{ m('x' * 1000, 99) }}"
+    ),
     "doubling": (
         "{% set ns = namespace(a='x' * 1000) %}{% for i in range(99) %}"
         "{% set ns.a = ns.a ~ ns.a %}{% endfor %}{{ ns.a }}"

@@ -403,6 +403,54 @@ def test_verify_names_what_a_template_does(
     assert sentence in message
 
 
+@pytest.mark.sentences
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('Closed on Sundays. ' * 10) }}",
+        "{% for a in range(10**6) %}{% endfor %}",
+        "{{ 2 ** 20000 }}",
+        BOMBS["endless loops"],
+        BOMBS["doubling"],
+    ],
+)
+def test_one_fault_of_a_template_is_one_finding(
+    template: str,
+    text: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also beside a source whose template is another; what is cut ends in an ellipsis."""
+    monkeypatch.setattr(bounded_rendering, "LIMITS", Limits(1, 2**29, 2**26))
+    folder = styled(text, tmp_path / "in", template + "{# once #}")
+    with small():
+        assert main(["verify", str(folder), "--source", str(text), "--json", "--quiet"]) == 1
+    [finding] = json.loads(capsys.readouterr().out)["findings"]
+    message = finding["message"]
+    assert message.startswith(("refuses a plain question", "takes too long"))
+    assert len(message) < 250
+    assert message.count("Sundays") < 10 or "..." in message
+    assert (
+        "range(10**6)" not in template or "MAX_RANGE (100000)" in message or "too long" in message
+    )
+
+
+def test_a_slow_template_is_not_rendered_for_every_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The error that it ended with counts; text that took too long does not."""
+    monkeypatch.setattr(bounded_rendering, "LIMITS", Limits(PATIENCE, 2**29, 2**26))
+    slow = "{% for a in range(99999) %}{% for b in range(50) %}{% endfor %}{% endfor %}"
+    begin = _spent()
+    [failed] = render([slow + "{{ nothing.at.all }}"], [{}] * 1000)
+    assert {one.failed for one in failed} == {True}
+    assert "UndefinedError" in failed[-1].text
+    [late] = render([slow + "x"], [{}] * 1000)
+    assert (late[0].text, late[-1].text) == ("x", "it takes too long")
+    assert _spent() - begin < 5
+
+
 @pytest.mark.parametrize("verb", ["convert", "gguf"])
 def test_what_converts_never_renders(
     verb: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import qwen35
 from checkpoints import ASSET
+from qwen35.checkpoint.open import fetch
+from qwen35.model.named_code import code_keys, without_code
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import load_recipe
+from qwen35.verification.opening import open_artifact
+from qwen35.verification.verdict import verify
 
 COMMAND = [
     sys.executable,
@@ -174,6 +183,77 @@ def test_code_in_a_model_is_not_even_asked_about(
     assert not (tmp_path / "RAN").exists()
 
 
+EVIL = "evil/kernel"
+NAMED: dict[str, Any] = {
+    "attn_implementation": EVIL,
+    "text_config._attn_implementation": f"{EVIL}@main:forward",
+    "vision_config._attn_implementation_internal": "https://evil",
+    "experts_implementation": {"text_config": EVIL},
+    "text_config._experts_implementation": [EVIL],
+    "auto_map": {"AutoConfig": "evil/code--configuration.Own"},
+    "transformers_weights": "other.safetensors",
+}
+OWN = {"attn_implementation": "paged|eager", "experts_implementation": {"": "grouped_mm"}}
+
+
+@pytest.mark.sentences
+@pytest.mark.parametrize("path", list(NAMED))
+def test_what_config_json_names_is_found_and_left_out(path: str, tmp_path: Path) -> None:
+    config = json.loads((ASSET / "config.json").read_text())
+    section, _, key = path.rpartition(".")
+    (config[section] if section else config)[key] = NAMED[path]
+    config.setdefault("_attn_implementation", "sdpa")  # transformers' own may stay
+    folder = Path(shutil.copytree(ASSET, tmp_path / "in"))
+    (folder / "config.json").write_text(json.dumps(config))
+    findings = verify(open_artifact(str(folder))).findings
+    assert [f.message.split()[0] for f in findings if f.check == "files"] == [path]
+    plan = make_plan(fetch(str(folder)), load_recipe("fp8"))
+    assert [note.split()[0] for note in plan.notes if "left out" in note] == [path]
+    written = json.loads(plan.documents["config.json"])
+    assert key not in (written[section] if section else written)
+    assert written["_attn_implementation"] == "sdpa"
+
+
+def test_implementations_of_transformers_itself_stay() -> None:
+    raw = {**OWN, "text_config": {**OWN, "auto_map": None}}
+    assert without_code(raw) == raw
+    assert not list(code_keys(raw))
+
+
+def test_no_kernel_is_loaded_whatever_config_json_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package that loads native code from the Hub is not imported, even where it is there."""
+    pytest.importorskip("transformers")
+    from qwen35.engines.torch_model import TorchModel
+
+    config = json.loads((ASSET / "config.json").read_text())
+    named = {"attn_implementation": EVIL, "experts_implementation": EVIL}
+    for section in (config, config["text_config"], config["vision_config"]):
+        section.update(named)
+    folder = Path(shutil.copytree(ASSET, tmp_path / "in"))
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "no"}))
+    (tmp_path / "kernels.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    loaded = TorchModel(folder).model.config
+    assert loaded.text_config._attn_implementation == "sdpa"
+    assert loaded.vision_config._attn_implementation == "sdpa"
+    with pytest.raises(ImportError):
+        importlib.import_module("kernels")
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_advice_to_install_kernels_is_not_passed_on(caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("transformers")
+    from qwen35.engines.torch_model import refuse_hub_kernels
+
+    refuse_hub_kernels()
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "x")
+    log.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
 def test_every_load_says_that_no_code_is_trusted() -> None:
     calls = 0
     for path in Path(qwen35.__file__).parent.rglob("*.py"):
@@ -188,5 +268,5 @@ def test_every_load_says_that_no_code_is_trusted() -> None:
             if node.func.attr == "from_pretrained":
                 calls += 1
                 given = {ast.unparse(word.value) for word in node.keywords if word.arg is None}
-                assert given & {"NO_CODE", "options"}, ast.unparse(node)
+                assert given & {"NO_CODE", "MODEL_OPTIONS", "options"}, ast.unparse(node)
     assert calls >= 5

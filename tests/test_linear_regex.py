@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from checkpoints import ASSET
 from qwen35.cli.main import main
 from qwen35.codecs.nf4.config import is_skipped
 from qwen35.errors import UsageError
-from qwen35.linear_regex import compile_linear
+from qwen35.linear_regex import MOST_PATTERNS, compile_linear
 from qwen35.planning.gguf_files.type_patterns import pattern_rules
 
 BOMBS = (
@@ -85,8 +86,15 @@ def test_bombs_as_patterns_of_types(
 
 
 def test_patterns_of_a_manifest_are_held_to_the_same_syntax() -> None:
-    with pytest.raises(UsageError, match="without look-ahead"):
-        pattern_rules(["(?!a)b=q8_0"], [])
+    for line in ("(?!a)b=q8_0", "(?=a)b=q8_0", "(a)\\1=q8_0", "x(?==)y=q8_0"):
+        with pytest.raises(UsageError, match="without look-ahead"):
+            pattern_rules([line], [])
+
+
+@pytest.mark.sentences
+def test_an_equals_sign_too_many() -> None:
+    with pytest.raises(UsageError, match="more than one ="):
+        pattern_rules(["a=b=q8_0"], [])
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
@@ -105,9 +113,42 @@ def test_an_entry_that_cannot_be_linear_is_a_finding(
     assert "no regular expression that RE2 reads" in capsys.readouterr().out
 
 
-def verify_with_skip(artifact: Path, copy: Path, entry: str) -> int:
+# --- how many
+
+
+@pytest.mark.sentences
+def test_a_skip_list_without_an_end_is_one_finding(
+    nf4_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many = [f"x{i}.*y.*z.*w" for i in range(200_000)]
+    begin = time.process_time()
+    assert verify_with_skip(nf4_artifact, tmp_path / "copy", *many) == 1
+    assert time.process_time() - begin < 5
+    shown = capsys.readouterr().out
+    assert shown.count("skip-list") == 1
+    assert "entries, expected at most 2048" in shown
+
+
+@pytest.mark.sentences
+@pytest.mark.parametrize("files", [1, 2])
+def test_a_file_of_types_without_an_end(files: int, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.txt" for i in range(files)]
+    for path in paths:
+        path.write_text("".join(f"x{i}.*y=q8_0\n" for i in range(MOST_PATTERNS // files + 1)))
+    with pytest.raises(UsageError, match=r"\d rules, expected at most 2048"):
+        pattern_rules([], paths)
+
+
+def test_as_many_patterns_as_are_allowed_take_seconds() -> None:
+    begin = time.process_time()
+    for i in range(MOST_PATTERNS):
+        assert not is_skipped(NAMES[0], [f"(a{{0,30}}b{{0,30}}){{0,9}}{i}"])
+    assert time.process_time() - begin < 10
+
+
+def verify_with_skip(artifact: Path, copy: Path, *entries: str) -> int:
     shutil.copytree(artifact, copy)
     config = json.loads((copy / "config.json").read_text())
-    config["quantization_config"]["llm_int8_skip_modules"].insert(0, entry)
+    config["quantization_config"]["llm_int8_skip_modules"][:0] = entries
     (copy / "config.json").write_text(json.dumps(config, indent=2))
     return main(["verify", str(copy), "--depth", "structure"])

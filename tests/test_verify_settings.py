@@ -21,8 +21,10 @@ from qwen35.verification.conversations import text_conversations, vision_convers
 from qwen35.verification.opening import open_artifact
 from qwen35.verification.settings_comparison import SettingsComparison
 from qwen35.verification.source_comparison import compare_checkpoints
+from qwen35.verification.template_comparison import compare_template
 from qwen35.verification.verdict import verify
 from running import run
+from template_styles import SIMPLE
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -399,7 +401,12 @@ def test_a_template_that_never_ends_is_a_finding(text: Path, tmp_path: Path) -> 
         patch.setattr("qwen35.verification.bounded_rendering.LIMITS", Limits(1, 2**29))
         loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
         (broken / TEMPLATE).write_text(loop)
-        (finding,) = compared(broken).findings
+        (finding,) = verify(open_artifact(str(broken))).findings
+        assert compared(broken).findings == []  # one fault is told once
+        result = SettingsComparison()
+        compare_template(TEMPLATE, SIMPLE, loop, {}, vision=False, told=True, result=result)
+    assert "takes too long or too much memory" in finding.message
+    (finding,) = result.findings
     assert "not be compared: takes too long or too much memory" in finding.message
 
 

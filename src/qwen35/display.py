@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bytes_of", "printable", "size", "size_rounded_up"]
+__all__ = ["bytes_of", "cut", "printable", "size", "size_rounded_up"]
 
 
 def bytes_of(text: str) -> int:
@@ -55,3 +55,12 @@ def printable(text: str) -> str:
     'a\\x1b[2J'
     """
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def cut(text: str, most: int) -> str:
+    """Return at most `most` characters of a text; the end shows if some are missing.
+
+    >>> cut("a sentence", 10), cut("a sentence", 9)
+    ('a sentence', 'a sent...')
+    """
+    return text if len(text) <= most else f"{text[: most - 3]}..."

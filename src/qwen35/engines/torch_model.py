@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +21,20 @@ from qwen35.planning.recipe import load_recipe
 from qwen35.planning.rules import Rule
 from qwen35.writing.write import write
 
-__all__ = ["NO_CODE", "TorchModel", "torch_and_transformers"]
+__all__ = ["MODEL_OPTIONS", "NO_CODE", "TorchModel", "refuse_hub_kernels", "torch_and_transformers"]
 
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 """For every `from_pretrained`: without it, transformers asks at the terminal whether to run a
 folder's own code."""
 
+MODEL_OPTIONS: dict[str, Any] = {
+    **NO_CODE,
+    "attn_implementation": "sdpa",
+    "experts_implementation": None,
+    "use_safetensors": True,
+}
+"""For every model: what config.json says here could name a repository of native code. These are
+the values of one that says nothing."""
 
 _DECODED = "bf16"
 """The recipe that unpacks every weight."""
@@ -39,6 +49,7 @@ def torch_and_transformers(what: str) -> tuple[Any, Any]:
     Raises:
         UsageError: one is not installed.
     """
+    refuse_hub_kernels()
     try:
         import torch
         import transformers
@@ -49,6 +60,22 @@ def torch_and_transformers(what: str) -> tuple[Any, Any]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return torch, transformers
+
+
+def refuse_hub_kernels() -> None:
+    """Keep transformers and bitsandbytes from loading native code from the Hub.
+
+    Both do so by themselves where the package `kernels` is installed; a program that has imported
+    it keeps it.
+    """
+    if "kernels" not in sys.modules:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # makes its import fail
+    # bitsandbytes recommends to install it, on processors with AVX512-BF16.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "from kernels-community" not in record.getMessage()
 
 
 class TorchModel:
@@ -87,7 +114,8 @@ class TorchModel:
             checkpoint is None or has_tower(checkpoint)
         )
         kind = "AutoModelForImageTextToText" if self.vision else "AutoModelForCausalLM"
-        options = {**NO_CODE, "dtype": self._torch.float32} if exact else NO_CODE
+        config.transformers_weights = None  # the checkpoint's files, not another that it names
+        options = {**MODEL_OPTIONS, **({"dtype": self._torch.float32} if exact else {})}
         self.model, info = getattr(transformers, kind).from_pretrained(
             folder, config=config, device_map=device, output_loading_info=True, **options
         )

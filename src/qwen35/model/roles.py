@@ -360,10 +360,14 @@ def role_of(name: str) -> Role:
     return Role(key.removesuffix(".weight"), info, layer, expert)
 
 
+_BLOCK_ROWS = {"blocks": frozenset(_VISION_BLOCK), "layers": frozenset(_DECODER)}
+"""Rows of numbered blocks or layers, by the name of their list."""
+
+
 def _numbers_fit(info: RoleInfo, head: str, stack: str, expert: int | None) -> bool:
     """Return whether a name has a layer and an expert number exactly where its row requires."""
-    rows, name = (_VISION_BLOCK, "blocks") if head == "visual." else (_DECODER, "layers")
-    expected = name if info in rows else ""
+    name = "blocks" if head == "visual." else "layers"
+    expected = name if info in _BLOCK_ROWS[name] else ""
     return stack == expected and (info.place == "expert") == (expert is not None)
 
 

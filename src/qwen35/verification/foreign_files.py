@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.errors import Finding, InputError
+from qwen35.model.named_code import code_keys
 from qwen35.verification.settings_comparison import settings_of
 
 __all__ = ["foreign_findings", "foreign_notes"]
@@ -47,9 +48,9 @@ def foreign_findings(place: FileLocation) -> Iterator[Finding]:
             settings = settings_of(place, name) or {}
         except InputError:  # other checks name what cannot be read
             continue
-        if settings.get("auto_map"):
-            found = "auto_map names code to be loaded from elsewhere: this family needs none"
-            yield Finding("files", name, found)
+        for key in code_keys(settings):
+            found = "names code to be loaded from elsewhere: this family needs none"
+            yield Finding("files", name, f"{key[:80]} {found}")
 
 
 def foreign_notes(place: FileLocation) -> Iterator[str]:

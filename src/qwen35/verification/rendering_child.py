@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -16,6 +17,12 @@ LONGEST = 2**20
 
 ALL = 2**22
 """Characters of all results of one template."""
+
+SECONDS = 0.5
+"""Processor time, which a busy machine does not change, for all conversations of one template;
+whoever takes longer is not asked again. Published templates take a hundredth."""
+
+_SLOW = "it takes too long"
 
 
 def _environment() -> Any:
@@ -58,7 +65,8 @@ def _said(error: Exception) -> list[str]:
         text = f"{type(error).__name__}: {error}"
     except Exception:  # noqa: BLE001 - the same
         text = type(error).__name__
-    return ["error", text[:200].rstrip(": ")]
+    text = text.rstrip(": ")
+    return ["error", text if len(text) <= 200 else f"{text[:197]}..."]
 
 
 def _results(environment: Any, source: str, conversations: list[Any]) -> Iterator[list[str]]:
@@ -67,15 +75,26 @@ def _results(environment: Any, source: str, conversations: list[Any]) -> Iterato
     except Exception as error:  # noqa: BLE001 - whatever a stranger's template raises is its result
         yield from [_said(error)] * len(conversations)
         return
-    total = 0
-    for variables in conversations:
-        try:
-            text = template.render(**variables)
-            total += len(text)
-            long = len(text) > LONGEST or total > ALL
-            yield ["error", f"it writes {len(text)} characters"] if long else ["text", text]
-        except Exception as error:  # noqa: BLE001 - the same
-            yield _said(error)
+    total, begin = 0, time.process_time()
+    for done, variables in enumerate(conversations):
+        result = _rendered(template, variables)
+        total += len(result[1])
+        if total > ALL:
+            result = ["error", f"it writes more than {ALL} characters"]
+        yield result
+        if time.process_time() - begin > SECONDS:
+            slow = result if result[0] == "error" else ["error", _SLOW]
+            yield from [slow] * (len(conversations) - done - 1)
+            return
+
+
+def _rendered(template: Any, variables: dict[str, Any]) -> list[str]:
+    try:
+        text = template.render(**variables)
+    except Exception as error:  # noqa: BLE001 - the same
+        return _said(error)
+    long = len(text) > LONGEST
+    return ["error", f"it writes {len(text)} characters"] if long else ["text", text]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.checkpoint.source import read_json
+from qwen35.display import cut
 from qwen35.errors import Finding, InputError
 
 __all__ = ["ABSENT", "SettingsComparison", "same_value", "settings_of", "shown", "text_of"]
@@ -46,7 +47,7 @@ class SettingsComparison:
         Keys in `unknown`, which only one side has and nothing here understands, are skipped.
         """
         if unknown:
-            names = ", ".join(sorted(unknown))[:200]
+            names = cut(", ".join(sorted(unknown)), 200)
             self.skipped.append(f"{subject}: unknown keys that only one side has: {names}")
         for key in dict.fromkeys((*there, *here)):
             if key in unknown:
@@ -76,9 +77,8 @@ def shown(value: Any, other: Any = None) -> str:
         if len(value) != len(other):
             return f"{len(value)} values long"
         at = next((i for i, (a, b) in enumerate(zip(value, other, strict=True)) if a != b), 0)
-        return f"{value[at]!r} at {at}"[:80]
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+        return f"{cut(repr(value[at]), 80)} at {at}"
+    return cut(repr(value), 80)
 
 
 def settings_of(place: FileLocation, name: str) -> dict[str, Any] | None:

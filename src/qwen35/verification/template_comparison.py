@@ -11,7 +11,7 @@ from qwen35.checkpoint.locations import FileLocation
 from qwen35.errors import Finding, InputError
 from qwen35.planning.safetensors_files.chat_template import text_only_template
 from qwen35.verification.bounded_rendering import LIMITS, Rendered, render
-from qwen35.verification.chat_prompts import special_tokens
+from qwen35.verification.chat_prompts import ChatPrompts, special_tokens
 from qwen35.verification.conversations import text_conversations, vision_conversations
 from qwen35.verification.settings_comparison import SettingsComparison, settings_of, text_of
 
@@ -84,7 +84,8 @@ def compare_templates(
         if theirs is None:
             result.findings.append(Finding(_CHECK, file, "a chat template, the source has none"))
         else:
-            compare_template(file, text, theirs, tokens, vision=vision, result=result)
+            told = name == _DEFAULT and not taken
+            compare_template(file, text, theirs, tokens, vision=vision, told=told, result=result)
     if _MORE in (*place.folders(), *source.folders()):
         result.skipped.append(f"{_MORE}/: more chat templates, which transformers takes by name")
     for name in sorted({name for _, name in there} - {name for _, name in here}):
@@ -113,6 +114,7 @@ def compare_template(
     tokens: Mapping[str, str],
     *,
     vision: bool,
+    told: bool,
     result: SettingsComparison,
 ) -> None:
     """Compare two templates by text or, if it differs, by what they render for conversations.
@@ -123,17 +125,25 @@ def compare_template(
         there: the source's.
         tokens: the source's special tokens, by name.
         vision: whether the artifact takes pictures.
+        told: whether a template that takes no question is a finding already.
         result: receives findings and notes.
     """
     if here == there:
         return
     conversations = text_conversations() | (vision_conversations() if vision else {})
     try:
-        told = [{**tokens, **one} for one in conversations.values()]
-        ours, theirs = render((here, there), told)
+        variables = [{**tokens, **one} for one in conversations.values()]
+        ours, theirs = render((here, there), variables)
     except InputError as error:
+        if told and _refuses(subject, here, tokens):
+            return
         message = f"differs from the source's and could not be compared: {error.message}"
         result.findings.append(Finding(_CHECK, subject, message))
+        return
+    if all(one.failed for one in ours) and not all(one.failed for one in theirs):
+        if not (told and _refuses(subject, here, tokens)):
+            message = f"refuses every conversation ({ours[0].text})"
+            result.findings.append(Finding(_CHECK, subject, message))
         return
     wrong = [
         (name, one, other)
@@ -153,6 +163,14 @@ def compare_template(
         )
 
 
+def _refuses(subject: str, template: str, tokens: Mapping[str, str]) -> bool:
+    try:
+        ChatPrompts(subject, template, tokens)
+    except InputError:
+        return True
+    return False
+
+
 def _text_only(template: str) -> str | None:
     try:
         return text_only_template(template, _FILE)
@@ -165,7 +183,7 @@ def _difference(one: Rendered, other: Rendered) -> str:
     if one.failed != other.failed:
         failed = one if one.failed else other
         side = "is refused" if one.failed else "is refused only by the source's"
-        return f"{side} ({failed.text[:80]})"
+        return f"{side} ({failed.text})"
     pairs = zip(one.text, other.text, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one.text), len(other.text)))
     start = max(at - 10, 0)
