@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from qwen35.checkpoint.header import (
     SafetensorsHeader,
     file_layout,
     header_length,
+    json_bytes,
     parse_header,
     read_header,
     strict_json,
@@ -307,3 +309,16 @@ def test_spec_counts_bytes() -> None:
     assert (spec.numel, spec.itemsize, spec.nbytes) == (6, 4, 24)
     assert TensorSpec("s", "F64", ()).nbytes == 8
     assert TensorSpec("e", "F64", (0, 5)).nbytes == 0
+
+
+@pytest.mark.parametrize("number", ["1e400", "-1e999", "9" * 400, "[0.5, 1E309]"])
+def test_numbers_that_no_double_can_hold(number: str) -> None:
+    """Python reads 1e400 as infinity, and wrote Infinity, which is not JSON."""
+    with pytest.raises(HeaderError, match="not valid JSON"):
+        strict_json(f'{{"a": {number}}}'.encode(), "config.json")
+    assert strict_json(b'{"a": 1000000000000000019884624838656, "b": 1e300}', "x")["b"] == 1e300
+
+
+def test_numbers_that_are_not_finite_are_rendered_as_null() -> None:
+    value = {"a": [math.nan, 1.5], "b": {"c": -math.inf}}
+    assert json.loads(json_bytes(value)) == {"a": [None, 1.5], "b": {"c": None}}

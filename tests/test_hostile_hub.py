@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 
 from fake_hub import COMMIT, FakeHub, Fault, Repo, serving
 from hub_client import CONTENT, REPO, Client, Done, World, files_in
+from qwen35.checkpoint.hub_headers import BadAnswerError, check_answer, joined
 
 SOURCE = "owner/source"
 INFO = f"/api/models/{SOURCE}"
@@ -341,6 +343,31 @@ def test_redirect_without_end(hostile: Hostile) -> None:
     assert "TooManyRedirects" in hostile.sentence("inspect", SOURCE)
     hostile.hub.faults = [Fault(INFO, status=302, headers={"Location": "file:///etc/passwd"})]
     assert "UnsupportedProtocol" in hostile.sentence("inspect", SOURCE)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Location": "http://[::1"},
+        {"Location": "/" + "x" * 70_000},
+        {"Link": '<http://[::1>; rel="next"'},
+        {"X-Xet-Hash": "a" * 64, "Link": '<http://[::1>; rel="xet-auth"'},
+        {"X-Xet-Hash": "a" * 64, "X-Xet-Refresh-Route": "http://[::1"},
+        {"X-Xet-Hash": "a" * 64, "X-Xet-Cas-Url": "http://[::1"},
+    ],
+    ids=lambda headers: "-".join(headers),
+)
+def test_malformed_address(headers: dict[str, str]) -> None:
+    request = httpx2.Request("GET", "http://127.0.0.1:1/a")
+    status = 302 if "Location" in headers else 200
+    answer = httpx2.Response(status, headers=headers, request=request)
+
+    def read() -> None:
+        check_answer(answer)
+        joined(request.url, answer.links["next"]["url"])
+
+    with pytest.raises(BadAnswerError, match="named a malformed address"):
+        read()
 
 
 WRONG = [b"[]", b"null", b"7", b"{}", b"<html>", DEEP, b'{"files": 3}', b'{"objects": [1]}']

@@ -156,6 +156,23 @@ def test_gated_repository_is_one_sentence_and_opens_with_a_token(
     assert TOKEN not in done.out + done.err
 
 
+@pytest.mark.parametrize("token", ["hf_one\nhf_two", "hf_one two", "hf_ä", "hf_\udcff"])
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_token_that_cannot_be_one_is_blamed_before_any_request(
+    token: str, by_flag: bool, hub: FakeHub, tmp_path: Path
+) -> None:
+    if not by_flag:
+        token = token.replace("\n", "\v")  # the client joins the lines of HF_TOKEN
+    flag, variable = (("--hf-token", token), "") if by_flag else ((), token)
+    arguments = ("plan", REPO, *flag)
+    sentence = refusal(*arguments, home=tmp_path, url=hub.url, token=variable)
+    assert sentence == (
+        "error: access token: holds a space, a line break or a letter outside ASCII; "
+        "copy it again, to HF_TOKEN or --hf-token\n"
+    )
+    assert hub.requests == []
+
+
 def test_token_is_never_in_a_manifest(hub: FakeHub, tmp_path: Path) -> None:
     arguments = ("convert", "owner/gated", "out", "--recipe", "text", "--hf-token", TOKEN)
     done = command(*arguments, home=tmp_path, url=hub.url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoints import layout_of, tiny_config
-from qwen35.checkpoint.inventory import inventory
+from qwen35.checkpoint.inventory import inventory, match
 from qwen35.checkpoint.source import Checkpoint, open_published
 from qwen35.codecs.nf4 import layout as nf4
 from qwen35.codecs.registry import group
@@ -217,6 +218,23 @@ def test_one_expert_missing_is_named() -> None:
     gone = f"{TEXT}.layers.2.mlp.experts.3.up_proj.weight"
     del specs[gone]
     assert refusal(config, specs).startswith(f"{gone}: missing, expected BF16 [128, 256]")
+
+
+@pytest.mark.parametrize("name", ["x{}", f"{TEXT}.layers.0.mlp.experts.{{}}.up_proj.weight"])
+def test_many_strange_names_take_time_by_their_number(name: str) -> None:
+    config = tiny_config(moe=True)
+    expected = len(specs_of(config))
+    times = []
+    for count in (4000, 16_000):
+        config["text_config"]["num_hidden_layers"] = layers = count // 16
+        config["text_config"]["layer_types"] = ["full_attention"] * layers
+        strange = (f"{'a.' * 60}{name.format(i)}" for i in range(count))
+        made = checkpoint_of(config, {text: TensorSpec(text, "F32", (0,)) for text in strange})
+        start = time.process_time()
+        _, problems = match(made)
+        times.append(time.process_time() - start)
+        assert len(problems) > count + expected
+    assert times[1] < 10 * times[0]
 
 
 def test_one_expert_too_many_is_named() -> None:

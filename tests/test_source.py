@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import struct
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qwen35
-from checkpoints import make_checkpoint, random_tensors, tiny_config, write_checkpoint
+from checkpoints import ASSET, make_checkpoint, random_tensors, tiny_config, write_checkpoint
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.sidecars import SIDECARS, sidecar_names
@@ -194,6 +197,12 @@ def test_index_with_a_repeated_tensor_is_refused(sharded: Path) -> None:
 def test_index_of_absurd_size_is_refused_unread(sharded: Path) -> None:
     os.truncate(sharded / INDEX_NAME, 300 * 2**20)  # a hole: no blocks on the disk
     with pytest.raises(ConfigError, match=r"314572800 bytes, expected at most 268435456"):
+        open_folder(sharded)
+
+
+def test_config_of_absurd_size_is_refused_unread(sharded: Path) -> None:
+    os.truncate(sharded / "config.json", 9 * 2**20)
+    with pytest.raises(ConfigError, match=r"9437184 bytes, expected at most 8388608"):
         open_folder(sharded)
 
 
@@ -457,3 +466,14 @@ def test_file_in_place_of_a_model_is_called_a_file(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("")
     with pytest.raises(InputError, match=r"README\.md: a file, expected a folder or a Hub id"):
         describe(str(tmp_path / "README.md"))
+
+
+def test_thousands_of_buffers_take_time_in_proportion(tmp_path: Path) -> None:
+    """Each was looked up in a list of all: 40,000 took six seconds."""
+    shutil.copy(ASSET / "config.json", tmp_path)
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    head = json.dumps({f"x{i}.rotary_emb.inv_freq": empty for i in range(40_000)}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head)
+    started = time.process_time()
+    assert len(open_folder(tmp_path).buffers) == 40_000
+    assert time.process_time() - started < 3

@@ -17,7 +17,7 @@ traceback.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 __all__ = [
     "ConfigError",
@@ -126,4 +126,4 @@ class Finding:
 
     def to_json(self) -> dict[str, str]:
         """Return the finding as a dict of strings."""
-        return asdict(self)
+        return {"check": self.check, "subject": self.subject, "message": self.message}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.hub import HubId, HubLocation
-from qwen35.checkpoint.locations import FileLocation, LocalFolder
+from qwen35.checkpoint.locations import FileLocation, LocalFolder, expanded
 from qwen35.checkpoint.open import fetch, fetch_commit, hub_token
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, InputError, UsageError
@@ -56,7 +56,7 @@ class ArtifactOrigin:
             InputError: the manifest is missing or malformed.
             HubError: the Hub refused, or could not be reached.
         """
-        path = Path(name).expanduser()
+        path = expanded(name)
         path = path.parent if path.is_file() and path.name == MANIFEST_NAME else path
         if path.is_dir():
             return cls(name, _manifest(LocalFolder(path), name), folder=path)
@@ -140,19 +140,21 @@ def reproduce(
     out: Path,
     *,
     overwrite: bool = False,
+    keep: bool = True,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Reproduction:
     """Rebuild the artifact and compare it with the manifest and the files beside it.
 
-    Files on the Hub are compared by their listed hashes, without a download.
+    Files on the Hub are compared by their listed hashes, without a download. Unfinished work stays
+    if `keep` is set.
 
     Raises:
         OutputError: `out` exists, or the disk is full.
         TensorError: a weight of the source cannot be read.
     """
     check_before(out, overwrite=overwrite)
-    result = write(plan, out, overwrite=overwrite, threads=threads, progress=progress)
+    result = write(plan, out, overwrite=overwrite, keep=keep, threads=threads, progress=progress)
     return Reproduction(
         tuple(origin.manifest["files"]),
         tuple(_findings(origin, plan, result)),

@@ -11,9 +11,10 @@ library accepts them.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "file_layout",
     "header_length",
     "json_bytes",
+    "json_text",
     "parse_header",
     "read_header",
     "strict_json",
@@ -38,6 +40,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_SIZE = 2**63 - 1
+_MAX_DIGITS = 308
 _MAX_RANK = 64  # NumPy's limit
 
 
@@ -68,8 +71,23 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _finite(text: str) -> float:
+    # Python reads 1e400 as infinity, which JSON does not have, and which would be written as such.
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:80]} is too large a number")
+    return number
+
+
+def _bounded(text: str) -> int:
+    # tokenizer_config.json has 10**30 for "no limit"; nothing has more than a double can hold.
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
 def strict_json(raw: bytes, subject: str, error: type[InputError] = HeaderError) -> Any:
-    """Parse JSON, refusing duplicate keys, NaN and excessive nesting.
+    """Parse JSON, refusing duplicate keys, NaN, numbers beyond a double and excessive nesting.
 
     Raises:
         InputError: `raw` is not valid; an instance of `error` about the file `subject`.
@@ -79,6 +97,8 @@ def strict_json(raw: bytes, subject: str, error: type[InputError] = HeaderError)
             raw.decode("utf-8"),
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_bounded,
         )
     except (ValueError, RecursionError) as cause:
         reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
@@ -87,9 +107,24 @@ def strict_json(raw: bytes, subject: str, error: type[InputError] = HeaderError)
 
 def json_bytes(value: Any) -> bytes:
     """Render JSON in the style of checkpoint files: indented UTF-8 with a final newline."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     # UTF-8 cannot encode lone surrogates, which JSON strings may contain.
-    return text.encode(errors="backslashreplace")
+    return f"{json_text(value)}\n".encode(errors="backslashreplace")
+
+
+def json_text(value: Any, *, ascii_only: bool = False) -> str:
+    """Render indented JSON; null stands for numbers that are not finite, which JSON lacks."""
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=ascii_only, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), indent=2, ensure_ascii=ascii_only)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_size(value: object) -> bool:

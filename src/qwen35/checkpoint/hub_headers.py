@@ -25,6 +25,7 @@ __all__ = [
     "check_answer",
     "check_request",
     "endpoint",
+    "joined",
     "limited",
     "listed_size",
     "same_origin",
@@ -71,6 +72,18 @@ def endpoint() -> httpx2.URL:
     return httpx2.URL(constants.ENDPOINT)
 
 
+def joined(base: httpx2.URL, address: str) -> httpx2.URL:
+    """Return an address that an answer names, which may be relative.
+
+    Raises:
+        BadAnswerError: it is malformed.
+    """
+    try:
+        return base.join(address)
+    except (httpx2.InvalidURL, ValueError) as error:
+        raise BadAnswerError(f"named a malformed address: {address[:80]!r}") from error
+
+
 def same_origin(url: httpx2.URL, other: httpx2.URL) -> bool:
     """Return whether scheme, host and port are the same."""
     return _origin(url) == _origin(other)
@@ -115,7 +128,7 @@ def check_answer(answer: httpx2.Response) -> None:
 
 def _check_redirect(answer: httpx2.Response) -> None:
     url = answer.request.url
-    target = url.join(answer.headers["location"])
+    target = joined(url, answer.headers["location"])
     if answer.request.method not in ("GET", "HEAD") and not same_origin(target, url):
         raise BadAnswerError("redirects a change to another host")
     if XET_ROUTE in target.path:
@@ -171,7 +184,7 @@ def _check_xet(answer: httpx2.Response) -> None:
         # the client replaces the default endpoint by the one in use
         if not route or route.startswith(constants.HUGGINGFACE_CO_URL_HOME):
             continue
-        if not same_origin(home.join(route), home):
+        if not same_origin(joined(home, route), home):
             raise BadAnswerError("sends the token to another host")
     if store := headers.get(constants.HUGGINGFACE_HEADER_X_XET_ENDPOINT):
-        _check_encrypted(home, httpx2.URL(store))
+        _check_encrypted(home, joined(home, store))

@@ -23,9 +23,9 @@ from huggingface_hub.utils import (
 
 from qwen35.checkpoint.header import strict_json
 from qwen35.checkpoint.hub import COMMIT
-from qwen35.checkpoint.hub_headers import BadAnswerError, endpoint
+from qwen35.checkpoint.hub_headers import BadAnswerError, endpoint, joined
 from qwen35.checkpoint.hub_session import guard_client
-from qwen35.errors import InputError
+from qwen35.errors import InputError, UsageError
 
 __all__ = ["HubEntry", "commit_of", "list_tree"]
 
@@ -37,6 +37,9 @@ _RETRIES = 2
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNUSABLE = re.compile("[\0\ud800-\udfff]")
 """Characters of JSON that no path can hold."""
+
+_AUTHORIZATION = re.compile("(Bearer [!-~]+)?")
+"""What fits into a header; the client would fail later, as if the network were to blame."""
 
 _TOP = re.compile(r"(?!\.\.?\Z)[^/]+")
 
@@ -127,9 +130,15 @@ def _ask(url: str, token: str | None, **options: Any) -> tuple[Any, str | None]:
         url: what to ask for.
         token: the access token.
         options: of the client's `http_backoff`.
+
+    Raises:
+        UsageError: the token cannot be one.
     """
     guard_client()
     headers = build_hf_headers(token=token)
+    if not _AUTHORIZATION.fullmatch(headers.get("authorization", "")):
+        found = "holds a space, a line break or a letter outside ASCII"
+        raise UsageError("access token", found, hint="copy it again, to HF_TOKEN or --hf-token")
     answer = http_backoff("GET", url, headers=headers, max_retries=_RETRIES, **options)
     hf_raise_for_status(answer)
     try:
@@ -137,7 +146,7 @@ def _ask(url: str, token: str | None, **options: Any) -> tuple[Any, str | None]:
     except InputError as error:
         raise BadAnswerError("sent an answer that is not valid JSON") from error
     following = answer.links.get("next", {}).get("url")
-    return value, str(answer.url.join(following)) if following else None
+    return value, str(joined(answer.url, following)) if following else None
 
 
 def _entry(row: Any) -> HubEntry:

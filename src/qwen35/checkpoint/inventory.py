@@ -104,6 +104,7 @@ def match(
     """
     weights = {weight.name: weight for weight in checkpoint.weights}
     spared, problems = _spared(checkpoint, tower=tower)
+    dense = checkpoint.config.moe and _has_dense(checkpoint)
     items, missing, misfits = [], [], list[_Misfit]()
     for expected in expected_tensors(checkpoint.config, checkpoint.layout):
         weight = weights.pop(expected.name, None)
@@ -111,7 +112,7 @@ def match(
             continue
         if weight is None:
             missing.append(expected.name)
-            problems.append(_missing(checkpoint, expected))
+            problems.append(_missing(checkpoint, expected, dense=dense))
             continue
         problem = codec_of(weight).mismatch(weight, expected)
         if problem is not None:
@@ -182,9 +183,9 @@ def _decoded_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
     return checkpoint.config.dtype if is_packed(weight) else weight.main.spec.dtype
 
 
-def _missing(checkpoint: Checkpoint, expected: TensorSpec) -> TensorError:
+def _missing(checkpoint: Checkpoint, expected: TensorSpec, *, dense: bool) -> TensorError:
     # One clear error instead of a list of missing experts.
-    if ".mlp." in expected.name and checkpoint.config.moe and _has_dense(checkpoint):
+    if dense and ".mlp." in expected.name:
         return TensorError(
             expected.name,
             "missing, and the weights are those of a dense model",

@@ -7,11 +7,20 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from stat import S_ISREG
 from typing import Protocol
 
-from qwen35.errors import InputError
+from qwen35.errors import InputError, UsageError
 
-__all__ = ["FileLocation", "LocalFolder", "folder_name", "read_bounded", "stamp"]
+__all__ = [
+    "FileLocation",
+    "LocalFolder",
+    "expanded",
+    "folder_name",
+    "open_file",
+    "read_bounded",
+    "stamp",
+]
 
 _SNAPSHOT = re.compile(r"models--(?:[^/]+?--)?(?P<name>[^/]+)/snapshots/[^/]+\Z")
 """The end of a snapshot's path in the Hub's cache: models--owner--name/snapshots/commit."""
@@ -32,6 +41,22 @@ def stamp(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def open_file(path: Path) -> int:
+    """Open a file for reading; pipes, which would block, and devices are refused.
+
+    Raises:
+        InputError: not a regular file, or not readable.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+    raise InputError(str(path), "not a file")
+
+
 def read_bounded(path: Path, limit: int = 2**30) -> bytes:
     """Return the content of a file of at most `limit` bytes.
 
@@ -39,10 +64,7 @@ def read_bounded(path: Path, limit: int = 2**30) -> bytes:
         InputError: not a regular file, not readable or larger.
     """
     try:
-        # Opening a FIFO would block.
-        if path.exists() and not path.is_file():
-            raise InputError(str(path), "not a file")
-        with path.open("rb") as file:
+        with os.fdopen(open_file(path), "rb") as file:
             large = os.fstat(file.fileno()).st_size > limit
             data = b"" if large else file.read(limit + 1)
     except OSError as error:
@@ -72,6 +94,21 @@ class FileLocation(Protocol):
 
     def read(self, name: str, start: int, count: int) -> bytes:
         """Return `count` bytes of a file, starting at `start`."""
+
+
+def expanded(name: str) -> Path:
+    """Return a path that a user named, with the folder of a user in place of ``~``.
+
+    Raises:
+        UsageError: there is no such user, or no file can have this name.
+    """
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise UsageError(name[:80], f"no folder of that user ({error})") from error
+    if "\0" in name:
+        raise UsageError(name.replace("\0", "\\0")[:80], "holds a NUL", expected="a path")
+    return path
 
 
 def _no_file(path: Path) -> str:

@@ -256,8 +256,10 @@ def _not_found(model: str, sizes: bool) -> InputError:
     """Return the error for a `model` that does not exist, with a guess at the intended one."""
     expected = "a folder or a Hub id (owner/name)"
     try:
-        if Path(model).expanduser().is_file():
-            return InputError(model, "a file", expected=expected)
+        path = Path(model).expanduser()
+        if path.exists():
+            found = "a file" if path.is_file() else "a pipe, a socket or a device"
+            return InputError(model, found, expected=expected)
     except (OSError, RuntimeError, ValueError):  # name too long, unknown ~user, NUL
         pass
     if HubId.parse(model) and not model.startswith(_LOCAL_STARTS):

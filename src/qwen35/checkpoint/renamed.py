@@ -83,10 +83,11 @@ def naming_cause(unknown: Sequence[str], missing: Collection[str]) -> TensorErro
         )
     if not missing:
         return None
-    tails = _tails(missing)
+    expected, tails = set(missing), _tails(missing)
+    most = max(name.count(".") for name in missing) + 1
     named: dict[_Renaming, list[str]] = defaultdict(list)
     for name in unknown:
-        renaming = _renaming(name, set(missing), tails)
+        renaming = _renaming(name, expected, tails, most)
         if renaming is not None:
             named[renaming].append(name)
     if not named:
@@ -106,9 +107,12 @@ def _tails(expected: Iterable[str]) -> dict[str, str]:
     return tails
 
 
-def _renaming(name: str, expected: Collection[str], tails: Mapping[str, str]) -> _Renaming | None:
+def _renaming(
+    name: str, expected: Set[str], tails: Mapping[str, str], most: int
+) -> _Renaming | None:
+    """Return how a name differs from an expected one; these have at most `most` segments."""
     segments = name.split(".")
-    for count in range(len(segments)):
+    for count in range(max(len(segments) - most, 0), len(segments)):
         rest, prefix = ".".join(segments[count:]), ".".join(segments[:count])
         found = f"{prefix}." if prefix else ""
         if rest in expected:

@@ -43,6 +43,9 @@ SINGLE_NAME = "model.safetensors"
 """The one file of a checkpoint without an index."""
 
 _MAX_JSON_BYTES = 256 * 2**20
+_MAX_CONFIG_BYTES = 8 * 2**20
+"""For config.json, whose longest part names modules that stay as they are: 6 MB, if they are all
+experts of the largest published size one by one."""
 _MAX_PROBLEMS = 1000  # a hostile index may list millions of names
 _MAX_NAME = 255  # NAME_MAX of Linux file systems
 _SHOWN = 5
@@ -197,7 +200,7 @@ def open_place(
     tensors, problems = _merge(headers, weight_map)
     tensors, prefix = family_names(tensors, vision=config.architecture.vision)
     buffers = tuple(name for name in tensors if name.endswith(_BUFFERS))
-    tensors = {name: stored for name, stored in tensors.items() if name not in buffers}
+    tensors = {name: stored for name, stored in tensors.items() if not name.endswith(_BUFFERS)}
     weights, packing = group(tensors)
     foreign = _foreign(config, tensors, weights, headers)
     problems = [*problems, *packing] if foreign is None else [_unreadable(foreign, config)]
@@ -276,8 +279,9 @@ def read_json(place: FileLocation, name: str) -> Any:
         raise _gone(place, name) or ConfigError(
             str(place), f"no {name} in it", hint="is this a checkpoint?"
         )
-    if size > _MAX_JSON_BYTES:  # before reading it into memory
-        raise ConfigError(name, f"{size} bytes", expected=f"at most {_MAX_JSON_BYTES}")
+    most = _MAX_CONFIG_BYTES if name == "config.json" else _MAX_JSON_BYTES
+    if size > most:  # before reading it into memory
+        raise ConfigError(name, f"{size} bytes", expected=f"at most {most}")
     kind = HeaderError if name == INDEX_NAME else ConfigError
     content = place.read(name, 0, size)
     known = stand_in(name, content[:LONGEST_HEAD], kind)

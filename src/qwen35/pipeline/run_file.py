@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qwen35.checkpoint.hub import HubId
-from qwen35.checkpoint.locations import read_bounded
+from qwen35.checkpoint.locations import expanded, read_bounded
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import UsageError
 from qwen35.pipeline.run_request import (
@@ -128,7 +128,7 @@ class _Reader:
         requests += self._each("artifact", top, ARTIFACT_KEYS, self._safetensors)
         requests += self._each("gguf", top, GGUF_KEYS, self._gguf)
         if not requests and not self.problems:
-            hint = 'set path = "A", "B" or "fp8", or add [[artifact]] or [[gguf]]'
+            hint = 'set path = "nf4" or another, or add [[artifact]] or [[gguf]]'
             self._problem("path", "nothing to make", hint=hint)
         return tuple(requests)
 
@@ -204,7 +204,7 @@ class _Reader:
         return tuple(dict.fromkeys(name.upper() for name in row.get("types", ())))
 
     def _near(self, name: str) -> Path:
-        return self.path.parent / Path(name).expanduser()
+        return self.path.parent / expanded(name)
 
     def _model(self, name: str) -> str:
         """Return a folder relative to the file if it exists, else the name unchanged (a Hub id)."""
