@@ -380,6 +380,9 @@ def test_a_dry_run_touches_nothing(
     assert evaluate_cli(*shared, *files) == 0
     assert "peak memory at most about" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+    for more in ([], shared[-1:]):
+        assert evaluate_cli(*shared[:-1], *more, "--resume", str(formats / "text.txt")) == 2
+        assert "text.txt: not a file of this kind" in capsys.readouterr().err
 
 
 def test_progress_counts_chunks(formats: Path, capsys: pytest.CaptureFixture[str]) -> None:

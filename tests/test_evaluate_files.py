@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import tracemalloc
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +19,19 @@ from hypothesis import strategies as st
 from checkpoints import ASSET
 from evaluating import gguf, measure
 from qwen35.engines.llama import Llama
-from qwen35.errors import InputError
+from qwen35.errors import InputError, OutputError
 from qwen35.evaluation.cache import (
     RATIO,
     REST,
     CacheFile,
     CacheWriter,
+    cache_head,
     compact,
     most_kept,
     pack,
     unpack,
 )
+from qwen35.evaluation.chunk_sweep import check_state
 from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
 from qwen35.evaluation.kld_file import KldFile, KldWriter, encode, kld_file_size
 from qwen35.evaluation.records import RecordFile
@@ -70,7 +76,7 @@ def test_fifty_times_smaller_at_the_published_vocabulary(slope: float) -> None:
     assert len(data) * RATIO <= rows * row_bytes(width)
     candidate = near(logits, seed=1)
     true = exact.against(candidate, targets, 1)
-    found = unpack(data).against(candidate, targets, 1)
+    found = unpack(data, rows, width).against(candidate, targets, 1)
     assert found.bound is not None
     missing = true.kld - found.kld
     assert (missing >= -ROUNDING).all()
@@ -117,7 +123,7 @@ def test_the_bound_is_reached() -> None:
 def test_packing_loses_nothing() -> None:
     exact, _ = exact_of(peaked(5, 3000, 1.5, seed=2))
     before = compact(exact)
-    after = unpack(pack(before))
+    after = unpack(pack(before), 5, 3000)
     assert after.starts.tolist() == before.starts.tolist()
     assert after.ids.tolist() == before.ids.tolist()
     assert after.kept.tobytes() == before.kept.tobytes()
@@ -171,7 +177,7 @@ def test_the_embedded_checkpoints_logits_at_the_published_vocabulary(formats: Pa
     data = pack(compact(exact))
     assert len(data) * RATIO <= len(wide[0]) * row_bytes(248_320)
     true = exact.against(wide[1], targets, 1)
-    found = unpack(data).against(wide[1], targets, 1)
+    found = unpack(data, len(wide[0]), 248_320).against(wide[1], targets, 1)
     assert found.bound is not None
     missing = true.kld - found.kld
     assert (missing >= -ROUNDING).all()
@@ -250,6 +256,35 @@ def test_rows_that_are_not_finite(tmp_path: Path) -> None:
     file.close()
 
 
+def test_results_of_another_run_are_dropped_with_a_note(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "results"
+    for head in ({"of": 1}, {"of": 2}):
+        assert not caplog.records
+        file = RecordFile(path, "m", head)
+        assert file.count == 0
+        file.append(b"1")
+        file.close()
+    assert caplog.messages == [f"{path}: holds results of another run: starting over"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipes_and_devices_are_not_read(kind: str, tmp_path: Path) -> None:
+    path, chunks = tmp_path / "reference", small_chunks()
+    if kind == "pipe":
+        os.mkfifo(path)
+        ends = os.open(path, os.O_RDWR)  # so that a reader gets something, and does not wait
+        os.write(ends, bytes(4096))
+    else:
+        path.symlink_to("/dev/zero")
+    for door in (lambda: KldFile(path), lambda: CacheFile(path, chunks, 100)):
+        with pytest.raises(InputError, match="reference: not a file$"):
+            door()
+    if kind == "pipe":
+        os.close(ends)
+
+
 def test_damaged_caches(tmp_path: Path) -> None:
     chunks, path = small_chunks(), tmp_path / "reference"
     write_all(CacheWriter(path, chunks, 100), 100, chunks)
@@ -269,6 +304,64 @@ def test_damaged_caches(tmp_path: Path) -> None:
     path.write_bytes(b"something else\n")
     with pytest.raises(InputError, match="not a file of this kind"):
         CacheFile(path, chunks, 100)
+
+
+@pytest.mark.parametrize("kind", ["text", "link", "pipe", "folder", "empty", "torn"])
+def test_what_lies_where_results_go_is_ours_or_refused(kind: str, tmp_path: Path) -> None:
+    """A text given as --resume was emptied, and links under the hidden names were followed."""
+    chunks, victim = small_chunks(), tmp_path / "victim"
+    victim.write_text("precious")
+    doors: dict[str, Callable[[Path], Any]] = {
+        "state": lambda path: check_state(path),
+        ".cache.partial": lambda path: CacheWriter(path, chunks, 100).close(),
+        ".kld.partial": lambda path: KldWriter(path, chunks, 100).close(),
+    }
+    begins = {".cache.partial": b"qwen35 ref", ".kld.partial": b"_log", "state": b"qwen35 ev"}
+    for name, door in doors.items():
+        path, given = tmp_path / name, tmp_path / name.removeprefix(".").removesuffix(".partial")
+        if kind == "text":
+            path.write_text("precious")
+        elif kind == "link":
+            path.symlink_to(victim)
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "folder":
+            path.mkdir()
+        else:
+            path.write_bytes(begins[name] if kind == "torn" else b"")
+        if kind in ("empty", "torn"):
+            door(given)
+            continue
+        with pytest.raises((InputError, OutputError), match=name):
+            door(given)
+        assert kind != "text" or path.read_text() == "precious"
+    assert victim.read_text() == "precious"
+
+
+def test_a_compressed_chunk_is_not_expanded_beyond_what_it_can_hold(tmp_path: Path) -> None:
+    chunks, path = small_chunks(), tmp_path / "reference"
+    written = write_all(CacheWriter(path, chunks, 100), 100, chunks)
+    good = pack(compact(written[0]))
+    spoilt = {
+        "more than": zlib.compress(bytes(50_000_000), 9),
+        "incomplete": good[:-5],
+        "rows of": pack(compact(exact_of(peaked(2, 100, 1, seed=1))[0])),
+        "not finite": pack(replace(compact(written[0]), nll=written[0].nll * np.nan)),
+        "beyond the vocabulary": pack(replace(compact(written[0]), top=written[0].top + 100)),
+    }
+    for message, record in spoilt.items():
+        records = RecordFile(path, "qwen35 reference 1", cache_head(chunks, 100))
+        records.cut(0)
+        for data in (record, good, good, good):
+            records.append(data)
+        records.close()
+        file = CacheFile(path, chunks, 100)
+        tracemalloc.start()
+        with pytest.raises(InputError, match=f"chunk 1 is damaged .*{message}"):
+            file.chunk(0)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        tracemalloc.stop()
+        file.close()
 
 
 def test_files_over_another_text_or_model(formats: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 
 from checkpoints import ASSET
 from hub_client import CONTENT, REPO, World, environment, files_in
+from qwen35.cli.main import main
 
 PROGRAM = """
 import os, signal, sys
@@ -47,6 +48,44 @@ with open(log, "w") as file:
     file.write(str(count))
 sys.exit(code)
 """
+
+
+SIGNALLED = """
+import os, signal, sys, time
+
+from qwen35.cli.main import main
+from qwen35.sinks.files import TensorFile
+
+write = TensorFile.write
+
+def signalled(*values):
+    write(*values)
+    if TensorFile.write is not write:
+        TensorFile.write = write
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+
+TensorFile.write = signalled
+sys.exit(main())
+"""
+"""The command, sent SIGTERM in the middle of its work, as from outside."""
+
+
+def test_a_terminated_command_tidies_up_and_says_so(tmp_path: Path) -> None:
+    artifact, temporary = str(tmp_path / "out"), tmp_path / "temporary"
+    temporary.mkdir()
+    assert main(["convert", str(ASSET), artifact, "--recipe", "text", "--quiet"]) == 0
+    arguments = ["reproduce", artifact, "--source", str(ASSET)]
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, *arguments],
+        env={**os.environ, "TMPDIR": str(temporary)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[1:] == ["interrupted by SIGTERM"]
+    assert not any(temporary.iterdir())
 
 
 def run(arguments: list[str], log: Path, env: Mapping[str, str], at: int = 0) -> int:
@@ -119,8 +158,23 @@ def test_a_killed_tuning_ends_as_if_it_had_not_been(probes: int, tmp_path: Path)
     for number in kills(log, 6 if probes else 4):
         arguments = command(number)
         assert run(arguments, log, env, number) == -9
+        if (tmp_path / str(number) / "r.toml").exists():  # an output like any other
+            assert run(arguments, log, env) == 2
+            arguments.append("--overwrite")
         assert run(arguments, log, env) == 0
         assert chosen(tmp_path / str(number)) == expected
+
+
+@pytest.mark.parametrize("name", [".r.toml.part", ".r.json.part", "report/.tune.json.part"])
+def test_a_link_where_tune_prepares_a_file_is_not_followed(name: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("another's")
+    (tmp_path / "report").mkdir()
+    (tmp_path / name).symlink_to(other)
+    budget = ["--format", "nf4", "--size", "9MB", "--text", str(ASSET / "eval.txt"), "--quiet"]
+    outputs = ["--output", str(tmp_path / "r.toml"), "--report", str(tmp_path / "report")]
+    assert main(["tune", str(ASSET), *budget, "--chunks", "1", "--probes", "0", *outputs]) == 0
+    assert other.read_text() == "another's"
 
 
 def chosen(folder: Path) -> object:

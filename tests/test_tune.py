@@ -33,6 +33,7 @@ from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.planning.work_order import plan_again
 from qwen35.progress import Silent
+from qwen35.tuning import solve
 from qwen35.tuning.fit import Probe, UnitGroup, fit, group_units, rank_correlation
 from qwen35.tuning.measurements import (
     MeasuredTrial,
@@ -120,6 +121,18 @@ def test_cheapest_is_optimal(
     slack = 1e-9 * max(most, 1e-30)
     assert found.cost <= limit + slack
     assert found.nbytes <= min(size for size, cost in all_of_them if cost <= limit)
+
+
+def test_a_search_without_end_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solve, "SECONDS", 0.0)
+    generator = np.random.default_rng(0)
+    sizes = [
+        {f"c{j}": int(s) for j, s in enumerate(row)} for row in generator.integers(1, 999, (80, 9))
+    ]
+    units = [make_unit(f"u{i}", row) for i, row in enumerate(sizes)]
+    costs = {u.name: dict(zip(u.sizes, generator.random(9).tolist(), strict=True)) for u in units}
+    with pytest.raises(UsageError, match="no optimum within 0 s"):
+        nearest(units, costs, 20_000)
 
 
 def test_budgets_that_cannot_be_kept() -> None:
@@ -520,5 +533,5 @@ def test_every_format_offered_is_known_to_a_container() -> None:
     from qwen35.tuning.formats import FORMATS
     from qwen35.tuning.tunable import tunable_of
 
-    assert FORMATS == ("gguf", "nf4", "fp8")
+    assert set(FORMATS) == {"gguf", "nf4", "fp8", "fp8-channel", "nvfp4", "int4"}
     assert all(tunable_of(kind).base(kind) for kind in FORMATS)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from qwen35.evaluation.evaluation_job import EvaluationJob
     from qwen35.evaluation.evaluation_report import EvaluationReport
 
-__all__ = ["evaluate", "prepared", "state_beside"]
+__all__ = ["evaluate", "prepared", "state_of"]
 
 
 def evaluate(
@@ -76,6 +76,7 @@ def evaluate(
         chunks=chunks,
         report=report,
         overwrite=overwrite,
+        resume=resume,
         kl_divergence_base=kl_divergence_base,
         cache=cache,
         unquantized=unquantized,
@@ -84,8 +85,7 @@ def evaluate(
         memory=memory,
         hf_token=hf_token,
     )
-    state = Path(resume) if resume else state_beside(report)
-    result = run(job, speed=speed, state=state, progress=progress)
+    result = run(job, speed=speed, state=state_of(resume, report), progress=progress)
     if report is not None:
         write_report(result, Path(report))
     return result
@@ -100,6 +100,7 @@ def prepared(
     chunks: int | None,
     report: str | Path | None,
     overwrite: bool,
+    resume: str | Path | None,
     kl_divergence_base: str | Path | None,
     cache: str | Path | None,
     unquantized: str | Path | None,
@@ -109,11 +110,14 @@ def prepared(
     hf_token: str | None,
 ) -> EvaluationJob:
     """Prepare an evaluation without running it; arguments and errors as for `evaluate`."""
+    from qwen35.evaluation.chunk_sweep import check_state
     from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
     from qwen35.reporting.report_files import check_report
 
     if report is not None:
         check_report(Path(report), overwrite=overwrite)
+    if state := state_of(resume, report):
+        check_state(state)
     request = EvaluationRequest(
         base=str(base),
         candidates=tuple(map(str, candidates)),
@@ -131,9 +135,12 @@ def prepared(
     return prepare(request)
 
 
-def state_beside(report: str | Path | None) -> Path | None:
-    """Return the file that holds the state of an unfinished evaluation with a report."""
-    if report is None:
-        return None
+def state_of(resume: str | Path | None, report: str | Path | None) -> Path | None:
+    """Return the file of an unfinished evaluation's results, by default beside a report.
+
+    None if there is neither.
+    """
+    if resume or report is None:
+        return Path(resume) if resume else None
     path = Path(report)
     return path.absolute().with_name(f".{path.name}.evaluation")

@@ -183,6 +183,7 @@ def _export(plan: Plan, path: Path) -> Mapping[str, str]:
     from qwen35.planning.gguf_files.gguf_plan import files_of
     from qwen35.planning.gguf_files.mixes import quantizable
     from qwen35.planning.gguf_files.type_patterns import exported
+    from qwen35.sinks.files import replace_file
     from qwen35.sinks.staging import os_errors
 
     files = [file for file in files_of(plan) if file.file_type.quantized]
@@ -192,5 +193,5 @@ def _export(plan: Plan, path: Path) -> Mapping[str, str]:
     kinds = {t.name: files[0].kinds[t.name] for t in tensors if quantizable(t.name, t.shape)}
     text = "".join(f"{line}\n" for line in exported(kinds))
     with os_errors(path):
-        path.write_text(text, "utf-8")
+        replace_file(path, text.encode())
     return kinds

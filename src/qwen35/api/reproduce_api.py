@@ -68,6 +68,7 @@ def reproduce(
             plan,
             Path(output) if output else Path(scratch) / "again",
             overwrite=overwrite,
+            keep=bool(output),
             threads=threads,
             progress=progress,
         )

@@ -28,6 +28,7 @@ __all__ = [
     "REST",
     "CacheFile",
     "CacheWriter",
+    "cache_head",
     "cache_size",
     "compact",
     "most_kept",
@@ -127,15 +128,22 @@ def pack(part: CompactReference) -> bytes:
     return zlib.compress(head + b"".join(planes), 6)
 
 
-def unpack(data: bytes) -> CompactReference:
+def unpack(data: bytes, rows: int, vocabulary: int) -> CompactReference:
     """Return the chunk from the bytes of `pack`.
+
+    Args:
+        data: the bytes, which may come from anybody: they are not decompressed beyond what a chunk
+            can have.
+        rows: scored tokens in a chunk.
+        vocabulary: of the model.
 
     Raises:
         ValueError: the bytes are malformed.
+        zlib.error: they are not compressed data.
     """
-    plain = zlib.decompress(data)
+    plain = _decompressed(data, 8 + 4 * (5 * rows + 2 * rows * most_kept(vocabulary)))
     n, m = (int(i) for i in np.frombuffer(plain[:8], "<u4"))
-    if len(plain) != 8 + 4 * (5 * n + 2 * m):
+    if n != rows or len(plain) != 8 + 4 * (5 * n + 2 * m):
         raise ValueError(f"{len(plain)} bytes for {n} rows of {m} tokens")
     sizes = (n, n, 3 * n, m, m)
     columns, position = [], 8
@@ -151,10 +159,24 @@ def unpack(data: bytes) -> CompactReference:
     running = np.cumsum(gaps)
     before = np.concatenate([[0], running])[starts[:-1]]
     ids = (running - np.repeat(before, counts)).astype(np.uint32)
-    return CompactReference(nll, top, starts, ids, columns[4].view("<f4"), rest, inner)
+    part = CompactReference(nll, top, starts, ids, columns[4].view("<f4"), rest, inner)
+    if max(ids.max(initial=0), top.max(initial=0)) >= vocabulary:
+        raise ValueError("token ids beyond the vocabulary")
+    if not all(np.isfinite(values).all() for values in (nll, rest, inner, np.exp(part.kept))):
+        raise ValueError("values that are not finite")
+    return part
 
 
-def _head(chunks: TokenChunks, vocabulary: int) -> dict[str, Any]:
+def _decompressed(data: bytes, limit: int) -> bytes:
+    stream = zlib.decompressobj()
+    plain = stream.decompress(data, limit + 1)
+    if len(plain) > limit or not stream.eof:
+        raise ValueError(f"incomplete, or more than {limit} bytes")
+    return plain
+
+
+def cache_head(chunks: TokenChunks, vocabulary: int) -> dict[str, Any]:
+    """Return the head of a cache of a model's predictions: what they depend on."""
     return {
         "vocabulary": vocabulary,
         "context": chunks.context,
@@ -173,8 +195,8 @@ class CacheFile:
     def __init__(self, path: Path, chunks: TokenChunks, vocabulary: int) -> None:
         self._path = path
         self._records = RecordFile(path, _MAGIC)
-        self._vocabulary = vocabulary
-        expected, head = _head(chunks, vocabulary), self._records.head
+        self._scored, self._vocabulary = chunks.scored, vocabulary
+        expected, head = cache_head(chunks, vocabulary), self._records.head
         for key, value in expected.items():
             stored = head.get(key) if isinstance(head, dict) else None
             if stored != value:
@@ -192,12 +214,9 @@ class CacheFile:
     def chunk(self, index: int) -> Reference:
         """Read a chunk."""
         try:
-            part = unpack(self._records.read(index))
+            return unpack(self._records.read(index), self._scored, self._vocabulary)
         except (ValueError, zlib.error) as error:
             raise InputError(self._path.name, f"chunk {index + 1} is damaged ({error})") from error
-        if part.ids.max(initial=0) >= self._vocabulary:
-            raise InputError(self._path.name, f"token ids beyond the vocabulary in chunk {index}")
-        return part
 
     def close(self) -> None:
         """Close the file."""
@@ -216,7 +235,7 @@ class CacheWriter:
     def __init__(self, path: Path, chunks: TokenChunks, vocabulary: int) -> None:
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
-        self._records = RecordFile(self._partial, _MAGIC, _head(chunks, vocabulary))
+        self._records = RecordFile(self._partial, _MAGIC, cache_head(chunks, vocabulary))
 
     def resume(self, done: int) -> int:
         """Resume after at most `done` chunks; return the number of chunks kept."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -16,14 +17,15 @@ from qwen35.evaluation.divergence import Series
 from qwen35.evaluation.evaluation_job import EvaluationJob
 from qwen35.evaluation.kld_file import KldFile, KldWriter, kld_file_size
 from qwen35.evaluation.models import EvaluatedModel
-from qwen35.evaluation.records import RecordFile
+from qwen35.evaluation.records import RecordFile, check_kind
 from qwen35.evaluation.reference import ExactReference, Reference
 from qwen35.evaluation.runners import LogitsRunner, runner_of
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.staging import check_space, locked, os_errors
+from qwen35.sinks.work_folder import open_ours
 from qwen35.version import __version__
 
-__all__ = ["sweep"]
+__all__ = ["check_state", "sweep"]
 
 
 _MAGIC = "qwen35 evaluation 1"
@@ -80,6 +82,9 @@ class _Results:
             self.parts = [self._part(self._records.read(i)) for i in range(self._records.count)]
 
     def _part(self, data: bytes) -> F64:
+        rows, scored = self._shape
+        if len(data) != 8 * rows * scored:
+            raise InputError(str(self._path), "a record of the wrong length", hint="delete it")
         return np.frombuffer(data, "<f8").reshape(self._shape)
 
     def cut(self, count: int) -> None:
@@ -123,6 +128,20 @@ def _identity(job: EvaluationJob, models: Sequence[EvaluatedModel]) -> dict[str,
     }
 
 
+def check_state(path: Path) -> None:
+    """Check, before any work, that results may be kept in a file.
+
+    Raises:
+        InputError: it is of another kind.
+        OutputError: it is a link, pipe, folder or device.
+    """
+    with os_errors(path):
+        if not os.path.lexists(path):
+            return
+        with os.fdopen(open_ours(path, os.O_RDONLY), "rb") as file:
+            check_kind(file, path, f"{_MAGIC}\n".encode())
+
+
 def sweep(
     job: EvaluationJob,
     models: Sequence[EvaluatedModel],
@@ -157,7 +176,7 @@ def sweep(
         results = stack.enter_context(closing(_Results(job, models, state)))
         writers = list(_writers(job, stack))
         # Resume at the first chunk that any file lacks: a crash may leave them uneven.
-        done = len(results.parts)
+        done = min(len(results.parts), job.chunks.count)
         for writer in writers:
             done = min(done, writer.resume(done))
         results.cut(done)

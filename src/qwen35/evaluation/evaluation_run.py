@@ -142,7 +142,7 @@ def _floor(job: EvaluationJob) -> Iterator[tuple[EvaluatedModel, ...]]:
     with tempfile.TemporaryDirectory(prefix="qwen35-") as folder:
         checkpoint = fetch(str(job.base.path))
         plan = make_plan(checkpoint, load_recipe("mix", "gguf"), types=("F16",), drop_mtp=True)
-        out = write(plan, Path(folder) / "floor", threads=job.threads).out
+        out = write(plan, Path(folder) / "floor", keep=False, threads=job.threads).out
         model = open_base(str(out / plan.files[0].name))
         yield (replace(model, name=f"{job.base.name} in llama.cpp", plan=None, sha256=None),)
 

@@ -17,9 +17,12 @@ from typing import BinaryIO
 import numpy as np
 
 from qwen35.array_types import F32, U16
+from qwen35.checkpoint.locations import open_file
 from qwen35.errors import InputError
+from qwen35.evaluation.records import check_kind
 from qwen35.evaluation.reference import ExactReference, Reference, SixteenBitReference
 from qwen35.evaluation.text_chunks import TokenChunks
+from qwen35.sinks.work_folder import open_ours
 
 __all__ = ["KldFile", "KldWriter", "encode", "kld_file_size"]
 
@@ -52,11 +55,8 @@ class KldFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
-            self._file: BinaryIO = path.open("rb")
-            size = os.fstat(self._file.fileno()).st_size
-        except OSError as error:
-            raise InputError(str(path), f"cannot be read ({error.strerror})") from error
+        self._file: BinaryIO = os.fdopen(open_file(path), "rb")
+        size = os.fstat(self._file.fileno()).st_size
         head = self._file.read(_HEAD.size)
         if len(head) < _HEAD.size or not head.startswith(_MAGIC):
             self.close()
@@ -109,6 +109,10 @@ class KldWriter:
         path: the finished file.
         chunks: the evaluation tokens.
         vocabulary: values in a row.
+
+    Raises:
+        InputError: what lies under the temporary name is of another kind.
+        OutputError: it is a link, a pipe or a folder.
     """
 
     def __init__(self, path: Path, chunks: TokenChunks, vocabulary: int) -> None:
@@ -117,7 +121,9 @@ class KldWriter:
         head = _HEAD.pack(_MAGIC, chunks.context, vocabulary, chunks.count)
         self._head = head + np.ascontiguousarray(chunks.ids, "<i4").tobytes()
         self._chunk_bytes = chunks.scored * self._words * 2
-        self._file: BinaryIO = self._partial.open("ab+")
+        descriptor = open_ours(self._partial, os.O_CREAT | os.O_RDWR | os.O_APPEND)
+        self._file: BinaryIO = os.fdopen(descriptor, "ab+")
+        check_kind(self._file, self._partial, _MAGIC)
 
     def resume(self, done: int) -> int:
         """Resume after at most `done` chunks; return the number of chunks kept."""

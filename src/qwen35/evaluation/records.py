@@ -7,6 +7,7 @@ and payload.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import struct
 import zlib
@@ -14,13 +15,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwen35.checkpoint.locations import open_file
 from qwen35.errors import InputError
+from qwen35.sinks.work_folder import open_ours
 
-__all__ = ["RecordFile"]
+__all__ = ["RecordFile", "check_kind"]
 
+_LOG = logging.getLogger(__name__)
 _FRAME = struct.Struct("<II")
 _MAX_HEAD = 2**20
 """Bound on the header's bytes, so that a file of another kind is not read whole."""
+
+
+def check_kind(file: BinaryIO, path: Path, begin: bytes) -> None:
+    """Check that a file to be continued, or emptied, begins as its kind does; it may be torn.
+
+    Raises:
+        InputError: it is of another kind; it is closed.
+    """
+    file.seek(0)
+    if not begin.startswith(file.read(len(begin))):
+        file.close()
+        found, expected = "not a file of this kind", begin.decode().strip()
+        raise InputError(str(path), found, expected=expected, hint="choose another name")
 
 
 class RecordFile:
@@ -29,27 +46,29 @@ class RecordFile:
     Args:
         path: the file.
         magic: its first line, without the newline.
-        head: header to write; an existing file with another header is emptied. None opens the file
-            for reading.
+        head: header to write; a file of this kind with another header is emptied. None opens the
+            file for reading.
 
     Attributes:
         head: the file's header.
         count: number of complete records.
 
     Raises:
-        InputError: the file cannot be opened, or is read and has another format.
+        InputError: the file cannot be opened, or has another format.
+        OutputError: it is to be written and is no ordinary file.
     """
 
     def __init__(self, path: Path, magic: str, head: Mapping[str, Any] | None = None) -> None:
         self._path = path
         writing = head is not None
-        try:
-            self._file: BinaryIO = path.open("ab+" if writing else "rb")
-        except OSError as error:
-            raise InputError(str(path), f"cannot be opened ({error.strerror})") from error
+        self._file = _open(path, writing=writing)
         self._size = os.fstat(self._file.fileno()).st_size
+        if writing:
+            check_kind(self._file, path, f"{magic}\n".encode())
         current = self._read_head(magic)
         if writing and current != head:
+            if self._size:
+                _LOG.warning("%s: holds results of another run: starting over", path)
             self._file.truncate(0)
             self._file.write(f"{magic}\n{json.dumps(head)}\n".encode())
             self._file.flush()
@@ -123,3 +142,12 @@ class RecordFile:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _open(path: Path, *, writing: bool) -> BinaryIO:
+    if not writing:
+        return os.fdopen(open_file(path), "rb")
+    try:
+        return os.fdopen(open_ours(path, os.O_CREAT | os.O_RDWR | os.O_APPEND), "ab+")
+    except OSError as error:
+        raise InputError(str(path), f"cannot be opened ({error.strerror})") from error

@@ -9,6 +9,7 @@ from qwen35.checkpoint.header import json_bytes
 from qwen35.errors import OutputError
 from qwen35.evaluation.evaluation_report import EvaluationReport
 from qwen35.reporting.evaluation_page import page
+from qwen35.sinks.files import replace_file
 from qwen35.sinks.staging import os_errors
 
 __all__ = ["HTML_NAME", "JSON_NAME", "check_report", "write_files", "write_report"]
@@ -86,6 +87,4 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
     with os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            partial = folder / f".{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+            replace_file(folder / name, content)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +14,8 @@ from qwen35.checkpoint.header import strict_json
 from qwen35.checkpoint.locations import read_bounded
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import InputError
-from qwen35.sinks.files import hash_file
+from qwen35.sinks.files import hash_file, replace_file
+from qwen35.sinks.staging import os_errors
 from qwen35.tuning.fit import Probe
 from qwen35.version import __version__
 
@@ -89,12 +89,8 @@ class Measurements:
     def save(self, path: Path) -> None:
         """Write the file, replacing an old one atomically."""
         content = {"version": _VERSION, **asdict(self)}
-        part = path.with_name(f".{path.name}.part")
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, sort_keys=True)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, or a crash could leave an empty file
-        part.replace(path)
+        with os_errors(path):
+            replace_file(path, json.dumps(content, indent=1, sort_keys=True).encode())
 
 
 def load_measurements(path: Path) -> Measurements:

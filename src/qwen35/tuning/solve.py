@@ -39,6 +39,9 @@ class KnapsackSolution:
     nbytes: int
     cost: float
 
+SECONDS = 900.0
+"""Bound on the search for the best allocation, which takes seconds: files of others tell costs."""
+
 
 def nearest(units: Sequence[Unit], costs: Costs, budget: int) -> KnapsackSolution:
     """Return the allocation of least cost in at most `budget` bytes.
@@ -104,8 +107,12 @@ def _solve(
                 LinearConstraint(once, 1, 1),
                 LinearConstraint((limited / scale)[None], -np.inf, limit / scale),
             ],
-            options={"mip_rel_gap": 0.0},  # the default gap would accept near-optimal solutions
+            # the default gap would accept near-optimal solutions
+            options={"mip_rel_gap": 0.0, "time_limit": SECONDS},
         )
+    if result.status == 1:  # a solution, if any, would depend on the machine's speed
+        found, hint = f"no optimum within {SECONDS:g} s", "give fewer --types, or measure again"
+        raise UsageError("tuning", found, hint=hint)
     if result.x is None:
         raise RuntimeError(f"the solver found no solution: {result.message}")
     selected = np.rint(result.x).astype(bool)

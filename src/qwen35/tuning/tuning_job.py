@@ -13,6 +13,9 @@ from qwen35.display import bytes_of
 from qwen35.errors import UsageError
 from qwen35.evaluation.text_chunks import EvaluationText, read_text
 from qwen35.progress import Progress, Silent
+from qwen35.sinks.files import replace_file
+from qwen35.sinks.staging import os_errors, scratch
+from qwen35.sinks.work_folder import check_is_file
 from qwen35.threads import default_threads
 from qwen35.tuning.formats import FORMATS
 from qwen35.tuning.measurements import MeasurementKey, Measurements, load_measurements, model_digest
@@ -144,21 +147,20 @@ def run(job: TuningJob, progress: Callable[[str], Progress] = lambda _: Silent()
     threads = request.threads or default_threads()
     setting = ProbeSetting(request.text, request.context, request.chunks, threads, request.device)
     measured = _measurements(job, path)
-    tuned = tune(
-        job.space,
-        job.budget,
-        setting,
-        measured,
-        probes=request.probes,
-        save=lambda measurements: measurements.save(path),
-        work=request.output.parent,
-        progress=progress,
-    )
+    with scratch(request.output) as work:
+        tuned = tune(
+            job.space,
+            job.budget,
+            setting,
+            measured,
+            probes=request.probes,
+            save=lambda measurements: measurements.save(path),
+            work=work,
+            progress=progress,
+        )
     text = job.space.recipe(tuned.chosen, _describe(tuned), explicit=request.explicit)
-    # Through a rename, so that an interrupted run leaves no half recipe.
-    part = request.output.with_name(f".{request.output.name}.part")
-    part.write_text(text, "utf-8")
-    part.replace(request.output)
+    with os_errors(request.output):
+        replace_file(request.output, text.encode())
     return TuningResult(request.output, job.space, tuned, measured)
 
 
@@ -181,6 +183,7 @@ def _check(request: TuningRequest) -> None:
         raise UsageError("--output", found, hint="make it first")
     if request.output.exists() and not request.overwrite:
         raise UsageError("--output", f"{request.output} exists", hint="give --overwrite")
+    check_is_file(request.output)
 
 
 def _check_format(request: TuningRequest) -> None:
