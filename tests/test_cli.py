@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ import pytest
 import qwen35
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from qwen35 import errors
+from qwen35.cli import signals
 from qwen35.cli.console import Console
 from qwen35.cli.main import VERBS, main, run_verb
+from qwen35.cli.signals import SignalInterrupt, raise_on_signals
 from qwen35.errors import HeaderError, Qwen35Error, UsageError
 from qwen35.version import __version__
 
@@ -49,7 +53,7 @@ def test_no_arguments_print_the_help(capsys: Capture) -> None:
     for verb, text in VERBS.items():
         assert f"  {verb}" in shown.out
         assert text in shown.out
-    codes = "Exit codes: 0 success, 1 findings, 2 wrong input or usage, 130 interrupted."
+    codes = "Exit codes: 0 success, 1 findings, 2 wrong input or usage; interrupted: 130 by"
     assert codes in shown.out
 
 
@@ -205,6 +209,45 @@ def test_interruption_is_code_130(monkeypatch: pytest.MonkeyPatch, capsys: Captu
     assert capsys.readouterr() == ("", "interrupted\n")
     assert run_with(monkeypatch, raising(KeyboardInterrupt()), "--quiet") == 130
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_command_as_ctrl_c_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, name: str, code: int
+) -> None:
+    number = signal.Signals[name]
+    monkeypatch.setattr(signals, "REPEATED_SECONDS", 60)
+
+    def act() -> int:
+        raise_on_signals()
+        signal.raise_signal(number)
+        raise AssertionError("the signal did nothing")
+
+    with handlers(signal.SIG_DFL):
+        assert run_with(monkeypatch, act) == code
+        assert capsys.readouterr() == ("", f"interrupted by {name}\n")
+        signal.raise_signal(number)  # again at once, as `timeout` does: ignored
+        monkeypatch.setattr(signals, "REPEATED_SECONDS", 0)
+        with pytest.raises(SignalInterrupt):
+            signal.raise_signal(number)
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    with handlers(signal.SIG_IGN):  # as `nohup` does
+        raise_on_signals()
+        signal.raise_signal(signal.SIGHUP)
+
+
+@contextmanager
+def handlers(handler: signal.Handlers) -> Iterator[None]:
+    """Set the handlers of both signals for a while."""
+    both = (signal.SIGHUP, signal.SIGTERM)
+    before = [signal.signal(number, handler) for number in both]
+    try:
+        yield
+    finally:
+        for number, old in zip(both, before, strict=True):
+            signal.signal(number, old)
 
 
 @pytest.mark.parametrize("code", [0, 1])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints import ASSET
+from qwen35.cli.main import main
 from qwen35.threads import default_threads
 
 QWEN35 = Path(sys.executable).with_name("qwen35")
@@ -92,6 +93,8 @@ NOT_TEXT = {
     "calibration": "calibrate $A --output out --text PATH",
     "tuning": "tune $A --format nf4 --size 9MB --text PATH --output recipe.toml",
     "model": "inspect PATH",
+    "candidate": "verify PATH",
+    "types to write": "gguf $A out --types Q8_0 --export PATH",
 }
 
 
@@ -107,6 +110,9 @@ def test_pipes_and_devices_are_not_read(command: str, device: bool, tmp_path: Pa
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+    assert "None" not in done.stderr
+    assert "no such" not in done.stderr
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
@@ -142,3 +148,45 @@ def test_places_where_nothing_can_be_written(out: str, tmp_path: Path) -> None:
     done = shell(f"$Q convert $A {out} --recipe text", tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["reproduce", LONG],
+        ["finalize", LONG],
+        ["amend", LONG],
+        ["inspect", LONG],
+        ["publish", LONG, "a/b", "--mode", "check"],
+        ["gguf", str(ASSET), "o", "--types", "Q4_K_M", "--imatrix", LONG, "--dry-run"],
+        ["evaluate", str(ASSET), "--text", str(ASSET / "eval.txt"), "--cache", LONG, "--dry-run"],
+        ["reproduce", "~nobody-of-that-name/x"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_names_that_no_file_can_have(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(arguments) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [LONG, "~nobody-of-that-name/x", "a\\u0000b"])
+@pytest.mark.parametrize("key", ["model", "out", "imatrix", "activation_stats", "recipe"])
+def test_names_in_a_run_file_that_no_file_can_have(
+    key: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    top = {"model": str(ASSET), "out": "made"}
+    row = {"recipe": "fp8"} | ({"types": "Q4_K_M", "recipe": "mix"} if key == "imatrix" else {})
+    (top if key in top else row)[key] = value
+    kind = "gguf" if key == "imatrix" else "artifact"
+    lines = [f'{name} = "{text}"' for name, text in top.items()]
+    rows = [f'{n} = ["{t}"]' if n == "types" else f'{n} = "{t}"' for n, t in row.items()]
+    (tmp_path / "run.toml").write_text("\n".join([*lines, f"[[{kind}]]", *rows]))
+    assert main(["run", str(tmp_path / "run.toml"), "--dry-run", "--quiet"]) == 2

@@ -54,7 +54,9 @@ def test_a_journal_cut_anywhere_holds_whole_records_and_goes_on(tmp_path: Path) 
             assert journal["more"] == 1
 
 
-def test_nothing_after_a_damaged_line_is_believed(tmp_path: Path) -> None:
+def test_nothing_after_a_damaged_line_is_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "j"
     with Journal(path, KEY) as journal:
         journal.record({"a": 1})
@@ -63,9 +65,19 @@ def test_nothing_after_a_damaged_line_is_believed(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b'{"b":1}', b'{"b":2}'))
     with Journal(path, KEY) as journal:
         assert dict(journal) == {"a": 1}
+    assert "j: is damaged from byte 72 on: what it held is done again" in caplog.text
+    caplog.clear()
     path.write_bytes(path.read_bytes() + bytes(4096))  # a size without data, after a power failure
     with Journal(path, KEY) as journal:
         assert dict(journal) == {"a": 1}
+    path.write_bytes(path.read_bytes()[:-1])  # a torn line
+    with Journal(path, KEY) as journal:
+        assert dict(journal) == {}
+    assert not caplog.records
+    path.write_bytes(b"0" + path.read_bytes())
+    with Journal(path, {"plan": "x"}) as journal:
+        assert dict(journal) == {}
+    assert caplog.messages == [f"{path}: is damaged: starting over"]
 
 
 def test_other_work_is_refused_and_the_difference_named(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from qwen35.checkpoint.source import open_folder
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import InputError
 from qwen35.planning.activations import Activations, Key, load_activations
+from qwen35.planning.key_differences import key_differences
 from qwen35.planning.manifest import recipe_json
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
@@ -21,7 +22,7 @@ from qwen35.planning.safetensors_files.safetensors_options import (
     MAX_SHARD_BYTES,
     SafetensorsOptions,
 )
-from qwen35.planning.work_order import key_differences, order_of, plan_from
+from qwen35.planning.work_order import order_of, plan_from
 from running import plan_of
 
 DOWN = "model.language_model.layers.1.mlp.down_proj.weight"
@@ -167,8 +168,30 @@ def test_all_that_differs_is_told(dense: Path) -> None:
     ],
 )
 def test_what_differs_is_named(then: dict[str, Any], names: list[str]) -> None:
-    assert key_differences({"key": then}, KEY) == names
+    assert key_differences(then, KEY) == names
 
 
 def test_a_key_without_tools_differs_in_the_rest_alone() -> None:
-    assert key_differences({"key": {"plan": "x"}}, {"plan": "1"}) == ["plan"]
+    assert key_differences({"plan": "x"}, {"plan": "1"}) == ["plan"]
+
+
+FILES = {"a": [5, 1], "b": [5, 1], "c": [5, 1]}
+
+
+@pytest.mark.parametrize(
+    ("then", "named"),
+    [
+        ({**FILES, "a": [5, 2]}, "source (a has another time)"),
+        ({**FILES, "a": [4, 1], "b": [4, 2]}, "source (a has another size, b has another size)"),
+        ({"a": [5, 1], "b": [5, 1], "d": [5, 1]}, "source (c is new, d is gone)"),
+        ({}, "source (a is new, b is new, c is new)"),
+        ({"w": 1, "x": [], "a": {}}, "source (a has another size, b is new, c is new and 2 more)"),
+        ([], "source"),
+        (None, "source"),
+    ],
+    ids=str,
+)
+def test_files_of_a_source_that_differ_are_named(then: Any, named: str) -> None:
+    now = {"source": {"folder": "m", "files": FILES}}
+    assert key_differences({"source": {"folder": "m", "files": then}}, now) == [named]
+    assert key_differences({"source": {"folder": "n", "files": then}}, now) == ["source"]

@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,6 +237,25 @@ def test_each_job_has_a_gpu_to_itself_where_there_are_some(
     log = [json.loads(line) for line in (folder / "log").read_text().splitlines()]
     assert {where for where, *_ in log} == {node.node_id}
     assert {gpu for _, gpu, *_ in log} == {"0", "1"}
+
+
+def test_connecting_leaves_the_handler_of_sigterm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own ends the process without tidying; `qwen35.cli.signals` sets one."""
+
+    def connect(**_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    fake = SimpleNamespace(
+        is_initialized=lambda: False,
+        init=connect,
+        nodes=lambda: [{"Alive": True, "Resources": {"CPU": 1}}],
+        remote=lambda **_: lambda function: function,
+        shutdown=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    before = signal.getsignal(signal.SIGTERM)
+    with RayWorkers("auto"):
+        assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_command_on_a_cluster(

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import platform
 import shutil
 import signal
 import zlib
@@ -20,7 +21,7 @@ import torch
 from checkpoints import random_tensors, tiny_config, write_checkpoint
 from killing import Killer, Trial, killer
 from qwen35.cli.main import main
-from qwen35.errors import OutputError, TensorError
+from qwen35.errors import InputError, OutputError, TensorError
 from qwen35.sinks.slice_folder import joined
 from qwen35.writing.slices import finalize, write_slice
 from qwen35.writing.write import write
@@ -223,6 +224,35 @@ def test_slices_and_other_runs_keep_out_of_each_others_way(dense: Path, tmp_path
     finalize(out)
 
 
+def test_slices_of_another_recipe_or_of_a_touched_source_say_just_that(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = shutil.copytree(dense, tmp_path / "source"), str(tmp_path / "out")
+
+    def refusal(recipe: str) -> str:
+        command = ["convert", str(source), out, "--recipe", recipe, "--slice", "1/1", "--quiet"]
+        assert main(command) == 2
+        return capsys.readouterr().err
+
+    write_slice(plan_of(source, "fp8"), tmp_path / "out", 1, 1, check=True)
+    assert "holds slices of a run with another plan; give all slices" in refusal("nf4")
+    os.utime(source / "config.json")
+    expected = "a run with another source (config.json has another time); give all slices"
+    assert expected in refusal("fp8")
+
+
+def test_a_source_that_was_moved_before_finalizing_is_named(dense: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(dense, tmp_path / "source")
+    write_slice(plan_of(source), tmp_path / "out", 1, 1)
+    source.rename(tmp_path / "moved")
+    with pytest.raises(InputError) as caught:
+        finalize(tmp_path / "out")
+    assert str(caught.value) == (
+        f"{source}: no such folder on {platform.node()}, expected the source of the slices; "
+        "finalize reads its headers and small files: bring it back to where it was"
+    )
+
+
 def test_a_place_that_is_no_folder_is_a_sentence(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="Not a directory"):
@@ -275,7 +305,7 @@ def test_a_file_that_is_gone_is_not_made_anew_with_holes(dense: Path, tmp_path: 
     victim = sorted((tmp_path / ".out.partial" / "files").iterdir())[0]
     victim.unlink()
     write_slice(plan, out, 2, 2)
-    with pytest.raises(OutputError, match=r"is missing or was truncated; remove .*\.out\.partial"):
+    with pytest.raises(OutputError, match=r"is missing; remove .*\.out\.partial"):
         finalize(out)
 
 

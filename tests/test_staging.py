@@ -300,7 +300,7 @@ def leftovers(out: Path, *names: str) -> Path:
 
 
 def test_leftovers_of_a_killed_run_are_removed(ours: Path) -> None:
-    work = leftovers(ours, "files", "files/sub", "strange")
+    work = leftovers(ours, "files", "files/sub")
     ours.with_name(".out.lock").write_text("")
     with staging(ours, overwrite=True) as folder:
         assert folder == work / "files"
@@ -308,6 +308,27 @@ def test_leftovers_of_a_killed_run_are_removed(ours: Path) -> None:
         assert (ours / "model.safetensors").read_text() == "old"
         (folder / "b").write_text("new")
     assert snapshot(ours.parent) == {"out": None, "out/b": b"new"}
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "notes/mine.txt", "journal.bak"])
+def test_what_others_put_among_the_leftovers_is_not_deleted(ours: Path, name: str) -> None:
+    mine = leftovers(ours, "files") / name
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    before = snapshot(ours.parent)
+    words = f"{name.partition('/')[0]}: was not made by qwen35; move it away"
+    with pytest.raises(OutputError, match=words), staging(ours, overwrite=True):
+        raise AssertionError("it would be removed at the end")
+    assert snapshot(ours.parent) == before
+
+
+def test_what_others_put_into_the_work_folder_meanwhile_is_not_deleted(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=r"mine\.txt: was not made by qwen35"),
+        staging(tmp_path / "out") as folder,
+    ):
+        (folder.parent / "mine.txt").write_text("mine")
+    assert (tmp_path / ".out.partial" / "mine.txt").read_text() == "mine"
 
 
 def test_run_killed_after_the_renames_does_not_stop_the_next(ours: Path) -> None:
@@ -535,6 +556,23 @@ def test_tensor_file_takes_pieces_in_any_order(tmp_path: Path) -> None:
     expected = head + b"bbbbbbbb" + b"12345"
     assert (tmp_path / "f").read_bytes() == expected
     assert digest == hashlib.sha256(expected).hexdigest()
+
+
+@given(st.permutations(range(8)))
+def test_a_file_that_is_hashed_on_the_way_has_the_hash_of_its_bytes(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int]
+) -> None:
+    folder = tmp_path_factory.mktemp("hashed")
+    pending = [(10, 50), (56, 96)]  # between a head and gaps, which are zeros
+    file = TensorFile(folder / "f", b"0123456789", {"a": 10, "b": 56}, 100, pending=pending)
+    for number in order:
+        name, offset = "ab"[number // 4], number % 4 * 10
+        file.write(name, offset, memoryview(bytes([number + 1]) * 10))
+    digest = file.finish()
+    file.close()
+    content = (folder / "f").read_bytes()
+    assert content[10:50] == b"".join(bytes([n + 1]) * 10 for n in range(4))
+    assert digest == hashlib.sha256(content).hexdigest()
 
 
 def test_tensor_file_reserves_its_whole_size_at_once(tmp_path: Path) -> None:

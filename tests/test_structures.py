@@ -212,7 +212,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("world")
     modules = [f"qwen35.cli.{verb}_command" for verb in VERBS] + ["huggingface_hub", "jinja2"]
     with serving(FakeHub({})) as hub:
-        online = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": hub.token}
+        online: dict[str, Any] = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": hub.token}
         with limited(*modules, **environment(hub, folder) | online) as runs:
             yield World(folder, runs)
 

@@ -59,7 +59,7 @@ def work(owner: int, begin: int, end: int, piece: int, seen: dict[int, bytes]) -
             seen[owner] = seen.get(owner, b"") + bytes(buffer)
             yield start + len(buffer)
 
-    return RangeReader(owner, "f", begin, end, 0, run)
+    return RangeReader(owner, "f", begin, end, (0, 0), run)
 
 
 def never(owner: int) -> bool:
@@ -105,14 +105,17 @@ def test_bytes_elsewhere_are_kept_to_the_end() -> None:
             yield 1000 + start + 100
 
     advance(
-        [RangeReader(i, "f", 1000, 2000, 0, run) for i in range(3)], Window(source), fails, never
+        [RangeReader(i, "f", 1000, 2000, (0, 0), run) for i in range(3)],
+        Window(source),
+        fails,
+        never,
     )
     assert sum(end - begin for begin, end in source.reads) == 1050
 
 
 def test_groups_join_what_overlaps() -> None:
     def one(file: str, begin: int, end: int) -> RangeReader:
-        return RangeReader(0, file, begin, end, 0, lambda _: iter(()))
+        return RangeReader(0, file, begin, end, (0, 0), lambda _: iter(()))
 
     works = [one("b", 0, 5), one("a", 5, 9), one("a", 0, 5), one("a", 2, 4), one("a", 8, 12)]
     spans = [[(w.file, w.begin, w.end) for w in group] for group in groups(works)]
@@ -131,7 +134,7 @@ def test_one_failure_does_not_stop_the_others() -> None:
         yield 500
         raise TensorError("w", "holds NaN or infinity")
 
-    bad = RangeReader(1, "f", 0, SIZE, 0, run)
+    bad = RangeReader(1, "f", 0, SIZE, (0, 0), run)
     works = [work(0, 0, SIZE, 100, seen), bad, work(2, 0, SIZE, 90, seen)]
     advance(works, Window(source), told.__setitem__, lambda owner: owner in told)
     assert list(told) == [1]
@@ -145,7 +148,7 @@ def test_a_bug_is_not_swallowed() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        advance([RangeReader(0, "f", 0, 9, 0, run)], Window(Source()), fails, never)
+        advance([RangeReader(0, "f", 0, 9, (0, 0), run)], Window(Source()), fails, never)
 
 
 def test_what_comes_up_at_the_end_is_done_by_all_threads() -> None:
@@ -160,7 +163,7 @@ def test_what_comes_up_at_the_end_is_done_by_all_threads() -> None:
         for _ in range(3):
             crew.soon(meet)
 
-    crew = ThreadCrew([RangeReader(0, "f", 0, 9, 0, run)], fails, never)
+    crew = ThreadCrew([RangeReader(0, "f", 0, 9, (0, 0), run)], fails, never)
     with ThreadPoolExecutor(3) as pool:
         crew.run(pool, 3, Source())
     assert not together.broken

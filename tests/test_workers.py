@@ -169,6 +169,17 @@ def test_threads_and_processes_continue_each_others_runs(
 # --- what goes wrong in a worker
 
 
+def test_a_folder_above_that_goes_away_is_a_sentence(dense: Path, tmp_path: Path) -> None:
+    def move(steps: int) -> None:
+        if steps == 1:
+            (tmp_path / "place").rename(tmp_path / "moved")
+
+    words = r"No such file or directory\); its folder does not exist, or was moved"
+    with pytest.raises(OutputError, match=words) as caught:
+        write(plan_of(dense), tmp_path / "place/out", pool=ProcessPool(1), progress=Watching(move))
+    assert not hasattr(caught.value, "__notes__")
+
+
 def test_a_bad_weight_is_the_same_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     config = tiny_config()
     tensors = random_tensors(config)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
+from qwen35.checkpoint.header import json_text
 from qwen35.cli.screen import fit, width_of
 from qwen35.display import printable, size
 from qwen35.errors import Qwen35Error, UsageError
@@ -117,11 +118,11 @@ def _silence(stream: TextIO) -> None:
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    text = json_text(value)
     try:
         text.encode()
     except UnicodeEncodeError:  # a file name that is not UTF-8
-        return json.dumps(value, indent=2)
+        return json_text(value, ascii_only=True)
     return text
 
 

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.api.evaluate_api import evaluate, prepared, state_beside
+from qwen35.api.evaluate_api import evaluate, prepared, state_of
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.shared_flags import keywords, positive, size_of
@@ -101,8 +101,8 @@ def run(args: argparse.Namespace, output: Console) -> int:
 
 
 def _dry_run(args: argparse.Namespace, output: Console) -> int:
-    job = prepared(**keywords(args, "dry_run", "resume", "speed"))
-    state = args.resume or state_beside(args.report)
+    job = prepared(**keywords(args, "dry_run", "speed"))
+    state = state_of(args.resume, args.report)
     output.data(_job_text(job, state), _job_json(job, state))
     return 0
 

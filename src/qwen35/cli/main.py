@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import gc
 import importlib
 import os
@@ -16,6 +17,7 @@ from typing import Any
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_INTERRUPTED, EXIT_USAGE
 from qwen35.cli.help import HelpFormatter
+from qwen35.cli.signals import SignalInterrupt, raise_on_signals
 from qwen35.errors import Qwen35Error, UsageError, did_you_mean
 from qwen35.version import __version__
 
@@ -52,7 +54,8 @@ _EPILOG = """\
 MODEL is a folder, a Hub id (owner/name[@revision]) or, for plan and inspect,
 a published size.
 
-Exit codes: 0 success, 1 findings, 2 wrong input or usage, 130 interrupted.
+Exit codes: 0 success, 1 findings, 2 wrong input or usage; interrupted: 130 by
+Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
 """
 
 _OUT_OF_MEMORY = UsageError(
@@ -131,7 +134,8 @@ def _unknown(verb: str) -> UsageError:
 
 
 def tune_process() -> None:
-    """Prepare the process of a command, before numpy is imported: its environment, its memory."""
+    """Prepare the process of a command, before numpy is imported: signals, environment, memory."""
+    raise_on_signals()
     _open_streams()
     # NumPy's BLAS starts a spinning thread per core, but nothing here multiplies matrices with it
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -169,12 +173,13 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
         module: the module to use instead of the verb's.
         prog: the name in the usage line.
     """
-    implementation = importlib.import_module(f"qwen35.cli.{module or verb + '_command'}")
-    parser = argparse.ArgumentParser(**_options(implementation, prog or f"qwen35 {verb}"))
-    _fill(parser, implementation)
-    args = parser.parse_args(argv)
-    output = Console(quiet=args.quiet, as_json=args.json)
+    output = Console()
     try:
+        implementation = importlib.import_module(f"qwen35.cli.{module or verb + '_command'}")
+        parser = argparse.ArgumentParser(**_options(implementation, prog or f"qwen35 {verb}"))
+        _fill(parser, implementation)
+        args = parser.parse_args(argv)
+        output.quiet, output.as_json = args.quiet, args.json
         with output.warnings():
             code: int = implementation.run(args, output)
     except Qwen35Error as error:
@@ -190,10 +195,18 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
             raise
         output.error(UsageError("the working folder", "no longer exists", hint="change to another"))
         return EXIT_USAGE
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename or "a name")[:80]
+        hint = "choose a shorter one"
+        output.error(UsageError(f"{name}...", "longer than the file system takes", hint=hint))
+        return EXIT_USAGE
     except KeyboardInterrupt as error:
-        output.info("interrupted")
+        by_signal = error if isinstance(error, SignalInterrupt) else None
+        output.info(f"interrupted by {by_signal.name}" if by_signal else "interrupted")
         _print_notes(error, output)
-        return EXIT_INTERRUPTED
+        return by_signal.code if by_signal else EXIT_INTERRUPTED
     return code
 
 

@@ -12,9 +12,7 @@ __all__ = ["add_workers"]
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """Add the flags; docs/scale.md explains them."""
     group = parser.add_argument_group("scale")
-    group.add_argument(
-        "--workers", type=positive, metavar="N", help="processes, each with --threads threads"
-    )
+    group.add_argument("--workers", type=positive, metavar="N", help=_WORKERS_HELP)
     group.add_argument(
         "--ray-address", metavar="ADDRESS", help="use this Ray cluster: auto or HOST:PORT"
     )
@@ -24,6 +22,9 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         metavar="i/N",
         help="write one of N parts; then run `qwen35 finalize OUT`",
     )
+
+
+_WORKERS_HELP = "processes, each with --threads threads, at most 8 per processor"
 
 
 def _slice(text: str) -> tuple[int, int]:

@@ -15,11 +15,11 @@ from qwen35.execution.dispatch import WorkerJob, WorkerPool, dispatch
 from qwen35.planning.output_plan import Plan, PlannedFile
 from qwen35.planning.step import Step
 from qwen35.planning.tasks import Task, make_tasks, scheduled, task_bytes
-from qwen35.planning.work_order import ORDER_NAME, order_bytes, order_of
+from qwen35.planning.work_order import order_bytes, order_of
 from qwen35.progress import Progress
 from qwen35.sinks.files import write_file
 from qwen35.sinks.tensor_writer import TensorWriter
-from qwen35.sinks.work_folder import fsync_folder
+from qwen35.sinks.work_folder import ORDER_NAME, fsync_folder
 
 __all__ = ["FilledOutput", "fill"]
 

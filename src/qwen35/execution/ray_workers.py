@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from qwen35.errors import UsageError
@@ -68,12 +70,13 @@ class RayWorkers(WorkerPool):
             # Without a folder of its own, Ray has workers import from the driver's: an empty one
             with tempfile.TemporaryDirectory(prefix="qwen35-") as folder:
                 environment = {"working_dir": folder, "env_vars": {"PYTHONSAFEPATH": "1"}}
-                self._ray.init(
-                    address=self._address,
-                    runtime_env=environment,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                )
+                with _kept_handler(signal.SIGTERM):
+                    self._ray.init(
+                        address=self._address,
+                        runtime_env=environment,
+                        log_to_driver=False,
+                        logging_level="ERROR",
+                    )
         except (OSError, RuntimeError, ValueError) as error:
             first = str(error).strip().partition("\n")[0]
             raise UsageError(
@@ -148,6 +151,17 @@ class RayWorkers(WorkerPool):
             ) from error
         except exceptions.RayError as error:
             return JobOutcome(number, None, _first_words(error))
+
+
+@contextmanager
+def _kept_handler(number: signal.Signals) -> Iterator[None]:
+    """Put a signal's handler back at the end: Ray's leaves without tidying."""
+    handler = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(number, handler)
 
 
 def _reach(address: str) -> None:

@@ -27,7 +27,8 @@ class RangeReader:
         file: the source file.
         begin: first byte.
         end: one past the last byte.
-        rank: position of the output file in its output; lower ranks start first.
+        rank: position of the output file in its output, and of the tensor in that file; lower ranks
+            start first.
         run: reads the range; yields its position in the file after each piece.
     """
 
@@ -35,7 +36,7 @@ class RangeReader:
     file: str
     begin: int
     end: int
-    rank: int
+    rank: tuple[int, int]
     run: Callable[[FolderReader], Iterator[int]]
 
 

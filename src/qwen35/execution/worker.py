@@ -27,10 +27,10 @@ from qwen35.execution.window import RangeReader
 from qwen35.planning.output_plan import Plan
 from qwen35.planning.rows import RowSpan
 from qwen35.planning.step import Step, StepTarget
-from qwen35.planning.work_order import ORDER_NAME, SHARED, plan_from
+from qwen35.planning.work_order import SHARED, plan_from
 from qwen35.sinks.checksums import PieceSums
 from qwen35.sinks.files import TensorFile, hash_file
-from qwen35.sinks.work_folder import FILES_NAME
+from qwen35.sinks.work_folder import FILES_NAME, ORDER_NAME
 
 __all__ = ["answer"]
 
@@ -137,7 +137,7 @@ class _Prepared:
             def run(reader: FolderReader) -> Iterator[int]:
                 return self.runner.run(step, span, write, reader)
 
-            return RangeReader(0, *step.rows.bounds(span), 0, run)
+            return RangeReader(0, *step.rows.bounds(span), (0, 0), run)
 
         readers = [range_reader(step, span) for step in steps for span in self.runner.spans(step)]
         crew = ThreadCrew(readers, lambda _, error: errors.append(error), lambda _: bool(errors))

@@ -13,13 +13,11 @@ from qwen35.checkpoint.source import Checkpoint, open_folder
 from qwen35.errors import InputError
 from qwen35.planning.container import ContainerInputs
 from qwen35.planning.containers import container_from_manifest
+from qwen35.planning.key_differences import key_differences
 from qwen35.planning.manifest import work_key
 from qwen35.planning.output_plan import Plan, make_plan
 
-__all__ = ["ORDER_NAME", "key_differences", "order_bytes", "order_of", "plan_again", "plan_from"]
-
-ORDER_NAME = "order"
-"""The order's file name in the work folder."""
+__all__ = ["SHARED", "order_bytes", "order_of", "plan_again", "plan_from"]
 
 SHARED = "workers need the source and the output on a file system that all of them see"
 
@@ -70,7 +68,7 @@ def plan_from(order: Mapping[str, Any]) -> Plan:
     plan = plan_again(checkpoint, order, ContainerInputs.of(order["inputs"]))
     key = json.loads(json.dumps(work_key(plan)))  # as the order went through JSON too
     if key != order["key"]:
-        names = key_differences(order, key)
+        names = key_differences(order["key"], key)
         raise InputError(
             str(root),
             f"{platform.node()} has a different {', '.join(names)}",
@@ -94,14 +92,3 @@ def plan_again(checkpoint: Checkpoint, record: Mapping[str, Any], inputs: Contai
     """
     container = container_from_manifest(record)
     return make_plan(checkpoint, *container.request_from_manifest(record, inputs))
-
-
-def key_differences(order: Mapping[str, Any], key: Mapping[str, Any]) -> list[str]:
-    """Return the parts of a run's key that differ from an order's: plan, source, tool versions.
-
-    Each tool is listed with both versions.
-    """
-    names = [name for name in key if order["key"].get(name) != key[name]]
-    then, now = order["key"].get("tool version", {}), key.get("tool version", {})
-    tools = [f"{n} ({then.get(n)}, here {now.get(n)})" for n in now if then.get(n) != now[n]]
-    return [name for name in names if name != "tool version"] + tools

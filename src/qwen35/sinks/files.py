@@ -1,16 +1,17 @@
-"""Files in a staging folder: write, flush to disk, and hash what is on disk."""
+"""Files in a staging folder: write, hash and flush to disk."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from qwen35.sinks.work_folder import in_work_folder, open_ours
+from qwen35.sinks.prefix_hash import PrefixHash
+from qwen35.sinks.work_folder import check_is_file, in_work_folder, open_ours
 
-__all__ = ["TensorFile", "flushed", "hash_file", "write_file"]
+__all__ = ["TensorFile", "flushed", "hash_file", "replace_file", "write_file"]
 
 _PIECE = 2**20
 
@@ -25,6 +26,8 @@ class TensorFile:
         nbytes: size of the whole file, reserved on disk at once.
         again: reopen an existing file of this head and size, and keep its data.
         shared: other processes fill it too; the first one creates it.
+        pending: byte ranges (begin, end) that this process will write, if it alone writes; the file
+            is then hashed on the way.
     """
 
     def __init__(
@@ -36,9 +39,11 @@ class TensorFile:
         *,
         again: bool = False,
         shared: bool = False,
+        pending: Iterable[tuple[int, int]] | None = None,
     ) -> None:
         self._path = path
         self._offsets = offsets
+        self._hash: PrefixHash | None = None
         create = 0 if again else os.O_CREAT if shared else os.O_CREAT | os.O_EXCL
         access = os.O_WRONLY if shared else os.O_RDWR  # as `join`
         self._descriptor = open_ours(path, create | access)
@@ -50,6 +55,8 @@ class TensorFile:
                 # which some shared file systems would not honour
                 os.ftruncate(self._descriptor, nbytes)
             self._write_at(0, memoryview(head))
+            if pending is not None:
+                self._hash = PrefixHash(self._descriptor, nbytes, pending)
         except OSError:
             self.close()
             raise
@@ -62,7 +69,7 @@ class TensorFile:
         which may hold tensors of other processes.
         """
         file = cls.__new__(cls)
-        file._path, file._offsets = path, offsets
+        file._path, file._offsets, file._hash = path, offsets, None
         file._descriptor = open_ours(path, os.O_WRONLY)
         return file
 
@@ -74,15 +81,17 @@ class TensorFile:
         done = 0
         while done < len(data):  # a write may be partial
             done += os.pwrite(self._descriptor, data[done:], position + done)
+        if self._hash is not None:
+            self._hash.wrote(position, data)
 
     def sync(self) -> None:
         """Flush the file to disk; thread-safe."""
         os.fsync(self._descriptor)
 
     def finish(self) -> str:
-        """Flush the file to disk, read it back and return its SHA-256."""
+        """Flush the file to disk and return its SHA-256."""
         self.sync()
-        return hash_file(self._path)
+        return hash_file(self._path) if self._hash is None else self._hash.finish()
 
     def close(self) -> None:
         """Close the file; may be called twice."""
@@ -126,6 +135,21 @@ def flushed(path: Path) -> str:
     finally:
         os.close(descriptor)
     return hash_file(path)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file, or replace it: a reader sees the old content or the new.
+
+    What a killed run left, or somebody put, where the new content is prepared is removed first.
+
+    Raises:
+        OutputError: the path holds something else than a file.
+    """
+    check_is_file(path)
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    write_file(part, content)
+    part.replace(path)
 
 
 def write_file(path: Path, content: bytes) -> str:

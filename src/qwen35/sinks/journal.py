@@ -2,13 +2,15 @@
 
 The first line holds the key of the work; each further line holds finished pieces, as a JSON object
 of name to result, with its CRC-32. A line is on disk when `record` returns. Reading stops at the
-first line whose CRC-32 does not match, which a crash has torn.
+first line whose CRC-32 does not match. A crash tears at most the last one; what else is damaged is
+told in a note, since the work that it held is done again.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,10 +20,12 @@ from typing import Any
 
 from qwen35.closing import Closing
 from qwen35.errors import OutputError
+from qwen35.planning.key_differences import key_differences
 from qwen35.sinks.work_folder import fsync_folder, open_ours
 
 __all__ = ["Journal"]
 
+_LOG = logging.getLogger(__name__)
 _MAX_BYTES = 2**30
 """Bound on a journal, so that no other file is read whole; a line is about 100 bytes."""
 
@@ -35,6 +39,9 @@ class Journal(Closing, Mapping[str, Any]):
             another key cannot resume.
         home: what a user removes to start over; by default the journal.
 
+    Attributes:
+        is_new: whether there was no journal, or an empty one.
+
     Raises:
         OutputError: it holds finished pieces under another key, or another process has it open.
     """
@@ -42,6 +49,7 @@ class Journal(Closing, Mapping[str, Any]):
     def __init__(self, path: Path, key: Mapping[str, Any], *, home: Path | None = None) -> None:
         self._pieces: dict[str, Any] = {}
         self._lock = Lock()
+        self.is_new = False
         self._descriptor = open_ours(path, os.O_CREAT | os.O_RDWR | os.O_APPEND)
         try:
             self._lock_file(path)
@@ -92,14 +100,20 @@ class Journal(Closing, Mapping[str, Any]):
     def _load(self, path: Path, key: dict[str, Any], home: Path) -> None:
         size = 0
         stored_key: dict[str, Any] | None = None
-        for value, size in _lines(self._content(path)):  # noqa: B007
+        content = self._content(path)
+        for value, size in _lines(content):  # noqa: B007
             if stored_key is None:
                 stored_key = value
             else:
                 self._pieces.update(value)
+        self.is_new = not content
+        if stored_key != key and self._pieces:
+            raise _key_error(stored_key or {}, key, home)
+        if stored_key is None and content:
+            _LOG.warning("%s: is damaged: starting over", path)
+        elif b"\n" in content[size:]:
+            _LOG.warning("%s: is damaged from byte %d on: what it held is done again", path, size)
         if stored_key != key:
-            if self._pieces:
-                raise _key_error(stored_key or {}, key, home)
             os.ftruncate(self._descriptor, 0)
             self._append(key)
             fsync_folder(path.parent)
@@ -116,7 +130,7 @@ class Journal(Closing, Mapping[str, Any]):
 
 
 def _key_error(stored_key: Mapping[str, Any], key: Mapping[str, Any], home: Path) -> OutputError:
-    names = [name for name in key if stored_key.get(name) != key[name]] or ["key"]
+    names = key_differences(stored_key, key) or ["key"]
     return OutputError(
         str(home),
         f"holds an unfinished run with another {' and another '.join(names)}",

@@ -15,13 +15,15 @@ from typing import Any
 from uuid import uuid4
 
 from qwen35.errors import OutputError
-from qwen35.planning.work_order import ORDER_NAME, key_differences, order_bytes
+from qwen35.planning.key_differences import key_differences
+from qwen35.planning.work_order import order_bytes
 from qwen35.sinks.files import write_file
 from qwen35.sinks.journal import Journal
 from qwen35.sinks.staging import os_errors
 from qwen35.sinks.work_folder import (
     FILES_NAME,
     JOURNAL_NAME,
+    ORDER_NAME,
     claim,
     fsync_folder,
     open_folder,
@@ -91,8 +93,10 @@ def _agree(work: Path, order: Mapping[str, Any]) -> None:
         return
     if "slices" not in existing:
         raise OutputError(str(work), _WITHOUT, hint="remove this to start over")
-    names = key_differences(existing, order["key"])
-    names += [word for name, word in _WORDS.items() if existing.get(name) != order.get(name)]
+    names = key_differences(existing["key"], order["key"])
+    implied = ("check",) if "plan" in names else ()  # only a plan with FP8 is checked
+    changed = [name for name in _WORDS if existing.get(name) != order.get(name)]
+    names += [_WORDS[name] for name in changed if name not in implied]
     before, now = _inputs(existing), _inputs(order)
     names += [word for name, word in _INPUTS.items() if before.get(name) != now.get(name)]
     raise OutputError(

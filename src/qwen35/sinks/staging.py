@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,11 @@ __all__ = [
     "os_errors",
     "resolved",
     "resumable",
+    "scratch",
     "staging",
 ]
 
+_LOG = logging.getLogger(__name__)
 _SPARE_BYTES = 16 * 2**20
 """Space beyond the files' bytes, for the journal and the file system's own blocks."""
 
@@ -165,8 +168,27 @@ def staging(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch(beside: Path) -> Iterator[Path]:
+    """Yield an empty folder for temporary files beside a file; it is removed at the end.
+
+    Leftovers of a killed run are removed first. A lock keeps out a second run.
+
+    Raises:
+        OutputError: another run is writing that file, or the folder cannot be made.
+    """
+    with ExitStack() as held:
+        with os_errors(beside):
+            held.enter_context(locked(beside))
+            work = _Work(work_path(beside))
+            claim(work.path)
+            held.callback(discard, work.path)
+            folder = work.fresh()
+        yield folder
+
+
+@contextmanager
 def resumable(
-    out: Path, key: Mapping[str, Any], *, overwrite: bool = False
+    out: Path, key: Mapping[str, Any], *, overwrite: bool = False, keep: bool = True
 ) -> Iterator[tuple[Path, Journal]]:
     """Prepare `out` as `staging` does, in a folder from which a later run can resume.
 
@@ -178,6 +200,7 @@ def resumable(
         out: the output.
         key: everything that decides the output's bytes, under names that a user understands.
         overwrite: replace an output of qwen35.
+        keep: whether the folder may stay; not if the place itself is temporary.
 
     Raises:
         OutputError: as `staging`, or there is an unfinished run with another key.
@@ -188,16 +211,25 @@ def resumable(
         with Journal(path, key, home=work.path) as journal:
             if not journal:
                 _refuse_slices(work)
+                if journal.is_new:
+                    _note_lost_work(work)
             try:
                 with os_errors(out):
                     yield work.path / FILES_NAME if journal else work.fresh(), journal
-                    work.stays = True  # keep the complete files if the rename fails
+                    work.stays = keep  # keep the complete files if the rename fails
             except BaseException as error:
-                work.stays = bool(journal) and _may_continue(error)
+                work.stays = keep and bool(journal) and work.is_there and _may_continue(error)
                 if work.stays:
                     hint = f"finished work is kept in {work.path}: run the same command to resume"
                     error.add_note(hint)
                 raise
+
+
+def _note_lost_work(work: _Work) -> None:
+    """Tell if an earlier run left files, but its journal is gone."""
+    files = work.path / FILES_NAME
+    if files.is_dir() and any(files.iterdir()):
+        _LOG.warning("%s: no journal tells what is finished: starting over", work.path)
 
 
 def _may_continue(error: BaseException) -> bool:
@@ -218,6 +250,11 @@ class _Work:
 
     path: Path
     stays: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is where it was made: a folder above it may have been moved or removed."""
+        return os.path.lexists(self.path)
 
     def fresh(self) -> Path:
         """Create and return an empty folder for the output's files."""
@@ -246,7 +283,7 @@ def _working(out: Path, overwrite: bool) -> Iterator[_Work]:
                 _replace(work.path, out, overwrite)
                 done = True
             finally:
-                if work is not None and (done or not work.stays):
+                if work is not None and work.is_there and (done or not work.stays):
                     discard(work.path)
     finally:
         if not done and (work is None or not work.stays):
@@ -271,9 +308,11 @@ def os_errors(out: Path) -> Iterator[None]:
 _NEXT = {
     errno.EACCES: "choose a folder that you may write to",
     errno.EDQUOT: "make room and run again",
+    errno.ENOENT: "its folder does not exist, or was moved or removed meanwhile",
     errno.ENOSPC: "make room and run again",
     errno.EPERM: "choose a folder that you may write to",
     errno.EROFS: "choose a folder that you may write to",
+    errno.ESTALE: "its folder was moved or removed meanwhile",
 }
 """Hints for errors that the user can fix."""
 
@@ -282,13 +321,19 @@ _DISK_ERRORS = (
     errno.EBUSY,
     errno.EDQUOT,
     errno.EFBIG,
+    errno.EINVAL,
     errno.EIO,
+    errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
+    errno.ENOENT,
     errno.ENOSPC,
     errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.ENXIO,
     errno.EPERM,
     errno.EROFS,
+    errno.ESTALE,
     errno.EXDEV,
 )
 

@@ -18,7 +18,7 @@ from qwen35.errors import OutputError
 from qwen35.sinks.checksums import checksum_of, is_zero
 from qwen35.sinks.files import TensorFile
 from qwen35.sinks.journal import Journal
-from qwen35.sinks.work_folder import fsync_folder, open_ours
+from qwen35.sinks.work_folder import fsync_folder, misfit, open_folder, open_ours, remove
 
 __all__ = ["SECONDS", "TensorWriter"]
 
@@ -101,10 +101,10 @@ class TensorWriter:
         if not recorded and not digest:
             return None
         path = self._folder / name
-        if not path.is_file() or path.stat().st_size != nbytes:
+        if wrong := misfit(path, nbytes):
             if not self._shared:  # `open` refuses those
                 self._forget(name)
-                _LOG.warning("%s: is missing or was truncated; it is written again", path)
+                _LOG.warning("%s: %s; it is written again", path, wrong)
             return None
         descriptor = open_ours(path, os.O_RDONLY)
         try:
@@ -130,21 +130,34 @@ class TensorWriter:
         """Return whether a file holds a tensor completely."""
         return bool(self._journal.get(f"{file}/{tensor}"))
 
-    def open(self, name: str, head: bytes, offsets: Mapping[str, int], nbytes: int) -> TensorFile:
+    def open(
+        self,
+        name: str,
+        head: bytes,
+        offsets: Mapping[str, int],
+        nbytes: int,
+        pending: Iterable[tuple[int, int]] | None = None,
+    ) -> TensorFile:
         """Open a file to fill; tensors that an earlier run finished stay (`has`).
+
+        Arguments are those of `TensorFile`.
 
         Raises:
             OutputError: a shared file with finished tensors is missing.
         """
         path = self._folder / name
         begun = any(map(self._journal.get, self._entries(name)))
-        again = begun and path.is_file() and path.stat().st_size == nbytes
-        if begun and not again and self._shared:
-            hint = f"remove {self._folder.parent} to start over"
-            raise OutputError(str(path), "is missing, with its finished tensors", hint=hint)
+        wrong = misfit(path, nbytes) if begun else ""
+        again = begun and not wrong
+        if wrong and self._shared:
+            hint = f"its finished tensors are lost: remove {self._folder.parent} to start over"
+            raise OutputError(str(path), wrong, hint=hint)
         if not again and not self._shared:
             self._forget(name)
-        file = TensorFile(path, head, offsets, nbytes, again=again, shared=self._shared)
+        pending = None if self._shared else pending
+        file = TensorFile(
+            path, head, offsets, nbytes, again=again, shared=self._shared, pending=pending
+        )
         with self._lock:
             self._open[name] = file
         return file
@@ -154,7 +167,8 @@ class TensorWriter:
 
     def _forget(self, name: str) -> None:
         self._cancel(self._entries(name))  # on disk before the file is removed
-        (self._folder / name).unlink(missing_ok=True)
+        with open_folder(self._folder) as folder:
+            remove(name, folder)
 
     def _cancel(self, entries: Iterable[str]) -> None:
         # a journal only grows: 0 cancels an entry

@@ -24,13 +24,18 @@ __all__ = [
     "JOURNAL_NAME",
     "MARK_NAME",
     "OLD_NAME",
+    "ORDER_NAME",
     "SLICES",
     "check_entries",
+    "check_is_file",
+    "check_tree",
     "check_work",
     "claim",
+    "claim_tree",
     "discard",
     "fsync_folder",
     "in_work_folder",
+    "misfit",
     "open_folder",
     "open_ours",
     "remove",
@@ -42,6 +47,9 @@ FILES_NAME, OLD_NAME = "files", "old"
 
 JOURNAL_NAME, MARK_NAME = "journal", ".qwen35-partial"
 """In a work folder: the journal of a run without slices, and what tells that the folder is ours."""
+
+ORDER_NAME = "order"
+"""In a work folder: what workers and slices are told to do."""
 
 SLICES = "slice-*"
 """In a work folder: the journals of slices."""
@@ -72,6 +80,20 @@ def claim(folder: Path) -> None:
         OutputError: as `check_work`.
     """
     check_work(folder)
+    _mark(folder)
+
+
+def claim_tree(folder: Path) -> None:
+    """Do as `claim` for a folder of files with any names, in folders of any depth.
+
+    Raises:
+        OutputError: as `check_tree`.
+    """
+    check_tree(folder)
+    _mark(folder)
+
+
+def _mark(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     os.close(open_ours(folder / MARK_NAME, os.O_CREAT | os.O_WRONLY))
     fsync_folder(folder.parent)
@@ -81,16 +103,55 @@ def check_work(folder: Path) -> None:
     """Check a work folder before it is used; it may be missing.
 
     Raises:
+        OutputError: the path holds something else, or the folder holds anything but what qwen35 put
+            there: ordinary files and folders of this user.
+    """
+    if not _is_claimed(folder):
+        return
+    check_entries(folder, FILES_NAME)
+    for name in os.listdir(folder):
+        if not _may_be_ours(name):
+            found, hint = "was not made by qwen35", "move it away: work folders are removed"
+            raise OutputError(str(folder / name), found, hint=hint)
+
+
+def check_tree(folder: Path) -> None:
+    """Check a folder that `claim_tree` made, and everything below it; it may be missing.
+
+    Raises:
         OutputError: the path holds something else, or the folder holds anything but ordinary files
             and folders of this user.
     """
-    if not os.path.lexists(folder):
+    if not _is_claimed(folder):
         return
+    check, unchecked = _EntryCheck(folder), [folder]
+    check(folder, os.lstat(folder), is_folder=True)
+    while unchecked:
+        place = unchecked.pop()
+        for name, status in _entries(place):
+            check(place / name, status)
+            if stat.S_ISDIR(status.st_mode):
+                unchecked.append(place / name)
+
+
+def _is_claimed(folder: Path) -> bool:
+    """Return whether a folder exists; refuse one without our mark."""
+    if not os.path.lexists(folder):
+        return False
     if not _is_marked(folder):
         raise OutputError(
             str(folder), "is in the way and was not made by qwen35", hint="move it away"
         )
-    check_entries(folder, FILES_NAME)
+    return True
+
+
+def _may_be_ours(name: str) -> bool:
+    """Return whether an entry of a work folder has a name of ours, or is hidden.
+
+    File servers hide removed files that are still open under such names.
+    """
+    begins = (".", f"{ORDER_NAME}.", SLICES.rstrip("*"))
+    return name in (FILES_NAME, OLD_NAME, JOURNAL_NAME, ORDER_NAME) or name.startswith(begins)
 
 
 def _is_marked(folder: Path) -> bool:
@@ -105,15 +166,7 @@ def check_entries(folder: Path, *subfolders: str) -> None:
     Raises:
         OutputError: one is a link, pipe or device, has a second name, or belongs to another user.
     """
-    users: set[int] = {os.geteuid()}
-
-    def check(path: Path, status: os.stat_result, *, is_folder: bool | None = None) -> None:
-        _check_kind(path, status, is_folder=is_folder)
-        if status.st_uid not in users:
-            users.add(owner_of_new_files(folder.parent))
-        if status.st_uid not in users:
-            raise OutputError(str(path), "belongs to another user", hint="remove it")
-
+    check = _EntryCheck(folder)
     check(folder, os.lstat(folder), is_folder=True)
     for name, status in _entries(folder):
         check(folder / name, status, is_folder=_is_folder(name, subfolders))
@@ -121,6 +174,22 @@ def check_entries(folder: Path, *subfolders: str) -> None:
         if os.path.lexists(folder / name):
             for inner, status in _entries(folder, name):
                 check(folder / name / inner, status)
+
+
+class _EntryCheck:
+    """Refuses entries of a folder that are not ours."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._users = folder, {os.geteuid()}
+
+    def __call__(
+        self, path: Path, status: os.stat_result, *, is_folder: bool | None = None
+    ) -> None:
+        _check_kind(path, status, is_folder=is_folder)
+        if status.st_uid not in self._users:
+            self._users.add(owner_of_new_files(self._folder.parent))
+        if status.st_uid not in self._users:
+            raise OutputError(str(path), "belongs to another user", hint="remove it")
 
 
 def _is_folder(name: str, subfolders: Sequence[str]) -> bool | None:
@@ -150,6 +219,21 @@ def _check_kind(path: Path, status: os.stat_result, *, is_folder: bool | None = 
     if found:
         expected = f"a {'folder' if is_folder else 'file'} of ours"
         raise OutputError(str(path), found, expected=expected, hint="remove it")
+
+
+def check_is_file(path: Path) -> None:
+    """Check a path, which may be missing, before a file takes its place.
+
+    Raises:
+        OutputError: it holds something else, such as a pipe or `/dev/stdout`.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except FileNotFoundError:
+        return
+    if kind != stat.S_IFREG:
+        found, hint = f"is {_KINDS.get(kind, 'something else')}", "choose another name"
+        raise OutputError(str(path), found, expected="a file", hint=hint)
 
 
 def owner_of_new_files(folder: Path) -> int:
@@ -190,6 +274,17 @@ def open_ours(path: Path, flags: int) -> int:
     return descriptor
 
 
+def misfit(path: Path, nbytes: int) -> str:
+    """Return what is wrong with a file that was written with `nbytes`; empty if it has them."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return "is missing"
+    if not stat.S_ISREG(status.st_mode):
+        return "is not a file"
+    return f"has {status.st_size} bytes instead of {nbytes}" if status.st_size != nbytes else ""
+
+
 def in_work_folder(path: Path) -> bool:
     """Return whether a file lies in a work folder, or among the output's files in one."""
     return _top(path) is not None
@@ -221,11 +316,14 @@ def open_folder(top: Path, *names: str) -> Iterator[int]:
         yield descriptor
 
 
-def discard(work: Path) -> None:
-    """Remove a work folder as far as possible, its mark last, so that it stays recognizable."""
+def discard(work: Path, *, any_name: bool = False) -> None:
+    """Remove a work folder as far as possible, its mark last, so that it stays recognizable.
+
+    What others put there stays, and the folder with it, unless files of `any_name` are ours.
+    """
     with open_folder(work) as descriptor:
         names = [name for name in os.listdir(descriptor) if name != MARK_NAME]
-        for name in names:
+        for name in names if any_name else filter(_may_be_ours, names):
             with suppress(OSError):
                 remove(name, descriptor)
         with suppress(OSError):

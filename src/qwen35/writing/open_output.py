@@ -106,15 +106,21 @@ class OpenOutput:
     def readers(self, owner: int, steps: Sequence[Step]) -> Iterator[RangeReader]:
         """Yield the range readers of steps that `pending` returned."""
         self._unfilled = Counter(file for step in steps for file in step.files)
-        ranks = {name: rank for rank, name in enumerate(self._files)}
+        numbers = {name: number for number, name in enumerate(self._files)}
         for number, step in enumerate(steps):
             spans = self.runner.spans(step)
             self._spans[number] = len(spans)
-            rank = min(ranks[file] for file in step.files)
+            rank = min(
+                (numbers[file], self._files[file].offsets[target.outputs[0].name])
+                for target in step.targets
+                for file in target.files
+            )
             for span in spans:
                 yield self._reader(owner, number, step, span, rank)
 
-    def _reader(self, owner: int, number: int, step: Step, span: RowSpan, rank: int) -> RangeReader:
+    def _reader(
+        self, owner: int, number: int, step: Step, span: RowSpan, rank: tuple[int, int]
+    ) -> RangeReader:
         def run(reader: FolderReader) -> Iterator[int]:
             with os_errors(self.out):
                 yield from self.runner.run(step, span, self._write, reader)
@@ -135,9 +141,20 @@ class OpenOutput:
         with self._lock:
             if name not in self._opened:
                 file = self._files[name]
-                opened = self.written.open(name, file.head, file.offsets, file.nbytes)
+                pending = self._unwritten(file)
+                opened = self.written.open(name, file.head, file.offsets, file.nbytes, pending)
                 self._opened[name] = opened
             return self._opened[name]
+
+    def _unwritten(self, file: PlannedFile) -> Iterator[tuple[int, int]]:
+        """Yield the byte ranges of tensors that a file lacks."""
+        for step in file.steps:
+            for target in step.targets:
+                first = target.outputs[0].name
+                if file.name in target.files and not self.written.has(file.name, first):
+                    for out in target.outputs:
+                        begin = file.offsets[out.name]
+                        yield begin, begin + out.nbytes
 
     def _done(self, number: int, step: Step) -> None:
         """Count a finished span; the last one completes the step, and perhaps files."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -13,7 +14,7 @@ from typing import Any
 from qwen35.checkpoint.source import FolderReader, Reader
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.devices import kernels_for
-from qwen35.errors import OutputError, Qwen35Error
+from qwen35.errors import InputError, OutputError, Qwen35Error
 from qwen35.execution.judging import compare_steps
 from qwen35.execution.step_runner import StepRunner, ThreadCrew
 from qwen35.planning.output_plan import Plan
@@ -25,7 +26,7 @@ from qwen35.sinks.journal import Journal
 from qwen35.sinks.slice_folder import joined, read_order, slice_name
 from qwen35.sinks.staging import StagedResult, check_output, check_space, os_errors, resolved
 from qwen35.sinks.tensor_writer import TensorWriter
-from qwen35.sinks.work_folder import FILES_NAME, JOURNAL_NAME, check_work, work_path
+from qwen35.sinks.work_folder import FILES_NAME, JOURNAL_NAME, check_work, misfit, work_path
 from qwen35.threads import default_threads
 from qwen35.writing.open_output import OpenOutput
 from qwen35.writing.write import write
@@ -158,6 +159,10 @@ def finalize(
     if not isinstance(order.get("slices"), int):
         hint = "run the original command again"
         raise OutputError(str(work), "holds a run without slices", hint=hint)
+    if not Path(order["root"]).is_dir():
+        found = f"no such folder on {platform.node()}"
+        hint = "finalize reads its headers and small files: bring it back to where it was"
+        raise InputError(order["root"], found, expected="the source of the slices", hint=hint)
     plan = plan_from(order)
     with ExitStack() as held:  # hold the journals of all slices: none can start meanwhile
         merged = _merged(work, order)
@@ -221,9 +226,8 @@ def _finished(
         raise OutputError(str(out), "; ".join(problems), hint="run these, then finalize again")
     for file in [] if complete else plan.files:
         path = work / FILES_NAME / file.name
-        if not path.is_file() or path.stat().st_size != file.nbytes:
-            hint = f"remove {work} to start over"
-            raise OutputError(str(path), "is missing or was truncated", hint=hint)
+        if wrong := misfit(path, file.nbytes):
+            raise OutputError(str(path), wrong, hint=f"remove {work} to start over")
     return finished, compared
 
 

@@ -70,11 +70,13 @@ class WriteJob:
         plan: the plan to write.
         out: the folder.
         overwrite: replace an output of qwen35.
+        keep: leave unfinished work for the next run.
     """
 
     plan: Plan
     out: Path
     overwrite: bool = False
+    keep: bool = True
 
 
 def write(
@@ -82,6 +84,7 @@ def write(
     out: Path,
     *,
     overwrite: bool = False,
+    keep: bool = True,
     threads: int | None = None,
     device: str = "auto",
     progress: Progress | None = None,
@@ -98,6 +101,8 @@ def write(
         plan: the plan to write.
         out: the folder.
         overwrite: replace an output of qwen35.
+        keep: leave unfinished work for the next run; without it, as in a temporary folder, nothing
+            stays after a failure.
         threads: of this process; by default one per processor.
         device: where this process encodes.
         progress: receives bytes read.
@@ -111,7 +116,7 @@ def write(
         UsageError: a required library is not installed.
         WorkerError: a task's workers died at every attempt, or a GPU has too little memory.
     """
-    job = WriteJob(plan, out, overwrite)
+    job = WriteJob(plan, out, overwrite, keep)
     sweep = _Sweep([job], "cpu" if pool else device, progress or Silent())
     results, errors = sweep.run(threads or default_threads(), pool, check=check)
     for error in errors.values():
@@ -244,7 +249,8 @@ class _Sweep:
         unfinished = output.find_finished(pool, output.plan.written)
         todo = sum(step.read_bytes for step in output.pending(output.plan.written))
         self._announce(todo, output.plan.read_bytes)
-        fill(output, unfinished, workers, check=check)
+        with os_errors(output.out):
+            fill(output, unfinished, workers, check=check)
 
     def _announce(self, nbytes: int, whole: int) -> None:
         if len(self.jobs) > 1:
@@ -283,7 +289,8 @@ def _opened(
     place = LocalFolder(source)
     check_output(out, source=source, overwrite=job.overwrite)
     plan.container.prepare(plan)
-    with resumable(out, work_key(plan), overwrite=job.overwrite) as (folder, journal):
+    key = work_key(plan)
+    with resumable(out, key, overwrite=job.overwrite, keep=job.keep) as (folder, journal):
         check_space(folder, plan.total_bytes, keeping=folder)
         with TensorWriter(folder, journal) as written:
             output = OpenOutput(out, plan, folder, written, StepRunner(plan, kernels), progress)
