@@ -39,6 +39,7 @@ class KnapsackSolution:
     nbytes: int
     cost: float
 
+
 SECONDS = 900.0
 """Bound on the search for the best allocation, which takes seconds: files of others tell costs."""
 
