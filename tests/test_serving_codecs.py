@@ -279,6 +279,10 @@ def test_mixed_precision_of_modelopt(dense: Path, tmp_path: Path) -> None:
         exact = plain[f"{name}.weight"].float()
         assert (decoded_here - exact).norm() < 0.03 * exact.norm()
     assert check(out, dense).findings == ()
+    as_theirs = Path(shutil.copytree(out, tmp_path / "as theirs"))
+    short = ["mtp*", "mtp.layers.0*"]  # quantized_layers says what is packed
+    edit_config(as_theirs, lambda c: c["quantization_config"].update(ignore=short))
+    assert found(check(as_theirs)) == set()
     broken = Path(shutil.copytree(out, tmp_path / "broken"))
     edit_config(broken, lambda c: c["quantization_config"]["quantized_layers"].pop(DOWN))
     assert found(check(broken)) == {("quantization-config", DOWN)}

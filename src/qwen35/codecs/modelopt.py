@@ -114,7 +114,8 @@ def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -
     if not (isinstance(ignore, list) and all(isinstance(entry, str) for entry in ignore)):
         yield Finding("skip-list", "config.json", "ignore is not a list of names")
         return
-    yield from _ignore_findings(ignore, modules)
+    mixed = quantization.get("quant_algo") == _MIXED
+    yield from _ignore_findings(ignore, modules, complete=not mixed)
     yield from fused_findings(modules)
 
 
@@ -145,7 +146,16 @@ def _algorithm_findings(
         yield Finding("quantization-config", module, message)
 
 
-def _ignore_findings(ignore: Sequence[str], modules: Sequence[LoaderModule]) -> Iterator[Finding]:
+def _ignore_findings(
+    ignore: Sequence[str], modules: Sequence[LoaderModule], *, complete: bool
+) -> Iterator[Finding]:
+    """Yield contradictions between ``ignore`` and the weights.
+
+    Args:
+        ignore: names and patterns.
+        modules: every weight of the artifact.
+        complete: whether it must cover all that is not packed; mixed precision lists what is.
+    """
     names = {entry for entry in ignore if "*" not in entry}
     patterns = [entry for entry in ignore if "*" in entry]
     if len(patterns) > MOST_PATTERNS:
@@ -157,14 +167,15 @@ def _ignore_findings(ignore: Sequence[str], modules: Sequence[LoaderModule]) -> 
         return module in names or any(fnmatchcase(module, pattern) for pattern in patterns)
 
     head = any(m.module == "lm_head" and m.codec in ALGORITHMS for m in modules)
-    if not head and not ignored("lm_head"):
+    if complete and not head and not ignored("lm_head"):
         message = "not in ignore, so engines would look for its scales, also if it is tied"
         yield Finding("skip-list", "lm_head", message)
     for module in modules:
-        if module.role.info.kind not in LOADED or module.module == "lm_head":
+        kind = module.role.info.kind
+        if kind not in LOADED or module.module == "lm_head":
             continue
         packed, skipped = module.codec in ALGORITHMS, ignored(module.module)
         if packed and skipped:
             yield Finding("skip-list", module.module, "packed, but in ignore")
-        elif not packed and not skipped:
+        elif complete and not packed and not skipped and kind != "router":  # as NVIDIA's files
             yield Finding("skip-list", module.module, "not packed, and missing from ignore")
