@@ -105,7 +105,8 @@ def expanded(name: str) -> Path:
     try:
         path = Path(name).expanduser()
     except RuntimeError as error:
-        raise UsageError(name[:80], f"no folder of that user ({error})") from error
+        found = f"no folder of that user ({error})"
+        raise UsageError(name[:80], found, hint="write the whole path") from error
     if "\0" in name:
         raise UsageError(name.replace("\0", "\\0")[:80], "holds a NUL", expected="a path")
     return path
