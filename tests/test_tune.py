@@ -319,6 +319,13 @@ def tune(*arguments: str) -> int:
     return main(["tune", str(ASSET), "--quiet", "--json", *arguments])
 
 
+def test_a_probe_of_no_group_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    Measurements(KEY, "tiny", {}, {"a": ["u"]}, [Probe("b", "q4_K", 0.1)]).save(path)
+    with pytest.raises(InputError, match="a probe of the group 'b', which is not listed"):
+        load_measurements(path)
+
+
 def test_tuning_gguf(text: Path, tmp_path: Path, capsys: Capture) -> None:
     """Kept to the size, better than errors alone, another budget without another probe."""
     recipe = tmp_path / "r.toml"

@@ -113,12 +113,18 @@ def _parsed(content: Mapping[str, Any]) -> Measurements:
         unit: {choice: _number(value) for choice, value in row.items()}
         for unit, row in content["errors"].items()
     }
+    groups = {name: list(map(str, units)) for name, units in content["groups"].items()}
+    probes = [
+        Probe(str(p["group"]), str(p["choice"]), _number(p["kld"])) for p in content["probes"]
+    ]
+    if strange := [probe.group for probe in probes if probe.group not in groups]:
+        raise ValueError(f"a probe of the group {strange[0][:80]!r}, which is not listed")
     return Measurements(
         MeasurementKey(**content["key"]),
         str(content["name"]),
         errors,
-        {name: list(map(str, units)) for name, units in content["groups"].items()},
-        [Probe(str(p["group"]), str(p["choice"]), _number(p["kld"])) for p in content["probes"]],
+        groups,
+        probes,
         [_trial(**row) for row in content["trials"]],
     )
 
