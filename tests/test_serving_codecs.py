@@ -370,6 +370,13 @@ def test_refusals(
     assert words in capsys.readouterr().err
 
 
+def test_groups_of_two_sizes_are_no_config_of_gptq(dense: Path) -> None:
+    recipe = recipe_of("int4-gptq")
+    mixed = recipe.preceded([Rule("self_attn", "int4-g32-gptq", "")])
+    with pytest.raises(UsageError, match="would leave groups of 32 and 128 in one checkpoint"):
+        make_plan(open_folder(dense), mixed)
+
+
 def test_methods_do_not_mix(dense: Path) -> None:
     container = load_recipe("nf4").container
     with pytest.raises(UsageError, match="packs as NF4"):

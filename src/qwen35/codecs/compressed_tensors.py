@@ -16,13 +16,13 @@ from functools import cache
 from typing import Any
 
 from qwen35.codecs.codec import LoaderModule
-from qwen35.codecs.engine_modules import LOADED, fused_findings
+from qwen35.codecs.engine_modules import Tool, fused_findings, skip_findings, unpacked
 from qwen35.errors import Finding
 from qwen35.linear_regex import MOST_PATTERNS, LinearPattern, compile_linear
 
-__all__ = ["SCHEMES", "Scheme", "findings", "quantization_config"]
+__all__ = ["METHOD", "SCHEMES", "TOOL", "Scheme", "findings", "quantization_config"]
 
-_METHOD = "compressed-tensors"
+METHOD = "compressed-tensors"
 _LINEAR = "Linear"
 
 
@@ -97,7 +97,7 @@ def quantization_config(modules: Sequence[LoaderModule]) -> dict[str, Any]:
         "global_compression_ratio": None,
         "ignore": ignored_modules(modules),
         "kv_cache_scheme": None,
-        "quant_method": _METHOD,
+        "quant_method": METHOD,
         "quantization_status": "compressed",
     }
 
@@ -120,18 +120,9 @@ def ignored_modules(modules: Sequence[LoaderModule]) -> list[str]:
     by patterns where nothing of them is packed: SGLang drops MTP layers, without a word, if their
     parts are listed one by one, and vLLM asks for modules under names of its own.
     """
-    loaded = [module for module in modules if module.role.info.kind in LOADED]
-    packed = [module for module in loaded if module.codec in SCHEMES]
-    plain = [module for module in loaded if module.codec not in SCHEMES]
-    entries = []
-    if not any(module.module == "lm_head" for module in packed):
-        entries.append("lm_head")
-    for scope in ("visual", "mtp"):
-        whole = any(m.role.scope == scope for m in plain)
-        if whole and not any(m.role.scope == scope for m in packed):
-            entries.append(f"re:.*{scope}.*")
-            plain = [module for module in plain if module.role.scope != scope]
-    return entries + _entries([m for m in plain if m.module != "lm_head"], packed)
+    whole = {scope: f"re:.*{scope}.*" for scope in ("visual", "mtp")}
+    entries, rest, packed = unpacked(modules, SCHEMES, whole)
+    return entries + _entries(rest, packed)
 
 
 def _entries(wanted: Sequence[LoaderModule], others: Sequence[LoaderModule]) -> list[str]:
@@ -176,7 +167,7 @@ def _compiled(entry: str) -> LinearPattern | None:
 def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -> Iterator[Finding]:
     """Yield contradictions between ``quantization_config`` and the weights."""
     if not any(module.codec in SCHEMES for module in modules):
-        message = f"promises {_METHOD}, but nothing is packed"
+        message = f"promises {METHOD}, but nothing is packed"
         yield Finding("quantization-config", "config.json", message)
         return
     ignore, groups = quantization.get("ignore"), quantization.get("config_groups")
@@ -252,16 +243,17 @@ def _ignore_findings(
     if not head and not ignored("lm_head") and _group_of("lm_head", groups):
         message = "not in ignore, so engines would look for its scales, also if it is tied"
         yield Finding("skip-list", "lm_head", message)
-    for module in modules:
-        if module.role.info.kind not in LOADED or module.module == "lm_head":
-            continue
-        packed, skipped = module.codec in SCHEMES, ignored(module.module)
-        if packed and skipped:
-            yield Finding("skip-list", module.module, "packed, but in ignore")
-        elif not packed and not skipped and _group_of(module.module, groups):
-            yield Finding("skip-list", module.module, "not packed, and missing from ignore")
+    yield from skip_findings(
+        modules,
+        SCHEMES,
+        skipped=ignored,
+        asked=lambda module: _group_of(module.module, groups) is not None,
+    )
     mtp = [module for module in modules if module.role.scope == "mtp"]
     packed_mtp = any(module.codec in SCHEMES for module in mtp)
     if mtp and not packed_mtp and not ignored("mtp.layers.0.self_attn.qkv_proj"):
         message = "in ignore by single names: SGLang then drops MTP; give a pattern, re:.*mtp.*"
         yield Finding("skip-list", "mtp", message)
+
+
+TOOL = Tool(quantization_config, findings)

@@ -12,38 +12,47 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen35.codecs.codec import LoaderModule
-from qwen35.codecs.engine_modules import LOADED, fused_findings, loaded_as
-from qwen35.errors import Finding
+from qwen35.codecs.engine_modules import LOADED, Tool, fused_findings, loaded_as, skip_findings
+from qwen35.codecs.int4.layout import FORMATS
+from qwen35.errors import Finding, UsageError
 from qwen35.linear_regex import MOST_PATTERNS, LinearPattern, compile_linear
 
-__all__ = ["findings", "quantization_config"]
+__all__ = ["METHOD", "TOOL", "findings", "quantization_config"]
+
+METHOD = "gptq"
+_GROUPS = {name: kind.group for name, kind in FORMATS.items() if kind.gptq}
+"""Codec to columns of a group."""
 
 _EXCLUDED = "-:"
 
 
-def quantization_config(modules: Sequence[LoaderModule], group: int) -> dict[str, Any]:
+def quantization_config(modules: Sequence[LoaderModule]) -> dict[str, Any]:
     """Return the config of the official checkpoints, with what stays unpacked here."""
     return {
         "bits": 4,
         "checkpoint_format": "gptq",
         "desc_act": False,
         "dynamic": {f"{_EXCLUDED}{pattern}": {} for pattern in _excluded(modules)},
-        "group_size": group,
-        "lm_head": any(m.module == "lm_head" and _is_packed(m) for m in modules),
-        "quant_method": "gptq",
+        "group_size": _group_of(modules),
+        "lm_head": any(m.module == "lm_head" and m.codec in _GROUPS for m in modules),
+        "quant_method": METHOD,
         "sym": True,
     }
 
 
-def _is_packed(module: LoaderModule) -> bool:
-    return module.codec.endswith("gptq")
+def _group_of(modules: Sequence[LoaderModule]) -> int:
+    groups = sorted({_GROUPS[module.codec] for module in modules if module.codec in _GROUPS})
+    if len(groups) > 1:
+        found = f"would leave groups of {groups[0]} and {groups[1]} in one checkpoint"
+        raise UsageError("recipe", found, expected="one: GPTQ's config.json has one group_size")
+    return groups[0]
 
 
 def _excluded(modules: Sequence[LoaderModule]) -> list[str]:
     """Return patterns that match every unpacked linear layer and no packed one."""
     loaded = [m for m in modules if m.role.info.kind in LOADED and m.module != "lm_head"]
-    packed = [module.module for module in loaded if _is_packed(module)]
-    plain = [module for module in loaded if not _is_packed(module)]
+    packed = [module.module for module in loaded if module.codec in _GROUPS]
+    plain = [module for module in loaded if module.codec not in _GROUPS]
     patterns = []
     for wide in (".*visual.*", ".*mtp.*", ".*attn.*", ".*shared_expert.*"):
         compiled = compile_linear(wide)
@@ -54,14 +63,13 @@ def _excluded(modules: Sequence[LoaderModule]) -> list[str]:
     return [*patterns, *dict.fromkeys(f"{re.escape(loaded_as(m.module))}$" for m in plain)]
 
 
-def findings(
-    quantization: Mapping[str, Any], modules: Sequence[LoaderModule], group: int
-) -> Iterator[Finding]:
+def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -> Iterator[Finding]:
     """Yield contradictions between ``quantization_config`` and the weights."""
-    if not any(_is_packed(module) for module in modules):
+    groups = {_GROUPS[module.codec] for module in modules if module.codec in _GROUPS}
+    if not groups:
         yield Finding("quantization-config", "config.json", "promises GPTQ, but nothing is packed")
         return
-    for key, expected in (("bits", 4), ("group_size", group)):
+    for key, expected in (("bits", 4), *(("group_size", group) for group in sorted(groups))):
         if quantization.get(key) != expected:
             message = f"{key} is {quantization.get(key)!r}, expected {expected!r}"
             yield Finding("quantization-config", "config.json", message)
@@ -73,22 +81,15 @@ def findings(
         message = f"dynamic has {len(dynamic)} patterns, expected {MOST_PATTERNS} at most"
         yield Finding("skip-list", "config.json", message)
         return
-    yield from _excluded_findings(dynamic, modules)
-    yield from fused_findings(modules)
-
-
-def _excluded_findings(
-    dynamic: Mapping[str, Any], modules: Sequence[LoaderModule]
-) -> Iterator[Finding]:
     excluded = list(_compiled(key for key in dynamic if key.startswith(_EXCLUDED)))
-    for module in modules:
-        if module.role.info.kind not in LOADED or module.module == "lm_head":
-            continue
-        skipped = any(pattern.match(module.module) for pattern in excluded)
-        if _is_packed(module) and skipped:
-            yield Finding("skip-list", module.module, "packed, but excluded by dynamic")
-        elif not _is_packed(module) and not skipped and module.role.info.kind != "router":
-            yield Finding("skip-list", module.module, "not packed, and not excluded by dynamic")
+    yield from skip_findings(
+        modules,
+        _GROUPS,
+        skipped=lambda name: any(pattern.match(name) for pattern in excluded),
+        asked=lambda module: module.role.info.kind != "router",
+        words=("excluded by dynamic", "not excluded by dynamic"),
+    )
+    yield from fused_findings(modules)
 
 
 def _compiled(keys: Iterator[str]) -> Iterator[LinearPattern]:
@@ -97,3 +98,6 @@ def _compiled(keys: Iterator[str]) -> Iterator[LinearPattern]:
             yield compile_linear(key.removeprefix(_EXCLUDED))
         except ValueError:  # no engine here reads it: what it would exclude is then missing
             continue
+
+
+TOOL = Tool(quantization_config, findings)

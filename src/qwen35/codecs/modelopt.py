@@ -12,14 +12,20 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from qwen35.codecs.codec import LoaderModule
-from qwen35.codecs.engine_modules import LOADED, fused_findings, loaded_as
+from qwen35.codecs.engine_modules import (
+    Tool,
+    fused_findings,
+    loaded_as,
+    skip_findings,
+    unpacked,
+)
 from qwen35.errors import Finding
 from qwen35.linear_regex import MOST_PATTERNS
 from qwen35.version import __version__
 
-__all__ = ["ALGORITHMS", "findings", "hf_quant_config", "quantization_config"]
+__all__ = ["ALGORITHMS", "METHOD", "TOOL", "findings", "hf_quant_config", "quantization_config"]
 
-_METHOD = "modelopt"
+METHOD = "modelopt"
 
 ALGORITHMS: Mapping[str, str] = {
     "fp8-modelopt": "FP8",
@@ -54,7 +60,7 @@ def quantization_config(modules: Sequence[LoaderModule]) -> dict[str, Any]:
         "ignore": ignored_modules(modules),
         "producer": {"name": "qwen35", "version": __version__},
         "quant_algo": _MIXED if mixed else used[0],
-        "quant_method": _METHOD,
+        "quant_method": METHOD,
         **(each if mixed else {}),
     }
 
@@ -89,16 +95,9 @@ def hf_quant_config(quantization: Mapping[str, Any]) -> dict[str, Any]:
 
 def ignored_modules(modules: Sequence[LoaderModule]) -> list[str]:
     """Return ``ignore``: names of unpacked linear layers; one pattern each for tower and MTP."""
-    loaded = [module for module in modules if module.role.info.kind in LOADED]
-    packed = [module for module in loaded if module.codec in ALGORITHMS]
-    plain = [module for module in loaded if module.codec not in ALGORITHMS]
-    entries = [] if any(module.module == "lm_head" for module in packed) else ["lm_head"]
-    for scope, pattern in (("visual", "model.visual*"), ("mtp", "mtp*")):
-        whole = any(m.role.scope == scope for m in plain)
-        if whole and not any(m.role.scope == scope for m in packed):
-            entries.append(pattern)
-            plain = [module for module in plain if module.role.scope != scope]
-    names = {loaded_as(module.module) for module in plain if module.module != "lm_head"}
+    whole = {"visual": "model.visual*", "mtp": "mtp*"}
+    entries, rest, _ = unpacked(modules, ALGORITHMS, whole)
+    names = {loaded_as(module.module) for module in rest}
     return entries + sorted(f"{one}*" if one.endswith(".experts") else one for one in names)
 
 
@@ -106,7 +105,7 @@ def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -
     """Yield contradictions between ``quantization_config`` and the weights."""
     packed = {module.codec for module in modules if module.codec in ALGORITHMS}
     if not packed:
-        message = f"promises {_METHOD}, but nothing is packed"
+        message = f"promises {METHOD}, but nothing is packed"
         yield Finding("quantization-config", "config.json", message)
         return
     yield from _algorithm_findings(quantization, modules)
@@ -170,12 +169,16 @@ def _ignore_findings(
     if complete and not head and not ignored("lm_head"):
         message = "not in ignore, so engines would look for its scales, also if it is tied"
         yield Finding("skip-list", "lm_head", message)
-    for module in modules:
-        kind = module.role.info.kind
-        if kind not in LOADED or module.module == "lm_head":
-            continue
-        packed, skipped = module.codec in ALGORITHMS, ignored(module.module)
-        if packed and skipped:
-            yield Finding("skip-list", module.module, "packed, but in ignore")
-        elif complete and not packed and not skipped and kind != "router":  # as NVIDIA's files
-            yield Finding("skip-list", module.module, "not packed, and missing from ignore")
+    yield from skip_findings(
+        modules,
+        ALGORITHMS,
+        skipped=ignored,
+        asked=lambda module: complete and module.role.info.kind != "router",  # as NVIDIA's files
+    )
+
+
+def _documents(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    return {"hf_quant_config.json": hf_quant_config(quantization)}
+
+
+TOOL = Tool(quantization_config, findings, _documents)

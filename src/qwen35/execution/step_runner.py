@@ -96,7 +96,8 @@ class StepRunner:
         # not hash(), which differs between processes: every run uses the same device
         device = zlib.crc32(step.weight.name.encode()) % len(self.kernels)
         spec = TensorSpec(target.name, step.spec.dtype, step.rows.shape)
-        return CODECS[target.codec].encode(
+        codec = CODECS[target.codec]
+        return codec.encode(
             EncodingRequest(
                 step.weight.name,
                 spec,
@@ -106,7 +107,7 @@ class StepRunner:
                 self.kernels[device].get(target.codec),
                 self.plan.options.encoder,
                 largest,
-                self.plan.options.input_largest(step),
+                self.plan.options.input_largest(step) if codec.quantized_inputs else None,
             )
         )
 

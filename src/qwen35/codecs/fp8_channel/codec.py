@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from qwen35.codecs.codec import (
-    Codec,
     Encoding,
     EncodingRequest,
-    LoaderModule,
     Piece,
     StoredValues,
 )
-from qwen35.errors import Finding
+from qwen35.codecs.served import ServedCodec
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.pieces import Readable
-    from qwen35.model.roles import Role
 
 __all__ = ["Fp8Channel", "Fp8Tensor"]
 
@@ -28,7 +25,7 @@ _COLUMNS = 16
 """Columns are encoded so many at a time."""
 
 
-class Fp8Channel(Codec):
+class Fp8Channel(ServedCodec):
     """E4M3 with one scale per row: W = q * scale, the scale in the checkpoint's dtype.
 
     Inputs are quantized per token when the model runs. Source: compressed-tensors 0.20
@@ -37,11 +34,6 @@ class Fp8Channel(Codec):
 
     name = "fp8-channel"
     meaning = "FP8 (E4M3) with a scale per row, as compressed-tensors stores it"
-    per_expert = True
-    joined = True
-    served = True
-    widens = True
-    packable = "linear layers, experts or the head"
     method = "compressed-tensors"
     suffix = "-FP8-dynamic"
     tags = ("fp8",)
@@ -50,8 +42,6 @@ class Fp8Channel(Codec):
         "compressed-tensors": "fp8-channel",
         "modelopt": "fp8-modelopt",
     }
-
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "head")
 
     @property
     def label(self) -> str:
@@ -83,31 +73,11 @@ class Fp8Channel(Codec):
             return ""
         return f"is {list(spec.shape)}: not rows of a multiple of {_COLUMNS}"
 
-    def packs(self, role: Role) -> bool:
-        """Return whether weights of this role may be packed."""
-        return role.info.kind in self.kinds
-
     def encode(self, request: EncodingRequest) -> Encoding:
         """Start encoding, row by row."""
         from qwen35.codecs.fp8_channel.stored import EncodingChannels, EncodingTensor
 
         return (EncodingTensor if self.surveys else EncodingChannels)(request)
-
-    def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
-        """Return ``quantization_config`` as llm-compressor writes it."""
-        from qwen35.codecs.compressed_tensors import quantization_config
-
-        del prefix, dtype
-        return quantization_config(modules)
-
-    def config_findings(
-        self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
-    ) -> Iterator[Finding]:
-        """Yield contradictions between config.json and the weights, as engines read them."""
-        from qwen35.codecs.compressed_tensors import findings
-
-        del vision
-        yield from findings(quantization, modules)
 
     @property
     def tolerance(self) -> str:
@@ -167,28 +137,6 @@ class Fp8Tensor(Fp8Channel):
             TensorSpec(f"{spec.name}{_SCALE}", "F32", ()),
             TensorSpec(f"{spec.name.removesuffix('weight')}input_scale", "F32", ()),
         )
-
-    def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
-        """Return ``quantization_config`` as Model-Optimizer writes it."""
-        from qwen35.codecs.modelopt import quantization_config
-
-        del prefix, dtype
-        return quantization_config(modules)
-
-    def documents(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
-        """Return hf_quant_config.json, for TensorRT."""
-        from qwen35.codecs.modelopt import hf_quant_config
-
-        return {"hf_quant_config.json": hf_quant_config(quantization)}
-
-    def config_findings(
-        self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
-    ) -> Iterator[Finding]:
-        """Yield contradictions between config.json and the weights, as engines read them."""
-        from qwen35.codecs.modelopt import findings
-
-        del vision
-        yield from findings(quantization, modules)
 
     def whole_scale(self, reader: Readable, weight: Weight) -> float | None:
         """Return the scale, which weights share that engines fuse."""

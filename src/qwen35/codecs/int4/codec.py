@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from qwen35.codecs.codec import (
-    Codec,
     Encoding,
     EncodingRequest,
-    LoaderModule,
     Piece,
     StoredValues,
 )
 from qwen35.codecs.int4.layout import FORMATS, PER_WORD, Int4Format
-from qwen35.errors import Finding
+from qwen35.codecs.served import ServedCodec
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.pieces import Readable
-    from qwen35.model.roles import Role
 
 __all__ = ["INT4", "Int4"]
 
 
-class Int4(Codec):
+class Int4(ServedCodec):
     """Integers of four bits with a scale per group of columns.
 
     Args:
         kind: the row of the table.
     """
 
-    per_expert = True
-    joined = True
-    served = True
     chooses_scales = True
     scale_modes = ("search", "max")
-    widens = True
-    packable = "linear layers, experts or the head"
     tags = ("int4", "w4a16")
     described = "INT4 (W4A16)"
-
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "head")
 
     def __init__(self, kind: Int4Format) -> None:
         self.kind = kind
@@ -108,10 +98,6 @@ class Int4(Codec):
         """Return why a weight of this shape cannot be packed; empty if it can."""
         return self.kind.fits(spec)
 
-    def packs(self, role: Role) -> bool:
-        """Return whether weights of this role may be packed."""
-        return role.info.kind in self.kinds
-
     def grain(self, spec: TensorSpec) -> int:
         """Return the rows of a word of zero points."""
         del spec
@@ -130,27 +116,6 @@ class Int4(Codec):
     def decoding_memory(self, spec: TensorSpec) -> int:
         """Return the bytes of all codes, in the layout that is transposed."""
         return self.memory(spec)
-
-    def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
-        """Return ``quantization_config`` as the layout's tool writes it."""
-        from qwen35.codecs import compressed_tensors, gptq
-
-        del prefix, dtype
-        if self.kind.gptq:
-            return gptq.quantization_config(modules, self.kind.group)
-        return compressed_tensors.quantization_config(modules)
-
-    def config_findings(
-        self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
-    ) -> Iterator[Finding]:
-        """Yield contradictions between config.json and the weights, as engines read them."""
-        from qwen35.codecs import compressed_tensors, gptq
-
-        del vision
-        if self.kind.gptq:
-            yield from gptq.findings(quantization, modules, self.kind.group)
-        else:
-            yield from compressed_tensors.findings(quantization, modules)
 
     @property
     def tolerance(self) -> str:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from qwen35.codecs.codec import (
-    Codec,
     Encoding,
     EncodingRequest,
-    LoaderModule,
     Piece,
     StoredValues,
 )
 from qwen35.codecs.nvfp4.layout import COMPRESSED_TENSORS, MODELOPT, Nvfp4Layout, fits
-from qwen35.errors import Finding
+from qwen35.codecs.served import ServedCodec
 from qwen35.model.fused import scale_group
 from qwen35.model.roles import role_of
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
@@ -22,12 +20,11 @@ from qwen35.tensors import StoredTensor, TensorSpec, Weight
 if TYPE_CHECKING:
     from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.pieces import Readable
-    from qwen35.model.roles import Role
 
 __all__ = ["NVFP4", "Nvfp4"]
 
 
-class Nvfp4(Codec):
+class Nvfp4(ServedCodec):
     """E2M1 codes with an E4M3 scale per block of 16 and a float32 scale of the whole.
 
     Args:
@@ -37,17 +34,11 @@ class Nvfp4(Codec):
     """
 
     checks = False
-    per_expert = True
-    joined = True
-    served = True
     surveys = True
     chooses_scales = True
-    widens = True
-    packable = "linear layers, experts or the head"
     tags = ("nvfp4", "fp4")
     described = "NVFP4 (E2M1 in blocks of 16 with E4M3 scales)"
     scale_modes = ("search", "max")
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "experts", "head")
 
     def __init__(self, name: str, layout: Nvfp4Layout, *, inputs: bool) -> None:
         kind = "nvfp4-a4" if inputs else "nvfp4"
@@ -99,42 +90,11 @@ class Nvfp4(Codec):
         """Return why a weight of this shape cannot be packed; empty if it can."""
         return fits(spec)
 
-    def packs(self, role: Role) -> bool:
-        """Return whether weights of this role may be packed."""
-        return role.info.kind in self.kinds
-
     def encode(self, request: EncodingRequest) -> Encoding:
         """Start encoding, row by row."""
         from qwen35.codecs.nvfp4.stored import EncodingNvfp4
 
         return EncodingNvfp4(request, self._layout)
-
-    def config(self, modules: Sequence[LoaderModule], prefix: str, dtype: str) -> dict[str, Any]:
-        """Return ``quantization_config`` as the layout's tool writes it."""
-        from qwen35.codecs import compressed_tensors, modelopt
-
-        del prefix, dtype
-        if self._layout is COMPRESSED_TENSORS:
-            return compressed_tensors.quantization_config(modules)
-        return modelopt.quantization_config(modules)
-
-    def documents(self, quantization: Mapping[str, Any]) -> dict[str, Any]:
-        """Return hf_quant_config.json, for TensorRT."""
-        from qwen35.codecs import modelopt
-
-        if self._layout is COMPRESSED_TENSORS:
-            return {}
-        return {"hf_quant_config.json": modelopt.hf_quant_config(quantization)}
-
-    def config_findings(
-        self, quantization: Mapping[str, Any], modules: Sequence[LoaderModule], *, vision: bool
-    ) -> Iterator[Finding]:
-        """Yield contradictions between config.json and the weights, as engines read them."""
-        from qwen35.codecs import compressed_tensors, modelopt
-
-        del vision
-        own = self._layout is COMPRESSED_TENSORS
-        yield from (compressed_tensors if own else modelopt).findings(quantization, modules)
 
     @property
     def tolerance(self) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from qwen35.tensors import TensorSpec
 
-__all__ = ["BLOCK", "COMPRESSED_TENSORS", "LAYOUTS", "MODELOPT", "RANGE", "Nvfp4Layout", "fits"]
+__all__ = ["BLOCK", "COMPRESSED_TENSORS", "MODELOPT", "RANGE", "Nvfp4Layout", "fits"]
 
 BLOCK = 16
 """Weights that share a scale."""
@@ -80,7 +80,6 @@ COMPRESSED_TENSORS = Nvfp4Layout(
 MODELOPT = Nvfp4Layout(
     "modelopt", "weight", "weight_scale", "weight_scale_2", "input_scale", (), divides=False
 )
-LAYOUTS = (COMPRESSED_TENSORS, MODELOPT)
 
 
 def fits(spec: TensorSpec) -> str:
