@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from gguf.constants import GGUFValueType
 
 from checkpoints import (
     ASSET,
@@ -22,7 +25,15 @@ from qwen35.model.model_config import parse_config
 from qwen35.model.roles import CheckpointNaming, expected_tensors, role_of
 from qwen35.planning.gguf_files.vocabulary import PRE_TOKENIZERS
 
-__all__ = ["VARIANTS", "exact_tensors", "make_variant", "sidecars", "tokenizer", "variant_config"]
+__all__ = [
+    "VARIANTS",
+    "exact_tensors",
+    "make_variant",
+    "rewrite_gguf",
+    "sidecars",
+    "tokenizer",
+    "variant_config",
+]
 
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim_pad|>", "<think>", "</think>")
 
@@ -137,3 +148,23 @@ def make_variant(folder: Path, name: str) -> Path:
     return write_checkpoint(
         folder / f"Tiny-{name}-1B", config, tensors, shards=shards, sidecars=sidecars()
     )
+
+
+def rewrite_gguf(
+    source: Path, target: Path, architecture: str, change: Callable[[GGUFWriter], object]
+) -> None:
+    """Write a file again, by llama.cpp's library, with other keys or tensors."""
+    reader, writer = GGUFReader(source), GGUFWriter(target, architecture)
+    writer.kv_data[0].clear()
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF."):
+            sub = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(name, field.contents(), GGUFValueType(field.types[0]), sub)
+    for tensor in reader.tensors:
+        data = np.array(tensor.data)
+        writer.add_tensor(tensor.name, data, raw_dtype=GGMLQuantizationType(tensor.tensor_type))
+    change(writer)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

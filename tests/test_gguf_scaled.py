@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
-from gguf.constants import GGUFValueType
+from gguf import GGUFReader, GGUFWriter
 
 from checkpoints import ASSET
-from gguf_models import make_variant
+from gguf_models import make_variant, rewrite_gguf
 from qwen35.array_types import F32, U8
 from qwen35.checkpoint.gguf_header import read_container, weights_of
 from qwen35.checkpoint.locations import LocalFolder
@@ -316,21 +315,8 @@ def test_sound_files_pass(moe: Path, files: dict[str, Path]) -> None:
 
 def faulty(folder: Path, files: dict[str, Path], change: Callable[[GGUFWriter], object]) -> Path:
     """Return a folder with the packed file alone, changed and without its manifest."""
-    reader, path = GGUFReader(file(files["moe"], "Q4_K_M")), folder / "x-Q4_K_M.gguf"
-    writer = GGUFWriter(path, "qwen35moe")
-    writer.kv_data[0].clear()
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF."):
-            sub = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(name, field.contents(), GGUFValueType(field.types[0]), sub)
-    for tensor in reader.tensors:
-        data = np.array(tensor.data)
-        writer.add_tensor(tensor.name, data, raw_dtype=GGMLQuantizationType(tensor.tensor_type))
-    change(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    source = file(files["moe"], "Q4_K_M")
+    rewrite_gguf(source, folder / "x-Q4_K_M.gguf", "qwen35moe", change)
     return folder
 
 

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
-from gguf.constants import GGUFValueType
+from gguf import GGUFWriter
 
 from checkpoints import ASSET
-from gguf_models import make_variant
+from gguf_models import make_variant, rewrite_gguf
 from qwen35.checkpoint.gguf_header import read_container
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import GgufFiles, gguf_files
@@ -75,21 +74,7 @@ def poke(path: Path, tensor: str, offset: int, data: bytes) -> None:
 
 def rewrite(path: Path, change: Callable[[GGUFWriter], object]) -> None:
     """Write a file again with other keys or tensors; the manifest is left behind."""
-    reader = GGUFReader(path)
-    writer = GGUFWriter(path.with_suffix(".new"), "qwen35")
-    writer.kv_data[0].clear()
-    for name, field in reader.fields.items():
-        if not name.startswith("GGUF."):
-            sub = field.types[1] if len(field.types) > 1 else None
-            writer.add_key_value(name, field.contents(), GGUFValueType(field.types[0]), sub)
-    for tensor in reader.tensors:
-        data = np.array(tensor.data)
-        writer.add_tensor(tensor.name, data, raw_dtype=GGMLQuantizationType(tensor.tensor_type))
-    change(writer)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    rewrite_gguf(path, path.with_suffix(".new"), "qwen35", change)
     path.with_suffix(".new").replace(path)
     (path.parent / "qwen35.json").unlink()
 
