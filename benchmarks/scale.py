@@ -1,12 +1,12 @@
 """Simulate large conversions: the real planner, tasks and dispatcher, on a simulated clock.
 
     python -m benchmarks.scale [--size Qwen3.5-397B-A17B] [--recipe fp8 | --types Q4_K_M]
-        [--times 1] [--workers 1 8 64] [--threads 4] [--read 1.07] [--network 1.25]
+        [--times 1] [--workers 1 8 64] [--threads 4] [--read 0.62] [--network 1.25]
 
 Plans a published size from its description, cuts the plan into tasks for each number of workers and
 runs the dispatcher with workers whose time follows from their bytes. Rates are in GB/s: `--read`
-of a thread that reads, encodes and writes (docs/benchmarks.md: 1.75 GB in 2.33 s of processor time
-less 0.7 s of start-up, `search`; for GGUF see benchmarks/gguf.py), `--network` of a worker
+of a thread that reads, encodes and writes (docs/benchmarks.md: 1.75 GB in 3.34 s of processor time
+less 0.53 s of start-up, `search`; for GGUF see benchmarks/gguf.py), `--network` of a worker
 to the shared file system; hashing is measured here, on one thread. `--times 6` repeats every layer
 six times: 397B becomes 2.4T.
 """
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--threads", type=int, default=4)
-    parser.add_argument("--read", type=float, default=1.07)
+    parser.add_argument("--read", type=float, default=0.62)
     parser.add_argument("--network", type=float, default=1.25)
     args = parser.parse_args()
     rates = Rates(args.read * GB, hash_rate(), args.network * GB)
