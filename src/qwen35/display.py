@@ -11,10 +11,11 @@ def bytes_of(text: str) -> int:
     Raises:
         ValueError: `text` is not a size.
 
-    >>> bytes_of("400MB"), bytes_of("1.5GiB"), bytes_of("123")
-    (400000000, 1610612736, 123)
+    >>> bytes_of("400MB"), bytes_of("1.5GiB"), bytes_of("2G"), bytes_of("123")
+    (400000000, 1610612736, 2000000000, 123)
     """
     units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    units |= {"k": 10**3, "M": 10**6, "G": 10**9}  # as tools of llama.cpp read them
     for unit, factor in units.items():
         if text.lower().endswith(unit.lower()):
             # The cap keeps "infGB" from raising OverflowError in round().

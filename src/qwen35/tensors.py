@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import field
+from functools import lru_cache
 
 from qwen35.errors import HeaderError
+from qwen35.record_class import record
 
 __all__ = [
     "DTYPE_BITS",
@@ -48,7 +50,7 @@ DTYPE_NAMES: dict[str, str] = {short: name for name, short in HUB_DTYPES.items()
 """The inverse of `HUB_DTYPES`."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TensorSpec:
     """The description of a tensor: everything but its data.
 
@@ -56,6 +58,7 @@ class TensorSpec:
         name: full name in the checkpoint.
         dtype: a key of `DTYPE_BITS`.
         shape: dimensions, outermost first; ``()`` is a scalar.
+        nbytes: size of the data in bytes, which follows from the others.
 
     >>> TensorSpec("w", "BF16", (3, 4)).nbytes
     24
@@ -64,14 +67,18 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int, ...]
+    nbytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_BITS:
+        try:
+            nbytes = _nbytes(self.dtype, self.shape)
+        except KeyError:
             raise HeaderError(
                 self.name, f"dtype {self.dtype!r}", expected=f"one of {', '.join(DTYPE_BITS)}"
-            )
-        if any(size < 0 for size in self.shape):
+            ) from None
+        if nbytes < 0:
             raise HeaderError(self.name, f"negative size in shape {list(self.shape)}")
+        object.__setattr__(self, "nbytes", nbytes)  # frozen, to type checkers
 
     @property
     def numel(self) -> int:
@@ -83,13 +90,16 @@ class TensorSpec:
         """Bytes per element."""
         return DTYPE_BITS[self.dtype] // 8
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the data in bytes."""
-        return self.numel * self.itemsize
+
+# A checkpoint of 200,000 tensors has a dozen shapes: each size is computed once, and stored once.
+@lru_cache(maxsize=4096)
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Return the size of a tensor; negative if one of its dimensions is."""
+    bits = DTYPE_BITS[dtype]
+    return -1 if any(size < 0 for size in shape) else math.prod(shape) * bits // 8
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StoredTensor:
     """A tensor in a file.
 
@@ -104,7 +114,7 @@ class StoredTensor:
     begin: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Weight:
     """A weight and the stored tensors that hold it.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import TypedDict
 
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.kv_cache import attention_of
 from qwen35.codecs.registry import CODECS, codec_of
 from qwen35.model.config_notes import config_notes
 
@@ -45,6 +47,11 @@ def summarize(checkpoint: Checkpoint) -> CheckpointSummary:
         parameters += codec_of(weight).numel(weight)
         for part in weight.parts:
             dtypes[part.spec.dtype] += part.spec.nbytes
+    for scale in checkpoint.cache_scales:
+        row = prefixes.setdefault(_prefix(scale.spec.name), {"tensors": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["bytes"] += scale.spec.nbytes
+        dtypes[scale.spec.dtype] += scale.spec.nbytes
     return {
         "model": checkpoint.name,
         "repo": checkpoint.repo,
@@ -57,8 +64,18 @@ def summarize(checkpoint: Checkpoint) -> CheckpointSummary:
         "prefixes": dict(sorted(prefixes.items(), key=lambda row: -row[1]["bytes"])),
         "dtypes": dict(dtypes.most_common()),
         "sidecars": list(checkpoint.sidecars),
-        "notes": list(config_notes(checkpoint.config, head=checkpoint.layout.head)),
+        "notes": [
+            *config_notes(checkpoint.config, head=checkpoint.layout.head),
+            *_cache_notes(checkpoint),
+        ],
     }
+
+
+def _cache_notes(checkpoint: Checkpoint) -> Iterator[str]:
+    if checkpoint.cache_scales:
+        layers = {attention_of(scale.spec.name)[0] for scale in checkpoint.cache_scales}
+        those = f"{len(layers)} layer{'s' * (len(layers) > 1)}"
+        yield f"{len(checkpoint.cache_scales)} scales of the KV cache, for {those}"
 
 
 def _prefix(name: str) -> str:
@@ -68,11 +85,18 @@ def _prefix(name: str) -> str:
 def _format(checkpoint: Checkpoint, storages: Counter[str]) -> str:
     if checkpoint.foreign is not None:
         return f"{checkpoint.foreign.label}, which cannot be read here"
+    packed: Counter[str] = Counter()
     for storage, count in storages.items():
-        if CODECS[storage].packed:
-            codec = CODECS[storage]
-            return f"{codec.title or codec.label} ({count} of {storages.total()} weights packed)"
-    return checkpoint.config.dtype
+        codec = CODECS[storage]
+        if codec.packed:
+            packed[codec.title or codec.label] += count
+    if not packed:
+        return checkpoint.config.dtype
+    share = f"({packed.total()} of {storages.total()} weights packed)"
+    if len(packed) == 1:
+        return f"{next(iter(packed))} {share}"
+    mixture = ", ".join(f"{count} {title}" for title, count in packed.most_common())
+    return f"mixed precision: {mixture} {share}"
 
 
 def summary_text(summary: CheckpointSummary) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "MAGIC",
     "GgufHeader",
     "GgufTensor",
+    "is_draft",
     "is_gguf",
     "read_container",
     "read_gguf",
@@ -79,12 +80,14 @@ class GgufTensor:
         kind: its ggml type.
         shape: dimensions, outermost first.
         begin: absolute offset of its first byte.
+        file: the file that holds it; empty for that of the header.
     """
 
     name: str
     kind: GgmlType
     shape: tuple[int, ...]
     begin: int
+    file: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -94,16 +97,17 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A validated header.
+    """A validated header; of a split model, that of its first file with the tensors of all.
 
     Args:
         path: the file; only its name for a file on the Hub.
-        nbytes: file size in bytes.
+        nbytes: size of the file, or of all files, in bytes.
         keys: metadata values by key; arrays are lists.
         tensors: tensors by name, in file order.
         spans: absolute begin and end of each key's value, without its type.
         records: absolute end of the tensor records.
         data: absolute offset of the tensors' data, after padding.
+        others: the names of a split model's other files.
     """
 
     path: Path
@@ -113,6 +117,17 @@ class GgufHeader:
     spans: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     records: int = 0
     data: int = 0
+    others: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of its files."""
+        return self.path.name, *self.others
+
+    def labelled(self, tensor: str) -> str:
+        """Return a tensor's name after that of its file; the first file for one that is missing."""
+        entry = self.tensors.get(tensor)
+        return f"{(entry.file if entry else '') or self.path.name}: {tensor}"
 
     @property
     def alignment(self) -> int:
@@ -125,11 +140,20 @@ class GgufHeader:
         """Value of ``general.architecture``, or an empty string."""
         return str(self.keys.get("general.architecture", ""))
 
+    @property
+    def mtp_alone(self) -> bool:
+        """Whether it holds the multi-token-prediction layer without the layers before it."""
+        blocks = self.keys.get(f"{self.architecture}.block_count")
+        joined = f"blk.{blocks - 1}.nextn.eh_proj.weight" if type(blocks) is int else ""
+        return joined in self.tensors and not any(n.startswith("blk.0.") for n in self.tensors)
+
 
 def weights_of(container: GgufHeader) -> list[Weight]:
     """Group the tensors of a file into weights: some types have scales in tensors beside them."""
     stored = {
-        name: StoredTensor(BlockSpec(name, t.kind.name, t.shape), container.path.name, t.begin)
+        name: StoredTensor(
+            BlockSpec(name, t.kind.name, t.shape), t.file or container.path.name, t.begin
+        )
         for name, t in container.tensors.items()
     }
     beside = {
@@ -151,6 +175,15 @@ def is_gguf(path: Path) -> bool:
             return file.read(4) == MAGIC
     except OSError:
         return False
+
+
+def is_draft(path: Path) -> bool:
+    """Return whether a file is named as an MTP layer alone, and is one.
+
+    Raises:
+        InputError: the file is named so, but cannot be read.
+    """
+    return path.name.startswith("mtp-") and read_container(path).mtp_alone
 
 
 def read_container(path: Path) -> GgufHeader:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qwen35.checkpoint.prefixes import WITHOUT_TOWER
 from qwen35.checkpoint.renamed import empty_cause, naming_cause, size_cause
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.kv_cache import cache_problems
 from qwen35.codecs.registry import codec_of, is_packed
 from qwen35.errors import TensorError
-from qwen35.model.roles import TOWER, Role, expected_tensors, role_of, tower_tensors
+from qwen35.model.roles import MTP, TOWER, Role, expected_tensors, role_of, tower_tensors
+from qwen35.record_class import record
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
+
+if TYPE_CHECKING:
+    from qwen35.checkpoint.weight_changes import WeightChange
 
 __all__ = ["InventoryItem", "inventory", "match"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class InventoryItem:
     """A weight and its role.
 
@@ -24,11 +29,13 @@ class InventoryItem:
         weight: where its bytes are.
         role: its role in the model.
         spec: name and shape, with the dtype after decoding.
+        changes: what adapters do to its values, in order.
     """
 
     weight: Weight
     role: Role
     spec: TensorSpec
+    changes: tuple[WeightChange, ...] = ()
 
     @property
     def module(self) -> str:
@@ -106,6 +113,7 @@ def match(
     spared, problems = _spared(checkpoint, tower=tower)
     dense = checkpoint.config.moe and _has_dense(checkpoint)
     items, missing, misfits = [], [], list[_Misfit]()
+    fitting = set[object]()
     for expected in expected_tensors(checkpoint.config, checkpoint.layout):
         weight = weights.pop(expected.name, None)
         if expected.name in spared and not _fits(weight, expected):
@@ -114,19 +122,31 @@ def match(
             missing.append(expected.name)
             problems.append(_missing(checkpoint, expected, dense=dense))
             continue
-        problem = codec_of(weight).mismatch(weight, expected)
+        problem = _mismatch(weight, expected, fitting)
         if problem is not None:
             problems.append(_with_vocabulary(problem, expected, weight.main.spec.shape))
             misfits.append((expected, weight.main.spec.shape))
             continue
-        spec = TensorSpec(expected.name, _decoded_dtype(checkpoint, weight), expected.shape)
-        items.append(InventoryItem(weight, role_of(expected.name), spec))
+        spec = weight.main.spec
+        if is_packed(weight):
+            spec = TensorSpec(weight.name, checkpoint.config.dtype, expected.shape)
+        items.append(InventoryItem(weight, role_of(weight.name), spec))
     cause = _cause(checkpoint, items, list(weights), missing, misfits)
     if cause is not None:
         return tuple(items), cause
     unknown = (name for name in weights if tower or not name.startswith(TOWER))
     problems += [_unexpected(checkpoint, name) for name in unknown]
-    return tuple(items), problems
+    return tuple(items), [*problems, *_cache_problems(checkpoint)]
+
+
+def _cache_problems(checkpoint: Checkpoint) -> Iterator[TensorError]:
+    if not checkpoint.cache_scales:
+        return
+    expected = expected_tensors(checkpoint.config, checkpoint.layout)
+    ending = ".self_attn.k_proj.weight"
+    names = (spec.name for spec in expected if spec.name.endswith(ending))
+    modules = {f"{name.removesuffix(ending)}.self_attn": name.startswith(MTP) for name in names}
+    yield from cache_problems([scale.spec for scale in checkpoint.cache_scales], modules)
 
 
 def _fits(weight: Weight | None, expected: TensorSpec) -> bool:
@@ -179,8 +199,17 @@ def _summary(problems: list[TensorError]) -> TensorError:
     return TensorError(first.subject, first.found, expected=first.expected, hint=hint)
 
 
-def _decoded_dtype(checkpoint: Checkpoint, weight: Weight) -> str:
-    return checkpoint.config.dtype if is_packed(weight) else weight.main.spec.dtype
+def _mismatch(weight: Weight, expected: TensorSpec, fitting: set[object]) -> TensorError | None:
+    """Return why a weight does not fit, or None; `fitting` remembers what does."""
+    # That depends on shapes and dtypes alone, and 100,000 experts have the same.
+    parts = tuple((part.spec.dtype, part.spec.shape) for part in weight.parts)
+    key = (weight.storage, expected.shape, parts)
+    if key in fitting:
+        return None
+    problem = codec_of(weight).mismatch(weight, expected)
+    if problem is None:
+        fitting.add(key)
+    return problem
 
 
 def _missing(checkpoint: Checkpoint, expected: TensorSpec, *, dense: bool) -> TensorError:

@@ -90,7 +90,7 @@ def not_a_checkpoint(place: FileLocation) -> InputError | None:
         return InputError(
             str(place),
             "an adapter (LoRA), not a whole model",
-            hint="merge it into its base model first (peft: merge_and_unload, save_pretrained)",
+            hint="merge it into its base model: qwen35 merge BASE ADAPTER OUT",
         )
     for endings, found, hint in _WEIGHTS:
         names = sorted(name for name in sizes if name.endswith(endings) and _holds_weights(name))

@@ -25,6 +25,7 @@ from qwen35.checkpoint.source import (
     open_place,
     open_published,
 )
+from qwen35.checkpoint.split_gguf import SplitName, by_model
 from qwen35.errors import HubError, InputError, UsageError, did_you_mean
 from qwen35.model.sizes import PUBLISHED
 
@@ -145,7 +146,7 @@ class GgufFiles:
     Args:
         place: the folder or repository.
         names: the file names.
-        whole: True for all GGUF files of the place, False for one selected file.
+        whole: True for all GGUF files of the place, False for one selected model.
         root: the folder, if the files are local.
     """
 
@@ -153,6 +154,11 @@ class GgufFiles:
     names: tuple[str, ...]
     whole: bool
     root: Path | None = None
+
+    @property
+    def models(self) -> list[tuple[str, ...]]:
+        """The file names by model: a split one has several."""
+        return by_model(self.names)
 
     def fetch(self, token: str | None = None) -> GgufFiles:
         """Return the files as local files, downloaded into the Hub's cache if necessary.
@@ -171,23 +177,21 @@ class GgufFiles:
 def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
     """Find GGUF files: `model` itself, or all in a folder or repository without safetensors files.
 
-    On the Hub, ``owner/name[@revision]`` is a repository and ``hf:owner/name/path`` a single file.
+    A file of a split model stands for all its files. On the Hub, ``owner/name[@revision]`` is a
+    repository and ``hf:owner/name/path`` a single file.
 
     Raises:
         HubError: the Hub refused a request or could not be reached.
         UsageError: the address of a file is malformed.
     """
     if model.startswith("hf:"):
-        hub_id, name = parse_address(model.removeprefix("hf:"))
-        root = cached_snapshot(hub_id)
-        if root is not None:
-            return GgufFiles(LocalFolder(root), (name,), whole=False, root=root)
-        return GgufFiles(HubLocation(hub_id, hub_token(token)), (name,), whole=False)
+        return _file_on_hub(model.removeprefix("hf:"), token)
     try:
         path = Path(model).expanduser()
         if path.is_file():
-            file = GgufFiles(LocalFolder(path.parent), (path.name,), whole=False, root=path.parent)
-            return file if path.suffix == ".gguf" else None
+            if path.suffix != ".gguf":
+                return None
+            return _one_model(LocalFolder(path.parent), path.name, path.parent)
     except (OSError, RuntimeError, ValueError):  # name too long, unknown ~user, NUL
         return None
     root = folder_of(model)
@@ -204,6 +208,20 @@ def gguf_files(model: str, *, token: str | None = None) -> GgufFiles | None:
     if not names or any(name.endswith(".safetensors") for name in place.sizes()):
         return None
     return GgufFiles(place, names, whole=True, root=root)
+
+
+def _file_on_hub(address: str, token: str | None) -> GgufFiles:
+    hub_id, name = parse_address(address)
+    root = cached_snapshot(hub_id)
+    place = HubLocation(hub_id, hub_token(token)) if root is None else LocalFolder(root)
+    return _one_model(place, name, root)
+
+
+def _one_model(place: FileLocation, name: str, root: Path | None) -> GgufFiles:
+    """Return the files of the model that a file belongs to."""
+    siblings = {name, *place.sizes()} if SplitName.parse(name) is not None else {name}
+    [names] = (model for model in by_model(siblings) if name in model)
+    return GgufFiles(place, names, whole=False, root=root)
 
 
 def folder_of(model: str) -> Path | None:

@@ -80,7 +80,7 @@ in ``modeling_utils.py``). llama.cpp 0c1e5709 removes ``language_model.`` from e
 
 def family_names(
     tensors: Mapping[str, StoredTensor], *, vision: bool
-) -> tuple[dict[str, StoredTensor], ReadPrefix | None]:
+) -> tuple[Mapping[str, StoredTensor], ReadPrefix | None]:
     """Return the tensors under the family's names, and the prefix that was replaced, if any.
 
     Args:
@@ -89,12 +89,12 @@ def family_names(
     """
     row = next((row for row in _READ[vision] if _has(tensors, row)), None)
     if row is None:
-        return dict(tensors), None
+        return tensors, None
     named = {}
     for name, stored in tensors.items():
         family = _family_name(name, row)
         if family in named or (family != name and family in tensors):  # in doubt, as it is
-            return dict(tensors), None
+            return tensors, None
         named[family] = replace(stored, spec=replace(stored.spec, name=family))
     return named, row
 

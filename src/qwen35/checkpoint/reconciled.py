@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from qwen35.checkpoint.adapted import adapter_notes, changed_items
 from qwen35.checkpoint.inventory import InventoryItem, inventory
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.registry import codec_of
@@ -28,20 +29,25 @@ def reconciled(checkpoint: Checkpoint) -> Checkpoint:
     if not checkpoint.layout.mtp:
         return replace(checkpoint, config=config)
     weights = tuple(w for w in checkpoint.weights if not _beyond(w.name, stored))
+    scales = tuple(s for s in checkpoint.cache_scales if not _beyond(s.spec.name, stored))
     layout = replace(checkpoint.layout, mtp=stored > 0)
-    return replace(checkpoint, config=config, weights=weights, layout=layout)
+    return replace(checkpoint, config=config, weights=weights, layout=layout, cache_scales=scales)
 
 
 def take(
     checkpoint: Checkpoint, *, tower: bool = True
 ) -> tuple[Checkpoint, tuple[InventoryItem, ...]]:
-    """Return the checkpoint, `reconciled`, and its weights; all else as for `inventory`."""
+    """Return the checkpoint, `reconciled`, and its weights, as its adapters change them.
+
+    All else is as for `inventory`.
+    """
     fitting = reconciled(checkpoint)
     try:
-        return fitting, inventory(fitting, tower=tower)
+        items = inventory(fitting, tower=tower)
     except TensorError:
         inventory(checkpoint, tower=tower)  # what hides MTP layers is part of the cause
         raise
+    return fitting, changed_items(fitting, items, tower=tower)
 
 
 def source_notes(checkpoint: Checkpoint, *, mtp: bool, tower: bool) -> Iterator[str]:
@@ -53,6 +59,7 @@ def source_notes(checkpoint: Checkpoint, *, mtp: bool, tower: bool) -> Iterator[
         tower: whether the output takes its vision tower.
     """
     yield from checkpoint.notes
+    yield from adapter_notes(checkpoint)
     if mtp:
         yield from _mtp_notes(checkpoint)
     if not tower:

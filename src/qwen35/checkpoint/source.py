@@ -9,21 +9,25 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qwen35.checkpoint.header import SafetensorsHeader, read_header, strict_json
+from qwen35.checkpoint.header import read_header, strict_json
 from qwen35.checkpoint.locations import FileLocation, LocalFolder, folder_name, stamp
 from qwen35.checkpoint.mistaken import LONGEST_HEAD, not_a_checkpoint, stand_in
 from qwen35.checkpoint.prefixes import ReadPrefix, family_names
 from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
 from qwen35.closing import Closing
 from qwen35.codecs.foreign import ForeignPacking, foreign_packing
+from qwen35.codecs.kv_cache import CACHE_ENDINGS
 from qwen35.codecs.registry import group, is_packed, packings
 from qwen35.errors import ConfigError, HeaderError, InputError, TensorError
 from qwen35.model.model_config import ModelConfig, parse_config
 from qwen35.model.roles import CheckpointNaming, expected_tensors
-from qwen35.model.sizes import FUSED_MTP_EXPERTS, PUBLISHED, published_config
+from qwen35.model.sizes import FUSED_MTP_EXPERTS, INFERRED, PUBLISHED, published_config
 from qwen35.tensors import StoredTensor, Weight
+
+if TYPE_CHECKING:
+    from qwen35.checkpoint.adapter_files import Adapter
 
 __all__ = [
     "INDEX_NAME",
@@ -79,6 +83,8 @@ class Checkpoint:
         buffers: stored tensors that are no weights, and that loaders compute from the config.
         prefix: what stands before its text tensors, if that is not the family's own.
         unread: safetensors files beside `SINGLE_NAME`, which no index lists.
+        cache_scales: scales of a KV cache (`qwen35.codecs.kv_cache`), which are no weights either.
+        adapters: what changes its weights when they are read (`qwen35.checkpoint.adapted`).
     """
 
     name: str
@@ -99,10 +105,14 @@ class Checkpoint:
     buffers: tuple[str, ...] = ()
     prefix: ReadPrefix | None = None
     unread: tuple[str, ...] = ()
+    cache_scales: tuple[StoredTensor, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
 
     @property
     def notes(self) -> Iterator[str]:
-        """How its files were read, where that needs saying."""
+        """How its files were read, where that needs saying; what is not sure about a size."""
+        if self.place is None and self.name in INFERRED:
+            yield INFERRED[self.name]
         if self.unread:
             names = ", ".join(self.unread[:_SHOWN])
             more = f" and {len(self.unread) - _SHOWN} more" if len(self.unread) > _SHOWN else ""
@@ -123,7 +133,8 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Size of the tensor data in bytes."""
-        return sum(weight.nbytes for weight in self.weights)
+        scales = sum(scale.spec.nbytes for scale in self.cache_scales)
+        return sum(weight.nbytes for weight in self.weights) + scales
 
     def folder(self) -> Path:
         """Return the folder that holds the files.
@@ -195,15 +206,20 @@ def open_place(
         raise other
     sizes = place.sizes()
     config = parse_config(read_json(place, "config.json"))
-    shards, weight_map = _shards(place)
-    headers = {shard: read_header(place, shard) for shard in shards}
-    tensors, problems = _merge(headers, weight_map)
-    tensors, prefix = family_names(tensors, vision=config.architecture.vision)
+    read = _read_headers(place)
+    shards = read.shards
+    tensors, prefix = family_names(read.tensors, vision=config.architecture.vision)
     buffers = tuple(name for name in tensors if name.endswith(_BUFFERS))
-    tensors = {name: stored for name, stored in tensors.items() if not name.endswith(_BUFFERS)}
+    if buffers:
+        tensors = {name: tensors[name] for name in tensors if not name.endswith(_BUFFERS)}
+    scales = tuple(tensors[name] for name in tensors if name.endswith(CACHE_ENDINGS))
+    if scales:
+        tensors = {name: tensors[name] for name in tensors if not name.endswith(CACHE_ENDINGS)}
     weights, packing = group(tensors)
-    foreign = _foreign(config, tensors, weights, headers)
-    problems = [*problems, *packing] if foreign is None else [_unreadable(foreign, config)]
+    foreign = _foreign(config, tensors, weights, read.formats)
+    problems = [*read.problems, *packing]
+    if foreign is not None and not (foreign.tensor and packing):  # which names the tensor
+        problems = [_unreadable(foreign, config)]
     if problems and not lenient:
         raise problems[0]
     sidecars = {row.name for row in SIDECARS}
@@ -228,7 +244,8 @@ def open_place(
         dangling=MappingProxyType(dict(place.dangling())),
         buffers=buffers,
         prefix=prefix,
-        unread=() if weight_map is not None else _unread(sizes, shards),
+        unread=() if read.indexed else _unread(sizes, shards),
+        cache_scales=scales,
     )
 
 
@@ -241,17 +258,24 @@ def _foreign(
     config: ModelConfig,
     tensors: Mapping[str, StoredTensor],
     weights: Sequence[Weight],
-    headers: Mapping[str, SafetensorsHeader],
+    formats: Set[str],
 ) -> ForeignPacking | None:
     held = {part.spec.name for weight in weights if is_packed(weight) for part in weight.parts}
     strange = (stored.spec for name, stored in tensors.items() if name not in held)
-    formats = {header.metadata.get("format", "") for header in headers.values()}
     return foreign_packing(config.raw, strange, formats, ours=bool(held))
 
 
 def _unreadable(foreign: ForeignPacking, config: ModelConfig) -> TensorError:
+    if foreign.tensor:
+        return TensorError(
+            foreign.tensor,
+            f"no part of a weight of {foreign.label} that can be read",
+            expected="all of its tensors, with their shapes and dtypes",
+            hint="download the checkpoint again, or start from the unquantized one",
+        )
     subject = "config.json" if config.quantization else "the weights"
-    readable = [codec.title or codec.label for codec in packings("safetensors").values()]
+    codecs = packings("safetensors").values()
+    readable = dict.fromkeys(codec.title or codec.label for codec in codecs)
     return TensorError(
         subject,
         f"weights packed as {foreign.label}",
@@ -300,6 +324,44 @@ def _gone(place: FileLocation, name: str) -> InputError | None:
 def dangling_link(name: str, what: str) -> InputError:
     """Return the error for an entry that is no file: interrupted downloads leave such links."""
     return InputError(name, what, hint="download the file again")
+
+
+@dataclass(frozen=True)
+class _Headers:
+    """What the headers of all files say together.
+
+    Args:
+        shards: the files.
+        tensors: their tensors by name, in file order.
+        formats: values of ``format`` in their metadata.
+        indexed: whether an index lists the files.
+        problems: contradictions between files and index.
+    """
+
+    shards: Sequence[str]
+    tensors: Mapping[str, StoredTensor]
+    formats: Set[str]
+    indexed: bool
+    problems: Sequence[InputError]
+
+
+def _read_headers(place: FileLocation) -> _Headers:
+    """Read the headers, one at a time: those of the largest models take 100 MB together."""
+    shards, weight_map = _shards(place)
+    tensors: dict[str, StoredTensor] = {}
+    formats = set()
+    problems: list[InputError] = []
+    for shard in shards:
+        header = read_header(place, shard)
+        formats.add(header.metadata.get("format", ""))
+        for name, (spec, begin, _) in header.tensors.items():
+            if name in tensors:
+                found = f"in two files, {tensors[name].file} and {shard}"
+                problems.append(HeaderError(name, found))
+            tensors[name] = StoredTensor(spec, shard, begin)
+    if weight_map is not None:
+        problems += islice(_map_problems(tensors, weight_map), _MAX_PROBLEMS)
+    return _Headers(shards, tensors, formats, weight_map is not None, problems)
 
 
 def _shards(place: FileLocation) -> tuple[list[str], dict[str, str] | None]:
@@ -355,28 +417,15 @@ def check_index(parsed: object) -> dict[str, str]:
                 f"shard name {shard[:80]!r}",
                 expected="a .safetensors file in the same folder",
             )
-    return weight_map
-
-
-def _merge(
-    headers: Mapping[str, SafetensorsHeader], weight_map: dict[str, str] | None
-) -> tuple[dict[str, StoredTensor], list[InputError]]:
-    tensors: dict[str, StoredTensor] = {}
-    problems: list[InputError] = []
-    for shard, header in headers.items():
-        for name, (spec, begin, _) in header.tensors.items():
-            if name in tensors:
-                found = f"in two files, {tensors[name].file} and {shard}"
-                problems.append(HeaderError(name, found))
-            tensors[name] = StoredTensor(spec, shard, begin)
-    if weight_map is not None:
-        problems += islice(_map_problems(tensors, weight_map), _MAX_PROBLEMS)
-    return tensors, problems
+    shards: dict[str, str] = {}  # one string for each file, not for each tensor
+    return {name: shards.setdefault(shard, shard) for name, shard in weight_map.items()}
 
 
 def _map_problems(
     tensors: Mapping[str, StoredTensor], weight_map: Mapping[str, str]
 ) -> Iterator[TensorError]:
+    if weight_map == {name: stored.file for name, stored in tensors.items()}:
+        return
     for name, shard in weight_map.items():
         if name not in tensors:
             yield TensorError(name, f"listed in {INDEX_NAME} but not in {shard}")

@@ -28,6 +28,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """Architectures by `model_type` in config.json (transformers 5.23, `models/qwen3_5*`)."""
 
+_OTHERS = dict.fromkeys(
+    ("qwen4_exp", "qwen4_exp_text"),
+    "that is Qwen3.8-Flash-Next, whose layers differ (indexed attention, hyper-connections, "
+    "n-gram embeddings) and which this tool does not convert",
+)
+"""What releases of other architectures are, whose names suggest this family."""
+
 _TEXT_SIZES = (
     "hidden_size",
     "num_hidden_layers",
@@ -149,7 +156,7 @@ def _model_type(raw: dict[str, Any]) -> str:
             "config.json",
             f"model_type {model_type!r} is not a Qwen3.5 architecture",
             expected=" or ".join(ARCHITECTURES),
-            hint=_type_hint(raw.get("architectures")),
+            hint=_OTHERS.get(str(model_type)) or _type_hint(raw.get("architectures")),
         )
     return model_type
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from qwen35.errors import TensorError
 from qwen35.model.model_config import ModelConfig
+from qwen35.record_class import record
 from qwen35.tensors import TensorSpec
 
 __all__ = [
@@ -290,7 +292,7 @@ ROLES: dict[str, RoleInfo] = _table()
 """Roles by path without numbers (``mtp.layers.mlp.up_proj.weight``)."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Role:
     """The role of one tensor.
 
@@ -340,6 +342,26 @@ def role_of(name: str) -> Role:
     >>> role_of("model.language_model.layers.7.linear_attn.in_proj_a.weight").name
     'linear_attn.in_proj_a'
     """
+    match = _EXPERT.search(name)
+    if match is None:
+        return _parsed(name)
+    # Large models have 100,000 expert tensors, but each expert has the roles of the first.
+    first = _of_first(f"{name[: match.start()]}mlp.experts.0.{name[match.end() :]}")
+    if first is None:
+        return _parsed(name)
+    return Role(first.name, first.info, first.layer, int(match[1]))
+
+
+@lru_cache(maxsize=4096)
+def _of_first(name: str) -> Role | None:
+    """Return the role of a tensor of a first expert; None if the family has none of this name."""
+    try:
+        return _parsed(name)
+    except TensorError:
+        return None
+
+
+def _parsed(name: str) -> Role:
     match = _NAME.match(name)
     if match is None:
         raise _unknown(name)
@@ -488,6 +510,6 @@ def _block(
             yield _spec(config, f"{prefix}.", info)
             continue
         leaf = info.path.removeprefix("mlp.experts.")
+        spec = _spec(config, "", info)
         for expert in range(config.dims["experts"]):
-            spec = _spec(config, "", info)
             yield TensorSpec(f"{prefix}.mlp.experts.{expert}.{leaf}", spec.dtype, spec.shape)

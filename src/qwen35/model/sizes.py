@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["PUBLISHED", "published_config"]
+__all__ = ["INFERRED", "PUBLISHED", "published_config"]
 
 _Row = tuple[int, int, int, tuple[int, int], tuple[int, int], tuple[int, int] | None]
 
@@ -21,6 +21,8 @@ _TEXT: dict[str, _Row] = {
     "Qwen3.5-35B-A3B": (2048, 40, 512, (16, 2), (16, 32), (256, 8)),
     "Qwen3.5-122B-A10B": (3072, 48, 1024, (32, 2), (16, 64), (256, 8)),
     "Qwen3.5-397B-A17B": (4096, 60, 1024, (32, 2), (16, 64), (512, 10)),
+    # linear heads and the shared expert's 2048 are inferred: see INFERRED
+    "Qwen3.8-2.4T-A95B": (8192, 92, 2048, (64, 4), (16, 128), (512, 10)),
 }
 _VISION = {
     "Qwen3.5-0.8B": (12, 768, 3072, 12),
@@ -28,6 +30,7 @@ _VISION = {
     "Qwen3.5-4B": (24, 1024, 4096, 16),
 }
 _LARGE_VISION = (27, 1152, 4304, 16)
+_TEXT_ONLY = ("Qwen3.8-2.4T-A95B",)
 _TIED = ("Qwen3.5-0.8B", "Qwen3.5-2B", "Qwen3.5-4B")
 
 _ALIASES = {
@@ -45,7 +48,14 @@ _ALIASES = {
 PUBLISHED: tuple[str, ...] = (*_TEXT, *_ALIASES)
 """Names accepted by `published_config`."""
 
-FUSED_MTP_EXPERTS: tuple[str, ...] = ("Qwen3.6-35B-A3B",)
+INFERRED: dict[str, str] = {
+    "Qwen3.8-2.4T-A95B": "two sizes of Qwen3.8-2.4T-A95B are inferred, not read from its "
+    "config.json: 16 key and 128 value heads in linear attention, and a shared expert of 2048; "
+    "they give the 1,609 tensors and 4.89 TB that are published"
+}
+"""What is not sure about a release; plans show it as a note."""
+
+FUSED_MTP_EXPERTS: tuple[str, ...] = ("Qwen3.6-35B-A3B", "Qwen3.8-2.4T-A95B")
 """Releases whose MTP experts form one 3-D stack; Qwen3.5 stores one matrix per expert."""
 
 
@@ -53,7 +63,7 @@ def published_config(name: str) -> dict[str, Any]:
     """Return config.json of the release `name`, a member of `PUBLISHED`.
 
     For Qwen3.5 every key matches the published file; later releases add keys that do not affect a
-    plan.
+    plan. `INFERRED` names the releases whose sizes are not all known.
     """
     base = _ALIASES.get(name, name)
     hidden, layers, ffn, heads, linear_heads, experts = _TEXT[base]
@@ -110,6 +120,9 @@ def published_config(name: str) -> dict[str, Any]:
         text["intermediate_size"] = ffn
     if tied:
         text["tie_word_embeddings"] = True
+    if base in _TEXT_ONLY:
+        flat = {"architectures": [f"Qwen3_5{'Moe' if experts else ''}ForCausalLM"], **text}
+        return flat | {"tie_word_embeddings": tied, "transformers_version": "5.17.0"}
     depth, vision_hidden, vision_ffn, vision_heads = _VISION.get(base, _LARGE_VISION)
     return {
         "architectures": [f"Qwen3_5{'Moe' if experts else ''}ForConditionalGeneration"],
