@@ -18,6 +18,8 @@ from qwen35.tensors import FLOAT_DTYPES, StoredTensor, TensorSpec, Weight
 if TYPE_CHECKING:
     from qwen35.array_types import F32, Array
     from qwen35.codecs.comparison import WeightComparison
+    from qwen35.codecs.input_quantizers import InputQuantizer
+    from qwen35.codecs.kv_cache import CacheForm
     from qwen35.codecs.pieces import Readable
     from qwen35.model.model_config import ModelConfig
     from qwen35.model.roles import Role
@@ -156,7 +158,11 @@ class Codec(ABC):
         layouts: the codecs that store the same codes, by the name of the layout (``--layout``).
         quantized_inputs: whether it has a scale of the layer's inputs, which statistics give.
         with_inputs: the codec of the same weights that has `quantized_inputs`, if there is one.
+        served_inputs: how servers quantize the layer's inputs when the model runs; empty if they do
+            not (`quantizes_inputs`, `input_quantizer`).
         packable: the weights it can hold, for error messages.
+        marks: endings of the last segment of names, one of which each of its weights has; where no
+            tensor has any, it is not asked for `companions`.
         endings: what the names of tensors that belong to another weight end with.
         spared: kinds of weights that group rules skip.
         method: ``quant_method`` in config.json.
@@ -172,6 +178,7 @@ class Codec(ABC):
         libraries: modules its engine needs besides transformers.
         served: whether vLLM and SGLang serve it although transformers does not load it.
         loads: whether transformers loads it; other codecs are decoded first.
+        loads_experts: whether transformers loads experts in it, if it `loads` or `loads_with`.
         in_memory: whether transformers keeps it packed in memory.
         tiled: whether tensor parallelism can only split at tile boundaries (`tensor_parallel`).
     """
@@ -192,7 +199,9 @@ class Codec(ABC):
     layouts: ClassVar[Mapping[str, str]] = {}
     quantized_inputs: ClassVar[bool] = False
     with_inputs: ClassVar[str] = ""
+    served_inputs: ClassVar[str] = ""
     packable: ClassVar[str] = "linear layers"
+    marks: ClassVar[tuple[str, ...]] = ("",)
     endings: ClassVar[tuple[str, ...]] = ()
     spared: ClassVar[frozenset[str]] = frozenset({"vector", "conv", "embedding", "router"})
     method: ClassVar[str] = ""
@@ -208,6 +217,7 @@ class Codec(ABC):
     libraries: ClassVar[tuple[str, ...]] = ()
     served: ClassVar[bool] = False
     loads: ClassVar[bool] = False
+    loads_experts: ClassVar[bool] = True
     in_memory: ClassVar[bool] = False
     tiled: ClassVar[bool] = False
 
@@ -222,8 +232,23 @@ class Codec(ABC):
         return self.name
 
     @property
+    def tool_title(self) -> str:
+        """The quantization tool whose layout it has, if servers read it."""
+        return ""
+
+    @property
+    def loads_with(self) -> str:
+        """The library with which transformers loads it, where `loads` does not say so."""
+        return ""
+
+    @property
+    def cache_form(self) -> CacheForm | None:
+        """How scales of a KV cache are written beside its weights; None if they have no place."""
+        return None
+
+    @property
     def tolerance(self) -> str:
-        """The smallest differences that `judge` sees; empty if it sees all."""
+        """The largest differences that `judge` misses; empty if it sees all."""
         return ""
 
     # --- stored weights
@@ -287,6 +312,25 @@ class Codec(ABC):
         Raises:
             TensorError: the weight is damaged.
         """
+
+    def quantizes_inputs(self, quantization: Mapping[str, Any]) -> Callable[[str], bool | None]:
+        """Return whether servers quantize the inputs of a packed module, given its name.
+
+        None: in another way than `input_quantizer`, or there is no telling.
+
+        Args:
+            quantization: ``quantization_config``, which may be malformed.
+        """
+        del quantization
+        return lambda _: bool(self.served_inputs)
+
+    def input_quantizer(self, reader: Readable, weight: Weight) -> InputQuantizer:
+        """Return what servers do to the inputs of the layer of a weight, if `served_inputs`.
+
+        Raises:
+            TensorError: the stored scale of the inputs is damaged.
+        """
+        raise NotImplementedError
 
     # --- encoding
 
@@ -358,6 +402,18 @@ class Codec(ABC):
         del quantization
         return {}
 
+    def documents_findings(
+        self, quantization: Mapping[str, Any], read: Callable[[str], Any]
+    ) -> Iterator[Finding]:
+        """Yield contradictions between ``quantization_config`` and the `documents`.
+
+        Args:
+            quantization: ``quantization_config``, which may be malformed.
+            read: returns the parsed file of this name, or raises an `InputError`.
+        """
+        del quantization, read
+        yield from ()
+
     def _unpacked(self, modules: Sequence[LoaderModule]) -> list[str]:
         """Return the names of all matrices in other codecs."""
         names = (m.module for m in modules if m.codec != self.name and len(m.spec.shape) == 2)
@@ -418,6 +474,17 @@ class Codec(ABC):
         Raises:
             InputError: a part cannot be read or decoded.
         """
+
+    def misread(
+        self, reader: Readable, weight: Weight, quantization: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Yield why an engine that obeys ``quantization_config`` decodes a weight to others.
+
+        Raises:
+            InputError: a part cannot be read.
+        """
+        del reader, weight, quantization
+        yield from ()
 
     def whole_scale(self, reader: Readable, weight: Weight) -> float | None:
         """Return the scale of the whole, which weights share that engines fuse; None without one.

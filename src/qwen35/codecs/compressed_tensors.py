@@ -10,20 +10,27 @@ name, or ``Linear`` for every linear layer. Source: compressed-tensors 0.20
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from qwen35.codecs.codec import LoaderModule
 from qwen35.codecs.engine_modules import Tool, fused_findings, skip_findings, unpacked
+from qwen35.codecs.kv_cache import CacheForm
 from qwen35.errors import Finding
 from qwen35.linear_regex import MOST_PATTERNS, LinearPattern, compile_linear
 
-__all__ = ["METHOD", "SCHEMES", "TOOL", "Scheme", "findings", "quantization_config"]
+__all__ = ["METHOD", "SCHEMES", "TOOL", "Scheme", "findings", "matcher", "quantization_config"]
 
 METHOD = "compressed-tensors"
 _LINEAR = "Linear"
+_MIXED = "mixed-precision"
+_DEFAULTS = {"dynamic": False, "symmetric": True}
+_OPTIONAL = ("scale_dtype",)
+_UNCOMPARED = ("observer",)
+"""Arguments of a quantization: what they are if not given, which need not be, which say nothing of
+tensors."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def quantization_config(modules: Sequence[LoaderModule]) -> dict[str, Any]:
     formats = {SCHEMES[name].format for name in used}
     return {
         "config_groups": groups,
-        "format": formats.pop() if len(used) == 1 else "mixed-precision",
+        "format": formats.pop() if len(used) == 1 else _MIXED,
         "global_compression_ratio": None,
         "ignore": ignored_modules(modules),
         "kv_cache_scheme": None,
@@ -130,8 +137,9 @@ def _entries(wanted: Sequence[LoaderModule], others: Sequence[LoaderModule]) -> 
     entries: list[str] = []
     for role in sorted({_loaded_as(module.role.name) for module in wanted}):
         name = role.removeprefix("mtp.layers.").removeprefix("mtp.").removeprefix("visual.blocks.")
+        begin = r"(.*\.)?" if role == "lm_head" else r".*\."  # no part of anything, or of a wrapper
         end = r"(\..*)?$" if name.endswith(".experts") else "$"
-        pattern = rf"re:.*\.{re.escape(name)}{end}"
+        pattern = rf"re:{begin}{re.escape(name)}{end}"
         if any(_matches(pattern, module.module) for module in others):
             names = (m.module for m in wanted if _loaded_as(m.role.name) == role)
             entries += dict.fromkeys(names)
@@ -153,6 +161,14 @@ def _matches(entry: str, module: str) -> bool:
     return pattern is not None and bool(pattern.match(module))
 
 
+def matcher(entries: Sequence[str]) -> Callable[[str], bool]:
+    """Return whether any of these entries has a module, for checks of many."""
+    names = {entry for entry in entries if not entry.startswith("re:")}
+    found = (_compiled(entry) for entry in entries if entry.startswith("re:"))
+    patterns = [pattern for pattern in found if pattern is not None]
+    return lambda module: module in names or any(pattern.match(module) for pattern in patterns)
+
+
 @cache
 def _compiled(entry: str) -> LinearPattern | None:
     try:
@@ -167,8 +183,9 @@ def _compiled(entry: str) -> LinearPattern | None:
 def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -> Iterator[Finding]:
     """Yield contradictions between ``quantization_config`` and the weights."""
     if not any(module.codec in SCHEMES for module in modules):
-        message = f"promises {METHOD}, but nothing is packed"
-        yield Finding("quantization-config", "config.json", message)
+        if not quantization.get("kv_cache_scheme"):  # which may be all that is quantized
+            message = f"promises {METHOD}, but nothing is packed"
+            yield Finding("quantization-config", "config.json", message)
         return
     ignore, groups = quantization.get("ignore"), quantization.get("config_groups")
     if not (isinstance(ignore, list) and _is_names(ignore)):
@@ -187,8 +204,9 @@ def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -
     for entry in [e for e in ignore if e.startswith("re:") and _compiled(e) is None]:
         message = f"ignore has {entry!r}, no regular expression that RE2 reads"
         yield Finding("skip-list", "config.json", message)
-    yield from _scheme_findings(groups, modules)
-    yield from _ignore_findings(ignore, groups, modules)
+    group_of = _grouping(groups)
+    yield from _scheme_findings(groups, group_of, modules, quantization.get("format"))
+    yield from _ignore_findings(ignore, group_of, modules)
     yield from fused_findings(modules)
 
 
@@ -205,12 +223,22 @@ def _is_group(value: object) -> bool:
 
 
 def _scheme_findings(
-    groups: Mapping[str, Any], modules: Sequence[LoaderModule]
+    groups: Mapping[str, Any],
+    group_of: Callable[[str], str | None],
+    modules: Sequence[LoaderModule],
+    whole: object,
 ) -> Iterator[Finding]:
-    """Yield modules whose group describes another packing, once for each group and codec."""
+    """Yield modules whose group describes another packing, once for each group and codec.
+
+    `whole` is the format of all groups that name none.
+    """
     told = set()
+    known = [_MIXED, *{one for m in modules if m.codec in SCHEMES for one in _formats(m.codec)}]
+    if whole is not None and whole not in known:
+        message = f"format is {_shown(whole)}, expected {' or '.join(sorted(known))}"
+        yield Finding("quantization-config", "config.json", message)
     for module in modules:
-        scheme, name = SCHEMES.get(module.codec), _group_of(module.module, groups)
+        scheme, name = SCHEMES.get(module.codec), group_of(module.module)
         if scheme is None or (name, module.codec) in told:
             continue
         told.add((name, module.codec))
@@ -218,36 +246,70 @@ def _scheme_findings(
             message = f"packed as {module.codec}, but no group of config_groups has it as a target"
             yield Finding("quantization-config", module.spec.name, message)
             continue
-        for key, value in scheme.weights.items():
-            found = groups[name]["weights"].get(key)
-            if found != value and not (found is None and key == "scale_dtype"):
-                message = f"{name}: {key} of the weights is {found!r}, expected {value!r}"
-                yield Finding("quantization-config", "config.json", message)
+        for message in _contradictions(groups[name], module.codec, whole):
+            yield Finding("quantization-config", "config.json", f"{name}: {message}")
 
 
-def _group_of(module: str, groups: Mapping[str, Any]) -> str | None:
-    """Return the first group that has a module as a target, by name before by class."""
-    for name, group in groups.items():
-        if any(_matches(target, module) for target in group["targets"]):
-            return name
-    return next((name for name, group in groups.items() if _LINEAR in group["targets"]), None)
+def _formats(codec: str) -> tuple[str, ...]:
+    """Return the names of a layout; naive-quantized stores 8-bit floats in the same way."""
+    name = SCHEMES[codec].format
+    return (name, "naive-quantized") if name == "float-quantized" else (name,)
+
+
+def _contradictions(group: Mapping[str, Any], codec: str, whole: object) -> Iterator[str]:
+    """Yield where a group describes other tensors than those of a codec."""
+    scheme, found = SCHEMES[codec], group.get("format") or whole
+    if found not in _formats(codec):
+        yield f"format is {_shown(found)}, expected {scheme.format!r}"
+    yield from _differences("weights", group["weights"], scheme.weights)
+    inputs = group.get("input_activations")
+    if scheme.inputs is None:
+        if inputs:
+            yield f"input_activations are given, but weights packed as {codec} have none"
+    elif inputs:
+        yield from _differences("inputs", inputs, scheme.inputs)
+    elif scheme.inputs["dynamic"] is not True:  # without a stored scale, either is right
+        yield f"no input_activations, but weights packed as {codec} have scales of their inputs"
+
+
+def _differences(what: str, found: object, expected: Mapping[str, Any]) -> Iterator[str]:
+    """Yield which arguments of a quantization are others than expected."""
+    if not isinstance(found, dict):
+        yield f"{what} are {_shown(found)}, expected a table"
+        return
+    for key, value in expected.items():
+        given = found.get(key)
+        given = _DEFAULTS.get(key, value if key in _OPTIONAL else None) if given is None else given
+        if given != value and key not in _UNCOMPARED:
+            yield f"{key} of the {what} is {_shown(given)}, expected {value!r}"
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:80]
+
+
+def _grouping(groups: Mapping[str, Any]) -> Callable[[str], str | None]:
+    """Return what gives the first group that has a module as a target, by name before by class."""
+    matchers = {name: matcher(group["targets"]) for name, group in groups.items()}
+    of_class = next((name for name, group in groups.items() if _LINEAR in group["targets"]), None)
+    return lambda module: next((n for n, has in matchers.items() if has(module)), of_class)
 
 
 def _ignore_findings(
-    ignore: Sequence[str], groups: Mapping[str, Any], modules: Sequence[LoaderModule]
+    ignore: Sequence[str],
+    group_of: Callable[[str], str | None],
+    modules: Sequence[LoaderModule],
 ) -> Iterator[Finding]:
-    def ignored(module: str) -> bool:
-        return any(_matches(entry, module) for entry in ignore)
-
+    ignored = matcher(ignore)
     head = any(m.module == "lm_head" and m.codec in SCHEMES for m in modules)
-    if not head and not ignored("lm_head") and _group_of("lm_head", groups):
+    if not head and not ignored("lm_head") and group_of("lm_head"):
         message = "not in ignore, so engines would look for its scales, also if it is tied"
         yield Finding("skip-list", "lm_head", message)
     yield from skip_findings(
         modules,
         SCHEMES,
         skipped=ignored,
-        asked=lambda module: _group_of(module.module, groups) is not None,
+        asked=lambda module: group_of(module.module) is not None,
     )
     mtp = [module for module in modules if module.role.scope == "mtp"]
     packed_mtp = any(module.codec in SCHEMES for module in mtp)
@@ -256,4 +318,32 @@ def _ignore_findings(
         yield Finding("skip-list", "mtp", message)
 
 
-TOOL = Tool(quantization_config, findings)
+def _quantizes_inputs(quantization: Mapping[str, Any], codec: str) -> Callable[[str], bool | None]:
+    expected, groups = SCHEMES[codec].inputs, quantization.get("config_groups")
+    if not (isinstance(groups, dict) and all(_is_group(group) for group in groups.values())):
+        return lambda _: None if expected else False
+    group_of = _grouping(groups)
+
+    def quantizes(module: str) -> bool | None:
+        name = group_of(module)
+        found = groups[name].get("input_activations") if name is not None else None
+        if not found:
+            return False
+        return None if expected is None or any(_differences("", found, expected)) else True
+
+    return quantizes
+
+
+_CACHE = CacheForm(
+    (".k_scale", ".v_scale"),
+    (1,),
+    {"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"},
+)
+TOOL = Tool(
+    quantization_config,
+    findings,
+    cache=_CACHE,
+    inputs=_quantizes_inputs,
+    title=METHOD,
+    needs=METHOD,
+)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen35.codecs.codec import LoaderModule
+from qwen35.codecs.kv_cache import CacheForm
 from qwen35.codecs.plain.codec import Plain
 from qwen35.errors import Finding
 from qwen35.model.fused import fused_group
@@ -25,11 +26,25 @@ class Tool:
         config: returns ``quantization_config`` for the weights of an output.
         findings: yields contradictions between that section and the weights.
         documents: returns the JSON files beside config.json, given the section.
+        cache: how scales of a KV cache are written; None if the tool has none.
+        inputs: returns what `Codec.quantizes_inputs` does, given the section and the codec's name;
+            None if its section says nothing about them.
+        documents_findings: yields contradictions between the files beside config.json and the
+            section, given what reads one, or raises an `InputError`.
+        title: its name.
+        needs: what transformers needs to load its layout; empty if it does not.
     """
 
     config: Callable[[Sequence[LoaderModule]], dict[str, Any]]
     findings: Callable[[Mapping[str, Any], Sequence[LoaderModule]], Iterator[Finding]]
     documents: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
+    cache: CacheForm | None = None
+    inputs: Callable[[Mapping[str, Any], str], Callable[[str], bool | None]] | None = None
+    documents_findings: Callable[[Mapping[str, Any], Callable[[str], Any]], Iterator[Finding]] = (
+        lambda _, __: iter(())
+    )
+    title: str = ""
+    needs: str = ""
 
 
 def unpacked(

@@ -9,7 +9,16 @@ import numpy as np
 
 from qwen35.array_types import F32, U16, Array
 
-__all__ = ["CARRIED", "all_finite", "bf16_from_f32", "empty", "f32_from", "from_f32"]
+__all__ = [
+    "CARRIED",
+    "all_finite",
+    "bf16_from_f32",
+    "empty",
+    "f32_from",
+    "from_f32",
+    "largest",
+    "rounded_scales",
+]
 
 
 _CARRIER: dict[str, type[np.generic]] = {
@@ -54,6 +63,21 @@ def bf16_from_f32(values: F32) -> U16:
 def from_f32(values: F32, dtype: str) -> Array:
     """Round finite float32 values to `dtype`."""
     return bf16_from_f32(values) if dtype == "BF16" else values.astype(_CARRIER[dtype])
+
+
+def rounded_scales(scales: F32, dtype: str) -> F32:
+    """Round scales to the dtype they are stored in; those of subnormal size count as zeros.
+
+    Raises:
+        ValueError: the dtype cannot hold one: it is too large, or moves by more than a sixteenth.
+    """
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        rounded = f32_from(from_f32(scales, dtype), dtype)
+        close = np.abs(rounded - scales) <= scales / np.float32(16)  # false where both are infinite
+    lost = ~close & (scales >= np.finfo(np.float32).tiny)
+    if lost.any():
+        raise ValueError(f"a scale of {scales[lost][0]:.3g}, which {dtype} cannot hold")
+    return rounded
 
 
 def largest(values: Array, dtype: str) -> float:

@@ -17,6 +17,7 @@ __all__ = ["ForeignPacking", "foreign_packing"]
 
 _UNPACKED = "start from the unquantized checkpoint"
 _MLX = "MLX also stores norms and convolutions in another form: start from the original checkpoint"
+_OTHER_ZEROS = f"{_UNPACKED}, or save it with GPTQModel as checkpoint_format gptq"
 _INT8 = f"{_UNPACKED}, or save what `dequantize()` of transformers' model returns"
 
 
@@ -27,10 +28,12 @@ class ForeignPacking:
     Args:
         label: its name, with its variant.
         hint: what to do instead.
+        tensor: the first of its tensors, where other weights can be read.
     """
 
     label: str
     hint: str = _UNPACKED
+    tensor: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class _KnownPacking:
     variant: tuple[str, ...] = ()
     hint: str = _UNPACKED
 
+
+_GPTQ = ("gptq", "gptqmodel")
+_READ = ("", "gptq")
+"""Forms of GPTQ that are read: if none is said, it is the first."""
 
 _ROWS = (
     _KnownPacking("ModelOpt", ("modelopt", "modelopt_fp4"), (".weight_scale_2",), ("quant_algo",)),
@@ -58,7 +65,7 @@ _ROWS = (
         ),
         ("format",),
     ),
-    _KnownPacking("GPTQ", ("gptq", "gptqmodel"), (".g_idx",), ("bits",)),
+    _KnownPacking("GPTQ", _GPTQ, (".g_idx",), ("bits",)),
     _KnownPacking("AWQ", ("awq",), (), ("bits", "w_bit")),
     _KnownPacking("AutoRound", ("auto-round", "auto_round", "intel/auto-round"), (), ("bits",)),
     _KnownPacking("GPTQ or AWQ", (), (".qweight", ".qzeros")),
@@ -93,20 +100,58 @@ def foreign_packing(
         ours: whether codecs of this package hold other weights. Then names alone prove nothing:
             a tensor of theirs may be misnamed.
     """
-    endings, packed = set[str](), False
+    endings, packed, first = set[str](), False, ""
     for spec in tensors:
         packed = packed or spec.dtype not in FLOAT_DTYPES
+        if spec.dtype not in FLOAT_DTYPES or spec.name.endswith(_ENDINGS):
+            first = first or spec.name
         if spec.name.endswith(_ENDINGS):
             endings |= {ending for ending in _ENDINGS if spec.name.endswith(ending)}
     settings = _settings(raw)
     method = str(settings.get("quant_method", "")).lower()
+    other = _other_values(settings)
+    if other:
+        return ForeignPacking(f"compressed-tensors with {other}")
+    form = _gptq_form(settings, method)
+    if form and (ours or endings or packed):
+        return ForeignPacking(f"GPTQ in the form {form}", _OTHER_ZEROS)
     named = next((row for row in _ROWS if method in row.methods), None)
     if "mlx" in formats:
         named = next(row for row in _ROWS if row.label == "MLX")
     elif not (endings or (packed and named)) or (ours and not named):
         return None
     row = named or next(row for row in _ROWS if endings & set(row.endings))
-    return ForeignPacking(f"{row.label}{_variant(row, settings)}", row.hint)
+    label = f"{row.label}{_variant(row, settings)}"
+    return ForeignPacking(label, row.hint, first if ours else "")
+
+
+def _other_values(settings: Mapping[str, Any]) -> str:
+    """Return which key says that tensors of known names hold other values; empty if none does.
+
+    Transforms leave weights in a rotated basis, sparsity leaves zeros out. compressed-tensors 0.20
+    ``quantization/quant_config.py``.
+    """
+    transforms = settings.get("transform_config")
+    groups = transforms.get("config_groups", True) if isinstance(transforms, dict) else transforms
+    if transforms and groups:
+        return "a transform_config"
+    sparsity = settings.get("sparsity_config")
+    dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"
+    return "a sparsity_config" if sparsity and not dense else ""
+
+
+def _gptq_form(settings: Mapping[str, Any], method: str) -> str:
+    """Return which form of GPTQ codes have that are not in its first; empty if they are.
+
+    Names and shapes are the same: gptq_v2 stores a zero point itself instead of one less, others
+    permute codes. GPTQModel 7.7 ``quantization/config.py``.
+    """
+    if method not in _GPTQ:
+        return ""
+    if settings.get("is_marlin_format") is True:
+        return "marlin"
+    found = (settings.get(key) for key in ("checkpoint_format", "format"))
+    return next((one[:40] for one in found if isinstance(one, str) and one not in _READ), "")
 
 
 def _settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -54,7 +54,7 @@ def _excluded(modules: Sequence[LoaderModule]) -> list[str]:
     packed = [module.module for module in loaded if module.codec in _GROUPS]
     plain = [module for module in loaded if module.codec not in _GROUPS]
     patterns = []
-    for wide in (".*visual.*", ".*mtp.*", ".*attn.*", ".*shared_expert.*"):
+    for wide in (".*visual.*", ".*mtp.*", ".*attn.*", ".*shared_expert.*", r".*\.mlp\.gate$"):
         compiled = compile_linear(wide)
         matched = [module for module in plain if compiled.match(module.module)]
         if matched and not any(compiled.match(name) for name in packed):
@@ -73,6 +73,10 @@ def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -
         if quantization.get(key) != expected:
             message = f"{key} is {quantization.get(key)!r}, expected {expected!r}"
             yield Finding("quantization-config", "config.json", message)
+    head = any(module.module == "lm_head" and module.codec in _GROUPS for module in modules)
+    if bool(quantization.get("lm_head")) != head:
+        message = f"lm_head is {quantization.get('lm_head')!r}"[:80]
+        yield Finding("quantization-config", "config.json", f"{message}, expected {head}")
     dynamic = quantization.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         yield Finding("skip-list", "config.json", "dynamic is not a table of patterns")
@@ -81,15 +85,37 @@ def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -
         message = f"dynamic has {len(dynamic)} patterns, expected {MOST_PATTERNS} at most"
         yield Finding("skip-list", "config.json", message)
         return
+    listed = _listed(quantization.get("modules_in_block_to_quantize"))
+    if listed is None or len(listed) > MOST_PATTERNS:
+        message = "modules_in_block_to_quantize is no list of names, or too long"
+        yield Finding("skip-list", "config.json", message)
+        return
     excluded = list(_compiled(key for key in dynamic if key.startswith(_EXCLUDED)))
+    where = "dynamic or modules_in_block_to_quantize" if listed else "dynamic"
     yield from skip_findings(
         modules,
         _GROUPS,
-        skipped=lambda name: any(pattern.match(name) for pattern in excluded),
+        skipped=lambda name: (
+            any(pattern.match(name) for pattern in excluded)
+            or (bool(listed) and not any(part in name for part in listed))
+        ),
         asked=lambda module: module.role.info.kind != "router",
-        words=("excluded by dynamic", "not excluded by dynamic"),
+        words=(f"excluded by {where}", f"not excluded by {where}"),
     )
     yield from fused_findings(modules)
+
+
+def _listed(value: object) -> list[str] | None:
+    """Return parts of names of modules; engines quantize no others if there are any.
+
+    None: it is malformed. Source: vLLM ``quantization/utils/gptq_utils.py``.
+    """
+    if not value:
+        return []
+    if not isinstance(value, list):
+        return None
+    flat = [name for one in value for name in (one if isinstance(one, list) else [one])]
+    return flat if all(isinstance(name, str) for name in flat) else None
 
 
 def _compiled(keys: Iterator[str]) -> Iterator[LinearPattern]:
@@ -100,4 +126,4 @@ def _compiled(keys: Iterator[str]) -> Iterator[LinearPattern]:
             continue
 
 
-TOOL = Tool(quantization_config, findings)
+TOOL = Tool(quantization_config, findings, title="GPTQ")

@@ -44,6 +44,7 @@ __all__ = [
     "splat",
     "store",
     "store_bytes",
+    "transpose",
 ]
 
 LANES = 16
@@ -68,6 +69,7 @@ FLOATS = Lanes("floats", types.float32, ir.FloatType())
 INTS = Lanes("ints", types.int32, ir.IntType(32))
 MASK = Lanes("mask", types.boolean, ir.IntType(1))
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
+_HALVES = ir.VectorType(ir.IntType(16), LANES)
 
 
 @register_model(Lanes)
@@ -152,16 +154,29 @@ def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
 
+def _loaded(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """Return a vector from memory; bits of bfloat16 are widened to float32."""
+    halves = kind.dtype == types.uint16
+    vector = _HALVES if halves else (FLOATS if kind.dtype == types.float32 else INTS).vector
+    place = _place(context, builder, kind, array, index, vector)
+    found = builder.load(place, align=2 if halves else 4)
+    if not halves:
+        return found
+    up = _filled(builder, ir.Constant(ir.IntType(32), 16), INTS)
+    return builder.bitcast(builder.shl(builder.zext(found, INTS.vector), up), FLOATS.vector)
+
+
 @intrinsic
 def load(typing: Any, array: Any, index: Any) -> Any:
-    """Load row `index` of a tile [n, 16], or 16 elements of a flat array from `index` on."""
+    """Load row `index` of a tile [n, 16], or 16 elements of a flat array from `index` on.
+
+    Elements of uint16 are bits of bfloat16, and become `FLOATS`.
+    """
     del typing, index
-    lanes = FLOATS if array.dtype == types.float32 else INTS
+    lanes = FLOATS if array.dtype in (types.float32, types.uint16) else INTS
 
     def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        data, row = values
-        place = _place(context, builder, signature.args[0], data, row, lanes.vector)
-        return builder.load(place, align=4)
+        return _loaded(context, builder, signature.args[0], *values)
 
     return lanes(array, types.intp), codegen
 
@@ -192,6 +207,42 @@ def store_bytes(typing: Any, array: Any, index: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(array, types.intp, value), codegen
+
+
+def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
+    """Return the columns of 16 vectors: squares of 1, 2, 4 and 8 lanes are exchanged in turn."""
+    for width in (1, 2, 4, 8):
+        upper = [j if not j & width else LANES + j - width for j in range(LANES)]
+        lower = [j + width if not j & width else LANES + j for j in range(LANES)]
+        for i in (i for i in range(LANES) if not i & width):
+            a, b = rows[i], rows[i + width]
+            masks = (ir.Constant(INTS.vector, order) for order in (upper, lower))
+            rows[i], rows[i + width] = (builder.shuffle_vector(a, b, mask) for mask in masks)
+    return rows
+
+
+@intrinsic
+def transpose(typing: Any, flat: Any, start: Any, size: Any, tile: Any, row: Any) -> Any:
+    """Put 16 elements of 16 blocks into rows of a tile, so that each block has a lane.
+
+    flat: float32, or bits of bfloat16; start: where in the first block to begin; size: of the
+    blocks; tile: [n, 16] float32; row: the first of its rows to fill.
+    """
+    del typing, start, size, row
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        data, place, step, into, top = values
+        blocks = []
+        for _ in range(LANES):
+            blocks.append(_loaded(context, builder, signature.args[0], data, place))
+            place = builder.add(place, step)
+        for i, vector in enumerate(_transposed(builder, blocks)):
+            at = builder.add(top, ir.Constant(top.type, i))
+            place = _place(context, builder, signature.args[3], into, at, FLOATS.vector)
+            builder.store(vector, place, align=4)
+        return context.get_dummy_value()
+
+    return types.none(flat, types.intp, types.intp, tile, types.intp), codegen
 
 
 # --- functions

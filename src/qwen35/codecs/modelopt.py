@@ -7,7 +7,7 @@ Qwen3.6-35B-A3B-NVFP4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -19,13 +19,15 @@ from qwen35.codecs.engine_modules import (
     skip_findings,
     unpacked,
 )
-from qwen35.errors import Finding
+from qwen35.codecs.kv_cache import CacheForm
+from qwen35.errors import Finding, InputError
 from qwen35.linear_regex import MOST_PATTERNS
 from qwen35.version import __version__
 
 __all__ = ["ALGORITHMS", "METHOD", "TOOL", "findings", "hf_quant_config", "quantization_config"]
 
 METHOD = "modelopt"
+_DOCUMENT = "hf_quant_config.json"
 
 ALGORITHMS: Mapping[str, str] = {
     "fp8-modelopt": "FP8",
@@ -87,7 +89,7 @@ def hf_quant_config(quantization: Mapping[str, Any]) -> dict[str, Any]:
         "quantization": {
             **group,
             "exclude_modules": quantization["ignore"],
-            "kv_cache_quant_algo": None,
+            "kv_cache_quant_algo": "FP8" if quantization.get("kv_cache_scheme") else None,
             **same,
         },
     }
@@ -105,10 +107,12 @@ def findings(quantization: Mapping[str, Any], modules: Sequence[LoaderModule]) -
     """Yield contradictions between ``quantization_config`` and the weights."""
     packed = {module.codec for module in modules if module.codec in ALGORITHMS}
     if not packed:
-        message = f"promises {METHOD}, but nothing is packed"
-        yield Finding("quantization-config", "config.json", message)
+        if not quantization.get("kv_cache_scheme"):  # which may be all that is quantized
+            message = f"promises {METHOD}, but nothing is packed"
+            yield Finding("quantization-config", "config.json", message)
         return
     yield from _algorithm_findings(quantization, modules)
+    yield from _group_findings(quantization.get("config_groups"), _quantized_layers(modules))
     ignore = quantization.get("ignore")
     if not (isinstance(ignore, list) and all(isinstance(entry, str) for entry in ignore)):
         yield Finding("skip-list", "config.json", "ignore is not a list of names")
@@ -135,14 +139,98 @@ def _algorithm_findings(
         yield Finding("quantization-config", "config.json", message)
         return
     for module, algorithm in layers.items():
-        entry = stored.get(module)
-        named = entry.get("quant_algo") if isinstance(entry, dict) else None
-        if named != algorithm:
+        found = stored.get(module)
+        entry = found if isinstance(found, dict) else {}
+        if entry.get("quant_algo") != algorithm:
+            named = entry.get("quant_algo")
             message = f"packed as {algorithm}, but quantized_layers says {named!r}"
             yield Finding("quantization-config", module, message)
+        for key, value in _layer(algorithm).items():
+            if entry.get(key, value) != value and key != "quant_algo":
+                message = f"{key} is {entry[key]!r} in quantized_layers, expected {value!r}"
+                yield Finding("quantization-config", module, message)
     for module in sorted(set(stored) - set(layers)):
         message = "in quantized_layers, but not packed"
         yield Finding("quantization-config", module, message)
+
+
+def _group_findings(groups: object, layers: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield groups that describe other tensors than those of their targets.
+
+    NVIDIA's files may name inputs beside an algorithm that has none: engines go by ``quant_algo``.
+    """
+    if groups is None:  # nor do all of them have groups
+        return
+    if not (isinstance(groups, dict) and all(isinstance(one, dict) for one in groups.values())):
+        message = "config_groups is not a table of schemes"
+        yield Finding("quantization-config", "config.json", message)
+        return
+    for name, group in groups.items():
+        for algorithm in sorted(_algorithms(group.get("targets"), layers)):
+            for part, expected in _GROUPS[algorithm].items():
+                if not _agrees(group.get(part), expected):
+                    message = f"{name}: {part} are {group.get(part)!r}"[:160]
+                    yield Finding(
+                        "quantization-config",
+                        "config.json",
+                        f"{message}, expected {dict(expected)!r}, as {algorithm} has them",
+                    )
+
+
+def _algorithms(targets: object, layers: Mapping[str, str]) -> set[str]:
+    """Return the algorithms of the packed modules that a group has as targets."""
+    if not isinstance(targets, list):
+        return set()
+    algorithms = set(layers.values())
+    if len(algorithms) == 1 and "Linear" in targets:
+        return algorithms
+    return {layers[one] for one in targets if isinstance(one, str) and one in layers}
+
+
+def _agrees(found: object, expected: Mapping[str, Any]) -> bool:
+    if not isinstance(found, dict):
+        return False
+    return {"dynamic": False, **found}.items() >= expected.items()
+
+
+def _documents_findings(
+    quantization: Mapping[str, Any], read: Callable[[str], Any]
+) -> Iterator[Finding]:
+    """Yield where hf_quant_config.json says something else than config.json."""
+    try:
+        document = read(_DOCUMENT)
+    except InputError as error:
+        yield Finding("quantization-config", _DOCUMENT, error.message)
+        return
+    found = document.get("quantization") if isinstance(document, dict) else None
+    if not isinstance(found, dict):
+        message = "no table of the name quantization in it"
+        yield Finding("quantization-config", _DOCUMENT, message)
+        return
+    pairs = {key: quantization.get(key) for key in ("quant_algo", "quantized_layers")}
+    pairs["exclude_modules"] = quantization.get("ignore")
+    for key, expected in pairs.items():
+        if _unordered(found.get(key)) != _unordered(expected):
+            message = f"{key} is not that of config.json"
+            yield Finding("quantization-config", _DOCUMENT, message)
+    algorithm = _GROUPS.get(str(quantization.get("quant_algo")), {"weights": {}})
+    group = algorithm["weights"].get("group_size")
+    if group and (found.get("group_size") or group) != group:
+        message = f"group_size is {found['group_size']!r}"[:80]
+        yield Finding("quantization-config", _DOCUMENT, f"{message}, expected {group}")
+    # Model-Optimizer says FP8 here alone if all scales are 1, and then stores none.
+    allowed = ("FP8",) if quantization.get("kv_cache_scheme") else (None, "FP8")
+    cache = found.get("kv_cache_quant_algo")
+    if cache not in allowed:
+        expected = " or ".join(str(one or "null") for one in allowed)
+        message = f"kv_cache_quant_algo is {cache!r}"[:80]
+        yield Finding("quantization-config", _DOCUMENT, f"{message}, expected {expected}")
+
+
+def _unordered(value: object) -> object:
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return frozenset(value)
+    return value
 
 
 def _ignore_findings(
@@ -178,7 +266,29 @@ def _ignore_findings(
 
 
 def _documents(quantization: Mapping[str, Any]) -> dict[str, Any]:
-    return {"hf_quant_config.json": hf_quant_config(quantization)}
+    return {_DOCUMENT: hf_quant_config(quantization)}
 
 
-TOOL = Tool(quantization_config, findings, _documents)
+def _quantizes_inputs(quantization: Mapping[str, Any], codec: str) -> Callable[[str], bool | None]:
+    expected, whole = ALGORITHMS[codec], quantization.get("quant_algo")
+    stored = quantization.get("quantized_layers")
+    layers = stored if whole == _MIXED and isinstance(stored, dict) else {}
+
+    def quantizes(module: str) -> bool | None:
+        entry = layers.get(loaded_as(module))
+        found = entry.get("quant_algo") if isinstance(entry, dict) else whole
+        return "input_activations" in _GROUPS[expected] if found == expected else None
+
+    return quantizes
+
+
+_CACHE = CacheForm((".k_proj.k_scale", ".v_proj.v_scale"), (), _FP8)
+TOOL = Tool(
+    quantization_config,
+    findings,
+    _documents,
+    _CACHE,
+    inputs=_quantizes_inputs,
+    documents_findings=_documents_findings,
+    title="ModelOpt",
+)

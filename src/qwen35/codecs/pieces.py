@@ -11,7 +11,7 @@ from qwen35.tensors import FLOAT_DTYPES, StoredTensor
 if TYPE_CHECKING:
     from qwen35.array_types import Array
 
-__all__ = ["PIECE", "Readable", "not_finite", "stored", "whole"]
+__all__ = ["PIECE", "Readable", "not_finite", "positive", "stored", "whole"]
 
 PIECE = 2**19
 """Elements per piece; a multiple of every codec's block size."""
@@ -66,3 +66,16 @@ def whole(reader: Readable, tensor: StoredTensor) -> Array:
     array = empty(tensor.spec.dtype, tensor.spec.numel)
     reader.read_into(tensor, 0, array.data.cast("B"))
     return f32_from(array, tensor.spec.dtype) if tensor.spec.dtype in FLOAT_DTYPES else array
+
+
+def positive(reader: Readable, tensor: StoredTensor) -> float:
+    """Return a scale: the one element of a tensor.
+
+    Raises:
+        TensorError: it is not a positive number.
+    """
+    value = whole(reader, tensor)[0]
+    if not 0 < value < float("inf"):
+        hint = "the checkpoint is damaged: convert it again"
+        raise TensorError(tensor.spec.name, f"is {value}", expected="a positive number", hint=hint)
+    return float(value)

@@ -16,7 +16,15 @@ from qwen35.codecs.plain.codec import Plain
 from qwen35.errors import TensorError
 from qwen35.tensors import StoredTensor, Weight
 
-__all__ = ["CODECS", "codec_of", "group", "is_packed", "packings", "quantized_weights"]
+__all__ = [
+    "CODECS",
+    "LAYOUTS",
+    "codec_of",
+    "group",
+    "is_packed",
+    "packings",
+    "quantized_weights",
+]
 
 CODECS: dict[str, Codec] = {
     codec.name: codec
@@ -32,6 +40,9 @@ CODECS: dict[str, Codec] = {
     )
 }
 """Codecs by name. The first codec that finds companions for a stored tensor claims it."""
+
+LAYOUTS = sorted({name for codec in CODECS.values() for name in codec.layouts})
+"""The tools in whose layouts weights can be written."""
 
 
 def codec_of(weight: Weight) -> Codec:
@@ -62,7 +73,9 @@ def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list
         The weights, and the problems: companions without a weight, and packed data without
         companions, which is also returned as a plain weight.
     """
-    codecs = list(packings("safetensors").values())
+    known = packings("safetensors").values()
+    last = {name.rpartition(".")[2] for name in tensors}
+    codecs = [codec for codec in known if any(segment.endswith(codec.marks) for segment in last)]
     weights: list[Weight] = []
     problems: list[TensorError] = []
     claimed: set[str] = set()
@@ -73,7 +86,7 @@ def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list
                 claimed.update(companions, (name,))
                 weights.append(_weight(tensors, name, codec, companions, problems))
                 break
-    endings = tuple({ending for codec in codecs for ending in codec.endings})
+    endings = tuple({ending for codec in known for ending in codec.endings})
     # A second pass: a companion may be stored before its weight.
     for name, stored in tensors.items():
         if name in claimed:

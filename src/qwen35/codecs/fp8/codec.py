@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from qwen35.codecs.codec import (
@@ -20,6 +21,7 @@ from qwen35.tensors import FLOAT_DTYPES, StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.codecs.comparison import WeightComparison
+    from qwen35.codecs.input_quantizers import InputQuantizer
     from qwen35.codecs.pieces import Readable
     from qwen35.model.model_config import ModelConfig
     from qwen35.model.roles import Role
@@ -40,7 +42,8 @@ class Fp8(Codec):
     banded = True
     widens = True
     packable = "linear layers or experts"
-    endings = (SCALE,)
+    served_inputs = "E4M3, each token in groups of 128"
+    marks = endings = (SCALE,)
     method = "fp8"
     suffix = "-FP8"
     tags = ("fp8",)
@@ -83,6 +86,13 @@ class Fp8(Codec):
         from qwen35.codecs.fp8.stored import read_scales
 
         read_scales(reader, weight)
+
+    def input_quantizer(self, reader: Readable, weight: Weight) -> InputQuantizer:
+        """Return what servers do to inputs: scales of groups as wide as a tile."""
+        from qwen35.codecs.input_quantizers import fp8_tokens
+
+        del reader, weight
+        return partial(fp8_tokens, group=BLOCK)
 
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         """Return the tensors of codes and scales."""
@@ -147,7 +157,7 @@ class Fp8(Codec):
 
     @property
     def tolerance(self) -> str:
-        """The smallest differences that `judge` sees."""
+        """The largest differences that `judge` misses."""
         from qwen35.codecs.fp8.judge import TOLERANCE
 
         return TOLERANCE

@@ -21,10 +21,10 @@ from qwen35.tensors import TensorSpec, Weight
 __all__ = ["TOLERANCE", "judge", "too_far"]
 
 TOLERANCE = (
-    f"smaller errors than these are not detected: {RELATIVE:.1%} of a weight (more if it saturates "
-    "or is almost zero), 1% of a tile's scale; `qwen35 reproduce` compares every byte"
+    f"errors below {RELATIVE:.1%} of a weight (more if it saturates or is almost zero), and below "
+    "1% of a tile's scale; `qwen35 reproduce` compares every byte"
 )
-"""The smallest differences that `judge` sees: a scale that is off moves some weight too far."""
+"""The largest differences that `judge` misses: a scale that is off moves some weight too far."""
 
 
 def judge(

@@ -11,6 +11,7 @@ specification 1.0, table 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 from qwen35.errors import UsageError
@@ -99,9 +100,14 @@ def layout(spec: TensorSpec) -> tuple[TensorSpec, TensorSpec]:
     >>> [(t.name, t.dtype, t.shape) for t in layout(TensorSpec("w", "BF16", (256, 128)))]
     [('w', 'F8_E4M3', (256, 128)), ('w_scale_inv', 'BF16', (2, 1))]
     """
-    rows, columns = spec.shape
-    grid = (rows // BLOCK, columns // BLOCK)
     return (
         TensorSpec(spec.name, "F8_E4M3", spec.shape),
-        TensorSpec(spec.name + SCALE, "BF16", grid),
+        TensorSpec(spec.name + SCALE, "BF16", _grid(spec.shape)),
     )
+
+
+@cache
+def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the shape of the scales; one object for all experts."""
+    rows, columns = shape
+    return rows // BLOCK, columns // BLOCK

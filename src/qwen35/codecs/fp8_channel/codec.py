@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from qwen35.codecs.codec import (
@@ -16,6 +17,7 @@ from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.codecs.comparison import WeightComparison
+    from qwen35.codecs.input_quantizers import InputQuantizer
     from qwen35.codecs.pieces import Readable
 
 __all__ = ["Fp8Channel", "Fp8Tensor"]
@@ -36,7 +38,9 @@ class Fp8Channel(ServedCodec):
     meaning = "FP8 (E4M3) with a scale per row, as compressed-tensors stores it"
     method = "compressed-tensors"
     suffix = "-FP8-dynamic"
-    tags = ("fp8",)
+    tags = ("fp8", "compressed-tensors")
+    marks = (_SCALE,)
+    served_inputs = "E4M3, each token"
     described = "FP8 per channel (E4M3, inputs quantized per token)"
     layouts: ClassVar[Mapping[str, str]] = {
         "compressed-tensors": "fp8-channel",
@@ -62,6 +66,13 @@ class Fp8Channel(ServedCodec):
 
         return StoredChannels(reader, weight, spec)
 
+    def input_quantizer(self, reader: Readable, weight: Weight) -> InputQuantizer:
+        """Return what servers do to inputs: a scale for each token."""
+        from qwen35.codecs.input_quantizers import fp8_tokens
+
+        del reader, weight
+        return fp8_tokens
+
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         """Return the tensors of codes and scales."""
         scales = TensorSpec(f"{spec.name}{_SCALE}", spec.dtype, (spec.shape[0], 1))
@@ -81,7 +92,7 @@ class Fp8Channel(ServedCodec):
 
     @property
     def tolerance(self) -> str:
-        """The smallest differences that `judge` sees."""
+        """The largest differences that `judge` misses."""
         from qwen35.codecs.fp8_channel.stored import TOLERANCE
 
         return TOLERANCE
@@ -112,8 +123,10 @@ class Fp8Tensor(Fp8Channel):
     meaning = "FP8 (E4M3) with a scale per weight and one of its inputs, as modelopt stores it"
     surveys = True
     quantized_inputs = True
+    served_inputs = "E4M3 with a stored scale"
     method = "modelopt"
     suffix = "-FP8-modelopt"
+    tags = ("fp8", "modelopt")
     described = "FP8 per tensor (E4M3, inputs too)"
 
     @property
@@ -129,6 +142,13 @@ class Fp8Tensor(Fp8Channel):
             return None
         parts = [out.name for out in self.layout(TensorSpec(name, "BF16", spec.shape))[1:]]
         return parts if scale.spec.shape == () and parts[1] in tensors else None
+
+    def input_quantizer(self, reader: Readable, weight: Weight) -> InputQuantizer:
+        """Return what servers do to inputs: the stored scale."""
+        from qwen35.codecs.input_quantizers import fp8_fixed
+        from qwen35.codecs.pieces import positive
+
+        return partial(fp8_fixed, scale=positive(reader, weight.parts[2]))
 
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         """Return the tensors of codes and the two scales."""

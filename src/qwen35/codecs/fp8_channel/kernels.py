@@ -6,29 +6,34 @@ from typing import Any
 
 import numpy as np
 
-from qwen35.codecs.compiled import compiled  # first: it imports Numba in its own way
+from qwen35.codecs.compiled import compiled, inlined  # first: it imports Numba in its own way
 from qwen35.codecs.fp8.histogram import EXPONENT, LARGEST, LEAST_EXPONENT, TO_MAGIC
 from qwen35.codecs.lanes import LANES, bits, from_bits, load, magnitude, select, store_bytes
 
-__all__ = ["encode"]
+__all__ = ["e4m3_codes", "encode"]
+
+
+@inlined
+def e4m3_codes(sizes: Any) -> Any:
+    """Return the codes nearest to magnitudes, ties to even; those beyond 448 saturate."""
+    size = select(sizes > LARGEST, LARGEST, sizes)
+    exponent = bits(size) & EXPONENT
+    exponent = select(exponent < LEAST_EXPONENT, LEAST_EXPONENT, exponent)
+    magic = exponent + TO_MAGIC
+    steps = bits(size + from_bits(magic)) - magic
+    return (exponent >> np.int32(20)) - np.int32(121 << 3) + steps
 
 
 @compiled
-def encode(flat: Any, scales: Any, codes: Any) -> None:
+def encode(values: Any, scales: Any, codes: Any) -> None:
     """Encode with given scales: the nearest codes, ties to even; values beyond 448 saturate.
 
-    flat: [rows * columns] float32, columns a multiple of 16; scales: [rows] float32, positive ->
-    codes: [rows * columns] uint8.
+    values: [rows * columns] float32 or bits of bfloat16 (uint16), columns a multiple of 16; scales:
+    [rows] float32, positive -> codes: [rows * columns] uint8.
     """
-    columns = flat.shape[0] // scales.shape[0]
+    columns = values.shape[0] // scales.shape[0]
     for row in range(scales.shape[0]):
         for at in range(row * columns, (row + 1) * columns, LANES):
-            value = load(flat, at) / scales[row]
-            size = magnitude(value)
-            size = select(size > LARGEST, LARGEST, size)
-            exponent = bits(size) & EXPONENT
-            exponent = select(exponent < LEAST_EXPONENT, LEAST_EXPONENT, exponent)
-            magic = exponent + TO_MAGIC
-            steps = bits(size + from_bits(magic)) - magic
-            code = (exponent >> np.int32(20)) - np.int32(121 << 3) + steps
+            value = load(values, at) / scales[row]
+            code = e4m3_codes(magnitude(value))
             store_bytes(codes, at, code | ((bits(value) >> np.int32(24)) & np.int32(128)))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwen35.codecs.codec import Codec, Encoding, EncodingRequest, Piece, StoredValues, stacked
 from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, NEEDS_IMATRIX, GgmlType
+from qwen35.record_class import record
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def codec_name(kind: str) -> str:
     return f"ggml:{kind}"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class BlockSpec(TensorSpec):
     """A tensor of a GGUF file: its dtype is a ggml type, its rows are whole blocks.
 
@@ -34,11 +34,7 @@ class BlockSpec(TensorSpec):
 
     def __post_init__(self) -> None:
         assert self.dtype in GGML_TYPES, self.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the data in bytes."""
-        return GGML_TYPES[self.dtype].size(self.shape)
+        object.__setattr__(self, "nbytes", GGML_TYPES[self.dtype].size(self.shape))
 
 
 class Ggml(Codec):

@@ -80,15 +80,15 @@ def judge(
 
 
 def tolerance(kind: GgmlType) -> str:
-    """Return the smallest differences that `judge` sees; empty for a type that holds floats."""
+    """Return the largest differences that `judge` misses; empty for a type that holds floats."""
     if kind.name in FLOATS:
         return ""
     tensor, block = BOUNDS.get(kind.name, LOOSE)
     # An error in one weight raises the block's root mean square by a sixteenth of that error.
     return (
-        f"smaller errors than these are not detected: {tensor:.1%} of a tensor, {block:.1%} of "
-        f"the largest weight in a block of {_BLOCK} (root mean square), {_BLOCK**0.5 * block:.1f} "
-        "times that weight for a single one; `qwen35 reproduce` compares every byte"
+        f"errors below {tensor:.1%} of a tensor, and below {block:.1%} of the largest weight in a "
+        f"block of {_BLOCK} (root mean square), or {_BLOCK**0.5 * block:.1f} times that weight for "
+        "a single one; `qwen35 reproduce` compares every byte"
     )
 
 

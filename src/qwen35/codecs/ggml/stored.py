@@ -23,8 +23,8 @@ def decode(data: U8, kind: GgmlType) -> F32:
 
     # Damaged scales overflow here; readers report non-finite values themselves.
     with np.errstate(over="ignore", invalid="ignore"):
-        if kind.name == "q2_0":
-            return _decode_q2_0(data)
+        if kind.name in _OWN:
+            return _OWN[kind.name](data)
         values: F32 = dequantize(data, GGMLQuantizationType(kind.code))
     return values
 
@@ -40,6 +40,22 @@ def _decode_q2_0(data: U8) -> F32:
     codes = blocks[:, 2:, None] >> np.array([0, 2, 4, 6], np.uint8) & np.uint8(3)
     values: F32 = (codes.reshape(-1, 64).astype(np.float32) - 1) * scales
     return values.reshape(-1)
+
+
+def _decode_q1_0(data: U8) -> F32:
+    """Decode blocks of a float16 scale and 128 signs, 1 for the scale, 0 for its opposite.
+
+    Source: `dequantize_row_q1_0` there; `gguf` 0.19 has the type, but does not decode it.
+    """
+    blocks = data.reshape(-1, 18)
+    scales = blocks[:, :2].copy().view("<f2").astype(np.float32)
+    positive = np.unpackbits(blocks[:, 2:], axis=1, bitorder="little").astype(bool)
+    values: F32 = np.where(positive, scales, -scales)
+    return values.reshape(-1)
+
+
+_OWN = {"q1_0": _decode_q1_0, "q2_0": _decode_q2_0}
+"""Types that the `gguf` library does not decode."""
 
 
 class StoredGgml:

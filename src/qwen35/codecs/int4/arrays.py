@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen35.array_types import F32, U8, Array
-from qwen35.codecs.floats import f32_from, from_f32
+from qwen35.codecs.floats import f32_from, rounded_scales
 from qwen35.codecs.int4.layout import PER_WORD
 
 __all__ = ["QuantizedRows", "packed", "quantize_rows", "unpacked"]
@@ -38,7 +38,9 @@ class QuantizedRows:
         """[rows, columns] what they decode to."""
         group = self.codes.shape[1] // self.scales.shape[1]
         steps = self.codes.astype(np.float32) - np.repeat(self.zeros, group, axis=1)
-        return steps * np.repeat(self.scales, group, axis=1)
+        with np.errstate(over="ignore", invalid="ignore"):  # readers refuse what is not finite
+            decoded: F32 = steps * np.repeat(self.scales, group, axis=1)
+        return decoded
 
 
 def quantize_rows(
@@ -61,18 +63,18 @@ def quantize_rows(
         weights: [columns] error weight of each column; None for equal weights.
         symmetric: whether zero points are 0.
         search: whether scales are searched; else from the extremes.
+
+    Raises:
+        ValueError: `stored` cannot hold a scale.
     """
     from qwen35.codecs.int4 import kernels
 
     rows, columns = values.shape
-    flat = f32_from(values.reshape(-1), dtype)
-    importance = np.ones(columns, np.float32)
-    if weights is not None and weights.any():
-        importance = weights
+    flat = np.ascontiguousarray(values if dtype == "BF16" else f32_from(values, dtype)).reshape(-1)
+    even = weights is None or not weights.any()
     scales, zeros = np.empty((2, flat.size // group), np.float32)
-    kernels.choose(flat, importance, group, symmetric, search, scales, zeros)
-    with np.errstate(over="ignore", under="ignore"):
-        scales = f32_from(from_f32(scales, stored), stored)
+    kernels.choose(flat, None if even else weights, group, symmetric, search, scales, zeros)
+    scales = rounded_scales(scales, stored)
     scales[scales == 0] = _OF_ZEROS
     codes = np.empty(flat.size, np.uint8)
     kernels.encode(flat, group, scales, zeros, codes)
@@ -83,8 +85,9 @@ def quantize_rows(
 
 def packed(codes: U8) -> I32:
     """Pack codes [..., 8 n] into words [..., n], the first code in the lowest bits."""
-    pairs = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
-    return np.ascontiguousarray(pairs).view("<i4")
+    pairs = np.ascontiguousarray(codes).view("<u2")  # the first code in the low byte
+    words: I32 = (pairs | (pairs >> np.uint16(4))).astype(np.uint8).view("<i4")
+    return words
 
 
 def unpacked(words: I32) -> U8:

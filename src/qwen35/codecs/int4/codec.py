@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qwen35.codecs.codec import (
     Encoding,
@@ -31,8 +31,6 @@ class Int4(ServedCodec):
 
     chooses_scales = True
     scale_modes = ("search", "max")
-    tags = ("int4", "w4a16")
-    described = "INT4 (W4A16)"
 
     def __init__(self, kind: Int4Format) -> None:
         self.kind = kind
@@ -41,10 +39,13 @@ class Int4(ServedCodec):
         self.name = kind.name  # type: ignore[misc]  # one class, a codec for each row
         self.method = tool  # type: ignore[misc]
         self.endings = (".g_idx" if kind.gptq else ".weight_shape",)  # type: ignore[misc]
+        self.marks = ("g_idx" if kind.gptq else "weight_shape",)  # type: ignore[misc]
         self.suffix = "-GPTQ-Int4" if kind.gptq else "-W4A16"  # type: ignore[misc]
         self.independent = not kind.gptq  # type: ignore[misc]
         zero = "symmetric" if kind.symmetric else "with zero points"
         self.meaning = f"INT4, groups of {kind.group}, {zero}, as {tool} stores it"  # type: ignore[misc]
+        self.tags = ("int4", "w4a16", tool)  # type: ignore[misc]
+        self.described = f"INT4 W4A16 (groups of {kind.group}, {zero})"  # type: ignore[misc]
         self.layouts = {"compressed-tensors": plain}  # type: ignore[misc]
         if f"{plain}-gptq" in FORMATS:
             self.layouts["gptq"] = f"{plain}-gptq"
@@ -90,6 +91,13 @@ class Int4(ServedCodec):
 
         return open_int4(reader, weight, spec, self.kind)
 
+    def check(self, reader: Readable, weight: Weight) -> None:
+        """Check the shape that is stored beside the codes."""
+        from qwen35.codecs.int4.stored import check_shape
+
+        if not self.kind.gptq:
+            check_shape(reader, weight)
+
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         """Return the tensors of codes, scales and the rest."""
         return self.kind.parts(spec)
@@ -119,7 +127,7 @@ class Int4(ServedCodec):
 
     @property
     def tolerance(self) -> str:
-        """The smallest differences that `judge` sees."""
+        """The largest differences that `judge` misses."""
         from qwen35.codecs.int4.judge import TOLERANCE
 
         return TOLERANCE
@@ -137,6 +145,15 @@ class Int4(ServedCodec):
         from qwen35.codecs.int4.stored import open_int4
 
         judge(open_int4(reader, weight, spec, self.kind), spec, original, result)
+
+    def misread(
+        self, reader: Readable, weight: Weight, quantization: Mapping[str, Any]
+    ) -> Iterator[str]:
+        """Yield which of GPTQ's parts engines ignore, although they matter."""
+        from qwen35.codecs.int4.stored import ignored_parts
+
+        if self.kind.gptq:
+            yield from ignored_parts(reader, weight, quantization, self.kind)
 
 
 _ENDINGS = {

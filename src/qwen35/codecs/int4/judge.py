@@ -23,11 +23,10 @@ _NARROW, _WIDE = 0.5, 1.5
 """A scale may be this many times that of the extremes of its group: searches move it."""
 
 TOLERANCE = (
-    f"every code more than {_SLACK} steps from where it would be the nearest is detected, and "
-    f"scales that are not {_NARROW} to {_WIDE} times those of the extremes; `qwen35 reproduce` "
-    "compares every byte"
+    f"scales from {_NARROW} to {_WIDE} times those of a group's extremes, where every code is the "
+    f"nearest with its scale, to {_SLACK} steps; `qwen35 reproduce` compares every byte"
 )
-"""The smallest differences that `judge` sees."""
+"""The largest differences that `judge` misses."""
 
 
 def judge(

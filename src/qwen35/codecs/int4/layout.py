@@ -1,7 +1,8 @@
 """INT4: the tensors of a weight in both layouts, and what they mean.
 
 The columns of a row are split into groups with a scale s and a zero point z, which is 0 if the
-codes are symmetric: W = (q - z) * s with q in -8 to 7, stored with 8 added.
+codes are symmetric: W = (q - z) * s with q in -8 to 7, stored with 8 added. Scales of other tools
+may be negative: those of AutoRound are where a number above zero is the largest of its group.
 
 - compressed-tensors: ``weight_packed`` I32 [N, K / 8], column 8j + i in bits 4i of word j;
   ``weight_scale`` [N, K / group] in the checkpoint's dtype; ``weight_zero_point`` I32

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,7 +19,14 @@ from qwen35.tensors import StoredTensor, TensorSpec, Weight
 if TYPE_CHECKING:
     from qwen35.array_types import F32, U8, Array
 
-__all__ = ["EncodingGptq", "EncodingInt4", "StoredInt4", "open_int4"]
+__all__ = [
+    "EncodingGptq",
+    "EncodingInt4",
+    "StoredInt4",
+    "check_shape",
+    "ignored_parts",
+    "open_int4",
+]
 
 _NUMPY: dict[str, type[np.generic]] = {
     "I32": np.int32,
@@ -27,15 +35,53 @@ _NUMPY: dict[str, type[np.generic]] = {
     "F32": np.float32,
 }
 _SYMMETRIC = np.uint8(8)
+_EIGHTS = np.int32(0x77777777)
+"""Eight zero points of 8 in GPTQ's layout: one less is stored."""
 
 
 def open_int4(reader: Readable, weight: Weight, spec: TensorSpec, kind: Int4Format) -> StoredInt4:
     """Open a stored weight in its layout.
 
     Raises:
-        TensorError: `g_idx` names a group that does not exist.
+        TensorError: `g_idx` names a group that does not exist, or `weight_shape` another shape.
     """
+    if not kind.gptq:
+        check_shape(reader, weight)
     return (_StoredGptq if kind.gptq else StoredInt4)(reader, weight, spec, kind)
+
+
+def check_shape(reader: Readable, weight: Weight) -> None:
+    """Check that `weight_shape`, by which compressed-tensors unpacks codes, is that of the codes.
+
+    Raises:
+        TensorError: it is not.
+    """
+    rows, words = weight.main.spec.shape
+    part = next(part for part in weight.parts if part.spec.name.endswith(".weight_shape"))
+    found = np.frombuffer(reader.read(part), np.dtype("<i8")).tolist()
+    expected = [rows, words * PER_WORD]
+    if found != expected:
+        hint = "the checkpoint is damaged: convert it again"
+        raise TensorError(part.spec.name, f"holds {found}", expected=f"{expected}", hint=hint)
+
+
+def ignored_parts(
+    reader: Readable, weight: Weight, quantization: Mapping[str, Any], kind: Int4Format
+) -> Iterator[str]:
+    """Yield which parts of a weight in GPTQ's layout engines ignore, although they matter.
+
+    Without ``desc_act`` vLLM takes the groups of columns in order, and with ``sym`` its Marlin
+    kernels take all zero points as 8 (``quantization/gptq_marlin.py``).
+    """
+    _, _, zeros, groups = weight.parts
+    if quantization.get("desc_act") is not True:
+        found = np.frombuffer(reader.read(groups), np.dtype("<i4"))
+        if (found != np.arange(found.size) // kind.group).any():
+            yield "g_idx permutes columns, but desc_act is not true: engines ignore it"
+    if quantization.get("sym") is True:
+        words = np.frombuffer(reader.read(zeros), np.dtype("<i4"))
+        if (words != _EIGHTS).any():
+            yield "qzeros has other zero points than 8, but sym is true: engines ignore them"
 
 
 class StoredInt4(StoredRows):
@@ -130,17 +176,27 @@ class EncodingInt4(Encoding):
             self._request.write(out.name, 0, shape.data.cast("B"))
 
     def quantized(self, piece: Piece, stored: str) -> QuantizedRows:
-        """Return rows as INT4 with scales of a dtype."""
+        """Return rows as INT4 with scales of a dtype.
+
+        Raises:
+            TensorError: the dtype cannot hold one.
+        """
         settings = self._request.settings
-        return quantize_rows(
-            piece.values,
-            piece.dtype,
-            self._kind.group,
-            stored,
-            piece.importance,
-            symmetric=self._kind.symmetric,
-            search=settings is None or settings.mode == "search",
-        )
+        try:
+            return quantize_rows(
+                piece.values,
+                piece.dtype,
+                self._kind.group,
+                stored,
+                piece.importance,
+                symmetric=self._kind.symmetric,
+                search=settings is None or settings.mode == "search",
+            )
+        except ValueError as error:
+            wider = self._kind.gptq and self._request.spec.dtype != stored
+            other = ", or take --layout compressed-tensors" if wider else ""
+            hint = f"leave it unpacked, by --keep{other}"
+            raise TensorError(self._request.source, str(error), hint=hint) from error
 
     def _write(self, name: str, row: int, data: Array) -> None:
         out = self._outputs[name]
@@ -167,7 +223,7 @@ class EncodingGptq(EncodingInt4):
     def finish(self) -> None:
         """Write all parts."""
         groups, rows = self._scales.shape
-        zeros = np.full((groups, rows // PER_WORD), 0x77777777, np.dtype("<i4"))
+        zeros = np.full((groups, rows // PER_WORD), _EIGHTS, np.dtype("<i4"))
         index = np.arange(groups * self._kind.group, dtype=np.dtype("<i4")) // self._kind.group
         parts = {"qweight": self._codes, "scales": self._scales, "qzeros": zeros, "g_idx": index}
         for name, data in parts.items():

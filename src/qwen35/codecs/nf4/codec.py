@@ -48,6 +48,7 @@ class Nf4(Codec):
     library = "transformers"
     toolkit = "bnb"
     in_memory = True
+    marks = (STATE.rpartition(".")[2], "absmax")
     endings = tuple(f".{part}" for part in PARTS)
 
     def companions(self, tensors: Mapping[str, StoredTensor], name: str) -> list[str] | None:
@@ -165,7 +166,7 @@ class Nf4(Codec):
 
     @property
     def tolerance(self) -> str:
-        """The smallest differences that `judge` sees."""
+        """The largest differences that `judge` misses."""
         from qwen35.codecs.nf4.judge import TOLERANCE
 
         return TOLERANCE

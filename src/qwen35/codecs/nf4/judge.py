@@ -30,11 +30,11 @@ CONSTANT_SLACK = 1e-5
 """Tolerance of the float32 constants of scales: devices round sums and divisions differently."""
 
 TOLERANCE = (
-    "every code and scale that is not the nearest is detected, but not an error below "
-    f"{CONSTANT_SLACK:g} (relative) in the float32 constants that scales are computed from, or of "
-    "the largest scale in their offset; `qwen35 reproduce` compares every byte"
+    f"errors below {CONSTANT_SLACK:g} (relative) in the float32 constants that scales are computed "
+    "from, and below that share of the largest scale in their offset; `qwen35 reproduce` compares "
+    "every byte"
 )
-"""The smallest differences that `judge` sees."""
+"""The largest differences that `judge` misses."""
 
 
 def wrong_codes(packed: Array, expected: Array, values: F32, absmax: F32) -> int:

@@ -6,7 +6,6 @@ import numpy as np
 
 from qwen35.array_types import F32, U8, Array
 from qwen35.codecs.floats import f32_from
-from qwen35.codecs.fp8.arrays import e4m3_values
 from qwen35.codecs.nvfp4.layout import BLOCK, RANGE
 
 __all__ = ["decode_rows", "e2m1_values", "encode_rows", "whole_scale"]
@@ -42,15 +41,13 @@ def encode_rows(
     from qwen35.codecs.nvfp4 import kernels
 
     rows, columns = values.shape
-    codes, scales = (
-        np.empty(rows * columns // 2, np.uint8),
-        np.empty(rows * columns // BLOCK, np.uint8),
-    )
+    words = np.empty((rows, columns // 8), np.int32)
+    scales = np.empty((rows, columns // BLOCK), np.uint8)
+    flat = np.ascontiguousarray(values if dtype == "BF16" else f32_from(values, dtype)).reshape(-1)
     even = weights is None or not weights.any()
-    importance = np.ones(columns, np.float32) if even or weights is None else weights
-    flat = f32_from(values.reshape(-1), dtype)
-    kernels.encode(flat, importance, whole, search, e4m3_values()[:128], codes, scales)
-    return codes.reshape(rows, -1), scales.reshape(rows, -1)
+    importance = None if even else weights
+    kernels.encode(flat, importance, whole, search, words.reshape(-1), scales.reshape(-1))
+    return words.view(np.uint8), scales
 
 
 def e2m1_values() -> F32:
@@ -67,4 +64,6 @@ def decode_rows(codes: U8, units: F32) -> F32:
         units: [rows, columns / 16].
     """
     values = e2m1_values()[np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)]
-    return values * np.repeat(units, BLOCK, axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):  # readers refuse what is not finite
+        decoded: F32 = values * np.repeat(units, BLOCK, axis=1)
+    return decoded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from qwen35.codecs.codec import (
@@ -19,6 +20,7 @@ from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.codecs.comparison import WeightComparison
+    from qwen35.codecs.input_quantizers import InputQuantizer
     from qwen35.codecs.pieces import Readable
 
 __all__ = ["NVFP4", "Nvfp4"]
@@ -36,19 +38,23 @@ class Nvfp4(ServedCodec):
     checks = False
     surveys = True
     chooses_scales = True
-    tags = ("nvfp4", "fp4")
-    described = "NVFP4 (E2M1 in blocks of 16 with E4M3 scales)"
+    loads_experts = False  # transformers makes them too large by their scale
     scale_modes = ("search", "max")
 
     def __init__(self, name: str, layout: Nvfp4Layout, *, inputs: bool) -> None:
         kind = "nvfp4-a4" if inputs else "nvfp4"
         tool = layout.name
         self._layout = layout
+        self.marks = (layout.whole,)  # type: ignore[misc]
         self.name, self.method, self.quantized_inputs = name, tool, inputs  # type: ignore[misc]
+        self.served_inputs = "E2M1 in blocks of 16" if inputs else ""  # type: ignore[misc]
         self.layouts = {"compressed-tensors": kind, "modelopt": f"{kind}-modelopt"}  # type: ignore[misc]
         self.with_inputs = "" if inputs else name.replace("nvfp4", "nvfp4-a4")  # type: ignore[misc]
         self.suffix = "-NVFP4" if name == kind else "-NVFP4-modelopt"  # type: ignore[misc]
+        scheme = "W4A4" if inputs else "W4A16"
+        self.tags = ("nvfp4", "fp4", scheme.lower(), tool)  # type: ignore[misc]
         also = ", inputs too" if inputs else ""
+        self.described = f"NVFP4 {scheme} (E2M1 in blocks of 16 with E4M3 scales{also})"  # type: ignore[misc]
         self.meaning = f"NVFP4 (blocks of 16{also}), as {tool} stores it"  # type: ignore[misc]
 
     @property
@@ -82,6 +88,14 @@ class Nvfp4(ServedCodec):
 
         return StoredNvfp4(reader, weight, spec, self._layout)
 
+    def input_quantizer(self, reader: Readable, weight: Weight) -> InputQuantizer:
+        """Return what servers do to inputs: blocks as in weights, with the stored scale."""
+        from qwen35.codecs.input_quantizers import fp4_blocks
+        from qwen35.codecs.pieces import positive
+
+        whole = positive(reader, weight.parts[3])
+        return partial(fp4_blocks, whole=whole if self._layout.divides else 1 / whole)
+
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         """Return the tensors of codes and scales."""
         return self._layout.parts(spec, inputs=self.quantized_inputs)
@@ -98,7 +112,7 @@ class Nvfp4(ServedCodec):
 
     @property
     def tolerance(self) -> str:
-        """The smallest differences that `judge` sees."""
+        """The largest differences that `judge` misses."""
         from qwen35.codecs.nvfp4.judge import TOLERANCE
 
         return TOLERANCE

@@ -11,7 +11,7 @@ from qwen35.codecs.codec import Piece
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import f32_from, largest
 from qwen35.codecs.fp8.arrays import e4m3_values
-from qwen35.codecs.nvfp4.arrays import decode_rows, e2m1_values
+from qwen35.codecs.nvfp4.arrays import decode_rows, e2m1_values, whole_scale
 from qwen35.codecs.nvfp4.layout import BLOCK
 from qwen35.codecs.nvfp4.stored import StoredNvfp4
 from qwen35.tensors import TensorSpec
@@ -25,11 +25,10 @@ _OCTAVE = 8
 """E4M3 numbers between a number and twice that number: as far a searched scale may go."""
 
 TOLERANCE = (
-    "every code that is not the nearest with its scale is detected, and scales of blocks more than "
-    "twice or less than half of those of the largest magnitudes; `qwen35 reproduce` compares every "
-    "byte"
+    "scales of blocks from half to twice those of the largest magnitudes, where every code is the "
+    "nearest with its scale; `qwen35 reproduce` compares every byte"
 )
-"""The smallest differences that `judge` sees."""
+"""The largest differences that `judge` misses."""
 
 _MAGNITUDES = e2m1_values()[:8].astype(np.float64)
 _MIDDLES = (_MAGNITUDES[:-1] + _MAGNITUDES[1:]) / 2
@@ -68,6 +67,8 @@ def judge(
         message = f"{wrong_scales} of {spec.numel // BLOCK} scales do not fit their blocks"
         result.found("scales", message)
     made_for = values.largest
+    if values.whole == 1 and whole_scale(peak) == 1:  # too small for its inverse
+        return
     if peak and (made_for < peak * (1 - _SLACK) or (alone and made_for > peak * (1 + _SLACK))):
         message = f"the scale of the whole is for weights up to {made_for:g}, found {peak:g}"
         result.found("scales", message)

@@ -10,7 +10,7 @@ from qwen35.codecs.codec import Encoding, EncodingRequest, Piece
 from qwen35.codecs.fp8.arrays import e4m3_values
 from qwen35.codecs.nvfp4.arrays import decode_rows, encode_rows, whole_scale
 from qwen35.codecs.nvfp4.layout import BLOCK, RANGE, Nvfp4Layout
-from qwen35.codecs.pieces import Readable, whole
+from qwen35.codecs.pieces import Readable, positive
 from qwen35.codecs.stored_rows import StoredRows
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
@@ -76,12 +76,7 @@ def read_whole(reader: Readable, weight: Weight) -> np.float32:
     Raises:
         TensorError: it is not a positive number.
     """
-    part = weight.parts[2]
-    value = whole(reader, part)[0]
-    if not (np.isfinite(value) and value > 0):
-        hint = "the checkpoint is damaged: convert it again"
-        raise TensorError(part.spec.name, f"is {value}", expected="a positive number", hint=hint)
-    return np.float32(value)
+    return np.float32(positive(reader, weight.parts[2]))
 
 
 class EncodingNvfp4(Encoding):

@@ -22,7 +22,7 @@ class Plain(Codec):
 
     name = "plain"
     packed = False
-    meaning = "copied; if packed (NF4, FP8), decoded to the checkpoint's dtype"
+    meaning = "copied; if packed, decoded to the checkpoint's dtype"
     checks = True  # plain sources are copied as they are; decoding checks packed ones
     spared: ClassVar[frozenset[str]] = frozenset()
     described = "unquantized"
