@@ -78,7 +78,7 @@ def _decode(weight: Weight, spec: TensorSpec, reader: Readable) -> None:
 
 def _alike(weight: Weight, original: Rows) -> bool:
     """Return whether both are stored in the same way, so that their bytes must be equal."""
-    if original.transforms or len(original.slabs) > 1:
+    if original.transforms or len(original.slabs) > 1 or original.item.changes:
         return False
     source_weight = original.item.weight
     return weight.storage == source_weight.storage and [

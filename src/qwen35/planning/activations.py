@@ -2,8 +2,10 @@
 
 The file is one JSON object, ``{weight name: {"input_channel_max": [a number per column]}}``.
 `qwen35 calibrate` and `qwen35-collect-activation-stats` add to each weight
-``input_channel_mean_square``, in the same form, and ``tokens``, the number of tokens seen. Their
-entry ``__metadata__`` records how the file was made.
+``input_channel_mean_square``, in the same form, and ``tokens``, the number of tokens seen. The
+former also adds ``cache_max`` to ``k_proj`` and ``v_proj``: the largest magnitude of the keys
+(after their norm and the rotary embedding) and values that enter a KV cache. Their entry
+``__metadata__`` records how the file was made.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ANOTHER_MODEL",
+    "CACHE_LARGEST",
     "LARGEST",
     "PROVENANCE",
     "SQUARES",
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 LARGEST, SQUARES, TOKENS = "input_channel_max", "input_channel_mean_square", "tokens"
+CACHE_LARGEST = "cache_max"
 PROVENANCE = "__metadata__"
 ANOTHER_MODEL = "these are statistics of another model: collect them from this one"
 # Bounds for hostile files, far above any real ones: a line holds one weight's columns.
@@ -59,6 +63,8 @@ class Activations:
         squares: per weight, the mean squares, where the file has them.
         provenance: how the file was made, if it says so.
         path: the file, if the statistics were read from one.
+        cached: per ``k_proj`` and ``v_proj``, the largest magnitude in a KV cache, where the file
+            has it.
     """
 
     name: str
@@ -67,6 +73,7 @@ class Activations:
     squares: Mapping[Key, F32] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    cached: Mapping[Key, float] = field(default_factory=dict)
 
     def weights(self, role: Role, mode: str) -> F32 | None:
         """Return how much an error in each column of a weight matters; None if unknown.
@@ -147,6 +154,7 @@ def load_activations(path: Path) -> Activations:
     provenance: Any = {}
     columns: dict[Key, F32] = {}
     squares: dict[Key, F32] = {}
+    cached: dict[Key, float] = {}
     try:
         if path.exists() and not path.is_file():
             raise InputError(str(path), "not a file")
@@ -162,15 +170,15 @@ def load_activations(path: Path) -> Activations:
                     raise InputError(path.name, f"names {name} twice", hint="under two prefixes")
                 columns[key] = _values(path.name, name, entry, LARGEST)
                 if SQUARES in entry:
-                    squares[key] = _values(path.name, name, entry, SQUARES)
-                    if len(squares[key]) != len(columns[key]):
-                        found = f"{len(squares[key])} mean squares for {name}"
-                        raise InputError(path.name, found, expected=f"{len(columns[key])}")
+                    squares[key] = _squares(path.name, name, entry, len(columns[key]))
+                if CACHE_LARGEST in entry:
+                    one = {CACHE_LARGEST: [entry[CACHE_LARGEST]]}
+                    cached[key] = float(_values(path.name, name, one, CACHE_LARGEST)[0])
     except OSError as error:
         raise InputError(str(path), f"cannot be read ({error.strerror})") from error
     if not isinstance(provenance, dict) or not columns:
         raise _malformed(path)
-    return Activations(path.name, digest, columns, squares, provenance, path)
+    return Activations(path.name, digest, columns, squares, provenance, path, cached)
 
 
 def _malformed(path: Path) -> InputError:
@@ -217,6 +225,13 @@ def _role(file: str, name: str) -> Role:
         return role_of(name)
     except TensorError as error:
         raise InputError(file, f"names {name!r}", expected="weights of Qwen3.5") from error
+
+
+def _squares(file: str, name: str, entry: Any, count: int) -> F32:
+    squares = _values(file, name, entry, SQUARES)
+    if len(squares) != count:
+        raise InputError(file, f"{len(squares)} mean squares for {name}", expected=f"{count}")
+    return squares
 
 
 def _values(file: str, name: str, entry: Any, key: str) -> F32:

@@ -15,24 +15,22 @@ from qwen35.errors import UsageError
 from qwen35.model.model_config import ModelConfig, parse_config
 from qwen35.model.sizes import PUBLISHED, published_config
 
-__all__ = ["artifact_name", "published_size"]
+__all__ = ["artifact_name", "published_release"]
 
 _FAMILY = re.compile(r"qwen(?P<version>\d+\.\d+)-(?P<text>text-)?(?P<size>.+)\Z", re.IGNORECASE)
-_SIZE = re.compile(r"(\d+(?:\.\d+)?B(?:-A\d+(?:\.\d+)?B)?)(?:-|\Z)", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?[BT](?:-A\d+(?:\.\d+)?B)?)(?:-|\Z)", re.IGNORECASE)
 _SUFFIXES = tuple(dict.fromkeys(codec.suffix for codec in CODECS.values() if codec.suffix))
 """Removed from a source's name before the output's own suffix is added."""
 
 _COMPARED = ("hidden", "ffn", "expert_ffn", "experts", "query", "key_value", "linear_qkv")
 
 
-def published_size(config: ModelConfig) -> str | None:
-    """Return the published size with this text geometry (``0.8B``), or None."""
+def published_release(config: ModelConfig) -> str | None:
+    """Return the first release with this text geometry (``Qwen3.5-0.8B``), or None."""
     for name in PUBLISHED:
-        if not name.startswith("Qwen3.5-") or name.endswith("-Base"):
-            continue
         published = parse_config(published_config(name))
         if _geometry(published) == _geometry(config):
-            return name.removeprefix("Qwen3.5-")
+            return name
     return None
 
 
@@ -56,15 +54,16 @@ def artifact_name(source: str, config: ModelConfig, suffix: str, *, text: bool) 
     Raises:
         UsageError: the source's name claims a published size that it does not have.
     """
-    size = published_size(config)
-    if COMMIT.fullmatch(source) and size:  # the Hub cache names a snapshot by its commit
-        source = f"Qwen3.5-{size}"
+    release = published_release(config)
+    if COMMIT.fullmatch(source) and release:  # the Hub cache names a snapshot by its commit
+        source = release
     for known in _SUFFIXES:
         source = source.removesuffix(known)
     match = _FAMILY.match(source)
     if match is None:
         return f"{source}{'-text' if text else ''}{suffix}"
     claimed = _SIZE.match(match["size"])
+    size = release.partition("-")[2] if release else None
     # A 4B model published as "9B" would mislead whoever downloads it.
     if size and claimed and claimed[1].lower() != size.lower():
         raise UsageError(

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from qwen35.checkpoint.header import json_bytes
+from qwen35.checkpoint.header import json_bytes, json_size
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint, read_json
@@ -18,6 +18,7 @@ from qwen35.codecs.registry import quantized_weights
 from qwen35.errors import InputError, UsageError
 from qwen35.planning.container import Container
 from qwen35.planning.layers import parse_layers, spell_layers
+from qwen35.planning.recorded_adapters import are_recorded
 from qwen35.planning.rules import Recipe, Rule
 from qwen35.tensors import TensorSpec
 from qwen35.version import __version__
@@ -30,13 +31,13 @@ __all__ = [
     "amendment_notes",
     "first_entries",
     "manifest_bytes",
+    "manifest_entries",
     "manifest_size",
     "manifest_versions",
     "quantized_source",
     "read_manifest",
     "recipe_json",
     "recipe_of",
-    "render_manifest",
     "source_json",
     "source_of",
     "tensor_of",
@@ -59,8 +60,12 @@ def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
         plan: the executed plan.
         hashes: SHA-256 of every file in `Plan.file_sizes`.
     """
+    return json_bytes(_entries(plan, hashes))
+
+
+def _entries(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
     request = plan.container.request_json(plan)
-    return render_manifest(
+    return manifest_entries(
         plan.checkpoint,
         request["recipe"],
         plan.digest,
@@ -72,7 +77,7 @@ def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
     )
 
 
-def render_manifest(
+def manifest_entries(
     checkpoint: Checkpoint,
     recipe: Mapping[str, Any],
     digest: str,
@@ -82,8 +87,8 @@ def render_manifest(
     scale_choice: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Mapping[str, str]] | None = None,
     notes: Sequence[str] = (),
-) -> bytes:
-    """Render a manifest from its entries; calibration outputs have no `Plan`.
+) -> dict[str, Any]:
+    """Return the entries of a manifest; calibration outputs have no `Plan`.
 
     Args:
         checkpoint: the source.
@@ -95,24 +100,22 @@ def render_manifest(
         tensors: each file's tensors, with type and shape.
         notes: the plan's notes.
     """
-    return json_bytes(
-        {
-            "manifest": MANIFEST_VERSION,
-            "tool": manifest_versions(),
-            "source": source_json(checkpoint) | _quantized_json(checkpoint),
-            "recipe": recipe,
-            "calibration": scale_choice,
-            "plan": digest,
-            "files": {name: {"size": size, "sha256": hashes[name]} for name, size in sizes.items()},
-            "tensors": tensors or {},
-            "notes": list(notes),
-        }
-    )
+    return {
+        "manifest": MANIFEST_VERSION,
+        "tool": manifest_versions(),
+        "source": source_json(checkpoint) | _quantized_json(checkpoint),
+        "recipe": recipe,
+        "calibration": scale_choice,
+        "plan": digest,
+        "files": {name: {"size": size, "sha256": hashes[name]} for name, size in sizes.items()},
+        "tensors": tensors or {},
+        "notes": list(notes),
+    }
 
 
 def manifest_size(plan: Plan) -> int:
     """Return the manifest's exact size; all hashes are equally long, so none is needed."""
-    return len(manifest_bytes(plan, {name: _NO_HASH for name, _ in plan.file_sizes()}))
+    return json_size(_entries(plan, {name: _NO_HASH for name, _ in plan.file_sizes()}))
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
@@ -152,10 +155,12 @@ def work_key(plan: Plan) -> dict[str, Any]:
 
 def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a checkpoint's origin as manifests record it."""
+    adapters = [adapter.to_json() for adapter in checkpoint.adapters]
+    merged = {"adapters": adapters} if adapters else {}
     if checkpoint.repo:
-        return {"repo": checkpoint.repo, "revision": checkpoint.revision}
+        return {"repo": checkpoint.repo, "revision": checkpoint.revision, **merged}
     folder = checkpoint.root.resolve() if checkpoint.root else PurePath(checkpoint.name)
-    return {"folder": folder.name}
+    return {"folder": folder.name, **merged}
 
 
 def _quantized_json(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -276,6 +281,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "amended": (_are_amendments, "when, why and the earlier entry of each file"),
     "tool": (_are_versions, "the version of qwen35 and of each library"),
     "plan": (_is_text, "a digest"),
+    "source": (are_recorded, "adapters: name, weight, sha256 and config_sha256 of each"),
     "notes": (_are_texts, "sentences"),
 }
 """Entry to its check and what is expected: nothing below asks again what type a value has."""

@@ -31,7 +31,8 @@ def peak_memory(plan: Plan, threads: int) -> int:
             if target.copied:
                 continue
             item, codec = step.rows.item, CODECS[target.codec]
-            wide = wide or is_packed(item.weight) or (codec.widens and item.spec.dtype != "BF16")
+            wide = wide or is_packed(item.weight) or bool(item.changes)
+            wide = wide or (codec.widens and item.spec.dtype != "BF16")
             source = codec_of(item.weight)
             needed = codec.memory(item.spec) + source.decoding_memory(item.spec)
             codec_memory = max(codec_memory, needed)

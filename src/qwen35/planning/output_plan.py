@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
@@ -19,7 +20,22 @@ from qwen35.tensors import TensorSpec
 if TYPE_CHECKING:
     from qwen35.planning.rules import Recipe
 
-__all__ = ["Plan", "PlannedFile", "make_plan"]
+__all__ = ["Constant", "Plan", "PlannedFile", "digest_of", "make_plan"]
+
+_BATCH = 4096  # values rendered at once
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor whose bytes are known when an output is planned.
+
+    Args:
+        spec: its description.
+        data: its bytes.
+    """
+
+    spec: TensorSpec
+    data: bytes
 
 
 @dataclass(frozen=True)
@@ -28,10 +44,11 @@ class PlannedFile:
 
     Args:
         name: file name.
-        head: the bytes before the tensor data.
+        head: the bytes before the data of the steps, those of constants included.
         offsets: absolute offset of each tensor.
         nbytes: file size.
         steps: the steps that fill it, in plan order.
+        constants: tensors that no step writes.
     """
 
     name: str
@@ -39,6 +56,7 @@ class PlannedFile:
     offsets: Mapping[str, int]
     nbytes: int
     steps: tuple[Step, ...]
+    constants: tuple[Constant, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,8 @@ class Plan:
         documents: generated files and their content (config.json, the index, a template).
         copied: sidecar files copied unchanged, with their sizes.
         notes: for the user, beyond what the plan's table shows.
-        digest_input: everything that decides the output's bytes, as plain values.
+        digest: `digest_of` everything that decides the output's bytes, including sidecar sizes. It
+            excludes the source's location: a copy of the checkpoint gives the same digest.
         comparison: file sizes by recipe and file type, where a container compares its recipes.
     """
 
@@ -66,7 +85,7 @@ class Plan:
     documents: Mapping[str, bytes]
     copied: Mapping[str, int]
     notes: tuple[str, ...]
-    digest_input: Mapping[str, Any]
+    digest: str
     comparison: Mapping[str, Mapping[str, int]]
 
     @property
@@ -90,9 +109,7 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Bytes of all files, including the manifest."""
-        from qwen35.planning.manifest import manifest_size
-
-        return self.nbytes + manifest_size(self)
+        return sum(nbytes for _, nbytes in self.all_sizes())
 
     def all_sizes(self) -> Iterator[tuple[str, int]]:
         """Yield name and exact size of every file, the manifest last."""
@@ -103,8 +120,9 @@ class Plan:
 
     @property
     def outputs(self) -> Iterator[TensorSpec]:
-        """All written tensors, in model order."""
-        return (out for step in self.steps for out in step.outputs)
+        """All written tensors, in model order; constants last."""
+        yield from (out for step in self.steps for out in step.outputs)
+        yield from (constant.spec for file in self.files for constant in file.constants)
 
     @property
     def written(self) -> list[Step]:
@@ -132,14 +150,34 @@ class Plan:
         """The codec that packs the weights, or the container's name."""
         return self.container.kind(self)
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of everything that decides the output's bytes, including sidecar sizes.
 
-        It excludes the source's location: a copy of the checkpoint gives the same digest.
-        """
-        text = json.dumps(self.digest_input, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+def digest_of(values: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of ``json.dumps(values, sort_keys=True)``.
+
+    Args:
+        values: plain values by name; instead of a list, an iterator, which may be long.
+    """
+    digest = hashlib.sha256()
+    for text in _sorted_json(values):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+def _sorted_json(values: Mapping[str, Any]) -> Iterator[str]:
+    yield "{"
+    before = ""
+    for name, value in sorted(values.items()):
+        yield f"{before}{json.dumps(name)}: "
+        if isinstance(value, Iterator):
+            before = "["
+            while batch := list(islice(value, _BATCH)):
+                yield f"{before}{json.dumps(batch, sort_keys=True)[1:-1]}"
+                before = ", "
+            yield "[]" if before == "[" else "]"
+        else:
+            yield json.dumps(value, sort_keys=True)
+        before = ", "
+    yield "}"
 
 
 def make_plan(

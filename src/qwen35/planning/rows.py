@@ -17,7 +17,9 @@ from qwen35.codecs import pieces
 from qwen35.codecs.codec import Piece, StoredValues
 from qwen35.codecs.pieces import Readable, not_finite
 from qwen35.codecs.registry import codec_of, is_packed
+from qwen35.errors import TensorError
 from qwen35.planning.transforms import Transform
+from qwen35.record_class import record
 from qwen35.tensors import Weight
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["RowChunk", "RowReader", "RowSpan", "Rows", "WeightSlab", "rows_of"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class WeightSlab:
     """Consecutive rows of one weight.
 
@@ -71,7 +73,7 @@ class RowSpan:
     count: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Rows:
     """The source of an output tensor's values.
 
@@ -255,8 +257,11 @@ class RowReader:
         count = item.spec.numel if rows.whole else chunk.count * rows.row
         flat = empty(dtype, count)
         self._values.read_into(0 if rows.whole else chunk.source * rows.row, flat)
-        if (self._check or is_packed(item.weight)) and not all_finite(flat, dtype):
+        checked = self._check or bool(item.changes) or is_packed(item.weight)
+        if checked and not all_finite(flat, dtype):
             raise not_finite(item.weight.name)
+        if item.changes:
+            flat = _changed(item, flat, 0 if rows.whole else chunk.source * rows.row)
         values = flat if rows.whole else flat.reshape(chunk.count, rows.row)
         for transform in rows.transforms:
             values, dtype = transform.apply(values, dtype)
@@ -266,3 +271,17 @@ class RowReader:
         """Yield chunks one by one."""
         for chunk in chunks:
             yield self.piece(chunk)
+
+
+def _changed(item: InventoryItem, flat: Array, first: int) -> Array:
+    """Return values as adapters change them: computed in float32, rounded once."""
+    from qwen35.codecs.floats import all_finite, f32_from, from_f32
+
+    values = f32_from(flat, item.spec.dtype)
+    for change in item.changes:
+        values = change.apply(values, first)
+    rounded = from_f32(values, item.spec.dtype)
+    if not all_finite(rounded, item.spec.dtype):
+        found = "NaN, infinity or a number too large for its dtype, once the adapter is merged"
+        raise TensorError(item.weight.name, found, hint="the adapter is damaged or diverged")
+    return rounded

@@ -12,7 +12,10 @@ from qwen35.linear_regex import LinearPattern
 from qwen35.model.roles import ROLES, Role, in_group
 from qwen35.planning.container import Container
 
-__all__ = ["Recipe", "Rule", "check_match", "check_used"]
+__all__ = ["KEPT", "Recipe", "Rule", "check_match", "check_used"]
+
+KEPT = "asked for by --keep"
+"""The reason of rules that `Recipe.keeping` adds."""
 
 _ROLES_HINT = "`qwen35 plan --roles` prints the roles"
 _KINDS = sorted({info.kind for info in ROLES.values()})
@@ -84,6 +87,12 @@ class Recipe:
     rules: tuple[Rule, ...]
     container: Container
 
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether a packing stores a scale of its layers' inputs (`Codec.quantized_inputs`)."""
+        names = {self.format, *(rule.action for rule in self.rules)} & CODECS.keys()
+        return any(CODECS[name].quantized_inputs for name in names)
+
     def find(self, role: Role, name: str = "") -> Rule | None:
         """Return the first rule that matches a weight, or None."""
         return next((rule for rule in self.rules if rule.matches(role, name)), None)
@@ -113,17 +122,15 @@ class Recipe:
             check_match(f"--keep {role}", role)
             # A role inside a group that is kept too would get a rule that decides nothing.
             if not any(role != other and in_group(role, other) for other in roles):
-                rules.append(Rule(role, "plain", "asked for by --keep", required=True))
+                rules.append(Rule(role, "plain", KEPT, required=True))
         return self.preceded(rules)
 
-    def laid_out(self, layout: str | None) -> Recipe:
-        """Return this recipe with its packings in another layout, if one is named.
+    def laid_out(self, layout: str) -> Recipe:
+        """Return this recipe with its packings in another layout.
 
         Raises:
             UsageError: a packing has no such layout, or nothing is packed.
         """
-        if layout is None:
-            return self
         packing = {self.format, *(rule.action for rule in self.rules)}
         codecs = [CODECS[name] for name in packing if name in CODECS and CODECS[name].packed]
         for codec in sorted(codecs, key=lambda codec: codec.name):

@@ -241,18 +241,24 @@ def _check_merges(name: str, text: str) -> None:
             raise ConfigError(name, f"line {line[:80]!r}", expected="two tokens a line")
 
 
-def left_behind(checkpoint: Checkpoint, carried: Collection[str]) -> tuple[str, ...]:
-    """Return notes that list the files and buffers that are not copied.
+def left_behind(
+    checkpoint: Checkpoint, carried: Collection[str], *, scales: bool = False
+) -> tuple[str, ...]:
+    """Return notes that list the files, buffers and scales of the cache that are not copied.
 
     Args:
         checkpoint: the source.
         carried: files that are copied or converted.
+        scales: whether the output has scales of the KV cache.
     """
     known = [row.name for row in SIDECARS if row.name in checkpoint.sidecars]
     names = sorted(name for name in (*known, *checkpoint.others) if name not in carried)
     buffers = [f"{name}, which loaders compute" for name in checkpoint.buffers[:1]]
     if len(checkpoint.buffers) > 1:
         buffers = [f"{checkpoint.buffers[0]} and others alike, which loaders compute"]
+    if checkpoint.cache_scales and not scales:
+        count = len(checkpoint.cache_scales)
+        buffers.append(f"{count} scales of the KV cache, for which this output has no place")
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     lists = [f"{', '.join(names[:_SHOWN])}{more}"] if names else []
-    return tuple(f"left behind: {one}" for one in (*lists, *buffers))
+    return tuple(f"not copied: {one}" for one in (*lists, *buffers))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qwen35.codecs.registry import CODECS
 from qwen35.model.roles import Role
 from qwen35.planning.rows import Rows
+from qwen35.record_class import record
 from qwen35.tensors import TensorSpec, Weight
 
 __all__ = ["Step", "StepTarget"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class StepTarget:
     """One encoding in which a step's rows are written.
 
@@ -47,7 +48,7 @@ class StepTarget:
         return CODECS[self.codec].op
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Step:
     """What happens to one weight, or to a stack of experts.
 
@@ -84,7 +85,11 @@ class Step:
 
     @property
     def op(self) -> str:
-        """The targets' operations (`StepTarget.op`), or ``drop``."""
+        """The targets' operations (`StepTarget.op`), ``merge`` or ``drop``."""
+        if self.rows.item.changes and self.targets and not self.packing:
+            return "merge"
+        if len(self.targets) == 1:
+            return self.targets[0].op
         return ", ".join(target.op for target in self.targets) or "drop"
 
     @property

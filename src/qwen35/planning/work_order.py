@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen35.checkpoint.adapted import with_adapters
+from qwen35.checkpoint.adapter_files import open_adapter
 from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.source import Checkpoint, open_folder
 from qwen35.errors import InputError
@@ -38,6 +40,7 @@ def order_of(plan: Plan, task_bytes: int, **entries: Any) -> dict[str, Any]:
         "root": str(checkpoint.folder().absolute()),
         "repo": checkpoint.repo,
         "revision": checkpoint.revision,
+        **_adapters_json(checkpoint),
         **plan.container.request_json(plan, whole=True),
         "inputs": plan.options.inputs.to_json(),
         "task_bytes": task_bytes,
@@ -47,6 +50,11 @@ def order_of(plan: Plan, task_bytes: int, **entries: Any) -> dict[str, Any]:
     # Tuples become lists, as they will for the worker that reads the file.
     plain: dict[str, Any] = json.loads(json.dumps(order))
     return plain
+
+
+def _adapters_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    rows = [[str(adapter.root.absolute()), adapter.factor] for adapter in checkpoint.adapters]
+    return {"adapters": rows} if rows else {}
 
 
 def order_bytes(order: Mapping[str, Any]) -> bytes:
@@ -64,7 +72,8 @@ def plan_from(order: Mapping[str, Any]) -> Plan:
     root = Path(order["root"])
     if not root.is_dir():
         raise InputError(str(root), f"not there on {platform.node()}", hint=SHARED)
-    checkpoint = open_folder(root, repo=order["repo"] or "", revision=order["revision"] or "")
+    base = open_folder(root, repo=order["repo"] or "", revision=order["revision"] or "")
+    checkpoint = with_adapters(base, [open_adapter(*row) for row in order.get("adapters", ())])
     plan = plan_again(checkpoint, order, ContainerInputs.of(order["inputs"]))
     key = json.loads(json.dumps(work_key(plan)))  # as the order went through JSON too
     if key != order["key"]:

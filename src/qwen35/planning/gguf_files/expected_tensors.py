@@ -13,7 +13,12 @@ from qwen35.codecs.registry import group
 from qwen35.errors import ConfigError
 from qwen35.model.model_config import ARCHITECTURES, parse_config
 from qwen35.model.roles import CheckpointNaming, expected_tensors
-from qwen35.planning.gguf_files.tensor_names import UntypedTensor, text_tensors, vision_tensors
+from qwen35.planning.gguf_files.tensor_names import (
+    UntypedTensor,
+    mtp_tensors,
+    text_tensors,
+    vision_tensors,
+)
 from qwen35.tensors import StoredTensor
 
 __all__ = ["KEYS", "expected", "missing_keys"]
@@ -122,6 +127,8 @@ def _expected(container: GgufHeader) -> dict[str, UntypedTensor]:
     items = inventory(checkpoint)
     if vision:
         return {tensor.name: tensor for tensor in vision_tensors(items)}
+    if container.mtp_alone:
+        return {tensor.name: tensor for tensor in mtp_tensors(items, config)}
     return {t.name: t for t in text_tensors(items, config, mtp=config.mtp_layers > 0)}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen35.checkpoint.split_gguf import by_model
 from qwen35.codecs.ggml.types import COMPILED, ggml_type
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import Finding, InputError
@@ -21,7 +22,7 @@ __all__ = ["GgufContainer"]
 
 
 class GgufContainer(Container):
-    """GGUF files: one per file type, and one for the vision tower."""
+    """GGUF files: one per file type, or several if it is split, and one for the vision tower."""
 
     name = "gguf"
     verb = "gguf"
@@ -104,14 +105,15 @@ class GgufContainer(Container):
                 yield Finding("quantization", planned.name, error.found)
                 continue
             found = container.keys.get("general.file_type")
-            if found != planned.file_type.code:
+            if planned.first and found != planned.file_type.code:
                 message = f"file type {found}, expected {planned.file_type.code}"
                 yield Finding("quantization", planned.name, message)
 
     def models(self, folder: Path) -> list[Path]:
-        """Return the files with a language model."""
-        files = sorted(folder.glob("*.gguf"))
-        return [path for path in files if not path.name.startswith("mmproj-")]
+        """Return the files with a language model; of a split one the first."""
+        models = by_model(sorted(path.name for path in folder.glob("*.gguf")))
+        first = (folder / names[0] for names in models)
+        return [path for path in first if not _is_beside(path)]
 
     def with_template(
         self, folder: Path, names: Collection[str], template: str
@@ -119,7 +121,8 @@ class GgufContainer(Container):
         """Return each model with the template among its keys; its tensors stay as they are."""
         from qwen35.planning.gguf_files.template_edit import with_template
 
-        models = [path for path in self.models(folder) if path.name in names]
+        files = [path for path in sorted(folder.glob("*.gguf")) if path.name in names]
+        models = [path for path in files if not path.name.startswith("mmproj-")]
         return {path.name: with_template(path, template) for path in models}
 
     def head_memory(self, plan: Plan) -> int:
@@ -161,6 +164,13 @@ class GgufContainer(Container):
         own = COMPILED if plan.options.encoder == "auto" else ()
         kinds = [kind for kind in _packed(plan) if kind in own and differs(kind)]
         return f"{', '.join(kinds)} by ggml, which was built to round otherwise" * bool(kinds)
+
+
+def _is_beside(path: Path) -> bool:
+    """Whether a file goes with a language model: the vision tower, or the MTP layer alone."""
+    from qwen35.checkpoint.gguf_header import is_draft
+
+    return path.name.startswith("mmproj-") or is_draft(path)
 
 
 def _packed(plan: Plan) -> list[str]:

@@ -54,7 +54,8 @@ def _file_lines(file: GgufFile) -> Iterator[str]:
 
 
 def _comparison_lines(plan: Plan) -> Iterator[str]:
-    types = [file.file_type.name for file in files_of(plan) if file.file_type.quantized]
+    named = (file.file_type.name for file in files_of(plan) if file.quantized)
+    types = list(dict.fromkeys(named))  # a split model has several files
     if not types:
         return
     rows = [

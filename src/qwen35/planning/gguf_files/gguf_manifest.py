@@ -10,8 +10,8 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import InputError, UsageError
 from qwen35.planning.container import Container, ContainerInputs
 from qwen35.planning.gguf_files.gguf_options import GgufOptions
-from qwen35.planning.gguf_files.imatrix import Imatrix, read_imatrix
-from qwen35.planning.gguf_files.mixes import FILE_TYPES
+from qwen35.planning.gguf_files.imatrix import Imatrix, imatrix_file, read_imatrix
+from qwen35.planning.gguf_files.mixes import CONVERTED, FILE_TYPES
 from qwen35.planning.gguf_files.type_patterns import pattern_rules
 from qwen35.planning.manifest import recipe_json, recipe_of
 from qwen35.planning.output_plan import Plan
@@ -20,8 +20,6 @@ from qwen35.planning.rules import Recipe
 __all__ = ["request_from_manifest", "request_json"]
 
 _KEYS = {"name", "rules", "types", "patterns", "projector", "drop_mtp", "upstream_counters"}
-_UNQUANTIZED = tuple(name for name, file_type in FILE_TYPES.items() if not file_type.quantized)
-"""File types for the vision tower."""
 
 
 def request_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
@@ -43,6 +41,10 @@ def request_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
         "projector": options.projector,
         "drop_mtp": options.drop_mtp,
     }
+    if options.mtp_file:
+        entries["mtp_file"] = options.mtp_file
+    if options.split_max_size is not None:
+        entries["split_max_size"] = options.split_max_size
     if whole:
         entries["encoder"] = options.encoder
     return {"recipe": {**recipe_json(plan.recipe), **entries}}
@@ -67,16 +69,26 @@ def request_from_manifest(
     names = [str(name) for name in types] if isinstance(types, list) else []
     if not names or len(set(names)) < len(names) or not FILE_TYPES.keys() >= set(names):
         raise InputError(MANIFEST_NAME, "malformed types", expected=", ".join(FILE_TYPES))
-    if type(count) is not int or count < 0 or row["projector"] not in (None, *_UNQUANTIZED):
+    if type(count) is not int or count < 0 or _foreign(row):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="that of GGUF files")
+    limit = row.get("split_max_size")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise InputError(MANIFEST_NAME, f"split_max_size {limit!r:.80}", expected="bytes of a file")
     return _recipe(manifest, container, count), GgufOptions(
         types=tuple(names),
         imatrix=_imatrix(row, inputs),
         projector=row["projector"],
         drop_mtp=bool(row["drop_mtp"]),
+        mtp_file=row.get("mtp_file"),
         upstream_counters=bool(row["upstream_counters"]),
+        split_max_size=limit,
         encoder=str(row.get("encoder", "auto")),
     )
+
+
+def _foreign(row: Mapping[str, Any]) -> bool:
+    """Whether a file of the converter has a type that it does not write."""
+    return any(row.get(key) not in (None, *CONVERTED) for key in ("projector", "mtp_file"))
 
 
 def _recipe(manifest: Mapping[str, Any], container: Container, count: int) -> Recipe:
@@ -102,6 +114,7 @@ def _imatrix(row: Mapping[str, Any], inputs: ContainerInputs) -> Imatrix | None:
             found = f"made with the importance matrix {row.get('imatrix_name')}"
             raise UsageError(MANIFEST_NAME, found, hint="give it: --imatrix")
         return None
+    path = imatrix_file(path)
     imatrix = read_imatrix(path, name=str(row.get("imatrix_name") or path))
     if imatrix.digest != row.get("imatrix"):
         raise InputError(str(path), "not the importance matrix that the manifest names")

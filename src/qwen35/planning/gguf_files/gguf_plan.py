@@ -5,28 +5,43 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from itertools import groupby
+from typing import Any, cast
 
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.reconciled import source_notes, take
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.checkpoint.split_gguf import SplitName
 from qwen35.codecs.ggml.codec import codec_name
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import UsageError
 from qwen35.model.config_notes import config_notes, refuse_uncarried
 from qwen35.planning.gguf_files.gguf_options import GgufOptions
 from qwen35.planning.gguf_files.metadata import (
-    ALIGNMENT,
+    RenderedHeader,
     SourceDocuments,
     documents_of,
     model_name,
+    padded,
     render_head,
 )
-from qwen35.planning.gguf_files.mixes import FILE_TYPES, FileType, MixGeometry
-from qwen35.planning.gguf_files.tensor_names import UntypedTensor, text_tensors, vision_tensors
-from qwen35.planning.gguf_files.type_choice import Kinds, TypeChooser, float_kind, imatrix_notes
+from qwen35.planning.gguf_files.mixes import FILE_TYPES, FileType, MixGeometry, mix_order
+from qwen35.planning.gguf_files.split_heads import grouped, split_heads, split_nbytes
+from qwen35.planning.gguf_files.tensor_names import (
+    UntypedTensor,
+    mtp_tensors,
+    text_tensors,
+    vision_tensors,
+)
+from qwen35.planning.gguf_files.type_choice import (
+    Kinds,
+    TypeChooser,
+    converted_kind,
+    imatrix_notes,
+    misfit_notes,
+)
 from qwen35.planning.gguf_files.vocabulary import Vocabulary, read_vocabulary
-from qwen35.planning.output_plan import Plan, PlannedFile
+from qwen35.planning.output_plan import Plan, PlannedFile, digest_of
 from qwen35.planning.recipe_files import built_in_names, built_in_recipe
 from qwen35.planning.requantized import requantized_notes
 from qwen35.planning.rules import Recipe
@@ -34,7 +49,7 @@ from qwen35.planning.sidecar_checks import check_sidecars, left_behind
 from qwen35.planning.step import Step, StepTarget
 from qwen35.tensors import TensorSpec
 
-__all__ = ["GgufFile", "files_of", "make"]
+__all__ = ["GgufFile", "chooser_of", "files_of", "make"]
 
 
 @dataclass(frozen=True)
@@ -42,27 +57,87 @@ class GgufFile(PlannedFile):
     """One GGUF file of the output.
 
     Args:
-        file_type: type of the file as a whole.
+        file_type: type of the model as a whole.
         tensors: its tensors, in the converter's order.
         kinds: the type of each tensor.
-        records: where the head's records of tensors end, before its padding.
+        rendered: its head.
+        quantized: whether it is as llama-quantize writes it, and the recipe chooses its types.
+        first: False for the other files of a split model, which have no keys of their own.
     """
 
     file_type: FileType
     tensors: tuple[UntypedTensor, ...]
     kinds: Kinds
-    records: int
+    rendered: RenderedHeader
+    quantized: bool
+    first: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        head: RenderedHeader,
+        file_type: FileType,
+        tensors: Sequence[UntypedTensor],
+        kinds: Kinds,
+        *,
+        quantized: bool,
+        first: bool = True,
+    ) -> GgufFile:
+        """Return a file that no step fills yet."""
+        return cls(
+            name,
+            head.content,
+            head.offsets,
+            head.nbytes,
+            (),
+            file_type,
+            tuple(tensors),
+            kinds,
+            head,
+            quantized,
+            first,
+        )
 
     def parts(self, tensor: UntypedTensor) -> tuple[TensorSpec, ...]:
         """Return the tensors that hold `tensor`: itself, and its scales if its type needs them."""
         return _parts(tensor, self.kinds[tensor.name])
 
-    def size_with(self, kinds: Kinds) -> int:
-        """Return the file's size if its tensors had these types."""
+    def split(self, limit: int) -> list[GgufFile]:
+        """Return the files of at most `limit` bytes of tensors each; itself if it fits in one."""
+        specs = {part.name: part for tensor in self.tensors for part in self.parts(tensor)}
+        owners = {part.name: t.name for t in self.tensors for part in self.parts(t)}
+        units = groupby(self.offsets, key=owners.__getitem__)  # a weight stays with its scales
+        groups = grouped(([specs[name] for name in unit] for _, unit in units), limit)
+        if len(groups) == 1:
+            return [self]
+        names = SplitName(self.name.removesuffix(".gguf"), len(groups), 1)
+        heads = split_heads(self.rendered, groups)
+        return [self._piece(names.file(i), head, first=i == 1) for i, head in enumerate(heads, 1)]
+
+    def _piece(self, name: str, head: RenderedHeader, *, first: bool) -> GgufFile:
+        held = [tensor for tensor in self.tensors if tensor.name in head.offsets]
+        kinds = {tensor.name: self.kinds[tensor.name] for tensor in held}
+        return GgufFile.of(
+            name, head, self.file_type, held, kinds, quantized=self.quantized, first=first
+        )
+
+    def size_with(self, kinds: Kinds, limit: int | None = None) -> int:
+        """Return the size of a quantized file if its tensors had these types.
+
+        Args:
+            kinds: the type of each tensor.
+            limit: as for `split`: the size of all files then.
+        """
+        if limit is not None:
+            ordered = sorted(self.tensors, key=lambda tensor: mix_order(tensor.name))
+            groups = grouped((_parts(t, kinds[t.name]) for t in ordered), limit)
+            if len(groups) > 1:
+                return split_nbytes(self.rendered.keys, groups)
         now = [part for t in self.tensors for part in self.parts(t)]
         then = [part for t in self.tensors for part in _parts(t, kinds[t.name])]
-        records = self.records + sum(map(_record, then)) - sum(map(_record, now))
-        return sum(map(_padded, (records, *(part.nbytes for part in then))))
+        records = self.rendered.records + sum(map(_record, then)) - sum(map(_record, now))
+        return sum(map(padded, (records, *(part.nbytes for part in then))))
 
 
 def _parts(tensor: UntypedTensor, kind: str) -> tuple[TensorSpec, ...]:
@@ -74,9 +149,8 @@ def _record(part: TensorSpec) -> int:
     return 24 + len(part.name) + 8 * len(part.shape)
 
 
-def _padded(size: int) -> int:
-    return size + -size % ALIGNMENT
-
+_HUB_GB = 50
+"""``MAX_HTTP_DOWNLOAD_SIZE`` of huggingface_hub, whose client refuses more without Xet."""
 
 _TOKENIZER_COPIES = ("added_tokens.json", "special_tokens_map.json", "vocab.json")
 """Sidecars that say again what tokenizer.json says, which goes into the files."""
@@ -85,6 +159,29 @@ _TOKENIZER_COPIES = ("added_tokens.json", "special_tokens_map.json", "vocab.json
 def files_of(plan: Plan) -> Sequence[GgufFile]:
     """Return the files of a GGUF plan, typed as such."""
     return cast("Sequence[GgufFile]", plan.files)
+
+
+def chooser_of(plan: Plan, *, imatrix: bool) -> TypeChooser:
+    """Return the type chooser of a plan's first file; `imatrix`: as with an importance matrix."""
+    options = cast("GgufOptions", plan.options)
+    return TypeChooser(
+        files_of(plan)[0].tensors,
+        _geometry(plan.checkpoint, options, imatrix=imatrix),
+        plan.recipe,
+        options.imatrix,
+        options.upstream_counters,
+    )
+
+
+def _geometry(checkpoint: Checkpoint, options: GgufOptions, *, imatrix: bool) -> MixGeometry:
+    config = checkpoint.config
+    text = config.text_raw
+    return MixGeometry(
+        layers=len(config.layer_types) + _mtp_layers(checkpoint, options),
+        experts=config.dims.get("experts", 0),
+        gqa=text["num_attention_heads"] // text["num_key_value_heads"],
+        imatrix=imatrix,
+    )
 
 
 def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
@@ -104,9 +201,13 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
         if documents.complete:
             vocabulary = read_vocabulary(documents.folder, checkpoint.config.dims["vocab"])
         planner = _Planner(checkpoint, recipe, options, documents, vocabulary, mtp)
-        files, notes = planner.text_files(items, name)
-        if options.projector is not None:
-            files.append(planner.projector_file(items, name, options.projector))
+        models, notes = planner.text_files(items, name)
+        limit = options.split_max_size
+        files = [file for m in models for file in ([m] if limit is None else m.split(limit))]
+        beside = list(planner.files_beside(items, name))
+        notes += [n for f in beside for n in misfit_notes(f.name, f.tensors, f.file_type)]
+        notes += _size_notes(files, limit)
+        files += beside
     steps = _steps(files)
     heads = {f.name: hashlib.sha256(f.head).hexdigest() for f in files}
     return Plan(
@@ -126,9 +227,17 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
             *requantized_notes(steps),
             *left_behind(checkpoint, {*read, *_TOKENIZER_COPIES}),
         ),
-        {"heads": heads, "imatrix": options.imatrix.digest if options.imatrix else None},
-        planner.comparison(files),
+        _digest(checkpoint, options, heads),
+        planner.comparison(models),
     )
+
+
+def _digest(checkpoint: Checkpoint, options: GgufOptions, heads: Mapping[str, str]) -> str:
+    imatrix = options.imatrix.digest if options.imatrix else None
+    values: dict[str, Any] = {"heads": heads, "imatrix": imatrix}
+    if checkpoint.adapters:
+        values["adapters"] = [adapter.effect_json() for adapter in checkpoint.adapters]
+    return digest_of(values)
 
 
 def _steps(files: Sequence[GgufFile]) -> tuple[Step, ...]:
@@ -165,12 +274,12 @@ def _filled(file: GgufFile, steps: Sequence[Step]) -> GgufFile:
 
 
 def _mtp_layers(checkpoint: Checkpoint, options: GgufOptions) -> int:
-    """Return the number of MTP layers to write.
+    """Return the number of MTP layers to write beside the others.
 
     llama.cpp's loader needs mtp.fc in every such layer, and the family has a single one.
     """
     stored = checkpoint.config.mtp_layers
-    return 0 if options.drop_mtp or stored > 1 else stored
+    return 0 if options.drop_mtp or options.mtp_file or stored > 1 else stored
 
 
 def _mtp_notes(checkpoint: Checkpoint, options: GgufOptions) -> Iterator[str]:
@@ -189,6 +298,17 @@ def _notes(vocabulary: Vocabulary | None, documents: SourceDocuments) -> Iterato
         yield "the bytes of tokenizer and metadata files are unknown and not counted"
 
 
+def _size_notes(files: Sequence[GgufFile], limit: int | None) -> Iterator[str]:
+    """Yield notes on files that are larger than asked for, or than some clients of the Hub take."""
+    names = [f.name for f in files if limit is not None and f.nbytes - len(f.head) > limit]
+    if names:
+        yield f"larger than --split-max-size, since no tensor is cut: {', '.join(names)}"
+    names = [file.name for file in files if file.nbytes > _HUB_GB * 10**9]
+    if names:
+        found = f"larger than the {_HUB_GB} GB that the Hub serves to clients without Xet"
+        yield f"{found}: {', '.join(names)}; --split-max-size 40G makes several files of one"
+
+
 @dataclass(frozen=True)
 class _Planner:
     """Plans the files; holds what they share."""
@@ -200,21 +320,10 @@ class _Planner:
     vocabulary: Vocabulary | None
     mtp: int
 
-    @property
-    def geometry(self) -> MixGeometry:
-        config = self.checkpoint.config
-        text = config.text_raw
-        return MixGeometry(
-            layers=len(config.layer_types) + self.mtp,
-            experts=config.dims.get("experts", 0),
-            gqa=text["num_attention_heads"] // text["num_key_value_heads"],
-            imatrix=self.options.imatrix is not None,
-        )
-
     def text_files(
         self, items: Sequence[InventoryItem], name: str
     ) -> tuple[list[GgufFile], list[str]]:
-        """Return the text model's files, with notes."""
+        """Return the text model's files in one piece, with notes."""
         tensors = text_tensors(items, self.checkpoint.config, mtp=self.mtp > 0)
         chooser = self.chooser(tensors, self.recipe)
         chooser.rules_by_tensor()  # refuses unused rules even if no file is quantized
@@ -228,11 +337,13 @@ class _Planner:
             file_type = FILE_TYPES[type_name]
             kinds, type_notes = chooser.kinds(file_type)
             notes += type_notes
-            files.append(self._file(f"{name}-{type_name}.gguf", file_type, tensors, kinds))
+            file = f"{name}-{type_name}.gguf"
+            quantized = file_type.quantized
+            files.append(self._file(file, file_type, tensors, kinds, quantized=quantized))
         return files, list(dict.fromkeys(notes))
 
     def comparison(self, files: Sequence[GgufFile]) -> dict[str, dict[str, int]]:
-        """Return the sizes of the quantized files under each recipe."""
+        """Return the sizes of the quantized models under each recipe."""
         patterns = [rule for rule in self.recipe.rules if rule.pattern is not None]
         container = self.recipe.container
         recipes = {
@@ -240,7 +351,7 @@ class _Planner:
             for name in built_in_names(container)
         }
         recipes[self.recipe.name] = self.recipe
-        quantized = [file for file in files if file.file_type.quantized]
+        quantized = [file for file in files if file.quantized]
         table: dict[str, dict[str, int]] = {}
         for name, recipe in recipes.items():
             for file in quantized:
@@ -248,15 +359,40 @@ class _Planner:
                     kinds, _ = self.chooser(file.tensors, recipe).kinds(file.file_type)
                 except UsageError:  # its types do not fit this model: the table shows no size
                     continue
-                table.setdefault(name, {})[file.file_type.name] = file.size_with(kinds)
+                nbytes = file.size_with(kinds, self.options.split_max_size)
+                table.setdefault(name, {})[file.file_type.name] = nbytes
         return table
 
     def chooser(self, tensors: Sequence[UntypedTensor], recipe: Recipe) -> TypeChooser:
         """Return the type chooser for `recipe`."""
-        options = self.options
-        return TypeChooser(
-            tensors, self.geometry, recipe, options.imatrix, options.upstream_counters
-        )
+        imatrix = self.options.imatrix
+        geometry = _geometry(self.checkpoint, self.options, imatrix=imatrix is not None)
+        counters = self.options.upstream_counters
+        return TypeChooser(tensors, geometry, recipe, imatrix, counters)
+
+    def files_beside(self, items: Sequence[InventoryItem], name: str) -> Iterator[GgufFile]:
+        """Yield the files that the converter writes apart; errors are those of each."""
+        if self.options.mtp_file is not None:
+            yield self.mtp_file(items, name, self.options.mtp_file)
+        if self.options.projector is not None:
+            yield self.projector_file(items, name, self.options.projector)
+
+    def mtp_file(self, items: Sequence[InventoryItem], name: str, type_name: str) -> GgufFile:
+        """Return the file of the MTP layer alone, with the tensors that it shares.
+
+        Raises:
+            UsageError: the model has no such layer, or several.
+        """
+        config = self.checkpoint.config
+        if config.mtp_layers != 1:
+            found = f"{self.checkpoint.name} has {config.mtp_layers or 'no'} MTP layers"
+            hint = "leave it out, or drop them: --mtp drop"
+            raise UsageError("--mtp separate", found, expected="one", hint=hint)
+        file_type = FILE_TYPES[type_name]
+        tensors = mtp_tensors(items, config)
+        kinds = {tensor.name: converted_kind(tensor, file_type) for tensor in tensors}
+        name = f"mtp-{name}-{type_name}.gguf"
+        return self._file(name, file_type, tensors, kinds, quantized=False, mtp=1)
 
     def projector_file(self, items: Sequence[InventoryItem], name: str, type_name: str) -> GgufFile:
         """Return the file of the vision tower.
@@ -269,8 +405,9 @@ class _Planner:
             raise UsageError("--mmproj", found, hint="leave it out")
         file_type = FILE_TYPES[type_name]
         tensors = vision_tensors(items)
-        kinds = {tensor.name: float_kind(tensor, file_type) for tensor in tensors}
-        return self._file(f"mmproj-{name}-{type_name}.gguf", file_type, tensors, kinds, vision=True)
+        kinds = {tensor.name: converted_kind(tensor, file_type) for tensor in tensors}
+        name = f"mmproj-{name}-{type_name}.gguf"
+        return self._file(name, file_type, tensors, kinds, quantized=False, vision=True)
 
     def _file(
         self,
@@ -279,7 +416,9 @@ class _Planner:
         tensors: Sequence[UntypedTensor],
         kinds: Kinds,
         *,
+        quantized: bool,
         vision: bool = False,
+        mtp: int | None = None,
     ) -> GgufFile:
         imatrix = self.options.imatrix
         head = render_head(
@@ -288,18 +427,9 @@ class _Planner:
             file_type,
             [part for tensor in tensors for part in _parts(tensor, kinds[tensor.name])],
             vocabulary=None if vision else self.vocabulary,
-            mtp_layers=self.mtp,
+            mtp_layers=self.mtp if mtp is None else mtp,
+            quantized=quantized,
             imatrix=imatrix.keys() if imatrix else None,
             vision=vision,
         )
-        return GgufFile(
-            name,
-            head.content,
-            head.offsets,
-            head.nbytes,
-            (),
-            file_type,
-            tuple(tensors),
-            kinds,
-            head.records,
-        )
+        return GgufFile.of(name, head, file_type, tensors, kinds, quantized=quantized)

@@ -1,4 +1,4 @@
-"""Summary of a GGUF file from its head, as plain values and as text."""
+"""Summary of a GGUF model from its head, as plain values and as text."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ class GgufSummary(TypedDict):
     """A summary in plain values."""
 
     file: str
+    files: int
     bytes: int
     architecture: str
     type: str
+    mtp_alone: bool
     file_type: str | int | None
     tensors: int
     parameters: int
@@ -30,7 +32,7 @@ class GgufSummary(TypedDict):
 
 
 def summarize_gguf(container: GgufHeader) -> GgufSummary:
-    """Summarize a GGUF file."""
+    """Summarize a GGUF file, or all files of a split model."""
     kinds: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     for entry in container.tensors.values():
@@ -41,9 +43,11 @@ def summarize_gguf(container: GgufHeader) -> GgufSummary:
     names = {row.code: row.name for row in FILE_TYPES.values()}
     return {
         "file": container.path.name,
+        "files": len(container.files),
         "bytes": container.nbytes,
         "architecture": container.architecture,
         "type": container.keys.get("general.type", ""),
+        "mtp_alone": container.mtp_alone,
         "file_type": names.get(code, code) if isinstance(code, int) else None,
         "tensors": len(container.tensors),
         "parameters": parameters,
@@ -66,9 +70,11 @@ def _shown(value: Any) -> Any:
 
 def summary_text(summary: GgufSummary) -> str:
     """Render a summary as text."""
+    files = f"{summary['files']} files, " * (summary["files"] > 1)
     lines = [
-        f"{summary['file']}: {summary['bytes']:,} bytes",
-        f"architecture  {summary['architecture']} {summary['type']}",
+        f"{summary['file']}: {files}{summary['bytes']:,} bytes",
+        f"architecture  {summary['architecture']} {summary['type']}"
+        + ", the multi-token-prediction layer alone" * summary["mtp_alone"],
         f"file type     {summary['file_type']}",
         f"parameters    {summary['parameters']:,} in {summary['tensors']} tensors, "
         f"{summary['bits_per_weight']} bits each",

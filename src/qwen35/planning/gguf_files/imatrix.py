@@ -27,8 +27,19 @@ from qwen35.checkpoint.open import hub_token
 from qwen35.errors import InputError
 from qwen35.planning.activations import ANOTHER_MODEL, other_geometry
 
-__all__ = ["COUNTS", "PROVENANCE_KEY", "SUMS", "Imatrix", "open_imatrix", "read_imatrix"]
+__all__ = [
+    "COUNTS",
+    "IMATRIX_NAME",
+    "PROVENANCE_KEY",
+    "SUMS",
+    "Imatrix",
+    "imatrix_file",
+    "open_imatrix",
+    "read_imatrix",
+]
 
+IMATRIX_NAME = "imatrix.gguf"
+"""The file's name in the folder that `qwen35 calibrate` writes."""
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 PROVENANCE_KEY = "qwen35.calibration"
@@ -154,17 +165,37 @@ def _cut(text: str) -> str:
 
 
 def open_imatrix(name: str, token: str | None = None) -> Imatrix:
-    """Read an importance matrix from a file or from ``hf:owner/name/path``.
+    """Read an importance matrix from a file, `qwen35 calibrate`'s folder or ``hf:owner/name/path``.
 
     Raises:
-        InputError: the file is not an importance matrix.
+        InputError: the file is not an importance matrix, or the folder holds none.
         HubError: the Hub refused, or could not be reached.
     """
     if name.startswith("hf:"):
         path = download_file(name.removeprefix("hf:"), hub_token(token))
-    else:
-        path = Path(name)
-    return read_imatrix(path, name=name)
+        return read_imatrix(path, name=name)
+    given = Path(name)
+    path = imatrix_file(given)
+    # the file's name goes into the outputs: folder and file give the same bytes
+    return read_imatrix(path, name=name if path == given else str(path))
+
+
+def imatrix_file(path: Path) -> Path:
+    """Return the importance matrix in a folder of `qwen35 calibrate`, or `path` if it is no folder.
+
+    Raises:
+        InputError: the folder holds none.
+    """
+    if not path.is_dir():
+        return path
+    file = path / IMATRIX_NAME
+    if not file.is_file():
+        raise InputError(
+            str(path),
+            f"a folder without {IMATRIX_NAME}",
+            expected="an importance matrix, or the folder that `qwen35 calibrate` wrote",
+        )
+    return file
 
 
 def read_imatrix(path: Path, *, name: str = "") -> Imatrix:

@@ -38,11 +38,26 @@ __all__ = [
     "documents_of",
     "keys_of",
     "model_name",
+    "padded",
     "render_head",
+    "squeezed",
 ]
 
 ALIGNMENT = 32
 """Tensors are padded to a multiple of this many bytes."""
+
+
+def padded(size: int) -> int:
+    """Return a size with its padding."""
+    return size + -size % ALIGNMENT
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a shape without outer dimensions of 1, which ggml drops."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
+
 
 _CARD, _SAMPLING = "README.md", "generation_config.json"
 _TEXT = (
@@ -126,12 +141,14 @@ class RenderedHeader:
 
     Args:
         content: the bytes before the tensor data, padded.
+        keys: where the keys end.
         records: where the tensors' records end, before the padding.
         offsets: absolute offset of each tensor.
         nbytes: size of the whole file.
     """
 
     content: bytes
+    keys: int
     records: int
     offsets: Mapping[str, int]
     nbytes: int
@@ -145,6 +162,7 @@ def render_head(
     *,
     vocabulary: Vocabulary | None,
     mtp_layers: int,
+    quantized: bool,
     imatrix: Mapping[str, str | int] | None = None,
     vision: bool = False,
 ) -> RenderedHeader:
@@ -154,14 +172,15 @@ def render_head(
         config: the model's config.
         documents: the model's small files.
         file_type: type of the file.
-        tensors: `BlockSpec`s in the converter's order; a quantized file gets llama-quantize's.
+        tensors: `BlockSpec`s in the converter's order.
         vocabulary: the tokenizer; None in a projector's file, or if unknown.
         mtp_layers: number of multi-token-prediction layers written.
+        quantized: whether keys and tensors get llama-quantize's order.
         imatrix: the keys that describe an importance matrix.
         vision: whether this is the projector's file.
     """
     writer = _filled(config, documents, file_type, tensors, vocabulary, mtp_layers, vision=vision)
-    if file_type.quantized:
+    if quantized:
         tensors = _as_quantized(writer, tensors, file_type, imatrix or {})
     return _head(writer, tensors)
 
@@ -406,9 +425,7 @@ def _as_quantized(
     writer.tensors = [{}]
     ordered = sorted(tensors, key=lambda tensor: mix_order(tensor.name))
     for tensor in ordered:
-        shape = tensor.shape
-        while len(shape) > 1 and shape[0] == 1:  # ggml drops outer dimensions of 1
-            shape = shape[1:]
+        shape = squeezed(tensor.shape)
         _add(writer, tensor.name, BlockSpec(tensor.name, tensor.dtype, shape))
     return ordered
 
@@ -422,15 +439,16 @@ def _head(writer: GGUFWriter, tensors: Sequence[TensorSpec]) -> RenderedHeader:
         writer.write_kv_data_to_file()
     except (struct.error, AttributeError, OverflowError, TypeError, ValueError) as error:
         raise _unwritable(writer) or error from error
+    keys = buffer.tell()
     writer.write_ti_data_to_file()
     content = buffer.getvalue()
     records = len(content)
-    content += bytes(-records % ALIGNMENT)
+    content += bytes(padded(records) - records)
     offsets, position = {}, len(content)
     for tensor in tensors:
         offsets[tensor.name] = position
-        position += tensor.nbytes + -tensor.nbytes % ALIGNMENT
-    return RenderedHeader(content, records, offsets, position)
+        position += padded(tensor.nbytes)
+    return RenderedHeader(content, keys, records, offsets, position)
 
 
 _ORIGINS = (

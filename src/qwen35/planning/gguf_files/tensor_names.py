@@ -24,7 +24,7 @@ from qwen35.planning.transforms import (
     Transform,
 )
 
-__all__ = ["UntypedTensor", "name_pattern", "text_tensors", "vision_tensors"]
+__all__ = ["UntypedTensor", "mtp_tensors", "name_pattern", "text_tensors", "vision_tensors"]
 
 Storage = Literal["any", "f32", "patch"]
 
@@ -173,6 +173,18 @@ def text_tensors(
         else:
             tensors += _stacked(item, config, waiting)
     return tensors
+
+
+def mtp_tensors(items: Sequence[InventoryItem], config: ModelConfig) -> list[UntypedTensor]:
+    """Return the tensors of a file with the MTP layer alone: it, and what it shares.
+
+    Arguments and errors as for `text_tensors`.
+    """
+    return [
+        tensor
+        for tensor in text_tensors(items, config, mtp=True)
+        if tensor.rows.item.role.scope == "mtp" or tensor.rows.item.role.layer is None
+    ]
 
 
 def _check_heads(config: ModelConfig) -> None:

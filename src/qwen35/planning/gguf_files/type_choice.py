@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwen35.codecs.ggml.codec import codec_name
-from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, NEEDS_IMATRIX, fallback
+from qwen35.codecs.ggml.types import GGML_TYPES, NEEDS_IMATRIX, fallback
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import TensorError, UsageError
 from qwen35.planning.gguf_files.imatrix import Imatrix
@@ -14,10 +14,14 @@ from qwen35.planning.gguf_files.mixes import MIX, FileType, MixGeometry, quantiz
 from qwen35.planning.gguf_files.tensor_names import UntypedTensor
 from qwen35.planning.rules import Recipe, Rule, check_used
 
-__all__ = ["Kinds", "TypeChooser", "float_kind", "imatrix_notes"]
+__all__ = ["Kinds", "TypeChooser", "converted_kind", "imatrix_notes", "misfit_notes"]
 
 Kinds = Mapping[str, str]
 """ggml types by tensor name."""
+
+
+_NO_IMATRIX = ("token_embd.weight", "output.weight")
+"""Tensors for which llama-imatrix collects nothing."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +78,23 @@ class TypeChooser:
             if rule and quantizable(tensor.name, tensor.shape) and not _readable(rule, tensor):
                 yield tensor, rule
 
-    def kinds(self, file_type: FileType) -> tuple[Kinds, list[str]]:
+    def kinds(self, file_type: FileType, *, checked: bool = True) -> tuple[Kinds, list[str]]:
         """Return the type of every tensor of a file, and notes.
+
+        Args:
+            file_type: the file's type.
+            checked: refuse types that lack an importance matrix.
 
         Raises:
             UsageError: a rule's type does not fit the tensor, or lacks an importance matrix.
         """
         if file_type.quantized:
-            return self._quantized(file_type)
-        kinds = {tensor.name: float_kind(tensor, file_type) for tensor in self.tensors}
+            return self._quantized(file_type, checked=checked)
+        kinds = {tensor.name: converted_kind(tensor, file_type) for tensor in self.tensors}
         note = f"{file_type.name} is not quantized: rules and recipes do not change it"
         return kinds, [note] if self.recipe.rules else []
 
-    def _quantized(self, file_type: FileType) -> tuple[Kinds, list[str]]:
+    def _quantized(self, file_type: FileType, *, checked: bool) -> tuple[Kinds, list[str]]:
         chosen = self.rules_by_tensor()
         named = {name: rule.action for name, rule in chosen.items() if rule and rule.action != MIX}
         picked = select_types(
@@ -104,7 +112,8 @@ class TypeChooser:
             rule = chosen[tensor.name] if tensor.name in named else None
             kind, note = self._fitting(tensor, picked[tensor.name], rule)
             notes += note
-            self._check_imatrix(tensor, kind)
+            if checked:
+                self._check_imatrix(tensor, kind, file_type, rule)
             kinds[tensor.name] = kind
         return kinds, notes
 
@@ -133,15 +142,26 @@ class TypeChooser:
             raise UsageError(rule.subject, found, expected=expected)
         return fitting.name, [f"{found}, so it gets {fitting.name}"]
 
-    def _check_imatrix(self, tensor: UntypedTensor, kind: str) -> None:
-        covered = self.imatrix is not None and tensor.name in self.imatrix.entries
-        if kind in NEEDS_IMATRIX and not covered:  # ggml would abort the process
-            raise UsageError(
-                tensor.name,
-                f"{kind} without an importance matrix",
-                expected="an entry for it in --imatrix",
-                hint="ggml cannot write this type without it: choose another type",
-            )
+    def _check_imatrix(
+        self, tensor: UntypedTensor, kind: str, file_type: FileType, rule: Rule | None
+    ) -> None:
+        if self.imatrix is not None and tensor.name in self.imatrix.entries:
+            return
+        # As llama-quantize. For the types of `NEEDS_IMATRIX`, ggml would abort the process.
+        refused = kind == file_type.needs_imatrix and tensor.name not in _NO_IMATRIX
+        if not refused and kind not in NEEDS_IMATRIX:
+            return
+        if self.imatrix is None and rule is None:
+            found = f"{file_type.name} without an importance matrix"
+            hint = "give it one by --imatrix, of `qwen35 calibrate` or from the Hub"
+            raise UsageError("--types", found, hint=hint)
+        mtp = tensor.rows.item.role.scope == "mtp"
+        raise UsageError(
+            tensor.name,
+            f"{kind} without an importance matrix",
+            expected="an entry for it in --imatrix",
+            hint=f"give it another type by --tensor-type{', or --drop-mtp' * mtp}",
+        )
 
 
 def _readable(rule: Rule, tensor: UntypedTensor) -> bool:
@@ -149,13 +169,27 @@ def _readable(rule: Rule, tensor: UntypedTensor) -> bool:
     return rule.action == MIX or CODECS[codec_name(rule.action)].packs(tensor.rows.item.role)
 
 
-def float_kind(tensor: UntypedTensor, file_type: FileType) -> str:
-    """Return a tensor's type in an unquantized file."""
-    assert file_type.base in FLOATS
+def converted_kind(tensor: UntypedTensor, file_type: FileType) -> str:
+    """Return a tensor's type in a file that the converter writes (`mixes.CONVERTED`)."""
     # As the converter: vectors, norms and routers stay F32, whatever the file.
     if tensor.storage == "any":
-        return file_type.base
+        return fallback(GGML_TYPES[file_type.base], tensor.row).name
     return "f16" if tensor.storage == "patch" and file_type.base == "f16" else "f32"
+
+
+def misfit_notes(file: str, tensors: Sequence[UntypedTensor], file_type: FileType) -> Iterator[str]:
+    """Yield a note on the tensors of a converter's file whose rows do not fit its type."""
+    unfit = [
+        tensor
+        for tensor in tensors
+        if tensor.storage == "any" and converted_kind(tensor, file_type) != file_type.base
+    ]
+    if unfit:
+        rows = ", ".join(str(row) for row in sorted({tensor.row for tensor in unfit}))
+        yield (
+            f"{file}: rows of {rows} do not fit {file_type.base}, so {len(unfit)} tensors get "
+            f"{converted_kind(unfit[0], file_type)}"
+        )
 
 
 def imatrix_notes(imatrix: Imatrix, tensors: Sequence[UntypedTensor]) -> Iterator[str]:

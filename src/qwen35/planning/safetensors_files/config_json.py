@@ -30,7 +30,12 @@ _ROOT_ONLY = (
 
 
 def output_config(
-    config: ModelConfig, drafts: Sequence[DraftStep], *, text_only: bool, prefix: str
+    config: ModelConfig,
+    drafts: Sequence[DraftStep],
+    *,
+    text_only: bool,
+    prefix: str,
+    cached: bool = False,
 ) -> dict[str, Any]:
     """Return config.json for the tensors that `drafts` write.
 
@@ -39,6 +44,7 @@ def output_config(
         drafts: all steps of the output.
         text_only: whether the vision tower of a vision-language source is dropped.
         prefix: prefix of text tensors in the output.
+        cached: whether the output has scales of a KV cache.
 
     Raises:
         UsageError: no loader could read the tensors.
@@ -60,6 +66,8 @@ def output_config(
         raise UsageError("recipe", found, hint="decode the source first, with --recipe bf16")
     for codec in packings[:1]:  # those of one method describe each other
         raw["quantization_config"] = codec.config(written, prefix, config.dtype)
+        if cached and codec.cache_form is not None:
+            raw["quantization_config"]["kv_cache_scheme"] = dict(codec.cache_form.scheme)
     return raw
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +80,12 @@ class SafetensorsContainer(Container):
         """Map each file's tensors to dtype and shape."""
         return {
             file.name: {
-                out.name: f"{out.dtype} {list(out.shape)}"
-                for step in file.steps
-                for out in step.outputs
+                out.name: _described(out.dtype, out.shape)
+                for outputs in (
+                    *(step.outputs for step in file.steps),
+                    [constant.spec for constant in file.constants],
+                )
+                for out in outputs
             }
             for file in plan.files
         }
@@ -98,9 +102,11 @@ class SafetensorsContainer(Container):
         return {"chat_template.jinja": EditedFile(template.encode())}
 
     def kind(self, plan: Plan) -> str:
-        """Return the codec that packs weights; ``plain`` if none does."""
-        # One packing at most: config.json holds a single quantization_config (`output_config`).
-        return min((s.packing for s in plan.steps if s.packing), default="plain")
+        """Return the codec that packs weights, of several the recipe's; ``plain`` if none does."""
+        packings = {step.packing for step in plan.steps if step.packing}
+        return (
+            plan.recipe.format if plan.recipe.format in packings else min(packings, default="plain")
+        )
 
     def has_vision(self, plan: Plan) -> bool:
         """Whether the vision tower is written."""
@@ -131,6 +137,12 @@ class SafetensorsContainer(Container):
         from qwen35.planning.safetensors_files.safetensors_display import packed_text
 
         return packed_text(plan)
+
+
+@cache
+def _described(dtype: str, shape: tuple[int, ...]) -> str:
+    """Return type and shape; one string for the tensors of all experts."""
+    return f"{dtype} {list(shape)}"
 
 
 def _goes_with(codec: Codec, kind: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from qwen35.codecs.registry import CODECS
@@ -50,6 +50,8 @@ def _group_lines(plan: Plan) -> Iterator[str]:
 def plan_text(plan: Plan, threads: int) -> str:
     """Render the plan as text."""
     written = sum(1 for _ in plan.outputs)
+    sizes = dict(plan.all_sizes())
+    total = sum(sizes.values())
     lines = [
         f"{plan.checkpoint.name} -> {plan.recipe.name}: {plan.recipe.description}",
         "",
@@ -58,33 +60,36 @@ def plan_text(plan: Plan, threads: int) -> str:
         "",
         f"{'file':<48} {'bytes':>29}",
     ]
-    lines += [f"{name:<48} {nbytes:>29,}" for name, nbytes in _folded(plan)]
-    total = sum(nbytes for _, nbytes in plan.all_sizes())
+    lines += [f"{name:<48} {nbytes:>29,}" for name, nbytes in _folded(plan, sizes)]
     lines += [
         f"{'total':<48} {total:>29,}",
         "",
         f"{len(plan.steps)} weights in, {written} tensors out, {packed_text(plan)}",
         f"reads {size(plan.read_bytes)}, writes {size(total)}, "
         f"peak memory about {size(peak_memory(plan, threads))} with {threads} threads",
-        *([f"{CODECS[plan.kind].label} scales: {plan.settings}"] if plan.settings else []),
+        *_scale_lines(plan),
         f"plan {plan.digest}",
     ]
     lines += [f"note: {note}" for note in _notes(plan)]
     return "\n".join(lines)
 
 
+def _scale_lines(plan: Plan) -> Iterator[str]:
+    if plan.settings:
+        codecs = [CODECS[step.packing] for step in plan.steps if step.packing]
+        labels = dict.fromkeys(codec.label for codec in codecs if codec.chooses_scales)
+        yield f"{' and '.join(labels)} scales: {plan.settings}"
+
+
 def packed_text(plan: Plan) -> str:
     """Summarize the packed weights per codec."""
-    counts = Counter(step.packing for step in plan.steps if step.packing)
-    return (
-        ", ".join(f"{n} weights in {CODECS[kind].label}" for kind, n in counts.items())
-        or "none packed"
-    )
+    counts = Counter(CODECS[step.packing].label for step in plan.steps if step.packing)
+    return ", ".join(f"{n} weights in {label}" for label, n in counts.items()) or "none packed"
 
 
-def _folded(plan: Plan) -> Iterator[tuple[str, int]]:
+def _folded(plan: Plan, sizes: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """Yield names and sizes of files, with many shards in the middle folded into one."""
-    files = list(plan.all_sizes())
+    files = list(sizes.items())
     shards = {file.name for file in plan.files}
     between = [row for row in files if row[0] in shards][1:-1]
     if len(between) < _MANY:

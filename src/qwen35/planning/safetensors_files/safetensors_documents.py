@@ -36,6 +36,7 @@ class DraftedOutput:
         files: the files that hold tensors.
         text_only: whether the vision tower of a vision-language source is dropped.
         prefix: prefix of text tensors in the output.
+        cached: whether it has scales of a KV cache.
     """
 
     checkpoint: Checkpoint
@@ -43,6 +44,7 @@ class DraftedOutput:
     files: Sequence[PlannedFile]
     text_only: bool
     prefix: str
+    cached: bool
 
 
 def documents(output: DraftedOutput) -> dict[str, bytes]:
@@ -63,9 +65,14 @@ def documents(output: DraftedOutput) -> dict[str, bytes]:
 
 def _config(output: DraftedOutput, name: str) -> bytes:
     del name
-    config, text_only = output.checkpoint.config, output.text_only
     return json_bytes(
-        output_config(config, output.drafts, text_only=text_only, prefix=output.prefix)
+        output_config(
+            output.checkpoint.config,
+            output.drafts,
+            text_only=output.text_only,
+            prefix=output.prefix,
+            cached=output.cached,
+        )
     )
 
 
@@ -75,10 +82,10 @@ def _index(output: DraftedOutput, name: str) -> bytes | None:
     if [file.name for file in output.files] == [SINGLE_NAME]:
         return None
     total = sum(file.nbytes - len(file.head) for file in output.files)
+    total += sum(one.spec.nbytes for file in output.files for one in file.constants)
     weight_map = {name: file.name for file in output.files for name in file.offsets}
-    return json_bytes(
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )
+    in_order = {name: weight_map[name] for name in sorted(weight_map)}
+    return json_bytes({"metadata": {"total_size": total}, "weight_map": in_order})
 
 
 def _text_only(transform: Callable[[bytes, str], bytes]) -> _Make:

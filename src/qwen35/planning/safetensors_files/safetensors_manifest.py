@@ -42,6 +42,8 @@ def request_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
         entries["shard_bytes"] = options.shard_bytes
     if whole or options.keep_shards:
         entries["keep_shards"] = options.keep_shards
+    if options.kv_cache is not None:
+        entries["kv_cache"] = {"type": options.kv_cache, "activations": _activations_json(options)}
     return {
         "recipe": {**recipe_json(plan.recipe), **entries},
         "calibration": scale_choice_json(options),
@@ -52,11 +54,12 @@ def scale_choice_json(options: SafetensorsOptions) -> dict[str, Any] | None:
     """Return the scale choice as plain values; None if no scales are chosen."""
     if options.scale_choice is None:
         return None
+    return {**asdict(options.scale_choice), "activations": _activations_json(options)}
+
+
+def _activations_json(options: SafetensorsOptions) -> dict[str, str] | None:
     statistics = options.activations
-    return {
-        **asdict(options.scale_choice),
-        "activations": statistics and {"name": statistics.name, "sha256": statistics.sha256},
-    }
+    return None if statistics is None else {"name": statistics.name, "sha256": statistics.sha256}
 
 
 def request_from_manifest(
@@ -76,13 +79,27 @@ def request_from_manifest(
     shard_bytes = row.get("shard_bytes", 0)
     if type(shard_bytes) is not int or shard_bytes < 0:  # bool is an int
         raise InputError(MANIFEST_NAME, "malformed shard_bytes", expected="a size in bytes")
+    kv_cache, also = _kv_cache_of(row)
     return recipe, SafetensorsOptions(
         keep_prefix=row["keep_prefix"] is True if "keep_prefix" in row else kept_prefix(manifest),
         scale_choice=scale_choice,
-        activations=_activations(digest, inputs),
+        activations=_activations(digest or also, inputs),
         shard_bytes=shard_bytes,
         keep_shards=row.get("keep_shards") is True,
+        kv_cache=kv_cache,
     )
+
+
+def _kv_cache_of(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Return the format of the KV cache and the SHA-256 of its statistics, each None if unused."""
+    entry = row.get("kv_cache")
+    if entry is None:
+        return None, None
+    statistics = entry.get("activations") if isinstance(entry, dict) else None
+    if not isinstance(statistics, dict) or entry.get("type") not in safetensors_options.KV_CACHES:
+        expected = f"type ({' or '.join(safetensors_options.KV_CACHES)}) and activations"
+        raise InputError(MANIFEST_NAME, "malformed kv_cache", expected=expected)
+    return entry["type"], str(statistics.get("sha256"))
 
 
 def _activations(digest: str | None, inputs: ContainerInputs) -> Activations | None:

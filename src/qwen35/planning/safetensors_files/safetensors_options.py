@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from qwen35.planning.activations import Activations
     from qwen35.planning.step import Step
 
-__all__ = ["MAX_SHARD_BYTES", "SafetensorsOptions"]
+__all__ = ["KV_CACHES", "MAX_SHARD_BYTES", "SafetensorsOptions"]
+
+KV_CACHES = ("fp8",)
+"""The formats of a KV cache that an output may have scales for."""
 
 MAX_SHARD_BYTES = 5_000_000_000
 """The most tensor bytes per shard, unless a single weight is larger."""
@@ -30,6 +33,9 @@ class SafetensorsOptions:
         activations: statistics that weigh columns when scales are chosen.
         shard_bytes: the most tensor bytes per file; `MAX_SHARD_BYTES` if 0.
         keep_shards: write a file for each file of the source, of the same name.
+        kv_cache: one of `KV_CACHES`, to write scales from the largest keys and values of
+            `activations`; None to keep those of the source.
+        described: whether the output is only described: statistics that it takes may be missing.
     """
 
     keep_prefix: bool = False
@@ -37,6 +43,8 @@ class SafetensorsOptions:
     activations: Activations | None = None
     shard_bytes: int = 0
     keep_shards: bool = False
+    kv_cache: str | None = None
+    described: bool = False
 
     @property
     def settings(self) -> ScaleChoice | None:

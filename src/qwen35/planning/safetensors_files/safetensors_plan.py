@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from qwen35.checkpoint.header import file_layout
@@ -13,6 +14,7 @@ from qwen35.checkpoint.reconciled import source_notes, take
 from qwen35.checkpoint.sidecars import sidecar_names
 from qwen35.checkpoint.source import SINGLE_NAME, Checkpoint
 from qwen35.codecs.fp8.layout import ScaleChoice
+from qwen35.codecs.input_quantizers import SMALLEST_INPUT
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import TensorError, UsageError
 from qwen35.model.config_notes import config_notes
@@ -21,11 +23,12 @@ from qwen35.model.model_config import ModelConfig
 from qwen35.model.named_code import code_keys
 from qwen35.model.roles import mtp_tensors, role_of, tower_tensors
 from qwen35.planning.activations import Activations
-from qwen35.planning.output_plan import Plan, PlannedFile
+from qwen35.planning.output_plan import Plan, PlannedFile, digest_of
 from qwen35.planning.requantized import requantized_notes
 from qwen35.planning.rows import rows_of
 from qwen35.planning.rules import Recipe, check_used
 from qwen35.planning.safetensors_files import safetensors_options as options_module
+from qwen35.planning.safetensors_files.cache_scales import CacheScales, output_scales
 from qwen35.planning.safetensors_files.safetensors_documents import (
     DraftedOutput,
     documents,
@@ -69,12 +72,15 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
         hint="remove it, or move it before the rule that takes its tensors",
     )
     _check_format(recipe, drafts)
+    scales = output_scales(checkpoint, drafts, options)
     options, scale_notes = _with_scale_choice(drafts, items, checkpoint, options)
-    layout = _as_in_source(drafts) if options.keep_shards else _packed(drafts, options.shard_bytes)
-    steps, files = layout
+    placed = _as_in_source(drafts) if options.keep_shards else _packed(drafts, scales, options)
+    steps, files = _laid_out(placed, scales)
     vision = not text_only and checkpoint.config.architecture.vision
     check_sidecars(checkpoint, sidecar_names(vision=vision))
-    generated = documents(DraftedOutput(checkpoint, drafts, files, text_only, prefix))
+    generated = documents(
+        DraftedOutput(checkpoint, drafts, files, text_only, prefix, cached=bool(scales))
+    )
     notes = (*_source_notes(original, recipe, tower=tower), *_notes(checkpoint.config, drafts))
     if text_only:
         notes += template_notes(generated)
@@ -92,9 +98,10 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
             *notes,
             *requantized_notes(steps),
             *scale_notes,
-            *left_behind(checkpoint, {*copied, *generated}),
+            *_cache_notes(scales),
+            *left_behind(checkpoint, {*copied, *generated}, scales=bool(scales)),
         ),
-        _digest_input(recipe, options, steps, files, generated, copied),
+        _digest(checkpoint, recipe, options, steps, files, generated, copied),
         {},
     )
 
@@ -141,22 +148,27 @@ def _with_scale_choice(
 ) -> tuple[SafetensorsOptions, tuple[str, ...]]:
     """Fill in the options that depend on the weights; return them with notes for the user."""
     options = replace(options, shard_bytes=options.shard_bytes or options_module.MAX_SHARD_BYTES)
-    encoded = [d for d in drafts if d.codec and not d.copied and CODECS[d.codec].chooses_scales]
+    made = [draft for draft in drafts if draft.codec and not draft.copied]
+    encoded = [draft for draft in made if CODECS[draft.codec].chooses_scales]
+    inputs = [draft for draft in made if CODECS[draft.codec].quantized_inputs]
     activations = options.activations
-    if not encoded:
+    later = activations is None and options.described
+    if not later:
+        _check_inputs(inputs, activations)
+    if not (encoded or inputs):
         _refuse_scale_flags(checkpoint.name, drafts, options)
+        if activations is not None:
+            activations.check(items, checkpoint.config.geometry)
         return options, ()
     scale_choice = options.scale_choice or ScaleChoice()
-    codec = CODECS[encoded[0].codec]
-    if scale_choice.mode not in codec.scale_modes:
+    codec = CODECS[(encoded or inputs)[0].codec]
+    if encoded and scale_choice.mode not in codec.scale_modes:
         found = f"{codec.label} has no mode {scale_choice.mode}"
         raise UsageError("--calib-mode", found, expected=" or ".join(codec.scale_modes))
     options = replace(options, scale_choice=scale_choice)
-    inputs = [draft for draft in encoded if CODECS[draft.codec].quantized_inputs]
-    _check_inputs(inputs, activations)
     if activations is None:
-        return options, ()
-    if not scale_choice.weighted and not inputs:  # whatever is in the file
+        return options, tuple(_later_notes(inputs))
+    if not (scale_choice.weighted or inputs or options.kv_cache):  # whatever is in the file
         note = f"{activations.name} is ignored: mode {scale_choice.mode} weighs no columns"
         return replace(options, activations=None), (note,)
     activations.check(items, checkpoint.config.geometry)
@@ -168,14 +180,19 @@ def _with_scale_choice(
     return options, (*notes, *activations.notes())
 
 
+def _later_notes(inputs: Sequence[DraftStep]) -> Iterator[str]:
+    for label in dict.fromkeys(CODECS[draft.codec].label for draft in inputs):
+        yield f"{label} stores scales of its layers' inputs: convert takes --activation-stats"
+
+
 def _check_inputs(drafts: Sequence[DraftStep], activations: Activations | None) -> None:
     """Check that there are statistics of the inputs of all weights that store their scale."""
     if drafts and activations is None:
-        found = "takes statistics of the layers' inputs"
+        found = "stores scales of its layers' inputs, which statistics give"
         hint = "give them: --activation-stats FILE, from `qwen35 calibrate`"
-        raise UsageError("--activations", found, hint=hint)
+        raise UsageError(CODECS[drafts[0].codec].label, found, hint=hint)
     for draft in drafts:
-        if activations is not None and not activations.largest(draft.role):
+        if activations is not None and (activations.largest(draft.role) or 0) < SMALLEST_INPUT:
             found = f"no inputs of {draft.spec.name}, or only zeros"
             hint = "calibrate again, with more text"
             raise UsageError(activations.name, found, expected="their largest values", hint=hint)
@@ -186,12 +203,14 @@ def _refuse_scale_flags(
 ) -> None:
     """Refuse flags for scales where no scale is chosen, and name a source that has them already."""
     held = [draft for draft in drafts if draft.copied and CODECS[draft.codec].chooses_scales]
-    flags = {"--calib-mode": options.scale_choice, "--activation-stats": options.activations}
+    flags: dict[str, object] = {"--calib-mode": options.scale_choice}
+    if options.kv_cache is None:
+        flags["--activation-stats"] = options.activations
     for flag, value in flags.items():
         if value is None:
             continue
         if not held:
-            raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
+            raise UsageError(flag, "no scales are chosen here", hint="leave it out")
         raise UsageError(
             source,
             f"{CODECS[held[0].codec].label} already ({len(held)} weights): no scales are chosen",
@@ -201,40 +220,46 @@ def _refuse_scale_flags(
         )
 
 
+_Placed = Sequence[tuple[DraftStep, str]]
+"""Each step with the name of its file."""
+
+
 def _packed(
-    drafts: Sequence[DraftStep], shard_bytes: int
-) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
+    drafts: Sequence[DraftStep], scales: CacheScales, options: SafetensorsOptions
+) -> _Placed:
     """Fill files in model order; a weight and its companions share a file."""
     numbers: list[int] = []
     number = size = 0
     for draft in drafts:
-        nbytes = draft.nbytes
-        if draft.outputs and size and size + nbytes > shard_bytes:  # never an empty shard
+        beside = scales.get(draft.item.weight.name, ()) if scales else ()
+        nbytes = draft.nbytes + sum(constant.spec.nbytes for constant in beside)
+        if draft.outputs and size and size + nbytes > options.shard_bytes:  # never an empty shard
             number, size = number + 1, 0
         numbers.append(number)
         size += nbytes
     count = number + 1  # shard names contain it, so files are named after counting
     names = [shard_name(i, count) for i in range(1, count + 1)]
-    return _laid_out([(draft, names[n]) for draft, n in zip(drafts, numbers, strict=True)])
+    return [(draft, names[n]) for draft, n in zip(drafts, numbers, strict=True)]
 
 
-def _as_in_source(drafts: Sequence[DraftStep]) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
+def _as_in_source(drafts: Sequence[DraftStep]) -> _Placed:
     """Give every weight the file that it has in the source; files without weights are left out."""
     placed = [(draft, draft.item.weight.main.file) for draft in drafts]
-    return _laid_out(sorted(placed, key=lambda pair: pair[1]))  # stable: model order in a file
+    return sorted(placed, key=lambda pair: pair[1])  # stable: model order in a file
 
 
 def _laid_out(
-    placed: Sequence[tuple[DraftStep, str]],
+    placed: _Placed, scales: CacheScales
 ) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
     """Return the steps, and the files that hold what they write, in order of appearance."""
     groups = scale_groups(draft for draft, _ in placed)
-    steps = tuple(_step(draft, file, groups) for draft, file in placed)
+    alone = {file: (file,) for _, file in placed}
+    steps = tuple(_step(draft, alone[file], groups) for draft, file in placed)
     members: dict[str, list[Step]] = {}
     for step, (_, file) in zip(steps, placed, strict=True):
         if step.targets:
             members.setdefault(file, []).append(step)
-    return steps, tuple(plan_file(name, own) for name, own in members.items())
+    return steps, tuple(plan_file(name, own, scales) for name, own in members.items())
 
 
 def shard_name(number: int, count: int) -> str:
@@ -242,23 +267,30 @@ def shard_name(number: int, count: int) -> str:
     return SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
-def _step(draft: DraftStep, file: str, groups: Mapping[object, Sequence[DraftStep]]) -> Step:
+def _step(
+    draft: DraftStep, files: tuple[str, ...], groups: Mapping[object, Sequence[DraftStep]]
+) -> Step:
     targets: tuple[StepTarget, ...] = ()
     if draft.outputs:
-        targets = (StepTarget(draft.codec, draft.outputs, (file,), draft.copied),)
+        targets = (StepTarget(draft.codec, draft.outputs, files, draft.copied),)
     group = groups.get(scale_group(draft.role), ()) if draft.surveys else ()
     tied = tuple(rows_of(other.item) for other in group if other is not draft)
     return Step(rows_of(draft.item), draft.role, draft.reason, targets, tied)
 
 
-def plan_file(name: str, steps: list[Step]) -> PlannedFile:
-    """Return the file that holds what some steps write."""
+def plan_file(
+    name: str, steps: list[Step], scales: CacheScales = MappingProxyType({})
+) -> PlannedFile:
+    """Return the file that holds what some steps write, and the scales beside their weights."""
     outputs = [out for step in steps for out in step.outputs]
     if len({out.name for out in outputs}) != len(outputs):
         raise TensorError(name, "two weights would be written under one name")
-    head, offsets = file_layout(outputs)
+    beside = (scales.get(step.weight.name, ()) for step in steps) if scales else ()
+    constants = tuple(constant for group in beside for constant in group)
+    head, offsets = file_layout(outputs, [constant.spec for constant in constants])
+    head += b"".join(constant.data for constant in constants)
     nbytes = len(head) + sum(out.nbytes for out in outputs)
-    return PlannedFile(name, head, offsets, nbytes, tuple(steps))
+    return PlannedFile(name, head, offsets, nbytes, tuple(steps), constants=constants)
 
 
 def _notes(config: ModelConfig, drafts: Sequence[DraftStep]) -> Iterator[str]:
@@ -272,28 +304,38 @@ def _notes(config: ModelConfig, drafts: Sequence[DraftStep]) -> Iterator[str]:
         yield from CODECS[name].notes(written, config.dtype)
 
 
-def _digest_input(
+def _cache_notes(scales: CacheScales) -> tuple[str, ...]:
+    count = sum(len(constants) for constants in scales.values())
+    layers = f"{len(scales)} layer{'s' * (len(scales) > 1)}"
+    note = f"{count} scales of an FP8 KV cache, for {layers}"
+    return (note,) if count else ()
+
+
+def _digest(
+    checkpoint: Checkpoint,
     recipe: Recipe,
     options: SafetensorsOptions,
     steps: Sequence[Step],
     files: Sequence[PlannedFile],
     documents: Mapping[str, bytes],
     copied: Mapping[str, int],
-) -> dict[str, Any]:
+) -> str:
     values: dict[str, Any] = {
         "recipe": [recipe.name, recipe.format],
-        "steps": [
+        "steps": (
             [step.weight.name, step.weight.storage, step.op, [o.name for o in step.outputs]]
             for step in steps
-        ],
+        ),
         "heads": {file.name: _sha256(file.head) for file in files},
         "documents": {name: _sha256(data) for name, data in sorted(documents.items())},
         "copied": dict(sorted(copied.items())),
     }
+    if checkpoint.adapters:
+        values["adapters"] = [adapter.effect_json() for adapter in checkpoint.adapters]
     if options.scale_choice is not None:
         statistics = options.activations.sha256 if options.activations else None
         values["calibration"] = [str(options.scale_choice), statistics]
-    return values
+    return digest_of(values)
 
 
 def _sha256(data: bytes) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
 
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.codecs.codec import Codec
@@ -14,12 +14,13 @@ from qwen35.model.dimension_keys import shape_keys
 from qwen35.model.fused import fused_group, scale_group
 from qwen35.model.roles import Role
 from qwen35.planning.rules import Recipe, Rule
+from qwen35.record_class import record
 from qwen35.tensors import TensorSpec
 
 __all__ = ["DraftStep", "check_groups", "make_drafts", "scale_groups"]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class DraftStep:
     """A step not yet assigned to a file.
 
@@ -123,10 +124,10 @@ def decide(
     recipe: str, rule: Rule, codec: Codec | None, item: InventoryItem, unfit: Mapping[str, str]
 ) -> tuple[str, bool, str]:
     """Return the output's codec, whether bytes are copied, and the reason."""
-    storage, reason = item.weight.storage, rule.reason
+    storage, reason = item.weight.storage, _reason(recipe, rule, codec, item)
     if codec is None:
         if rule.action == "keep":
-            return storage, True, reason
+            return storage, not item.changes, reason
         if item.role.scope == "text":
             found = f"drops {item.spec.name}, which every model needs"
             hint = "only visual and mtp can be dropped"
@@ -134,20 +135,39 @@ def decide(
         return "", False, reason
     if not codec.packed:
         if not is_packed(item.weight):
-            return storage, True, reason
+            return storage, not item.changes, reason
         return codec.name, False, f"{reason}; packed in the source ({storage}), restored"
     if not codec.packs(item.role):
         hint = f'put a rule with match = "{item.role.name}" and action = "plain" before it'
         found = f"packs {item.spec.name}"
         subject = _subject(recipe, rule)
         raise UsageError(subject, found, expected=codec.packable, hint=hint)
-    if storage == codec.name:  # copying is exact, encoding again is not
+    if storage == codec.name and not item.changes:  # copying is exact, encoding again is not
         return storage, True, f"{reason}; {codec.label} already"
     misfit = unfit.get(item.weight.name, "") if codec.joined else _misfit(codec, item)
     if misfit:
         plain = not is_packed(item.weight)
-        return (storage if plain else CODECS["plain"].name), plain, misfit
+        return (storage if plain else CODECS["plain"].name), plain and not item.changes, misfit
     return codec.name, False, reason
+
+
+def _reason(recipe: str, rule: Rule, codec: Codec | None, item: InventoryItem) -> str:
+    """Return the rule's reason, and say if an adapter changes the weight.
+
+    Raises:
+        UsageError: the changed weight would have to be packed as it was, beside unchanged ones.
+    """
+    if not item.changes:
+        return rule.reason
+    kept = codec is None and rule.action == "keep" and is_packed(item.weight)
+    fused = codec is not None and codec.surveys and codec.name == item.weight.storage
+    if kept or fused:
+        found = (
+            f"leaves {item.spec.name} packed as {item.weight.storage}, which the adapter changes"
+        )
+        hint = "merge into unpacked weights first, with --recipe bf16"
+        raise UsageError(_subject(recipe, rule), found, hint=hint)
+    return f"{rule.reason}; changed by the adapter"
 
 
 def _subject(recipe: str, rule: Rule) -> str:
@@ -162,7 +182,8 @@ def _unfit(ruled: Ruled) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for group in _groups(ruled):
         for item, codec in group:
-            parts = list(item.experts()) if codec.per_expert else []
+            # gate and up projection, or down projection, of one expert: all have these shapes
+            parts = list(islice(item.experts(), 2)) if codec.per_expert else []
             misfits = (_misfit(codec, part) for part in parts or [item])
             misfit = next((text for text in misfits if text), "")
             if misfit:
