@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen35.calibration.cached_states import recording_attention
 from qwen35.calibration.inputs import HEAD, MTP
 from qwen35.calibration.libraries import libraries
 from qwen35.checkpoint.inventory import InventoryItem
@@ -91,7 +92,7 @@ class Builder:
         text = getattr(configuration, f"{name}TextConfig")
         raw = {key: value for key, value in config.text_raw.items() if key != "dtype"}
         self.config: Any = text.from_dict(raw)
-        self.config._attn_implementation = "sdpa"
+        self.config._attn_implementation = recording_attention("sdpa")
         self.config._experts_implementation = "eager"  # the loop that the hooks replace
         self._rotary: dict[tuple[int, int], Any] = {}
 

@@ -19,6 +19,7 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.display import size, size_rounded_up
 from qwen35.errors import InputError, UsageError
 from qwen35.model.model_config import ModelConfig
+from qwen35.planning.gguf_files.imatrix import IMATRIX_NAME
 from qwen35.planning.gguf_files.mixes import quantizable
 from qwen35.planning.gguf_files.tensor_names import UntypedTensor, text_tensors
 from qwen35.planning.manifest import source_json
@@ -39,7 +40,7 @@ Dtype = Literal["auto", "bfloat16", "float32"]
 
 STATISTICS, IMATRIX, LEGACY, COVERAGE = (
     "activation-stats.json",
-    "imatrix.gguf",
+    IMATRIX_NAME,
     "imatrix.dat",
     "coverage.json",
 )

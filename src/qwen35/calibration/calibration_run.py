@@ -22,7 +22,7 @@ from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Reader
 from qwen35.errors import UsageError
-from qwen35.planning.manifest import render_manifest
+from qwen35.planning.manifest import manifest_entries
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import flushed, write_file
 from qwen35.sinks.staging import (
@@ -166,7 +166,8 @@ def _write(
         sizes = {name: (folder / name).stat().st_size for name in plan.file_names}
         hashes = {name: flushed(folder / name) for name in plan.file_names}
         recipe = {"name": "calibrate", "format": "statistics", "rules": [], **plan.provenance}
-        manifest = render_manifest(plan.checkpoint, recipe, plan.digest, sizes, hashes)
+        entries = manifest_entries(plan.checkpoint, recipe, plan.digest, sizes, hashes)
+        manifest = json_bytes(entries)
         write_file(folder / MANIFEST_NAME, manifest)
     return StagedResult(out, hashes, sum(sizes.values()) + len(manifest))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from qwen35.calibration.inputs import EXPERTS_IN, EXPERTS_OUT, HOOKED
 from qwen35.calibration.sums import Sums
+from qwen35.engines.expert_loop import ExpertInput, experts_in_turn
 
 __all__ = ["BlockSums", "record_inputs"]
 
@@ -57,21 +58,14 @@ def record_inputs(layer: Any, block_sums: BlockSums) -> Iterator[None]:
         if name in modules
     ]
     experts = modules.get("mlp.experts")
-    # Hooks see only the input of a fused experts module, not each expert's share of it or the inner
-    # vectors, so its forward is replaced. accelerate keeps the real one in `_old_forward`.
-    attribute = "_old_forward" if hasattr(experts, "_old_forward") else "forward"
-    original = vars(experts).get(attribute) if experts is not None else None
     if experts is not None:
-        setattr(experts, attribute, _recording_forward(experts, block_sums))
+        handles.append(experts.register_forward_pre_hook(_prepare(block_sums)))
     try:
-        yield
+        with _recorded(experts, block_sums) if experts is not None else nullcontext():
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        if original is not None:
-            setattr(experts, attribute, original)
-        elif experts is not None:
-            delattr(experts, attribute)
 
 
 def _hook(name: str, block_sums: BlockSums) -> Any:
@@ -81,34 +75,28 @@ def _hook(name: str, block_sums: BlockSums) -> Any:
     return record
 
 
-def _recording_forward(experts: Any, block_sums: BlockSums) -> Any:
-    """Return a forward of fused experts that records each expert's inputs.
+def _prepare(block_sums: BlockSums) -> Any:
+    """Return a hook that creates the sums of experts, which no token may reach."""
 
-    Computes the same as transformers' plain loop over experts (``Qwen3_5MoeExperts.forward``); the
-    tests compare the outputs.
-    """
-    from torch.nn.functional import linear
-
-    def forward(hidden: Any, chosen: Any, weights: Any) -> Any:
-        """Return [tokens, width], like `hidden`; the other arguments are [tokens, top-k]."""
-        result = hidden.new_zeros(hidden.shape)
-        count = experts.num_experts
+    def prepare(experts: Any, arguments: tuple[Any, ...]) -> None:
+        hidden = arguments[0]
         for name, width in (
             (EXPERTS_IN, hidden.shape[1]),
             (EXPERTS_OUT, experts.down_proj.shape[2]),
-        ):  # create the sums even if no token reaches an expert
-            block_sums.add(name, hidden.new_empty(0, width), slices=count)
-        for expert in chosen.unique().tolist():
-            if expert >= count:  # an expert of another rank, in transformers' numbering
-                continue
-            rows, places = (chosen == expert).nonzero(as_tuple=True)
-            x = hidden[rows]
-            block_sums.add(EXPERTS_IN, x, number=expert)
-            gate, up = linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-            inner = experts.act_fn(gate) * up
-            block_sums.add(EXPERTS_OUT, inner, number=expert)
-            out = linear(inner, experts.down_proj[expert]) * weights[rows, places, None]
-            result.index_add_(0, rows, out.to(result.dtype))
-        return result
+        ):
+            block_sums.add(name, hidden.new_empty(0, width), slices=experts.num_experts)
 
-    return forward
+    return prepare
+
+
+def _recorded(experts: Any, block_sums: BlockSums) -> AbstractContextManager[None]:
+    """Record what each expert reads while the context is open."""
+
+    def recording(name: str) -> ExpertInput:
+        def record(expert: int, x: Any) -> Any:
+            block_sums.add(name, x, number=expert)
+            return x
+
+        return record
+
+    return experts_in_turn(experts, recording(EXPERTS_IN), recording(EXPERTS_OUT))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qwen35.model.model_config import ModelConfig
 from qwen35.model.roles import Role
 
-__all__ = ["EXPERTS_IN", "EXPERTS_OUT", "HEAD", "HOOKED", "MTP", "Input", "input_of"]
+__all__ = ["CACHED", "EXPERTS_IN", "EXPERTS_OUT", "HEAD", "HOOKED", "MTP", "Input", "input_of"]
 
 Input = tuple[str, str]
 """A block (``layers.3``, ``head``, ``mtp``) and the measured weight in it."""
@@ -42,6 +42,9 @@ _SAME: dict[str, str] = {
 
 Source: transformers 5.23 ``models/qwen3_5*/modeling_*.py``.
 """
+
+CACHED = {"self_attn.k_proj": "self_attn.k_cache", "self_attn.v_proj": "self_attn.v_cache"}
+"""Weight to what a KV cache holds of its output, which is measured too."""
 
 
 def input_of(role: Role, config: ModelConfig) -> Input | None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qwen35.array_types import F32
-from qwen35.calibration.inputs import input_of
+from qwen35.calibration.inputs import CACHED, input_of
 from qwen35.calibration.sums import Sums
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.model.model_config import ModelConfig
-from qwen35.planning.activations import LARGEST, PROVENANCE, SQUARES, TOKENS
+from qwen35.planning.activations import CACHE_LARGEST, LARGEST, PROVENANCE, SQUARES, TOKENS
 
 __all__ = ["SumsSource", "coverage", "weights", "write_statistics"]
 
@@ -26,9 +26,10 @@ class SumsSource(Protocol):
 
 def weights(
     items: tuple[InventoryItem, ...], config: ModelConfig, source: SumsSource
-) -> Iterator[tuple[InventoryItem, Sums, int]]:
-    """Yield every measured weight with its sums and its slice number in them.
+) -> Iterator[tuple[InventoryItem, Sums, int, float | None]]:
+    """Yield every measured weight with its sums, its slice number in them, and its largest output.
 
+    That is what a KV cache would hold; None for weights whose output does not enter one.
     Fused stacks are yielded expert by expert, under the names that per-expert checkpoints use. One
     block's sums are in memory at a time.
     """
@@ -42,8 +43,17 @@ def weights(
             loaded, sums = block, dict(source.sums(block))
         if name not in sums:
             continue
+        cached = sums.get(_cached(name, item.module))
+        largest = None if cached is None else float(cached.largest.max())
         for part in list(item.experts()) or [item]:
-            yield part, sums[name], part.role.expert or 0
+            yield part, sums[name], part.role.expert or 0, largest
+
+
+def _cached(name: str, module: str) -> str:
+    """Return what is measured of a module's output, in the layer of its input `name`."""
+    layer, _, _ = name.rpartition("self_attn.")
+    path = module.rpartition("self_attn.")[1:]
+    return layer + CACHED.get("".join(path), "")
 
 
 def write_statistics(
@@ -62,16 +72,18 @@ def write_statistics(
     last: tuple[Sums, Sums, F32] | None = None
     with path.open("x", encoding="utf-8") as file:
         file.write(f"{{\n{json.dumps(PROVENANCE)}: {json.dumps(provenance, ensure_ascii=False)}")
-        for item, sums, number in weights(items, config, source):
+        for item, sums, number, cached in weights(items, config, source):
             # Experts of a layer share their sums: top them up once, not per expert.
             if last is None or last[0] is not sums:
                 filled = sums.filled(floor)
                 last = sums, filled, filled.mean_squares
             _, filled, squares = last
+            in_cache = "" if cached is None else f', "{CACHE_LARGEST}": {cached:.9g}'
             file.write(
                 f",\n{json.dumps(item.spec.name)}: "
                 f'{{"{LARGEST}": [{_numbers(filled.largest[number])}], '
-                f'"{SQUARES}": [{_numbers(squares[number])}], "{TOKENS}": {sums.tokens[number]}}}'
+                f'"{SQUARES}": [{_numbers(squares[number])}], "{TOKENS}": {sums.tokens[number]}'
+                f"{in_cache}}}"
             )
         file.write("\n}\n")
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qwen35.calibration.blocks import Block, Builder, Embedding
+from qwen35.calibration.cached_states import record_cache
 from qwen35.calibration.calibration_plan import CalibrationPlan
 from qwen35.calibration.hooks import BlockSums, record_inputs
 from qwen35.calibration.inputs import HEAD, MTP
@@ -115,7 +116,7 @@ class ForwardStream:
             sums = block_sums.sums
         else:
             block_sums = BlockSums()
-            with record_inputs(module, block_sums):
+            with record_inputs(module, block_sums), record_cache(module, block_sums):
                 self._pass(lambda x: module(x, **self._positions(x)))
             block_sums.check(block.name)
             sums = block_sums.sums
@@ -208,7 +209,7 @@ def mtp_forward(
         fc_sums.add("fc", joined)
         mixed = module["fc"](joined)
         positions = builder.rotary(*mixed.shape[:2])
-        with record_inputs(layer, sums):
+        with record_inputs(layer, sums), record_cache(layer, sums):
             out = layer(mixed, position_embeddings=positions, attention_mask=None)
         states = module["norm"](out)
     return states

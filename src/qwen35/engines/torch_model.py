@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.reconciled import has_tower
 from qwen35.checkpoint.source import Checkpoint, open_place
 from qwen35.codecs.registry import codec_of
+from qwen35.engines.simulated_inputs import Quantizers, input_quantizers, simulated_inputs
 from qwen35.errors import InputError, UsageError
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
@@ -89,6 +91,7 @@ class TorchModel:
     Attributes:
         model: transformers' model.
         vision: whether it takes images.
+        decoded: whether a decoded copy was loaded.
         missing: weights missing from the files or unexpected by the model.
         settled: number of 4-bit layers kept off a path that fails on this processor.
 
@@ -99,7 +102,9 @@ class TorchModel:
 
     def __init__(self, folder: Path, *, exact: bool = False, device: str = "cpu") -> None:
         self._torch, transformers = torch_and_transformers(f"running {folder.name}")
+        self._folder = folder
         with _loadable(folder) as path:
+            self.decoded = path != folder
             self._load(path, transformers, exact=exact, device=device)
         self.model.eval()
         self.settled = _settle(self.model)
@@ -131,6 +136,20 @@ class TorchModel:
             for own in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if own.dtype in (torch.bfloat16, torch.float16):
                     own.data = own.data.float()
+
+    @cached_property
+    def _quantizers(self) -> Quantizers:
+        checkpoint = _open_checkpoint(self._folder)
+        return {} if checkpoint is None else input_quantizers(checkpoint)
+
+    def simulated_logits(self, ids: Sequence[int], first: int = 0) -> F32:
+        """Return the logits with the inputs of packed layers quantized as servers do.
+
+        Raises:
+            TensorError: a stored scale of inputs is damaged.
+        """
+        with simulated_inputs(self.model, self._quantizers):
+            return self.logits(ids, first)
 
     def logits(self, ids: Sequence[int], first: int = 0) -> F32:
         """Return the logits after each token from `first` on, [len(ids) - first, vocabulary]."""

@@ -111,14 +111,13 @@ def _identity(job: EvaluationJob, models: Sequence[EvaluatedModel]) -> dict[str,
     """Return everything that must be equal for a run to resume an earlier one."""
     reference = job.reference_file
     made = [job.base.name, "made"]  # written anew by each run: its files have new times
+    given = (*job.candidates, *job.simulations)
     return {
         "version": __version__,
         "tokens": job.chunks.sha256,
         "context": job.chunks.context,
         "base": job.base.identity(),
-        "models": [
-            made if job.floor_to_make and m not in job.candidates else m.identity() for m in models
-        ],
+        "models": [made if job.floor_to_make and m not in given else m.identity() for m in models],
         "reference": (
             [reference.name, reference.stat().st_size, reference.stat().st_mtime_ns]
             if reference
@@ -205,16 +204,17 @@ def _run(
 ) -> None:
     with ExitStack() as stack:
         source = stack.enter_context(closing(_source(job, device)))
-        runners: list[LogitsRunner] = []
+        runners: dict[Path, LogitsRunner] = {}  # a model and its simulation share one
         for model in models:
             context = job.chunks.context
-            runner = runner_of(model, context=context, threads=job.threads, device=device)
-            runners.append(stack.enter_context(closing(runner)))
+            if model.path not in runners:
+                runner = runner_of(model, context=context, threads=job.threads, device=device)
+                runners[model.path] = stack.enter_context(closing(runner))
         for index in range(len(results.parts), job.chunks.count):
             reference = source.chunk(index)
             rows: list[Any] = [reference.nll, reference.top]
-            for model, runner in zip(models, runners, strict=True):
-                rows += _compare(job, model, runner, reference, index)
+            for model in models:
+                rows += _compare(job, model, runners[model.path], reference, index)
             # Writers before results: a chunk listed in the results is in every file.
             with os_errors(job.request.kld_file or job.request.cache or Path()):
                 for writer in writers:
@@ -232,7 +232,7 @@ def _compare(
     index: int,
 ) -> Iterator[F64]:
     chunks = job.chunks
-    logits = runner.logits(chunks.inputs(index), chunks.first)
+    logits = runner.logits(chunks.inputs(index), chunks.first, simulated=model.simulated)
     result = reference.against(logits, chunks.targets(index), job.threads)
     _check(model, index, result.nll + result.kld)
     yield result.kld

@@ -49,6 +49,7 @@ class EvaluationRequest:
             written.
         cache: the same in compact form.
         memory: most bytes to use; 0 for no limit.
+        simulate: whether candidates whose inputs servers quantize are measured with that too.
         token: for the Hub.
     """
 
@@ -63,6 +64,7 @@ class EvaluationRequest:
     kld_file: Path | None = None
     cache: Path | None = None
     memory: int = 0
+    simulate: bool = True
     token: str | None = field(default=None, repr=False)
 
 
@@ -95,6 +97,12 @@ class EvaluationJob:
     reference_file: Path | None
 
     @property
+    def simulations(self) -> tuple[EvaluatedModel, ...]:
+        """The candidates whose inputs servers quantize, run so; each runs in one model with its."""
+        chosen = self.candidates if self.request.simulate else ()
+        return tuple(model.simulation for model in chosen if model.simulable)
+
+    @property
     def memory(self) -> int:
         """Upper estimate of peak memory in bytes."""
         running = [*self.candidates, *self.floors]
@@ -125,7 +133,8 @@ class EvaluationJob:
     @property
     def results(self) -> int:
         """Bytes of the results kept per scored token, over all tokens."""
-        rows = 2 + 4 * (len(self.candidates) + len(self.floors) + self.floor_to_make)
+        candidates = len(self.candidates) + len(self.simulations)
+        rows = 2 + 4 * (candidates + len(self.floors) + self.floor_to_make)
         return self.chunks.count * self.chunks.scored * rows * 8
 
 

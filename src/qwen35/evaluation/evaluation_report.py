@@ -27,6 +27,7 @@ class EvaluationReport:
         base: the unquantized model.
         base_perplexity: its perplexity.
         candidates: in the order of the request.
+        simulations: those of them whose inputs servers quantize, measured with that.
         floors: the unquantized model in the other engine, for the noise floor.
         chunks: the evaluation tokens.
         text: their text; None if the tokens came from a file of log probabilities.
@@ -38,6 +39,7 @@ class EvaluationReport:
     base: EvaluatedModel
     base_perplexity: Estimate
     candidates: Sequence[ModelMeasurement]
+    simulations: Sequence[ModelMeasurement]
     floors: Sequence[ModelMeasurement]
     chunks: TokenChunks
     text: EvaluationText | None
@@ -57,8 +59,14 @@ class EvaluationReport:
 
     @property
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and rows with a column per candidate, or of the base if there are none."""
-        return table(self.base, self.base_perplexity, self.candidates)
+        """Headings and rows with a column per candidate, or of the base if there are none.
+
+        The simulation of a candidate is the column after it.
+        """
+        simulated = {row.model.path: row for row in self.simulations}
+        pairs = ((row, simulated.get(row.model.path)) for row in self.candidates)
+        columns = [row for pair in pairs for row in pair if row is not None]
+        return table(self.base, self.base_perplexity, columns)
 
     def to_json(self) -> dict[str, Any]:
         """Return report.json; apart from speed, the same inputs on one machine give equal bytes."""
@@ -80,6 +88,7 @@ class EvaluationReport:
             "base": {**_model_json(self.base), "perplexity": asdict(self.base_perplexity)},
             "noise_floor": [_row_json(row) for row in self.floors],
             "candidates": [_row_json(row) for row in self.candidates],
+            "simulations": [_row_json(row) for row in self.simulations],
             "findings": [finding.to_json() for finding in self.findings],
             "bins": list(EDGES),
         }
@@ -101,6 +110,7 @@ def _row_json(row: ModelMeasurement) -> dict[str, Any]:
     figures["percentiles"] = {f"{p:g}": v for p, v in row.comparison.percentiles.items()}
     return {
         **_model_json(row.model),
+        "inputs": row.model.served_inputs if row.model.simulated else "",
         "front": row.front,
         "figures": figures,
         "distribution": list(row.distribution),

@@ -71,11 +71,12 @@ def run(
     device = _device(job)
     with _floor(job) as written:
         floors = (*job.floors, *written)
-        models = (*job.candidates, *floors)
+        models = (*job.candidates, *job.simulations, *floors)
         base, series = sweep(job, models, device=device, state=state, progress=progress)
         speeds = _speeds(job, floors) if speed else {}
     rows = [_measured(job, *pair, base, speeds) for pair in zip(models, series, strict=True)]
-    candidates = rows[: len(job.candidates)]
+    count = len(job.candidates)
+    candidates, rest = rows[:count], rows[count:]
     on_front = front(
         [row.model.nbytes for row in candidates], [row.comparison.kld.value for row in candidates]
     )
@@ -83,7 +84,8 @@ def run(
         base=job.base,
         base_perplexity=perplexity(base.nll),
         candidates=[replace(r, front=f) for r, f in zip(candidates, on_front, strict=True)],
-        floors=rows[len(job.candidates) :],
+        simulations=rest[: len(job.simulations)],
+        floors=rest[len(job.simulations) :],
         chunks=job.chunks,
         text=job.text,
         reference=_reference(job),

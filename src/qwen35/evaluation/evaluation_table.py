@@ -42,6 +42,17 @@ def notes(report: EvaluationReport) -> list[str]:
         f"{row.comparison.percentiles[99.9]:.3g}, same top p {row.comparison.same_top.value:.3%})"
         for row in report.floors
     ]
+    sentences += [
+        f"{row.model.name}: simulates servers, which quantize the inputs of packed layers too "
+        f"({row.model.served_inputs})"
+        for row in report.simulations
+    ]
+    sentences += [
+        f"{row.model.name}: no column with quantized inputs: config.json describes them in a way "
+        "that cannot be simulated"
+        for row in report.candidates
+        if row.model.unknown_inputs
+    ]
     if report.candidates and not report.floors:
         sentences.append(f"noise floor: none between engines, all run in {report.base.engine}")
     abnormal = any(map(is_abnormal, report.floors))

@@ -8,12 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from qwen35.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf
+from qwen35.checkpoint.gguf_header import GgufHeader, GgufTensor
+from qwen35.checkpoint.gguf_parts import read_model
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import fetch, gguf_files
+from qwen35.checkpoint.split_gguf import title_of
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.ggml.codec import codec_name
 from qwen35.codecs.registry import CODECS, codec_of, is_packed
+from qwen35.engines.simulated_inputs import served_inputs, unknown_inputs
 from qwen35.errors import InputError
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 from qwen35.planning.gguf_files.vocabulary import read_vocabulary
@@ -64,7 +67,7 @@ class EvaluatedModel:
 
     Args:
         name: its name in tables.
-        path: a GGUF file or the folder of a checkpoint.
+        path: a GGUF file, the first of a split model, or the folder of a checkpoint.
         engine: runs it.
         stored: storage format: a GGUF file type, a codec's label or a dtype.
         exact: whether nothing in it is quantized.
@@ -72,8 +75,13 @@ class EvaluatedModel:
         loaded: bytes of its weights in memory.
         tokenizer: its tokenizer.
         plan: digest of the plan it was written by, if it has a manifest.
-        sha256: of a GGUF file, if it has a manifest.
+        sha256: of a GGUF file, if it has a manifest and is the whole model.
         decoded: format to the number of weights that its source held in it, by its manifest.
+        served_inputs: how servers quantize the inputs of its layers when they run it; empty if they
+            do not.
+        unknown_inputs: whether they do it in a way that cannot be simulated.
+        simulated: whether it is run so.
+        others: the other files of a split GGUF model.
     """
 
     name: str
@@ -87,6 +95,20 @@ class EvaluatedModel:
     plan: str | None = None
     sha256: str | None = None
     decoded: Mapping[str, int] = field(default_factory=dict)
+    served_inputs: str = ""
+    unknown_inputs: bool = False
+    simulated: bool = False
+    others: tuple[Path, ...] = ()
+
+    @property
+    def simulation(self) -> EvaluatedModel:
+        """The same model, with quantized inputs."""
+        return replace(self, name=f"{self.name} (inputs quantized)", simulated=True)
+
+    @property
+    def simulable(self) -> bool:
+        """Whether servers quantize inputs, and always in ways that can be simulated."""
+        return bool(self.served_inputs) and not self.unknown_inputs
 
     @property
     def width(self) -> int:
@@ -95,7 +117,8 @@ class EvaluatedModel:
 
     def identity(self) -> list[object]:
         """Return what changes with its files: name, size and modification time of each."""
-        files = [self.path] if self.path.is_file() else sorted(self.path.glob("*.safetensors"))
+        single = self.path.is_file()
+        files = [self.path, *self.others] if single else sorted(self.path.glob("*.safetensors"))
         rows = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
         return [self.name, self.engine, rows]
 
@@ -122,22 +145,47 @@ def open_base(source: str, *, token: str | None = None) -> EvaluatedModel:
 
 
 def open_candidates(sources: Sequence[str], *, token: str | None = None) -> list[EvaluatedModel]:
-    """Open candidates, each GGUF file of a folder as one; make their names unique.
+    """Open candidates, each GGUF model of a folder as one; make their names unique.
+
+    Files of a split model, given one by one, are one candidate.
 
     Raises:
         InputError: one is not a model.
         HubError: the Hub refused, or was not reached.
     """
-    models = [model for source in sources for model in _open(source, token)]
-    counts = Counter(model.name for model in models)
-    same_name = [model for model in models if counts[model.name] > 1]
-    if len({model.path.resolve() for model in models}) < len(models):
-        raise InputError(same_name[0].name, "given twice")
-    return [_renamed(model) if model in same_name else model for model in models]
+    models: list[EvaluatedModel] = []
+    for model in (model for source in sources for model in _open(source, token)):
+        if not (model.others and model in models):  # the shell's *.gguf names all files of a split
+            models.append(model)
+    counts = Counter(model.path.resolve() for model in models)
+    twice = next((model for model in models if counts[model.path.resolve()] > 1), None)
+    if twice is not None:
+        raise InputError(twice.name, "given twice")
+    return _distinct(models)
 
 
-def _renamed(model: EvaluatedModel) -> EvaluatedModel:
-    return replace(model, name=f"{model.path.resolve().parent.name}/{model.name}")
+def _distinct(models: Sequence[EvaluatedModel]) -> list[EvaluatedModel]:
+    """Put folders in front of names that several models have, or a model and a simulation."""
+    named = list(models)
+    deepest = max((len(model.path.resolve().parts) for model in models), default=0)
+    for depth in range(1, deepest):
+        counts = Counter(model.name for model in named)
+        if max(counts.values()) == 1:
+            counts.update(model.simulation.name for model in named if model.simulable)
+        if max(counts.values()) == 1:
+            break
+        named = [
+            _renamed(model, depth) if counts[one.name] > 1 else one
+            for model, one in zip(models, named, strict=True)
+        ]
+    return named
+
+
+def _renamed(model: EvaluatedModel, depth: int) -> EvaluatedModel:
+    folders = "/".join(model.path.resolve().parent.parts[-depth:])
+    # In one folder, a model may be both split and in one piece.
+    name = model.path.stem if model.others else model.name
+    return replace(model, name=f"{folders}/{name}")
 
 
 def check_same_tokens(candidate: EvaluatedModel, base: EvaluatedModel) -> None:
@@ -162,8 +210,9 @@ def _open(source: str, token: str | None) -> list[EvaluatedModel]:
     if located is None:
         return [_checkpoint(source, token)]
     files = located.fetch(token)
-    # A folder may also hold importance matrices and vision projectors, which have another type.
-    containers = [read_gguf(files, name) for name in files.names]
+    # A folder may also hold importance matrices and vision projectors, which have another type,
+    # and an MTP layer alone, on which llama.cpp crashes as on a model of its own.
+    containers = [one for n in files.models if not (one := read_model(files, n)).mtp_alone]
     models = [_gguf(c) for c in containers if c.keys.get("general.type", "model") == "model"]
     if not models:
         raise InputError(source, "no language model in it", expected="GGUF files of Qwen3.5")
@@ -187,7 +236,7 @@ def _gguf(container: GgufHeader) -> EvaluatedModel:
     manifest = read_manifest(LocalFolder(path.parent))
     entry = manifest["files"].get(path.name) if manifest else None
     return EvaluatedModel(
-        name=path.stem,
+        name=title_of(container.files),
         path=path,
         engine="llama.cpp",
         stored=stored,
@@ -196,8 +245,9 @@ def _gguf(container: GgufHeader) -> EvaluatedModel:
         loaded=container.nbytes,
         tokenizer=TokenizerIdentity(str(keys.get("tokenizer.ggml.pre", "")), tokens, merges),
         plan=str(manifest["plan"]) if manifest and entry else None,
-        sha256=entry["sha256"] if entry else None,
+        sha256=entry["sha256"] if entry and not container.others else None,
         decoded=quantized_source(manifest if entry else None),
+        others=tuple(path.with_name(name) for name in container.others),
     )
 
 
@@ -226,6 +276,8 @@ def _checkpoint(source: str, token: str | None) -> EvaluatedModel:
         ),
         plan=str(manifest["plan"]) if manifest else None,
         decoded=quantized_source(manifest),
+        served_inputs=served_inputs(checkpoint),
+        unknown_inputs=unknown_inputs(checkpoint),
     )
 
 

@@ -22,8 +22,11 @@ _LLAMA_MEMORY = 150_000_000
 class LogitsRunner(Protocol):
     """A loaded model."""
 
-    def logits(self, ids: Sequence[int], first: int) -> F32:
-        """Return logits from position `first` on, [len(ids) - first, v]; valid until next call."""
+    def logits(self, ids: Sequence[int], first: int, *, simulated: bool = False) -> F32:
+        """Return logits from position `first` on, [len(ids) - first, v]; valid until next call.
+
+        With `simulated`, the inputs of packed layers are quantized as servers do.
+        """
 
     def close(self) -> None:
         """Free the model."""
@@ -33,7 +36,8 @@ class _Llama:
     def __init__(self, model: EvaluatedModel, context: int, threads: int) -> None:
         self._llama = Llama(model.path, context=context, threads=threads)
 
-    def logits(self, ids: Sequence[int], first: int) -> F32:
+    def logits(self, ids: Sequence[int], first: int, *, simulated: bool = False) -> F32:
+        assert not simulated  # llama.cpp quantizes inputs itself
         return self._llama.lend_logits(ids, first)
 
     def close(self) -> None:
@@ -55,9 +59,10 @@ class _Torch:
                 hint="qwen35 verify it first",
             )
 
-    def logits(self, ids: Sequence[int], first: int) -> F32:
+    def logits(self, ids: Sequence[int], first: int, *, simulated: bool = False) -> F32:
         assert self._torch is not None
-        return self._torch.logits(ids, first)
+        run = self._torch.simulated_logits if simulated else self._torch.logits
+        return run(ids, first)
 
     def close(self) -> None:
         self._torch = None  # drops the last reference to the weights
