@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen35.checkpoint.adapted import with_adapters
+from qwen35.checkpoint.adapter_files import Adapter
 from qwen35.checkpoint.hub import HubId, HubLocation
 from qwen35.checkpoint.locations import FileLocation, LocalFolder, expanded
 from qwen35.checkpoint.open import fetch, fetch_commit, hub_token
@@ -22,6 +24,7 @@ from qwen35.planning.manifest import (
     source_of,
 )
 from qwen35.planning.output_plan import Plan
+from qwen35.planning.recorded_adapters import recorded_adapters
 from qwen35.planning.work_order import plan_again as plan_from_manifest
 from qwen35.progress import Progress
 from qwen35.publishing.hashes import digest_file
@@ -106,6 +109,7 @@ def plan_again(
     source: str | None = None,
     token: str | None = None,
     inputs: ContainerInputs | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> Plan:
     """Plan the artifact again, from the manifest's source and recipe.
 
@@ -114,14 +118,16 @@ def plan_again(
         source: the source, if not the manifest's repository and commit.
         token: access token for the Hub.
         inputs: the files beside the source that it was made from.
+        adapters: those merged into the source.
 
     Raises:
-        UsageError: the source is unknown, or an input file is missing.
+        UsageError: the source is unknown, or an adapter or input file is missing.
         InputError: the source is damaged, or the input files differ.
     """
     manifest, inputs = origin.manifest, inputs or ContainerInputs()
     container = container_from_manifest(manifest)
     container.request_from_manifest(manifest, inputs)  # fail before anything is downloaded
+    adapters = recorded_adapters(manifest, adapters)
     repo, revision = source_of(manifest)
     if source:
         checkpoint = fetch(source, token=token, extra=container.extra)
@@ -131,7 +137,7 @@ def plan_again(
         folder = manifest["source"].get("folder")
         found = f"made from a folder called {folder}"
         raise UsageError(origin.name, found, hint="give its location with --source")
-    return plan_from_manifest(checkpoint, manifest, inputs)
+    return plan_from_manifest(with_adapters(checkpoint, adapters), manifest, inputs)
 
 
 def reproduce(

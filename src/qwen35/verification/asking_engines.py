@@ -55,7 +55,8 @@ def _in_transformers(folder: Path) -> BehaviourResult:
         for name in asker.missing
     ]
     answers = tuple(ask(asker, image=asker.vision))
-    notes = [f"asked in transformers, on the {asker.model.device.type}", *asker.notes]
+    decoded = "decoded by qwen35, then " if asker.decoded else ""
+    notes = [f"{decoded}asked in transformers, on the {asker.model.device.type}", *asker.notes]
     if asker.settled:
         notes.append(
             f"{asker.settled} layers kept off bitsandbytes' AVX512-BF16 path, which fails on them"

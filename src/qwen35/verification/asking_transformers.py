@@ -39,6 +39,7 @@ class Asker:
 
     Attributes:
         vision: whether it can be shown pictures.
+        decoded: whether transformers was given a decoded copy, as it does not load the format.
         missing: weights that only the model or only the files have.
         settled: number of 4-bit layers kept off a code path that fails on this processor.
         thinking: whether questions can be asked without thinking, and with.
@@ -55,7 +56,7 @@ class Asker:
         self.tokenizer, self.prompts = prompts_of(folder, transformers)
         with as_sentence(folder.name, "transformers cannot load it"):
             loaded = TorchModel(folder)
-        self.model, self.vision = loaded.model, loaded.vision
+        self.model, self.vision, self.decoded = loaded.model, loaded.vision, loaded.decoded
         self.missing, self.settled = loaded.missing, loaded.settled
         self.thinking, notes = self.prompts.thinking, list(self.prompts.notes)
         self.images: Any = None

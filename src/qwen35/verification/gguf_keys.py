@@ -140,7 +140,7 @@ def _compare_name(
 ) -> None:
     """Compare the model's name with the source's and the file's; spelling does not count."""
     name = container.keys.get("general.name", "")
-    file = _letters(container.path.name.removeprefix("mmproj-"))
+    file = _letters(container.path.name.removeprefix("mmproj-").removeprefix("mtp-"))
     known = {_letters(expected.get("general.name")), _letters(model_name(source))}
     if _letters(name) in known or (_letters(name) and file.startswith(_letters(name))):
         return

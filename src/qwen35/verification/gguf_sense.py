@@ -42,6 +42,9 @@ _CLOSE = 1.3
 _NEWER = {41: "q2_0"}
 """File types of ``llama.h`` that `gguf` 0.19 does not know."""
 
+_BESIDE = {"mxfp4": "q8_0"}
+"""MXFP4_MOE is of MXFP4 in experts alone, and of Q8_0 elsewhere."""
+
 _NUMBERS: dict[str, tuple[float, float]] = {
     "context_length": (1, 2**31),
     "rope.freq_base": (1, 1e12),
@@ -124,7 +127,7 @@ def _file_type(container: GgufHeader, matrices: Sequence[str]) -> Iterator[str]:
         yield f"general.file_type is {code!r}, expected a number of llama.cpp's list"
         return
     held = {container.tensors[n].kind for n in matrices if n in container.tensors}
-    if not base or not held or base in {kind.name for kind in held}:
+    if not base or not held or {base, _BESIDE.get(base)} & {kind.name for kind in held}:
         return
     bits = sorted(map(_bits, held))
     if not bits[0] / _NEAR < _bits(GGML_TYPES[base]) < bits[-1] * _NEAR:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.gguf_header import GgufHeader, read_gguf, weights_of
+from qwen35.checkpoint.gguf_header import GgufHeader, weights_of
+from qwen35.checkpoint.gguf_parts import read_parts
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import GgufFiles, gguf_files
@@ -17,7 +19,12 @@ from qwen35.codecs.registry import codec_of
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.planning.gguf_files.expected_tensors import KEYS, expected, missing_keys
 from qwen35.planning.gguf_files.gguf_container import GgufContainer
-from qwen35.planning.gguf_files.tensor_names import UntypedTensor, text_tensors, vision_tensors
+from qwen35.planning.gguf_files.tensor_names import (
+    UntypedTensor,
+    mtp_tensors,
+    text_tensors,
+    vision_tensors,
+)
 from qwen35.tensors import TensorSpec, Weight
 from qwen35.threads import default_threads
 from qwen35.verification.asking_engines import in_llama
@@ -36,14 +43,14 @@ from qwen35.verification.subject import (
     TensorTable,
 )
 
-__all__ = ["GgufSubject"]
+__all__ = ["GgufSubject", "container_findings"]
 
 _VISION = "clip"
 """The architecture of a file that holds the vision tower."""
 
 
 class GgufSubject(Subject):
-    """GGUF files of one folder or repository, each a model by itself.
+    """GGUF files of one folder or repository, each a model by itself or one of a split model.
 
     Args:
         name: as the user gave it.
@@ -60,12 +67,10 @@ class GgufSubject(Subject):
         self._found = files
         self._containers: dict[str, GgufHeader] = {}
         self._unreadable: list[Finding] = []
-        for file in files.names:
-            try:
-                container = read_gguf(files, file)
-            except InputError as error:
-                self._unreadable.append(Finding("readable", file, error.message))
-            else:
+        for model in files.models:
+            container, problems = read_parts(files, model)
+            self._unreadable += [Finding("readable", f, e.message) for f, e in problems.items()]
+            if container is not None:
                 self._containers[container.path.name] = container
 
     # --- opened
@@ -112,29 +117,32 @@ class GgufSubject(Subject):
         return self._found.whole
 
     def structure(self) -> Iterator[Finding]:
-        """Check each file by itself."""
+        """Check each model by itself."""
         yield from self._unreadable
         for container in self._containers.values():
-            yield from _structure(container)
+            yield from container_findings(container)
         if self.place is not None and self.whole:
             yield from foreign_findings(self.place)
 
     def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
-        """Yield one table per file, since files have tensors of the same names."""
-        for file, container in self._containers.items():
+        """Yield one table per model, since models have tensors of the same names."""
+        for container in self._containers.values():
             stored = {
-                f"{file}: {name}": (f"{entry.kind.name} {list(_squeezed(entry.shape))}", "")
+                container.labelled(name): (f"{entry.kind.name} {list(_squeezed(entry.shape))}", "")
                 for name, entry in container.tensors.items()
             }
-            planned = manifest["tensors"].get(file, {})
-            texts = {f"{file}: {name}": (str(text), "") for name, text in planned.items()}
+            texts = {
+                f"{file}: {name}": (str(text), "")
+                for file in container.files
+                for name, text in manifest["tensors"].get(file, {}).items()
+            }
             yield TensorTable(stored, texts, _meaning)
 
     # --- numbers
 
     @cached_property
     def parts(self) -> Sequence[SubjectPart]:
-        """The tensors of each file."""
+        """The tensors of each model."""
         return [
             SubjectPart(file, one.nbytes, tuple(map(_held, weights_of(one))), True)
             for file, one in self._containers.items()
@@ -167,7 +175,7 @@ class GgufSubject(Subject):
         container = self._containers[part.name]
         tensors = {tensor.name: tensor for tensor in _made_of(container, source, items)}
         findings = tuple(_source_findings(container, tensors))
-        rows = {f"{part.name}: {name}": tensor.rows for name, tensor in tensors.items()}
+        rows = {container.labelled(name): tensor.rows for name, tensor in tensors.items()}
         return SourceWeights(rows, findings, comparable=not findings)
 
     # --- source
@@ -192,10 +200,14 @@ class GgufSubject(Subject):
     # --- behaviour
 
     def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
-        """Ask every text model in llama.cpp."""
+        """Ask every text model in llama.cpp, which computes no MTP layer alone."""
         del engine
         texts = [one for one in self._containers.values() if one.architecture != _VISION]
-        return in_llama(texts, threads or default_threads())
+        alone = [one.path.name for one in texts if one.mtp_alone]
+        texts = [one for one in texts if not one.mtp_alone]
+        result = in_llama(texts, threads or default_threads())
+        notes = (f"{file}: not asked, it holds the MTP layer alone" for file in alone)
+        return replace(result, notes=(*result.notes, *notes))
 
 
 def _held(weight: Weight) -> HeldWeight:
@@ -204,7 +216,8 @@ def _held(weight: Weight) -> HeldWeight:
     return HeldWeight(weight, decoded, f"{weight.main.file}: {weight.name}", stored.dtype)
 
 
-def _structure(container: GgufHeader) -> Iterator[Finding]:
+def container_findings(container: GgufHeader) -> Iterator[Finding]:
+    """Check keys, vocabulary and tensors of one model."""
     name = container.path.name
     if container.architecture not in KEYS:
         found = f"architecture {container.architecture!r}, expected {' or '.join(KEYS)}"
@@ -230,22 +243,21 @@ def _structure(container: GgufHeader) -> Iterator[Finding]:
 
 
 def _tensors(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> Iterator[Finding]:
-    file = container.path.name
     for name, tensor in table.items():
-        entry = container.tensors.get(name)
+        entry, subject = container.tensors.get(name), container.labelled(name)
         if entry is None:
-            yield Finding("tensors", f"{file}: {name}", "missing, but the keys imply it")
+            yield Finding("tensors", subject, "missing, but the keys imply it")
             continue
         if _squeezed(entry.shape) != _squeezed(tensor.shape):
             message = f"shape {list(entry.shape)}, expected {list(tensor.shape)} by the keys"
-            yield Finding("tensors", f"{file}: {name}", message)
+            yield Finding("tensors", subject, message)
         if tensor.storage in GGML_TYPES and entry.kind.name != tensor.storage:
             message = f"{entry.kind.name}, but llama.cpp computes with it in {tensor.storage}"
-            yield Finding("tensors", f"{file}: {name}", message)
+            yield Finding("tensors", subject, message)
     scaled = _scaled(container, table)
-    yield from _scale_findings(file, scaled)
+    yield from _scale_findings(container, scaled)
     for name in _unknown(container, table, scaled):
-        yield Finding("tensors", f"{file}: {name}", "not a tensor that the keys imply")
+        yield Finding("tensors", container.labelled(name), "not a tensor that the keys imply")
 
 
 def _scaled(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> list[Weight]:
@@ -254,13 +266,14 @@ def _scaled(container: GgufHeader, table: Mapping[str, UntypedTensor]) -> list[W
     return [w for w in weights if codec_of(w).packs(table[w.name].rows.item.role)]
 
 
-def _scale_findings(file: str, scaled: Sequence[Weight]) -> Iterator[Finding]:
+def _scale_findings(container: GgufHeader, scaled: Sequence[Weight]) -> Iterator[Finding]:
     """Yield scales of another shape, or missing though the file has them for other weights."""
     usual = {weight.storage for weight in scaled if weight.parts[1:]}
     for weight in scaled:
         held = {part.spec.name: part.spec for part in weight.parts}
         for scale in codec_of(weight).layout(weight.main.spec)[1:]:
-            subject, expected = f"{file}: {scale.name}", f"{scale.dtype} {list(scale.shape)}"
+            subject = container.labelled(scale.name)
+            expected = f"{scale.dtype} {list(scale.shape)}"
             found = held.get(scale.name)
             if found is not None and (found.dtype, found.shape) != (scale.dtype, scale.shape):
                 message = f"{found.dtype} {list(found.shape)}, expected {expected}"
@@ -317,6 +330,8 @@ def _made_of(
     """Return the tensors that the converter would write to such a file."""
     if container.architecture == _VISION:
         return vision_tensors(items)
+    if container.mtp_alone:
+        return mtp_tensors(items, source.config)
     mtp = bool(container.keys.get(f"{container.architecture}.nextn_predict_layers"))
     return text_tensors(items, source.config, mtp=mtp)
 
@@ -325,13 +340,12 @@ def _source_findings(
     container: GgufHeader, table: Mapping[str, UntypedTensor]
 ) -> Iterator[Finding]:
     """Yield the differences that make a file and the source incomparable."""
-    file = container.path.name
     for name, tensor in table.items():
-        entry = container.tensors.get(name)
+        entry, subject = container.tensors.get(name), container.labelled(name)
         if entry is None:
-            yield Finding("source", f"{file}: {name}", "in the source, but not here")
+            yield Finding("source", subject, "in the source, but not here")
         elif _squeezed(entry.shape) != _squeezed(tensor.shape):
             message = f"shape {list(entry.shape)}, the source has {list(tensor.shape)}"
-            yield Finding("source", f"{file}: {name}", message)
+            yield Finding("source", subject, message)
     for name in _unknown(container, table, _scaled(container, table)):
-        yield Finding("source", f"{file}: {name}", "not in the source")
+        yield Finding("source", container.labelled(name), "not in the source")

@@ -34,7 +34,8 @@ _KEPT_SECONDS = 30 * 86_400.0
 def stamped(checkpoint: Checkpoint) -> list[Any]:
     """Return plain values that identify a checkpoint's files and change with them."""
     stamps = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
-    return [str(checkpoint.folder().resolve()), stamps]
+    adapters = [adapter.to_json() for adapter in checkpoint.adapters]
+    return [str(checkpoint.folder().resolve()), stamps, *adapters]
 
 
 class ResultMemo(Protocol):

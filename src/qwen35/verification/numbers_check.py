@@ -100,7 +100,8 @@ def check_numbers(
             compared += checked
             findings += [finding for _, one in checked for finding in one.findings]
             roles += _roles(part, originals, checked)
-            findings += _untied(part, reader)
+            findings += [*_untied(part, reader), *_unusable_inputs(part, reader)]
+        findings += subject.beside(reader, source)
     return NumbersResult(roles, compared, findings)
 
 
@@ -116,6 +117,17 @@ def _untied(part: SubjectPart, reader: FolderReader) -> Iterator[Finding]:
             if scale != other:
                 message = f"its scale of the whole is {scale:g}, that of {name} {other:g}"
                 yield Finding("scales", held.subject, f"{message}: engines take one for both")
+
+
+def _unusable_inputs(part: SubjectPart, reader: FolderReader) -> Iterator[Finding]:
+    """Yield stored scales of inputs by which no engine can quantize them."""
+    for held in part.weights:
+        codec = codec_of(held.weight)
+        if codec.quantized_inputs:
+            try:
+                codec.input_quantizer(reader, held.weight)
+            except InputError as error:
+                yield Finding("scales", error.subject, error.message)
 
 
 def _roles(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,13 +14,15 @@ from qwen35.checkpoint.locations import FileLocation
 from qwen35.checkpoint.mistaken import LONGEST_HEAD, stand_in
 from qwen35.checkpoint.open import describe, fetch, looks_like_artifact
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, Reader, read_json
+from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, FolderReader, Reader, read_json
 from qwen35.codecs.codec import Codec
+from qwen35.codecs.kv_cache import attention_of, cache_scale, check_cache_scale
 from qwen35.codecs.plain.codec import Plain
-from qwen35.codecs.registry import packings
+from qwen35.codecs.registry import codec_of, packings
 from qwen35.errors import ConfigError, Finding, InputError, TensorError, UsageError
 from qwen35.model.config_notes import config_notes, foreign_keys
 from qwen35.model.model_config import ModelConfig
+from qwen35.model.roles import MTP
 from qwen35.model.rope import rope_of
 from qwen35.planning.rows import rows_of
 from qwen35.planning.safetensors_files.safetensors_container import SafetensorsContainer
@@ -155,9 +159,54 @@ class CheckpointSubject(Subject):
         yield from dict.fromkeys(  # codecs of one method find the same
             finding
             for codec in self._promised()
-            for finding in codec.config_findings(quantization, self.items, vision=self.vision)
+            for finding in self._promise_findings(codec, quantization)
         )
+        yield from self._cache_findings(quantization)
         yield from self._meaning_findings()
+
+    def _promise_findings(self, codec: Codec, quantization: Mapping[str, Any]) -> Iterator[Finding]:
+        yield from codec.config_findings(quantization, self.items, vision=self.vision)
+        if self._count(codec):
+            yield from codec.documents_findings(quantization, self._document)
+
+    def _document(self, name: str) -> Any:
+        """Return a JSON file beside config.json."""
+        if name not in self.place.sizes():
+            raise ConfigError(name, "is missing: some engines read it instead of config.json")
+        return read_json(self.place, name)
+
+    def _cache_findings(self, quantization: Mapping[str, Any]) -> Iterator[Finding]:
+        """Yield scales of a KV cache without a scheme that uses them, and the reverse."""
+        ours = MANIFEST_NAME in self.place.sizes() and not self.checkpoint.cache_scales
+        if self._empty_cache and ours:
+            yield Finding("kv-cache", "config.json", self._empty_cache)
+        count, scheme = len(self.checkpoint.cache_scales), quantization.get("kv_cache_scheme")
+        if not count:
+            return
+        if not isinstance(scheme, dict):
+            message = f"no kv_cache_scheme, but {count} scales of a KV cache: engines ignore them"
+            yield Finding("kv-cache", "config.json", message)
+            return
+        forms = (codec.cache_form for codec in self._promised())
+        expected = next((form.scheme for form in forms if form is not None), {})
+        for key, value in expected.items():
+            if scheme.get(key) != value:
+                message = f"kv_cache_scheme: {key} is {scheme.get(key)!r}, expected {value!r}"
+                yield Finding("kv-cache", "config.json", message)
+
+    @property
+    def _empty_cache(self) -> str:
+        """What config.json says about scales of a KV cache if there are none; empty if nothing.
+
+        Model-Optimizer stores none that are 1: a fault in our output, a note elsewhere.
+        """
+        quantization = self.checkpoint.config.quantization or {}
+        names = (scale.spec.name for scale in self.checkpoint.cache_scales)
+        of_mtp = [name.startswith(MTP) for name in names]
+        if not all(of_mtp) or not quantization.get("kv_cache_scheme"):
+            return ""
+        none = "there are none but of MTP layers" if of_mtp else "there are none"
+        return f"kv_cache_scheme promises scales of a KV cache, but {none}: engines take 1"
 
     def _meaning_findings(self) -> Iterator[Finding]:
         config = self.checkpoint.config
@@ -174,6 +223,9 @@ class CheckpointSubject(Subject):
         """What users of config.json should know."""
         if self._empty_promise and MANIFEST_NAME not in self.place.sizes():
             yield f"config.json: {self._empty_promise}, as after transformers' save_pretrained"
+        ours = MANIFEST_NAME in self.place.sizes() and not self.checkpoint.cache_scales
+        if self._empty_cache and not ours:
+            yield f"config.json: {self._empty_cache}"
         yield from self.checkpoint.notes
         yield from config_notes(self.checkpoint.config, head=self.checkpoint.layout.head)
 
@@ -250,8 +302,11 @@ class CheckpointSubject(Subject):
         """Yield one table: a tensor may be in any file."""
         stored = {
             part.spec.name: (f"{part.spec.dtype} {list(part.spec.shape)}", part.file)
-            for weight in self.checkpoint.weights
-            for part in weight.parts
+            for parts in (
+                *(weight.parts for weight in self.checkpoint.weights),
+                self.checkpoint.cache_scales,
+            )
+            for part in parts
         }
         planned = {
             name: (text, file)
@@ -271,7 +326,7 @@ class CheckpointSubject(Subject):
         used = [codec for codec in tiled if codec in promised or self._count(codec)]
         if not used:
             labels = " or ".join(codec.label for codec in tiled)
-            found = f"there are no {labels} weights here"
+            found = f"there are no weights in blocks of {labels} here"
             raise UsageError("--tensor-parallel", found, hint="leave it out")
         for codec in used:
             yield from codec.tensor_parallel(self.checkpoint.config, self.items, ranks)
@@ -319,6 +374,35 @@ class CheckpointSubject(Subject):
             findings.append(Finding("source", item.weight.name, message))
         return SourceWeights(rows, tuple(findings))
 
+    def beside(self, reader: FolderReader, source: Checkpoint | None) -> Iterator[Finding]:
+        """Check what engines ignore, and scales of a KV cache, also against those of the source."""
+        yield from self._misread(reader)
+        theirs = _cache_values(source) if source is not None else {}
+        for scale in self.checkpoint.cache_scales:
+            name = scale.spec.name
+            try:
+                value = cache_scale(bytes(reader.read(scale)), scale.spec.dtype)
+                check_cache_scale(name, value)
+            except (struct.error, KeyError):  # of a shape or dtype that the structure check names
+                continue
+            except InputError as error:
+                yield Finding("kv-cache", name, error.message)
+                continue
+            original = theirs.get(_cache_key(name), value)
+            if value != original:
+                message = f"a scale of {value:g}, that of the source is {original:g}"
+                yield Finding("kv-cache", name, message)
+
+    def _misread(self, reader: FolderReader) -> Iterator[Finding]:
+        """Yield weights that engines decode otherwise, by what config.json says."""
+        if self.checkpoint.foreign is not None:
+            return
+        quantization = self.checkpoint.config.quantization or {}
+        for item in self.items:
+            with suppress(InputError):  # the check of the weight itself found it
+                for why in codec_of(item.weight).misread(reader, item.weight, quantization):
+                    yield Finding("quantization-config", item.weight.name, why)
+
     # --- source
 
     def strangers(self, source: Checkpoint) -> Iterator[Finding]:
@@ -357,6 +441,20 @@ def _method(codec: Codec) -> str:
 
 def _finding(check: str, error: InputError) -> Finding:
     return Finding(check, error.subject, error.message)
+
+
+def _cache_key(name: str) -> tuple[str, int]:
+    """Return whose scale of a KV cache this is, whatever the prefix of text tensors."""
+    module, kind = attention_of(name)
+    return module if module.startswith(MTP) else module.rpartition("layers.")[2], kind
+
+
+def _cache_values(source: Checkpoint) -> dict[tuple[str, int], float]:
+    with Reader(source) as reader:
+        return {
+            _cache_key(one.spec.name): cache_scale(bytes(reader.read(one)), one.spec.dtype)
+            for one in source.cache_scales  # `take` checked their shapes and dtypes
+        }
 
 
 _Key = tuple[str, int | None, int | None]

@@ -228,6 +228,16 @@ class Subject(ABC):
             InputError: the source cannot be converted to this container.
         """
 
+    def beside(self, reader: FolderReader, source: Checkpoint | None) -> Iterator[Finding]:
+        """Check the values of tensors that belong to no weight.
+
+        Args:
+            reader: of the artifact.
+            source: the checkpoint that it was made from, if it is given.
+        """
+        del reader, source
+        yield from ()
+
     # --- source
 
     @abstractmethod

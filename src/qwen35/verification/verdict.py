@@ -44,7 +44,8 @@ class Verdict:
         answers: its answers, at depth ``behaviour``.
         notes: remarks on how it was checked.
         source: name of the source that it was compared with.
-        not_compared: what this check could not see, or did not look at.
+        not_compared: what this check did not look at.
+        not_detected: the largest errors that it misses, for each quantized type.
         amended: files that were changed on purpose, which the manifest records.
     """
 
@@ -58,6 +59,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
     source: str | None = None
     not_compared: tuple[str, ...] = ()
+    not_detected: tuple[str, ...] = ()
     amended: tuple[str, ...] = ()
 
     @property
@@ -116,6 +118,7 @@ class Verdict:
             "findings": [finding.to_json() for finding in self.findings],
             "notes": list(self.notes),
             "not_compared": list(self.not_compared),
+            "not_detected": list(self.not_detected),
         }
 
 
@@ -194,7 +197,8 @@ def verify(
         behaviour.answers,
         tuple(notes),
         source.name if source else None,
-        (*compared.skipped, *_unseen(subject, None if depth == "structure" else original)),
+        tuple(compared.skipped),
+        tuple(_undetected(subject, None if depth == "structure" else original)),
         amended,
     )
 
@@ -231,8 +235,8 @@ def _accept_amended(compared: SettingsComparison, manifest: Mapping[str, Any]) -
     return tuple(name for name in files if name in manifest.get("files", {}))
 
 
-def _unseen(subject: Subject, source: Checkpoint | None) -> Iterator[str]:
-    """Yield the smallest differences that comparisons see, for each type where some are missed."""
+def _undetected(subject: Subject, source: Checkpoint | None) -> Iterator[str]:
+    """Yield the largest differences that comparisons miss, for each type with any."""
     if source is None:
         return
     codecs = {held.storage: codec_of(held.weight) for p in subject.parts for held in p.weights}

@@ -40,5 +40,6 @@ def verdict_text(verdict: Verdict) -> str:
         lines += [f"error: {f.subject}: {f.message} [{f.check}]" for f in verdict.findings]
     lines += [f"note: {note}" for note in verdict.notes]
     lines += [f"not compared: {what}" for what in verdict.not_compared]
+    lines += [f"not detected: {what}" for what in verdict.not_detected]
     lines += ["", verdict.result]
     return "\n".join(lines)
