@@ -79,6 +79,7 @@ class ProbeLab:
                 chunks=self.setting.chunks,
                 threads=threads,
                 device=self.setting.device,
+                simulate=False,  # weights alone are tuned
             )
         return [row.comparison.kld.value for row in report.candidates]
 

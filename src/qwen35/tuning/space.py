@@ -139,6 +139,11 @@ class ChoiceSpace:
         """Number of weights in the artifact, for bits per weight."""
         return sum(prod(step.rows.shape) for step in self._plan.written)
 
+    @property
+    def smallest(self) -> Allocation:
+        """The choice of fewest bytes for every unit."""
+        return {unit.name: min(unit.sizes, key=lambda c: unit.sizes[c]) for unit in self.units}
+
     def size(self, chosen: Allocation) -> int:
         """Return the exact bytes of an artifact's weight files."""
         kinds = {
@@ -239,7 +244,7 @@ class ChoiceSpace:
 
 
 def _spec(step: Step) -> TensorSpec:
-    return TensorSpec(step.outputs[0].name, step.spec.dtype, step.rows.shape)
+    return TensorSpec(step.targets[0].name, step.spec.dtype, step.rows.shape)
 
 
 def _numel(step: Step, part: Sequence[RowChunk]) -> int:
@@ -297,7 +302,7 @@ class _RowErrors:
         count = sum(chunk.count for chunk in self.chunks)
         # all of a weight in its own shape: experts have scales of their own
         shape = rows.shape if count == prod(rows.shape[:-1]) else (count, rows.row)
-        spec = TensorSpec(self.step.outputs[0].name, self.step.spec.dtype, shape)
+        spec = TensorSpec(self.step.targets[0].name, self.step.spec.dtype, shape)
         return {
             choice: RoundTrip(
                 codec,

@@ -22,9 +22,8 @@ def plan_text(space: ChoiceSpace, budget: TuningBudget, probes: int) -> tuple[st
     """Return what a run would measure, as text and as plain values for JSON."""
     groups = group_units(space.units, probes) if probes else []
     count = sum(len(probe_choices(space, group)) for group in groups)
-    smallest = {u.name: min(u.sizes, key=lambda c: u.sizes[c]) for u in space.units}
     exact = {unit.name: space.exact for unit in space.units}
-    least, most = space.size(smallest), space.size(exact)
+    least, most = space.size(space.smallest), space.size(exact)
     value = {
         "units": len(space.units),
         "groups": len(groups),
@@ -35,7 +34,7 @@ def plan_text(space: ChoiceSpace, budget: TuningBudget, probes: int) -> tuple[st
     }
     kinds = ", ".join(names_of(space.units))
     lines = [
-        f"{len(space.units)} units to decide: {kinds}",
+        f"{len(space.units)} units, each with its own type: {kinds}",
         f"{count} probes of {len(groups)} groups; each temporarily writes about {size(most)}",
         f"weight files from {size(least)} to {size(most)}",
     ]

@@ -207,15 +207,26 @@ def _space(checkpoint: Checkpoint, request: TuningRequest) -> ChoiceSpace:
 def _budget(request: TuningRequest, space: ChoiceSpace) -> TuningBudget:
     if request.size is None:
         return TuningBudget(kld=request.max_kld)
-    if isinstance(request.size, int):
-        return TuningBudget(nbytes=request.size)
+    budget, least = _bytes(request.size, space), space.size(space.smallest)
+    if budget < least:
+        hint = "or smaller --types" if tunable_of(request.format).typed else ""
+        expected = f"at least {least:,}, the smallest that {request.format} can be"
+        found = f"{least - budget:,} bytes too small"
+        raise UsageError("--size", found, expected=expected, hint=hint)
+    return TuningBudget(nbytes=budget)
+
+
+def _bytes(asked: str | int, space: ChoiceSpace) -> int:
+    """Return a size in bytes or bits per weight as bytes."""
+    if isinstance(asked, int):
+        return asked
     try:
-        if request.size.lower().endswith("bpw"):
-            return TuningBudget(nbytes=int(float(request.size[:-3]) * space.weights / 8))
-        return TuningBudget(nbytes=bytes_of(request.size))
+        if asked.lower().endswith("bpw"):
+            return int(float(asked[:-3]) * space.weights / 8)
+        return bytes_of(asked)
     except ValueError as error:
         expected = "bits per weight or bytes: 4.5bpw, 3.2GB"
-        raise UsageError("--size", repr(request.size), expected=expected) from error
+        raise UsageError("--size", repr(asked), expected=expected) from error
 
 
 def _measurements(job: TuningJob, path: Path) -> Measurements:
