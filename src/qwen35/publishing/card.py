@@ -12,9 +12,12 @@ from typing import Any, Self
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.sidecars import LEGAL, MANIFEST_NAME
 from qwen35.checkpoint.source import read_json
+from qwen35.checkpoint.split_gguf import title_of
 from qwen35.codecs.codec import Codec
+from qwen35.codecs.kv_cache import CACHE_ENDINGS
 from qwen35.codecs.plain.codec import Plain
 from qwen35.codecs.registry import CODECS, codec_of, group, is_packed, packings
+from qwen35.display import printable
 from qwen35.errors import InputError
 from qwen35.model.roles import role_of
 from qwen35.planning.containers import container_from_manifest
@@ -23,13 +26,18 @@ from qwen35.planning.manifest import amendment_notes, recipe_of, source_of, tens
 from qwen35.planning.rules import Recipe, Rule
 from qwen35.publishing.card_steps import (
     HeldTensors,
+    InputFile,
+    ServerOption,
     context_of,
     held_tensors,
+    input_files,
     make_command,
+    matched,
     measured_on,
+    server_options,
 )
 from qwen35.publishing.markdown import as_code, as_text
-from qwen35.publishing.modelfile import gguf_models
+from qwen35.publishing.modelfile import gguf_drafts, gguf_models, is_split, merge_command
 from qwen35.tensors import StoredTensor, Weight
 from qwen35.verification.template_comparison import stored_templates
 
@@ -37,6 +45,12 @@ __all__ = ["CardMeasurements", "card_text"]
 
 _LICENSES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 """First words of a LICENSE file to the Hub's identifier."""
+
+_PRIVATE = ("not copied: ", "left behind: ")
+"""How notes start that list a source's other files; the second is an older spelling."""
+
+_MAIN = ("Mean KLD", "Same top p, %", "Bytes")
+"""The rows of an evaluation that a card shows; report.json has them all."""
 
 _HUB = "https://huggingface.co"
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -69,8 +83,9 @@ class CardMeasurements:
         return cls(tuple(map(str, columns)), tuple(map(tuple, rows)))
 
     def escaped(self) -> dict[str, Any]:
-        """Return the table with its cells as Markdown."""
-        rows = [[as_text(cell) for cell in row] for row in self.rows]
+        """Return the main rows, or all if there are none, with their cells as Markdown."""
+        main = [row for row in self.rows if row[0] in _MAIN]
+        rows = [[as_text(cell) for cell in row] for row in main or self.rows]
         return {"columns": list(map(as_text, self.columns)), "rows": rows}
 
     def to_json(self) -> dict[str, Any]:
@@ -116,7 +131,7 @@ def card_text(
         library_name=facts.codec.library or None,
         license=facts.license,
         pipeline_tag="image-text-to-text" if facts.vision else "text-generation",
-        tags=["qwen3_5", *facts.codec.tags],
+        tags=["qwen3_5", *facts.tags],
     )
     template = resources.files("qwen35.publishing").joinpath("card.md.jinja").read_text("utf-8")
     card = ModelCard.from_template(
@@ -125,7 +140,7 @@ def card_text(
         repo=repo,
         name=repo.split("/")[-1],
         facts=facts,
-        title=facts.codec.described or facts.codec.label,
+        title=facts.title,
         measures=measures.escaped() if measures else None,
         text=as_text,
         code=as_code,
@@ -148,9 +163,12 @@ class _Facts:
         self.base_model = base_model or self.source
         self.recipe = self._recipe.name
         self.gguf = gguf_models(place)
+        self.drafts = gguf_drafts(place)
         self.mmproj = sorted(n for n in place.sizes() if n.startswith("mmproj-"))
+        self._names = [name for tensors in manifest["tensors"].values() for name in tensors]
         self.weights = _weights(manifest)
-        self.codec = _codec(self.weights, gguf=bool(self.gguf))
+        self._codecs = _codecs(self.weights, gguf=bool(self.gguf))
+        self.codec = next(iter(self._codecs))
         self.vision = bool(self.mmproj) or any(
             role_of(weight.name).scope == "visual" for weight in self.weights
         )
@@ -162,9 +180,27 @@ class _Facts:
         return f"[{name}]({_HUB}/{name})" if _REPOSITORY.fullmatch(name) else as_text(name)
 
     @property
+    def title(self) -> str:
+        """The formats, and the tool whose layout they have."""
+        described = [codec.described or codec.label for codec in self._codecs]
+        if len(described) > 1:
+            counted = zip(described, self._codecs.values(), strict=True)
+            text = f"mixed precision: {', '.join(f'{count} {one}' for one, count in counted)}"
+        else:
+            text = described[0]
+        tool = self.codec.tool_title
+        return f"{text}, in the layout of {tool}" if tool else text
+
+    @property
+    def tags(self) -> list[str]:
+        """The tags of all formats."""
+        return list(dict.fromkeys(tag for codec in self._codecs for tag in codec.tags))
+
+    @property
     def notes(self) -> list[str]:
-        """The notes on the artifact."""
-        return list(self._manifest.get("notes", []))
+        """The notes on the artifact; what was not copied from a folder is its maker's business."""
+        notes = self._manifest.get("notes", [])
+        return [note for note in notes if not note.startswith(_PRIVATE)]
 
     @property
     def license(self) -> str | None:
@@ -194,11 +230,37 @@ class _Facts:
 
     @property
     def command(self) -> str:
-        """The command that writes this artifact, if a built-in recipe alone determines it."""
-        if not self.source:
-            return ""
-        source = f"{self.source}@{self.revision}"
-        return make_command(self._recipe, self._manifest, source)
+        """The command that writes this artifact, if a built-in recipe and options determine it."""
+        return make_command(self._recipe, self._manifest, self.origin)
+
+    @property
+    def origin(self) -> str:
+        """The source, in commands."""
+        return f"{self.source}@{self.revision}" if self.source else "SOURCE"
+
+    @property
+    def inputs(self) -> list[InputFile]:
+        """The files beside the source that it was made from."""
+        return list(input_files(self._manifest))
+
+    @property
+    def options(self) -> list[ServerOption]:
+        """What servers do by other flags."""
+        cache = any(name.endswith(CACHE_ENDINGS) for name in self._names)
+        mtp = any(role_of(weight.name).scope == "mtp" for weight in self.weights)
+        templates = stored_templates(self._place).values()
+        tools = any("<function=" in text for text in templates)
+        # How bitsandbytes and MTP go together in servers is not documented.
+        return list(
+            server_options(tools=tools, mtp=mtp and not self.codec.load_format, cache=cache)
+        )
+
+    @property
+    def loads_with(self) -> str:
+        """The library with which transformers loads it; empty if it does not."""
+        experts = (w for w in self.weights if role_of(w.name).info.kind == "experts")
+        loads = all(codec_of(weight).loads_experts for weight in experts)
+        return self.codec.loads_with if loads else ""
 
     @property
     def held(self) -> list[HeldTensors]:
@@ -214,8 +276,13 @@ class _Facts:
     @property
     def types(self) -> list[str]:
         """GGUF: the last parts of the models' names, such as Q4_K_M, the preferred one first."""
-        parts = [name.removesuffix(".gguf").rpartition("-")[2] for name in self.gguf]
+        parts = [title_of([name]).rpartition("-")[2] for name in self.gguf]
         return [part for part in parts if _TYPE.fullmatch(part)]
+
+    @property
+    def split(self) -> list[str]:
+        """GGUF: a command for each split model, which makes one file of it."""
+        return [merge_command(printable(name)) for name in self.gguf if is_split(name)]
 
     @property
     def measured_on(self) -> str:
@@ -273,16 +340,18 @@ def _weights(manifest: Mapping[str, Any]) -> tuple[Weight, ...]:
         if not file.endswith(".safetensors"):
             continue
         for name, text in tensors.items():
-            stored[name] = StoredTensor(tensor_of(name, text), file, 0)
+            if not name.endswith(CACHE_ENDINGS):
+                stored[name] = StoredTensor(tensor_of(name, text), file, 0)
     return group(stored)[0]
 
 
-def _codec(weights: tuple[Weight, ...], *, gguf: bool) -> Codec:
-    """Return the codec that describes an artifact."""
+def _codecs(weights: tuple[Weight, ...], *, gguf: bool) -> dict[Codec, int]:
+    """Return the codecs that describe an artifact, with their weights, the most frequent first."""
     if gguf:  # all ggml types have the same description
-        return next(iter(packings(GgufContainer.name).values()))
-    packed = {weight.storage for weight in weights if is_packed(weight)}
-    return CODECS[min(packed, default=Plain.name)]
+        return {next(iter(packings(GgufContainer.name).values())): 0}
+    packed = Counter(weight.storage for weight in weights if is_packed(weight))
+    counts = packed.most_common() or [(Plain.name, len(weights))]
+    return {CODECS[name]: count for name, count in counts}
 
 
 def _treatments(recipe: Recipe, weights: tuple[Weight, ...]) -> Iterator[_Treatment]:
@@ -292,7 +361,8 @@ def _treatments(recipe: Recipe, weights: tuple[Weight, ...]) -> Iterator[_Treatm
         stored = codec_of(weight).label if is_packed(weight) else weight.main.spec.dtype
         counts[rule, stored] += 1
     for rule in recipe.rules:
+        match = matched(rule.match, rule)
         if rule.action == "drop":
-            yield _Treatment(rule.match, "dropped", 0, rule.reason)
+            yield _Treatment(match, "dropped", 0, rule.reason)
         for stored in sorted(stored for met, stored in counts if met is rule):
-            yield _Treatment(rule.match, stored, counts[rule, stored], rule.reason)
+            yield _Treatment(match, stored, counts[rule, stored], rule.reason)

@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import PurePosixPath
 from typing import Any
 
+from qwen35.checkpoint.split_gguf import by_model
+from qwen35.codecs.registry import CODECS
 from qwen35.display import printable
-from qwen35.planning.gguf_files.mixes import MIX
+from qwen35.errors import UsageError
+from qwen35.planning.gguf_files.mixes import CONVERTED, MIX
 from qwen35.planning.gguf_files.tensor_names import name_pattern
 from qwen35.planning.layers import spell_layers
-from qwen35.planning.recipe import built_in, load_recipe
-from qwen35.planning.rules import Recipe
+from qwen35.planning.manifest import recipe_json
+from qwen35.planning.recipe import adjusted_recipe, built_in, load_recipe
+from qwen35.planning.rules import KEPT, Recipe, Rule
 from qwen35.publishing.markdown import as_code, as_text
 
-__all__ = ["HeldTensors", "context_of", "held_tensors", "make_command", "measured_on"]
+__all__ = [
+    "HeldTensors",
+    "InputFile",
+    "ServerOption",
+    "context_of",
+    "held_tensors",
+    "input_files",
+    "make_command",
+    "matched",
+    "measured_on",
+    "server_options",
+]
 
 _PLAIN = {"name", "format", "rules", "encoder"}
 """Keys of a manifest's recipe that need no option."""
 
-_KNOWN = {"types", "projector", "drop_mtp", "upstream_counters", "imatrix", "imatrix_name"}
+_KNOWN = {
+    *("types", "projector", "drop_mtp", "mtp_file", "upstream_counters", "imatrix", "imatrix_name"),
+    "kv_cache",
+    "split_max_size",
+}
 _PARAMETERS = {
     "rms": ("--rms-factor", "rms_factor"),
     "percentile": ("--calib-percentile", "percentile"),
@@ -50,6 +70,36 @@ class HeldTensors:
     reason: str
 
 
+@dataclass(frozen=True)
+class InputFile:
+    """A file beside the source that an artifact was made from.
+
+    Args:
+        option: of the commands that take it.
+        name: its name, or where it is on the Hub.
+        sha256: of its content.
+    """
+
+    option: str
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ServerOption:
+    """Something that servers do by a flag.
+
+    Args:
+        purpose: what they do.
+        vllm: the flag of vLLM, as Markdown.
+        sglang: the flag of SGLang, as Markdown.
+    """
+
+    purpose: str
+    vllm: str
+    sglang: str
+
+
 def make_command(recipe: Recipe, manifest: Mapping[str, Any], source: str) -> str:
     """Return the command that writes an artifact; empty if a built-in recipe does not decide it.
 
@@ -64,15 +114,42 @@ def make_command(recipe: Recipe, manifest: Mapping[str, Any], source: str) -> st
     names = built_in(recipe.container.name)
     if unknown or type(count) is not int or count < 0 or recipe.name not in names:
         return ""
-    rules, patterns = recipe.rules[count:], recipe.rules[:count]
-    if load_recipe(recipe.name, recipe.container.name).rules != rules:
-        return ""
-    if row.get("projector") not in (None, "F16"):
+    patterns = recipe.rules[:count]
+    adjustments = _adjustments(replace(recipe, rules=recipe.rules[count:]))
+    known = (None, *CONVERTED)
+    if adjustments is None or any(row.get(key) not in known for key in ("projector", "mtp_file")):
         return ""
     words = [f"qwen35 {recipe.container.verb}", _word(source), "OUT"]
-    words += [f"--recipe {recipe.name}", *_options(row), *_scales(manifest)]
+    words += [f"--recipe {recipe.name}", *adjustments, *_options(row), *_scales(manifest)]
     words += [f"--tensor-type {_word(f'{rule.match}={rule.action}')}" for rule in patterns]
     return _wrapped(words)
+
+
+def _adjustments(recipe: Recipe) -> list[str] | None:
+    """Return the options that make a built-in recipe this one; None if there are none."""
+    if recipe_json(load_recipe(recipe.name, recipe.container.name)) == recipe_json(recipe):
+        return []
+    codec = CODECS.get(recipe.format)
+    kept = dict.fromkeys(rule.match for rule in recipe.rules if rule.reason == KEPT)
+    for layout, inputs, without_mtp in product(
+        (None, *(codec.layouts if codec else ())), (False, True), (False, True)
+    ):
+        try:
+            adjusted = adjusted_recipe(
+                recipe.name,
+                keep=tuple(kept),
+                layout=layout,
+                quantized_inputs=inputs,
+                drop_mtp=without_mtp,
+            )
+        except UsageError:  # the recipe has no such form
+            continue
+        if recipe_json(adjusted) == recipe_json(recipe):
+            options = [f"--keep {_word(role)}" for role in kept]
+            options += [f"--layout {layout}"] if layout else []
+            options += ["--activations"] if inputs else []
+            return options + (["--drop-mtp"] if without_mtp else [])
+    return None
 
 
 def _options(row: Mapping[str, Any]) -> Iterator[str]:
@@ -82,8 +159,13 @@ def _options(row: Mapping[str, Any]) -> Iterator[str]:
     if row.get("imatrix"):
         name = str(row.get("imatrix_name"))
         yield f"--imatrix {_word(name if name.startswith('hf:') else PurePosixPath(name).name)}"
-    flags = {"projector": "--mmproj", "drop_mtp": "--drop-mtp"}
-    flags["upstream_counters"] = "--upstream-counters"
+    if row.get("projector"):
+        yield "--mmproj" if row["projector"] == "F16" else f"--mmproj {row['projector']}"
+    if row.get("mtp_file"):
+        yield f"--mtp separate --mtp-type {row['mtp_file']}"
+    if row.get("split_max_size"):
+        yield f"--split-max-size {_word(str(row['split_max_size']))}"
+    flags = {"drop_mtp": "--drop-mtp", "upstream_counters": "--upstream-counters"}
     yield from (flag for key, flag in flags.items() if row.get(key))
 
 
@@ -96,8 +178,57 @@ def _scales(manifest: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(mode, str) and mode in _PARAMETERS:
         option, key = _PARAMETERS[mode]
         yield f"{option} {_word(str(chosen.get(key)))}"
+    cache = _table(manifest["recipe"], "kv_cache")
+    if cache:
+        yield f"--kv-cache {_word(str(cache.get('type')))}"
+        statistics = statistics or _table(cache, "activations")
     if statistics:
         yield f"--activation-stats {_word(str(statistics.get('name')))}"
+
+
+def input_files(manifest: Mapping[str, Any]) -> Iterator[InputFile]:
+    """Yield the files beside the source that an artifact was made from, with their options."""
+    row = manifest["recipe"]
+    if row.get("imatrix"):
+        yield InputFile("--imatrix", str(row.get("imatrix_name")), str(row["imatrix"]))
+    for table in (_table(manifest, "calibration"), _table(row, "kv_cache")):
+        statistics = _table(table, "activations")
+        if statistics:
+            name, digest = (str(statistics.get(key)) for key in ("name", "sha256"))
+            yield InputFile("--activation-stats", name, digest)
+            return
+
+
+def server_options(*, tools: bool, mtp: bool, cache: bool) -> Iterator[ServerOption]:
+    """Yield what servers can do with an artifact, by flags of their own.
+
+    Sources: Qwen's model cards and SGLang's page on Qwen3.5 for tools and MTP, where vLLM 0.32
+    calls the method mtp; vLLM's ``attention.py``, SGLang's ``configure_kv_cache_dtype``.
+
+    Args:
+        tools: whether the chat template writes tool calls as this family does.
+        mtp: whether it has the layer for multi-token prediction.
+        cache: whether it has scales of a KV cache in FP8.
+    """
+    if tools:
+        parser = "`--tool-call-parser qwen3_coder`"
+        choice = "`--enable-auto-tool-choice --tool-call-parser qwen3_coder`"
+        yield ServerOption("call tools", choice, parser)
+    if mtp:
+        speculation = (
+            "`--speculative-algo NEXTN --speculative-num-steps 3 "
+            "--speculative-eagle-topk 1 --speculative-num-draft-tokens 4`"
+        )
+        config = """`--speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'`"""
+        yield ServerOption("predict several tokens at a time (MTP)", config, speculation)
+    if cache:
+        flag = "`--kv-cache-dtype bfloat16`"
+        yield ServerOption(
+            "keep keys and values in FP8, with the scales here",
+            "`--kv-cache-dtype fp8`, the default by config.json",
+            "`--kv-cache-dtype fp8_e4m3`",
+        )
+        yield ServerOption("keep them in bf16", f"{flag}; older versions ignore it", flag)
 
 
 def _word(text: str) -> str:
@@ -115,16 +246,22 @@ def _wrapped(words: list[str]) -> str:
 
 def held_tensors(recipe: Recipe, manifest: Mapping[str, Any]) -> Iterator[HeldTensors]:
     """Yield the rules of GGUF files that do not leave the type to the mix."""
-    files = [tensors for file, tensors in manifest["tensors"].items() if file.endswith(".gguf")]
+    stored = manifest["tensors"]
+    models = by_model(file for file in stored if file.endswith(".gguf"))
+    files = [{name: kind for f in files for name, kind in stored[f].items()} for files in models]
     for rule in recipe.rules:
         if rule.action in (MIX, "drop"):
             continue
         names = name_pattern(rule.match)
         count = max((_held(tensors, names, rule.action) for tensors in files), default=0)
-        match = names or rule.match
-        if rule.layers is not None:
-            match += f", layers {spell_layers(rule.layers)}"
-        yield HeldTensors(match, rule.action.upper(), count, rule.reason)
+        yield HeldTensors(
+            matched(names or rule.match, rule), rule.action.upper(), count, rule.reason
+        )
+
+
+def matched(match: str, rule: Rule) -> str:
+    """Return `match` with the layers of a rule, if it has any."""
+    return match if rule.layers is None else f"{match}, layers {spell_layers(rule.layers)}"
 
 
 def _held(tensors: Mapping[str, Any], names: str, kind: str) -> int:
@@ -154,6 +291,11 @@ def measured_on(report: Any, plan: object) -> str:
     others = [as_code(row.get("name")) for row in rows if row.get("plan") != plan]
     if others and len(others) < len(rows):
         sentence += f" Not a file of this repository, for comparison: {', '.join(others)}."
+    if report.get("simulations"):
+        sentence += (
+            " Columns with “inputs quantized” simulate servers, which quantize the inputs of "
+            "packed layers too; all others are of weights alone."
+        )
     return sentence
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
+from qwen35.checkpoint.gguf_header import is_draft
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.source import read_json
+from qwen35.checkpoint.split_gguf import SplitName, by_model, title_of
 from qwen35.display import printable
 from qwen35.errors import InputError
 from qwen35.publishing.guard import bad_name
 
-__all__ = ["gguf_models", "is_gguf", "modelfile_text"]
+__all__ = ["gguf_drafts", "gguf_models", "is_gguf", "is_split", "merge_command", "modelfile_text"]
 
 PREFERRED = ("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q6_K", "Q8_0")
 """Types for Ollama in order of preference: first the default of its own library."""
@@ -31,13 +36,37 @@ def is_gguf(name: str) -> bool:
 
 
 def gguf_models(place: LocalFolder) -> list[str]:
-    """Return the GGUF files of models, not projectors, the preferred one first."""
-    names = [name for name in place.sizes() if is_gguf(name)]
-    return sorted((name for name in names if not name.startswith(_PROJECTOR)), key=_preference)
+    """Return the GGUF files of models, the preferred one first: no projectors, no MTP layers.
+
+    A split model is named by its first file, which llama.cpp takes.
+    """
+    models = by_model(sorted(name for name in place.sizes() if is_gguf(name)))
+    names = [files[0] for files in models if not files[0].startswith(_PROJECTOR)]
+    drafts = gguf_drafts(place)
+    return sorted((name for name in names if name not in drafts), key=_preference)
+
+
+def gguf_drafts(place: LocalFolder) -> list[str]:
+    """Return the GGUF files with an MTP layer alone."""
+    return sorted(n for n in place.sizes() if is_gguf(n) and is_draft(Path(str(place)) / n))
+
+
+def is_split(name: str) -> bool:
+    """Return whether a name is that of one of several files."""
+    return SplitName.parse(name) is not None
+
+
+def merge_command(name: str) -> str:
+    """Return the command that makes one file of a split model."""
+    return f"llama-gguf-split --merge {shlex.quote(name)} {shlex.quote(_merged(name))}"
+
+
+def _merged(name: str) -> str:
+    return f"{title_of([name])}{_SUFFIX}"
 
 
 def _preference(name: str) -> tuple[int, str]:
-    stem = name.removesuffix(_SUFFIX)
+    stem = title_of([name])
     ranks = [i for i, kind in enumerate(PREFERRED) if stem.endswith(f"-{kind}")]
     return (ranks[0] if ranks else len(PREFERRED)), name
 
@@ -46,7 +75,8 @@ def modelfile_text(place: LocalFolder) -> str:
     """Return the Modelfile of a folder with at least one GGUF file.
 
     It loads text only: support for a separate projector depends on Ollama's version, so that line
-    is a comment.
+    is a comment. Ollama takes no split files (https://github.com/ollama/ollama/issues/5245), so
+    comments say how to merge them.
 
     Raises:
         InputError: no GGUF file is a model, or a name is not for other systems.
@@ -54,8 +84,12 @@ def modelfile_text(place: LocalFolder) -> str:
     models = gguf_models(place)
     if not models:
         raise InputError(str(place), "no GGUF file of a model in it, only projectors")
-    first, *others = map(_from, models)
-    lines = ["# ollama create NAME -f Modelfile", first]
+    first, *others = map(_from, sorted(models, key=is_split))
+    lines = ["# ollama create NAME -f Modelfile"]
+    if any(map(is_split, models)):
+        lines.append("# Ollama takes one file a model; first make one of several:")
+        lines += [f"# {merge_command(name)}" for name in models if is_split(name)]
+    lines.append(first)
     lines += [f"# other sizes: {line}" for line in others]
     projectors = sorted(name for name in place.sizes() if name.startswith(_PROJECTOR))
     lines += [f"# for pictures, where Ollama takes it: {_from(name)}" for name in projectors]
@@ -69,7 +103,7 @@ def _from(name: str) -> str:
     problem = bad_name(name)
     if problem:
         raise InputError(printable(name), problem, hint="rename it")
-    return f"FROM ./{name}"
+    return f"FROM ./{_merged(name)}"
 
 
 def _sampling(place: LocalFolder) -> list[str]:

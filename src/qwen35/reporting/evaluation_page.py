@@ -37,7 +37,6 @@ def page(report: Mapping[str, Any]) -> str:
         report=report,
         style=Markup(package.joinpath("style.css").read_text("utf-8")),  # noqa: S704
         charts=charts,
-        short=names,
         series=SERIES,
     )
 
