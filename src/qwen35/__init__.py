@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qwen35.api.finalize_api import finalize as finalize
     from qwen35.api.gguf_api import gguf as gguf
     from qwen35.api.inspect_api import inspect as inspect
+    from qwen35.api.merge_api import merge as merge
     from qwen35.api.plan_api import plan as plan
     from qwen35.api.publish_api import publish as publish
     from qwen35.api.reproduce_api import reproduce as reproduce
@@ -54,6 +55,7 @@ __all__ = [
     "finalize",
     "gguf",
     "inspect",
+    "merge",
     "plan",
     "publish",
     "reproduce",

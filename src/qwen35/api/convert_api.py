@@ -9,17 +9,22 @@ from pathlib import Path
 from qwen35.api.fp8_options import (
     DEFAULTS,
     Bands,
+    KvCache,
     activations_of,
     check_fp8_output,
     check_unused,
     scale_choice_of,
 )
-from qwen35.api.plan_api import plan_of
 from qwen35.api.worker_choice import check_workers
 from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
+from qwen35.checkpoint.adapted import with_adapters
+from qwen35.checkpoint.adapter_files import open_adapters
 from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.codecs.fp8.layout import ScaleMode
 from qwen35.errors import UsageError
+from qwen35.planning.mtp_choice import drops_mtp
+from qwen35.planning.output_plan import make_plan
+from qwen35.planning.recipe import adjusted_recipe
 from qwen35.progress import Progress
 
 __all__ = ["convert"]
@@ -30,12 +35,15 @@ def convert(
     out: str | Path,
     *,
     recipe: str | Path = "nf4",
+    adapter: Sequence[str | Path] = (),
     keep: Sequence[str] = (),
+    mtp: str | None = None,
     drop_mtp: bool = False,
     keep_prefix: bool = False,
     keep_shards: bool = False,
     layout: str | None = None,
     activations: bool = False,
+    kv_cache: KvCache | None = None,
     calib_mode: ScaleMode | None = None,
     rms_factor: float = DEFAULTS.rms_factor,
     calib_percentile: float = DEFAULTS.percentile,
@@ -62,26 +70,32 @@ def convert(
         model: folder or Hub id (``owner/name[@revision]``).
         out: folder to write.
         recipe: a built-in recipe or a TOML file.
+        adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
         keep: additional roles, or groups of them, to leave unquantized.
-        drop_mtp: drop the MTP layer.
+        mtp: ``keep`` (if None) or ``drop``, the MTP layer.
+        drop_mtp: short for ``mtp="drop"``.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
         keep_shards: write the source's files, by name, instead of files of 5 GB.
-        layout: NVFP4: whose tensors and config.json to write: ``compressed-tensors`` (if None) or
-            ``modelopt``.
+        layout: the tool whose tensors and config.json to write: ``compressed-tensors``,
+            ``modelopt`` (NVFP4, FP8) or ``gptq`` (INT4); the recipe's own if None.
         activations: NVFP4: quantize the inputs of layers too (W4A4), with scales from
             `activation_stats`.
-        calib_mode: FP8: how to choose the scale of a tile: ``max``, ``rms``, ``percentile``,
-            ``mse`` or ``search`` (if None); `qwen35.codecs.fp8.layout.ScaleChoice` has the
-            formulas.
-        rms_factor: FP8, mode ``rms``: peak-to-RMS factor.
-        calib_percentile: FP8, mode ``percentile``: larger magnitudes saturate.
-        mse_grid_size: FP8, mode ``mse``: number of scales to try.
-        activation_stats: FP8: JSON of statistics that weigh the columns.
-        verify_samples: number of FP8 weights to check in each file; all if None.
+        kv_cache: ``fp8``: also write scales for a KV cache in FP8, from the largest keys and
+            values in `activation_stats`; the layouts of GPTQ and block FP8 have no place for them.
+        calib_mode: how to choose a scale. Block FP8: ``max``, ``rms``, ``percentile``, ``mse`` or
+            ``search`` (if None), by the formulas of `qwen35.codecs.fp8.layout.ScaleChoice`. NVFP4
+            and INT4: ``max`` or ``search``. FP8 per channel has no choice.
+        rms_factor: block FP8, mode ``rms``: peak-to-RMS factor.
+        calib_percentile: block FP8, mode ``percentile``: larger magnitudes saturate.
+        mse_grid_size: block FP8, mode ``mse``: number of scales to try.
+        activation_stats: JSON of statistics of inputs, from `calibrate`. They weigh the columns of
+            weights in the modes ``rms``, ``mse`` and ``search``, and are required for
+            `activations`, `kv_cache` and ModelOpt's FP8.
+        verify_samples: block FP8: number of weights to check in each file; all if None.
         verify_seed: seed of the sample.
-        skip_verify: do not check an FP8 output.
-        bands: limits of the check: ``derived`` from the format (if None), or ``documented``
-            absolute ones.
+        skip_verify: block FP8: do not check the output.
+        bands: block FP8: limits of the check: ``derived`` from the format (if None), or
+            ``documented`` absolute ones.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or a list of GPUs; ``auto`` is the CPU.
         workers: number of processes, each with `threads` threads.
         ray_address: use this Ray cluster: ``auto`` or ``HOST:PORT``.
@@ -115,17 +129,24 @@ def convert(
     local_device = "cpu" if ray_address else device  # the cluster's nodes have their own GPUs
     check_before(out, overwrite=overwrite, device=local_device, source=folder_of(str(model)))
     scale_choice = scale_choice_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
-    statistics = activations_of(activation_stats, scale_choice, needed=activations)
-    checkpoint = (describe if dry_run else fetch)(str(model), token=hf_token)
-    plan = plan_of(
-        checkpoint,
-        recipe,
-        keep,
-        drop_mtp=drop_mtp,
-        keep_prefix=keep_prefix,
-        keep_shards=keep_shards,
+    rules = adjusted_recipe(
+        str(recipe),
+        keep=keep,
         layout=layout,
         quantized_inputs=activations,
+        drop_mtp=drops_mtp(mtp, drop=drop_mtp),
+    )
+    needed = rules.quantizes_inputs or kv_cache is not None
+    statistics = activations_of(activation_stats, scale_choice, needed=needed)
+    adapters = open_adapters(adapter)
+    base = (describe if dry_run else fetch)(str(model), token=hf_token)
+    checkpoint = with_adapters(base, adapters)
+    plan = make_plan(
+        checkpoint,
+        rules,
+        keep_prefix=keep_prefix,
+        keep_shards=keep_shards,
+        kv_cache=kv_cache,
         scale_choice=scale_choice,
         activations=statistics,
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULTS",
     "Bands",
+    "KvCache",
     "activations_of",
     "check_fp8_output",
     "check_unused",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 Bands = Literal["derived", "documented"]
+KvCache = Literal["fp8"]
 
 DEFAULTS = ScaleChoice()
 

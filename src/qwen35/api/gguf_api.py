@@ -7,9 +7,12 @@ from pathlib import Path
 
 from qwen35.api.worker_choice import check_workers
 from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
+from qwen35.checkpoint.adapted import with_adapters
+from qwen35.checkpoint.adapter_files import open_adapters
 from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import UsageError
+from qwen35.planning.mtp_choice import mtp_choice
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.planning.rules import Recipe
@@ -26,12 +29,16 @@ def gguf(
     *,
     types: str | Sequence[str] = DEFAULT_TYPES,
     recipe: str | Path = "mix",
+    adapter: Sequence[str | Path] = (),
     imatrix: str | Path | None = None,
     tensor_type: Sequence[str] = (),
     tensor_type_file: Sequence[str | Path] = (),
     upstream_counters: bool = False,
-    mmproj: bool = False,
+    mmproj: bool | str = False,
+    mtp: str | None = None,
+    mtp_type: str | None = None,
     drop_mtp: bool = False,
+    split_max_size: int | None = None,
     export: str | Path | None = None,
     device: str = "auto",
     encoder: str = "auto",
@@ -52,12 +59,17 @@ def gguf(
         out: folder to write.
         types: file types, as names or as a comma-separated string.
         recipe: ``mix``, ``q8-gates``, ``q8-gates-plus`` or a TOML file.
-        imatrix: importance matrix: a file, or ``hf:owner/name/path``.
+        adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
+        imatrix: importance matrix: a file, the folder of `calibrate`, or ``hf:owner/name/path``.
         tensor_type: ``PATTERN=TYPE``, for tensors whose name matches the pattern.
         tensor_type_file: files of such lines, as llama-quantize reads them.
         upstream_counters: let named tensors shift the mix of the others, as llama-quantize does.
-        mmproj: also write the vision tower, as F16.
-        drop_mtp: drop the MTP layer.
+        mmproj: also write the vision tower, as F16, or as F32, BF16 or Q8_0 if it says so.
+        mtp: ``keep`` (if None), ``drop``, or ``separate``: in a file of its own, ``mtp-*.gguf``.
+        mtp_type: type of that file: F32, F16, BF16 or Q8_0 (if None).
+        drop_mtp: short for ``mtp="drop"``.
+        split_max_size: split models with more bytes of tensors into several files, as
+            llama-gguf-split does.
         export: only write the types of the one quantized file to this path.
         device: ``auto`` or ``cpu``, which mean the same.
         encoder: ``auto``, or ``ggml`` to let llama-cpp-python encode every type, with equal bytes.
@@ -94,18 +106,22 @@ def gguf(
     out = Path(out)
     check_before(out, overwrite=overwrite, source=folder_of(str(model)))
     rules = gguf_recipe(types, recipe, tensor_type, tensor_type_file)
+    adapters = open_adapters(adapter)
     if dry_run or export is not None:
-        checkpoint = describe(str(model), token=hf_token)
+        base = describe(str(model), token=hf_token)
     else:
-        checkpoint = fetch(str(model), token=hf_token, extra=rules.container.extra)
+        base = fetch(str(model), token=hf_token, extra=rules.container.extra)
     plan = gguf_plan(
-        checkpoint,
+        with_adapters(base, adapters),
         rules,
         types,
         imatrix=imatrix,
         upstream_counters=upstream_counters,
         mmproj=mmproj,
+        mtp=mtp,
+        mtp_type=mtp_type,
         drop_mtp=drop_mtp,
+        split_max_size=split_max_size if export is None else None,  # types do not depend on it
         encoder=encoder,
         token=hf_token,
     )
@@ -141,22 +157,31 @@ def gguf_plan(
     *,
     imatrix: str | Path | None,
     upstream_counters: bool,
-    mmproj: bool,
+    mmproj: bool | str,
+    mtp: str | None,
+    mtp_type: str | None,
     drop_mtp: bool,
+    split_max_size: int | None,
     encoder: str = "auto",
     token: str | None,
 ) -> Plan:
     """Plan GGUF files; arguments and errors as for `gguf`."""
+    from qwen35.planning.gguf_files.gguf_options import mtp_type_of, projector_type
     from qwen35.planning.gguf_files.imatrix import open_imatrix
 
+    choice = mtp_choice(mtp, drop=drop_mtp)
+    if split_max_size is not None and split_max_size < 1:
+        raise UsageError("--split-max-size", str(split_max_size), expected="a size such as 2G")
     return make_plan(
         checkpoint,
         recipe,
         types=types_of(types),
         imatrix=None if imatrix is None else open_imatrix(str(imatrix), token),
-        projector="F16" if mmproj else None,
-        drop_mtp=drop_mtp,
+        projector=projector_type(mmproj),
+        drop_mtp=choice == "drop",
+        mtp_file=mtp_type_of(choice, mtp_type),
         upstream_counters=upstream_counters,
+        split_max_size=split_max_size,
         encoder=encoder,
     )
 
@@ -186,7 +211,7 @@ def _export(plan: Plan, path: Path) -> Mapping[str, str]:
     from qwen35.sinks.files import replace_file
     from qwen35.sinks.staging import os_errors
 
-    files = [file for file in files_of(plan) if file.file_type.quantized]
+    files = [file for file in files_of(plan) if file.quantized]
     if len(files) != 1:
         raise UsageError("--export", f"{len(files)} quantized types", expected="--types with one")
     tensors = files[0].tensors

@@ -17,7 +17,7 @@ __all__ = ["inspect"]
 def inspect(
     model: str | Path, *, hf_token: str | None = None
 ) -> CheckpointSummary | list[GgufSummary]:
-    """Describe a checkpoint from its headers; GGUF files give one row each.
+    """Describe a checkpoint from its headers; GGUF models give one row each.
 
     Args:
         model: folder, GGUF file, Hub id, ``hf:owner/name/path`` or a published size.
@@ -32,10 +32,10 @@ def inspect(
     ('Qwen3_5ForConditionalGeneration', 'BF16', 1)
     """
     if files := gguf_files(str(model), token=hf_token):
-        from qwen35.checkpoint.gguf_header import read_gguf
+        from qwen35.checkpoint.gguf_parts import read_model
         from qwen35.planning.gguf_files.gguf_summary import summarize_gguf
 
-        return [summarize_gguf(read_gguf(files, name)) for name in files.names]
+        return [summarize_gguf(read_model(files, names)) for names in files.models]
     checkpoint = describe(str(model), token=hf_token, lenient=True)
     if checkpoint.problems and checkpoint.foreign is None:  # what it is can be said, not read
         raise checkpoint.problems[0]

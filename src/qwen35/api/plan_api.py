@@ -4,33 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qwen35.checkpoint.adapted import with_adapters
+from qwen35.checkpoint.adapter_files import open_adapters
 from qwen35.checkpoint.open import describe
-from qwen35.checkpoint.source import Checkpoint
-from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import UsageError
-from qwen35.planning.activations import Activations
+from qwen35.planning.mtp_choice import drops_mtp
 from qwen35.planning.output_plan import Plan, make_plan
-from qwen35.planning.recipe import load_recipe
+from qwen35.planning.recipe import adjusted_recipe
 
-__all__ = ["plan", "plan_of"]
+if TYPE_CHECKING:
+    from qwen35.planning.gguf_files.memory_fit import MemoryFit
+
+__all__ = ["DEFAULT_CONTEXT", "plan", "types_that_fit"]
+
+DEFAULT_CONTEXT = 32768
+"""Tokens for which `types_that_fit` counts memory."""
 
 
 def plan(
     model: str | Path,
     *,
     recipe: str | Path | None = None,
+    adapter: Sequence[str | Path] = (),
     keep: Sequence[str] = (),
+    mtp: str | None = None,
     drop_mtp: bool = False,
     keep_prefix: bool = False,
     keep_shards: bool = False,
     layout: str | None = None,
+    activations: bool = False,
     types: str | Sequence[str] | None = None,
     imatrix: str | Path | None = None,
     tensor_type: Sequence[str] = (),
     tensor_type_file: Sequence[str | Path] = (),
     upstream_counters: bool = False,
-    mmproj: bool = False,
+    mmproj: bool | str = False,
+    mtp_type: str | None = None,
+    split_max_size: int | None = None,
     hf_token: str | None = None,
 ) -> Plan:
     """Describe what `convert` or, with types, `gguf` would write, to the byte, from headers alone.
@@ -38,17 +50,22 @@ def plan(
     Args:
         model: folder, Hub id (``owner/name[@revision]``) or a published size.
         recipe: a built-in recipe or a TOML file; ``nf4``, or ``mix`` with types, if None.
+        adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
         keep: additional roles, or groups of them, to leave unquantized.
-        drop_mtp: drop the MTP layer.
+        mtp: ``keep`` (if None), ``drop`` or, for GGUF, ``separate``.
+        drop_mtp: short for ``mtp="drop"``.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
         keep_shards: write the source's files, by name, instead of files of 5 GB.
         layout: as for `convert`.
+        activations: as for `convert`; the plan needs no statistics.
         types: GGUF: file types, as names or as a comma-separated string.
-        imatrix: GGUF: importance matrix, a file or ``hf:owner/name/path``.
+        imatrix: GGUF: importance matrix, as for `gguf`.
         tensor_type: GGUF: ``PATTERN=TYPE``, for tensors whose name matches the pattern.
         tensor_type_file: GGUF: files of such lines.
         upstream_counters: GGUF: let named tensors shift the mix, as llama-quantize does.
-        mmproj: GGUF: include the vision tower.
+        mmproj: GGUF: include the vision tower, as for `gguf`.
+        mtp_type: GGUF: as for `gguf`.
+        split_max_size: GGUF: split models with more bytes of tensors into several files.
         hf_token: for the Hub; by default HF_TOKEN.
 
     Raises:
@@ -68,68 +85,106 @@ def plan(
         "--tensor-type-file": tensor_type_file,
         "--upstream-counters": upstream_counters,
         "--mmproj": mmproj,
+        "--mtp-type": mtp_type,
+        "--split-max-size": split_max_size is not None,
     }
     for_others = {
         "--keep": keep,
         "--keep-prefix": keep_prefix,
         "--keep-shards": keep_shards,
         "--layout": layout,
+        "--activations": activations,
     }
     for flag, value in (for_gguf if types is None else for_others).items():
         if value:
             found = f"has no effect with{'out' if types is None else ''} --types"
             hint = "add --types, or leave it out" if types is None else "leave it out"
             raise UsageError(flag, found, hint=hint)
+    checkpoint = with_adapters(describe(str(model), token=hf_token), open_adapters(adapter))
     if types is None:
-        checkpoint = describe(str(model), token=hf_token)
-        name = recipe or "nf4"
-        return plan_of(
-            checkpoint,
-            name,
-            keep,
-            drop_mtp=drop_mtp,
-            keep_prefix=keep_prefix,
-            keep_shards=keep_shards,
+        rules = adjusted_recipe(
+            str(recipe or "nf4"),
+            keep=keep,
             layout=layout,
+            quantized_inputs=activations,
+            drop_mtp=drops_mtp(mtp, drop=drop_mtp),
+        )
+        return make_plan(
+            checkpoint, rules, keep_prefix=keep_prefix, keep_shards=keep_shards, described=True
         )
     # imported late: most plans need none of the GGUF modules
     from qwen35.api.gguf_api import gguf_plan, gguf_recipe
 
     rules = gguf_recipe(types, recipe or "mix", tensor_type, tensor_type_file)
     return gguf_plan(
-        describe(str(model), token=hf_token),
+        checkpoint,
         rules,
         types,
         imatrix=imatrix,
         upstream_counters=upstream_counters,
         mmproj=mmproj,
+        mtp=mtp,
+        mtp_type=mtp_type,
         drop_mtp=drop_mtp,
+        split_max_size=split_max_size,
         token=hf_token,
     )
 
 
-def plan_of(
-    checkpoint: Checkpoint,
-    recipe: str | Path,
-    keep: Sequence[str],
+def types_that_fit(
+    model: str | Path,
+    fit: int,
     *,
-    drop_mtp: bool,
-    keep_prefix: bool,
-    keep_shards: bool,
-    layout: str | None = None,
-    quantized_inputs: bool = False,
-    scale_choice: ScaleChoice | None = None,
-    activations: Activations | None = None,
-) -> Plan:
-    """Plan a checkpoint by a recipe and its adjustments; arguments and errors as for `plan`."""
-    adjusted = load_recipe(str(recipe)).keeping(tuple(keep)).laid_out(layout)
-    if quantized_inputs:
-        adjusted = adjusted.quantizing_inputs()
-    return make_plan(
-        checkpoint,
-        adjusted.dropping_mtp() if drop_mtp else adjusted,
-        keep_prefix=keep_prefix,
-        keep_shards=keep_shards,
-        scale_choice=scale_choice,
-        activations=activations,
+    context: int = DEFAULT_CONTEXT,
+    recipe: str | Path | None = None,
+    imatrix: str | Path | None = None,
+    tensor_type: Sequence[str] = (),
+    tensor_type_file: Sequence[str | Path] = (),
+    upstream_counters: bool = False,
+    mmproj: bool | str = False,
+    mtp: str | None = None,
+    drop_mtp: bool = False,
+    hf_token: str | None = None,
+) -> MemoryFit:
+    """Return the GGUF file types that fit `fit` bytes with a context, from headers alone.
+
+    Args:
+        model: folder, Hub id (``owner/name[@revision]``) or a published size.
+        fit: bytes of memory.
+        context: tokens, from 1.
+        recipe: as for `gguf`, as are the others.
+        imatrix: importance matrix.
+        tensor_type: types by name.
+        tensor_type_file: files of them.
+        upstream_counters: count layers as llama-quantize does.
+        mmproj: include the vision tower, as for `gguf`.
+        mtp: ``keep`` (if None) or ``drop``; a file of its own does not count.
+        drop_mtp: short for ``mtp="drop"``.
+        hf_token: for the Hub; by default HF_TOKEN.
+
+    Raises:
+        UsageError: no type fits, or an argument does not fit the model.
+        InputError: the model or the matrix cannot be read.
+        HubError: the Hub refused a request or could not be reached.
+
+    >>> found = types_that_fit("Qwen3.5-9B", 6 * 10**9)
+    >>> found.types[0].type, found.kv_cache
+    ('Q3_K_M', 1073741824)
+    """
+    from qwen35.api.gguf_api import gguf_plan, gguf_recipe
+    from qwen35.planning.gguf_files.memory_fit import MEASURED, memory_fit
+
+    planned = gguf_plan(
+        describe(str(model), token=hf_token),
+        gguf_recipe(MEASURED, recipe or "mix", tensor_type, tensor_type_file),
+        MEASURED,
+        imatrix=imatrix,
+        upstream_counters=upstream_counters,
+        mmproj=mmproj,
+        mtp=mtp,
+        mtp_type=None,
+        drop_mtp=drop_mtp,
+        split_max_size=None,
+        token=hf_token,
     )
+    return memory_fit(planned, fit, context)

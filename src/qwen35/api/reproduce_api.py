@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ def reproduce(
     manifest: str | Path,
     *,
     source: str | Path | None = None,
+    adapter: Sequence[str | Path] = (),
     activation_stats: str | Path | None = None,
     imatrix: str | Path | None = None,
     output: str | Path | None = None,
@@ -31,7 +33,8 @@ def reproduce(
     Args:
         manifest: a qwen35.json, its folder, or a Hub id.
         source: the source; by default the repository and commit in the manifest.
-        activation_stats: FP8: the statistics used for it.
+        adapter: the adapters merged into it, in any order; their weights are recorded.
+        activation_stats: the statistics used for it.
         imatrix: GGUF: the importance matrix used for it.
         output: keep the rebuilt artifact here; by default it is removed.
         overwrite: replace an output of qwen35.
@@ -45,6 +48,7 @@ def reproduce(
         OutputError: the output exists, or the disk is full.
         HubError: the Hub refused a request or could not be reached.
     """
+    from qwen35.checkpoint.adapter_files import open_adapters
     from qwen35.planning.container import ContainerInputs
     from qwen35.reproduction import ArtifactOrigin, plan_again
     from qwen35.reproduction import reproduce as carry_out
@@ -61,6 +65,7 @@ def reproduce(
             activations=Path(activation_stats) if activation_stats else None,
             imatrix=Path(imatrix) if imatrix else None,
         ),
+        open_adapters(adapter),
     )
     with tempfile.TemporaryDirectory(prefix="qwen35-reproduce-") as scratch:
         return carry_out(

@@ -56,7 +56,7 @@ def tune(
         context: tokens per chunk.
         explicit: write a rule for every role in every layer.
         report: folder to write tune.json and tune.html to.
-        device: for transformers (NF4, FP8).
+        device: for transformers, which runs every format but GGUF.
         threads: number of threads; all processors if None.
         overwrite: replace the recipe or report.
         hf_token: for the Hub; by default HF_TOKEN.

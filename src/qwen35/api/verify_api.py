@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from qwen35.checkpoint.adapted import with_adapters
+from qwen35.checkpoint.adapter_files import Adapter, open_adapters
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.errors import UsageError
+from qwen35.errors import InputError, UsageError
+from qwen35.planning.manifest import read_manifest
+from qwen35.planning.recorded_adapters import recorded_adapters
 from qwen35.progress import Progress
 from qwen35.publishing.repo_documents import record_verdict
 from qwen35.publishing.signing import SIGNATURE_NAME
 from qwen35.verification.opening import open_artifact
+from qwen35.verification.subject import Subject
 from qwen35.verification.verdict import Depth, Engine, Verdict
 from qwen35.verification.verdict import verify as check
 
@@ -22,6 +29,7 @@ def verify(
     model: str | Path,
     *,
     source: str | Path | None = None,
+    adapter: Sequence[str | Path] = (),
     depth: Depth | None = None,
     engine: Engine | None = None,
     threads: int | None = None,
@@ -37,6 +45,7 @@ def verify(
     Args:
         model: folder, GGUF file, Hub id or ``hf:owner/name/path``.
         source: the checkpoint that it was made from.
+        adapter: the adapters merged into it, as for `convert`; with a source only.
         depth: ``structure`` reads headers and small files, ``numbers`` every byte, ``behaviour``
             also loads it and asks it questions; if None, ``numbers`` with a source, otherwise
             ``structure``.
@@ -61,12 +70,18 @@ def verify(
     if engine and depth != "behaviour":
         hint = "add --depth behaviour, or leave it out"
         raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
+    if adapter and not source:
+        raise UsageError("--adapter", "needs --source, which it changes", hint="give both")
     subject = open_artifact(
         name, depth, engine=engine, tensor_parallel=tensor_parallel, token=hf_token
     )
+    original = None
+    if source and subject.files:
+        adapters = _adapters(subject, adapter)
+        original = with_adapters(_source(str(source), depth, hf_token), adapters)
     verdict = check(
         subject,
-        source=_source(str(source), depth, hf_token) if source and subject.files else None,
+        source=original,
         depth=depth,
         threads=threads,
         tensor_parallel=tensor_parallel,
@@ -85,6 +100,17 @@ def _source(model: str, depth: Depth, token: str | None) -> Checkpoint:
         if described.place is not None:
             return described
     return fetch(model, token=token)  # refuses a published size, which has no files
+
+
+def _adapters(subject: Subject, texts: Sequence[str | Path]) -> tuple[Adapter, ...]:
+    """Open the adapters that an artifact was made with; its manifest knows their weights."""
+    adapters, manifest = open_adapters(texts), None
+    with suppress(InputError):  # a finding of the check
+        manifest = read_manifest(subject.place) if subject.place else None
+    recorded = manifest and isinstance(manifest.get("source"), dict)
+    if not (manifest and recorded and manifest["source"].get("adapters")):
+        return adapters
+    return recorded_adapters(manifest, adapters)
 
 
 def _record_folder(name: str) -> Path:

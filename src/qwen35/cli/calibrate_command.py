@@ -1,7 +1,8 @@
 """Run text through a model and write statistics of its weights' inputs.
 
-Writes activation statistics (for --activation-stats of FP8) and an importance matrix (for --imatrix
-of GGUF). One decoder layer is in memory at a time; an interrupted run resumes.
+Writes activation statistics (for `convert --activation-stats`: block FP8, NVFP4, INT4, KV caches)
+and an importance matrix (for `gguf --imatrix`). One decoder layer is in memory at a time; an
+interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qwen35.cli.shared_flags import add_model, keywords, positive, size_of
 from qwen35.display import size
 
 EXAMPLES = {
-    "statistics for FP8 scales and an importance matrix for k-quants": (
+    "statistics for `convert`, and an importance matrix for `gguf`": (
         "qwen35 calibrate MODEL --text wiki.train.raw --output statistics"
     ),
     "on 128 windows, with less memory": (

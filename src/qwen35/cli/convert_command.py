@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from qwen35.api.convert_api import convert
+from qwen35.api.fp8_options import KvCache
 from qwen35.cli.console import Console
 from qwen35.cli.fp8_flags import add_scale_choice
-from qwen35.cli.shared_flags import add_model, add_recipe, keywords
+from qwen35.cli.shared_flags import add_adapter, add_model, add_recipe, keywords
 from qwen35.cli.worker_flags import add_workers
 from qwen35.cli.write_summary import show
 
 EXAMPLES = {
     "NF4 for QLoRA": "qwen35 convert Qwen/Qwen3.5-0.8B Qwen3.5-0.8B-bnb-4bit --recipe nf4",
-    "FP8 for vLLM, with scales weighed by a calibration": (
+    "block FP8 for vLLM, with columns weighed by statistics": (
         "qwen35 convert MODEL OUT --recipe fp8 --calib-mode search \\\n"
         "      --activation-stats statistics/activation-stats.json"
     ),
@@ -31,6 +33,7 @@ EXAMPLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_model(parser)
+    add_adapter(parser)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add_recipe(parser)
     parser.add_argument(
@@ -39,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workers(parser)
     add_scale_choice(parser, mode=None, samples=None)
     parser.add_argument(
-        "--activations",
-        action="store_true",
-        help="NVFP4: quantize inputs too (W4A4), with scales from --activation-stats",
+        "--kv-cache",
+        choices=get_args(KvCache),
+        help="also write scales for a KV cache in FP8; needs --activation-stats",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")

@@ -115,6 +115,7 @@ def _job_json(job: EvaluationJob, state: Path | None) -> dict[str, object]:
             {"name": m.name, "stored": m.stored, "engine": m.engine, "bytes": m.nbytes}
             for m in job.candidates
         ],
+        "simulations": [m.name for m in job.simulations],
         "chunks": chunks.count,
         "context": chunks.context,
         "scored": chunks.count * chunks.scored,
@@ -131,6 +132,12 @@ def _job_text(job: EvaluationJob, state: Path | None) -> str:
     lines = [
         f"{job.base.name}: {job.base.stored} in {job.base.engine}, {size(job.base.nbytes)}",
         *(f"  {m.name}: {m.stored} in {m.engine}, {size(m.nbytes)}" for m in job.candidates),
+        *(f"  {m.name}: simulated, {m.served_inputs}" for m in job.simulations),
+        *(
+            f"  {m.name}: its inputs cannot be simulated as config.json has them"
+            for m in job.candidates
+            if m.unknown_inputs
+        ),
         *(f"  noise floor: {m.name} in {m.engine}" for m in job.floors),
         f"{chunks.count} chunks of {chunks.context} tokens, {chunks.count * chunks.scored} scored",
         f"peak memory at most about {size(job.memory)} with {job.threads} threads",

@@ -11,17 +11,27 @@ from pathlib import Path
 
 from qwen35.api.gguf_api import DEFAULT_TYPES, gguf
 from qwen35.cli.console import Console
-from qwen35.cli.shared_flags import add_model, add_types, keywords, positive, size_of
+from qwen35.cli.shared_flags import (
+    add_adapter,
+    add_model,
+    add_mtp,
+    add_types,
+    keywords,
+    positive,
+    size_of,
+)
 from qwen35.cli.worker_flags import add_workers
 from qwen35.cli.write_summary import show
 
 EXAMPLES = {
     "three types in one pass, with an importance matrix": (
-        "qwen35 gguf MODEL OUT --types Q8_0,Q5_K_M,Q4_K_M \\\n"
-        "      --imatrix statistics/imatrix.gguf"
+        "qwen35 gguf MODEL OUT --types Q8_0,Q5_K_M,Q4_K_M \\\n      --imatrix statistics"
     ),
     "how large each type would be with each recipe": "qwen35 gguf MODEL OUT --dry-run",
     "one of four parts, as a batch job": ("qwen35 gguf MODEL OUT --types Q4_K_M --slice 1/4"),
+    "files of 40 GB, which llama.cpp loads as one": (
+        "qwen35 gguf MODEL OUT --types Q8_0 --split-max-size 40G"
+    ),
     "linear attention in Q8_0, plus the vision tower": (
         "qwen35 gguf MODEL OUT --types Q4_K_M --recipe q8-gates --mmproj"
     ),
@@ -31,12 +41,13 @@ EXAMPLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_model(parser)
+    add_adapter(parser)
     parser.add_argument("out", metavar="OUTDIR", type=Path, help="folder to write")
     add_types(parser, default=",".join(DEFAULT_TYPES))
     parser.add_argument(
         "--recipe", default="mix", metavar="NAME", help="mix, q8-gates, q8-gates-plus or a .toml"
     )
-    parser.add_argument("--drop-mtp", action="store_true", help="drop the MTP layer")
+    add_mtp(parser)
     parser.add_argument("--export", type=Path, metavar="FILE", help=_EXPORT_HELP)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="always the CPU")
     parser.add_argument("--encoder", default="auto", choices=("auto", "ggml"), help=_ENCODER_HELP)
@@ -70,7 +81,7 @@ def run(args: argparse.Namespace, output: Console) -> int:
         from qwen35.planning.gguf_files.gguf_plan import files_of
 
         path, kinds = result.exported
-        (name,) = (file.name for file in files_of(result.plan) if file.file_type.quantized)
+        (name,) = (file.name for file in files_of(result.plan) if file.quantized)
         output.data(f"{path}: types of {len(kinds)} tensors of {name}", result.to_json())
         return 0
     return show(result, output, dry_run=args.dry_run)

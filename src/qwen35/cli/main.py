@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "inspect": "describe a checkpoint from its headers",
     "plan": "show what would be written: every file and tensor, to the byte",
     "convert": "write a quantized or text-only checkpoint",
+    "merge": "merge LoRA adapters into a checkpoint",
     "gguf": "write GGUF files for llama.cpp, quantized or not",
     "calibrate": "collect activation statistics and an importance matrix",
     "verify": "check an artifact, alone or against its source",

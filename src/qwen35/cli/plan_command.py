@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import argparse
 
-from qwen35.api.plan_api import plan
+from qwen35.api.plan_api import DEFAULT_CONTEXT, plan, types_that_fit
 from qwen35.cli.console import Console
-from qwen35.cli.shared_flags import add_model, add_recipe, add_types, keywords
+from qwen35.cli.shared_flags import (
+    add_adapter,
+    add_model,
+    add_recipe,
+    add_types,
+    keywords,
+    size_of,
+)
+from qwen35.cli.write_summary import show_plan
 from qwen35.errors import UsageError
 from qwen35.planning.memory import peak_memory, threads_within
 from qwen35.planning.safetensors_files.safetensors_display import roles_json, roles_text
@@ -25,6 +33,9 @@ EXAMPLES = {
     "GGUF files, and their sizes with the other built-in recipes": (
         "qwen35 plan Qwen3.5-9B --types Q8_0,Q4_K_M"
     ),
+    "the GGUF types that fit a memory with a context": (
+        "qwen35 plan Qwen3.5-9B --fit 6GB --context 32k"
+    ),
     "the names for --keep and recipes": "qwen35 plan --roles",
 }
 
@@ -32,8 +43,21 @@ EXAMPLES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_model(parser, optional=True, sizes=True)
+    add_adapter(parser)
     add_recipe(parser, default=None)
     add_types(parser, default=None)
+    parser.add_argument(
+        "--fit",
+        type=size_of,
+        metavar="SIZE",
+        help="list the GGUF types that fit a memory, e.g. 6GB, with cache, state and --mmproj",
+    )
+    parser.add_argument(
+        "--context",
+        type=_tokens,
+        metavar="N",
+        help="with --fit: tokens of context, e.g. 8192 or 32k (default: 32k)",
+    )
     parser.add_argument("--roles", action="store_true", help="print the table of roles instead")
 
 
@@ -45,10 +69,45 @@ def run(args: argparse.Namespace, output: Console) -> int:
         return 0
     if args.model is None:
         raise UsageError("MODEL", "not given", hint="qwen35 plan MODEL --recipe NAME")
-    planned = plan(**keywords(args, "roles", "threads", "memory"))
+    if args.fit is not None:
+        return _show_fitting(args, output)
+    if args.context is not None:
+        raise UsageError("--context", "has no effect without --fit", hint="leave it out")
+    planned = plan(**keywords(args, "roles", "fit", "context", "threads", "memory"))
     threads = threads_within(lambda n: peak_memory(planned, n), args.threads, args.memory)
-    container = planned.container
-    output.data(container.text(planned, threads), container.json(planned, threads))
+    show_plan(planned, threads, output)
+    return 0
+
+
+def _tokens(text: str) -> int:
+    """Parse a number of tokens, such as ``8192`` or ``32k``; argparse prints the error."""
+    number, unit = (text[:-1], 1024) if text[-1:].lower() == "k" else (text, 1)
+    if not (number.isascii() and number.isdecimal() and len(number) < 10):
+        tokens = 0
+    else:
+        tokens = int(number) * unit
+    if not 0 < tokens < 2**31:
+        expected = "tokens such as 8192 or 32k, below 2**31"
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
+    return tokens
+
+
+def _show_fitting(args: argparse.Namespace, output: Console) -> int:
+    """Print the types that fit a memory."""
+    from qwen35.planning.gguf_files.memory_fit import fit_text
+
+    others = (
+        *("types", "keep", "keep_prefix", "keep_shards", "layout", "activations", "adapter"),
+        *("mtp_type", "split_max_size", "threads", "memory"),
+    )
+    for name in others:
+        if getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(flag, "has no effect with --fit", hint="leave it out")
+    args.context = args.context or DEFAULT_CONTEXT
+    found = types_that_fit(**keywords(args, "roles", *others))
+    output.notes(found.notes)
+    output.data(fit_text(found), found.to_json())
     return 0
 
 
@@ -58,7 +117,10 @@ def _check_alone(args: argparse.Namespace) -> None:
         "MODEL": args.model is not None,
         "--recipe": args.recipe is not None,
         "--types": args.types is not None,
+        "--fit": args.fit is not None,
+        "--context": args.context is not None,
         "--keep": bool(args.keep),
+        "--mtp": args.mtp is not None,
         "--drop-mtp": args.drop_mtp,
         "--keep-prefix": args.keep_prefix,
         "--keep-shards": args.keep_shards,

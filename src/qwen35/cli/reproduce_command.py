@@ -29,7 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source", metavar="MODEL", help="its source, if not the one in the manifest"
     )
     parser.add_argument(
-        "--activation-stats", type=Path, metavar="FILE", help="FP8: the statistics used for it"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="the adapter merged into it; may be repeated",
+    )
+    parser.add_argument(
+        "--activation-stats", type=Path, metavar="FILE", help="the statistics used for it"
     )
     parser.add_argument(
         "--imatrix", type=Path, metavar="FILE", help="GGUF: the importance matrix used for it"

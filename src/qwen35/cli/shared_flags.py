@@ -6,13 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from qwen35.codecs.registry import CODECS
+from qwen35.codecs.registry import LAYOUTS
 from qwen35.display import bytes_of
 from qwen35.model.sizes import PUBLISHED
+from qwen35.planning.gguf_files.mixes import CONVERTED
+from qwen35.planning.mtp_choice import MTP_CHOICES
 from qwen35.planning.recipe import built_in
 
 __all__ = [
+    "add_adapter",
     "add_model",
+    "add_mtp",
     "add_recipe",
     "add_types",
     "count",
@@ -40,6 +44,14 @@ def _number(text: str, minimum: int, expected: str) -> int:
     if value < minimum:
         raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
     return value
+
+
+def _converted(text: str) -> str:
+    """Parse a file type of the converter; argparse prints the error."""
+    if text.upper() not in CONVERTED:
+        expected = f"{', '.join(CONVERTED)} (MODEL and OUTDIR come first)"
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
+    return text.upper()
 
 
 def size_of(text: str) -> int:
@@ -77,6 +89,17 @@ def add_model(
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
 
 
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    """Add --adapter."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR[=WEIGHT]",
+        help="merge a LoRA adapter of peft as weights are read; may be repeated",
+    )
+
+
 def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
     """Add the flags for the content of GGUF files.
 
@@ -88,7 +111,9 @@ def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
     shown = "" if default is None else " (default: %(default)s)"
     group.add_argument("--types", default=default, metavar="T,...", help=f"file types{shown}")
     group.add_argument(
-        "--imatrix", metavar="FILE", help="importance matrix, or hf:owner/name/path of one"
+        "--imatrix",
+        metavar="FILE",
+        help="importance matrix, the folder of calibrate, or hf:owner/name/path",
     )
     group.add_argument(
         "--tensor-type",
@@ -110,7 +135,37 @@ def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
         action="store_true",
         help="let named tensors shift the mix of the others, as llama-quantize does",
     )
-    group.add_argument("--mmproj", action="store_true", help="also write the vision tower, as F16")
+    group.add_argument(
+        "--mmproj",
+        nargs="?",
+        const="F16",
+        default=False,
+        type=_converted,
+        metavar="TYPE",
+        help=f"also write the vision tower, as F16 or as TYPE: {', '.join(CONVERTED)}",
+    )
+    group.add_argument(
+        "--mtp-type",
+        type=_converted,
+        metavar="TYPE",
+        help="the type of the file of --mtp separate, one of the same (default: Q8_0)",
+    )
+    group.add_argument(
+        "--split-max-size",
+        type=size_of,
+        metavar="SIZE",
+        help="write models with more bytes of tensors as several files, e.g. 40G",
+    )
+
+
+def add_mtp(parser: argparse.ArgumentParser) -> None:
+    """Add --mtp and its short form."""
+    parser.add_argument(
+        "--mtp",
+        choices=MTP_CHOICES,
+        help="keep or drop the MTP layer; separate: GGUF, in a file of its own",
+    )
+    parser.add_argument("--drop-mtp", action="store_true", help="short for --mtp drop")
 
 
 def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> None:
@@ -128,7 +183,7 @@ def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> 
         metavar="ROLE",
         help="also leave these tensors unquantized; may be repeated",
     )
-    parser.add_argument("--drop-mtp", action="store_true", help="drop the MTP layer")
+    add_mtp(parser)
     parser.add_argument(
         "--keep-prefix",
         action="store_true",
@@ -139,8 +194,14 @@ def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> 
     )
     parser.add_argument(
         "--layout",
-        choices=sorted({name for codec in CODECS.values() for name in codec.layouts}),
-        help="NVFP4: whose tensors and config.json to write (default: compressed-tensors)",
+        choices=LAYOUTS,
+        help="NVFP4, INT4, FP8 per channel: the tool whose tensors and config.json to write "
+        "(default: the recipe's, compressed-tensors or gptq)",
+    )
+    parser.add_argument(
+        "--activations",
+        action="store_true",
+        help="NVFP4: quantize inputs too (W4A4); convert then needs --activation-stats",
     )
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"

@@ -70,7 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--explicit", action="store_true", help="write a rule for every role in every layer"
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write tune.json and tune.html")
-    parser.add_argument("--device", default="auto", help="for transformers (NF4, FP8)")
+    parser.add_argument(
+        "--device", default="auto", help="for transformers, which runs every format but GGUF"
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="default: all processors")
     parser.add_argument("--overwrite", action="store_true", help="replace the recipe or report")
     parser.add_argument("--dry-run", action="store_true", help="print what would be measured")

@@ -11,7 +11,7 @@ from typing import get_args
 from qwen35.api.verify_api import verify
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS
-from qwen35.cli.shared_flags import add_model, keywords, positive
+from qwen35.cli.shared_flags import add_adapter, add_model, keywords, positive
 from qwen35.verification.verdict import Depth, Engine
 from qwen35.verification.verdict_display import verdict_text
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     add_model(parser)
     parser.add_argument("--source", metavar="MODEL", help="checkpoint that it was made from")
+    add_adapter(parser)
     parser.add_argument(
         "--depth",
         choices=get_args(Depth),

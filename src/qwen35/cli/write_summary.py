@@ -6,15 +6,16 @@ from qwen35.api.write_result import WriteResult
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.display import size
+from qwen35.planning.output_plan import Plan
 
-__all__ = ["show"]
+__all__ = ["show", "show_plan"]
 
 
 def show(result: WriteResult, output: Console, *, dry_run: bool = False) -> int:
     """Print what was or would be written; return the exit code."""
     plan, container = result.plan, result.plan.container
     if dry_run:
-        output.data(container.text(plan, result.threads), container.json(plan, result.threads))
+        show_plan(plan, result.threads, output)
         return 0
     if result.part is not None:
         number, count = result.part
@@ -32,3 +33,11 @@ def show(result: WriteResult, output: Console, *, dry_run: bool = False) -> int:
         text = f"{report_text(result.report)}\n{text}"
     output.data(text, result.to_json())
     return 0 if result.passed else EXIT_FINDINGS
+
+
+def show_plan(plan: Plan, threads: int, output: Console) -> None:
+    """Print a plan in the form that was asked for: for a large model, each takes a while."""
+    if output.as_json:
+        output.data("", plan.container.json(plan, threads))
+    else:
+        output.data(plan.container.text(plan, threads), None)

@@ -13,13 +13,15 @@ from qwen35.errors import Qwen35Error, UsageError
 from qwen35.pipeline.run_request import REPORT_FOLDER, ArtifactRequest, RunRequest
 from qwen35.planning.activations import load_activations
 from qwen35.planning.artifact_names import artifact_name
+from qwen35.planning.gguf_files.gguf_options import mtp_type_of, projector_type
 from qwen35.planning.gguf_files.imatrix import open_imatrix
 from qwen35.planning.gguf_files.metadata import model_name
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 from qwen35.planning.memory import peak_memory
 from qwen35.planning.memory import threads_within as threads_fitting
+from qwen35.planning.mtp_choice import drops_mtp, mtp_choice
 from qwen35.planning.output_plan import Plan, make_plan
-from qwen35.planning.recipe import load_recipe
+from qwen35.planning.recipe import adjusted_recipe, load_recipe
 from qwen35.tensors import Weight
 from qwen35.verification.verdict import Depth
 
@@ -134,14 +136,21 @@ def _is_text(plan: Plan) -> bool:
 
 
 def _safetensors(checkpoint: Checkpoint, artifact_request: ArtifactRequest) -> Plan:
-    recipe = load_recipe(artifact_request.recipe).keeping(artifact_request.keep)
+    recipe = adjusted_recipe(
+        artifact_request.recipe,
+        keep=artifact_request.keep,
+        layout=artifact_request.layout,
+        quantized_inputs=artifact_request.activations,
+        drop_mtp=drops_mtp(artifact_request.mtp, drop=artifact_request.drop_mtp),
+    )
     statistics = artifact_request.activation_stats
     return make_plan(
         checkpoint,
-        recipe.dropping_mtp() if artifact_request.drop_mtp else recipe,
+        recipe,
         keep_prefix=artifact_request.keep_prefix,
         scale_choice=artifact_request.scale_choice,
         activations=load_activations(statistics) if statistics else None,
+        kv_cache=artifact_request.kv_cache,
     )
 
 
@@ -149,13 +158,16 @@ def _gguf(checkpoint: Checkpoint, artifact_request: ArtifactRequest, token: str 
     unknown = [name for name in artifact_request.types if name not in FILE_TYPES]
     if unknown:
         raise UsageError("types", f"{unknown[0]!r} is unknown", expected=", ".join(FILE_TYPES))
+    choice = mtp_choice(artifact_request.mtp, drop=artifact_request.drop_mtp)
     return make_plan(
         checkpoint,
         load_recipe(artifact_request.recipe, "gguf"),
         types=artifact_request.types,
         imatrix=open_imatrix(artifact_request.imatrix, token) if artifact_request.imatrix else None,
-        projector="F16" if artifact_request.mmproj else None,
-        drop_mtp=artifact_request.drop_mtp,
+        projector=projector_type(artifact_request.mmproj, "mmproj"),
+        split_max_size=artifact_request.split_max_size,
+        drop_mtp=choice == "drop",
+        mtp_file=mtp_type_of(choice, artifact_request.mtp_type),
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any, get_args
 from qwen35.checkpoint.hub import HubId
 from qwen35.checkpoint.locations import expanded, read_bounded
 from qwen35.codecs.fp8.layout import ScaleChoice
+from qwen35.codecs.registry import LAYOUTS
+from qwen35.display import bytes_of
 from qwen35.errors import UsageError
 from qwen35.pipeline.run_request import (
     ArtifactRequest,
@@ -19,6 +21,8 @@ from qwen35.pipeline.run_request import (
     path_artifacts,
     repo_problem,
 )
+from qwen35.planning.gguf_files.gguf_options import projector_type
+from qwen35.planning.safetensors_files.safetensors_options import KV_CACHES
 from qwen35.verification.verdict import Depth
 
 __all__ = ["read_run_file"]
@@ -26,6 +30,7 @@ __all__ = ["read_run_file"]
 _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
     "text": (str, "a string"),
     "flag": (bool, "true or false"),
+    "flag or text": ((bool, str), "true, false or a string"),
     "number": ((int, float), "a number"),
     "count": (int, "a whole number"),
     "texts": (list, "a list of strings"),
@@ -47,17 +52,28 @@ TOP_KEYS = {
     "evaluate": "table",
     "publish": "table",
 }
-_COMMON = {"recipe": "text", "name": "text", "repo": "text", "drop_mtp": "flag"}
+_COMMON = {"recipe": "text", "name": "text", "repo": "text", "mtp": "text", "drop_mtp": "flag"}
 ARTIFACT_KEYS = _COMMON | {
     "keep": "texts",
     "keep_prefix": "flag",
+    "layout": "text",
+    "activations": "flag",
     "calib_mode": "text",
     "rms_factor": "number",
     "calib_percentile": "number",
     "mse_grid_size": "count",
     "activation_stats": "text",
+    "kv_cache": "text",
 }
-GGUF_KEYS = _COMMON | {"types": "texts", "imatrix": "text", "mmproj": "flag"}
+_NAMES = {"layout": LAYOUTS, "kv_cache": KV_CACHES}
+"""Keys with one of several names, which are checked here: plans are made of a sound file only."""
+GGUF_KEYS = _COMMON | {
+    "types": "texts",
+    "imatrix": "text",
+    "mmproj": "flag or text",
+    "mtp_type": "text",
+    "split_max_size": "text",
+}
 EVALUATE_KEYS = {"text": "text", "chunks": "count"}
 PUBLISH_KEYS = {"owner": "text", "private": "flag"}
 
@@ -155,6 +171,9 @@ class _Reader:
     def _safetensors(self, where: str, row: Mapping[str, Any]) -> ArtifactRequest:
         if not row.get("recipe"):
             self._problem(f"{where}.recipe", "is missing")
+        for key, known in _NAMES.items():
+            if key in row and row[key] not in known:
+                self._problem(f"{where}.{key}", repr(row[key])[:80], expected=" or ".join(known))
         names = ("calib_mode", "rms_factor", "calib_percentile", "mse_grid_size")
         scale_choice = None
         if any(name in row for name in names):
@@ -168,20 +187,36 @@ class _Reader:
             **self._common(where, row, "nf4"),
             keep=tuple(row.get("keep", ())),
             keep_prefix=row.get("keep_prefix", False),
+            layout=row.get("layout"),
+            activations=row.get("activations", False),
             scale_choice=scale_choice,
             activation_stats=self._near(statistics) if statistics else None,
+            kv_cache=row.get("kv_cache"),
         )
 
     def _gguf(self, where: str, row: Mapping[str, Any]) -> ArtifactRequest:
         types = self._types(row)
         if not types:
             self._problem(f"{where}.types", "is missing", hint='for instance ["F16", "Q4_K_M"]')
+        mmproj = row.get("mmproj", False)
+        projector_type(mmproj, "mmproj")
         return ArtifactRequest(
             **self._common(where, row, "mix"),
             types=types or ("F16",),
             imatrix=self._imatrix(row.get("imatrix", "")),
-            mmproj=row.get("mmproj", False),
+            mmproj=mmproj,
+            mtp_type=row.get("mtp_type"),
+            split_max_size=self._size(f"{where}.split_max_size", row.get("split_max_size")),
         )
+
+    def _size(self, where: str, text: str | None) -> int | None:
+        try:
+            size = None if text is None else bytes_of(text)
+        except ValueError:
+            size = 0
+        if size is not None and size < 1:
+            self._problem(where, repr(text)[:80], expected='a size such as "40G"')
+        return size
 
     def _common(self, where: str, row: Mapping[str, Any], default: str) -> dict[str, Any]:
         name, repo = row.get("name", ""), row.get("repo", "")
@@ -196,6 +231,7 @@ class _Reader:
             "recipe": recipe,
             "name": name,
             "repo": repo,
+            "mtp": row.get("mtp"),
             "drop_mtp": row.get("drop_mtp", False),
         }
 
@@ -236,7 +272,7 @@ class _Reader:
 
 
 def _is(value: Any, kind: str) -> bool:
-    if isinstance(value, bool) and kind != "flag":  # bool is a subclass of int
+    if isinstance(value, bool) and not kind.startswith("flag"):  # bool is a subclass of int
         return False
     if kind in ("texts", "text or texts") and isinstance(value, list):
         return all(isinstance(item, str) for item in value)

@@ -43,12 +43,18 @@ class ArtifactRequest:
         name: folder name; derived from the source (`artifact_name`) if empty.
         repo: repository to publish to; derived from the run's owner if empty.
         keep: roles to leave unquantized.
-        drop_mtp: whether to drop the multi-token-prediction layer.
+        mtp: ``keep``, ``drop`` or, GGUF, ``separate``: the multi-token-prediction layer.
+        drop_mtp: short for ``mtp="drop"``.
+        mtp_type: GGUF: the type of the separate file.
         keep_prefix: text-only: whether tensors stay under ``model.language_model.``.
-        scale_choice: FP8: how scales are chosen.
-        activation_stats: FP8: statistics that weigh the columns.
+        layout: whose tensors and config.json to write, as for ``convert --layout``.
+        scale_choice: how scales are chosen.
+        activation_stats: statistics that weigh the columns, and of which scales of inputs are made.
+        activations: whether to quantize the layers' inputs as well.
+        kv_cache: ``fp8`` for scales of a KV cache, from the statistics.
         imatrix: GGUF: importance matrix, a file or ``hf:owner/name/path``.
-        mmproj: GGUF: whether to write the vision tower too.
+        mmproj: GGUF: whether to write the vision tower too, or its file type.
+        split_max_size: GGUF: bytes of tensors a file; larger models are split.
     """
 
     recipe: str
@@ -56,12 +62,18 @@ class ArtifactRequest:
     name: str = ""
     repo: str = ""
     keep: tuple[str, ...] = ()
+    mtp: str | None = None
     drop_mtp: bool = False
+    mtp_type: str | None = None
     keep_prefix: bool = False
+    layout: str | None = None
     scale_choice: ScaleChoice | None = None
     activation_stats: Path | None = None
+    activations: bool = False
+    kv_cache: str | None = None
     imatrix: str = ""
-    mmproj: bool = False
+    mmproj: bool | str = False
+    split_max_size: int | None = None
 
     @property
     def label(self) -> str:

@@ -1,0 +1,63 @@
+"""Merge LoRA adapters into a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen35.api.convert_api import convert
+from qwen35.api.write_result import WriteResult
+from qwen35.progress import Progress
+
+__all__ = ["merge"]
+
+
+def merge(
+    model: str | Path,
+    adapter: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    keep_shards: bool = False,
+    threads: int | None = None,
+    memory: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    hf_token: str | None = None,
+    progress: Progress | None = None,
+) -> WriteResult:
+    """Write an unquantized checkpoint with adapters merged; the same as `convert` to ``bf16``.
+
+    All weights that the adapters do not change, and their dtypes, stay as they are, byte for byte;
+    packed ones are decoded.
+
+    Args:
+        model: the base: folder or Hub id (``owner/name[@revision]``).
+        adapter: adapters of peft: folders, as ``DIR`` or ``DIR=WEIGHT``.
+        out: folder to write.
+        keep_shards: write the base's files, by name, instead of files of 5 GB.
+        threads: number of threads; all processors if None.
+        memory: use fewer threads to stay below this many bytes.
+        overwrite: replace an output of qwen35.
+        dry_run: write nothing; the result holds the plan.
+        hf_token: for the Hub; by default HF_TOKEN.
+        progress: receives bytes read.
+
+    Raises:
+        InputError: base or adapter cannot be read, or they do not fit together.
+        UsageError: adapters do not fit together.
+        OutputError: the output exists or overlaps the source, or the disk is full.
+        HubError: the Hub refused a request or could not be reached.
+    """
+    return convert(
+        model,
+        out,
+        recipe="bf16",
+        adapter=[adapter] if isinstance(adapter, str | Path) else adapter,
+        keep_shards=keep_shards,
+        threads=threads,
+        memory=memory,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        hf_token=hf_token,
+        progress=progress,
+    )
