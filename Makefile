@@ -5,20 +5,23 @@
 ## make lint         ruff, mypy and the import contract
 ## make test         lint, documentation and tests
 ## make test-all     and the tests that take minutes each or gigabytes
-## make test-vllm    load the embedded checkpoint and its FP8 in vLLM, in an environment of its own
+## make test-vllm    run the embedded checkpoint in vLLM on this CPU, in every format, half an hour
+## make test-oracles  ask other libraries and engines about the formats for servers, each in an environment of its own
 ## make fuzz         fuzz the readers of untrusted files, about a minute each (SECONDS=60)
 ## make docs         build the documentation into build/docs; a warning, such as a dead link, is an error
 ## make docs-pages   make the generated pages and the README's table again
 ## make docs-shown   write what the blocks of README and tutorials print into them
 ## make results      measure the README's table of formats anew (docs/results.json)
-## make bench        measure the tables of speed anew (docs/benchmarks.json), 20 minutes on idle cores
+## make bench        measure the tables of speed anew (docs/benchmarks.json), 30 minutes on idle cores
 ## make golden       record anew what llama.cpp's converter writes (tests/golden/gguf*.json)
 ## make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
+## make golden-served  and how those libraries decode the formats for servers (tests/golden/served.json)
 ## make golden-sentences  and what users read when something is wrong (tests/golden/sentences.txt)
 ## make clean        remove environments and everything that was built
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
+ORACLES := .venv-oracles
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -26,7 +29,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # miscompiled by common compilers), and without the multimodal library
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
-.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm golden golden-kld golden-sentences check lint fuzz bench clean
+.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm test-oracles golden golden-kld golden-served golden-sentences check lint fuzz bench clean
 
 help:
 	@sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
@@ -139,10 +142,37 @@ $(VLLM)/.made: tests/vllm/requirements.txt
 
 test-vllm: $(VENV)/.test $(VLLM)/.made
 	mkdir -p build/vllm
-	$(BIN)/python tests/vllm/references.py build/vllm
+	PYTHONPATH=tests $(BIN)/python tests/vllm/references.py build/vllm
 	$(VLLM)/bin/python tests/vllm/compare.py build/vllm
 	VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=src $(VLLM)/bin/python -m qwen35.cli.main \
 		verify assets/qwen3.5-tiny --depth behaviour --engine vllm
+
+# Libraries that decode what we write, and engines that run it: none is in the environment of the
+# tests, and none shares one with another. Versions that constraints.txt has are its.
+$(ORACLES)/%/.made: tests/oracles/%.txt constraints.txt
+	$(PYTHON) -m venv $(@D)
+	if grep -qx torch $<; then \
+		$(@D)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"; fi
+	$(@D)/bin/python -m pip install --quiet -r $<
+	touch $@
+
+ASKED := build/oracles
+.PHONY: ask-oracles
+ask-oracles: export TQDM_DISABLE := 1
+ask-oracles: $(VENV)/.test $(LLAMA_CPP)/.made $(ORACLES)/compressed-tensors/.made \
+		$(ORACLES)/modelopt/.made $(ORACLES)/mlx/.made
+	PYTHONPATH=src:tests $(BIN)/python tests/oracles/artifacts.py $(ASKED)
+	PYTHONPATH=tests $(ORACLES)/compressed-tensors/bin/python tests/oracles/decode_compressed_tensors.py $(ASKED)
+	PYTHONPATH=tests $(ORACLES)/modelopt/bin/python tests/oracles/decode_modelopt.py $(ASKED)
+	PYTHONPATH=src:tests $(BIN)/python tests/oracles/decode_llama_cpp.py $(LLAMA_CPP) $(ASKED)
+	PYTHONPATH=tests $(ORACLES)/compressed-tensors/bin/python tests/oracles/logits_transformers.py $(ASKED)
+	PYTHONPATH=tests $(ORACLES)/mlx/bin/python tests/oracles/logits_mlx.py $(ASKED)
+
+test-oracles: ask-oracles
+	PYTHONPATH=src:tests $(BIN)/python tests/oracles/golden.py $(ASKED)
+
+golden-served: ask-oracles
+	PYTHONPATH=src:tests $(BIN)/python tests/oracles/golden.py $(ASKED) --write
 
 SECONDS ?= 60
 fuzz: $(VENV)/.test
@@ -160,4 +190,4 @@ bench: $(VENV)/.test $(PROGRAMS)/.made
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(ORACLES) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
