@@ -27,7 +27,14 @@ from qwen35.writing.write import write
 RESULTS = ROOT / "docs" / "results.json"
 PACKED = {"NF4": "text-nf4", "FP8": "text-fp8"}
 """Name of a row to the recipe of `qwen35 convert`."""
-GGUF = {"mix": ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"), "q8-gates-plus": ("Q4_K_M",)}
+SERVED = {
+    "FP8 per channel": "fp8-channel",
+    "NVFP4": "nvfp4",
+    "NVFP4 and FP8": "nvfp4-mixed",
+    "INT4": "int4",
+}
+"""The same; these recipes keep a vision tower, so they start from the text-only version."""
+GGUF = {"mix": ("Q8_0", "Q6_K", "Q4_K_M"), "q8-gates-plus": ("Q4_K_M",)}
 """Recipe of `qwen35 gguf` to its file types."""
 
 
@@ -52,8 +59,10 @@ class Row:
 
 def packed(folder: Path) -> Iterator[Row]:
     """Write and yield the safetensors artifacts."""
-    for name, recipe in PACKED.items():
-        plan = make_plan(open_folder(ASSET), load_recipe(recipe))
+    write(make_plan(open_folder(ASSET), load_recipe("text")), folder / "text")
+    sources = dict.fromkeys(PACKED, ASSET) | dict.fromkeys(SERVED, folder / "text")
+    for name, recipe in (PACKED | SERVED).items():
+        plan = make_plan(open_folder(sources[name]), load_recipe(recipe))
         write(plan, folder / recipe)
         files = {file.name: file.nbytes for file in plan.files}
         yield Row(name, "convert", recipe, folder / recipe, files)
@@ -79,6 +88,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="qwen35-formats-") as scratch:
         rows = [*packed(Path(scratch)), *gguf(Path(scratch))]
         report = evaluate(ASSET, [row.path for row in rows], text, chunks=chunks)
+    simulated = {row.model.name: row.comparison.kld for row in report.simulations}
     base = make_plan(open_folder(ASSET), load_recipe("text"))
     measured: dict[str, Any] = {
         "made_by": "benchmarks/formats.py",
@@ -101,9 +111,13 @@ def main() -> None:
                 "name": row.name,
                 "verb": row.verb,
                 "recipe": row.recipe,
+                "source": "text" if row.name in SERVED else "",
                 "files": row.files,
                 "bytes": sum(row.files.values()),
                 "kld": asdict(found.comparison.kld),
+                "kld_with_inputs": asdict(kld)
+                if (kld := simulated.get(found.model.simulation.name))
+                else None,
                 "same_top": asdict(found.comparison.same_top),
                 "perplexity": asdict(found.comparison.perplexity),
             }

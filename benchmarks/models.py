@@ -1,10 +1,11 @@
 """Make the inputs of benchmarks; prints the path.
 
-    python -m benchmarks.models checkpoint|imatrix|windows SIZE WORK
+    python -m benchmarks.models checkpoint|layer|imatrix|windows SIZE WORK
     python -m benchmarks.models hollow SIZE RECIPE WORK
 
 `checkpoint`: random bf16 weights with the shapes of a published size (0.8B), or for `tiny` the
-embedded checkpoint; `imatrix`: a random importance matrix for it; `windows`: token ids of the
+embedded checkpoint; `layer`: one layer of such a size, its vocabulary cut to the tokenizer's;
+`imatrix`: a random importance matrix for it; `windows`: token ids of the
 embedded text, [windows, 512]; `hollow`: an output of a published size without its data, in sparse
 files. What exists is kept.
 """
@@ -16,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFWriter
@@ -45,11 +47,27 @@ def make_checkpoint(size: str, work: Path) -> Path:
     """Write random bf16 weights with the shapes of a published size, and a tokenizer."""
     if size == "tiny":
         return ASSET
-    folder = work / f"Qwen3.5-{size}"
+    return _written(published_config(f"Qwen3.5-{size}"), work / f"Qwen3.5-{size}")
+
+
+def make_layer(size: str, work: Path) -> Path:
+    """Write one layer of a published size, with a layer of the vision tower and without MTP."""
+    raw = published_config(f"Qwen3.5-{size}")
+    text = raw["text_config"]
+    text["layer_types"] = text["layer_types"][:1]
+    text["num_hidden_layers"], text["mtp_num_hidden_layers"] = 1, 0
+    text["vocab_size"] = json.loads((ASSET / "config.json").read_text())["text_config"][
+        "vocab_size"
+    ]
+    raw["vision_config"]["depth"] = 1
+    return _written(raw, work / f"Qwen3.5-{size}-layer")
+
+
+def _written(raw: dict[str, Any], folder: Path) -> Path:
+    """Write a checkpoint with a config, unless it exists."""
     if (folder / "config.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    raw = published_config(f"Qwen3.5-{size}")
     config = parse_config(raw)
     specs = list(expected_tensors(config, CheckpointNaming.published(config)))
     head, offsets = file_layout(specs)
@@ -152,6 +170,7 @@ def make_hollow(size: str, recipe: str, work: Path) -> Path:
 
 MAKERS: dict[str, Callable[..., Path]] = {
     "checkpoint": make_checkpoint,
+    "layer": make_layer,
     "imatrix": make_imatrix,
     "windows": make_windows,
     "hollow": make_hollow,

@@ -1,14 +1,13 @@
 """Simulate large conversions: the real planner, tasks and dispatcher, on a simulated clock.
 
     python -m benchmarks.scale [--size Qwen3.5-397B-A17B] [--recipe fp8 | --types Q4_K_M]
-        [--times 1] [--workers 1 8 64] [--threads 4] [--read 0.62] [--network 1.25]
+        [--workers 1 8 64] [--threads 4] [--read 0.62] [--network 1.25]
 
 Plans a published size from its description, cuts the plan into tasks for each number of workers and
 runs the dispatcher with workers whose time follows from their bytes. Rates are in GB/s: `--read`
 of a thread that reads, encodes and writes (docs/benchmarks.md: 1.75 GB in 3.34 s of processor time
 less 0.53 s of start-up, `search`; for GGUF see benchmarks/gguf.py), `--network` of a worker
-to the shared file system; hashing is measured here, on one thread. `--times 6` repeats every layer
-six times: 397B becomes 2.4T.
+to the shared file system; hashing is measured here, on one thread.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qwen35.checkpoint.open import describe
 from qwen35.codecs.registry import CODECS
 from qwen35.execution.dispatch import JobOutcome, WorkerJob, WorkerPool, dispatch
 from qwen35.planning.memory import peak_memory
-from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.planning.step import Step
 from qwen35.planning.tasks import Task, make_tasks, scheduled, task_bytes
@@ -132,27 +131,11 @@ def hash_rate() -> float:
     return 4 * len(data) / (time.perf_counter() - began)
 
 
-def several(plan: Plan, times: int) -> Work:
-    """Return the steps and files of a model with a multiple of the layers."""
-    steps = [renamed(step, i) for i in range(times) for step in plan.written]
-    sizes = {f"{i}-{file.name}": file.nbytes for i in range(times) for file in plan.files}
-    return Work(steps, sizes)
-
-
-def renamed(step: Step, number: int) -> Step:
-    targets = (
-        replace(target, files=tuple(f"{number}-{file}" for file in target.files))
-        for target in step.targets
-    )
-    return replace(step, targets=tuple(targets))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="Qwen3.5-397B-A17B")
     parser.add_argument("--recipe", default="fp8")
     parser.add_argument("--types", help="GGUF: file types, with commas")
-    parser.add_argument("--times", type=int, default=1)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--read", type=float, default=0.62)
@@ -166,17 +149,16 @@ def main() -> None:
     else:
         plan = make_plan(describe(args.size), load_recipe(args.recipe))
     planning = time.perf_counter() - began
-    work = several(plan, args.times)
-    read, written = plan.read_bytes * args.times, sum(work.sizes.values())
+    work = Work(tuple(plan.written), {file.name: file.nbytes for file in plan.files})
+    read, written = plan.read_bytes, sum(work.sizes.values())
     largest = max(step.read_bytes for step in plan.steps)
     memory = peak_memory(plan, args.threads)
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}")
-    weights = len(plan.steps) * args.times
     print(
-        f"{args.size} x {args.times}, {args.types or args.recipe}: reads {read / GB:.0f} GB, "
-        f"writes {written / GB:.0f} GB in {len(work.sizes)} files, {weights} weights, the largest "
-        f"{largest / GB:.2f} GB\n"
-        f"planned in {planning:.1f} s (of 1 x), hashing "
+        f"{args.size}, {args.types or args.recipe}: reads {read / GB:.0f} GB, "
+        f"writes {written / GB:.0f} GB in {len(work.sizes)} files, {len(plan.steps)} weights, "
+        f"the largest {largest / GB:.2f} GB\n"
+        f"planned in {planning:.1f} s, hashing "
         f"{rates.hash / GB:.2f} GB/s, a worker of {args.threads} threads {memory / GB:.2f} GB"
     )
     print(
