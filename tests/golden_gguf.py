@@ -36,17 +36,18 @@ _SKIPPED = ("deep", "grouped", "moe-8")
 
 @dataclass(frozen=True)
 class Case:
-    """One file of the converter: checkpoint, type, and whether it is the projector's."""
+    """One file of the converter: checkpoint, type, whether it is the projector's, MTP layers."""
 
     model: str
     type: str
     mmproj: bool = False
-    mtp: bool = True
+    mtp: bool | str = True
 
     @property
     def key(self) -> str:
         """Its name in the golden file."""
-        kind = "mmproj" if self.mmproj else "text" if self.mtp else "text-without-mtp"
+        text = "mtp" if self.mtp == "alone" else "text" if self.mtp else "text-without-mtp"
+        kind = "mmproj" if self.mmproj else text
         return f"{self.model} {kind} {self.type}"
 
 
@@ -56,9 +57,11 @@ CASES: tuple[Case, ...] = (
         for model in ("asset", *(name for name in VARIANTS if name not in _SKIPPED))
         for kind in ("F32", "F16", "BF16")
     ),
-    *(Case("asset", kind, mmproj=True) for kind in ("F32", "F16", "BF16")),
+    *(Case("asset", kind, mmproj=True) for kind in ("F32", "F16", "BF16", "Q8_0")),
     *(Case("moe", kind, mmproj=True) for kind in ("F16",)),
     *(Case("asset", kind, mtp=False) for kind in ("F16",)),
+    *(Case("asset", kind, mtp="alone") for kind in ("F16", "BF16", "Q8_0")),
+    *(Case(model, "Q8_0", mtp="alone") for model in ("moe", "moe-per-expert", "odd-rows")),
 )
 
 

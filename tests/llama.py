@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from qwen35.engines.llama import llama_cpp
 from qwen35.planning.gguf_files.imatrix import Imatrix
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 
-__all__ = ["quantize"]
+__all__ = ["chosen_types", "quantize"]
 
 _STRING, _INT = 3, 0
 
@@ -48,6 +49,29 @@ def quantize(
     )
     assert status == 0
     return target
+
+
+_LINE = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) .*, type = +(\w+), size = .*?(?:\((\w+)\))?$", re.M)
+"""A line of the log about a tensor: its name, its type, and the type that it would get."""
+
+
+def chosen_types(source: Path, file_type: str, *, imatrix: bool) -> dict[str, str]:
+    """Return the types that llama-quantize would choose, by name, without reading any weight."""
+    llama = llama_cpp()
+    params = llama.llama_model_quantize_default_params()
+    params.ftype, params.dry_run = FILE_TYPES[file_type].code, True
+    nothing = (llama.llama_model_imatrix_data * 1)()
+    if imatrix:
+        params.imatrix = nothing
+    log: list[bytes] = []
+    listen = llama.llama_log_callback(lambda _level, text, _data: log.append(text))
+    llama.llama_log_set(listen, ctypes.c_void_p(0))
+    try:
+        status = llama.llama_model_quantize(str(source).encode(), b"", ctypes.byref(params))
+    finally:
+        llama.llama_log_set(llama_cpp.quiet, ctypes.c_void_p(0))  # type: ignore[attr-defined]
+    assert status == 0
+    return {name: new or old for name, old, new in _LINE.findall(b"".join(log).decode())}
 
 
 def _importance(llama: Any, imatrix: Imatrix, alive: list[Any]) -> tuple[Any, Any]:

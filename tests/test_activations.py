@@ -161,7 +161,7 @@ def test_weights_without_statistics_are_counted_in_a_note(dense: Path, tmp_path:
     assert ignored.notes == ("stats.json is ignored: mode max weighs no columns",)
     with pytest.raises(UsageError) as caught:
         make_plan(open_folder(dense), load_recipe("nf4"), activations=known)
-    assert str(caught.value) == ("--activation-stats: nothing is encoded as FP8 here; leave it out")
+    assert str(caught.value) == ("--activation-stats: no scales are chosen here; leave it out")
 
 
 # --- reading

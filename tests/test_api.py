@@ -33,7 +33,8 @@ TERMINAL = {"json", "quiet"}
 """How results are shown: a program has the results."""
 
 ONLY_FLAGS = {
-    "plan": {"roles", "threads", "memory"},  # a table (ROLES); and peak memory, which is shown
+    # a table (ROLES); `types_that_fit` of its module; and peak memory, which is shown
+    "plan": {"roles", "fit", "context", "threads", "memory"},
     "calibrate": {"dry_run"},
     "evaluate": {"dry_run"},
     "run": {"dry_run"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -50,11 +51,23 @@ def plan_for(folder: Path, text: Path, **asked: Any) -> CalibrationPlan:
 
 @dataclass
 class Seen:
-    """Mean square and largest magnitude of every linear layer's input, by module name."""
+    """Mean square and largest magnitude of every linear layer's input, by module name.
+
+    `cached` has the largest keys and values of the cache, by layer.
+    """
 
     squares: dict[str, Any]
     largest: dict[str, Any]
     tokens: dict[str, int]
+    cached: dict[tuple[int, str], float]
+
+
+def note_cache(seen: Seen, full: Sequence[int], cache: Any) -> None:
+    """Note the largest keys and values of full-attention layers."""
+    for layer in full:
+        for side in ("keys", "values"):
+            top = getattr(cache.layers[layer], side).abs().max().item()
+            seen.cached[layer, side] = max(top, seen.cached.get((layer, side), 0.0))
 
 
 def whole_model(folder: Path, plan: CalibrationPlan) -> Seen:
@@ -66,7 +79,7 @@ def whole_model(folder: Path, plan: CalibrationPlan) -> Seen:
         folder, dtype=getattr(torch, plan.dtype), experts_implementation="eager"
     )
     model.eval()
-    seen = Seen({}, {}, {})
+    seen = Seen({}, {}, {}, {})
 
     def note(name: str, x: torch.Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1]).double()
@@ -78,6 +91,7 @@ def whole_model(folder: Path, plan: CalibrationPlan) -> Seen:
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+    full = [i for i, kind in enumerate(plan.config.layer_types) if kind == "full_attention"]
     real = torch.nn.functional.linear
     stacks = [(name, part) for name, part in model.named_parameters() if "experts." in name]
 
@@ -94,7 +108,7 @@ def whole_model(folder: Path, plan: CalibrationPlan) -> Seen:
         with torch.inference_mode():
             for start in range(0, len(plan.text.windows), plan.batch):
                 ids = torch.from_numpy(plan.text.windows[start : start + plan.batch]).long()
-                model(input_ids=ids)
+                note_cache(seen, full, model(input_ids=ids, use_cache=True).past_key_values)
     finally:
         torch.nn.functional.linear = real
     return seen
@@ -145,6 +159,11 @@ def test_statistics_are_those_of_the_whole_model(
             squares = seen.squares[module].numpy() / tokens
             assert close(entry["input_channel_mean_square"], squares), name
             assert close(entry["input_channel_max"], seen.largest[module]), name
+    for (layer, side), largest in seen.cached.items():
+        prefix = plan.checkpoint.layout.prefix
+        entry = table[f"{prefix}layers.{layer}.self_attn.{side[0]}_proj.weight"]
+        assert np.isclose(entry["cache_max"], largest, rtol=2e-6), (layer, side)
+    assert len(seen.cached) == 2
     towers = {name for name in seen.squares if ".visual." in name}
     assert compared >= seen.squares.keys() - towers
     assert not towers

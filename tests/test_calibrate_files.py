@@ -77,7 +77,9 @@ def test_entries_have_the_published_form(made: CalibrationResult) -> None:
     }
     assert text_linears <= table.keys()
     for name, entry in table.items():
-        assert list(entry) == ["input_channel_max", "input_channel_mean_square", "tokens"]
+        cached = ["cache_max"] if name.endswith(("k_proj.weight", "v_proj.weight")) else []
+        assert list(entry) == ["input_channel_max", "input_channel_mean_square", "tokens", *cached]
+        assert all(entry[key] > 0 for key in cached), name
         assert len(entry["input_channel_max"]) == len(entry["input_channel_mean_square"]), name
         roots = np.sqrt(entry["input_channel_mean_square"])
         assert (roots <= np.array(entry["input_channel_max"]) * (1 + 1e-5)).all(), name

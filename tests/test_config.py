@@ -41,7 +41,7 @@ def facts(config: ModelConfig) -> dict[str, Any]:
 
 def test_originals_are_those_of_the_table() -> None:
     assert len(NAMES) == 15
-    assert set(PUBLISHED) - set(NAMES) == {"Qwen3.8-27B"}
+    assert set(PUBLISHED) - set(NAMES) == {"Qwen3.8-27B", "Qwen3.8-2.4T-A95B"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -226,6 +226,12 @@ def test_other_architecture_is_refused_by_name(model_type: Any) -> None:
     sentence = str(caught.value)
     assert sentence.startswith(f"config.json: model_type {model_type!r} is not a Qwen3.5")
     assert "expected qwen3_5 or qwen3_5_moe or qwen3_5_text or qwen3_5_moe_text" in sentence
+
+
+@pytest.mark.parametrize("model_type", ["qwen4_exp", "qwen4_exp_text"])
+def test_refusal_of_qwen4_exp_says_what_it_is(model_type: str) -> None:
+    with pytest.raises(ConfigError, match=r"that is Qwen3\.8-Flash-Next, whose layers differ"):
+        parse_config({"model_type": model_type, "architectures": ["Qwen3_5ForCausalLM"]})
 
 
 @pytest.mark.parametrize("section", ["text_config", "vision_config"])

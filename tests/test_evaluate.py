@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,34 @@ def test_every_format_in_one_table(everything: EvaluationReport) -> None:
     for row in everything.candidates:
         assert row.comparison.base_perplexity == everything.base_perplexity
         assert sum(row.distribution) == CHUNKS * 255
+
+
+def test_quantized_inputs_are_a_column_of_their_own(everything: EvaluationReport) -> None:
+    """Servers round the inputs of FP8 too; on an NVIDIA H200 that doubled the divergence."""
+    (simulated,) = everything.simulations
+    weights = means(everything)["fp8"]
+    assert simulated.model.name == "fp8 (inputs quantized)"
+    assert 1.5 * weights < simulated.comparison.kld.value < 3 * weights
+    assert everything.table[0][1:5] == ["nf4", "fp8", "fp8 (inputs quantized)", "text"]
+    name, *cells = everything.table[1][0]
+    assert name == "Mean KLD"
+    assert cells[1].startswith(f"{weights:.6f}")
+    assert cells[2].startswith(f"{simulated.comparison.kld.value:.6f}")
+    assert "(inputs quantized): simulates servers" in report_text(everything)
+    assert not simulated.front
+    value = everything.to_json()
+    assert [row["inputs"] for row in value["simulations"]] == ["E4M3, each token in groups of 128"]
+    assert {row["inputs"] for row in value["candidates"] + value["noise_floor"]} == {""}
+
+
+def test_weights_alone_where_that_is_asked(formats: Path) -> None:
+    asked = EvaluationRequest(str(ASSET), (str(formats / "fp8"),), formats / "text.txt")
+    job, alone = prepare(asked), prepare(replace(asked, simulate=False))
+    assert [model.name for model in job.simulations] == ["fp8 (inputs quantized)"]
+    assert alone.simulations == ()
+    assert job.results - alone.results == 4 * job.chunks.count * job.chunks.scored * 8
+    [model], [simulated] = job.candidates, job.simulations
+    assert model.identity() != simulated.identity()  # no state of one is taken for the other
 
 
 def test_the_noise_floor_is_measured_and_small(everything: EvaluationReport) -> None:
@@ -128,6 +157,8 @@ def test_a_mixture_of_experts_in_every_format(tmp_path: Path) -> None:
     report = evaluate(source, folders, TEXT, chunks=2, threads=1, device="cpu")
     kld = list(means(report).values())
     assert kld[1] == kld[2]
+    inputs = [row.comparison.kld.value for row in report.simulations]
+    assert inputs[0] == inputs[1] > kld[1]
     assert all(report.floor < value < 0.01 for value in kld)
     assert report.floor < 1e-6
 
@@ -150,11 +181,14 @@ def test_what_transformers_does_not_load_is_decoded(
     """The decoded weights are in memory alone when it has loaded them."""
     decoded = write(make_plan(open_folder(formats / "fp8"), load_recipe("bf16")), tmp_path / "bf16")
     ids = list(range(1, 9))
-    expected = TorchModel(decoded.out, exact=True).logits(ids)
+    whole = TorchModel(decoded.out, exact=True)
+    assert not whole.decoded
+    expected = whole.logits(ids)
     monkeypatch.setattr(CODECS["fp8"], "loads", False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "bf16"))
     before = sorted(decoded.out.iterdir())
     model = TorchModel(formats / "fp8", exact=True)
+    assert model.decoded
     assert model.missing == []
     assert (model.logits(ids) == expected).all()
     assert sorted(decoded.out.iterdir()) == before
@@ -198,6 +232,24 @@ def test_other_tokens_are_refused(formats: Path, tmp_path: Path, place: int) -> 
     (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(InputError, match=r"token \d+ is .* as in qwen3.5-tiny; only models with"):
         prepare(EvaluationRequest(str(ASSET), (str(changed),), formats / "text.txt"))
+
+
+def test_names_of_candidates_and_simulations_are_distinct(formats: Path, tmp_path: Path) -> None:
+    """Whatever folders are called; what config.json says of inputs otherwise has no column."""
+    first = Path(shutil.copytree(formats / "fp8", tmp_path / "a" / "m"))
+    folders = [first, tmp_path / "a" / "m (inputs quantized)", tmp_path / "b" / "m"]
+    for folder in folders[1:]:
+        shutil.copytree(first, folder)
+    request = EvaluationRequest(str(ASSET), tuple(map(str, folders)), formats / "text.txt")
+    job = prepare(request)
+    names = [model.name for model in job.candidates]
+    assert names == ["a/m", "m (inputs quantized)", "b/m"]
+    names += [model.name for model in job.simulations]
+    assert len(set(names)) == 6
+    job = prepare(replace(request, candidates=tuple(map(str, folders[:2]))))
+    assert [model.name for model in job.candidates] == ["m", "a/m (inputs quantized)"]
+    unknown = replace(job.candidates[0], unknown_inputs=True)
+    assert replace(job, candidates=(unknown,)).simulations == ()
 
 
 def test_another_vocabulary_is_refused(formats: Path, tmp_path: Path) -> None:
@@ -379,6 +431,10 @@ def test_a_dry_run_touches_nothing(
     assert planned["temporary_bytes"] > 0
     assert evaluate_cli(*shared, *files) == 0
     assert "peak memory at most about" in capsys.readouterr().out
+    assert planned["simulations"] == []
+    assert evaluate_cli(shared[0], str(formats / "fp8"), *shared[2:]) == 0
+    line = "  fp8 (inputs quantized): simulated, E4M3, each token in groups of 128\n"
+    assert line in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
     for more in ([], shared[-1:]):
         assert evaluate_cli(*shared[:-1], *more, "--resume", str(formats / "text.txt")) == 2

@@ -53,6 +53,7 @@ def test_files_names_manifest_and_sizes(
     [
         [],
         ["--mmproj", "--drop-mtp"],
+        ["--mmproj", "q8_0", "--mtp", "separate"],
         ["--recipe", "q8-gates-plus"],
         ["--tensor-type", "ffn_down=q8_0", "--upstream-counters"],
     ],

@@ -45,9 +45,10 @@ def test_equal_to_the_converter(case: Case, work: Path, tmp_path: Path) -> None:
     plan = make_plan(
         open_folder(model_folder(case.model, work)),
         load_recipe("mix", "gguf"),
-        types=() if case.mmproj else (case.type,),
+        types=() if case.mmproj or case.mtp == "alone" else (case.type,),
         projector=case.type if case.mmproj else None,
         drop_mtp=not case.mtp,
+        mtp_file=case.type if case.mtp == "alone" else None,
     )
     (file,) = plan.files
     out = write(plan, tmp_path / "out", threads=1).out

@@ -17,7 +17,7 @@ from llama import quantize
 from qwen35.checkpoint.gguf_header import GgufHeader, read_container
 from qwen35.checkpoint.source import open_folder
 from qwen35.errors import InputError, TensorError, UsageError
-from qwen35.planning.gguf_files.imatrix import Imatrix, read_imatrix
+from qwen35.planning.gguf_files.imatrix import Imatrix, open_imatrix, read_imatrix
 from qwen35.planning.gguf_files.type_patterns import pattern_rules
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
@@ -189,6 +189,16 @@ def test_gguf_files_that_are_no_importance_matrix(drop: str, tmp_path: Path) -> 
     path = gguf_file(tmp_path / "i.gguf", {UP: ones(1, 256)}, drop=drop)
     with pytest.raises(InputError, match=drop):
         read_imatrix(path)
+
+
+def test_the_folder_of_calibrate_is_the_file_in_it(tmp_path: Path) -> None:
+    path = gguf_file(tmp_path / "imatrix.gguf", {UP: ones(1, 256)})
+    file, folder = open_imatrix(str(path)), open_imatrix(f"{tmp_path}/")
+    assert (folder.path, folder.digest) == (path, file.digest)
+    assert folder.keys() == file.keys()  # they go into the output
+    path.rename(tmp_path / "other.gguf")
+    with pytest.raises(InputError, match=r"a folder without imatrix\.gguf, expected an importance"):
+        open_imatrix(str(tmp_path))
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

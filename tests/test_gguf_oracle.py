@@ -11,10 +11,11 @@ import pytest
 from gguf import GGUFWriter
 
 from gguf_models import VARIANTS, make_variant
-from llama import quantize
+from llama import chosen_types, quantize
+from qwen35.checkpoint.open import describe
 from qwen35.checkpoint.source import open_folder
 from qwen35.planning.gguf_files.gguf_options import GgufOptions
-from qwen35.planning.gguf_files.gguf_plan import files_of
+from qwen35.planning.gguf_files.gguf_plan import chooser_of, files_of
 from qwen35.planning.gguf_files.imatrix import Imatrix, read_imatrix
 from qwen35.planning.gguf_files.mixes import FILE_TYPES, quantizable
 from qwen35.planning.gguf_files.type_patterns import exported, pattern_rules
@@ -24,10 +25,28 @@ from qwen35.planning.rules import Rule
 from qwen35.writing.write import write
 
 QUANTIZED = tuple(name for name, row in FILE_TYPES.items() if row.quantized)
+NEED_IMATRIX = (
+    *("IQ3_XS", "IQ3_XXS", "Q2_K_S"),
+    *("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S"),
+)
+COMMON = (
+    *("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S"),
+    *("Q3_K_M", "IQ4_XS", "IQ4_NL"),
+)
+RARE = ("Q5_0", "Q4_1", "MXFP4_MOE", "Q3_K_L", "Q2_K", "TQ2_0", "Q2_0")
+LOW = ("Q4_0", "Q2_K_S", "IQ2_XXS")
 SEED = r".*\.attn_gate\.weight$=q8_0 .*\.attn_qkv\.weight$=q8_0 .*\.ssm_out\.weight$=q8_0"
 """The lines of the override file that started the q8-gates recipe."""
 
 Make = Callable[[str], Path]
+
+
+def written(name: str) -> list[str]:
+    """Return the file types that llama-quantize writes of a variant.
+
+    Q1_0 has no fallback there for rows that it does not fit; ours are F16, with a note.
+    """
+    return [one for one in QUANTIZED if (name, one) != ("odd-rows", "Q1_0")]
 
 
 @pytest.fixture(scope="session")
@@ -114,18 +133,53 @@ def write_imatrix(path: Path, plan: Plan, *, seed: int = 3, skip: str = "blk.4."
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_type_equals_llama_quantize(name: str, variant: Make, tmp_path: Path) -> None:
-    """Each of two variants in all types, the others in a third of them each."""
+    """Each of two variants in the common types, the others in a third of them each."""
     number = VARIANTS.index(name) % 3
-    types = QUANTIZED if name in ("dense", "moe") else QUANTIZED[number::3]
+    types = COMMON if name in ("dense", "moe") else COMMON[number::3]
     check(plan_of(variant(name), ("F32", *types)), tmp_path)
 
 
+def test_rare_types(variant: Make, tmp_path: Path) -> None:
+    check(plan_of(variant("moe"), ("F32", *RARE)), tmp_path)
+
+
+def test_types_of_few_bits(variant: Make, tmp_path: Path) -> None:
+    source, path = variant("moe"), tmp_path / "imatrix.gguf"
+    imatrix = write_imatrix(path, plan_of(source, ("F32",)), skip="none")
+    check(plan_of(source, ("F32", *LOW), imatrix=imatrix), tmp_path)
+
+
+@pytest.mark.parametrize("with_imatrix", [False, True])
+@pytest.mark.parametrize("name", ["Qwen3.5-0.8B", "Qwen3.5-9B", "Qwen3.5-35B-A3B", *VARIANTS])
+def test_the_types_of_all_tensors_in_every_file_type(
+    name: str, with_imatrix: bool, variant: Make, tmp_path: Path
+) -> None:
+    """Headers alone: llama-quantize chooses from a file whose weights are a hole."""
+    source = describe(str(variant(name)) if name in VARIANTS else name)
+    plan = make_plan(source, load_recipe("mix", "gguf"), types=("F32",))
+    (file,), chooser = files_of(plan), chooser_of(plan, imatrix=with_imatrix)
+    path = tmp_path / "hole.gguf"
+    with path.open("wb") as hole:
+        hole.write(file.head)
+        hole.truncate(file.nbytes)
+    for type_name in written(name):
+        kinds, _ = chooser.kinds(FILE_TYPES[type_name], checked=False)
+        assert chosen_types(path, type_name, imatrix=with_imatrix) == kinds, type_name
+
+
 @pytest.mark.heavy
+@pytest.mark.parametrize("with_imatrix", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_type_of_every_variant_equals_llama_quantize(
-    name: str, variant: Make, tmp_path: Path
+    name: str, with_imatrix: bool, variant: Make, tmp_path: Path
 ) -> None:
-    check(plan_of(variant(name), ("F32", *QUANTIZED)), tmp_path)
+    source, types, imatrix = variant(name), written(name), None
+    if with_imatrix:
+        path = tmp_path / "imatrix.gguf"
+        imatrix = write_imatrix(path, plan_of(source, ("F32",)), skip="none")
+    else:
+        types = [type_name for type_name in types if type_name not in NEED_IMATRIX]
+    check(plan_of(source, ("F32", *types), imatrix=imatrix), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dense", "grouped", "moe", "moe-8", "odd-rows"])

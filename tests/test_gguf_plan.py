@@ -12,14 +12,19 @@ import pytest
 
 from checkpoints import layout_of, random_tensors, write_checkpoint
 from gguf_models import make_variant, sidecars, tokenizer, variant_config
+from imatrices import gguf_file, ones
+from qwen35.api.gguf_api import gguf
+from qwen35.checkpoint.gguf_header import read_container
 from qwen35.checkpoint.open import describe
 from qwen35.codecs.ggml.types import ENCODABLE, GGML_TYPES, fallback, ggml_type
 from qwen35.errors import ConfigError, TensorError, UsageError
-from qwen35.planning.gguf_files.gguf_plan import files_of
-from qwen35.planning.gguf_files.mixes import FILE_TYPES
+from qwen35.planning.gguf_files.gguf_plan import chooser_of, files_of
+from qwen35.planning.gguf_files.imatrix import read_imatrix
+from qwen35.planning.gguf_files.mixes import FILE_TYPES, quantizable
 from qwen35.planning.gguf_files.type_patterns import pattern_rules
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import built_in, load_recipe
+from qwen35.verification.gguf_sense import sense_findings
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +113,24 @@ def test_built_in_recipes_fit_every_published_size(recipe: str) -> None:
     for name in ("Qwen3.5-0.8B", "Qwen3.5-4B", "Qwen3.5-27B", "Qwen3.5-35B-A3B"):
         plan = plan_of(name, "Q4_K_M", recipe=recipe)
         assert plan.comparison[recipe]["Q4_K_M"] == plan.files[0].nbytes
+
+
+def test_projector_of_rows_that_do_not_fit_gets_f16_as_from_the_converter() -> None:
+    plan = plan_of("Qwen3.5-27B", projector="Q8_0")
+    (file,) = files_of(plan)
+    assert file.name == "mmproj-Qwen3.5-27B-Q8_0.gguf"
+    assert file.kinds["v.blk.3.ffn_down.weight"] == "f16"
+    assert file.kinds["v.blk.3.ffn_up.weight"] == "q8_0"
+    assert file.kinds["v.patch_embd.weight"] == "f32"
+    assert [note for note in plan.notes if "4304" in note] == [
+        "mmproj-Qwen3.5-27B-Q8_0.gguf: rows of 4304 do not fit q8_0, so 27 tensors get f16"
+    ]
+    assert not plan.comparison
+
+
+def test_projector_of_an_unknown_type_is_refused(dense: Path) -> None:
+    with pytest.raises(UsageError, match="--mmproj: 'Q4_K' is unknown, expected F32, F16, BF16, Q"):
+        gguf(dense, "out", mmproj="Q4_K", dry_run=True)
 
 
 def test_recipes_grow_in_this_order() -> None:
@@ -322,6 +345,42 @@ def test_the_digest_is_of_the_bytes_not_of_the_place(dense: Path, tmp_path: Path
 
 
 def test_every_file_type_has_a_mix() -> None:
-    for name in FILE_TYPES:
-        assert ggml_type(FILE_TYPES[name].base, "test").name in ENCODABLE
-        assert plan_of("Qwen3.5-0.8B", name).files[0].nbytes > 10**8
+    chooser = chooser_of(plan_of("Qwen3.5-0.8B", "F16"), imatrix=True)
+    for file_type in FILE_TYPES.values():
+        assert ggml_type(file_type.base, "test").name in ENCODABLE
+        used = set(chooser.kinds(file_type, checked=False)[0].values())
+        assert {file_type.base, "q8_0"} & used, file_type.name  # MXFP4 is for experts alone
+
+
+@pytest.mark.parametrize("name", ["dense", "moe", "odd-rows"])
+def test_verify_believes_the_file_type_of_every_file(name: str, tmp_path: Path) -> None:
+    source = make_variant(tmp_path, name)
+    tensors = files_of(plan_of(source, "F16"))[0].tensors
+    matrix = gguf_file(
+        tmp_path / "i.gguf", {t.name: ones(len(t.rows.slabs), t.row) for t in tensors}
+    )
+    for file in files_of(plan_of(source, *FILE_TYPES, imatrix=read_imatrix(matrix))):
+        path = tmp_path / file.name
+        with path.open("wb") as hole:
+            hole.write(file.head)
+            hole.truncate(file.nbytes)
+        free = [tensor.name for tensor in tensors if quantizable(tensor.name, tensor.shape)]
+        assert list(sense_findings(read_container(path), free)) == [], file.name
+
+
+def test_types_of_few_bits_need_an_importance_matrix(dense: Path, tmp_path: Path) -> None:
+    for name in ("IQ3_XS", "IQ3_XXS", "Q2_K_S", "IQ2_M", "IQ2_S", "IQ2_XXS", "IQ1_M", "IQ1_S"):
+        with pytest.raises(UsageError, match=f"--types: {name} without an importance matrix"):
+            plan_of(dense, name)
+    for name in ("Q2_K", "IQ3_S", "IQ3_M", "TQ1_0", "Q1_0"):
+        assert plan_of(dense, name).files
+    entries = {
+        tensor.name: ones(1, tensor.row)
+        for tensor in files_of(plan_of(dense, "F16"))[0].tensors
+        if "nextn" not in tensor.name and tensor.name != "token_embd.weight"
+    }
+    matrix = read_imatrix(gguf_file(tmp_path / "i.gguf", entries))
+    for name in ("Q2_K_S", "IQ2_M"):  # llama-imatrix collects nothing for MTP layers
+        with pytest.raises(UsageError, match=r"blk\.4\.nextn.*--tensor-type, or --drop-mtp"):
+            plan_of(dense, name, imatrix=matrix)
+        assert plan_of(dense, name, imatrix=matrix, drop_mtp=True).files

@@ -25,7 +25,7 @@ from qwen35.codecs.ggml.library import find_library, open_library
 from qwen35.codecs.ggml.quantizers import encode
 from qwen35.codecs.ggml.scaled import scale_of
 from qwen35.codecs.ggml.stored import decode
-from qwen35.codecs.ggml.types import GGML_TYPES
+from qwen35.codecs.ggml.types import ENCODABLE, GGML_TYPES
 from qwen35.codecs.registry import codec_of
 from qwen35.engines.llama import Llama
 from qwen35.errors import TensorError, UsageError
@@ -144,11 +144,11 @@ def test_a_scale_of_nothing_and_of_next_to_nothing() -> None:
     assert scale_of(np.float32(1e-44)) == np.finfo(np.float32).tiny
 
 
-@pytest.mark.parametrize("kind", ["q2_0", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("kind", ["q1_0", "q2_0", "mxfp4", "nvfp4"])
 def test_blocks_decode_as_in_ggml(kind: str) -> None:
     size = GGML_TYPES[kind]
     data = np.random.default_rng(1).integers(0, 256, (500, size.nbytes)).astype(np.uint8)
-    if kind == "q2_0":
+    if kind in ("q1_0", "q2_0"):
         data[:, 1] &= 0xBB  # no infinity
     elif kind == "mxfp4":
         data[:, 0] %= 250
@@ -212,6 +212,11 @@ def decoded(packed: Path, exact: Path, folder: Path) -> Path:
             stream.seek(places[weight.name].begin)
             stream.write(values.tobytes())
     return out
+
+
+def test_every_type_that_is_written_is_read() -> None:
+    for kind in map(GGML_TYPES.__getitem__, ENCODABLE):
+        assert decode(np.zeros(2 * kind.nbytes, np.uint8), kind).size == 2 * kind.block, kind.name
 
 
 @pytest.mark.parametrize("kind", ["mxfp4", "q2_0"])

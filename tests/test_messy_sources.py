@@ -313,9 +313,9 @@ def test_what_stays_behind_is_listed(copy: Path) -> None:
     (copy / "TERMS.txt").write_text("ours")
     (copy / ".gitattributes").write_text("")
     plan = make_plan(open_folder(copy), load_recipe("text-nf4"))
-    (note,) = [note for note in plan.notes if note.startswith("left behind")]
+    (note,) = [note for note in plan.notes if note.startswith("not copied")]
     assert note == (
-        "left behind: README.md, TERMS.txt, additional_chat_templates/, eval.txt, "
+        "not copied: README.md, TERMS.txt, additional_chat_templates/, eval.txt, "
         "preprocessor_config.json, questions.json, training.json, video_preprocessor_config.json"
     )
     assert "tokenizer.json" in plan.copied

@@ -8,7 +8,7 @@ from checkpoints import tiny_config
 from qwen35.errors import UsageError
 from qwen35.model.model_config import ModelConfig, parse_config
 from qwen35.model.sizes import PUBLISHED, published_config
-from qwen35.planning.artifact_names import artifact_name, published_size
+from qwen35.planning.artifact_names import artifact_name, published_release
 
 TINY = parse_config(tiny_config())
 
@@ -26,12 +26,11 @@ def published(name: str) -> ModelConfig:
 
 @pytest.mark.parametrize("name", [n for n in PUBLISHED if n.startswith("Qwen3.5-")])
 def test_size_comes_from_the_geometry(name: str) -> None:
-    size = name.removeprefix("Qwen3.5-").removesuffix("-Base")
-    assert published_size(published(name)) == size
+    assert published_release(published(name)) == name.removesuffix("-Base")
 
 
 def test_other_geometry_has_no_size() -> None:
-    assert published_size(TINY) is None
+    assert published_release(TINY) is None
 
 
 @pytest.mark.parametrize(
@@ -60,6 +59,13 @@ def test_later_release_keeps_its_version() -> None:
     config = published("Qwen3.6-35B-A3B")
     name = named("Qwen3.6-35B-A3B", config, "fp8", text=True)
     assert name == "Qwen3.6-text-35B-A3B-FP8"
+
+
+def test_commit_of_the_largest_takes_the_name_of_its_release() -> None:
+    config = published("Qwen3.8-2.4T-A95B")
+    assert named("0" * 40, config, "fp8", text=True) == "Qwen3.8-text-2.4T-A95B-FP8"
+    with pytest.raises(UsageError, match="has the geometry of 2.4T-A95B"):
+        named("Qwen3.8-1.2T", config, "fp8", text=True)
 
 
 def test_name_of_no_published_size_is_left_alone() -> None:

@@ -100,10 +100,16 @@ def test_file_is_read_relative_to_itself(tmp_path: Path) -> None:
         mse_grid_size = 10
         activation_stats = "stats.json"
         keep = ["lm_head"]
+        layout = "modelopt"
+        activations = true
+        kv_cache = "fp8"
         [[gguf]]
         types = ["Q8_0"]
         imatrix = "hf:owner/name/file"
         mmproj = true
+        mtp = "separate"
+        mtp_type = "BF16"
+        split_max_size = "40G"
         [evaluate]
         text = "eval.txt"
         chunks = 3
@@ -122,7 +128,10 @@ def test_file_is_read_relative_to_itself(tmp_path: Path) -> None:
     assert str(own.scale_choice) == "mse(grid=10)"
     assert own.activation_stats == tmp_path / "stats.json"
     assert own.keep == ("lm_head",)
+    assert (own.layout, own.activations, own.kv_cache) == ("modelopt", True, "fp8")
     assert (more.types, more.imatrix, more.mmproj) == (("Q8_0",), "hf:owner/name/file", True)
+    assert (more.mtp, more.mtp_type, own.mtp) == ("separate", "BF16", None)
+    assert more.split_max_size == 40 * 10**9
 
 
 def test_hub_id_stays_one(tmp_path: Path) -> None:
@@ -164,9 +173,30 @@ HEAD = 'model = "m"\nout = "o"\n'
             HEAD + '[[artifact]]\nrecipe = "nf4"\nrepo = "me/x@v1"',
             "artifact 1.repo: 'me/x@v1' is malformed, expected owner/name",
         ),
+        (
+            HEAD + '[[artifact]]\nrecipe = "nvfp4"\nlayout = ""',
+            "artifact 1.layout: '', expected compressed-tensors or gptq or modelopt",
+        ),
+        (
+            HEAD + '[[artifact]]\nrecipe = "nvfp4"\nkv_cache = "fp4"',
+            "artifact 1.kv_cache: 'fp4', expected fp8",
+        ),
         (HEAD + "[[gguf]]", "gguf 1.types: is missing"),
         (HEAD + '[[gguf]]\ntypes = "Q8_0"', "gguf 1.types: 'Q8_0', expected a list of strings"),
-        (HEAD + '[[gguf]]\ntypes = ["F16"]\nmmproj = "yes"', "gguf 1.mmproj: 'yes', expected tr"),
+        (HEAD + '[[gguf]]\ntypes = ["F16"]\nmmproj = 3', "gguf 1.mmproj: 3, expected true, f"),
+        (HEAD + '[[gguf]]\ntypes = ["F16"]\nmmproj = "Q4_K"', "gguf 1: mmproj: 'Q4_K' is unknown"),
+        (
+            HEAD + '[[gguf]]\ntypes = ["F16"]\nsplit_max_size = "0"',
+            "gguf 1.split_max_size: '0', expected a size such as \"40G\"",
+        ),
+        (
+            HEAD + '[[gguf]]\ntypes = ["F16"]\nsplit_max_size = "large"',
+            "gguf 1.split_max_size: 'large', expected a size such as \"40G\"",
+        ),
+        (
+            HEAD + '[[gguf]]\ntypes = ["F16"]\nsplit_max_size = 5',
+            "gguf 1.split_max_size: 5, expected a string",
+        ),
     ],
 )
 def test_each_problem_is_one_sentence(tmp_path: Path, text: str, expected: str) -> None:

@@ -103,6 +103,19 @@ def test_same_bytes_as_one_by_one_and_each_read_once(
     )
 
 
+def test_both_layouts_of_nvfp4_come_from_one_read(tmp_path: Path, reads: Reads) -> None:
+    """Packed weights are read again for their largest magnitudes, at most once for both layouts."""
+    wanted = (
+        ArtifactRequest("nvfp4", name="ours"),
+        ArtifactRequest("nvfp4", name="theirs", layout="modelopt"),
+    )
+    artifacts = planned(make_variant(tmp_path / "source", "dense"), tmp_path / "out", wanted)
+    packed = sum(step.read_bytes for step in artifacts[0].plan.steps if step.packing)
+    reads.total = 0
+    assert made(artifacts) == {}
+    assert source_bytes(artifacts) < reads.total <= source_bytes(artifacts) + packed
+
+
 def test_memory_is_a_few_pieces_however_large_the_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: Reads
 ) -> None:

@@ -68,7 +68,7 @@ def test_text_config_is_the_text_section_with_the_keys_of_the_root(moe: bool) ->
 def test_text_config_parses_to_the_same_text_model(size: str) -> None:
     plan = published_plan(size, "text-nf4")
     config, source = parse_config(config_of(plan)), plan.checkpoint.config
-    assert config.model_type == f"{source.model_type}_text"
+    assert config.model_type == f"{source.model_type.removesuffix('_text')}_text"
     assert config.dims == {k: v for k, v in source.dims.items() if not k.startswith("vision")}
     assert (config.layer_types, config.tied) == (source.layer_types, source.tied)
     assert (config.mtp_layers, config.dtype) == (source.mtp_layers, source.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,17 @@ import pytest
 from checkpoints import tiny_config
 from plans import made_up
 from qwen35.checkpoint.source import open_published
-from qwen35.planning.output_plan import make_plan
+from qwen35.planning.output_plan import digest_of, make_plan
 from qwen35.planning.recipe import load_recipe
 
 pytestmark = pytest.mark.sentences
+
+
+@pytest.mark.parametrize("values", [{}, {"a": []}, {"b": [1, {"d": 2, "c": 3}], "a": None}])
+def test_digest_is_that_of_sorted_json(values: dict[str, object]) -> None:
+    text = json.dumps(values, sort_keys=True).encode()
+    given = {name: iter(v) if isinstance(v, list) else v for name, v in values.items()}
+    assert digest_of(given) == digest_of(values) == hashlib.sha256(text).hexdigest()
 
 
 def test_digest_does_not_depend_on_the_name_or_place() -> None:

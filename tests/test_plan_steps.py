@@ -71,6 +71,7 @@ def item_of(storage: str, shape: tuple[int, ...]) -> Any:
         role=role_of(name),
         weight=SimpleNamespace(storage=storage, name=name),
         spec=TensorSpec(name, "BF16", shape),
+        changes=(),
     )
 
 

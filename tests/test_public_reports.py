@@ -114,7 +114,7 @@ def test_saved_rotary_buffers_are_left_behind(make: Make, weights: Tensors) -> N
     names = ["model.language_model.rotary_emb.inv_freq", "model.visual.rotary_pos_emb.inv_freq"]
     model = make(lambda tensors: tensors | {name: torch.ones(8) for name in names})
     assert open_folder(model).buffers == tuple(sorted(names))
-    note = f"left behind: {names[0]} and others alike, which loaders compute"
+    note = f"not copied: {names[0]} and others alike, which loaders compute"
     assert note in notes(model)
     written = load_file(convert(model, "bf16") / "model.safetensors")
     assert written.keys() == weights.keys()

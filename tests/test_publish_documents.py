@@ -29,7 +29,7 @@ from qwen35.publishing.repo_documents import documents, write_documents
 from qwen35.verification.opening import open_artifact
 from qwen35.verification.verdict import verify
 from qwen35.writing.write import write
-from running import run
+from running import load_all, run
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -190,7 +190,7 @@ def test_card_without_a_known_source(nf4: Path) -> None:
     data = card.data.to_dict()
     assert not {"base_model", "base_model_relation", "license"} & data.keys()
     assert f"qwen35 reproduce {REPO} --source SOURCE" in text
-    assert "qwen35 convert" not in text
+    assert "\nqwen35 convert SOURCE OUT --recipe nf4\n" in text
     card, text = card_of(nf4, base_model="Qwen/Qwen3.5-2B")
     assert card.data.to_dict()["base_model"] == "Qwen/Qwen3.5-2B"
 
@@ -203,7 +203,11 @@ def test_card_names_no_command_that_would_make_something_else(dense: Path, tmp_p
     edit_manifest(out, source={"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT})
     _, text = card_of(out)
     assert "| `self_attn` | BF16 | 6 | asked for by --keep |" in text
-    assert "qwen35 convert" not in text
+    assert command_in(text)[4:] == ["--recipe", "nf4", "--keep", "self_attn"]
+    recipe = manifest_of(out)["recipe"]
+    rules = [["mlp.up_proj", "plain", "by hand"], *recipe["rules"]]
+    edit_manifest(out, recipe={**recipe, "rules": rules})
+    assert "qwen35 convert" not in card_of(out)[1]
 
 
 def test_license_that_is_not_known(nf4: Path) -> None:
@@ -486,12 +490,20 @@ def command_in(text: str) -> list[str]:
     return shlex.split(lines.replace("\\\n", " "))
 
 
-def test_command_of_a_gguf_card_plans_the_same_files(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"drop_mtp": True},
+        {"drop_mtp": True, "split_max_size": 2 * 10**6},
+        {"mmproj": "Q8_0", "mtp": "separate", "mtp_type": "BF16"},
+    ],
+)
+def test_command_of_a_gguf_card_plans_the_same_files(asked: dict[str, Any], tmp_path: Path) -> None:
     """Parsed as a shell does and planned: the plan's digest is the manifest's."""
     rules = ("blk.0.ffn_up=q6_K",)
     folder = tmp_path / "out"
     parsed = qwen35.gguf(
-        ASSET, folder, types="Q8_0,Q4_K_M", recipe="q8-gates", tensor_type=rules, drop_mtp=True
+        ASSET, folder, types="Q8_0,Q4_K_M", recipe="q8-gates", tensor_type=rules, **asked
     )
     digest = parsed.plan.digest
     edit_manifest(folder, source={"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT})
@@ -512,7 +524,7 @@ def test_card_of_gguf_names_tensors_with_a_type_of_their_own(tmp_path: Path) -> 
     for name in ("attn_gate", "attn_qkv", "ssm_out"):
         assert f"| `blk.*.{name}.weight` | Q8_0 | {layers} | " in text
     assert f"llama-server -hf {REPO}:Q4_K_M --jinja -c 32768 -ngl 99\n" in text
-    edit_manifest(folder, recipe={**manifest_of(folder)["recipe"], "projector": "F32"})
+    edit_manifest(folder, recipe={**manifest_of(folder)["recipe"], "projector": "Q6_K"})
     assert "Written by this command" not in card_of(folder)[1]
 
 
@@ -535,6 +547,138 @@ def test_card_serves_with_tensor_parallel_and_context(tmp_path: Path) -> None:
     assert f"`qwen35 verify {REPO} --tensor-parallel N`" in text
 
 
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the embedded checkpoint as `qwen35 calibrate` writes them."""
+    table: dict[str, Any] = {}
+    for name, tensor in load_all(ASSET).items():
+        if "proj" in name and tensor.ndim == 2 and ".visual." not in name:
+            table[name] = {"input_channel_max": [2.0] * tensor.shape[-1]}
+            table[name] |= (
+                {"cache_max": 7.0} if name.endswith(("k_proj.weight", "v_proj.weight")) else {}
+            )
+    path = tmp_path_factory.mktemp("stats") / "stats.json"
+    path.write_text(json.dumps(table))
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(stats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The embedded checkpoint in formats that servers run."""
+    base = tmp_path_factory.mktemp("served")
+    for name, options in MADE.items():
+        qwen35.convert(
+            ASSET, base / name, activation_stats=stats if name in WITH else None, **options
+        )
+    return {name: base / name for name in MADE}
+
+
+MADE: dict[str, dict[str, Any]] = {
+    "mixed": {"recipe": "nvfp4-mixed", "layout": "modelopt"},
+    "w4a4": {"recipe": "nvfp4", "activations": True, "kv_cache": "fp8"},
+    "own": {"recipe": "nvfp4", "layout": "modelopt", "keep": ["self_attn"], "drop_mtp": True},
+    "gptq": {"recipe": "int4", "layout": "gptq", "calib_mode": "max"},
+}
+WITH = ("mixed", "w4a4")
+"""Those with statistics."""
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_command_of_a_served_card_plans_the_same_files(
+    name: str, served: dict[str, Path], stats: Path, tmp_path: Path
+) -> None:
+    """Parsed as a shell does and planned: the plan's digest is the manifest's."""
+    _, text = card_of(served[name])
+    words = command_in(text)
+    assert words[:4] == ["qwen35", "convert", "SOURCE", "OUT"]
+    args = parser_of("convert").parse_args([str(ASSET), str(tmp_path / "again"), *words[4:]])
+    changed: dict[str, Any] = {"dry_run": True}
+    if name in WITH:
+        assert f"qwen35 reproduce {REPO} --source SOURCE --activation-stats FILE\n" in text
+        digest = hashlib.sha256(stats.read_bytes()).hexdigest()
+        assert f"`--activation-stats` takes `{stats.name}`, SHA-256 `{digest}`.\n" in text
+        assert args.activation_stats == Path(stats.name)
+        changed["activation_stats"] = stats
+    again = qwen35.convert(**{**keywords(args), **changed})
+    assert again.plan.digest == manifest_of(served[name])["plan"]
+    assert "not copied" not in text
+    assert "\n\n\n" not in text
+
+
+def test_card_names_all_formats_and_their_layout(served: dict[str, Path]) -> None:
+    expected = {
+        "mixed": (
+            "mixed precision: 26 FP8 per tensor (E4M3, inputs too), 24 NVFP4 W4A16 (E2M1 in blocks "
+            "of 16 with E4M3 scales), in the layout of ModelOpt. ",
+            ["fp8", "modelopt", "nvfp4", "fp4", "w4a16"],
+        ),
+        "w4a4": (
+            "NVFP4 W4A4 (E2M1 in blocks of 16 with E4M3 scales, inputs too), in the layout of "
+            "compressed-tensors. ",
+            ["nvfp4", "fp4", "w4a4", "compressed-tensors"],
+        ),
+        "gptq": (
+            "INT4 W4A16 (groups of 128, symmetric), in the layout of GPTQ. ",
+            ["int4", "w4a16", "gptq"],
+        ),
+    }
+    for name, (title, tags) in expected.items():
+        card, text = card_of(served[name])
+        assert f"A Qwen3.5 checkpoint, {title}" in text
+        assert card.data.to_dict()["tags"] == ["qwen3_5", *tags]
+        loads = "\ntransformers, with compressed-tensors installed:\n" in text
+        assert loads == ("compressed-tensors" in tags)
+
+
+def test_card_says_what_servers_can_do_with_it(served: dict[str, Path], tmp_path: Path) -> None:
+    tools = (
+        "| call tools | `--enable-auto-tool-choice --tool-call-parser qwen3_coder` "
+        "| `--tool-call-parser qwen3_coder` |"
+    )
+    mtp = """| `--speculative-config '{"method": "mtp", "num_speculative_tokens": 1}'` |"""
+    folder = Path(shutil.copytree(served["w4a4"], tmp_path / "copy"))
+    text = card_of(folder)[1]
+    assert tools in text
+    assert mtp in text
+    assert (
+        "| `--kv-cache-dtype fp8`, the default by config.json | `--kv-cache-dtype fp8_e4m3` |"
+        in text
+    )
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "--tool-call-parser" not in card_of(folder)[1]
+    text = card_of(served["own"])[1]
+    assert tools in text
+    assert "--speculative" not in text
+    assert "--kv-cache-dtype" not in text
+
+
+def test_card_of_experts_in_nvfp4_does_not_send_them_to_transformers(
+    moe: Path, tmp_path: Path
+) -> None:
+    """transformers 5.23 makes such experts too large by their scale."""
+    for recipe, loads in (("nvfp4", False), ("int4", True)):
+        out = run(moe, tmp_path / recipe, recipe).out
+        assert ("from transformers import" in card_of(out)[1]) == loads
+
+
+def test_card_shows_the_layers_of_a_rule(dense: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    rule = 'match = "mlp.down_proj"\naction = "int4"\nlayers = "0-1, 3"\nreason = "mine"\n'
+    own.write_text(f'format = "nvfp4"\nbase = "nvfp4"\n[[rules]]\n{rule}')
+    out = run(dense, tmp_path / "out", str(own)).out
+    assert "| `mlp.down_proj, layers 0-1, 3` | INT4 | 3 | mine |" in card_of(out)[1]
+
+
+def test_card_shows_the_main_rows_of_a_report(nf4: Path) -> None:
+    names = ("Mean KLD", "99.9% KLD", "PPL", "Same top p, %", "Bytes")
+    table = {"columns": ["KLD metric", "this"], "rows": [[name, "1"] for name in names]}
+    (nf4 / "report.json").write_text(json.dumps({"table": table}))
+    text = card_of(nf4)[1].partition("## Measured")[2]
+    shown = [line.split(" | ")[0] for line in text.splitlines() if line.endswith(" | 1 |")]
+    assert shown == ["| Mean KLD", "| Same top p, %", "| Bytes"]
+    assert "\nAll figures are in `report.json`.\n" in text
+
+
 def test_card_says_what_was_measured_beside_it(nf4: Path) -> None:
     edit_manifest(nf4, source={"repo": "Qwen/Qwen3.5-0.8B", "revision": COMMIT})
     report = {
@@ -554,12 +698,15 @@ def test_card_says_what_was_measured_beside_it(nf4: Path) -> None:
         "in transformers). Not a file of this repository, for comparison: `mix`.\n"
     ) in text
     assert f"qwen35 evaluate Qwen/Qwen3.5-0.8B@{COMMIT} OUT --text TEXT --report OUT\n" in text
+    assert "simulate servers" not in text
+    (nf4 / "report.json").write_text(json.dumps(report | {"simulations": [{"name": "this"}]}))
+    assert "Columns with “inputs quantized” simulate servers" in card_of(nf4)[1]
 
 
 @pytest.mark.parametrize("value", [None, 1, "x", [1], [{}], {"name": ["a"]}, {"text_config": 1}])
 def test_report_and_config_of_any_type_make_a_card(nf4: Path, value: Any) -> None:
     table = {"columns": ["a", "b"], "rows": [[1, value]]}
-    for key in ("base", "text", "tokens", "candidates"):
+    for key in ("base", "text", "tokens", "candidates", "simulations"):
         whole = {"base": {"name": 1}, "tokens": {"chunks": 1}, "candidates": [{"plan": 1}]}
         (nf4 / "report.json").write_text(json.dumps({**whole, key: value, "table": table}))
         (nf4 / "config.json").write_text(json.dumps(value))

@@ -167,6 +167,16 @@ def test_hostile_text_is_text(value: dict[str, Any]) -> None:
     assert html.count("&lt;script&gt;") >= 6
 
 
+def test_simulations_are_explained_and_in_no_chart(value: dict[str, Any]) -> None:
+    row = {**value["candidates"][0], "name": "x (inputs quantized)", "inputs": "E4M3, each token"}
+    html = page({**value, "simulations": [row]})
+    assert "x (inputs quantized): simulates servers" in html
+    assert "(E4M3, each token)" in html
+    assert html.count('id="point-') == len(value["candidates"])
+    before = {key: part for key, part in value.items() if key != "simulations"}
+    assert "simulates servers" not in page(before)  # of an earlier version
+
+
 def test_the_base_alone_has_a_page_without_charts(formats: Path) -> None:
     html = page(measure(formats, gguf(formats, "F16")).to_json())
     assert "<svg" not in html
@@ -181,6 +191,7 @@ def test_any_number_of_candidates(count: int, value: dict[str, Any]) -> None:
     html = page(changed)
     assert html.count('id="point-') == count
     assert html.count("<details") == count
+    assert html.count(f"</span>model-{count - 1}") == 1  # whole, not as in the charts
 
 
 _PROBE = """

@@ -270,6 +270,7 @@ def test_a_manifest_that_lists_what_its_recipe_does_not_make(
     [
         [],
         ["--mmproj", "--recipe", "q8-gates", "--drop-mtp"],
+        ["--mmproj", "Q8_0", "--mtp", "separate", "--mtp-type", "BF16"],
         ["--tensor-type", "ffn_down=q8_0", "--upstream-counters"],
     ],
 )
@@ -347,6 +348,8 @@ def test_importance_matrix_must_be_the_one(
     assert "not the importance matrix that the manifest names" in capsys.readouterr().err
     moved = mine.rename(tmp_path / "elsewhere.gguf")
     assert reproduce(out, "--source", source, "--imatrix", moved) == 0
+    moved.rename(tmp_path / "imatrix.gguf")
+    assert reproduce(out, "--source", source, "--imatrix", tmp_path) == 0
 
 
 def test_existing_output_is_kept(

@@ -56,7 +56,9 @@ def test_a_base_of_decoded_weights_says_so(nf4: Path, tmp_path: Path) -> None:
     base = open_base(str(out))
     assert base.decoded == {"NF4": 62}
     assert open_base(str(ASSET)).decoded == {}
-    report = SimpleNamespace(findings=[], base=base, floors=[], candidates=[], reference="run")
+    report = SimpleNamespace(
+        findings=[], base=base, floors=[], candidates=[], simulations=[], reference="run"
+    )
     assert notes(cast("EvaluationReport", report))[0] == (
         "the base was made from a source with 62 weights in NF4: figures compare with what they "
         "decode to, not with the original weights"

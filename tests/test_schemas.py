@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
+from adapters import make_adapter
 from checkpoints import ASSET
 from evaluating import gguf as gguf_in
 from hub_client import REPO, World
@@ -94,9 +95,16 @@ def test_plan_and_convert(held: Any, dense: Path, tmp_path: Path) -> None:
     held("plan", "--roles")
     held("plan", "Qwen3.5-27B", "--types", "Q4_K_M")
     held("plan", ASSET, "--types", "Q4_K_M,F16", "--mmproj")
+    held("plan", ASSET, "--fit", "1GB", "--mmproj")
     held("convert", dense, tmp_path / "a", "--recipe", "fp8", "--dry-run", name="plan")
     assert "report" in held("convert", dense, tmp_path / "a", "--recipe", "fp8")
     assert held("convert", dense, tmp_path / "b", "--recipe", "nf4")["nf4"] > 0
+
+
+def test_merge(held: Any, tmp_path: Path) -> None:
+    adapter = make_adapter("queries", tmp_path / "adapter")
+    held("merge", ASSET, adapter, tmp_path / "out", "--dry-run", name="plan")
+    assert held("merge", ASSET, adapter, tmp_path / "out")["bytes"] > 0
 
 
 def test_slices(held: Any, dense: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from checkpoints import Tensors
 from qwen35.checkpoint.source import open_folder, open_published
 from qwen35.cli.main import main
+from qwen35.codecs.compressed_tensors import SCHEMES, matcher
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import UsageError
@@ -23,7 +24,7 @@ from qwen35.planning.recipe import load_recipe
 from qwen35.planning.rules import Recipe, Rule
 from qwen35.writing.write import write
 from running import load_all, plan_of, read_config, statistics, tree
-from verifying import check, edit_config, found, rewrite
+from verifying import agree, check, edit_config, found, rewrite
 
 pytestmark = pytest.mark.sentences
 
@@ -247,6 +248,54 @@ def test_scales_of_inputs_are_those_of_the_statistics(
     assert check(out, dense).findings == ()
 
 
+@pytest.mark.parametrize(
+    ("kind", "missing", "words"),
+    [
+        ("nvfp4", "weight_scale", "weight_scale: missing"),
+        ("nvfp4", "weight_global_scale", "weight_scale: F8_E4M3 data without the tensors"),
+        ("nvfp4-modelopt", "weight_scale", "weight_scale: missing"),
+        ("int4", "weight_shape", "weight_packed: no part of a weight of compressed-tensors"),
+        ("int4-gptq", "qzeros", "qzeros: missing"),
+        ("fp8-channel", "weight_scale", "weight: F8_E4M3 data without"),
+    ],
+)
+def test_a_missing_part_names_its_weight(
+    kind: str,
+    missing: str,
+    words: str,
+    made: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: Capture,
+) -> None:
+    broken = Path(shutil.copytree(made(kind), tmp_path / "broken"))
+    rewrite(broken, lambda tensors: tensors.pop(f"{DOWN}.{missing}"))
+    assert main(["convert", str(broken), str(tmp_path / "out"), "--recipe", "bf16"]) == 2
+    assert f"{DOWN}.{words}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_scale_of_inputs_that_is_no_scale(value: float, dense: Path, tmp_path: Path) -> None:
+    out, _ = make_with_inputs(dense, tmp_path / "out", "nvfp4", "compressed-tensors")
+    name = f"{UP}.input_global_scale"
+    rewrite(out, lambda tensors: tensors[name].fill_(value))
+    assert ("scales", name) in found(check(out, dense))
+
+
+def test_a_list_of_each_expert_takes_no_square_of_them() -> None:
+    """In config.json of others, whose ignore names every module."""
+    names = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(30_000)]
+    listed = matcher(names)
+    assert all(map(listed, names))
+    assert not listed("model.layers.0.mlp.experts.0.down_proj")
+
+
+def test_plans_need_no_statistics(capsys: Capture) -> None:
+    """Their values do not change a byte count."""
+    for flags in (["nvfp4-mixed", "--layout", "modelopt"], ["nvfp4", "--activations"]):
+        assert main(["plan", "Qwen3.5-0.8B", "--recipe", *flags]) == 0
+        assert "stores scales of its layers' inputs" in capsys.readouterr().out
+
+
 def test_inputs_take_statistics(dense: Path, tmp_path: Path, capsys: Capture) -> None:
     command = ["convert", str(dense), str(tmp_path / "out"), "--recipe", "nvfp4", "--activations"]
     assert main(command) == 2
@@ -257,6 +306,9 @@ def test_inputs_take_statistics(dense: Path, tmp_path: Path, capsys: Capture) ->
     stats.write_text(json.dumps(table))
     assert main([*command, "--activation-stats", str(stats)]) == 2
     assert f"no inputs of {DOWN}.weight" in capsys.readouterr().err
+    mixed = ["convert", str(dense), str(tmp_path / "out"), "--recipe", "nvfp4-mixed"]
+    assert main([*mixed, "--layout", "modelopt"]) == 2  # its FP8 has one, whatever is asked for
+    assert "give them: --activation-stats FILE" in capsys.readouterr().err
     assert main(["convert", str(dense), str(tmp_path / "o"), "--activations"]) == 2
     assert "NF4 has no form with inputs quantized" in capsys.readouterr().err
 
@@ -282,10 +334,10 @@ def test_mixed_precision_of_modelopt(dense: Path, tmp_path: Path) -> None:
     as_theirs = Path(shutil.copytree(out, tmp_path / "as theirs"))
     short = ["mtp*", "mtp.layers.0*"]  # quantized_layers says what is packed
     edit_config(as_theirs, lambda c: c["quantization_config"].update(ignore=short))
-    assert found(check(as_theirs)) == set()
+    assert found(check(agree(as_theirs))) == set()
     broken = Path(shutil.copytree(out, tmp_path / "broken"))
     edit_config(broken, lambda c: c["quantization_config"]["quantized_layers"].pop(DOWN))
-    assert found(check(broken)) == {("quantization-config", DOWN)}
+    assert found(check(agree(broken))) == {("quantization-config", DOWN)}
 
 
 @pytest.mark.parametrize(
@@ -334,6 +386,34 @@ def test_config_of_gptq(made: Callable[[str], Path]) -> None:
     quantization = read_config(made("int4-gptq"))["quantization_config"]
     assert (quantization["bits"], quantization["group_size"], quantization["sym"]) == (4, 128, True)
     assert list(quantization["dynamic"])[:2] == ["-:.*visual.*", "-:.*mtp.*"]
+
+
+def test_scales_of_inputs_are_read_whatever_the_mode(dense: Path, tmp_path: Path) -> None:
+    """`max` leaves statistics unread; the FP8 of ModelOpt needs them all the same."""
+    flags = ["--recipe", "nvfp4-mixed", "--layout", "modelopt", "--calib-mode", "max"]
+    given = ["--activation-stats", str(statistics(dense, tmp_path))]
+    assert main(["convert", str(dense), str(tmp_path / "out"), *flags, *given, "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("size", "packed", "patterns"),
+    [
+        ("Qwen3.5-27B", 192, [".*visual.*", ".*mtp.*", ".*attn.*"]),
+        (
+            "Qwen3.5-35B-A3B",
+            40 * 256 * 3,
+            [".*visual.*", ".*mtp.*", ".*attn.*", ".*shared_expert.*", r".*\.mlp\.gate$"],
+        ),
+    ],
+)
+def test_layout_of_gptq_packs_what_the_official_checkpoints_pack(
+    size: str, packed: int, patterns: list[str]
+) -> None:
+    """MLP and routed experts: 192 modules of Qwen/Qwen3.5-27B-GPTQ-Int4."""
+    plan = make_plan(open_published(size), load_recipe("int4", layout="gptq"))
+    assert plan.container.packed_json(plan) == {"int4-gptq": packed}
+    quantization = json.loads(plan.documents["config.json"])["quantization_config"]
+    assert quantization["dynamic"] == {f"-:{pattern}": {} for pattern in patterns}
 
 
 def test_one_artifact_of_several_precisions(dense: Path, tmp_path: Path) -> None:
@@ -467,6 +547,15 @@ def drop(entry: str) -> Callable[[dict[str, Any]], object]:
     return lambda config: config["quantization_config"]["ignore"].remove(entry)
 
 
+def section(**keys: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda config: config["quantization_config"].update(keys)
+
+
+def group_of(**keys: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda config: config["quantization_config"]["config_groups"]["group_0"].update(keys)
+
+
+CONFIG, PACKING = ("quantization-config", "config.json"), ("packing", "config.json")
 CONFIG_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str, str]] = {
     "head": ("nvfp4", drop("lm_head"), "skip-list", "lm_head"),
     "tower": ("nvfp4", drop("re:.*visual.*"), "skip-list", "model.visual.blocks.0.attn.proj"),
@@ -490,6 +579,38 @@ CONFIG_FAULTS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str, str
         "quantization-config",
         "config.json",
     ),
+    "inputs that the tensors have no scale of": (
+        "nvfp4",
+        group_of(input_activations=dict(SCHEMES["nvfp4-a4"].inputs or {})),
+        *CONFIG,
+    ),
+    "inputs of INT4": ("int4", group_of(input_activations={"num_bits": 8}), *CONFIG),
+    "inputs of a stored scale": (
+        "fp8-channel",
+        group_of(input_activations={"num_bits": 8, "type": "float", "strategy": "tensor"}),
+        *CONFIG,
+    ),
+    "inputs that are no table": ("fp8-channel", group_of(input_activations=True), *CONFIG),
+    "format of a group": ("nvfp4", group_of(format="pack-quantized"), *CONFIG),
+    "format of all": ("nvfp4", section(format="pack-quantized"), *CONFIG),
+    "format of none": ("nvfp4", section(format=[1]), *CONFIG),
+    "a transform": ("nvfp4", section(transform_config={"config_groups": {"R1": {}}}), *PACKING),
+    "sparsity": ("int4", section(sparsity_config={"format": "sparse-24-bitmask"}), *PACKING),
+    "GPTQ, head": ("int4-gptq", section(lm_head=True), *CONFIG),
+    "GPTQ, modules": (
+        "int4-gptq",
+        section(modules_in_block_to_quantize=[["x"]]),
+        "skip-list",
+        DOWN,
+    ),
+    "GPTQ, no modules": (
+        "int4-gptq",
+        section(modules_in_block_to_quantize=[1]),
+        "skip-list",
+        "config.json",
+    ),
+    "ModelOpt, group": ("nvfp4-modelopt", group_of(weights={"num_bits": 4}), *CONFIG),
+    "ModelOpt, no groups": ("nvfp4-modelopt", section(config_groups=[1]), *CONFIG),
     "ModelOpt, tower": (
         "nvfp4-modelopt",
         drop("model.visual*"),
@@ -513,6 +634,73 @@ def test_a_fault_of_the_config_is_named(
     broken = Path(shutil.copytree(made(kind), tmp_path / "broken"))
     edit_config(broken, change)
     assert (expected, subject) in found(check(broken))
+
+
+FINE: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
+    "no inputs": ("fp8-channel", group_of(input_activations=None)),
+    "format only of all": ("nvfp4", group_of(format=None)),
+    "format only of groups": ("nvfp4", section(format=None)),
+    "arguments that are not given": (
+        "fp8-channel",
+        group_of(weights={"num_bits": 8, "type": "float", "strategy": "channel"}),
+    ),
+    "neither transforms nor sparsity": (
+        "nvfp4",
+        section(transform_config={"config_groups": {}}, sparsity_config={}),
+    ),
+    "sparse, but stored whole": ("nvfp4", section(sparsity_config={"format": "dense"})),
+    "GPTQ, modules": (
+        "int4-gptq",
+        section(modules_in_block_to_quantize=[["mlp.", "self_attn", "linear_attn."]]),
+    ),
+    "ModelOpt, inputs as in NVIDIA's Qwen3.6-35B-A3B-NVFP4": (
+        "nvfp4-modelopt",
+        group_of(input_activations={"num_bits": 4, "type": "float", "group_size": 16}),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FINE)
+def test_what_published_files_may_say_is_fine(
+    name: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    kind, change = FINE[name]
+    copy = Path(shutil.copytree(made(kind), tmp_path / "copy"))
+    edit_config(copy, change)
+    assert check(copy).findings == ()
+
+
+DOCUMENTS: dict[str, tuple[str, str]] = {
+    "missing": ("", "is missing"),
+    "no JSON": ("{", "not valid JSON"),
+    "no table": ("[]", "no table of the name quantization"),
+    "algorithm": ('{"quant_algo": "FP8"}', "quant_algo is not that of config.json"),
+    "layers": ('{"quantized_layers": {"x": {}}}', "quantized_layers is not that"),
+    "modules": ('{"exclude_modules": [{}]}', "exclude_modules is not that of config.json"),
+    "cache": ('{"kv_cache_quant_algo": ["INT8"]}', "is ['INT8'], expected null or FP8"),
+    "group": ('{"group_size": 32}', "group_size is 32, expected 16"),
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_hf_quant_config_says_what_config_json_says(
+    name: str, made: Callable[[str], Path], tmp_path: Path
+) -> None:
+    text, message = DOCUMENTS[name]
+    broken = Path(shutil.copytree(made("nvfp4-modelopt"), tmp_path / "broken"))
+    (broken / "qwen35.json").unlink()
+    path = broken / "hf_quant_config.json"
+    document = json.loads(path.read_text())
+    if len(text) > 2:
+        document["quantization"] |= json.loads(text)
+        path.write_text(json.dumps(document))
+    elif text:
+        path.write_text(text)
+    else:
+        path.unlink()
+    (finding,) = check(broken).findings
+    assert (finding.check, finding.subject) == ("quantization-config", "hf_quant_config.json")
+    assert message in finding.message
 
 
 def test_mtp_by_single_names_is_a_finding(made: Callable[[str], Path], tmp_path: Path) -> None:
@@ -561,3 +749,33 @@ def test_settings_of_any_type_are_findings_or_fine(
     whole = read_config(made(kind))["quantization_config"]
     for key, value in settings():
         list(CODECS[kind].config_findings({**whole, key: value}, subject.items, vision=True))
+
+
+# --- kernels
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_kernels_give_the_same_whatever_is_encoded_beside(search: bool) -> None:
+    """Tiles of 16 blocks, full or not, of bfloat16 or of the same values in float32."""
+    from qwen35.codecs.int4.arrays import packed, quantize_rows
+    from qwen35.codecs.nvfp4.arrays import encode_rows, whole_scale
+
+    generator = np.random.default_rng(0)
+    wide = generator.standard_normal((17, 96), np.float32).view(np.uint32)
+    halves = (wide >> np.uint32(16)).astype(np.uint16)
+    exact = (halves.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    whole, weights = whole_scale(float(np.abs(exact).max())), generator.random(96, np.float32)
+
+    def nvfp4(values: np.ndarray[Any, Any], dtype: str) -> bytes:
+        codes, scales = encode_rows(values, dtype, whole, weights, search=search)
+        return b"".join(a.tobytes() + b.tobytes() for a, b in zip(codes, scales, strict=True))
+
+    def int4(values: np.ndarray[Any, Any], dtype: str) -> bytes:
+        rows = quantize_rows(values, dtype, 32, "BF16", weights, symmetric=False, search=search)
+        parts = zip(packed(rows.codes), rows.scales, rows.zeros, strict=True)
+        return b"".join(part.tobytes() for row in parts for part in row)
+
+    for encode in (nvfp4, int4):
+        together = encode(halves, "BF16")
+        assert together == b"".join(encode(row[None], "BF16") for row in halves)
+        assert together == encode(exact, "F32")

@@ -29,6 +29,7 @@ FAMILY = {
     "Qwen3.6-27B": (1_199, 27_781_427_952, 55_562_872_800),
     "Qwen3.6-35B-A3B": (1_045, 35_951_822_704, 71_903_655_008),
     "Qwen3.8-27B": (1_199, 27_781_427_952, 55_562_872_800),
+    "Qwen3.8-2.4T-A95B": (1_609, 2_446_182_725_504, 4_892_365_486_336),
 }
 """Parameters as published; bytes are two a parameter and two more for each that is F32."""
 
@@ -74,12 +75,27 @@ def test_parts_of_a_mixture() -> None:
 
 
 def test_3_6_stacks_its_mtp_experts_and_nothing_else_differs() -> None:
-    assert FUSED_MTP_EXPERTS == ("Qwen3.6-35B-A3B",)
+    assert FUSED_MTP_EXPERTS == ("Qwen3.6-35B-A3B", "Qwen3.8-2.4T-A95B")
     newer = {weight.name for weight in open_published("Qwen3.6-35B-A3B").weights}
     older = {weight.name for weight in open_published("Qwen3.5-35B-A3B").weights}
     assert newer - older == {f"mtp.layers.0.mlp.experts.{p}_proj" for p in ("down", "gate_up")}
     single = re.compile(r"mtp\.layers\.0\.mlp\.experts\.\d+\.(down|gate|up)_proj\.weight")
     assert all(single.fullmatch(name) for name in older - newer)
+
+
+def test_parts_of_the_largest_and_what_is_inferred() -> None:
+    largest = open_published("Qwen3.8-2.4T-A95B")
+    assert largest.config.architecture.class_name == "Qwen3_5MoeForCausalLM"
+    items = inventory(largest)
+    assert Counter(item.role.scope for item in items) == {"text": 1_590, "mtp": 19}
+    assert Counter(largest.config.layer_types) == {"linear_attention": 69, "full_attention": 23}
+    assert {item.spec.name.partition("layers.")[0] for item in items if item.role.layer} == {
+        "model."
+    }
+    (note,) = largest.notes
+    assert "16 key and 128 value heads" in note
+    assert "a shared expert of 2048" in note
+    assert not list(open_published("Qwen3.5-397B-A17B").notes)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

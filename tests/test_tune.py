@@ -450,6 +450,21 @@ def test_errors_alone(text: Path, tmp_path: Path, capsys: Capture) -> None:
     assert recipe.exists()
 
 
+@pytest.mark.parametrize("kind", ["nvfp4", "int4", "int4-gptq", "fp8-channel"])
+def test_errors_of_formats_for_servers(
+    kind: str, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    recipe = tmp_path / "r.toml"
+    asked = ["--text", str(text), "--output", str(recipe), "--probes", "0", "--format", kind]
+    assert tune(*asked, "--size", "13MB") == 0
+    chosen = json.loads(capsys.readouterr().out)["chosen"]
+    assert set(chosen.values()) == {kind, "plain"}
+    assert main(["tune", str(ASSET), *asked, "--size", "1MB", "--overwrite", "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert f"the smallest that {kind} can be" in said
+    assert "--types" not in said
+
+
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
 def test_tuning_packed(kind: str, text: Path, tmp_path: Path, capsys: Capture) -> None:
     """What stays unpacked buys divergence; the recipe is one of `qwen35 convert`."""
@@ -519,7 +534,7 @@ def test_dry_run(text: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize("kind", ["gguf", "nf4", "fp8"])
 def test_dry_run_needs_no_weights(kind: str, text: Path, capsys: Capture) -> None:
     """A published size by name will do: nothing is downloaded to say what would be measured."""
-    asked = ["tune", "Qwen3.5-0.8B", "--format", kind, "--size", "6bpw", "--text", str(text)]
+    asked = ["tune", "Qwen3.5-0.8B", "--format", kind, "--size", "14bpw", "--text", str(text)]
     assert main([*asked, "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["smallest"] < told["exact"]
@@ -540,5 +555,5 @@ def test_every_format_offered_is_known_to_a_container() -> None:
     from qwen35.tuning.formats import FORMATS
     from qwen35.tuning.tunable import tunable_of
 
-    assert set(FORMATS) == {"gguf", "nf4", "fp8", "fp8-channel", "nvfp4", "int4"}
+    assert set(FORMATS) == {"gguf", "nf4", "fp8", "fp8-channel", "nvfp4", "int4", "int4-gptq"}
     assert all(tunable_of(kind).base(kind) for kind in FORMATS)

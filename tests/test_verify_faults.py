@@ -438,6 +438,7 @@ def test_what_transformers_does_not_load_is_found(
     asker = SimpleNamespace(
         missing=["a.weight"],
         vision=False,
+        decoded=True,
         settled=7,
         notes=(),
         model=SimpleNamespace(device=SimpleNamespace(type="cpu")),
@@ -455,7 +456,7 @@ def test_what_transformers_does_not_load_is_found(
         ("load", "a.weight", "missing or unexpected when transformers loads it")
     ]
     assert verdict.notes == (
-        "asked in transformers, on the cpu",
+        "decoded by qwen35, then asked in transformers, on the cpu",
         "7 layers kept off bitsandbytes' AVX512-BF16 path, which fails on them",
     )
     assert asked == [False]

@@ -42,7 +42,7 @@ def subject_of(container: GgufHeader) -> GgufSubject:
     folder = container.path.parent
     files = GgufFiles(LocalFolder(folder), (container.path.name,), whole=False, root=folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwen35.verification.gguf_subject.read_gguf", lambda *_: container)
+        patch.setattr("qwen35.checkpoint.gguf_parts.read_gguf", lambda *_: container)
         return GgufSubject("x", files)
 
 

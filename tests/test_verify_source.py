@@ -207,7 +207,7 @@ def test_at_depth_structure_a_published_size_has_no_settings(
 @pytest.mark.parametrize("delta", [0.01, -0.01])
 @pytest.mark.parametrize("degrees", [3, 1000])
 def test_a_scale_that_is_off_by_one_percent_is_seen(delta: float, degrees: int) -> None:
-    """As `not compared` says of FP8; the lowest bit of a bfloat16 scale is not."""
+    """As `not detected` says of FP8; the lowest bit of a bfloat16 scale is not."""
     values = np.random.default_rng(1).standard_t(degrees, (128, 128)).astype(np.float32)
     scale = np.float32(np.abs(values).max() / 448)
     codes = torch.from_numpy(values / scale).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
@@ -219,7 +219,7 @@ def test_a_scale_that_is_off_by_one_percent_is_seen(delta: float, degrees: int) 
 
 @pytest.mark.parametrize(("off", "seen"), [(2e-5, True), (5e-6, False)])
 def test_constants_of_scales_that_are_off_are_seen(off: float, seen: bool) -> None:
-    """As `not compared` says of NF4."""
+    """As `not detected` says of NF4."""
     absmax = np.random.default_rng(1).random(256).astype(np.float32)
     offset = float(absmax.mean(dtype=np.float64))
     stored = AbsmaxStatistics.of(absmax, offset)
@@ -229,6 +229,6 @@ def test_constants_of_scales_that_are_off_are_seen(off: float, seen: bool) -> No
 
 
 def test_smallest_difference_that_is_seen_is_told(nf4_artifact: Path, dense: Path) -> None:
-    (said,) = [one for one in check(nf4_artifact, dense).not_compared if one.startswith("NF4")]
-    assert said.startswith("NF4: every code and scale")
+    (said,) = [one for one in check(nf4_artifact, dense).not_detected if one.startswith("NF4")]
+    assert said.startswith("NF4: errors below")
     assert "1e-05" in said

@@ -64,6 +64,7 @@ class Spoken:
     """What stands in for a model in an engine: it answers everything with one word."""
 
     missing: tuple[str, ...] = ()
+    decoded = False
     settled = 0
     thinking = (False, True)
     notes: tuple[str, ...] = ()
@@ -169,6 +170,7 @@ def test_a_verdict_is_plain_in_json() -> None:
         "findings": [{"check": "files", "subject": "b", "message": "missing"}],
         "notes": ["a note"],
         "not_compared": [],
+        "not_detected": [],
     }
 
 
@@ -233,9 +235,11 @@ FAILED: 2 findings"""
         "passed: weights read but not compared, 2 answers right",
     ]
     none = replace(one, findings=(), notes=(), errors=verdict.errors[:1], depth="numbers")
-    assert verdict_text(replace(none, source="x", not_compared=("y",))).splitlines()[1:] == [
+    told = replace(none, source="x", not_compared=("y",), not_detected=("z",))
+    assert verdict_text(told).splitlines()[1:] == [
         "3 weights are exactly those of the source",
         "not compared: y",
+        "not detected: z",
         "",
         "passed: weights and settings compared with the source; not loaded, --depth behaviour does",
     ]

@@ -2,9 +2,10 @@
 
     python upstream_convert.py LLAMA_CPP < jobs.json
 
-A job is ``{"model", "out", "type": "f32|f16|bf16", "mmproj": bool, "mtp": bool}``; with ``"keys":
-true`` only the keys that config.json decides are written to ``out``, as JSON. The one thing
-changed is the recognition of the tokenizer: the converter knows vocabularies by a hash of ids.
+A job is ``{"model", "out", "type": "f32|f16|bf16|q8_0", "mmproj": bool, "mtp": true, false or
+"alone"}``; with ``"keys": true`` only the keys that config.json decides are written to ``out``, as
+JSON. The one thing changed is the recognition of the tokenizer: the converter knows vocabularies by
+a hash of ids.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ def run(job: dict[str, Any]) -> None:
     TextModel.get_vocab_base_pre = lambda *_: "qwen35"
     kinds = gguf.LlamaFileType
     types = {"f32": kinds.ALL_F32, "f16": kinds.MOSTLY_F16, "bf16": kinds.MOSTLY_BF16}
+    types["q8_0"] = kinds.MOSTLY_Q8_0
     model = Path(job["model"])
     kind = ModelType.MMPROJ if job["mmproj"] else ModelType.TEXT
     with torch.inference_mode():
         architecture = get_model_architecture(ModelBase.load_hparams(model, False), kind)
         found = get_model_class(architecture, mmproj=job["mmproj"])
         if not job["mmproj"]:
-            found.no_mtp = not job["mtp"]
+            found.no_mtp, found.mtp_only = not job["mtp"], job["mtp"] == "alone"
         converter = found(model, types[job["type"]], Path(job["out"]))
         if not job.get("keys"):
             converter.write()

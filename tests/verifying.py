@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from checkpoints import Tensors
 from qwen35.checkpoint.open import fetch
+from qwen35.codecs.modelopt import hf_quant_config
 from qwen35.verification.opening import open_artifact
 from qwen35.verification.verdict import Verdict, verify
 from running import load_all, read_config
@@ -43,6 +44,14 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "qwen35.json").unlink()
+
+
+def agree(folder: Path) -> Path:
+    """Write hf_quant_config.json of an artifact, if it has one, as its config.json has it."""
+    path = folder / "hf_quant_config.json"
+    if path.exists():
+        path.write_text(json.dumps(hf_quant_config(read_config(folder)["quantization_config"])))
+    return folder
 
 
 def edited(
