@@ -64,7 +64,7 @@ def _headline_lines(results: _Results) -> Iterator[str]:
     }
     less = [f"{_less(*pair)} less than `{recipe}`" for recipe, pair in means.items()]
     words = (
-        "How many times our cost each alternative takes, random weights with the shapes of 0.8B "
+        "Cost of each alternative divided by ours, random weights with the shapes of 0.8B "
         "([benchmarks](docs/benchmarks.md)). At the size of Q4_K_M, a tuned file's mean KLD is "
         f"{' and '.join(less)} (embedded checkpoint)."
     )

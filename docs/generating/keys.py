@@ -22,7 +22,7 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding
 from qwen35.planning.gguf_files.imatrix import Imatrix
-from qwen35.planning.manifest import manifest_bytes, render_manifest
+from qwen35.planning.manifest import manifest_bytes, manifest_entries
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.publishing.repo_documents import REPORT_NAME, documents
@@ -103,7 +103,11 @@ def _keys_of(plan: Plan, which: int = 0) -> dict[str, Any]:
 def _text_keys() -> dict[str, Any]:
     made = Imatrix("imatrix.gguf", {}, "calibration.txt", 40, "0" * 64)
     plan = _gguf(describe(str(TINY)), "F16", "Q4_K_M")
-    return _keys_of(plan) | made.keys()
+    return _keys_of(plan) | made.keys() | _split_keys()
+
+
+def _split_keys() -> dict[str, Any]:
+    return _keys_of(_gguf(describe(str(TINY)), "Q4_K_M", split_max_size=10**6), -1)
 
 
 def _projector_keys() -> dict[str, Any]:
@@ -190,12 +194,14 @@ def _manifests() -> Iterator[Mapping[str, Any]]:
     content = manifest_bytes(plan, hashes)
     yield json.loads(content)
     yield _published(content)
-    gguf = _gguf(tiny, "F16")
+    gguf = _gguf(tiny, "F16", mtp_file="Q8_0", split_max_size=10**9)
     sizes = dict(gguf.file_sizes())
     yield json.loads(manifest_bytes(gguf, dict.fromkeys(sizes, "0" * 64)))
     entry = {"size": 1, "sha256": "0" * 64}
     yield {"amended": [{"when": "", "why": "", "files": {"chat_template.jinja": entry}}]}
     yield {"source": {"repo": "owner/name", "revision": "a commit", "quantized": {"NF4": 1}}}
+    row = {"name": "adapter", "weight": 1.0, "sha256": "0" * 64, "config_sha256": "0" * 64}
+    yield {"source": {"adapters": [row]}}
     yield _with_scale_choice(tiny)
 
 
@@ -207,8 +213,7 @@ def _calibration() -> Any:
 
 def _with_scale_choice(tiny: Checkpoint) -> Mapping[str, Any]:
     recipe = {"name": "calibrate", "format": "statistics", "rules": [], **_calibration().provenance}
-    parsed: Mapping[str, Any] = json.loads(render_manifest(tiny, recipe, "", {}, {}))
-    return parsed
+    return manifest_entries(tiny, recipe, "", {}, {})
 
 
 def _published(content: bytes) -> Mapping[str, Any]:

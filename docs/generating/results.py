@@ -19,13 +19,13 @@ def results_lines() -> Iterator[str]:
     base, tokens = results["base"], results["tokens"]
     yield (
         f"{tokens['scored']:,} tokens in {tokens['chunks']} chunks of {tokens['context']}; ± "
-        "treats chunks as independent."
+        "treats chunks as independent. And inputs: the mean KLD if servers quantize inputs."
     )
     yield ""
-    columns = ("format", "made by", "bytes of weights", "mean KLD", "same top token")
-    rows = [[base["name"], "", f"{base['bytes']:,}", "", ""]]
+    columns = ("format", "made by", "bytes of weights", "mean KLD", "same top token", "and inputs")
+    rows = [[base["name"], "", f"{base['bytes']:,}", "", "", ""]]
     for row in results["rows"]:
-        kld, top = row["kld"], row["same_top"]
+        kld, top, inputs = row["kld"], row["same_top"], row["kld_with_inputs"]
         rows.append(
             [
                 row["name"],
@@ -33,6 +33,7 @@ def results_lines() -> Iterator[str]:
                 f"{row['bytes']:,}",
                 f"{kld['value']:.6f} ± {kld['block_error']:.6f}",
                 f"{100 * top['value']:.2f} %",
+                f"{inputs['value']:.6f}" if inputs else "",
             ]
         )
     yield from table(columns, rows)
