@@ -296,6 +296,12 @@ def test_plans_need_no_statistics(capsys: Capture) -> None:
         assert "stores scales of its layers' inputs" in capsys.readouterr().out
 
 
+def test_plan_of_scales_that_nothing_chooses_names_no_choice(capsys: Capture) -> None:
+    flags = ["--recipe", "fp8-channel", "--layout", "modelopt"]
+    assert main(["plan", "Qwen3.5-0.8B", *flags]) == 0
+    assert "scales: " not in capsys.readouterr().out
+
+
 def test_inputs_take_statistics(dense: Path, tmp_path: Path, capsys: Capture) -> None:
     command = ["convert", str(dense), str(tmp_path / "out"), "--recipe", "nvfp4", "--activations"]
     assert main(command) == 2

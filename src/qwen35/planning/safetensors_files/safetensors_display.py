@@ -75,9 +75,9 @@ def plan_text(plan: Plan, threads: int) -> str:
 
 
 def _scale_lines(plan: Plan) -> Iterator[str]:
-    if plan.settings:
-        codecs = [CODECS[step.packing] for step in plan.steps if step.packing]
-        labels = dict.fromkeys(codec.label for codec in codecs if codec.chooses_scales)
+    codecs = [CODECS[step.packing] for step in plan.steps if step.packing]
+    labels = dict.fromkeys(codec.label for codec in codecs if codec.chooses_scales)
+    if plan.settings and labels:
         yield f"{' and '.join(labels)} scales: {plan.settings}"
 
 
