@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from qwen35.errors import Finding, Qwen35Error
+from qwen35.errors import Finding, Qwen35Error, unknown_name
 from qwen35.planning.containers import CONTAINERS
 from qwen35.planning.recipe import built_in
 from qwen35.planning.safetensors_files.safetensors_container import ACTIONS
@@ -62,7 +62,10 @@ def said(base: Path) -> Iterator[set[str]]:
     folder = re.compile(rf"{re.escape(str(base))}/[^/\s:]+")
 
     def note(sentence: str) -> None:
-        module = sys._getframe(2).f_globals["__name__"]
+        frame = sys._getframe(2)
+        if frame.f_code is unknown_name.__code__:
+            frame = frame.f_back or frame
+        module = frame.f_globals["__name__"]
         if not module.startswith(_OF):
             return
         sentence = folder.sub("FOLDER", sentence)

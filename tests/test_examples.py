@@ -25,7 +25,7 @@ SHOWN = {
     "errors": [
         r"recipe 'nf5' \| not a built-in recipe \| nf4, .* or a \.toml file",
         r"ConfigError: config\.json: not valid JSON .*",
-        r"remove it yourself or choose another folder",
+        r"choose another folder, or remove it yourself",
         r"no such folder",
     ],
     "gguf_by_quality": [

@@ -151,7 +151,10 @@ HEAD = 'model = "m"\nout = "o"\n'
         (HEAD + "path = 1", "path: 1, expected a string or a list of strings"),
         (HEAD + 'path = ["A", 1]', "path: ['A', 1], expected a string or a list of strings"),
         (HEAD + 'path = "A"\ntypes = ["Q8_0"]', "types and imatrix: are for path B"),
-        (HEAD + 'path = "A"\ndepth = "deep"', "depth: 'deep', expected structure or numbers or"),
+        (
+            HEAD + 'path = "A"\ndepth = "deep"',
+            "depth: 'deep' is unknown, expected structure, ",
+        ),
         (HEAD + 'path = "A"\nmodle = "x"', "modle: unknown key, expected model, out, path"),
         (HEAD + 'path = "A"\n[evaluate]', "evaluate.text: is missing"),
         (HEAD + 'path = "A"\n[evaluate]\ntext = "t"\nchunks = -1', "evaluate.chunks: -1, expected"),
@@ -175,12 +178,14 @@ HEAD = 'model = "m"\nout = "o"\n'
         ),
         (
             HEAD + '[[artifact]]\nrecipe = "nvfp4"\nlayout = ""',
-            "artifact 1.layout: '', expected compressed-tensors or gptq or modelopt",
+            "artifact 1.layout: '' is unknown, expected compressed-tensors, gptq, modelopt",
         ),
         (
             HEAD + '[[artifact]]\nrecipe = "nvfp4"\nkv_cache = "fp4"',
-            "artifact 1.kv_cache: 'fp4', expected fp8",
+            "artifact 1.kv_cache: 'fp4' is unknown, expected fp8; did you mean fp8?",
         ),
+        (HEAD + '[[artifact]]\nrecipe = "int5"', "artifact 1.recipe: 'int5' is unknown"),
+        (HEAD + '[[gguf]]\ntypes = ["Q4_KM"]', "gguf 1.types: 'Q4_KM' is unknown"),
         (HEAD + "[[gguf]]", "gguf 1.types: is missing"),
         (HEAD + '[[gguf]]\ntypes = "Q8_0"', "gguf 1.types: 'Q8_0', expected a list of strings"),
         (HEAD + '[[gguf]]\ntypes = ["F16"]\nmmproj = 3', "gguf 1.mmproj: 3, expected true, f"),

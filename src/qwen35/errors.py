@@ -31,19 +31,22 @@ __all__ = [
     "UsageError",
     "WorkerError",
     "did_you_mean",
+    "unknown_name",
 ]
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return a hint naming the candidate spelled most like `name`; empty if none is close.
 
-    >>> did_you_mean("Convrt", ["convert", "plan"])
-    'did you mean convert?'
+    >>> did_you_mean("Convrt", ["convert", "plan"]), did_you_mean("q_proj", ["self_attn.q_proj"])
+    ('did you mean convert?', 'did you mean self_attn.q_proj?')
     """
     import difflib  # only needed once something has failed
 
+    wanted = _normalized(name)
     names = {_normalized(candidate): candidate for candidate in candidates}
-    matches = difflib.get_close_matches(_normalized(name), names, n=1)
+    ends = sorted((known for known in names if wanted and known.endswith(f".{wanted}")), key=len)
+    matches = ends or difflib.get_close_matches(wanted, names, n=1)
     return f"did you mean {names[matches[0]]}?" if matches else ""
 
 
@@ -80,6 +83,24 @@ class Qwen35Error(Exception):
 
 class UsageError(Qwen35Error):
     """A flag, a name or a recipe that does not exist or does not fit."""
+
+
+def unknown_name(
+    subject: str, name: object, known: Iterable[str], found: str = "", hint: str = ""
+) -> UsageError:
+    """Return the error for a name that is none of those `known`, with the one most like it.
+
+    Args:
+        subject: the flag or entry that holds it.
+        name: the user's input.
+        known: what it may be.
+        found: what to call it; the name, if empty.
+        hint: what to say if nothing is spelled like it.
+    """
+    names = list(known)
+    shown = found or f"{str(name)[:80]!r} is unknown"
+    near = did_you_mean(str(name)[:80], names)
+    return UsageError(subject, shown, expected=", ".join(names), hint=near or hint)
 
 
 class InputError(Qwen35Error):

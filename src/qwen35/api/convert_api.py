@@ -127,7 +127,6 @@ def convert(
     out = Path(out)
     check_workers(workers, ray_address, slice, memory)
     local_device = "cpu" if ray_address else device  # the cluster's nodes have their own GPUs
-    check_before(out, overwrite=overwrite, device=local_device, source=folder_of(str(model)))
     scale_choice = scale_choice_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
     rules = adjusted_recipe(
         str(recipe),
@@ -136,6 +135,7 @@ def convert(
         quantized_inputs=activations,
         drop_mtp=drops_mtp(mtp, drop=drop_mtp),
     )
+    check_before(out, overwrite=overwrite, device=local_device, source=folder_of(str(model)))
     needed = rules.quantizes_inputs or kv_cache is not None
     statistics = activations_of(activation_stats, scale_choice, needed=needed)
     adapters = open_adapters(adapter)

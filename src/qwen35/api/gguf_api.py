@@ -11,7 +11,7 @@ from qwen35.checkpoint.adapted import with_adapters
 from qwen35.checkpoint.adapter_files import open_adapters
 from qwen35.checkpoint.open import describe, fetch, folder_of
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, unknown_name
 from qwen35.planning.mtp_choice import mtp_choice
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
@@ -99,13 +99,13 @@ def gguf(
     from qwen35.writing.write import check_before
 
     if encoder not in ENCODERS:
-        raise UsageError("--encoder", f"{encoder!r} is unknown", expected=" or ".join(ENCODERS))
+        raise unknown_name("--encoder", encoder, ENCODERS)
     if device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}", "not for GGUF", expected="auto or cpu")
     check_workers(workers, ray_address, slice, memory)
     out = Path(out)
-    check_before(out, overwrite=overwrite, source=folder_of(str(model)))
     rules = gguf_recipe(types, recipe, tensor_type, tensor_type_file)
+    check_before(out, overwrite=overwrite, source=folder_of(str(model)))
     adapters = open_adapters(adapter)
     if dry_run or export is not None:
         base = describe(str(model), token=hf_token)
@@ -197,9 +197,10 @@ def types_of(types: str | Sequence[str]) -> tuple[str, ...]:
     rows = types.split(",") if isinstance(types, str) else types
     names = tuple(dict.fromkeys(name.strip().upper() for name in rows if name.strip()))
     unknown = [name for name in names if name not in FILE_TYPES]
-    if unknown or not names:
-        found = f"{unknown[0]!r} is unknown" if unknown else "empty"
-        raise UsageError("--types", found, expected=", ".join(FILE_TYPES))
+    if not names:
+        raise UsageError("--types", "empty", expected=", ".join(FILE_TYPES))
+    if unknown:
+        raise unknown_name("--types", unknown[0], FILE_TYPES)
     return names
 
 

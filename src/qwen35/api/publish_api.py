@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from qwen35.errors import InputError, UsageError
+from qwen35.errors import InputError, UsageError, unknown_name
 from qwen35.progress import Progress
 from qwen35.publishing.diff import Diff, check_same, load_diff
 from qwen35.publishing.diff_display import counters
@@ -271,7 +271,7 @@ def _with_saved(
 def _check(request: PublishRequest, *, applies: bool) -> None:
     """Refuse arguments that do not fit together, before reading anything."""
     if request.mode not in get_args(Mode):
-        raise UsageError(f"--mode {request.mode}", "unknown", expected=", ".join(get_args(Mode)))
+        raise unknown_name(f"--mode {request.mode}", request.mode, get_args(Mode), "unknown")
     if (request.mode == "files") != bool(request.files):
         needs = request.mode == "files"
         found = "needs --files" if needs else "takes no --files"

@@ -276,8 +276,11 @@ def _not_found(model: str, sizes: bool) -> InputError:
     try:
         path = Path(model).expanduser()
         if path.exists():
-            found = "a file" if path.is_file() else "a pipe, a socket or a device"
-            return InputError(model, found, expected=expected)
+            if not path.is_file():
+                return InputError(model, "a pipe, a socket or a device", expected=expected)
+            folder = path.parent
+            hint = f"its folder is {folder}" if (folder / "config.json").is_file() else ""
+            return InputError(model, "a file", expected=expected, hint=hint)
     except (OSError, RuntimeError, ValueError):  # name too long, unknown ~user, NUL
         pass
     if HubId.parse(model) and not model.startswith(_LOCAL_STARTS):

@@ -9,11 +9,12 @@ import gc
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from qwen35.cli.command_parser import CommandParser
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_INTERRUPTED, EXIT_USAGE
 from qwen35.cli.help import HelpFormatter
@@ -40,6 +41,23 @@ VERBS: dict[str, str] = {
     "finalize": "complete an output from its slices",
 }
 """Verb to its description; its module is `qwen35.cli.<verb>_command`."""
+
+_OTHER_WORDS = {
+    **dict.fromkeys(("quantize", "quantise", "quant", "export", "strip", "fp8", "nf4"), "convert"),
+    **dict.fromkeys(("upload", "push", "download", "pull", "sync", "card"), "publish"),
+    **dict.fromkeys(("check", "test", "validate", "ask"), "verify"),
+    **dict.fromkeys(("measure", "compare", "benchmark", "bench", "perplexity", "kld"), "evaluate"),
+    **dict.fromkeys(("info", "show", "ls", "list", "sizes"), "inspect"),
+    **dict.fromkeys(("dry-run", "preview", "fit", "estimate"), "plan"),
+    **dict.fromkeys(("imatrix", "hessian", "stats"), "calibrate"),
+    **dict.fromkeys(("search", "allocate", "optimize", "optimise"), "tune"),
+    **dict.fromkeys(("lora", "adapter", "peft"), "merge"),
+    **dict.fromkeys(("pipeline", "all", "make"), "run"),
+    "edit": "amend",
+    "rebuild": "reproduce",
+    "llama.cpp": "gguf",
+}
+"""What other tools call these verbs."""
 
 SHELLS = ("bash", "fish", "zsh")
 
@@ -130,7 +148,8 @@ def _no_verb(option: str) -> UsageError:
 
 
 def _unknown(verb: str) -> UsageError:
-    hint = did_you_mean(verb, VERBS)
+    meant = _OTHER_WORDS.get(verb.lower())
+    hint = f"did you mean {meant}?" if meant else did_you_mean(verb, VERBS)
     return UsageError(f"verb {verb!r}", "unknown", expected=", ".join(VERBS), hint=hint)
 
 
@@ -177,7 +196,8 @@ def run_verb(verb: str, argv: Sequence[str], *, module: str = "", prog: str = ""
     output = Console()
     try:
         implementation = importlib.import_module(f"qwen35.cli.{module or verb + '_command'}")
-        parser = argparse.ArgumentParser(**_options(implementation, prog or f"qwen35 {verb}"))
+        parser = CommandParser(**_options(implementation, prog or f"qwen35 {verb}"))
+        parser.elsewhere = _verbs_with
         _fill(parser, implementation)
         args = parser.parse_args(argv)
         output.quiet, output.as_json = args.quiet, args.json
@@ -216,6 +236,13 @@ def _working_folder_exists() -> bool:
         return Path.cwd().is_dir()
     except OSError:
         return False
+
+
+def _verbs_with(option: str) -> Iterator[str]:
+    """Yield the commands that have an option."""
+    for verb in VERBS:
+        if any(option in action.option_strings for action in parser_of(verb)._actions):
+            yield f"qwen35 {verb}"
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.registry import CODECS, is_packed
-from qwen35.errors import Qwen35Error, UsageError
+from qwen35.errors import Qwen35Error, UsageError, unknown_name
 from qwen35.pipeline.run_request import REPORT_FOLDER, ArtifactRequest, RunRequest
 from qwen35.planning.activations import load_activations
 from qwen35.planning.artifact_names import artifact_name
@@ -157,7 +157,7 @@ def _safetensors(checkpoint: Checkpoint, artifact_request: ArtifactRequest) -> P
 def _gguf(checkpoint: Checkpoint, artifact_request: ArtifactRequest, token: str | None) -> Plan:
     unknown = [name for name in artifact_request.types if name not in FILE_TYPES]
     if unknown:
-        raise UsageError("types", f"{unknown[0]!r} is unknown", expected=", ".join(FILE_TYPES))
+        raise unknown_name("types", unknown[0], FILE_TYPES)
     choice = mtp_choice(artifact_request.mtp, drop=artifact_request.drop_mtp)
     return make_plan(
         checkpoint,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,7 @@ from qwen35.checkpoint.locations import expanded, read_bounded
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.registry import LAYOUTS
 from qwen35.display import bytes_of
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, unknown_name
 from qwen35.pipeline.run_request import (
     ArtifactRequest,
     MeasurementRequest,
@@ -22,6 +22,8 @@ from qwen35.pipeline.run_request import (
     repo_problem,
 )
 from qwen35.planning.gguf_files.gguf_options import projector_type
+from qwen35.planning.gguf_files.mixes import FILE_TYPES
+from qwen35.planning.recipe import built_in
 from qwen35.planning.safetensors_files.safetensors_options import KV_CACHES
 from qwen35.verification.verdict import Depth
 
@@ -109,7 +111,7 @@ class _Reader:
                 self._problem(name, "is missing")
         depth = top.get("depth", "behaviour")
         if depth not in get_args(Depth):
-            self._problem("depth", repr(depth), expected=" or ".join(get_args(Depth)))
+            self._unknown("depth", depth, get_args(Depth))
             depth = "behaviour"
         evaluate = self._checked("evaluate", top.get("evaluate", {}), EVALUATE_KEYS)
         if "evaluate" in top and not evaluate.get("text"):
@@ -173,7 +175,7 @@ class _Reader:
             self._problem(f"{where}.recipe", "is missing")
         for key, known in _NAMES.items():
             if key in row and row[key] not in known:
-                self._problem(f"{where}.{key}", repr(row[key])[:80], expected=" or ".join(known))
+                self._unknown(f"{where}.{key}", row[key], known)
         names = ("calib_mode", "rms_factor", "calib_percentile", "mse_grid_size")
         scale_choice = None
         if any(name in row for name in names):
@@ -184,7 +186,7 @@ class _Reader:
             scale_choice = ScaleChoice(**values)
         statistics = row.get("activation_stats")
         return ArtifactRequest(
-            **self._common(where, row, "nf4"),
+            **self._common(where, row, "safetensors"),
             keep=tuple(row.get("keep", ())),
             keep_prefix=row.get("keep_prefix", False),
             layout=row.get("layout"),
@@ -196,12 +198,15 @@ class _Reader:
 
     def _gguf(self, where: str, row: Mapping[str, Any]) -> ArtifactRequest:
         types = self._types(row)
+        for name in types:
+            if name not in FILE_TYPES:
+                self._unknown(f"{where}.types", name, FILE_TYPES)
         if not types:
             self._problem(f"{where}.types", "is missing", hint='for instance ["F16", "Q4_K_M"]')
         mmproj = row.get("mmproj", False)
         projector_type(mmproj, "mmproj")
         return ArtifactRequest(
-            **self._common(where, row, "mix"),
+            **self._common(where, row, "gguf"),
             types=types or ("F16",),
             imatrix=self._imatrix(row.get("imatrix", "")),
             mmproj=mmproj,
@@ -218,15 +223,17 @@ class _Reader:
             self._problem(where, repr(text)[:80], expected='a size such as "40G"')
         return size
 
-    def _common(self, where: str, row: Mapping[str, Any], default: str) -> dict[str, Any]:
+    def _common(self, where: str, row: Mapping[str, Any], container: str) -> dict[str, Any]:
         name, repo = row.get("name", ""), row.get("repo", "")
         if name and (Path(name).name != name or name.startswith(".")):
             self._problem(f"{where}.name", repr(name), expected="a folder's plain name")
         if repo and (problem := repo_problem(f"{where}.repo", repo)):
             self._problem(problem.subject, problem.found, expected=problem.expected)
-        recipe = row.get("recipe") or default
+        recipe = row.get("recipe") or built_in(container)[0]
         if recipe.endswith(".toml"):
             recipe = str(self._near(recipe))
+        elif recipe not in built_in(container):
+            self._unknown(f"{where}.recipe", recipe, (*built_in(container), "a .toml file"))
         return {
             "recipe": recipe,
             "name": name,
@@ -257,12 +264,16 @@ class _Reader:
             subject = f"{where}.{key}" if where else key
             kind = schema.get(key)
             if kind is None:
-                self._problem(subject, "unknown key", expected=", ".join(schema))
+                self._unknown(subject, key, schema, "unknown key")
             elif not _is(value, kind):
                 self._problem(subject, repr(value)[:80], expected=_KINDS[kind][1])
             else:
                 valid[key] = value
         return valid
+
+    def _unknown(self, subject: str, name: str, known: Iterable[str], found: str = "") -> None:
+        error = unknown_name(subject, name, known, found)
+        self._problem(subject, error.found, expected=error.expected, hint=error.hint)
 
     def _problem(self, subject: str, found: str, *, expected: str = "", hint: str = "") -> None:
         subject = f"{self.path.name}: {subject}"

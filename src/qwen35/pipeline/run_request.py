@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from qwen35.checkpoint.hub import HubId
 from qwen35.codecs.fp8.layout import ScaleChoice
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, unknown_name
 from qwen35.verification.verdict import Depth
 
 __all__ = [
@@ -168,7 +168,7 @@ def path_artifacts(
     requests: dict[str, ArtifactRequest] = {}
     for name in paths:
         if name not in get_args(PathName):
-            raise UsageError(f"path {name!r}", "unknown", expected=", ".join(get_args(PathName)))
+            raise unknown_name(f"path {name!r}", name, get_args(PathName), "unknown")
         requests |= {request.label: request for request in _PATHS[name]}  # type: ignore[index]
     if not any(request.types for request in requests.values()) and (types or imatrix):
         raise UsageError("types and imatrix", "are for path B", hint="leave them out")

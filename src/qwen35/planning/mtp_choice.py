@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, unknown_name
 
 __all__ = ["MTP_CHOICES", "drops_mtp", "mtp_choice"]
 
@@ -22,7 +22,7 @@ def mtp_choice(mtp: str | None, *, drop: bool) -> str:
     if mtp is None:
         return "drop" if drop else "keep"
     if mtp not in MTP_CHOICES:
-        raise UsageError("--mtp", f"{mtp!r} is unknown", expected=", ".join(MTP_CHOICES))
+        raise unknown_name("--mtp", mtp, MTP_CHOICES)
     if drop and mtp != "drop":
         raise UsageError("--drop-mtp", f"not with --mtp {mtp}", hint="leave one of them out")
     return mtp

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.locations import read_bounded
-from qwen35.errors import InputError, UsageError
+from qwen35.errors import InputError, UsageError, unknown_name
 from qwen35.planning.container import Container
 from qwen35.planning.layers import parse_layers
 from qwen35.planning.rules import Recipe, Rule, check_match
@@ -78,8 +78,7 @@ def _parse(name: str, parsed: dict[str, Any], container: Container, *, required:
     subject = f"recipe {name}"
     unknown = set(parsed) - KEYS
     if unknown:
-        expected = ", ".join(sorted(KEYS))
-        raise UsageError(subject, f"unknown key {min(unknown)!r}", expected=expected)
+        raise unknown_name(subject, min(unknown), sorted(KEYS), f"unknown key {min(unknown)!r}")
     kind: Any = parsed.get("format")
     formats = container.formats
     if kind not in formats:
@@ -102,7 +101,7 @@ def _base_rules(subject: str, base: Any, kind: str, container: Container) -> tup
     """Return the rules of the built-in recipe that another one extends."""
     known = built_in_names(container)
     if base not in known:
-        raise UsageError(subject, f"base {base!r}", expected=" or ".join(known))
+        raise unknown_name(subject, base, known, f"base {base!r}")
     recipe = built_in_recipe(base, container)
     if recipe.format != kind:
         raise UsageError(subject, f"format {kind!r}", expected=f"that of {base}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from qwen35.codecs.registry import CODECS
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, did_you_mean
 from qwen35.linear_regex import LinearPattern
 from qwen35.model.roles import ROLES, Role, in_group
 from qwen35.planning.container import Container
@@ -200,6 +200,12 @@ def check_used(
             raise UsageError(name(rule), found, hint=hint)
 
 
+def _role_names() -> list[str]:
+    """Return every role and group of roles, sorted."""
+    parts = (path.removesuffix(".weight").split(".") for path in ROLES)
+    return sorted({".".join(names[:end]) for names in parts for end in range(1, len(names) + 1)})
+
+
 def check_match(subject: str, match: str) -> None:
     """Raise if a rule's `match` names nothing in this model family.
 
@@ -210,7 +216,11 @@ def check_match(subject: str, match: str) -> None:
         return
     if match.startswith("kind:"):
         if match.removeprefix("kind:") not in _KINDS:
-            raise UsageError(subject, f"{match!r}", expected=f"kind: and {', '.join(_KINDS)}")
+            expected = f"kind: and {', '.join(_KINDS)}"
+            hint = did_you_mean(match.removeprefix("kind:"), _KINDS)
+            raise UsageError(subject, repr(match), expected=expected, hint=hint)
         return
     if not any(in_group(path.removesuffix(".weight"), match) for path in ROLES):
-        raise UsageError(subject, f"{match!r} is not a role", hint=_ROLES_HINT)
+        near = did_you_mean(match, _role_names())
+        hint = f"{near} {_ROLES_HINT}" if near else _ROLES_HINT
+        raise UsageError(subject, f"{match!r} is not a role", hint=hint)

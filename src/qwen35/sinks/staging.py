@@ -107,11 +107,12 @@ def _check_overlap(out: Path, source: Path) -> None:
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     if not (out / MANIFEST_NAME).is_file():
-        raise OutputError(
-            str(out),
-            f"exists already and holds no {MANIFEST_NAME}, so it was not written by qwen35",
-            hint="remove it yourself or choose another folder",
-        )
+        if any(out.glob("*.safetensors")) or any(out.glob("*.gguf")):
+            found = "holds a model that qwen35 did not write"
+            hint = "choose another folder (MODEL comes first, then the output)"
+            raise OutputError(str(out), found, hint=hint)
+        found = f"exists already and holds no {MANIFEST_NAME}, so it was not written by qwen35"
+        raise OutputError(str(out), found, hint="choose another folder, or remove it yourself")
     if not overwrite:
         raise OutputError(str(out), "exists already", hint="give --overwrite to replace it")
     refuse_strangers(out)

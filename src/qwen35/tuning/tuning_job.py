@@ -10,7 +10,7 @@ from typing import Any
 from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.display import bytes_of
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, unknown_name
 from qwen35.evaluation.text_chunks import EvaluationText, read_text
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import replace_file
@@ -188,7 +188,7 @@ def _check(request: TuningRequest) -> None:
 
 def _check_format(request: TuningRequest) -> None:
     if request.format not in FORMATS:
-        raise UsageError("--format", request.format, expected=", ".join(FORMATS))
+        raise unknown_name("--format", request.format, FORMATS, request.format)
     if (request.types or request.imatrix) and not tunable_of(request.format).typed:
         option = "--types" if request.types else "--imatrix"
         typed = (kind for kind in FORMATS if tunable_of(kind).typed)

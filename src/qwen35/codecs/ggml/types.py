@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from qwen35.errors import UsageError
+from qwen35.errors import unknown_name
 
 __all__ = [
     "COMPILED",
@@ -130,7 +130,7 @@ def ggml_type(name: str, subject: str) -> GgmlType:
     """
     found = next((kind for kind in ENCODABLE if kind.lower() == name.lower()), None)
     if found is None:
-        raise UsageError(subject, f"type {name!r} is unknown", expected=", ".join(ENCODABLE))
+        raise unknown_name(subject, name, ENCODABLE, f"type {name!r} is unknown")
     return GGML_TYPES[found]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES
-from qwen35.errors import UsageError
+from qwen35.errors import unknown_name
 
 __all__ = [
     "CONVERTED",
@@ -109,7 +109,7 @@ def converted_type(name: str, subject: str) -> str:
         UsageError: there is no such type.
     """
     if name.upper() not in CONVERTED:
-        raise UsageError(subject, f"{name!r} is unknown", expected=", ".join(CONVERTED))
+        raise unknown_name(subject, name, CONVERTED)
     return name.upper()
 
 
