@@ -17,7 +17,7 @@ from typing import Any
 from qwen35.errors import ConfigError
 from qwen35.linear_regex import MOST_PATTERNS, LinearPattern, compile_linear
 
-__all__ = ["ADAPTER_CONFIG", "AdapterConfig", "ModuleNames", "parse_adapter_config"]
+__all__ = ["ADAPTER_CONFIG", "AdapterConfig", "ModuleNames", "ends", "parse_adapter_config"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -35,11 +35,15 @@ _READ = {
     "r",
     "rank_pattern",
     "target_modules",
+    "target_parameters",
+    "trainable_token_indices",
     "use_dora",
     "use_rslora",
 }
 _NEUTRAL = {
     "auto_mapping",
+    "lora_B_layout",
+    "unsloth_fused_expert_lora",
     "base_model_name_or_path",
     "corda_config",
     "eva_config",
@@ -59,7 +63,10 @@ _NEUTRAL = {
 _KEEPING_BASE = ("gaussian", "eva", "orthogonal")
 """Names of initializations that leave the base's weights as they are; others change them too."""
 
+_STACKS = ("gate_up_proj", "down_proj")
+_ORDERS = ("rank_major", "grouped_by_expert")
 _MOST_RANK = 2**16
+_MOST_TOKENS = 2**24
 _HUB_ID = re.compile(r"[\w-][\w.-]{0,95}/[\w.-]{1,96}", re.ASCII)
 _NUMBERED = re.compile(r"\.(\d{1,6})\.", re.ASCII)
 
@@ -100,6 +107,10 @@ class AdapterConfig:
         layers: the only layers it changes; None for all.
         stacks: names of lists that layers are numbered in; any if empty.
         biases: whether it may hold biases.
+        parameters: names, or ends of names after a dot, of parameters that it changes directly.
+        tokens: module, or the end of its name, to the rows that it replaces, in stored order.
+        grouped: stacks of experts whose left matrices have the ranks of an expert side by side, as
+            Unsloth saves them, and not the experts of a rank, as peft does.
         base: the Hub id of the model that it was trained on, if it says so.
     """
 
@@ -115,6 +126,9 @@ class AdapterConfig:
     layers: frozenset[int] | None = None
     stacks: tuple[LinearPattern, ...] = ()
     biases: bool = False
+    parameters: tuple[str, ...] = ()
+    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    grouped: frozenset[str] = frozenset()
     base: str = ""
 
     def rank_of(self, module: str) -> int:
@@ -144,6 +158,14 @@ class AdapterConfig:
             return linear
         return module in self.targets and (self.targets.pattern is not None or self._in(module))
 
+    def changes_parameter(self, name: str) -> bool:
+        """Return whether a parameter is a target by its own name."""
+        return any(ends(name, target) for target in self.parameters)
+
+    def tokens_of(self, module: str) -> tuple[int, ...]:
+        """Return the rows of a module that it replaces; none if it is not named."""
+        return next((rows for name, rows in self.tokens if ends(module, name)), ())
+
     @cached_property
     def _whole(self) -> tuple[LinearPattern, ...]:
         # peft: a module that is saved whole, or lies within one, is no target
@@ -162,6 +184,11 @@ class AdapterConfig:
         return not self.stacks or any(pattern.fullmatch(stack) for pattern in self.stacks)
 
 
+def ends(name: str, end: str) -> bool:
+    """Return whether a name is `end`, or ends with it after a dot."""
+    return name == end or name.endswith(f".{end}")
+
+
 def parse_adapter_config(raw: object) -> AdapterConfig:
     """Check a parsed adapter_config.json.
 
@@ -172,6 +199,9 @@ def parse_adapter_config(raw: object) -> AdapterConfig:
         raise ConfigError(ADAPTER_CONFIG, "not an object", expected="the settings of an adapter")
     _refuse(raw)
     targets = _modules(raw, "target_modules")
+    parameters = _parameters(raw)
+    if targets is None and parameters:
+        targets = ModuleNames()
     if targets is None:
         raise ConfigError(ADAPTER_CONFIG, "no target_modules", expected="names or a pattern")
     layers = _layers(raw.get("layers_to_transform"))
@@ -182,12 +212,15 @@ def parse_adapter_config(raw: object) -> AdapterConfig:
         alphas=_patterns(raw, "alpha_pattern", _alpha),
         root_scaled=_flag(raw, "use_rslora"),
         dora=_flag(raw, "use_dora"),
-        targets=None if raw["target_modules"] == "all-linear" else targets,
+        targets=None if raw.get("target_modules") == "all-linear" else targets,
         excluded=_modules(raw, "exclude_modules") or ModuleNames(),
         saved=_saved(raw),
         layers=layers,
         stacks=_stacks(raw) if layers is not None else (),
         biases=_choice(raw, "bias", ("none", "all", "lora_only")) != "none",
+        parameters=parameters,
+        tokens=_tokens(raw.get("trainable_token_indices")),
+        grouped=_grouped_stacks(raw) if parameters else frozenset(),
         base=_base(raw),
     )
 
@@ -211,6 +244,32 @@ def _refuse(raw: Mapping[str, Any]) -> None:
             shown = key[:60] if key.isprintable() else ascii(key)[:60]
             found = f"{shown} is set, which is not supported"
             raise ConfigError(ADAPTER_CONFIG, found, hint="merge it with peft")
+
+
+def _grouped_stacks(raw: Mapping[str, Any]) -> frozenset[str]:
+    """Return the stacks of experts that Unsloth saved in its own order.
+
+    It records the order since version 2026.9.6, here or in ``auto_mapping``. Before, it had its
+    own, and left no more than ``unsloth_fixed`` (unsloth_zoo ``temporary_patches/moe_utils.py``).
+    """
+    mapping = raw.get("auto_mapping")
+    mapping = mapping if isinstance(mapping, dict) else {}
+    for table in (raw, mapping):
+        detail = table.get("unsloth_fused_expert_lora")
+        stacks = detail.get("parameters") if isinstance(detail, dict) else None
+        if isinstance(stacks, dict):
+            return frozenset(n for n in _STACKS if _is_grouped(stacks.get(n)))
+        if table.get("lora_B_layout") is not None:
+            return frozenset(_STACKS if _is_grouped(table) else ())
+    return frozenset(_STACKS if mapping.get("unsloth_fixed") else ())
+
+
+def _is_grouped(table: object) -> bool:
+    order = table.get("lora_B_layout", _ORDERS[0]) if isinstance(table, dict) else _ORDERS[0]
+    if order not in _ORDERS:
+        found = f"lora_B_layout is {repr(order)[:40]}"
+        raise ConfigError(ADAPTER_CONFIG, found, expected=" or ".join(_ORDERS))
+    return order == _ORDERS[1]
 
 
 def _base(raw: Mapping[str, Any]) -> str:
@@ -269,6 +328,34 @@ def _saved(raw: Mapping[str, Any]) -> tuple[str, ...]:
     value = raw.get("modules_to_save")
     names = () if value is None else _strings("modules_to_save", value)
     return _bounded("modules_to_save", names)
+
+
+def _parameters(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    value = raw.get("target_parameters")
+    names = () if value is None else _strings("target_parameters", value)
+    return _bounded("target_parameters", names)
+
+
+def _tokens(value: object) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    if value is None:
+        return ()
+    rows = {"embed_tokens": value} if isinstance(value, list) else value
+    if (
+        not isinstance(rows, dict)
+        or len(rows) > MOST_PATTERNS
+        or not all(map(_are_ids, rows.values()))
+    ):
+        found = f"trainable_token_indices is {repr(value)[:40]}"
+        raise ConfigError(ADAPTER_CONFIG, found, expected="different numbers of tokens")
+    return tuple((name, tuple(ids)) for name, ids in rows.items())
+
+
+def _are_ids(value: object) -> bool:
+    if not isinstance(value, list) or len(value) > _MOST_TOKENS:
+        return False
+    if not all(type(number) is int and 0 <= number < _MOST_TOKENS for number in value):
+        return False
+    return len(set(value)) == len(value)
 
 
 def _bounded(key: str, patterns: Sequence[str]) -> tuple[str, ...]:

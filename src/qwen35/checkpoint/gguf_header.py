@@ -26,9 +26,13 @@ from qwen35.errors import HeaderError, InputError
 from qwen35.tensors import StoredTensor, Weight
 
 __all__ = [
+    "LORA_A",
+    "LORA_ALPHA",
+    "LORA_B",
     "MAGIC",
     "GgufHeader",
     "GgufTensor",
+    "is_adapter",
     "is_draft",
     "is_gguf",
     "read_container",
@@ -37,6 +41,9 @@ __all__ = [
 ]
 
 MAGIC = b"GGUF"
+LORA_ALPHA, LORA_A, LORA_B = "adapter.lora.alpha", ".lora_a", ".lora_b"
+"""An adapter's key, and what its tensors have after the names of the weights that they change."""
+
 _ALIGNMENT, _DEFAULT_ALIGNMENT = "general.alignment", 32
 _VERSIONS = (2, 3)
 # Far above real files; they bound time and memory on hostile ones.
@@ -141,6 +148,11 @@ class GgufHeader:
         return str(self.keys.get("general.architecture", ""))
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it holds an adapter, and no model."""
+        return self.keys.get("general.type") == "adapter"
+
+    @property
     def mtp_alone(self) -> bool:
         """Whether it holds the multi-token-prediction layer without the layers before it."""
         blocks = self.keys.get(f"{self.architecture}.block_count")
@@ -175,6 +187,15 @@ def is_gguf(path: Path) -> bool:
             return file.read(4) == MAGIC
     except OSError:
         return False
+
+
+def is_adapter(path: Path) -> bool:
+    """Return whether a file is named as an adapter, and is one.
+
+    Raises:
+        InputError: the file is named so, but cannot be read.
+    """
+    return path.name.endswith("-LoRA.gguf") and read_container(path).is_adapter
 
 
 def is_draft(path: Path) -> bool:

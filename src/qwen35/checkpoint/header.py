@@ -306,20 +306,21 @@ _FILE_ORDER = {dtype: rank for rank, dtype in enumerate(reversed(DTYPE_BITS))}
 
 
 def file_layout(
-    specs: Iterable[TensorSpec], first: Sequence[TensorSpec] = ()
+    specs: Iterable[TensorSpec], first: Sequence[TensorSpec] = (), form: str = "pt"
 ) -> tuple[bytes, dict[str, int]]:
     """Lay out tensors in one file like the safetensors library: by dtype, widest first, then name.
 
     Args:
         specs: the tensors.
         first: tensors that come before them, in this order.
+        form: ``format`` in the metadata.
 
     Returns:
         The bytes before the data (length and header, padded with spaces to a multiple of 8) and
         the absolute offset of each tensor.
     """
     ordered = [*first, *sorted(specs, key=lambda spec: (_FILE_ORDER[spec.dtype], spec.name))]
-    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    table: dict[str, Any] = {"__metadata__": {"format": form}}
     offsets, position = {}, 0
     for spec in ordered:
         end = position + spec.nbytes

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from qwen35.checkpoint.prefixes import WITHOUT_TOWER
 from qwen35.checkpoint.renamed import empty_cause, naming_cause, size_cause
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.checkpoint.weight_changes import Replacement, ShiftedChange
+from qwen35.codecs.arranged import ArrangedWeight
 from qwen35.codecs.kv_cache import cache_problems
 from qwen35.codecs.registry import codec_of, is_packed
 from qwen35.errors import TensorError
@@ -18,7 +20,7 @@ from qwen35.tensors import StoredTensor, TensorSpec, Weight
 if TYPE_CHECKING:
     from qwen35.checkpoint.weight_changes import WeightChange
 
-__all__ = ["InventoryItem", "inventory", "match"]
+__all__ = ["InventoryItem", "inventory", "match", "stacked_leaves"]
 
 
 @record
@@ -36,6 +38,11 @@ class InventoryItem:
     role: Role
     spec: TensorSpec
     changes: tuple[WeightChange, ...] = ()
+
+    @property
+    def replaced(self) -> bool:
+        """Whether an adapter holds all of its values."""
+        return any(isinstance(change, Replacement) for change in self.changes)
 
     @property
     def module(self) -> str:
@@ -63,24 +70,46 @@ class InventoryItem:
         """
         if self.role.info.place != "fused":
             return
+        if isinstance(self.weight, ArrangedWeight):
+            yield from self._arranged_experts(self.weight)
+            return
         if is_packed(self.weight):
             raise TensorError(
                 self.weight.name, f"a stack of experts packed as {self.weight.storage}"
             )
+        file, begin = self.weight.main.file, self.weight.main.begin
+        first = 0
+        # Each matrix is a contiguous range of the stack.
+        for spec, role in self._matrices():
+            stored = StoredTensor(spec, file, begin)
+            weight = Weight(spec.name, self.weight.storage, (stored,))
+            changes = tuple(ShiftedChange(change, first) for change in self.changes)
+            yield InventoryItem(weight, role, spec, changes)
+            begin, first = begin + spec.nbytes, first + spec.numel
+
+    def _matrices(self) -> Iterator[tuple[TensorSpec, Role]]:
+        """Yield the matrices of a stack in its order."""
         stem, _, leaf = self.spec.name.rpartition(".")
-        leaves = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        leaves = stacked_leaves(leaf)
         count, rows, columns = self.spec.shape
         shape = (rows // len(leaves), columns)
         roles = {part: role_of(f"{stem}.0.{part}.weight") for part in leaves}
-        file, begin = self.weight.main.file, self.weight.main.begin
-        # Each matrix is a contiguous range of the stack.
         for expert in range(count):
             for part, role in roles.items():
                 spec = TensorSpec(f"{stem}.{expert}.{part}.weight", self.spec.dtype, shape)
-                stored = StoredTensor(spec, file, begin)
-                weight = Weight(spec.name, self.weight.storage, (stored,))
-                yield InventoryItem(weight, Role(role.name, role.info, role.layer, expert), spec)
-                begin += spec.nbytes
+                yield spec, Role(role.name, role.info, role.layer, expert)
+
+    def _arranged_experts(self, weight: ArrangedWeight) -> Iterator[InventoryItem]:
+        row, first = 0, 0
+        for spec, role in self._matrices():
+            changes = tuple(ShiftedChange(change, first) for change in self.changes)
+            yield InventoryItem(weight.cut(spec.name, row, spec.shape[0]), role, spec, changes)
+            row, first = row + spec.shape[0], first + spec.numel
+
+
+def stacked_leaves(leaf: str) -> tuple[str, ...]:
+    """Return the names of an expert's matrices in a stack, in their order."""
+    return ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
 
 
 def inventory(checkpoint: Checkpoint, *, tower: bool = True) -> tuple[InventoryItem, ...]:
@@ -129,7 +158,11 @@ def match(
             continue
         spec = weight.main.spec
         if is_packed(weight):
-            spec = TensorSpec(weight.name, checkpoint.config.dtype, expected.shape)
+            arranged = isinstance(weight, ArrangedWeight)  # some of them are always F32
+            dtype = expected.dtype if arranged else checkpoint.config.dtype
+            spec = TensorSpec(weight.name, dtype, expected.shape)
+        elif spec.shape != expected.shape:  # a codec holds it in another form
+            spec = TensorSpec(weight.name, spec.dtype, expected.shape)
         items.append(InventoryItem(weight, role_of(weight.name), spec))
     cause = _cause(checkpoint, items, list(weights), missing, misfits)
     if cause is not None:

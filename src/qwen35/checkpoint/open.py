@@ -48,10 +48,13 @@ def hub_token(token: str | None) -> str | None:
     return token or os.environ.get("HF_TOKEN") or None
 
 
-def describe(model: str, *, token: str | None = None, lenient: bool = False) -> Checkpoint:
+def describe(
+    model: str, *, token: str | None = None, lenient: bool = False, only: str = ""
+) -> Checkpoint:
     """Open a model for its headers only; from the Hub, only headers are read.
 
-    With `lenient`, problems with the index or the packing go into the result.
+    With `lenient`, problems with the index or the packing go into the result. `only` is as for
+    `qwen35.checkpoint.source.open_folder`.
 
     Raises:
         InputError: not a readable Qwen3.5 checkpoint.
@@ -59,23 +62,30 @@ def describe(model: str, *, token: str | None = None, lenient: bool = False) -> 
     """
     path = folder_of(model)
     if path is not None:
-        return open_place(LocalFolder(path), name=model, root=path, lenient=lenient)
+        return open_place(LocalFolder(path), name=model, root=path, lenient=lenient, only=only)
     if is_published(model):
         return open_published(model)
     cached = _cached(model)
     if cached is not None:
-        return _open_cached(model, cached, lenient)
+        return _open_cached(model, cached, lenient, only)
     place = _hub_place(model, token, sizes=True)
-    return open_place(place, name=model, repo=place.repo, revision=place.revision, lenient=lenient)
+    origin: dict[str, Any] = {"name": model, "repo": place.repo, "revision": place.revision}
+    return open_place(place, lenient=lenient, only=only, **origin)
 
 
 def fetch(
-    model: str, *, token: str | None = None, lenient: bool = False, extra: Sequence[str] = ()
+    model: str,
+    *,
+    token: str | None = None,
+    lenient: bool = False,
+    extra: Sequence[str] = (),
+    only: str = "",
 ) -> Checkpoint:
     """Open a model with its weights; a Hub repository is first downloaded into the Hub's cache.
 
     With `lenient`, problems with the index or the packing go into the result. `extra` names
-    optional files to download along with the checkpoint's own.
+    optional files to download along with the checkpoint's own; `only` is as for
+    `qwen35.checkpoint.source.open_folder`, and other files are not downloaded.
 
     Raises:
         InputError: not a readable Qwen3.5 checkpoint.
@@ -84,14 +94,14 @@ def fetch(
     """
     path = folder_of(model)
     if path is not None:
-        return open_place(LocalFolder(path), name=model, root=path, lenient=lenient)
+        return open_place(LocalFolder(path), name=model, root=path, lenient=lenient, only=only)
     if is_published(model):
         raise UsageError(
             model,
             "the name of a published size, without weights",
             hint=f"give a folder or a Hub id such as Qwen/{model}",
         )
-    return _fetch_hub(model, token, lenient, extra)
+    return _fetch_hub(model, token, lenient, extra, only)
 
 
 def fetch_commit(
@@ -110,24 +120,24 @@ def fetch_commit(
     return _fetch_hub(model, token, lenient=False, extra=extra)
 
 
-def _fetch_hub(model: str, token: str | None, lenient: bool, extra: Sequence[str]) -> Checkpoint:
+def _fetch_hub(
+    model: str, token: str | None, lenient: bool, extra: Sequence[str], only: str = ""
+) -> Checkpoint:
     cached = _cached(model)
     if cached is not None:
-        return _open_cached(model, cached, lenient)
+        return _open_cached(model, cached, lenient, only)
     place = _hub_place(model, token)
     origin: dict[str, Any] = {"name": model, "repo": place.repo, "revision": place.revision}
-    remote = open_place(place, lenient=lenient, **origin)
+    remote = open_place(place, lenient=lenient, only=only, **origin)
     root = download(place, [*sorted(remote.file_sizes), *extra], hub_token(token))
-    fetched = open_place(LocalFolder(root), root=root, lenient=lenient, **origin)
+    fetched = open_place(LocalFolder(root), root=root, lenient=lenient, only=only, **origin)
     return replace(fetched, others=remote.others)  # what stayed there was not downloaded
 
 
-def _open_cached(model: str, root: Path, lenient: bool) -> Checkpoint:
+def _open_cached(model: str, root: Path, lenient: bool, only: str) -> Checkpoint:
     """Open a snapshot of the Hub's cache; its folder is called like its commit."""
-    repo = model.partition("@")[0]
-    return open_place(
-        LocalFolder(root), name=model, root=root, repo=repo, revision=root.name, lenient=lenient
-    )
+    origin = {"name": model, "repo": model.partition("@")[0], "revision": root.name}
+    return open_place(LocalFolder(root), root=root, lenient=lenient, only=only, **origin)
 
 
 def looks_like_artifact(model: str) -> bool:
@@ -224,8 +234,10 @@ def _one_model(place: FileLocation, name: str, root: Path | None) -> GgufFiles:
     return GgufFiles(place, names, whole=False, root=root)
 
 
-def folder_of(model: str) -> Path | None:
+def folder_of(model: str | Path | None) -> Path | None:
     """Return `model` as a folder, or None if it is not one."""
+    if model is None:
+        return None
     try:
         path = Path(model).expanduser()
         return path if path.is_dir() else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from qwen35.checkpoint.adapted import adapter_notes, changed_items
+from qwen35.checkpoint.adapter_changes import adapter_notes, changed_items
 from qwen35.checkpoint.inventory import InventoryItem, inventory
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.registry import codec_of
@@ -17,6 +17,7 @@ from qwen35.tensors import Weight
 __all__ = ["has_tower", "reconciled", "source_notes", "take"]
 
 _LAYER = f"{MTP}layers."
+_GRAFT = "convert and gguf take that of the original with --mtp-from"
 
 
 def reconciled(checkpoint: Checkpoint) -> Checkpoint:
@@ -73,7 +74,11 @@ def _mtp_notes(checkpoint: Checkpoint) -> Iterator[str]:
         kept = f"{stored} layer(s) of it kept" if stored else "left out"
         yield f"multi-token prediction is not whole, {why}: {kept}"
     elif stored != promised:
-        there = f"{stored}: so has the output" if stored else "none: the output promises none"
+        there = (
+            f"{stored}: so has the output"
+            if stored
+            else f"none: the output promises none; {_GRAFT}"
+        )
         yield (
             f"config.json promises {promised} multi-token-prediction layer(s), but the checkpoint "
             f"has {there}"

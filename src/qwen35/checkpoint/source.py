@@ -17,9 +17,10 @@ from qwen35.checkpoint.mistaken import LONGEST_HEAD, not_a_checkpoint, stand_in
 from qwen35.checkpoint.prefixes import ReadPrefix, family_names
 from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
 from qwen35.closing import Closing
+from qwen35.codecs.dialect import FamilyTensors
 from qwen35.codecs.foreign import ForeignPacking, foreign_packing
 from qwen35.codecs.kv_cache import CACHE_ENDINGS
-from qwen35.codecs.registry import group, is_packed, packings
+from qwen35.codecs.registry import dialect_of, group, is_packed, packings
 from qwen35.errors import ConfigError, HeaderError, InputError, TensorError
 from qwen35.model.model_config import ModelConfig, parse_config
 from qwen35.model.roles import CheckpointNaming, expected_tensors
@@ -85,6 +86,15 @@ class Checkpoint:
         unread: safetensors files beside `SINGLE_NAME`, which no index lists.
         cache_scales: scales of a KV cache (`qwen35.codecs.kv_cache`), which are no weights either.
         adapters: what changes its weights when they are read (`qwen35.checkpoint.adapted`).
+        donor: the checkpoint whose MTP layer it has, if that is another one
+            (`qwen35.checkpoint.grafted`).
+        within: the files of the folder that it consists of, if others there are of other models.
+        label: what the model is called, if not as its repository or its folder.
+        read_as: notes on how its files were read.
+        rounded: weights that adapters change as a codec holds them, with the codec's name.
+        dialect: the loader whose names its files have (`qwen35.codecs.dialect`), if not the
+            family's own.
+        in_files: its tensors as its files have them; empty if they are the parts of weights.
     """
 
     name: str
@@ -107,6 +117,13 @@ class Checkpoint:
     unread: tuple[str, ...] = ()
     cache_scales: tuple[StoredTensor, ...] = ()
     adapters: tuple[Adapter, ...] = ()
+    donor: Checkpoint | None = None
+    within: tuple[str, ...] = ()
+    label: str = ""
+    read_as: tuple[str, ...] = ()
+    rounded: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    dialect: str = ""
+    in_files: tuple[StoredTensor, ...] = ()
 
     @property
     def notes(self) -> Iterator[str]:
@@ -122,10 +139,13 @@ class Checkpoint:
             )
         if self.prefix is not None:
             yield self.prefix.note
+        yield from self.read_as
 
     @property
     def title(self) -> str:
         """What the model is called: the name of its repository or of its folder."""
+        if self.label:
+            return self.label
         if self.repo:
             return self.repo.rpartition("/")[2]
         return folder_name(self.root) if self.root else self.name
@@ -133,8 +153,14 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Size of the tensor data in bytes."""
+        if self.in_files:
+            return sum(stored.spec.nbytes for stored in self.in_files)
         scales = sum(scale.spec.nbytes for scale in self.cache_scales)
         return sum(weight.nbytes for weight in self.weights) + scales
+
+    def path_of(self, file: str) -> str:
+        """Return the path of one of its files, or what stands for it without a folder."""
+        return str(self.root.absolute() / file) if self.root else f"/{self.name}/{file}"
 
     def folder(self) -> Path:
         """Return the folder that holds the files.
@@ -147,6 +173,18 @@ class Checkpoint:
                 self.name, "no weights here, only its description", hint="give a folder or a Hub id"
             )
         return self.root
+
+    def location(self) -> Path:
+        """Return its folder, or its first file where others in the folder are of other models.
+
+        Raises:
+            InputError: only headers are available.
+        """
+        return self.folder() / self.within[0] if self.within else self.folder()
+
+    def donor_location(self) -> Path | None:
+        """Return the folder of the checkpoint that its MTP layer is of; None if it is its own."""
+        return self.donor.location() if self.donor is not None else None
 
 
 def open_published(name: str) -> Checkpoint:
@@ -168,7 +206,9 @@ def is_published(name: str) -> bool:
     return name in PUBLISHED
 
 
-def open_folder(root: Path, *, name: str = "", repo: str = "", revision: str = "") -> Checkpoint:
+def open_folder(
+    root: Path, *, name: str = "", repo: str = "", revision: str = "", only: str = ""
+) -> Checkpoint:
     """Read the headers of the checkpoint in the folder `root`.
 
     Args:
@@ -176,13 +216,13 @@ def open_folder(root: Path, *, name: str = "", repo: str = "", revision: str = "
         name: the name the user gave it.
         repo: the Hub repository that `root` is a snapshot of.
         revision: the snapshot's commit.
+        only: read only the files that hold tensors whose names begin so, if the index names any.
 
     Raises:
         InputError: not a readable Qwen3.5 checkpoint.
     """
-    return open_place(
-        LocalFolder(root), name=name or str(root), root=root, repo=repo, revision=revision
-    )
+    origin: dict[str, Any] = {"name": name or str(root), "repo": repo, "revision": revision}
+    return open_place(LocalFolder(root), root=root, only=only, **origin)
 
 
 def open_place(
@@ -193,6 +233,7 @@ def open_place(
     repo: str = "",
     revision: str = "",
     lenient: bool = False,
+    only: str = "",
 ) -> Checkpoint:
     """Read the headers of the checkpoint at `place`; arguments as for `open_folder`.
 
@@ -205,19 +246,31 @@ def open_place(
     if other is not None:
         raise other
     sizes = place.sizes()
-    config = parse_config(read_json(place, "config.json"))
-    read = _read_headers(place)
+    raw = read_json(place, "config.json")
+    known = None if _may_be_translated(raw) else parse_config(raw)
+    read = _read_headers(place, only)
     shards = read.shards
-    tensors, prefix = family_names(read.tensors, vision=config.architecture.vision)
+    dialect = dialect_of(read.tensors)
+    if dialect is None:
+        config = known or parse_config(raw)
+        tensors, prefix = family_names(read.tensors, vision=config.architecture.vision)
+        named = FamilyTensors(tensors, {})
+    else:
+        config, prefix = parse_config(dialect.family_config(raw)), None
+        named = dialect.family_tensors(read.tensors, config)
+        tensors = named.tensors
     buffers = tuple(name for name in tensors if name.endswith(_BUFFERS))
     if buffers:
         tensors = {name: tensors[name] for name in tensors if not name.endswith(_BUFFERS)}
     scales = tuple(tensors[name] for name in tensors if name.endswith(CACHE_ENDINGS))
     if scales:
         tensors = {name: tensors[name] for name in tensors if not name.endswith(CACHE_ENDINGS)}
-    weights, packing = group(tensors)
-    foreign = _foreign(config, tensors, weights, read.formats)
-    problems = [*read.problems, *packing]
+    weights, packing = group(tensors, named.held)
+    formats = read.formats - {dialect.name} if dialect else read.formats
+    foreign = _foreign(config, tensors, weights, formats)
+    # companions of other weights may be in files that are not read
+    packing = [problem for problem in packing if problem.subject.startswith(only)]
+    problems = [*read.problems, *named.problems, *packing]
     if foreign is not None and not (foreign.tensor and packing):  # which names the tensor
         problems = [_unreadable(foreign, config)]
     if problems and not lenient:
@@ -246,7 +299,17 @@ def open_place(
         prefix=prefix,
         unread=() if read.indexed else _unread(sizes, shards),
         cache_scales=scales,
+        dialect=dialect.name if dialect else "",
+        in_files=tuple(read.tensors.values()) if dialect else (),
+        read_as=tuple(named.notes),
     )
+
+
+def _may_be_translated(raw: object) -> bool:
+    """Return whether config.json may be one that only a dialect has: nested, without a tower."""
+    if not isinstance(raw, dict) or raw.get("vision_config"):
+        return False
+    return isinstance(raw.get("text_config"), dict)
 
 
 def _unread(sizes: Mapping[str, int], shards: Sequence[str]) -> tuple[str, ...]:
@@ -345,9 +408,9 @@ class _Headers:
     problems: Sequence[InputError]
 
 
-def _read_headers(place: FileLocation) -> _Headers:
+def _read_headers(place: FileLocation, only: str) -> _Headers:
     """Read the headers, one at a time: those of the largest models take 100 MB together."""
-    shards, weight_map = _shards(place)
+    shards, weight_map = _shards(place, only)
     tensors: dict[str, StoredTensor] = {}
     formats = set()
     problems: list[InputError] = []
@@ -364,12 +427,15 @@ def _read_headers(place: FileLocation) -> _Headers:
     return _Headers(shards, tensors, formats, weight_map is not None, problems)
 
 
-def _shards(place: FileLocation) -> tuple[list[str], dict[str, str] | None]:
-    """Return the shard files, and the weight map if there is an index."""
+def _shards(place: FileLocation, only: str) -> tuple[list[str], dict[str, str] | None]:
+    """Return the shard files, and their weight map if there is an index."""
     sizes = place.sizes()
     if INDEX_NAME in sizes:
         weight_map = check_index(read_json(place, INDEX_NAME))
-        shards = sorted(set(weight_map.values()))
+        needed = {shard for name, shard in weight_map.items() if name.startswith(only)}
+        needed = needed or set(weight_map.values())
+        weight_map = {name: shard for name, shard in weight_map.items() if shard in needed}
+        shards = sorted(needed)
         for shard in shards:
             if shard not in sizes:
                 raise _gone(place, shard) or InputError(
@@ -502,7 +568,32 @@ class FolderReader(Closing):
 
 
 class Reader(FolderReader):
-    """Reads byte ranges of a checkpoint; refuses files changed since their headers were read."""
+    """Reads byte ranges of a checkpoint, of its adapters and of the donor of its MTP layer.
+
+    The latter name their files by path (`Adapter.located`). Files changed since their headers were
+    read are refused.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint.folder(), checkpoint.stamps)
+        self._adapters = {adapter.path: adapter for adapter in checkpoint.adapters}
+        donor = checkpoint.donor
+        stamps = {donor.path_of(n): s for n, s in donor.stamps.items()} if donor else {}
+        self._donor = FolderReader(donor.folder(), stamps) if donor else None
+        self._donated = stamps.keys()
+
+    def close(self) -> None:
+        """Close the files; a later read reopens them."""
+        super().close()
+        if self._donor is not None:
+            self._donor.close()
+
+    def read_into(self, tensor: StoredTensor, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes of `tensor`, starting at `offset`."""
+        adapter = self._adapters.get(tensor.file)
+        if adapter is not None:
+            adapter.read_into(tensor, offset, buffer)
+        elif self._donor is not None and tensor.file in self._donated:
+            self._donor.read_into(tensor, offset, buffer)
+        else:
+            super().read_into(tensor, offset, buffer)

@@ -6,7 +6,15 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["SPLIT_COUNT", "SPLIT_NUMBER", "SPLIT_TENSORS", "SplitName", "by_model", "title_of"]
+__all__ = [
+    "SPLIT_COUNT",
+    "SPLIT_NUMBER",
+    "SPLIT_TENSORS",
+    "SplitName",
+    "by_model",
+    "is_tower_name",
+    "title_of",
+]
 
 SPLIT_NUMBER, SPLIT_COUNT = "split.no", "split.count"
 SPLIT_TENSORS = "split.tensors.count"
@@ -59,6 +67,15 @@ def by_model(names: Iterable[str]) -> list[tuple[str, ...]]:
         key = (split.stem, split.count) if split else (name, 1)
         models.setdefault(key, []).append(name)
     return [tuple(sorted(model)) for model in models.values()]
+
+
+def is_tower_name(name: str) -> bool:
+    """Return whether a file is called like one with a vision tower.
+
+    >>> is_tower_name("mmproj-F16.gguf"), is_tower_name("Qwen3.5-0.8B-F16.gguf")
+    (True, False)
+    """
+    return "mmproj" in name.lower() and name.endswith(_SUFFIX)
 
 
 def title_of(model: Sequence[str]) -> str:

@@ -174,6 +174,7 @@ class Codec(ABC):
         toolkit: its name in the predecessor of this package.
         library: the library that loads it, by its Hub name; empty if none does.
         trains: whether peft trains adapters on it.
+        dialect: the dialect (`qwen35.codecs.dialect`) of the only files that may hold it.
         load_format: the ``load_format`` argument SGLang needs.
         libraries: modules its engine needs besides transformers.
         served: whether vLLM and SGLang serve it although transformers does not load it.
@@ -213,6 +214,7 @@ class Codec(ABC):
     toolkit: ClassVar[str] = ""
     library: ClassVar[str] = ""
     trains: ClassVar[bool] = False
+    dialect: ClassVar[str] = ""
     load_format: ClassVar[str] = ""
     libraries: ClassVar[tuple[str, ...]] = ()
     served: ClassVar[bool] = False

@@ -11,7 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["SMALLEST_INPUT", "InputQuantizer", "fp4_blocks", "fp8_fixed", "fp8_tokens"]
+__all__ = [
+    "SMALLEST_INPUT",
+    "InputQuantizer",
+    "eight_bits",
+    "fp4_blocks",
+    "fp8_fixed",
+    "fp8_tokens",
+    "sixteen_bits",
+]
 
 SMALLEST_INPUT = 2.0**-116
 """The smallest largest magnitude of inputs whose scale, and its inverse, every form can store."""
@@ -55,6 +63,27 @@ def fp4_blocks(x: Any, whole: float) -> Any:
     blocks = x.unflatten(-1, (-1, _BLOCK))
     scale = _e4m3(blocks.abs().amax(-1, keepdim=True) / _FP4 * whole)
     return _scaled(blocks, scale / whole, _e2m1).flatten(-2)
+
+
+def eight_bits(x: Any, block: int, *, half: bool) -> Any:
+    """Return integers of -127 to 127 times a scale for each block, as llama.cpp does on CPUs.
+
+    Source: `quantize_row_q8_0_ref` and `quantize_row_q8_K_ref` of llama.cpp 0c1e5709.
+
+    Args:
+        x: [..., columns], a multiple of `block`.
+        block: columns that share a scale.
+        half: whether the scale is stored in float16, after the division by it.
+    """
+    blocks = x.unflatten(-1, (-1, block))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    numbers = (blocks / scale.where(scale > 0, 1)).round()
+    return (numbers * (scale.half().float() if half else scale)).flatten(-2)
+
+
+def sixteen_bits(x: Any, *, brain: bool) -> Any:
+    """Return numbers of bfloat16, if `brain`, or else of float16."""
+    return (x.bfloat16() if brain else x.half()).to(x.dtype)
 
 
 def _scaled(x: Any, unit: Any, rounded: InputQuantizer) -> Any:

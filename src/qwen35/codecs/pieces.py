@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from qwen35.errors import TensorError
-from qwen35.tensors import FLOAT_DTYPES, StoredTensor
+from qwen35.tensors import DTYPE_BITS, FLOAT_DTYPES, StoredTensor
 
 if TYPE_CHECKING:
     from qwen35.array_types import Array
@@ -50,10 +50,12 @@ def stored(reader: Readable, tensor: StoredTensor, *, check: bool = True) -> Ite
     checked = check and (spec.dtype in FLOAT_DTYPES or spec.dtype == "F8_E4M3")
     # One buffer for all pieces; dtypes without a carrier are copied as bytes.
     buffer = empty(spec.dtype, min(PIECE, spec.numel)) if spec.dtype in CARRIED else None
-    for start in range(0, spec.numel, PIECE):
-        count = min(PIECE, spec.numel - start)
-        piece = np.empty(count * spec.itemsize, np.uint8) if buffer is None else buffer[:count]
-        reader.read_into(tensor, start * spec.itemsize, piece.data.cast("B"))
+    blocks = spec.dtype not in DTYPE_BITS  # which have no bytes per element
+    size, total = (1, spec.nbytes) if blocks else (spec.itemsize, spec.numel)
+    for start in range(0, total, PIECE):
+        count = min(PIECE, total - start)
+        piece = np.empty(count * size, np.uint8) if buffer is None else buffer[:count]
+        reader.read_into(tensor, start * size, piece.data.cast("B"))
         if checked and not all_finite(piece, spec.dtype):
             raise not_finite(spec.name)
         yield piece

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
+from qwen35.codecs.arranged import Arranged, ArrangedWeight
 from qwen35.codecs.codec import Codec
+from qwen35.codecs.dialect import Dialect
 from qwen35.codecs.fp8.codec import Fp8
 from qwen35.codecs.fp8_channel.codec import Fp8Channel, Fp8Tensor
 from qwen35.codecs.ggml.codec import GGML
 from qwen35.codecs.int4.codec import INT4
+from qwen35.codecs.mlx.codec import MLX
+from qwen35.codecs.mlx.mlx_files import MlxFiles
 from qwen35.codecs.nf4.codec import Nf4
 from qwen35.codecs.nvfp4.codec import NVFP4
 from qwen35.codecs.plain.codec import Plain
@@ -18,9 +23,13 @@ from qwen35.tensors import StoredTensor, Weight
 
 __all__ = [
     "CODECS",
+    "DIALECTS",
     "LAYOUTS",
+    "TRAINED_ON",
     "codec_of",
+    "dialect_of",
     "group",
+    "is_lossy",
     "is_packed",
     "packings",
     "quantized_weights",
@@ -36,28 +45,46 @@ CODECS: dict[str, Codec] = {
         Fp8Channel(),
         Fp8Tensor(),
         Fp8(),
+        *MLX,
         *GGML,
     )
 }
 """Codecs by name. The first codec that finds companions for a stored tensor claims it."""
 
+TRAINED_ON = tuple(n for n, codec in CODECS.items() if codec.packed and codec.trains)
+"""Codecs whose weights peft trains adapters on; each has a built-in recipe of its name."""
+
 LAYOUTS = sorted({name for codec in CODECS.values() for name in codec.layouts})
 """The tools in whose layouts weights can be written."""
+
+DIALECTS: dict[str, Dialect] = {dialect.name: dialect for dialect in (MlxFiles(),)}
+"""Dialects by name."""
 
 
 def codec_of(weight: Weight) -> Codec:
     """Return the codec that holds a weight."""
-    return CODECS[weight.storage]
+    codec = CODECS[weight.storage]
+    return Arranged(codec) if isinstance(weight, ArrangedWeight) else codec
+
+
+def dialect_of(tensors: Mapping[str, StoredTensor]) -> Dialect | None:
+    """Return the dialect of tensors by their names in files; None if they have the family's."""
+    return next((dialect for dialect in DIALECTS.values() if dialect.reads(tensors)), None)
 
 
 def is_packed(weight: Weight) -> bool:
+    """Return whether a weight has to be decoded."""
+    return isinstance(weight, ArrangedWeight) or CODECS[weight.storage].packed
+
+
+def is_lossy(weight: Weight) -> bool:
     """Return whether a weight is quantized."""
     return CODECS[weight.storage].packed
 
 
 def quantized_weights(weights: Iterable[Weight]) -> dict[str, int]:
     """Return the number of quantized weights by the label of their format."""
-    return dict(Counter(codec_of(weight).label for weight in weights if is_packed(weight)))
+    return dict(Counter(codec_of(weight).label for weight in weights if is_lossy(weight)))
 
 
 def packings(container: str) -> dict[str, Codec]:
@@ -66,8 +93,14 @@ def packings(container: str) -> dict[str, Codec]:
     return {name: codec for name, codec in codecs if codec.packed and codec.container == container}
 
 
-def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list[TensorError]]:
+def group(
+    tensors: Mapping[str, StoredTensor], held: Mapping[str, str] = MappingProxyType({})
+) -> tuple[tuple[Weight, ...], list[TensorError]]:
     """Group the stored tensors of a safetensors checkpoint into weights, in stored order.
+
+    Args:
+        tensors: by name.
+        held: weight to its codec, where something else than its tensors tells it.
 
     Returns:
         The weights, and the problems: companions without a weight, and packed data without
@@ -80,7 +113,7 @@ def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list
     problems: list[TensorError] = []
     claimed: set[str] = set()
     for name in tensors:
-        for codec in codecs:
+        for codec in (CODECS[held[name]],) if name in held else codecs:
             companions = codec.companions(tensors, name)
             if companions is not None:
                 claimed.update(companions, (name,))
@@ -97,7 +130,7 @@ def group(tensors: Mapping[str, StoredTensor]) -> tuple[tuple[Weight, ...], list
         if stored.spec.dtype in ("U8", "F8_E4M3"):
             found = f"{stored.spec.dtype} data without the tensors that give it meaning"
             problems.append(_orphan(name, found))
-        weights.append(Weight(name, Plain.name, (stored,)))
+        weights.append(Weight(name, held.get(name, Plain.name), (stored,)))
     return tuple(weights), problems
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,10 +14,18 @@ from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.codecs.comparison import WeightComparison
+    from qwen35.codecs.input_quantizers import InputQuantizer
     from qwen35.codecs.pieces import Readable
     from qwen35.model.roles import Role
 
 __all__ = ["GGML", "BlockSpec", "Ggml", "ScaledGgml", "codec_name"]
+
+
+_SUPERBLOCK, _BLOCK = 256, 32
+"""Inputs that share a scale."""
+
+_FULL = 4
+"""Bytes of a float that is not rounded."""
 
 
 def codec_name(kind: str) -> str:
@@ -90,6 +99,35 @@ class Ggml(Codec):
 
         del spec
         return StoredGgml(reader, weight, self.kind)
+
+    def check(self, reader: Readable, weight: Weight) -> None:
+        """Decode a weight that is copied: its scales must be finite."""
+        import numpy as np
+
+        from qwen35.codecs import pieces
+
+        spec = TensorSpec(weight.name, "F32", weight.main.spec.shape)
+        values, numel = self.open(reader, weight, spec), self.numel(weight)
+        buffer = np.empty(min(pieces.PIECE, numel), np.float32)
+        for first in range(0, numel, pieces.PIECE):
+            values.read_into(first, buffer[: numel - first])
+
+    def input_quantizer(self, reader: Readable, weight: Weight) -> InputQuantizer:
+        """Return how llama.cpp on CPUs rounds inputs that it multiplies with this type.
+
+        Source: `vec_dot_type` in ``ggml/src/ggml-cpu/ggml-cpu.c`` at 0c1e5709: q8_K for types with
+        blocks of 256, q8_0 or q8_1, with the same values, for other quantized ones, and the type
+        itself for floats.
+        """
+        from qwen35.codecs.input_quantizers import eight_bits, sixteen_bits
+
+        del reader, weight
+        if self.packed:
+            whole = self.kind.block == _SUPERBLOCK
+            return partial(eight_bits, block=_SUPERBLOCK if whole else _BLOCK, half=not whole)
+        if self.kind.nbytes == _FULL:
+            return lambda x: x
+        return partial(sixteen_bits, brain=self.kind.name == "bf16")
 
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         """Return the tensor in this type."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from qwen35.array_types import F32, U8, Array
@@ -54,8 +56,34 @@ def _decode_q1_0(data: U8) -> F32:
     return values.reshape(-1)
 
 
-_OWN = {"q1_0": _decode_q1_0, "q2_0": _decode_q2_0}
+def _decode_q8_k(data: U8) -> F32:
+    """Decode blocks of a float32 scale, 256 signed codes and sums of these.
+
+    Source: `dequantize_row_q8_K` there.
+    """
+    blocks = data.reshape(-1, 292)
+    scales = blocks[:, :4].copy().view("<f4")
+    codes = blocks[:, 4:260].copy().view(np.int8)
+    values: F32 = codes.astype(np.float32) * scales
+    return values.reshape(-1)
+
+
+def _decode_numbers(dtype: str) -> Callable[[U8], F32]:
+    """Return a decoder of plain numbers, which are rounded to float32."""
+    return lambda data: np.ascontiguousarray(data).view(dtype).astype(np.float32)
+
+
+_OWN: dict[str, Callable[[U8], F32]] = {
+    "q1_0": _decode_q1_0,
+    "q2_0": _decode_q2_0,
+    "q8_K": _decode_q8_k,
+    **{f"i{8 * size}": _decode_numbers(f"<i{size}") for size in (1, 2, 4, 8)},
+    "f64": _decode_numbers("<f8"),
+}
 """Types that the `gguf` library does not decode."""
+
+_UNREADABLE = ("q8_1",)
+"""Types of activations in memory: llama.cpp decodes no tensor of them."""
 
 
 class StoredGgml:
@@ -63,6 +91,10 @@ class StoredGgml:
 
     def __init__(self, reader: Readable, weight: Weight, kind: GgmlType) -> None:
         self._reader, self._main, self._kind = reader, weight.main, kind
+        if kind.name in _UNREADABLE:
+            subject = f"{self._main.file}: {self._main.spec.name}"
+            found = f"stored as {kind.name}, which only llama.cpp's memory holds"
+            raise TensorError(subject, found, expected="a type of files")
 
     def read_into(self, first: int, out: Array) -> None:
         """Fill flat `out` with decoded elements, starting at index `first`."""

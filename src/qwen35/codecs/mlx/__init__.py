@@ -1,0 +1,1 @@
+"""MLX: weights as mlx-lm and mlx-vlm load them, on Macs and on Linux."""
