@@ -81,7 +81,7 @@ def _alike(weight: Weight, original: Rows) -> bool:
     if original.transforms or len(original.slabs) > 1 or original.item.changes:
         return False
     source_weight = original.item.weight
-    return weight.storage == source_weight.storage and [
+    return codec_of(weight) is codec_of(source_weight) and [
         (part.spec.dtype, part.spec.shape) for part in weight.parts
     ] == [(part.spec.dtype, part.spec.shape) for part in source_weight.parts]
 

@@ -38,6 +38,7 @@ __all__ = [
     "read_manifest",
     "recipe_json",
     "recipe_of",
+    "recorded_donor",
     "source_json",
     "source_of",
     "tensor_of",
@@ -149,14 +150,23 @@ def work_key(plan: Plan) -> dict[str, Any]:
     checkpoint = plan.checkpoint
     source = source_json(checkpoint)
     if not checkpoint.repo:  # times are compared for equality alone, so clocks do not matter
-        source["files"] = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
+        source["files"] = _stamps(checkpoint)
+    if checkpoint.donor and not checkpoint.donor.repo:
+        source["mtp_files"] = _stamps(checkpoint.donor)
     return {"plan": plan.digest, "source": source, "tool version": tool}
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    return {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
 
 
 def source_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return a checkpoint's origin as manifests record it."""
     adapters = [adapter.to_json() for adapter in checkpoint.adapters]
-    merged = {"adapters": adapters} if adapters else {}
+    merged: dict[str, Any] = {"file": checkpoint.within[0]} if checkpoint.within else {}
+    merged |= {"adapters": adapters} if adapters else {}
+    if checkpoint.donor:
+        merged["mtp_from"] = source_json(checkpoint.donor)
     if checkpoint.repo:
         return {"repo": checkpoint.repo, "revision": checkpoint.revision, **merged}
     folder = checkpoint.root.resolve() if checkpoint.root else PurePath(checkpoint.name)
@@ -271,6 +281,11 @@ def _are_versions(values: object) -> bool:
     )
 
 
+def _is_source(source: object) -> bool:
+    donor = source.get("mtp_from", {}) if isinstance(source, dict) else {}
+    return are_recorded(source) and isinstance(donor, dict) and _are_texts([*donor.values()])
+
+
 _TENSOR = re.compile(r"(\w{1,20}) \[((?:\d{1,19}(?:, \d{1,19})*)?)\]", re.ASCII)
 """A tensor as manifests record it: dtype and shape."""
 
@@ -281,7 +296,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "amended": (_are_amendments, "when, why and the earlier entry of each file"),
     "tool": (_are_versions, "the version of qwen35 and of each library"),
     "plan": (_is_text, "a digest"),
-    "source": (are_recorded, "adapters: name, weight, sha256 and config_sha256 of each"),
+    "source": (_is_source, "adapters: name, weight, sha256 and config_sha256 of each"),
     "notes": (_are_texts, "sentences"),
 }
 """Entry to its check and what is expected: nothing below asks again what type a value has."""
@@ -317,6 +332,27 @@ def source_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
     ):  # both go into addresses and commands
         raise InputError(MANIFEST_NAME, "a malformed source", expected="repo and revision")
     return repo, revision
+
+
+def recorded_donor(manifest: Mapping[str, Any], given: str | None) -> str:
+    """Return the checkpoint whose MTP layer an output has; empty if that is its source's own.
+
+    Args:
+        manifest: a manifest that was read, or an empty one.
+        given: the checkpoint that the user gave.
+
+    Raises:
+        UsageError: it was a folder, and none is given.
+    """
+    source = manifest.get("source")
+    donor = source.get("mtp_from") if isinstance(source, dict) else None
+    if given is not None or not donor:
+        return given or ""
+    repo, revision = source_of({"source": donor})
+    if repo is None:
+        found = f"made with the MTP layer of a folder called {donor.get('folder', '')[:80]!r}"
+        raise UsageError(MANIFEST_NAME, found, hint="give it: --mtp-from DIR")
+    return f"{repo}@{revision}"
 
 
 def recipe_of(manifest: Mapping[str, Any], container: Container) -> Recipe:

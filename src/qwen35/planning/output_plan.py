@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.registry import CODECS
+from qwen35.display import size
 from qwen35.planning.container import Container, ContainerOptions
 from qwen35.planning.step import Step
+from qwen35.table import html_lines, html_table
 from qwen35.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -49,6 +51,7 @@ class PlannedFile:
         nbytes: file size.
         steps: the steps that fill it, in plan order.
         constants: tensors that no step writes.
+        described: the tensors as its head describes them, where that is not as steps write them.
     """
 
     name: str
@@ -57,6 +60,16 @@ class PlannedFile:
     nbytes: int
     steps: tuple[Step, ...]
     constants: tuple[Constant, ...] = field(default=(), kw_only=True)
+    described: tuple[TensorSpec, ...] = field(default=(), kw_only=True)
+
+    @property
+    def head_tensors(self) -> Iterator[TensorSpec]:
+        """Its tensors as its head describes them."""
+        if self.described:
+            yield from self.described
+        else:
+            yield from (out for step in self.steps for out in step.outputs)
+        yield from (constant.spec for constant in self.constants)
 
 
 @dataclass(frozen=True)
@@ -87,6 +100,18 @@ class Plan:
     notes: tuple[str, ...]
     digest: str
     comparison: Mapping[str, Mapping[str, int]]
+
+    def __repr__(self) -> str:
+        packed = sum(1 for step in self.steps for t in step.targets if not t.copied)
+        return (
+            f"<Plan {self.checkpoint.name} -> {self.recipe.name}: {len(self.steps)} weights in, "
+            f"{packed} of them converted, {size(self.nbytes)}>"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [(name, f"{nbytes:,}") for name, nbytes in self.file_sizes()]
+        files = html_table(("file", "bytes"), rows, repr(self).strip("<>"))
+        return files + html_lines(self.notes)
 
     @property
     def container(self) -> Container:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from qwen35.codecs.registry import CODECS, codec_of, is_packed
+from qwen35.codecs.registry import CODECS, codec_of, is_lossy
 from qwen35.planning.step import Step
 
 __all__ = ["requantized_notes"]
@@ -26,4 +26,4 @@ def requantized_notes(steps: Sequence[Step]) -> Iterator[str]:
 
 def _is_again(step: Step) -> bool:
     lossy = (CODECS[target.codec].packed for target in step.targets if not target.copied)
-    return is_packed(step.weight) and any(lossy)
+    return is_lossy(step.weight) and any(lossy)

@@ -256,7 +256,10 @@ class RowReader:
         dtype = item.spec.dtype
         count = item.spec.numel if rows.whole else chunk.count * rows.row
         flat = empty(dtype, count)
-        self._values.read_into(0 if rows.whole else chunk.source * rows.row, flat)
+        if item.replaced:  # the base may have fewer rows
+            flat[:] = 0
+        else:
+            self._values.read_into(0 if rows.whole else chunk.source * rows.row, flat)
         checked = self._check or bool(item.changes) or is_packed(item.weight)
         if checked and not all_finite(flat, dtype):
             raise not_finite(item.weight.name)

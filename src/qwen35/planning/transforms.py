@@ -10,10 +10,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from qwen35.errors import TensorError
+
 if TYPE_CHECKING:
     from qwen35.array_types import Array
 
-__all__ = ["NegExp", "PatchFrame", "PlusOne", "TileValueColumns", "TileValueHeads", "Transform"]
+__all__ = [
+    "LogNeg",
+    "MinusOne",
+    "NegExp",
+    "PatchFrame",
+    "PlusOne",
+    "Scaled",
+    "TileValueColumns",
+    "TileValueHeads",
+    "Transform",
+]
 
 
 class Transform:
@@ -37,6 +49,15 @@ class Transform:
         """Transform [rows, row] values of `dtype`; return them with their new dtype."""
         return values, dtype
 
+    def inverse(self, shape: tuple[int, ...]) -> Transform:
+        """Return the transform that undoes this one on an output of `shape`."""
+        del shape
+        return self
+
+    def taken(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (row of the weight, row of the output, count) of what a `whole` one takes."""
+        yield from ()
+
 
 @dataclass(frozen=True, slots=True)
 class PlusOne(Transform):
@@ -50,6 +71,24 @@ class PlusOne(Transform):
 
         # The converter writes norms as F32; BF16 could not hold 1 + w.
         return _rounded(_floats(values, dtype) + np.float32(1), dtype), "F32"
+
+    def inverse(self, shape: tuple[int, ...]) -> Transform:
+        """Return `MinusOne`."""
+        del shape
+        return MinusOne()
+
+
+@dataclass(frozen=True, slots=True)
+class MinusOne(Transform):
+    """Undoes `PlusOne`: exact for every value from 0.5 on."""
+
+    values: ClassVar[bool] = True
+
+    def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
+        """Return float32."""
+        import numpy as np
+
+        return _floats(values, dtype) - np.float32(1), "F32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +106,64 @@ class NegExp(Transform):
 
         exact = -np.exp(_floats(values, dtype).astype(np.float64))
         return _rounded(exact.astype(np.float32), dtype), "F32"
+
+    def inverse(self, shape: tuple[int, ...]) -> Transform:
+        """Return `LogNeg`."""
+        del shape
+        return LogNeg()
+
+
+@dataclass(frozen=True, slots=True)
+class LogNeg(Transform):
+    """Undoes `NegExp`: of the numbers that give the stored one, a short one.
+
+    Several float32 numbers have the same exponential. Trained ones were mostly BF16 first.
+    """
+
+    values: ClassVar[bool] = True
+
+    def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
+        """Return float32; NaN or infinity for values that are no such exponential."""
+        import numpy as np
+
+        from qwen35.codecs.floats import bf16_from_f32, f32_from
+
+        stored = _floats(values, dtype)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            exact = np.log(-stored.astype(np.float64)).astype(np.float32)
+        finite = np.isfinite(exact)
+        short = f32_from(bf16_from_f32(np.where(finite, exact, np.float32(0))), "BF16")
+        again, _ = NegExp().apply(short, "F32")
+        return np.where(finite & (again == stored), short, exact), "F32"
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled(Transform):
+    """Values times a factor, in float32.
+
+    Args:
+        factor: the factor.
+        name: what the values are, in errors.
+    """
+
+    values: ClassVar[bool] = True
+
+    factor: float
+    name: str
+
+    def apply(self, values: Array, dtype: str) -> tuple[Array, str]:
+        """Return float32.
+
+        Raises:
+            TensorError: a product is too large for float32.
+        """
+        import numpy as np
+
+        with np.errstate(over="ignore"):
+            scaled = _floats(values, dtype) * np.float32(self.factor)
+        if not np.isfinite(scaled).all():
+            raise TensorError(self.name, f"too large for F32 once multiplied by {self.factor:g}")
+        return scaled, "F32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +201,12 @@ class TileValueHeads(Transform):
             yield source, stop - row
             row = stop
 
+    def inverse(self, shape: tuple[int, ...]) -> Transform:
+        """Return the same with the numbers of keys and of values for each exchanged."""
+        del shape
+        groups = (self.rows - self.first) // self.head // self.keys
+        return TileValueHeads(self.first, self.head, groups, self.rows)
+
 
 @dataclass(frozen=True, slots=True)
 class TileValueColumns(Transform):
@@ -126,6 +229,10 @@ class TileValueColumns(Transform):
         heads = values.reshape(rows, self.keys, groups, self.head)
         return np.ascontiguousarray(heads.transpose(0, 2, 1, 3)).reshape(rows, row), dtype
 
+    def inverse(self, shape: tuple[int, ...]) -> Transform:
+        """Return the same with the numbers of keys and of values for each exchanged."""
+        return TileValueColumns(self.head, shape[-1] // self.head // self.keys)
+
 
 @dataclass(frozen=True, slots=True)
 class PatchFrame(Transform):
@@ -147,6 +254,12 @@ class PatchFrame(Transform):
 
         kernel = values.reshape(self.shape)[:, :, self.step]
         return np.ascontiguousarray(kernel).reshape(-1, self.shape[-1]), dtype
+
+    def taken(self) -> Iterator[tuple[int, int, int]]:
+        """Yield the rows of one time step."""
+        channels, colours, frames, height, _ = self.shape
+        for number in range(channels * colours):
+            yield (number * frames + self.step) * height, number * height, height
 
 
 def _floats(values: Array, dtype: str) -> Array:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.adapted import with_adapters
-from qwen35.checkpoint.adapter_files import open_adapter
+from qwen35.checkpoint.adapter_files import Adapter, open_adapter
+from qwen35.checkpoint.grafted import with_mtp_of
 from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.source import Checkpoint, open_folder
 from qwen35.errors import InputError
+from qwen35.model.roles import MTP
 from qwen35.planning.container import ContainerInputs
 from qwen35.planning.containers import container_from_manifest
 from qwen35.planning.key_differences import key_differences
 from qwen35.planning.manifest import work_key
+from qwen35.planning.merged_source import with_adapters
 from qwen35.planning.output_plan import Plan, make_plan
+from qwen35.planning.sources import open_source
 
 __all__ = ["SHARED", "order_bytes", "order_of", "plan_again", "plan_from"]
 
@@ -37,10 +41,11 @@ def order_of(plan: Plan, task_bytes: int, **entries: Any) -> dict[str, Any]:
     """
     checkpoint = plan.checkpoint
     order = {
-        "root": str(checkpoint.folder().absolute()),
+        "root": str(checkpoint.location().absolute()),
         "repo": checkpoint.repo,
         "revision": checkpoint.revision,
         **_adapters_json(checkpoint),
+        **_donor_json(checkpoint.donor),
         **plan.container.request_json(plan, whole=True),
         "inputs": plan.options.inputs.to_json(),
         "task_bytes": task_bytes,
@@ -53,8 +58,31 @@ def order_of(plan: Plan, task_bytes: int, **entries: Any) -> dict[str, Any]:
 
 
 def _adapters_json(checkpoint: Checkpoint) -> dict[str, Any]:
-    rows = [[str(adapter.root.absolute()), adapter.factor] for adapter in checkpoint.adapters]
+    rows = [[str(a.root.absolute()), a.factor, a.onto] for a in checkpoint.adapters]
     return {"adapters": rows} if rows else {}
+
+
+def _donor_json(donor: Checkpoint | None) -> dict[str, Any]:
+    if donor is None:
+        return {}
+    root = str(donor.folder().absolute())
+    return {"mtp_from": {"root": root, "repo": donor.repo, "revision": donor.revision}}
+
+
+def _root(row: Mapping[str, Any]) -> Path:
+    """Return where a checkpoint of an order is."""
+    root = Path(row["root"])
+    if not root.exists():
+        raise InputError(str(root), f"not there on {platform.node()}", hint=SHARED)
+    return root
+
+
+def _origin(row: Mapping[str, Any]) -> dict[str, str]:
+    return {"repo": row["repo"] or "", "revision": row["revision"] or ""}
+
+
+def _adapter(root: str, factor: float, onto: str) -> Adapter:
+    return replace(open_adapter(root, factor), onto=onto)
 
 
 def order_bytes(order: Mapping[str, Any]) -> bytes:
@@ -69,17 +97,16 @@ def plan_from(order: Mapping[str, Any]) -> Plan:
         InputError: the source is not reachable from here, or plan, source or tool versions differ
             here, so the bytes could differ.
     """
-    root = Path(order["root"])
-    if not root.is_dir():
-        raise InputError(str(root), f"not there on {platform.node()}", hint=SHARED)
-    base = open_folder(root, repo=order["repo"] or "", revision=order["revision"] or "")
-    checkpoint = with_adapters(base, [open_adapter(*row) for row in order.get("adapters", ())])
+    base, donor = open_source(_root(order), **_origin(order)), order.get("mtp_from")
+    if donor:
+        base = with_mtp_of(base, open_folder(_root(donor), only=MTP, **_origin(donor)))
+    checkpoint = with_adapters(base, [_adapter(*row) for row in order.get("adapters", ())])
     plan = plan_again(checkpoint, order, ContainerInputs.of(order["inputs"]))
     key = json.loads(json.dumps(work_key(plan)))  # as the order went through JSON too
     if key != order["key"]:
         names = key_differences(order["key"], key)
         raise InputError(
-            str(root),
+            str(order["root"]),
             f"{platform.node()} has a different {', '.join(names)}",
             expected="what the run started with",
             hint="use the same files and the same versions everywhere",

@@ -72,14 +72,23 @@ def resolved(out: Path) -> Path:
     return out.resolve() if not out.is_symlink() else out
 
 
-def check_output(out: Path, *, source: Path | None, overwrite: bool) -> None:
+def check_output(
+    out: Path, *, source: Path | None, overwrite: bool, donor: Path | None = None
+) -> None:
     """Refuse, before any work, an output that would overwrite anything of value.
 
+    Args:
+        out: the output.
+        source: where the source is, if on this machine.
+        overwrite: replace an output of qwen35.
+        donor: the same of the checkpoint that the MTP layer is taken from.
+
     Raises:
-        OutputError: it exists and may not be overwritten, or overlaps the source.
+        OutputError: it exists and may not be overwritten, or overlaps the source or the donor.
     """
-    if source is not None:
-        _check_overlap(out, source)
+    for origin in (source, donor):
+        if origin is not None:
+            _check_overlap(out, origin)
     with os_errors(out):
         if out.is_symlink():
             raise OutputError(

@@ -76,7 +76,8 @@ def write_slice(
     """
     progress = progress or Silent()
     out = resolved(out)
-    check_output(out, source=plan.checkpoint.folder(), overwrite=overwrite)
+    source, donor = plan.checkpoint.location(), plan.checkpoint.donor_location()
+    check_output(out, source=source, overwrite=overwrite, donor=donor)
     plan.container.prepare(plan)
     runner = StepRunner(plan, kernels_for(device))
     size = task_bytes(plan, count)
@@ -159,8 +160,8 @@ def finalize(
     if not isinstance(order.get("slices"), int):
         hint = "run the original command again"
         raise OutputError(str(work), "holds a run without slices", hint=hint)
-    if not Path(order["root"]).is_dir():
-        found = f"no such folder on {platform.node()}"
+    if not Path(order["root"]).exists():
+        found = f"not there on {platform.node()}"
         hint = "finalize reads its headers and small files: bring it back to where it was"
         raise InputError(order["root"], found, expected="the source of the slices", hint=hint)
     plan = plan_from(order)

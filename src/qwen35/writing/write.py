@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Reader
 from qwen35.codecs.devices import Kernels, kernels_for
@@ -44,7 +43,12 @@ __all__ = ["WriteJob", "check_before", "write", "write_all"]
 
 
 def check_before(
-    out: Path, *, overwrite: bool, device: str = "auto", source: Path | None = None
+    out: Path,
+    *,
+    overwrite: bool,
+    device: str = "auto",
+    source: Path | None = None,
+    donor: Path | None = None,
 ) -> None:
     """Check everything that needs no source, before it is downloaded.
 
@@ -53,12 +57,13 @@ def check_before(
         overwrite: replace an output of qwen35.
         device: to encode on.
         source: the source's folder, if it is on this machine.
+        donor: the same of the checkpoint that the MTP layer is taken from.
 
     Raises:
-        OutputError: the output exists or overlaps the source.
+        OutputError: the output exists or overlaps the source or the donor.
         UsageError: the device does not exist.
     """
-    check_output(out, source=source, overwrite=overwrite)
+    check_output(out, source=source, overwrite=overwrite, donor=donor)
     kernels_for(device)
 
 
@@ -285,9 +290,9 @@ def _opened(
 ) -> Iterator[OpenOutput]:
     """Prepare an output, let the block fill its tensor files, then complete it."""
     plan, out = job.plan, resolved(job.out)
-    source = plan.checkpoint.folder()
-    place = LocalFolder(source)
-    check_output(out, source=source, overwrite=job.overwrite)
+    source, place = plan.checkpoint.location(), plan.checkpoint.place
+    donor = plan.checkpoint.donor_location()
+    check_output(out, source=source, overwrite=job.overwrite, donor=donor)
     plan.container.prepare(plan)
     key = work_key(plan)
     with resumable(out, key, overwrite=job.overwrite, keep=job.keep) as (folder, journal):
@@ -299,6 +304,7 @@ def _opened(
         for name, content in plan.documents.items():
             hashes[name] = write_file(folder / name, content)
         for name, size in plan.copied.items():
+            assert place is not None  # it has a location
             hashes[name] = write_file(folder / name, place.read(name, 0, size))
         manifest = manifest_bytes(plan, hashes)
         write_file(folder / MANIFEST_NAME, manifest)

@@ -6,6 +6,7 @@ late as the file is written. Scalars become the text that the card has; other ty
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import yaml
 
 from qwen35.errors import ConfigError
 
-__all__ = ["checked_card"]
+__all__ = ["checked_card", "without_folders"]
 
 _NAME = "README.md"
 _MAX_CHARACTERS = 2**18
@@ -73,6 +74,38 @@ def checked_card(content: bytes) -> bytes:
     if checked == {key: typed[key] for key in _READERS if typed.get(key) is not None}:
         return content
     return f"---\n{yaml.safe_dump(checked, allow_unicode=True)}---\n".encode()
+
+
+def without_folders(content: bytes) -> bytes:
+    """Return a `checked_card` whose front matter names no base by its folder, as peft's may.
+
+    The library would make an address of it.
+    """
+    lines = content.decode(errors="replace").splitlines()
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        return content
+    typed = _parsed("\n".join(lines[1 : lines.index("---", 1)]), yaml.SafeLoader)
+    if not isinstance(typed, dict):
+        return content
+    kept = {key: value for key, value in typed.items() if key != "base_model" or _on_hub(value)}
+    if isinstance(typed.get("tags"), list):
+        kept["tags"] = [tag for tag in typed["tags"] if _is_kept(str(tag))]
+    if kept == typed:
+        return content
+    return f"---\n{yaml.safe_dump(kept, allow_unicode=True)}---\n".encode()
+
+
+_BASE_TAG = "base_model:adapter:"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
+
+
+def _is_kept(tag: str) -> bool:
+    return not tag.startswith(_BASE_TAG) or _on_hub(tag.removeprefix(_BASE_TAG))
+
+
+def _on_hub(base: object) -> bool:
+    """Return whether a base is named by its Hub id; several are as they are."""
+    return not isinstance(base, str) or _HUB_ID.fullmatch(base) is not None
 
 
 def _refused(found: str, expected: str = "") -> ConfigError:

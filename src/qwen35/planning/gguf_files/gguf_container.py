@@ -49,8 +49,11 @@ class GgufContainer(Container):
 
     def make(self, checkpoint: Checkpoint, recipe: Recipe, options: Any) -> Plan:
         """Plan the files."""
+        from qwen35.planning.gguf_files.adapter_plan import make_adapter
         from qwen35.planning.gguf_files.gguf_plan import make
 
+        if options.adapter_only:
+            return make_adapter(checkpoint, recipe, options)
         return make(checkpoint, recipe, options)
 
     def request_json(self, plan: Plan, *, whole: bool = False) -> dict[str, Any]:
@@ -119,10 +122,11 @@ class GgufContainer(Container):
         self, folder: Path, names: Collection[str], template: str
     ) -> dict[str, EditedFile]:
         """Return each model with the template among its keys; its tensors stay as they are."""
+        from qwen35.checkpoint.gguf_header import is_adapter
         from qwen35.planning.gguf_files.template_edit import with_template
 
         files = [path for path in sorted(folder.glob("*.gguf")) if path.name in names]
-        models = [path for path in files if not path.name.startswith("mmproj-")]
+        models = [p for p in files if not (p.name.startswith("mmproj-") or is_adapter(p))]
         return {path.name: with_template(path, template) for path in models}
 
     def head_memory(self, plan: Plan) -> int:
@@ -167,10 +171,10 @@ class GgufContainer(Container):
 
 
 def _is_beside(path: Path) -> bool:
-    """Whether a file goes with a language model: the vision tower, or the MTP layer alone."""
-    from qwen35.checkpoint.gguf_header import is_draft
+    """Whether a file goes with a language model: the tower, the MTP layer alone, an adapter."""
+    from qwen35.checkpoint.gguf_header import is_adapter, is_draft
 
-    return path.name.startswith("mmproj-") or is_draft(path)
+    return path.name.startswith("mmproj-") or is_draft(path) or is_adapter(path)
 
 
 def _packed(plan: Plan) -> list[str]:

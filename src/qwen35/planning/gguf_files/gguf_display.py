@@ -73,6 +73,9 @@ def plan_text(plan: Plan, threads: int) -> str:
     """Render the plan as text."""
     recipe = plan.recipe
     lines = [f"{plan.checkpoint.name} -> GGUF, {recipe.name}: {recipe.description}"]
+    if plan.options.adapter_only:  # type: ignore[attr-defined]
+        (adapter,) = plan.checkpoint.adapters
+        lines = [f"the adapter {adapter.title} of {plan.checkpoint.name} -> GGUF"]
     for file in files_of(plan):
         lines += _file_lines(file)
     sizes = dict(plan.all_sizes())

@@ -11,7 +11,7 @@ from qwen35.errors import InputError, UsageError
 from qwen35.planning.container import Container, ContainerInputs
 from qwen35.planning.gguf_files.gguf_options import GgufOptions
 from qwen35.planning.gguf_files.imatrix import Imatrix, imatrix_file, read_imatrix
-from qwen35.planning.gguf_files.mixes import CONVERTED, FILE_TYPES
+from qwen35.planning.gguf_files.mixes import CONVERTED, DRAFTED, FILE_TYPES
 from qwen35.planning.gguf_files.type_patterns import pattern_rules
 from qwen35.planning.manifest import recipe_json, recipe_of
 from qwen35.planning.output_plan import Plan
@@ -45,6 +45,8 @@ def request_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
         entries["mtp_file"] = options.mtp_file
     if options.split_max_size is not None:
         entries["split_max_size"] = options.split_max_size
+    if options.adapter_only:
+        entries["adapter_only"] = True
     if whole:
         entries["encoder"] = options.encoder
     return {"recipe": {**recipe_json(plan.recipe), **entries}}
@@ -69,7 +71,8 @@ def request_from_manifest(
     names = [str(name) for name in types] if isinstance(types, list) else []
     if not names or len(set(names)) < len(names) or not FILE_TYPES.keys() >= set(names):
         raise InputError(MANIFEST_NAME, "malformed types", expected=", ".join(FILE_TYPES))
-    if type(count) is not int or count < 0 or _foreign(row):
+    alone = row.get("adapter_only") and not set(CONVERTED) >= set(names)
+    if type(count) is not int or count < 0 or _foreign(row) or alone:
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="that of GGUF files")
     limit = row.get("split_max_size")
     if limit is not None and (type(limit) is not int or limit < 1):
@@ -82,13 +85,15 @@ def request_from_manifest(
         mtp_file=row.get("mtp_file"),
         upstream_counters=bool(row["upstream_counters"]),
         split_max_size=limit,
+        adapter_only=bool(row.get("adapter_only")),
         encoder=str(row.get("encoder", "auto")),
     )
 
 
 def _foreign(row: Mapping[str, Any]) -> bool:
-    """Whether a file of the converter has a type that it does not write."""
-    return any(row.get(key) not in (None, *CONVERTED) for key in ("projector", "mtp_file"))
+    """Whether a file beside the models has a type that it cannot have."""
+    known = {"projector": CONVERTED, "mtp_file": DRAFTED}
+    return any(row.get(key) not in (None, *types) for key, types in known.items())
 
 
 def _recipe(manifest: Mapping[str, Any], container: Container, count: int) -> Recipe:

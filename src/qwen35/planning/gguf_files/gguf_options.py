@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qwen35.errors import InputError, UsageError
 from qwen35.planning.container import ContainerInputs
 from qwen35.planning.gguf_files.imatrix import Imatrix
-from qwen35.planning.gguf_files.mixes import converted_type
+from qwen35.planning.gguf_files.mixes import DRAFTED, converted_type
 
 if TYPE_CHECKING:
     from qwen35.array_types import F32
@@ -32,7 +32,7 @@ def mtp_type_of(choice: str, mtp_type: str | None) -> str | None:
         UsageError: there is no such type, or it is given without such a file.
     """
     if choice == "separate":
-        return converted_type(mtp_type or _MTP_TYPE, "--mtp-type")
+        return converted_type(mtp_type or _MTP_TYPE, "--mtp-type", DRAFTED)
     if mtp_type is not None:
         hint = "add it, or leave this out"
         raise UsageError("--mtp-type", "has no effect without --mtp separate", hint=hint)
@@ -66,6 +66,7 @@ class GgufOptions:
         mtp_file: file type of a file with that layer alone, which the others lack; None for none.
         upstream_counters: count layers as llama-quantize does (`select_types`).
         split_max_size: bytes of tensors a file; a model with more is split. None for no limit.
+        adapter_only: write the adapter itself, for llama.cpp to apply, and not the model.
         encoder: one of `qwen35.codecs.ggml.quantizers.ENCODERS`; does not change what comes out.
     """
 
@@ -76,6 +77,7 @@ class GgufOptions:
     mtp_file: str | None = None
     upstream_counters: bool = False
     split_max_size: int | None = None
+    adapter_only: bool = False
     encoder: str = "auto"
 
     @property

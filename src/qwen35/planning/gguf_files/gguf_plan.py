@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, cast
 
+from qwen35.checkpoint.grafted import check_grafted, grafted_notes
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.reconciled import source_notes, take
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.checkpoint.split_gguf import SplitName
 from qwen35.codecs.ggml.codec import codec_name
-from qwen35.codecs.registry import CODECS
+from qwen35.codecs.registry import CODECS, codec_of
 from qwen35.errors import UsageError
 from qwen35.model.config_notes import config_notes, refuse_uncarried
 from qwen35.planning.gguf_files.gguf_options import GgufOptions
@@ -25,7 +26,13 @@ from qwen35.planning.gguf_files.metadata import (
     padded,
     render_head,
 )
-from qwen35.planning.gguf_files.mixes import FILE_TYPES, FileType, MixGeometry, mix_order
+from qwen35.planning.gguf_files.mixes import (
+    CONVERTED,
+    FILE_TYPES,
+    FileType,
+    MixGeometry,
+    mix_order,
+)
 from qwen35.planning.gguf_files.split_heads import grouped, split_heads, split_nbytes
 from qwen35.planning.gguf_files.tensor_names import (
     UntypedTensor,
@@ -39,6 +46,7 @@ from qwen35.planning.gguf_files.type_choice import (
     converted_kind,
     imatrix_notes,
     misfit_notes,
+    pure_kind,
 )
 from qwen35.planning.gguf_files.vocabulary import Vocabulary, read_vocabulary
 from qwen35.planning.output_plan import Plan, PlannedFile, digest_of
@@ -49,7 +57,7 @@ from qwen35.planning.sidecar_checks import check_sidecars, left_behind
 from qwen35.planning.step import Step, StepTarget
 from qwen35.tensors import TensorSpec
 
-__all__ = ["GgufFile", "chooser_of", "files_of", "make"]
+__all__ = ["GgufFile", "chooser_of", "files_of", "make", "plan_of", "specs_of"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ class GgufFile(PlannedFile):
 
     def parts(self, tensor: UntypedTensor) -> tuple[TensorSpec, ...]:
         """Return the tensors that hold `tensor`: itself, and its scales if its type needs them."""
-        return _parts(tensor, self.kinds[tensor.name])
+        return specs_of(tensor, self.kinds[tensor.name])
 
     def split(self, limit: int) -> list[GgufFile]:
         """Return the files of at most `limit` bytes of tensors each; itself if it fits in one."""
@@ -131,16 +139,17 @@ class GgufFile(PlannedFile):
         """
         if limit is not None:
             ordered = sorted(self.tensors, key=lambda tensor: mix_order(tensor.name))
-            groups = grouped((_parts(t, kinds[t.name]) for t in ordered), limit)
+            groups = grouped((specs_of(t, kinds[t.name]) for t in ordered), limit)
             if len(groups) > 1:
                 return split_nbytes(self.rendered.keys, groups)
         now = [part for t in self.tensors for part in self.parts(t)]
-        then = [part for t in self.tensors for part in _parts(t, kinds[t.name])]
+        then = [part for t in self.tensors for part in specs_of(t, kinds[t.name])]
         records = self.rendered.records + sum(map(_record, then)) - sum(map(_record, now))
         return sum(map(padded, (records, *(part.nbytes for part in then))))
 
 
-def _parts(tensor: UntypedTensor, kind: str) -> tuple[TensorSpec, ...]:
+def specs_of(tensor: UntypedTensor, kind: str) -> tuple[TensorSpec, ...]:
+    """Return the tensors that hold `tensor` as `kind`: itself, and its scales if it needs them."""
     return CODECS[codec_name(kind)].layout(TensorSpec(tensor.name, "F32", tensor.shape))
 
 
@@ -190,6 +199,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
     original = checkpoint
     checkpoint, items = take(original, tower=tower and original.config.architecture.vision)
     mtp = _mtp_layers(checkpoint, options)
+    check_grafted(checkpoint, taken=mtp > 0 or options.mtp_file is not None)
     refuse_uncarried(checkpoint.config, vision=False)
     if options.projector is not None:
         refuse_uncarried(checkpoint.config, vision=True)
@@ -208,8 +218,36 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
         notes += [n for f in beside for n in misfit_notes(f.name, f.tensors, f.file_type)]
         notes += _size_notes(files, limit)
         files += beside
+    return plan_of(
+        checkpoint,
+        recipe,
+        options,
+        files,
+        (
+            *config_notes(checkpoint.config, head=checkpoint.layout.head),
+            *source_notes(original, mtp=not options.drop_mtp, tower=tower),
+            *grafted_notes(original),
+            *_mtp_notes(checkpoint, options),
+            *_notes(vocabulary, documents),
+            *notes,
+            *requantized_notes(_steps(files)),
+            *left_behind(checkpoint, {*read, *_TOKENIZER_COPIES}),
+        ),
+        planner.comparison(models),
+    )
+
+
+def plan_of(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    options: GgufOptions,
+    files: Sequence[GgufFile],
+    notes: Iterable[str],
+    comparison: Mapping[str, Mapping[str, int]] | None = None,
+) -> Plan:
+    """Return the plan of these files, which no step fills yet."""
     steps = _steps(files)
-    heads = {f.name: hashlib.sha256(f.head).hexdigest() for f in files}
+    heads = {file.name: hashlib.sha256(file.head).hexdigest() for file in files}
     return Plan(
         checkpoint,
         recipe,
@@ -218,17 +256,9 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
         tuple(_filled(file, steps) for file in files),
         {},
         {},
-        (
-            *config_notes(checkpoint.config, head=checkpoint.layout.head),
-            *source_notes(original, mtp=not options.drop_mtp, tower=tower),
-            *_mtp_notes(checkpoint, options),
-            *_notes(vocabulary, documents),
-            *notes,
-            *requantized_notes(steps),
-            *left_behind(checkpoint, {*read, *_TOKENIZER_COPIES}),
-        ),
+        tuple(notes),
         _digest(checkpoint, options, heads),
-        planner.comparison(models),
+        comparison or {},
     )
 
 
@@ -253,15 +283,24 @@ def _steps(files: Sequence[GgufFile]) -> tuple[Step, ...]:
             kinds = files_by_type.setdefault(tensor.name, {})
             kinds.setdefault(file.kinds[tensor.name], []).append(file.name)
     ordered = sorted(tensors.values(), key=_position)
-    return tuple(_step(tensor, files_by_type[tensor.name]) for tensor in ordered)
+    return tuple(s for tensor in ordered for s in _tensor_steps(tensor, files_by_type[tensor.name]))
 
 
-def _step(tensor: UntypedTensor, kinds: Mapping[str, Sequence[str]]) -> Step:
-    targets = tuple(
-        StepTarget(codec_name(kind), _parts(tensor, kind), tuple(files))
-        for kind, files in kinds.items()
-    )
-    return Step(tensor.rows, tensor.rows.item.role, "", targets)
+def _tensor_steps(tensor: UntypedTensor, kinds: Mapping[str, Sequence[str]]) -> Iterator[Step]:
+    """Yield the step that encodes a tensor, and one that copies it where it has the type."""
+    weight, role = tensor.rows.item.weight, tensor.rows.item.role
+    encoded = []
+    for kind, files in kinds.items():
+        target = StepTarget(codec_name(kind), specs_of(tensor, kind), tuple(files))
+        alike = len(target.outputs) == len(weight.parts)
+        if (
+            codec_of(weight) is CODECS[target.codec] and alike
+        ):  # copying is exact, encoding again is not
+            yield Step(tensor.rows, role, "", (replace(target, copied=True),))
+        else:
+            encoded.append(target)
+    if encoded:
+        yield Step(tensor.rows, role, "", tuple(encoded))
 
 
 def _position(tensor: UntypedTensor) -> tuple[str, int]:
@@ -390,9 +429,12 @@ class _Planner:
             raise UsageError("--mtp separate", found, expected="one", hint=hint)
         file_type = FILE_TYPES[type_name]
         tensors = mtp_tensors(items, config)
-        kinds = {tensor.name: converted_kind(tensor, file_type) for tensor in tensors}
+        pure = type_name not in CONVERTED
+        kind_of = pure_kind if pure else converted_kind
+        kinds = {tensor.name: kind_of(tensor, file_type) for tensor in tensors}
         name = f"mtp-{name}-{type_name}.gguf"
-        return self._file(name, file_type, tensors, kinds, quantized=False, mtp=1)
+        file = self._file(name, file_type, tensors, kinds, quantized=pure, mtp=1)
+        return replace(file, quantized=False)  # no recipe chooses its types
 
     def projector_file(self, items: Sequence[InventoryItem], name: str, type_name: str) -> GgufFile:
         """Return the file of the vision tower.
@@ -425,7 +467,7 @@ class _Planner:
             self.checkpoint.config,
             self.documents,
             file_type,
-            [part for tensor in tensors for part in _parts(tensor, kinds[tensor.name])],
+            [part for tensor in tensors for part in specs_of(tensor, kinds[tensor.name])],
             vocabulary=None if vision else self.vocabulary,
             mtp_layers=self.mtp if mtp is None else mtp,
             quantized=quantized,

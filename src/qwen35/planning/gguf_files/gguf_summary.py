@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict
 
-from qwen35.checkpoint.gguf_header import GgufHeader, weights_of
+from qwen35.checkpoint.gguf_header import LORA_ALPHA, LORA_B, GgufHeader, weights_of
 from qwen35.codecs.registry import codec_of
+from qwen35.planning.gguf_files.gguf_identity import maker_of, mix_of, release_of
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 
 __all__ = ["GgufSummary", "summarize_gguf", "summary_text"]
@@ -23,7 +25,13 @@ class GgufSummary(TypedDict):
     architecture: str
     type: str
     mtp_alone: bool
+    adapter: dict[str, Any] | None
+    release: str
+    made: str
     file_type: str | int | None
+    mix: str
+    mtp: int
+    vision: list[str]
     tensors: int
     parameters: int
     bits_per_weight: float
@@ -31,8 +39,13 @@ class GgufSummary(TypedDict):
     keys: dict[str, Any]
 
 
-def summarize_gguf(container: GgufHeader) -> GgufSummary:
-    """Summarize a GGUF file, or all files of a split model."""
+def summarize_gguf(container: GgufHeader, beside: Sequence[str] = ()) -> GgufSummary:
+    """Summarize a GGUF file, or all files of a split model.
+
+    Args:
+        container: its header.
+        beside: the names of files with vision towers in the same place.
+    """
     kinds: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     for entry in container.tensors.values():
@@ -48,7 +61,13 @@ def summarize_gguf(container: GgufHeader) -> GgufSummary:
         "architecture": container.architecture,
         "type": container.keys.get("general.type", ""),
         "mtp_alone": container.mtp_alone,
+        "adapter": _adapter(container) if container.is_adapter else None,
+        "release": release_of(container),
+        "made": maker_of(container),
         "file_type": names.get(code, code) if isinstance(code, int) else None,
+        "mix": mix_of(container),
+        "mtp": _mtp(container),
+        "vision": [name for name in beside if name != container.path.name],
         "tensors": len(container.tensors),
         "parameters": parameters,
         "bits_per_weight": round(8 * sum(nbytes.values()) / max(1, parameters), 3),
@@ -57,6 +76,23 @@ def summarize_gguf(container: GgufHeader) -> GgufSummary:
         },
         "keys": {key: _shown(value) for key, value in container.keys.items()},
     }
+
+
+def _adapter(container: GgufHeader) -> dict[str, Any]:
+    """Return an adapter's kind, alpha and ranks, and how many weights it changes."""
+    left = [t for name, t in container.tensors.items() if name.endswith(LORA_B)]
+    return {
+        "type": _shown(container.keys.get("adapter.type")),
+        "alpha": _shown(container.keys.get(LORA_ALPHA)),
+        "ranks": sorted({tensor.shape[-1] for tensor in left}),
+        "weights": len(left),
+    }
+
+
+def _mtp(container: GgufHeader) -> int:
+    """Return the number of MTP layers that it holds."""
+    joined = ".nextn.eh_proj.weight"
+    return sum(name.endswith(joined) for name in container.tensors)
 
 
 def _shown(value: Any) -> Any:
@@ -68,6 +104,23 @@ def _shown(value: Any) -> Any:
     return value
 
 
+def _adapter_line(row: dict[str, Any]) -> str:
+    ranks = ", ".join(map(str, row["ranks"]))
+    return f"changes       {row['weights']} weights by rank {ranks}, alpha {row['alpha']}"
+
+
+def _identity_lines(summary: GgufSummary) -> Iterator[str]:
+    yield f"release       {summary['release'] or 'none of this size'}"
+    yield f"made          {summary['made'] or 'no key says by whom'}"
+    mix = f", {summary['mix']}" if summary["mix"] else ""
+    yield f"file type     {summary['file_type']}{mix}"
+    beside = ", ".join(summary["vision"]) or "none beside it"
+    if summary["architecture"] != "clip":
+        mtp = f"{summary['mtp']} layer(s)" if summary["mtp"] else "none"
+        yield f"MTP           {mtp}"
+        yield f"vision tower  {beside}"
+
+
 def summary_text(summary: GgufSummary) -> str:
     """Render a summary as text."""
     files = f"{summary['files']} files, " * (summary["files"] > 1)
@@ -75,7 +128,7 @@ def summary_text(summary: GgufSummary) -> str:
         f"{summary['file']}: {files}{summary['bytes']:,} bytes",
         f"architecture  {summary['architecture']} {summary['type']}"
         + ", the multi-token-prediction layer alone" * summary["mtp_alone"],
-        f"file type     {summary['file_type']}",
+        *([_adapter_line(summary["adapter"])] if summary["adapter"] else _identity_lines(summary)),
         f"parameters    {summary['parameters']:,} in {summary['tensors']} tensors, "
         f"{summary['bits_per_weight']} bits each",
         "",

@@ -35,10 +35,12 @@ __all__ = [
     "ALIGNMENT",
     "RenderedHeader",
     "SourceDocuments",
+    "architecture_of",
     "documents_of",
     "keys_of",
     "model_name",
     "padded",
+    "render_adapter_head",
     "render_head",
     "squeezed",
 ]
@@ -185,6 +187,35 @@ def render_head(
     return _head(writer, tensors)
 
 
+def render_adapter_head(
+    config: ModelConfig, folder: Path, tensors: Sequence[TensorSpec], alpha: float
+) -> RenderedHeader:
+    """Render the head of an adapter's file.
+
+    Args:
+        config: the base's config.
+        folder: the adapter's model card, in a folder of the adapter's name.
+        tensors: `BlockSpec`s in the converter's order.
+        alpha: what llama.cpp divides by the rank to get the factor of each product.
+    """
+    writer = GGUFWriter(None, architecture_of(config))
+    for tensor in tensors:
+        _add(writer, tensor.name, tensor)
+    metadata = gguf.Metadata.load(None, folder, None, writer.get_total_parameter_count()[0])
+    metadata.name = metadata.name or folder.name
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    metadata.set_gguf_meta_model(writer)
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    return _head(writer, tensors)
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """Return llama.cpp's name of the architecture of a text model."""
+    return "qwen35moe" if config.moe else "qwen35"
+
+
 def keys_of(
     config: ModelConfig,
     documents: SourceDocuments,
@@ -211,8 +242,7 @@ def _filled(
     vision: bool,
 ) -> GGUFWriter:
     """Return a writer with all keys and tensors, in the converter's order."""
-    architecture = "clip" if vision else "qwen35moe" if config.moe else "qwen35"
-    writer = GGUFWriter(None, architecture)
+    writer = GGUFWriter(None, "clip" if vision else architecture_of(config))
     for tensor in tensors:
         _add(writer, tensor.name, tensor)
     _general(writer, documents, vision=vision)

@@ -16,6 +16,7 @@ from qwen35.errors import unknown_name
 
 __all__ = [
     "CONVERTED",
+    "DRAFTED",
     "FILE_TYPES",
     "MIX",
     "FileType",
@@ -101,15 +102,18 @@ Its NVFP4 has no default type there (`llama_ftype_get_default_type`), so no tool
 CONVERTED = ("F32", "F16", "BF16", "Q8_0")
 """File types that llama.cpp's converter writes itself (``convert_hf_to_gguf.py --outtype``)."""
 
+DRAFTED = (*CONVERTED, "Q4_0")
+"""File types of an MTP layer's own file; Q4_0 is that of ``llama-quantize --pure``."""
 
-def converted_type(name: str, subject: str) -> str:
-    """Return the name of one of `CONVERTED`; `subject` is what the user set.
+
+def converted_type(name: str, subject: str, known: Sequence[str] = CONVERTED) -> str:
+    """Return the name of one of `known`; `subject` is what the user set.
 
     Raises:
         UsageError: there is no such type.
     """
-    if name.upper() not in CONVERTED:
-        raise unknown_name(subject, name, CONVERTED)
+    if name.upper() not in known:
+        raise unknown_name(subject, name, known)
     return name.upper()
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qwen35.checkpoint.inventory import InventoryItem
+from qwen35.codecs.arranged import ArrangedWeight
 from qwen35.errors import TensorError
 from qwen35.model.model_config import ModelConfig
 from qwen35.planning.rows import Rows, WeightSlab
@@ -23,8 +24,16 @@ from qwen35.planning.transforms import (
     TileValueHeads,
     Transform,
 )
+from qwen35.tensors import TensorSpec
 
-__all__ = ["UntypedTensor", "mtp_tensors", "name_pattern", "text_tensors", "vision_tensors"]
+__all__ = [
+    "UntypedTensor",
+    "matrix_names",
+    "mtp_tensors",
+    "name_pattern",
+    "text_tensors",
+    "vision_tensors",
+]
 
 Storage = Literal["any", "f32", "patch"]
 
@@ -133,8 +142,17 @@ _EXPERTS = ("mlp.experts.down_proj", "mlp.experts.gate_proj", "mlp.experts.up_pr
 
 
 def converter_order(items: Sequence[InventoryItem]) -> list[InventoryItem]:
-    """Return `items` in the order of llama.cpp's converter: by file, then by name."""
-    return sorted(items, key=lambda item: (item.weight.main.file, item.weight.name))
+    """Return `items` in the order of llama.cpp's converter: by file, then by name.
+
+    An MTP layer of another checkpoint, whose files are paths, comes last, as in published ones. The
+    files of a split GGUF model do not count: decoded, it is one.
+    """
+
+    def place(item: InventoryItem) -> tuple[bool, str, str]:
+        file = "" if isinstance(item.weight, ArrangedWeight) else item.weight.main.file
+        return "/" in file, file, item.weight.name
+
+    return sorted(items, key=place)
 
 
 def name_pattern(role: str) -> str:
@@ -146,6 +164,13 @@ def name_pattern(role: str) -> str:
     layer = _LAYER.get(role) or _MTP_ROOT.get(role)
     root = _ROOT.get(role)
     return f"blk.*.{layer.name}" if layer else root.name if root else ""
+
+
+def matrix_names() -> frozenset[str]:
+    """Return the names of the matrices that llama.cpp adds products to, ``*`` for the layer."""
+    gates = ("mlp.gate", "mlp.shared_expert_gate")
+    roles = (role for role, row in _LAYER.items() if row.storage == "any" or role in gates)
+    return frozenset((*map(name_pattern, roles), _ROOT["lm_head"].name))
 
 
 def text_tensors(
@@ -172,7 +197,21 @@ def text_tensors(
             tensors += _text(item, config)
         else:
             tensors += _stacked(item, config, waiting)
-    return tensors
+    return [_as_stored(tensor) for tensor in tensors]
+
+
+def _as_stored(tensor: UntypedTensor) -> UntypedTensor:
+    """Return a tensor of a source that has this very tensor, which is then taken as it is there."""
+    rows = tensor.rows
+    weight = rows.item.weight
+    if not isinstance(weight, ArrangedWeight) or any(slab.item.changes for slab in rows.slabs):
+        return tensor
+    held = next((h.weight for h in weight.sources if h.weight.name == tensor.name), None)
+    if held is None:
+        return tensor
+    item = InventoryItem(held, rows.item.role, TensorSpec(tensor.name, "F32", tensor.shape))
+    slabs = tuple(WeightSlab(item, number * rows.count) for number in range(len(rows.slabs)))
+    return UntypedTensor(tensor.name, Rows(rows.shape, slabs), tensor.storage)
 
 
 def mtp_tensors(items: Sequence[InventoryItem], config: ModelConfig) -> list[UntypedTensor]:
@@ -300,7 +339,7 @@ def vision_tensors(items: Sequence[InventoryItem]) -> list[UntypedTensor]:
     for item in converter_order(items):
         if item.role.scope == "visual":
             tensors += _vision(item)
-    return tensors
+    return [_as_stored(tensor) for tensor in tensors]
 
 
 def _vision(item: InventoryItem) -> Iterator[UntypedTensor]:

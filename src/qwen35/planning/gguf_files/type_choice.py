@@ -14,7 +14,7 @@ from qwen35.planning.gguf_files.mixes import MIX, FileType, MixGeometry, quantiz
 from qwen35.planning.gguf_files.tensor_names import UntypedTensor
 from qwen35.planning.rules import Recipe, Rule, check_used
 
-__all__ = ["Kinds", "TypeChooser", "converted_kind", "imatrix_notes", "misfit_notes"]
+__all__ = ["Kinds", "TypeChooser", "converted_kind", "imatrix_notes", "misfit_notes", "pure_kind"]
 
 Kinds = Mapping[str, str]
 """ggml types by tensor name."""
@@ -175,6 +175,13 @@ def converted_kind(tensor: UntypedTensor, file_type: FileType) -> str:
     if tensor.storage == "any":
         return fallback(GGML_TYPES[file_type.base], tensor.row).name
     return "f16" if tensor.storage == "patch" and file_type.base == "f16" else "f32"
+
+
+def pure_kind(tensor: UntypedTensor, file_type: FileType) -> str:
+    """Return a tensor's type in a file of ``llama-quantize --pure``."""
+    if not quantizable(tensor.name, tensor.shape):
+        return "f32"
+    return fallback(GGML_TYPES[file_type.base], tensor.row).name
 
 
 def misfit_notes(file: str, tensors: Sequence[UntypedTensor], file_type: FileType) -> Iterator[str]:

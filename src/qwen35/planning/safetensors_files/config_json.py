@@ -10,23 +10,13 @@ from qwen35.codecs.registry import CODECS
 from qwen35.errors import UsageError
 from qwen35.model.model_config import ARCHITECTURES, ModelConfig
 from qwen35.model.named_code import without_code
+from qwen35.model.text_only import text_only_config
 
 if TYPE_CHECKING:
+    from qwen35.codecs.dialect import Dialect
     from qwen35.planning.safetensors_files.safetensors_steps import DraftStep
 
 __all__ = ["output_config"]
-
-_TEXT_TYPES = {"qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
-_ROOT_ONLY = (
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-)
-"""Keys that a text-only config takes from the root of the vision-language config, if set."""
 
 
 def output_config(
@@ -36,6 +26,7 @@ def output_config(
     text_only: bool,
     prefix: str,
     cached: bool = False,
+    dialect: Dialect | None = None,
 ) -> dict[str, Any]:
     """Return config.json for the tensors that `drafts` write.
 
@@ -45,6 +36,7 @@ def output_config(
         text_only: whether the vision tower of a vision-language source is dropped.
         prefix: prefix of text tensors in the output.
         cached: whether the output has scales of a KV cache.
+        dialect: of its files, if it is not the family's own.
 
     Raises:
         UsageError: no loader could read the tensors.
@@ -68,7 +60,10 @@ def output_config(
         raw["quantization_config"] = codec.config(written, prefix, config.dtype)
         if cached and codec.cache_form is not None:
             raw["quantization_config"]["kv_cache_scheme"] = dict(codec.cache_form.scheme)
-    return raw
+    if dialect is None:
+        return raw
+    dialect.check(config, written)
+    return dialect.config(raw, config)
 
 
 def _set_mtp(raw: dict[str, Any], text: dict[str, Any], layers: int) -> None:
@@ -87,16 +82,4 @@ def _writes_mtp(drafts: Sequence[DraftStep]) -> bool:
 
 
 def _text_only(config: ModelConfig) -> dict[str, Any]:
-    root = copy.deepcopy(config.text_raw)
-    model_type = _TEXT_TYPES[config.model_type]
-    for key in _ROOT_ONLY:
-        if config.raw.get(key) is not None:
-            root[key] = config.raw[key]
-    if root.get("tie_word_embeddings", False) is not config.tied:  # the root's, by its absence
-        root["tie_word_embeddings"] = config.tied
-    root.pop("architectures", None)
-    return {
-        "architectures": [ARCHITECTURES[model_type].class_name],
-        **root,
-        "model_type": model_type,
-    }
+    return text_only_config(config.raw, config.text_raw, config.model_type, tied=config.tied)

@@ -24,7 +24,11 @@ __all__ = ["ACTIONS", "SafetensorsContainer"]
 ACTIONS: dict[str, str] = {
     "drop": "not written",
     "keep": "copied as stored, packed or not",
-    **{name: codec.meaning for name, codec in CODECS.items() if codec.container == "safetensors"},
+    **{
+        name: codec.meaning
+        for name, codec in CODECS.items()
+        if codec.container == "safetensors" and codec.meaning
+    },
 }
 """The actions of rules, with their meaning."""
 
@@ -79,14 +83,7 @@ class SafetensorsContainer(Container):
     def tensors_json(self, plan: Plan) -> dict[str, dict[str, str]]:
         """Map each file's tensors to dtype and shape."""
         return {
-            file.name: {
-                out.name: _described(out.dtype, out.shape)
-                for outputs in (
-                    *(step.outputs for step in file.steps),
-                    [constant.spec for constant in file.constants],
-                )
-                for out in outputs
-            }
+            file.name: {out.name: _described(out.dtype, out.shape) for out in file.head_tensors}
             for file in plan.files
         }
 

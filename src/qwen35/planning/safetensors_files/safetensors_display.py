@@ -49,7 +49,7 @@ def _group_lines(plan: Plan) -> Iterator[str]:
 
 def plan_text(plan: Plan, threads: int) -> str:
     """Render the plan as text."""
-    written = sum(1 for _ in plan.outputs)
+    written = sum(1 for file in plan.files for _ in file.head_tensors)
     sizes = dict(plan.all_sizes())
     total = sum(sizes.values())
     lines = [

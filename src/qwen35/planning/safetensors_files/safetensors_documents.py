@@ -17,6 +17,7 @@ from qwen35.planning.safetensors_files.config_json import output_config
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from qwen35.codecs.dialect import Dialect
     from qwen35.planning.output_plan import PlannedFile
     from qwen35.planning.safetensors_files.safetensors_steps import DraftStep
 
@@ -37,6 +38,7 @@ class DraftedOutput:
         text_only: whether the vision tower of a vision-language source is dropped.
         prefix: prefix of text tensors in the output.
         cached: whether it has scales of a KV cache.
+        dialect: of its files, if it is not the family's own.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +47,7 @@ class DraftedOutput:
     text_only: bool
     prefix: str
     cached: bool
+    dialect: Dialect | None = None
 
 
 def documents(output: DraftedOutput) -> dict[str, bytes]:
@@ -72,6 +75,7 @@ def _config(output: DraftedOutput, name: str) -> bytes:
             text_only=output.text_only,
             prefix=output.prefix,
             cached=output.cached,
+            dialect=output.dialect,
         )
     )
 
@@ -83,7 +87,7 @@ def _index(output: DraftedOutput, name: str) -> bytes | None:
         return None
     total = sum(file.nbytes - len(file.head) for file in output.files)
     total += sum(one.spec.nbytes for file in output.files for one in file.constants)
-    weight_map = {name: file.name for file in output.files for name in file.offsets}
+    weight_map = {tensor.name: file.name for file in output.files for tensor in file.head_tensors}
     in_order = {name: weight_map[name] for name in sorted(weight_map)}
     return json_bytes({"metadata": {"total_size": total}, "weight_map": in_order})
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
+from qwen35.checkpoint.grafted import check_grafted, grafted_notes
 from qwen35.checkpoint.header import file_layout
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.reconciled import source_notes, take
 from qwen35.checkpoint.sidecars import sidecar_names
 from qwen35.checkpoint.source import SINGLE_NAME, Checkpoint
+from qwen35.codecs.dialect import Dialect
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.input_quantizers import SMALLEST_INPUT
 from qwen35.codecs.registry import CODECS
@@ -39,6 +42,7 @@ from qwen35.planning.safetensors_files.safetensors_steps import (
     DraftStep,
     Ruled,
     make_drafts,
+    output_dialect,
     scale_groups,
 )
 from qwen35.planning.sidecar_checks import check_sidecars, left_behind
@@ -61,7 +65,8 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
     prefix = checkpoint.layout.prefix
     if text_only and not options.keep_prefix:
         prefix = "model."
-    if options.keep_prefix and not text_only:
+    dialect = output_dialect(ruled)
+    if options.keep_prefix and (not text_only or dialect is not None):
         raise UsageError("--keep-prefix", "nothing is renamed here", hint="leave it out")
     drafts = make_drafts(recipe, ruled, checkpoint.layout.prefix, prefix)
     check_used(
@@ -72,16 +77,32 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
         hint="remove it, or move it before the rule that takes its tensors",
     )
     _check_format(recipe, drafts)
+    check_grafted(checkpoint, taken=any(d.outputs for d in drafts if d.role.scope == "mtp"))
+    if checkpoint.donor and options.keep_shards:
+        found = "the MTP layer is in no file of the source"
+        raise UsageError("--keep-shards", found, hint="not with --mtp-from")
     scales = output_scales(checkpoint, drafts, options)
     options, scale_notes = _with_scale_choice(drafts, items, checkpoint, options)
-    placed = _as_in_source(drafts) if options.keep_shards else _packed(drafts, scales, options)
-    steps, files = _laid_out(placed, scales)
+    if dialect is not None and options.keep_shards:
+        found = f"the files of {dialect.name} hold experts in stacks, those of the source may not"
+        raise UsageError("--keep-shards", found, hint="leave it out")
+    together = dialect is not None
+    placed = (
+        _as_in_source(drafts)
+        if options.keep_shards
+        else _packed(drafts, scales, options, together=together)
+    )
+    steps, files = _laid_out(placed, scales, dialect)
     vision = not text_only and checkpoint.config.architecture.vision
     check_sidecars(checkpoint, sidecar_names(vision=vision))
     generated = documents(
-        DraftedOutput(checkpoint, drafts, files, text_only, prefix, cached=bool(scales))
+        DraftedOutput(checkpoint, drafts, files, text_only, prefix, bool(scales), dialect)
     )
-    notes = (*_source_notes(original, recipe, tower=tower), *_notes(checkpoint.config, drafts))
+    notes = (
+        *_source_notes(original, recipe, tower=tower),
+        *grafted_notes(original),
+        *_notes(checkpoint.config, drafts),
+    )
     if text_only:
         notes += template_notes(generated)
     names = [name for name in sidecar_names(vision=vision) if name not in generated]
@@ -225,21 +246,40 @@ _Placed = Sequence[tuple[DraftStep, str]]
 
 
 def _packed(
-    drafts: Sequence[DraftStep], scales: CacheScales, options: SafetensorsOptions
+    drafts: Sequence[DraftStep],
+    scales: CacheScales,
+    options: SafetensorsOptions,
+    *,
+    together: bool = False,
 ) -> _Placed:
-    """Fill files in model order; a weight and its companions share a file."""
+    """Fill files in model order; a weight and its companions share a file.
+
+    With `together`, so do the experts of a layer.
+    """
     numbers: list[int] = []
     number = size = 0
-    for draft in drafts:
-        beside = scales.get(draft.item.weight.name, ()) if scales else ()
-        nbytes = draft.nbytes + sum(constant.spec.nbytes for constant in beside)
-        if draft.outputs and size and size + nbytes > options.shard_bytes:  # never an empty shard
+    for _, group in groupby(enumerate(drafts), lambda pair: _unit(*pair, together=together)):
+        unit = [draft for _, draft in group]
+        nbytes = sum(_nbytes(draft, scales) for draft in unit)
+        written = any(draft.outputs for draft in unit)
+        if written and size and size + nbytes > options.shard_bytes:  # never an empty shard
             number, size = number + 1, 0
-        numbers.append(number)
+        numbers += [number] * len(unit)
         size += nbytes
     count = number + 1  # shard names contain it, so files are named after counting
     names = [shard_name(i, count) for i in range(1, count + 1)]
     return [(draft, names[n]) for draft, n in zip(drafts, numbers, strict=True)]
+
+
+def _unit(number: int, draft: DraftStep, *, together: bool) -> object:
+    """Return what the weights have in common that share a file, in whatever file it is."""
+    role = draft.role
+    return role.layer if together and role.expert is not None else (number,)
+
+
+def _nbytes(draft: DraftStep, scales: CacheScales) -> int:
+    beside = scales.get(draft.item.weight.name, ()) if scales else ()
+    return draft.nbytes + sum(constant.spec.nbytes for constant in beside)
 
 
 def _as_in_source(drafts: Sequence[DraftStep]) -> _Placed:
@@ -249,7 +289,7 @@ def _as_in_source(drafts: Sequence[DraftStep]) -> _Placed:
 
 
 def _laid_out(
-    placed: _Placed, scales: CacheScales
+    placed: _Placed, scales: CacheScales, dialect: Dialect | None
 ) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
     """Return the steps, and the files that hold what they write, in order of appearance."""
     groups = scale_groups(draft for draft, _ in placed)
@@ -259,7 +299,7 @@ def _laid_out(
     for step, (_, file) in zip(steps, placed, strict=True):
         if step.targets:
             members.setdefault(file, []).append(step)
-    return steps, tuple(plan_file(name, own, scales) for name, own in members.items())
+    return steps, tuple(plan_file(name, own, scales, dialect) for name, own in members.items())
 
 
 def shard_name(number: int, count: int) -> str:
@@ -279,7 +319,10 @@ def _step(
 
 
 def plan_file(
-    name: str, steps: list[Step], scales: CacheScales = MappingProxyType({})
+    name: str,
+    steps: list[Step],
+    scales: CacheScales = MappingProxyType({}),
+    dialect: Dialect | None = None,
 ) -> PlannedFile:
     """Return the file that holds what some steps write, and the scales beside their weights."""
     outputs = [out for step in steps for out in step.outputs]
@@ -287,10 +330,32 @@ def plan_file(
         raise TensorError(name, "two weights would be written under one name")
     beside = (scales.get(step.weight.name, ()) for step in steps) if scales else ()
     constants = tuple(constant for group in beside for constant in group)
-    head, offsets = file_layout(outputs, [constant.spec for constant in constants])
+    first = [constant.spec for constant in constants]
+    if dialect is not None:
+        head, offsets, described = _in_dialect(outputs, first, dialect)
+    else:
+        (head, offsets), described = file_layout(outputs, first), ()
     head += b"".join(constant.data for constant in constants)
     nbytes = len(head) + sum(out.nbytes for out in outputs)
-    return PlannedFile(name, head, offsets, nbytes, tuple(steps), constants=constants)
+    return PlannedFile(
+        name, head, offsets, nbytes, tuple(steps), constants=constants, described=described
+    )
+
+
+def _in_dialect(
+    outputs: Sequence[TensorSpec], first: Sequence[TensorSpec], dialect: Dialect
+) -> tuple[bytes, dict[str, int], tuple[TensorSpec, ...]]:
+    """Return the head of a file, the offsets of outputs in it, and the tensors it describes."""
+    stacks = dialect.stacks(outputs)
+    described = tuple(stack.spec for stack in stacks)
+    head, begins = file_layout(described, first, dialect.name)
+    offsets = {spec.name: begins[spec.name] for spec in first}
+    for stack in stacks:
+        begin = begins[stack.spec.name]
+        for part in stack.parts:
+            offsets[part.name] = begin
+            begin += part.nbytes
+    return head, offsets, described
 
 
 def _notes(config: ModelConfig, drafts: Sequence[DraftStep]) -> Iterator[str]:

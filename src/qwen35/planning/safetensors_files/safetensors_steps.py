@@ -7,8 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from qwen35.checkpoint.inventory import InventoryItem
+from qwen35.codecs.arranged import ArrangedWeight
 from qwen35.codecs.codec import Codec
-from qwen35.codecs.registry import CODECS, is_packed
+from qwen35.codecs.dialect import Dialect
+from qwen35.codecs.plain.codec import Plain
+from qwen35.codecs.registry import CODECS, DIALECTS, codec_of, is_packed
 from qwen35.errors import UsageError
 from qwen35.model.dimension_keys import shape_keys
 from qwen35.model.fused import fused_group, scale_group
@@ -17,7 +20,7 @@ from qwen35.planning.rules import Recipe, Rule
 from qwen35.record_class import record
 from qwen35.tensors import TensorSpec
 
-__all__ = ["DraftStep", "check_groups", "make_drafts", "scale_groups"]
+__all__ = ["DraftStep", "check_groups", "make_drafts", "output_dialect", "scale_groups"]
 
 
 @record
@@ -91,15 +94,17 @@ def make_drafts(
     Raises:
         UsageError: no loader could read the recipe's output.
     """
-    unfit = _unfit(ruled)
+    unfit, dialect = _unfit(ruled), output_dialect(ruled)
     drafts: list[DraftStep] = []
     for item, rule in ruled:
         parts = [item]
         codec = CODECS.get(rule.action)
-        if codec is not None and codec.per_expert and item.weight.name not in unfit:
+        alone = codec is not None and codec.per_expert and item.weight.name not in unfit
+        if alone or (dialect is not None and rule.action != "drop"):
             parts = list(item.experts()) or parts  # a stack that does not fit stays fused
         for part in parts:
-            codec_name, copied, reason = decide(recipe.name, rule, codec, part, unfit)
+            unpacked = dialect.unpacked(part.role) if dialect else Plain.name
+            codec_name, copied, reason = decide(recipe.name, rule, codec, part, unfit, unpacked)
             name = part.spec.name
             if prefix != source_prefix and name.startswith(source_prefix):
                 name = prefix + name.removeprefix(source_prefix)
@@ -107,6 +112,15 @@ def make_drafts(
             drafts.append(DraftStep(part, rule, codec_name, copied, reason, outputs))
     check_groups(drafts)
     return tuple(drafts)
+
+
+def output_dialect(ruled: Ruled) -> Dialect | None:
+    """Return the dialect of an output's files; None if they have the family's names."""
+    for item, rule in ruled:
+        codec = CODECS.get(item.weight.storage if rule.action == "keep" else rule.action)
+        if codec is not None and codec.packed and codec.dialect:
+            return DIALECTS[codec.dialect]
+    return None
 
 
 def _outputs(codec: str, copied: bool, item: InventoryItem, name: str) -> tuple[TensorSpec, ...]:
@@ -121,22 +135,23 @@ def _outputs(codec: str, copied: bool, item: InventoryItem, name: str) -> tuple[
 
 
 def decide(
-    recipe: str, rule: Rule, codec: Codec | None, item: InventoryItem, unfit: Mapping[str, str]
+    recipe: str,
+    rule: Rule,
+    codec: Codec | None,
+    item: InventoryItem,
+    unfit: Mapping[str, str],
+    unpacked: str = Plain.name,
 ) -> tuple[str, bool, str]:
-    """Return the output's codec, whether bytes are copied, and the reason."""
+    """Return the output's codec, whether bytes are copied, and the reason.
+
+    `unpacked` is the codec of weights that are not quantized.
+    """
+    if codec is None and rule.action != "keep":
+        _check_dropped(recipe, rule, item)
+        return "", False, rule.reason
     storage, reason = item.weight.storage, _reason(recipe, rule, codec, item)
-    if codec is None:
-        if rule.action == "keep":
-            return storage, not item.changes, reason
-        if item.role.scope == "text":
-            found = f"drops {item.spec.name}, which every model needs"
-            hint = "only visual and mtp can be dropped"
-            raise UsageError(_subject(recipe, rule), found, hint=hint)
-        return "", False, reason
-    if not codec.packed:
-        if not is_packed(item.weight):
-            return storage, not item.changes, reason
-        return codec.name, False, f"{reason}; packed in the source ({storage}), restored"
+    if codec is None or not codec.packed:
+        return _unpacked(codec, item, reason, unpacked)
     if not codec.packs(item.role):
         hint = f'put a rule with match = "{item.role.name}" and action = "plain" before it'
         found = f"packs {item.spec.name}"
@@ -146,9 +161,31 @@ def decide(
         return storage, True, f"{reason}; {codec.label} already"
     misfit = unfit.get(item.weight.name, "") if codec.joined else _misfit(codec, item)
     if misfit:
-        plain = not is_packed(item.weight)
-        return (storage if plain else CODECS["plain"].name), plain and not item.changes, misfit
+        same = storage == unpacked and not is_packed(item.weight)
+        return unpacked, same and not item.changes, misfit
     return codec.name, False, reason
+
+
+def _unpacked(
+    codec: Codec | None, item: InventoryItem, reason: str, unpacked: str
+) -> tuple[str, bool, str]:
+    """Return what `decide` returns for a weight that is kept or stays unpacked."""
+    storage = item.weight.storage
+    if isinstance(item.weight, ArrangedWeight):
+        label = codec_of(item.weight).label
+        return unpacked, False, f"{reason}; {label} in the source, restored"
+    if not is_packed(item.weight):
+        return unpacked, storage == unpacked and not item.changes, reason
+    if codec is None:
+        return storage, not item.changes, reason
+    return unpacked, False, f"{reason}; packed in the source ({storage}), restored"
+
+
+def _check_dropped(recipe: str, rule: Rule, item: InventoryItem) -> None:
+    if item.role.scope == "text":
+        found = f"drops {item.spec.name}, which every model needs"
+        hint = "only visual and mtp can be dropped"
+        raise UsageError(_subject(recipe, rule), found, hint=hint)
 
 
 def _reason(recipe: str, rule: Rule, codec: Codec | None, item: InventoryItem) -> str:
@@ -159,7 +196,8 @@ def _reason(recipe: str, rule: Rule, codec: Codec | None, item: InventoryItem) -
     """
     if not item.changes:
         return rule.reason
-    kept = codec is None and rule.action == "keep" and is_packed(item.weight)
+    packed = is_packed(item.weight) and not isinstance(item.weight, ArrangedWeight)
+    kept = codec is None and rule.action == "keep" and packed
     fused = codec is not None and codec.surveys and codec.name == item.weight.storage
     if kept or fused:
         found = (
