@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen35.calibration.calibration_plan import CalibrationPlan
 from qwen35.display import size
 
-__all__ = ["coverage_text", "plan_json", "plan_text"]
+if TYPE_CHECKING:
+    from qwen35.calibration.draft_acceptance import DraftAcceptance
+
+__all__ = ["coverage_text", "draft_text", "plan_json", "plan_text"]
 
 _SHOWN = 12
 """Most experts named per line."""
@@ -20,6 +23,7 @@ def plan_text(plan: CalibrationPlan) -> str:
     rows = [
         ("text", f"{len(text.windows)} windows of {text.context} tokens, {text.left_over} unused"),
         ("compute", f"{plan.dtype}, {plan.batch} windows per batch, {len(plan.blocks)} blocks"),
+        *_apart_rows(plan),
         ("read", size(plan.read_bytes)),
         ("memory", f"{size(plan.peak_bytes)}, plus Python and its libraries:"),
         ("", f"{size(plan.layer_bytes)} for the largest layer, {size(plan.batch_bytes)} per batch"),
@@ -28,6 +32,12 @@ def plan_text(plan: CalibrationPlan) -> str:
         ("files", ", ".join(plan.file_names)),
     ]
     return "\n".join(f"{name:<9}{value}" for name, value in rows)
+
+
+def _apart_rows(plan: CalibrationPlan) -> list[tuple[str, str]]:
+    if not plan.sizes.wide:
+        return []
+    return [("", f"experts are read one by one, for {plan.sizes.wide} windows at a time")]
 
 
 def plan_json(plan: CalibrationPlan) -> Mapping[str, Any]:
@@ -46,6 +56,14 @@ def plan_json(plan: CalibrationPlan) -> Mapping[str, Any]:
         "read_bytes": plan.read_bytes,
         "files": list(plan.file_names),
     }
+
+
+def draft_text(draft: DraftAcceptance) -> str:
+    """Return the acceptance of drafted tokens in a line."""
+    return (
+        f"the MTP layer: {draft.accepted:,} of {draft.tokens:,} drafted tokens are the model's own "
+        f"choice ({draft.rate:.1%})"
+    )
 
 
 def coverage_text(coverage: Mapping[str, Any]) -> list[str]:

@@ -7,17 +7,20 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, Literal
 
-from qwen35.calibration.blocks import Block, blocks
-from qwen35.calibration.inputs import MTP, input_of
+from qwen35.calibration.inputs import input_of
 from qwen35.calibration.sums import FLOOR
 from qwen35.calibration.text_windows import TextWindows
+from qwen35.checkpoint.grafted import grafted_notes
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.reconciled import source_notes, take
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.display import size, size_rounded_up
+from qwen35.codecs.registry import is_lossy
 from qwen35.errors import InputError, UsageError
+from qwen35.forward.batch_size import PassSizes, pass_sizes
+from qwen35.forward.blocks import MTP, Block, blocks
 from qwen35.model.model_config import ModelConfig
 from qwen35.planning.gguf_files.imatrix import IMATRIX_NAME
 from qwen35.planning.gguf_files.mixes import quantizable
@@ -45,9 +48,6 @@ STATISTICS, IMATRIX, LEGACY, COVERAGE = (
     "coverage.json",
 )
 
-_BATCH_TOKENS = 2048
-"""Most tokens per batch, unless one window is longer."""
-
 _NUMBER_BYTES = 16
 """Upper bound for a number in the JSON file with its separator."""
 
@@ -61,12 +61,14 @@ class CalibrationRequest:
         floor: tokens below which an expert's statistics are topped up from its layer's.
         legacy: also write the older ``.dat`` form.
         memory: most bytes a run may take on top of the libraries; None for no limit.
+        draft: also measure how often what the MTP layer drafts is accepted.
     """
 
     dtype: Dtype = "auto"
     floor: int = FLOOR
     legacy: bool = False
     memory: int | None = None
+    draft: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class CalibrationPlan:
         request: the user's options.
         items: the checkpoint's weights.
         blocks: parts of the model in execution order; one is in memory at a time.
-        batch: windows per forward call.
+        sizes: what is in memory at a time.
         notes: for the user, on how the checkpoint was read.
     """
 
@@ -88,7 +90,7 @@ class CalibrationPlan:
     request: CalibrationRequest
     items: tuple[InventoryItem, ...]
     blocks: tuple[Block, ...]
-    batch: int
+    sizes: PassSizes
     notes: tuple[str, ...] = ()
 
     @property
@@ -113,13 +115,18 @@ class CalibrationPlan:
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of the largest block."""
-        return max(block.numel for block in self.blocks) * self.itemsize
+        """Bytes of the largest block, without experts that are read one by one."""
+        return self.sizes.layer
+
+    @property
+    def batch(self) -> int:
+        """Windows per forward call."""
+        return self.sizes.batch
 
     @property
     def batch_bytes(self) -> int:
         """Upper bound on a batch's bytes within a layer."""
-        return self.batch * workspace(self.config, self.text.context, self.itemsize)
+        return self.sizes.nbytes - self.sizes.layer
 
     @property
     def peak_bytes(self) -> int:
@@ -189,6 +196,7 @@ class CalibrationPlan:
             ],
             "files": self._mtimes(),
             "batch": self.batch,  # float sums depend on it
+            **({"wide": self.sizes.wide} if self.sizes.wide else {}),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -197,7 +205,10 @@ class CalibrationPlan:
         root = self.checkpoint.root
         if root is None:
             return {}
-        return {name: (root / name).stat().st_mtime_ns for name in self.checkpoint.file_sizes}
+        times = {name: (root / name).stat().st_mtime_ns for name in self.checkpoint.file_sizes}
+        donor = self.checkpoint.donor
+        files = map(donor.path_of, donor.file_sizes) if donor and donor.root else ()
+        return times | {path: Path(path).stat().st_mtime_ns for path in files}
 
 
 _ITEMSIZE = {"bfloat16": 2, "float32": 4}
@@ -222,7 +233,8 @@ def make_plan(
     original = checkpoint
     checkpoint, items = take(original, tower=False)
     config = checkpoint.config
-    if config.quantization is not None:
+    lossy = not original.adapters and any(map(is_lossy, original.weights))
+    if config.quantization is not None or lossy:
         raise InputError(
             checkpoint.name,
             "quantized",
@@ -230,29 +242,17 @@ def make_plan(
             hint="rounded weights would give the statistics of another model",
         )
     parts = tuple(blocks(items))
+    if request.draft and not any(block.name == MTP for block in parts):
+        found = f"{checkpoint.name} has no MTP layer"
+        raise UsageError("--draft", found, hint="take that of the original: --mtp-from MODEL")
     itemsize = _ITEMSIZE[_dtype(config, request.dtype)]
-    window = workspace(config, text.context, itemsize)
-    layer = max(block.numel for block in parts) * itemsize
-    # A batch takes at most half a layer's bytes, so that memory stays close to one layer.
-    batch = min(max(1, _BATCH_TOKENS // text.context), max(1, layer // 2 // window))
-    if request.memory is not None:
-        if layer + window > request.memory:
-            expected = f"at least {size_rounded_up(layer + window)}"
-            raise UsageError(f"--memory {size(request.memory)}", "too little", expected=expected)
-        batch = min(batch, (request.memory - layer) // window)
-    batch = min(batch, len(text.windows))
-    notes = tuple(source_notes(original, mtp=True, tower=False))
-    return CalibrationPlan(checkpoint, text, request, items, parts, batch, notes)
-
-
-def workspace(config: ModelConfig, context: int, itemsize: int) -> int:
-    """Return an upper bound on the bytes of one window within a layer.
-
-    Linear attention keeps about sixteen float32 copies of its value heads (transformers'
-    ``torch_chunk_gated_delta_rule``); a feed-forward layer keeps three inner vectors, one of them
-    in float32 for squaring.
-    """
-    dims = config.dims
-    heads = 16 * 4 * max(dims["linear_value"], dims["attention"])
-    inner = dims.get("ffn") or dims["expert_ffn"] + dims["shared_ffn"]
-    return context * (heads + inner * (3 * itemsize + 8) + dims["hidden"] * (6 * itemsize + 8))
+    sizes = pass_sizes(
+        parts,
+        config,
+        length=text.context,
+        count=len(text.windows),
+        itemsize=itemsize,
+        memory=request.memory,
+    )
+    notes = (*source_notes(original, mtp=True, tower=False), *grafted_notes(original))
+    return CalibrationPlan(checkpoint, text, request, items, parts, sizes, notes)

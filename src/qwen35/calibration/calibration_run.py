@@ -13,14 +13,16 @@ from qwen35.calibration.calibration_plan import (
     STATISTICS,
     CalibrationPlan,
 )
+from qwen35.calibration.calibration_stream import calibration_stream
+from qwen35.calibration.draft_acceptance import DraftAcceptance, acceptance
 from qwen35.calibration.imatrix_export import write_imatrix, write_legacy
-from qwen35.calibration.libraries import libraries
 from qwen35.calibration.states import CalibrationFolder, work_folder
 from qwen35.calibration.statistics_file import coverage, write_statistics
-from qwen35.calibration.stream import ForwardStream
 from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Reader
+from qwen35.display import size
+from qwen35.engines.torch_model import torch_and_transformers
 from qwen35.errors import UsageError
 from qwen35.planning.manifest import manifest_entries
 from qwen35.progress import Progress, Silent
@@ -46,11 +48,16 @@ class CalibrationResult:
         result: the files.
         coverage: tokens seen by each expert, and the experts below the floor; empty if dense.
         resumed: number of blocks taken over from an interrupted run.
+        draft: how often what the MTP layer drafts is accepted, if asked for.
     """
 
     result: StagedResult
     coverage: dict[str, Any]
     resumed: int
+    draft: DraftAcceptance | None = None
+
+    def __repr__(self) -> str:
+        return f"<CalibrationResult {self.result.out}: {size(self.result.nbytes)}>"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -60,6 +67,7 @@ class CalibrationResult:
             "sha256": self.result.hashes,
             "coverage": self.coverage,
             "resumed": self.resumed,
+            "draft": self.draft.to_json() if self.draft else None,
         }
 
 
@@ -69,7 +77,7 @@ def device_for(name: str) -> str:
     Raises:
         UsageError: there is no such device.
     """
-    torch, _ = libraries()
+    torch, _ = torch_and_transformers("calibrate")
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
@@ -111,9 +119,10 @@ def calibrate(
         InputError: a weight cannot be read, or an input holds NaN.
     """
     out = resolved(out)
-    check_output(out, source=plan.checkpoint.folder(), overwrite=overwrite)
+    source, donor = plan.checkpoint.location(), plan.checkpoint.donor_location()
+    check_output(out, source=source, overwrite=overwrite, donor=donor)
     device = device_for(device)
-    torch, _ = libraries()
+    torch, _ = torch_and_transformers("calibrate")
     if threads:
         torch.set_num_threads(threads)
     progress = progress or Silent()
@@ -128,13 +137,15 @@ def calibrate(
         progress.begin(f"calibrating {out.name}", plan.read_bytes)
         try:
             with work, Reader(plan.checkpoint) as reader:
-                ForwardStream(plan, work, reader, device, progress).run()
+                stream = calibration_stream(plan, work, reader, device, progress)
+                stream.run()
+                draft = acceptance(stream) if plan.request.draft else None
         finally:
             progress.end()
         expert_coverage = _coverage(plan, work)
         result = _write(plan, work, out, expert_coverage, overwrite=overwrite)
         work.remove()
-    return CalibrationResult(result, expert_coverage, resumed)
+    return CalibrationResult(result, expert_coverage, resumed, draft)
 
 
 def _coverage(plan: CalibrationPlan, work: CalibrationFolder) -> dict[str, Any]:

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.calibration.hooks import BlockSums, record_inputs
-from qwen35.calibration.inputs import HEAD
-from qwen35.calibration.libraries import libraries
 from qwen35.calibration.statistics_file import coverage, write_statistics
 from qwen35.calibration.sums import FLOOR, Sums
 from qwen35.checkpoint.locations import read_bounded
 from qwen35.checkpoint.reconciled import has_tower, take
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.engines.torch_model import MODEL_OPTIONS, NO_CODE
+from qwen35.engines.torch_model import MODEL_OPTIONS, NO_CODE, torch_and_transformers
 from qwen35.errors import InputError
+from qwen35.forward.blocks import HEAD
 from qwen35.planning.manifest import source_json
 from qwen35.progress import Progress
 from qwen35.version import __version__
@@ -96,7 +95,7 @@ def collect(
     Raises:
         InputError: an input is not finite.
     """
-    torch, transformers = libraries()
+    torch, transformers = torch_and_transformers("calibrate")
     folder, vision = checkpoint.folder(), has_tower(checkpoint)
     checkpoint, items = take(checkpoint, tower=False)
     kind = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"

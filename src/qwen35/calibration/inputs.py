@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from qwen35.forward.blocks import HEAD, MTP
 from qwen35.model.model_config import ModelConfig
 from qwen35.model.roles import Role
 
-__all__ = ["CACHED", "EXPERTS_IN", "EXPERTS_OUT", "HEAD", "HOOKED", "MTP", "Input", "input_of"]
+__all__ = ["CACHED", "EXPERTS_IN", "EXPERTS_OUT", "HOOKED", "Input", "input_of"]
 
 Input = tuple[str, str]
 """A block (``layers.3``, ``head``, ``mtp``) and the measured weight in it."""
-
-HEAD, MTP = "head", "mtp"
 
 EXPERTS_IN, EXPERTS_OUT = "mlp.experts.gate_proj", "mlp.experts.down_proj"
 

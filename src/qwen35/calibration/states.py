@@ -1,26 +1,15 @@
-"""Resumable state of a calibration: hidden states and sums on disk, block by block."""
+"""The work folder of a calibration, which keeps the sums of finished blocks too."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
-from qwen35.array_types import Array
 from qwen35.calibration.sums import Sums, load_sums, save_sums
-from qwen35.checkpoint.locations import read_bounded
-from qwen35.closing import Closing
-from qwen35.errors import InputError, OutputError
+from qwen35.forward.stream_folder import StreamFolder
 from qwen35.sinks.staging import os_errors
-from qwen35.sinks.work_folder import check_entries
 
 __all__ = ["CalibrationFolder", "work_folder"]
-
-_STATE = "state.json"
 
 
 def work_folder(out: Path) -> Path:
@@ -29,113 +18,14 @@ def work_folder(out: Path) -> Path:
     return absolute.with_name(f".{absolute.name}.calibrating")
 
 
-class CalibrationFolder(Closing):
-    """The work folder of one calibration: two files of hidden states, sums of finished blocks.
+class CalibrationFolder(StreamFolder):
+    """The hidden states of one calibration, and the sums of its finished blocks."""
 
-    A block reads one file and writes the other, so an interrupted block can be run again.
-
-    Args:
-        folder: created if missing.
-        digest: of the plan; only work with the same digest is resumed.
-        restart: discard work of another plan.
-
-    Attributes:
-        done: names of the finished blocks.
-
-    Raises:
-        OutputError: the folder holds work of another plan, or cannot be written.
-    """
-
-    def __init__(self, folder: Path, digest: str, *, restart: bool) -> None:
-        self.folder = folder
-        self._digest = digest
-        self._files: dict[int, int] = {}
-        with os_errors(folder):
-            self.done: list[str] = self._load_done(restart)
-            folder.mkdir(exist_ok=True)
-            if not self.done:
-                self._save()
-
-    def _load_done(self, restart: bool) -> list[str]:
-        if not os.path.lexists(self.folder):
-            return []
-        check_entries(self.folder)
-        try:
-            state = json.loads(read_bounded(self.folder / _STATE))
-            digest, done = state["plan"], [str(name) for name in state["done"]]
-        except (InputError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise OutputError(
-                str(self.folder), "is in the way and was not made by qwen35", hint="move it away"
-            ) from error
-        if digest == self._digest:
-            return done
-        if not restart:
-            raise OutputError(
-                str(self.folder),
-                f"holds an interrupted run of another plan ({len(done)} blocks done)",
-                hint="repeat that command, or give --overwrite to start again",
-            )
-        shutil.rmtree(self.folder)
-        return []
-
-    def _save(self) -> None:
-        new = self.folder / f"{_STATE}.new"
-        new.write_text(json.dumps({"plan": self._digest, "done": self.done}))
-        new.replace(self.folder / _STATE)  # atomic: a reader sees the old state or the new one
-
-    def close(self) -> None:
-        """Close the files; closing twice is harmless."""
-        for descriptor in self._files.values():
-            os.close(descriptor)
-        self._files.clear()
-
-    def finish(self, block: str, sums: Mapping[str, Sums]) -> None:
-        """Record a finished block: save its sums, flush its hidden states."""
+    def save(self, block: str, sums: Mapping[str, Sums]) -> None:
+        """Save the sums of a block, before it is listed as finished."""
         with os_errors(self.folder):
             save_sums(self.folder / f"{block}.npz", sums)
-            # The next block reads these states, so they must be on disk before the block is listed.
-            for descriptor in self._files.values():
-                os.fsync(descriptor)
-            self.done.append(block)
-            self._save()
 
     def sums(self, block: str) -> dict[str, Sums]:
         """Return the sums of a finished block."""
         return load_sums(self.folder / f"{block}.npz")
-
-    def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder)
-
-    def _file(self, number: int) -> int:
-        if number not in self._files:
-            path = self.folder / f"hidden-{number}.bin"
-            flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._files[number] = os.open(path, flags, 0o666)
-        return self._files[number]
-
-    def write(self, number: int, offset: int, data: memoryview) -> None:
-        """Write hidden states into file `number`, 0 or 1.
-
-        Raises:
-            OutputError: the disk is full.
-        """
-        with os_errors(self.folder):
-            while data:  # pwrite may write less than asked
-                count = os.pwrite(self._file(number), data, offset)
-                data, offset = data[count:], offset + count
-
-    def read(self, number: int, offset: int, count: int) -> Array:
-        """Return hidden states as uint8.
-
-        Raises:
-            OutputError: the file is too short.
-        """
-        buffer = np.empty(count, np.uint8)
-        view, done = buffer.data, 0
-        while done < count:
-            received = os.preadv(self._file(number), [view[done:]], offset + done)
-            if received == 0:
-                raise OutputError(str(self.folder), "was changed by another process")
-            done += received
-        return buffer

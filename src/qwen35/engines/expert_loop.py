@@ -6,14 +6,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["ExpertInput", "experts_in_turn"]
+__all__ = ["ExpertInput", "ExpertProduct", "experts_in_turn"]
 
 ExpertInput = Callable[[int, Any], Any]
 """Takes the number of an expert and an input of its, [tokens, width]; returns it, or another."""
 
+ExpertProduct = Callable[[int, str, Any, Any, Any], None]
+"""Takes the number of an expert, the name of a stack, the expert's matrix in it, an input, and
+their product."""
+
+
+def _unchanged(_: int, x: Any) -> Any:
+    return x
+
+
+def _unwatched(*_: Any) -> None:
+    pass
+
 
 @contextmanager
-def experts_in_turn(experts: Any, outer: ExpertInput, inner: ExpertInput) -> Iterator[None]:
+def experts_in_turn(
+    experts: Any,
+    outer: ExpertInput = _unchanged,
+    inner: ExpertInput = _unchanged,
+    watch: ExpertProduct = _unwatched,
+) -> Iterator[None]:
     """Run a fused experts module as a loop while the context is open.
 
     Hooks see only the input of the module, not each expert's share of it or the vectors between its
@@ -23,10 +40,11 @@ def experts_in_turn(experts: Any, outer: ExpertInput, inner: ExpertInput) -> Ite
         experts: the module.
         outer: what gate and up projections read.
         inner: what down projections read.
+        watch: called with each product.
     """
     attribute = "_old_forward" if hasattr(experts, "_old_forward") else "forward"
     original = vars(experts).get(attribute)
-    setattr(experts, attribute, _loop(experts, outer, inner))
+    setattr(experts, attribute, _loop(experts, outer, inner, watch))
     try:
         yield
     finally:
@@ -36,7 +54,7 @@ def experts_in_turn(experts: Any, outer: ExpertInput, inner: ExpertInput) -> Ite
             delattr(experts, attribute)
 
 
-def _loop(experts: Any, outer: ExpertInput, inner: ExpertInput) -> Any:
+def _loop(experts: Any, outer: ExpertInput, inner: ExpertInput, watch: ExpertProduct) -> Any:
     """Return a forward that computes the same as transformers' plain loop over experts.
 
     Source: transformers 5.23 ``Qwen3_5MoeExperts.forward``; the tests compare the outputs.
@@ -51,9 +69,15 @@ def _loop(experts: Any, outer: ExpertInput, inner: ExpertInput) -> Any:
                 continue
             rows, places = (chosen == expert).nonzero(as_tuple=True)
             x = outer(expert, hidden[rows])
-            gate, up = linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            matrix = experts.gate_up_proj[expert]
+            both = linear(x, matrix)
+            watch(expert, "gate_up_proj", matrix, x, both)
+            gate, up = both.chunk(2, dim=-1)
             between = inner(expert, experts.act_fn(gate) * up)
-            out = linear(between, experts.down_proj[expert]) * weights[rows, places, None]
+            matrix = experts.down_proj[expert]
+            product = linear(between, matrix)
+            watch(expert, "down_proj", matrix, between, product)
+            out = product * weights[rows, places, None]
             result.index_add_(0, rows, out.to(result.dtype))
         return result
 

@@ -18,6 +18,8 @@ from qwen35.tensors import Weight
 __all__ = [
     "Quantizers",
     "input_quantizers",
+    "layer_inputs",
+    "llama_inputs",
     "served_inputs",
     "simulated_inputs",
     "unknown_inputs",
@@ -50,6 +52,18 @@ def input_quantizers(checkpoint: Checkpoint) -> Quantizers:
         }
 
 
+def llama_inputs(checkpoint: Checkpoint) -> Quantizers:
+    """Return what llama.cpp on CPUs does to the inputs of the products of a GGUF model."""
+    tied = "embed_tokens" if checkpoint.config.tied else ""
+    roles = ((weight, role_of(weight.name)) for weight in checkpoint.weights)
+    with Reader(checkpoint) as reader:
+        return {
+            role: codec_of(weight).input_quantizer(reader, weight)
+            for weight, role in roles
+            if role.scope == "text" and (role.info.kind in LOADED or role.name == tied)
+        }
+
+
 def _chosen(checkpoint: Checkpoint) -> Iterator[tuple[Weight, Role]]:
     """Yield the weights of the text model whose layers quantize their inputs."""
     yield from ((weight, role) for weight, role, quantized in _packed(checkpoint) if quantized)
@@ -73,42 +87,56 @@ def _packed(checkpoint: Checkpoint) -> Iterator[tuple[Weight, Role, bool | None]
 
 @contextmanager
 def simulated_inputs(model: Any, quantizers: Quantizers) -> Iterator[None]:
-    """Quantize the inputs of layers of transformers' model while the context is open.
-
-    Gate and up projection of an expert read one input, as in servers: with the gate's quantizer.
-    """
+    """Quantize the inputs of layers of transformers' model while the context is open."""
     text = getattr(model.model, "language_model", model.model)
-    experts: dict[int | None, dict[str, InputQuantizer]] = defaultdict(dict)
+    layers: dict[int, dict[Role, InputQuantizer]] = defaultdict(dict)
     with ExitStack() as stack:
         for role, quantizer in quantizers.items():
-            if role.expert is not None:
-                leaf = role.name.rpartition(".")[2]
-                experts[role.layer][f"{role.expert}.{leaf}"] = quantizer
-                continue
-            handle = _module(model, text, role).register_forward_pre_hook(_hook(quantizer))
-            stack.callback(handle.remove)
-        for layer, own in experts.items():
-            outer, inner = _expert(own, "gate_proj", "up_proj"), _expert(own, "down_proj")
-            stack.enter_context(experts_in_turn(text.layers[layer].mlp.experts, outer, inner))
+            if role.layer is not None:
+                layers[role.layer][role] = quantizer
+            else:  # of the others, only the head is packed
+                _quantize(stack, model.get_output_embeddings(), quantizer)
+        for layer, own in layers.items():
+            stack.enter_context(layer_inputs(text.layers[layer], own))
         yield
 
 
-def _module(model: Any, text: Any, role: Role) -> Any:
-    """Return the module of a weight that is no expert's."""
-    if role.layer is None:  # of these, only the head is packed
-        return model.get_output_embeddings()
-    return text.layers[role.layer].get_submodule(role.info.name)
+@contextmanager
+def layer_inputs(layer: Any, quantizers: Quantizers) -> Iterator[None]:
+    """Quantize the inputs of the products of one decoder layer while the context is open.
+
+    Gate and up projection of an expert read one input, as in servers: with the gate's quantizer.
+    A quantizer of a whole stack is that of each expert.
+    """
+    experts: dict[str, InputQuantizer] = {}
+    with ExitStack() as stack:
+        for role, quantizer in quantizers.items():
+            leaf = role.name.rpartition(".")[2]
+            if role.expert is not None:
+                experts[f"{role.expert}.{leaf}"] = quantizer
+            elif role.info.place == "fused":
+                experts[leaf] = quantizer
+            else:
+                _quantize(stack, layer.get_submodule(role.info.name), quantizer)
+        if experts:
+            outer = _expert(experts, "gate_proj", "up_proj", "gate_up_proj")
+            inner = _expert(experts, "down_proj")
+            stack.enter_context(experts_in_turn(layer.mlp.experts, outer, inner))
+        yield
 
 
-def _hook(quantizer: InputQuantizer) -> Callable[[Any, tuple[Any, ...]], tuple[Any, ...]]:
-    return lambda _, arguments: (quantizer(arguments[0]), *arguments[1:])
+def _quantize(stack: ExitStack, module: Any, quantizer: InputQuantizer) -> None:
+    def hook(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return quantizer(arguments[0]), *arguments[1:]
+
+    stack.callback(module.register_forward_pre_hook(hook).remove)
 
 
 def _expert(quantizers: Mapping[str, InputQuantizer], *leaves: str) -> ExpertInput:
     """Return what the first of these matrices that is packed does to its input."""
 
     def read(expert: int, x: Any) -> Any:
-        names = (f"{expert}.{leaf}" for leaf in leaves)
+        names = [*(f"{expert}.{leaf}" for leaf in leaves), *leaves]
         chosen = next((name for name in names if name in quantizers), None)
         return x if chosen is None else quantizers[chosen](x)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.array_types import F32
+from qwen35.checkpoint.adapter_files import Adapter
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.reconciled import has_tower
 from qwen35.checkpoint.source import Checkpoint, open_place
 from qwen35.codecs.registry import codec_of
 from qwen35.engines.simulated_inputs import Quantizers, input_quantizers, simulated_inputs
 from qwen35.errors import InputError, UsageError
+from qwen35.planning.merged_source import with_adapters
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.planning.rules import Rule
@@ -52,6 +55,8 @@ def torch_and_transformers(what: str) -> tuple[Any, Any]:
         UsageError: one is not installed.
     """
     refuse_hub_kernels()
+    # Threads that spin while they wait for each other burn the time of a busy machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         import torch
         import transformers
@@ -85,6 +90,7 @@ class TorchModel:
 
     Args:
         folder: the checkpoint; decoded to a temporary folder if transformers cannot load it.
+        adapters: merged into it, in a temporary folder.
         exact: compute in float32, whatever its config says.
         device: to load it on.
 
@@ -100,10 +106,17 @@ class TorchModel:
         UsageError: transformers or torch is not installed.
     """
 
-    def __init__(self, folder: Path, *, exact: bool = False, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        adapters: Sequence[Adapter] = (),
+        exact: bool = False,
+        device: str = "cpu",
+    ) -> None:
         self._torch, transformers = torch_and_transformers(f"running {folder.name}")
         self._folder = folder
-        with _loadable(folder) as path:
+        with _loadable(folder, adapters) as path:
             self.decoded = path != folder
             self._load(path, transformers, exact=exact, device=device)
         self.model.eval()
@@ -162,13 +175,16 @@ class TorchModel:
 
 
 @contextmanager
-def _loadable(folder: Path) -> Iterator[Path]:
-    """Yield the folder, or a decoded copy if transformers cannot load one of its codecs."""
+def _loadable(folder: Path, adapters: Sequence[Adapter]) -> Iterator[Path]:
+    """Yield the folder, or a decoded copy: with adapters, or of codecs transformers cannot load."""
     checkpoint = _open_checkpoint(folder)
     # If we cannot read the folder, transformers' own error is the better one.
-    if checkpoint is None or all(codec_of(weight).loads for weight in checkpoint.weights):
+    if checkpoint is None or (
+        not adapters and all(codec_of(weight).loads for weight in checkpoint.weights)
+    ):
         yield folder
         return
+    checkpoint = with_adapters(checkpoint, adapters)
     with tempfile.TemporaryDirectory(prefix="qwen35-") as temporary:
         recipe = load_recipe(_DECODED)
         if checkpoint.config.architecture.vision and not has_tower(checkpoint):

@@ -1,0 +1,204 @@
+"""The forward pass: all windows of tokens through one block, then all through the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from qwen35.array_types import I32
+from qwen35.engines.expert_loop import experts_in_turn
+from qwen35.forward.batch_size import PassSizes
+from qwen35.forward.blocks import HEAD, MTP, Block
+from qwen35.forward.builder import Builder
+from qwen35.forward.stream_folder import StreamFolder
+from qwen35.progress import Progress
+
+__all__ = ["EMBEDDED", "ForwardStream", "Track", "mtp_states"]
+
+EMBEDDED = "embeddings"
+"""What is listed as done once the embeddings of all tokens are in a file."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """One way of running a model; several share each block while it is in memory.
+
+    Args:
+        name: of its files of hidden states.
+        around: called with a block and its module, surrounds the pass of all windows through it.
+    """
+
+    name: str = "hidden"
+    around: Callable[[Block, Any], AbstractContextManager[None]] = lambda _, __: nullcontext()
+
+    def file(self, number: int) -> str:
+        """Return the name of one of its files."""
+        return f"{self.name}-{number}"
+
+
+class ForwardStream:
+    """One run of a model over a text.
+
+    Args:
+        builder: of its modules.
+        blocks: to run, in order.
+        windows: [windows, length] token ids.
+        sizes: how many windows are computed together.
+        work: holds the hidden states.
+        progress: receives the bytes of each block.
+        tracks: the ways of running it.
+        ahead: read the next block while the current one computes; by default only on a GPU,
+            because two blocks are then in memory.
+        kept: keep the states before each block, in a file each; otherwise blocks alternate between
+            two files.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        blocks: Sequence[Block],
+        windows: I32,
+        sizes: PassSizes,
+        work: StreamFolder,
+        progress: Progress,
+        *,
+        tracks: Sequence[Track] = (Track(),),
+        ahead: bool | None = None,
+        kept: bool = False,
+    ) -> None:
+        self.builder, self.blocks, self.work = builder, blocks, work
+        self.windows, self._sizes = windows, sizes
+        self.torch = builder.torch
+        self._progress, self._tracks = progress, tracks
+        self._kept = kept
+        self._ahead = builder.device != "cpu" if ahead is None else ahead
+
+    @property
+    def current(self) -> int:
+        """Number of the files that the next block reads: 0 after the embeddings."""
+        return self._number(sum(block.name in self.work.done for block in self.blocks))
+
+    def _number(self, passed: int) -> int:
+        return passed if self._kept else passed % 2
+
+    def run(self) -> None:
+        """Run every unfinished block.
+
+        Raises:
+            InputError: a weight cannot be read.
+            OutputError: the disk is full.
+        """
+        with self.torch.inference_mode():
+            if EMBEDDED not in self.work.done:
+                self._embed()
+                self.work.finish(EMBEDDED)
+            left = [block for block in self.blocks if block.name not in self.work.done]
+            for block in self.blocks:
+                if block not in left:
+                    self._progress.advance(block.nbytes, block.name)
+            for block, module in self.builder.built(left, ahead=self._ahead):
+                for track in self._tracks:
+                    with track.around(block, module):
+                        self._pass(track, block, module)
+                self.work.finish(block.name)
+                del module
+                self._progress.advance(block.nbytes, block.name)
+
+    def _embed(self) -> None:
+        for start, ids in self.batches():
+            embedded = self.builder.embedded(ids)
+            for track in self._tracks:
+                self.store(track.file(0), start, embedded)
+
+    def _pass(self, track: Track, block: Block, module: Any) -> None:
+        if self.builder.apart and block.name not in (HEAD, MTP):
+            self._pass_apart(track, module)
+            return
+        number = self.current
+        for start, ids in self.batches():
+            states = self.load(track.file(number), start, len(ids))
+            if block.name == MTP:  # last, and reads the normed states that the head block wrote
+                embedded = self.builder.embedded(ids)
+                out = self._shifted(mtp_states(self.builder, module, states, embedded), states)
+            else:
+                arguments = {} if block.name == HEAD else self.builder.positions(states)
+                out = module(states, **arguments)
+            self.store(track.file(self._number(number + 1)), start, out)
+
+    def _shifted(self, drafted: Any, states: Any) -> Any:
+        """Return MTP's states at the positions of the states that predict the same tokens."""
+        out = self.torch.zeros_like(states)
+        out[:, states.shape[1] - drafted.shape[1] :] = drafted
+        return out
+
+    def _pass_apart(self, track: Track, module: Any) -> None:
+        """Run a layer in two parts: its experts, read one by one, get as many windows as fit."""
+        number, mlp = self.current, module.mlp
+        between = track.file(self._number(number + 1))
+        mlp.forward = self.torch.zeros_like  # the layer adds it to what attention computed
+        for start, ids in self.batches():
+            states = self.load(track.file(number), start, len(ids))
+            self.store(between, start, module(states, **self.builder.positions(states)))
+        del mlp.forward
+        replaced = "forward" in vars(mlp.experts)  # by what watches their inputs
+        with nullcontext() if replaced else experts_in_turn(mlp.experts):
+            for start, ids in self.batches(self._sizes.wide):
+                states = self.load(between, start, len(ids))
+                computed = mlp(module.post_attention_layernorm(states))
+                self.store(between, start, states + computed)
+
+    def batches(self, batch: int = 0) -> Iterator[tuple[int, I32]]:
+        """Yield the first window of each batch, and its token ids; of `sizes.batch` by default."""
+        batch = batch or self._sizes.batch
+        for start in range(0, len(self.windows), batch):
+            yield start, self.windows[start : start + batch]
+
+    @property
+    def _window_bytes(self) -> int:
+        size: int = self.builder.config.hidden_size * self.builder.dtype.itemsize
+        return int(self.windows.shape[1]) * size
+
+    def load(self, name: str, start: int, count: int) -> Any:
+        """Return the states of windows from a file, [count, length, hidden], on the device."""
+        data = self.work.read(name, start * self._window_bytes, count * self._window_bytes)
+        states = self.torch.from_numpy(data).view(self.builder.dtype)
+        return states.view(count, self.windows.shape[1], -1).to(self.builder.device)
+
+    def store(self, name: str, start: int, states: Any) -> None:
+        """Write the states of windows from `start` on."""
+        # As bytes: NumPy has no bfloat16.
+        flat = states.contiguous().cpu().view(-1).view(self.torch.uint8).numpy()
+        self.work.write(name, start * self._window_bytes, memoryview(flat))
+
+
+def mtp_states(builder: Builder, module: Any, states: Any, embedded: Any) -> Any:
+    """Run the multi-token-prediction (MTP) part, which transformers does not build.
+
+    The trunk's state at t (after its final norm) and the embedding of token t + 1 are normed,
+    concatenated (embedding first), projected by ``fc`` and run through a full-attention layer. Each
+    further layer takes the previous layer's state and the embedding one token later.
+    Source: vLLM ``qwen3_5_mtp.py``, llama.cpp 0c1e5709 ``src/models/qwen35.cpp`` (``graph_mtp``).
+
+    Args:
+        builder: computes the positions.
+        module: the MTP part, from `Builder.build`.
+        states: [rows, length, hidden] trunk states, normed.
+        embedded: [rows, length, hidden] token embeddings.
+
+    Returns:
+        [rows, length - layers, hidden], normed: the last layer's states.
+    """
+    for i, layer in enumerate(module["layers"]):
+        following = embedded[:, i + 1 :]
+        joined = builder.torch.cat(
+            [
+                module["pre_fc_norm_embedding"](following),
+                module["pre_fc_norm_hidden"](states[:, : following.shape[1]]),
+            ],
+            dim=-1,
+        )
+        mixed = module["fc"](joined)
+        states = module["norm"](layer(mixed, **builder.positions(mixed)))
+    return states
