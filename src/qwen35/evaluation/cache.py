@@ -12,6 +12,7 @@ logits. For smaller vocabularies 512 tokens are still kept.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,12 @@ def _decompressed(data: bytes, limit: int) -> bytes:
     return plain
 
 
-def cache_head(chunks: TokenChunks, vocabulary: int) -> dict[str, Any]:
+def cache_head(
+    chunks: TokenChunks, vocabulary: int, adapters: Sequence[object] = ()
+) -> dict[str, Any]:
     """Return the head of a cache of a model's predictions: what they depend on."""
-    return {
+    merged = {"adapters": list(adapters)} if adapters else {}
+    return merged | {
         "vocabulary": vocabulary,
         "context": chunks.context,
         "chunks": chunks.count,
@@ -192,12 +196,14 @@ class CacheFile:
         InputError: the cache is incomplete, or of another text.
     """
 
-    def __init__(self, path: Path, chunks: TokenChunks, vocabulary: int) -> None:
+    def __init__(
+        self, path: Path, chunks: TokenChunks, vocabulary: int, adapters: Sequence[object] = ()
+    ) -> None:
         self._path = path
         self._records = RecordFile(path, _MAGIC)
         self._scored, self._vocabulary = chunks.scored, vocabulary
-        expected, head = cache_head(chunks, vocabulary), self._records.head
-        for key, value in expected.items():
+        expected, head = cache_head(chunks, vocabulary, adapters), self._records.head
+        for key, value in ({"adapters": None} | expected).items():
             stored = head.get(key) if isinstance(head, dict) else None
             if stored != value:
                 self.close()
@@ -230,12 +236,15 @@ class CacheWriter:
         path: the finished file.
         chunks: the evaluation tokens.
         vocabulary: values in a row.
+        adapters: what the model's adapters do.
     """
 
-    def __init__(self, path: Path, chunks: TokenChunks, vocabulary: int) -> None:
+    def __init__(
+        self, path: Path, chunks: TokenChunks, vocabulary: int, adapters: Sequence[object] = ()
+    ) -> None:
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
-        self._records = RecordFile(self._partial, _MAGIC, cache_head(chunks, vocabulary))
+        self._records = RecordFile(self._partial, _MAGIC, cache_head(chunks, vocabulary, adapters))
 
     def resume(self, done: int) -> int:
         """Resume after at most `done` chunks; return the number of chunks kept."""

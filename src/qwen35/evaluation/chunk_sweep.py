@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +20,10 @@ from qwen35.evaluation.evaluation_job import EvaluationJob
 from qwen35.evaluation.kld_file import KldFile, KldWriter, kld_file_size
 from qwen35.evaluation.models import EvaluatedModel
 from qwen35.evaluation.records import RecordFile, check_kind
-from qwen35.evaluation.reference import ExactReference, Reference
-from qwen35.evaluation.runners import LogitsRunner, runner_of
+from qwen35.evaluation.reference import ChunkComparison, ExactReference, Reference
+from qwen35.evaluation.runners import LogitsRunner, loaded_models
+from qwen35.evaluation.served_candidate import ServedCandidate
+from qwen35.evaluation.streamed_models import streamed_models, streaming_folder
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.staging import check_space, locked, os_errors
 from qwen35.sinks.work_folder import open_ours
@@ -30,6 +34,10 @@ __all__ = ["check_state", "sweep"]
 
 _MAGIC = "qwen35 evaluation 1"
 _BASE_ROWS, _MODEL_ROWS = 2, 4
+
+
+_Runner = LogitsRunner | ServedCandidate
+_Runners = Callable[[EvaluatedModel], LogitsRunner]
 
 
 class _Writer(Protocol):
@@ -47,20 +55,18 @@ class _Source(Protocol):
 class _Running:
     """The base, run chunk by chunk."""
 
-    def __init__(self, job: EvaluationJob, device: str) -> None:
-        self._job = job
-        options = {"threads": job.threads, "device": device}
-        self._runner = runner_of(job.base, context=job.chunks.context, **options)  # type: ignore[arg-type]
+    def __init__(self, job: EvaluationJob, runner: LogitsRunner) -> None:
+        self._job, self._runner = job, runner
 
     def chunk(self, index: int) -> Reference:
         chunks = self._job.chunks
-        logits = self._runner.logits(chunks.inputs(index), chunks.first)
+        logits = self._runner.logits(chunks, index)
         reference = ExactReference(logits, chunks.targets(index), self._job.threads)
         _check(self._job.base, index, reference.nll)
         return reference
 
     def close(self) -> None:
-        self._runner.close()
+        """Leave the runner open: it is shared."""
 
 
 class _Results:
@@ -180,41 +186,67 @@ def sweep(
             done = min(done, writer.resume(done))
         results.cut(done)
         resumed = f", {done} chunks already measured" if done else ""
+        runners = stack.enter_context(ExitStack())
+        if done < job.chunks.count:
+            runner = _runners(job, models, device, state, progress, runners)
         progress.begin(f"evaluating{resumed}", job.chunks.count - done)
         try:
             if done < job.chunks.count:
-                _run(job, models, device, results, writers, progress)
+                _run(job, models, runner, results, writers, progress)
         finally:
             progress.end()
+        runners.close()
         with os_errors(job.request.kld_file or job.request.cache or Path()):
             for writer in writers:
                 writer.finish()
         values = np.stack(results.parts)
         results.remove()
+        if state is not None and job.stream is not None:
+            shutil.rmtree(streaming_folder(state), ignore_errors=True)
     return _series(values, len(models))
+
+
+def _runners(
+    job: EvaluationJob,
+    models: Sequence[EvaluatedModel],
+    device: str,
+    state: Path | None,
+    progress: Progress,
+    stack: ExitStack,
+) -> _Runners:
+    """Return what runs each model; streamed ones have gone through their layers."""
+    if job.stream is None:
+        context, threads = job.chunks.context, job.threads
+        return loaded_models(stack, context=context, threads=threads, device=device)
+    here = (model for model in models if model.engine != "server")
+    running = [*([] if job.reference_file else [job.base]), *here]
+    streamed = streamed_models(job.stream, running, job.chunks, device, state, progress)
+    return stack.enter_context(streamed)
 
 
 def _run(
     job: EvaluationJob,
     models: Sequence[EvaluatedModel],
-    device: str,
+    runner: _Runners,
     results: _Results,
     writers: Sequence[_Writer],
     progress: Progress,
 ) -> None:
     with ExitStack() as stack:
-        source = stack.enter_context(closing(_source(job, device)))
-        runners: dict[Path, LogitsRunner] = {}  # a model and its simulation share one
+        source = stack.enter_context(closing(_source(job, runner)))
+        served: dict[Path, ServedCandidate] = {}
+        for target in job.served:
+            candidate = ServedCandidate(target, job.decode)
+            served[target.model.path] = stack.enter_context(closing(candidate))
         for model in models:
-            context = job.chunks.context
-            if model.path not in runners:
-                runner = runner_of(model, context=context, threads=job.threads, device=device)
-                runners[model.path] = stack.enter_context(closing(runner))
+            if model.path not in served:
+                runner(model)  # all are loaded before anything is measured
         for index in range(len(results.parts), job.chunks.count):
             reference = source.chunk(index)
             rows: list[Any] = [reference.nll, reference.top]
             for model in models:
-                rows += _compare(job, model, runners[model.path], reference, index)
+                asked = served.get(model.path) or runner(model)
+                rows += _compare(job, model, asked, reference, index)
             # Writers before results: a chunk listed in the results is in every file.
             with os_errors(job.request.kld_file or job.request.cache or Path()):
                 for writer in writers:
@@ -227,18 +259,31 @@ def _run(
 def _compare(
     job: EvaluationJob,
     model: EvaluatedModel,
-    runner: LogitsRunner,
+    runner: _Runner,
     reference: Reference,
     index: int,
 ) -> Iterator[F64]:
-    chunks = job.chunks
-    logits = runner.logits(chunks.inputs(index), chunks.first, simulated=model.simulated)
-    result = reference.against(logits, chunks.targets(index), job.threads)
-    _check(model, index, result.nll + result.kld)
+    result = _compared(job, model, runner, reference, index)
     yield result.kld
     yield result.nll
     yield result.top.astype(np.float64)
     yield result.kld * 0 if result.bound is None else result.bound
+
+
+def _compared(
+    job: EvaluationJob,
+    model: EvaluatedModel,
+    runner: _Runner,
+    reference: Reference,
+    index: int,
+) -> ChunkComparison:
+    chunks = job.chunks
+    if isinstance(runner, ServedCandidate):
+        return runner.compare(reference, chunks, index)
+    logits = runner.logits(chunks, index, simulated=model.simulated)
+    result = reference.against(logits, chunks.targets(index), job.threads)
+    _check(model, index, result.nll + result.kld)
+    return result
 
 
 def _check(model: EvaluatedModel, index: int, values: F64) -> None:
@@ -250,19 +295,20 @@ def _check(model: EvaluatedModel, index: int, values: F64) -> None:
         )
 
 
-def _source(job: EvaluationJob, device: str) -> _Source:
+def _source(job: EvaluationJob, runner: _Runners) -> _Source:
     path = job.reference_file
     if path is None:
-        return _Running(job, device)
+        return _Running(job, runner(job.base))
     if path == job.request.kld_file:
         return KldFile(path)
-    return CacheFile(path, job.chunks, job.base.width)
+    return CacheFile(path, job.chunks, job.base.width, job.base.effects())
 
 
 def _writers(job: EvaluationJob, stack: ExitStack) -> Iterator[_Writer]:
     if job.reference_file is not None:
         return
-    for path, kind in ((job.request.kld_file, KldWriter), (job.request.cache, CacheWriter)):
+    cached = partial(CacheWriter, adapters=job.base.effects())
+    for path, kind in ((job.request.kld_file, KldWriter), (job.request.cache, cached)):
         if path is None:
             continue
         with os_errors(path):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from qwen35.evaluation.divergence import PERCENTILES, Comparison, Estimate
 from qwen35.evaluation.measured import ModelMeasurement
 from qwen35.evaluation.models import EvaluatedModel
+from qwen35.evaluation.served_speed import ServedSpeed
 
 __all__ = ["table"]
 
@@ -53,6 +54,13 @@ _SPEED_ROWS: tuple[tuple[str, Callable[[ModelMeasurement], str]], ...] = (
 )
 
 
+_SERVED_ROWS: tuple[tuple[str, Callable[[ServedSpeed], str]], ...] = (
+    ("First token, s: 50, 90, 99 %", lambda s: " / ".join(f"{v:.3f}" for v in s.first)),
+    ("Prompt, tokens/s", lambda s: f"{s.prompt:.1f}"),
+    ("Generation, tokens/s", lambda s: f"{s.generation:.1f}"),
+)
+
+
 def table(
     base: EvaluatedModel, perplexity: Estimate, candidates: Sequence[ModelMeasurement]
 ) -> tuple[list[str], list[list[str]]]:
@@ -70,7 +78,20 @@ def table(
     if any(m.comparison.bound for m in candidates):
         cells = [f"{m.comparison.bound:.6f}" for m in candidates]
         rows.insert(1, ["Mean KLD, higher by at most", *cells])
-    rows.append(["Bytes", *(f"{m.model.nbytes:,}" for m in candidates)])
+    rows.append(["Bytes", *(f"{m.model.nbytes:,}" if m.model.nbytes else "-" for m in candidates)])
     if any(m.speed for m in candidates):
         rows += [[name, *(cell(m) for m in candidates)] for name, cell in _SPEED_ROWS]
+    rows += _served_rows(candidates)
     return ["KLD metric", *(m.model.name for m in candidates)], rows
+
+
+def _served_rows(candidates: Sequence[ModelMeasurement]) -> list[list[str]]:
+    """Return a row for each figure of speed and each number of requests at once."""
+    counts = sorted({speed.at_once for m in candidates for speed in m.served_speed})
+    rows = []
+    for count in counts:
+        found = [{s.at_once: s for s in m.served_speed}.get(count) for m in candidates]
+        many = f"{count} at once" if count > 1 else "one request"
+        for name, cell in _SERVED_ROWS:
+            rows.append([f"{name} ({many})", *(cell(s) if s else "-" for s in found)])
+    return rows

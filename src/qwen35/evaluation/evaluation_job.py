@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from qwen35.checkpoint.adapter_files import Adapter
+from qwen35.display import size
 from qwen35.errors import InputError, UsageError
 from qwen35.evaluation.cache import CacheFile, cache_size
 from qwen35.evaluation.kld_file import KldFile, kld_file_size
@@ -17,6 +19,8 @@ from qwen35.evaluation.models import (
     open_candidates,
 )
 from qwen35.evaluation.runners import running_memory
+from qwen35.evaluation.served_candidate import ServedTarget, open_served
+from qwen35.evaluation.stream_plan import StreamPlan, plan_stream, simulations, streamed_model
 from qwen35.evaluation.text_chunks import (
     CONTEXT,
     Decode,
@@ -26,6 +30,7 @@ from qwen35.evaluation.text_chunks import (
     tokenize,
     tokenizer_of,
 )
+from qwen35.serving.endpoint import Endpoint
 from qwen35.threads import default_threads
 
 __all__ = ["EvaluationJob", "EvaluationRequest", "prepare"]
@@ -38,6 +43,7 @@ class EvaluationRequest:
     Args:
         base: folder, Hub id or GGUF file of the unquantized model.
         candidates: folders, Hub ids, GGUF files, folders of them, ``hf:owner/name/path`` of one.
+        adapters: merged into the base.
         text: the evaluation text; optional if `kld_file` exists.
         context: tokens per chunk; 0 for the default, or that of an existing `kld_file`.
         chunks: most chunks; 0 for the whole text.
@@ -50,6 +56,9 @@ class EvaluationRequest:
         cache: the same in compact form.
         memory: most bytes to use; 0 for no limit.
         simulate: whether candidates whose inputs servers quantize are measured with that too.
+        endpoints: servers with more candidates, each with the model's name there, if given.
+        llama_inputs: whether GGUF candidates are measured with the inputs that llama.cpp has too.
+        streamed: whether models run layer by layer, whatever memory there is.
         token: for the Hub.
     """
 
@@ -65,6 +74,10 @@ class EvaluationRequest:
     cache: Path | None = None
     memory: int = 0
     simulate: bool = True
+    adapters: Sequence[Adapter] = ()
+    endpoints: tuple[tuple[Endpoint, str | None], ...] = ()
+    llama_inputs: bool = False
+    streamed: bool = False
     token: str | None = field(default=None, repr=False)
 
 
@@ -75,7 +88,7 @@ class EvaluationJob:
     Args:
         request: the user's options.
         base: the unquantized model.
-        candidates: the models compared with it.
+        candidates: the models compared with it; those that servers run come last.
         floors: the unquantized model in engines that the base does not run in.
         floor_to_make: whether a GGUF file of the base must be written for the noise floor.
         text: the evaluation text, if given.
@@ -83,6 +96,8 @@ class EvaluationJob:
         decode: decodes token ids with the base's tokenizer.
         threads: for engines and statistics.
         reference_file: the existing file read instead of running the base, if any.
+        served: the candidates that servers run.
+        stream: how models run layer by layer; None if they run in memory.
     """
 
     request: EvaluationRequest
@@ -95,16 +110,20 @@ class EvaluationJob:
     decode: Decode
     threads: int
     reference_file: Path | None
+    served: tuple[ServedTarget, ...] = ()
+    stream: StreamPlan | None = None
 
     @property
     def simulations(self) -> tuple[EvaluatedModel, ...]:
         """The candidates whose inputs servers quantize, run so; each runs in one model with its."""
-        chosen = self.candidates if self.request.simulate else ()
-        return tuple(model.simulation for model in chosen if model.simulable)
+        servers, llama = self.request.simulate, self.request.llama_inputs
+        return simulations(self.candidates, servers=servers, llama=llama)
 
     @property
     def memory(self) -> int:
         """Upper estimate of peak memory in bytes."""
+        if self.stream is not None:
+            return _INTERPRETER + self.stream.memory + self.results
         running = [*self.candidates, *self.floors]
         if self.reference_file is None:
             running.append(self.base)
@@ -115,8 +134,14 @@ class EvaluationJob:
 
     @property
     def temporary(self) -> int:
-        """Approximate bytes of the GGUF file written for the noise floor."""
-        return self.base.nbytes if self.floor_to_make else 0
+        """Approximate bytes of temporary files: the merged base, and one for the noise floor."""
+        return self.base.nbytes * (self.merged + self.floor_to_make)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base is written with its adapters, to be loaded."""
+        in_memory = self.stream is None and self.reference_file is None
+        return bool(self.base.adapters) and in_memory
 
     @property
     def writes(self) -> dict[Path, int]:
@@ -151,11 +176,14 @@ def prepare(request: EvaluationRequest) -> EvaluationJob:
     """
     if request.kld_file is not None and request.cache is not None:
         raise UsageError("--cache", "given with --kl-divergence-base", hint="one of them is enough")
-    base = open_base(request.base, token=request.token)
+    alone = not (request.candidates or request.kld_file or request.cache)
+    base = open_base(request.base, adapters=request.adapters, token=request.token, alone=alone)
     candidates = open_candidates(request.candidates, token=request.token)
     floors, to_make = _floors(request, base, candidates)
     for model in (*candidates, *floors):
         check_same_tokens(model, base)
+    served = open_served(request.endpoints, base)
+    candidates = [*candidates, *(target.model for target in served)]
     text = None if request.text is None else read_text(request.text)
     encode, decode = tokenizer_of(base)
     reference = next(
@@ -173,24 +201,67 @@ def prepare(request: EvaluationRequest) -> EvaluationJob:
         chunks = TokenChunks(chunks.ids[: request.chunks])
     threads = request.threads or default_threads()
     job = EvaluationJob(
-        request, base, tuple(candidates), floors, to_make, text, chunks, decode, threads, reference
+        request,
+        base,
+        tuple(candidates),
+        floors,
+        to_make,
+        text,
+        chunks,
+        decode,
+        threads,
+        reference,
+        tuple(served),
     )
     if reference is not None and reference == request.cache:
-        CacheFile(reference, chunks, base.width).close()  # check it before anything runs
-    if request.memory and job.memory > request.memory:
-        raise UsageError(
-            "--memory",
-            f"{request.memory / 1e9:.2f} GB",
-            expected=f"{job.memory / 1e9:.2f} GB",
-            hint="give fewer candidates at a time, with --cache",
-        )
+        # Check it before anything runs.
+        CacheFile(reference, chunks, base.width, base.effects()).close()
+    return _fitting(job)
+
+
+def _fitting(job: EvaluationJob) -> EvaluationJob:
+    """Return the job with models that run layer by layer, if that is asked or they do not fit."""
+    request = job.request
+    if request.streamed or (request.memory and job.memory > request.memory):
+        return _streamed(job)
+    if request.llama_inputs:
+        found = "models run in memory, and GGUF files in llama.cpp itself"
+        raise UsageError("--simulate llama.cpp", found, hint="give --streamed")
     return job
+
+
+def _streamed(job: EvaluationJob) -> EvaluationJob:
+    """Return the job with models that run layer by layer, which needs no noise floor.
+
+    Raises:
+        UsageError: options do not fit that, or even that takes too much memory.
+    """
+    request, base = job.request, job.base
+    if request.unquantized is not None:
+        found = "given, but all models run in one engine, layer by layer"
+        hint = "leave it out" if request.streamed else "give --streamed instead"
+        raise UsageError("--unquantized", found, hint=hint)
+    why = ""
+    if not request.streamed:
+        why = f"in memory, models would take {size(job.memory)}, --memory is {size(request.memory)}"
+    here = [model for model in job.candidates if model.engine != "server"]
+    candidates = (*map(streamed_model, here), *(target.model for target in job.served))
+    job = replace(
+        job, base=streamed_model(base), candidates=candidates, floors=(), floor_to_make=False
+    )
+    if request.llama_inputs and not any(model.single for model in candidates):
+        raise UsageError("--simulate llama.cpp", "no candidate is a GGUF file", hint="leave it out")
+    running = len(here) + len(job.simulations) + (job.reference_file is None)
+    limits = {"fixed": _INTERPRETER + job.results, "memory": request.memory}
+    return replace(job, stream=plan_stream(base, job.chunks, running, why=why, **limits))
 
 
 def _floors(
     request: EvaluationRequest, base: EvaluatedModel, candidates: Sequence[EvaluatedModel]
 ) -> tuple[tuple[EvaluatedModel, ...], bool]:
     """Return the models of the noise floor, and whether one must be made from the base."""
+    if request.streamed:
+        return (), False
     others: set[Engine] = {c.engine for c in candidates} - {base.engine}
     if request.unquantized is not None:
         model = open_base(request.unquantized, token=request.token)

@@ -11,18 +11,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.open import fetch
 from qwen35.errors import UsageError
+from qwen35.evaluation.along_text import Passage, along, passage_klds, typical_passage
 from qwen35.evaluation.chunk_sweep import sweep
 from qwen35.evaluation.divergence import Series, compare_series, perplexity
 from qwen35.evaluation.evaluation_job import EvaluationJob, EvaluationRequest, prepare
 from qwen35.evaluation.evaluation_report import EvaluationReport
 from qwen35.evaluation.measured import ModelMeasurement, distribution, front, worst
 from qwen35.evaluation.models import EvaluatedModel, open_base
+from qwen35.evaluation.served_candidate import at_asked
+from qwen35.evaluation.served_speed import ServedSpeed, measure_served
 from qwen35.evaluation.speed import Speed, measure_speed
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.progress import Progress
+from qwen35.serving.server_client import ServerClient
 from qwen35.version import __version__
 from qwen35.writing.write import write
 
@@ -68,29 +71,40 @@ def run(
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Run a prepared evaluation; arguments and errors as for `evaluate`."""
+    if speed and job.stream is not None:
+        found = "measures llama.cpp, but models run layer by layer"
+        raise UsageError("--speed", found, hint="leave it out, or give more --memory")
     device = _device(job)
     with _floor(job) as written:
         floors = (*job.floors, *written)
         models = (*job.candidates, *job.simulations, *floors)
         base, series = sweep(job, models, device=device, state=state, progress=progress)
         speeds = _speeds(job, floors) if speed else {}
-    rows = [_measured(job, *pair, base, speeds) for pair in zip(models, series, strict=True)]
+        served_speeds = _served_speeds(job) if speed else {}
+    passage = typical_passage(base, job.chunks, job.decode)
+    rows = [
+        _measured(job, *pair, base, passage, speeds) for pair in zip(models, series, strict=True)
+    ]
+    rows = [replace(row, served_speed=served_speeds.get(row.model.name, ())) for row in rows]
     count = len(job.candidates)
     candidates, rest = rows[:count], rows[count:]
-    on_front = front(
-        [row.model.nbytes for row in candidates], [row.comparison.kld.value for row in candidates]
-    )
+    sized = [row for row in candidates if row.model.nbytes]
+    klds = [row.comparison.kld.value for row in sized]
+    on_front = iter(front([row.model.nbytes for row in sized], klds))
     return EvaluationReport(
         base=job.base,
         base_perplexity=perplexity(base.nll),
-        candidates=[replace(r, front=f) for r, f in zip(candidates, on_front, strict=True)],
+        candidates=[replace(r, front=bool(r.model.nbytes) and next(on_front)) for r in candidates],
         simulations=rest[: len(job.simulations)],
         floors=rest[len(job.simulations) :],
         chunks=job.chunks,
         text=job.text,
+        passage=passage,
         reference=_reference(job),
         device=device,
         versions=_versions(),
+        served={target.model.name: target.to_json() for target in job.served},
+        stream=job.stream,
     )
 
 
@@ -99,14 +113,19 @@ def _measured(
     model: EvaluatedModel,
     series: Series,
     base: Series,
+    passage: Passage,
     speeds: Mapping[str, Speed],
 ) -> ModelMeasurement:
+    mine = at_asked(base, series) if model.engine == "server" else (base, series)
     return ModelMeasurement(
         model=model,
-        comparison=compare_series(base, series),
-        distribution=distribution(series),
+        comparison=compare_series(*mine),
+        scored=mine[1].nll.size,
+        distribution=distribution(mine[1]),
         worst=worst(base, series, job.chunks, job.decode),
         speed=speeds.get(model.name),
+        along=along(series),
+        passage=passage_klds(series, passage),
     )
 
 
@@ -119,7 +138,7 @@ def _reference(job: EvaluationJob) -> str:
 def _device(job: EvaluationJob) -> str:
     """Return the device for transformers; empty if it does not run."""
     running = [*job.candidates, *job.floors, *([] if job.reference_file else [job.base])]
-    if all(model.engine != "transformers" for model in running):
+    if all(model.engine == "llama.cpp" for model in running):
         return ""
     import torch  # late: llama.cpp alone does without
 
@@ -142,8 +161,9 @@ def _floor(job: EvaluationJob) -> Iterator[tuple[EvaluatedModel, ...]]:
         yield ()
         return
     with tempfile.TemporaryDirectory(prefix="qwen35-") as folder:
-        checkpoint = fetch(str(job.base.path))
-        plan = make_plan(checkpoint, load_recipe("mix", "gguf"), types=("F16",), drop_mtp=True)
+        plan = make_plan(
+            job.base.checkpoint(), load_recipe("mix", "gguf"), types=("F16",), drop_mtp=True
+        )
         out = write(plan, Path(folder) / "floor", keep=False, threads=job.threads).out
         model = open_base(str(out / plan.files[0].name))
         yield (replace(model, name=f"{job.base.name} in llama.cpp", plan=None, sha256=None),)
@@ -152,9 +172,20 @@ def _floor(job: EvaluationJob) -> Iterator[tuple[EvaluatedModel, ...]]:
 def _speeds(job: EvaluationJob, floors: Sequence[EvaluatedModel]) -> Mapping[str, Speed]:
     ggufs = [model for model in job.candidates if model.engine == "llama.cpp"]
     exact = [model for model in (job.base, *floors) if model.engine == "llama.cpp"]
+    if not ggufs and job.served:
+        return {}
     if not ggufs:
-        raise UsageError("--speed", "no candidate is a GGUF file", hint="leave it out")
+        hint = "give GGUF files or an --endpoint, or leave it out"
+        raise UsageError("--speed", "no candidate is a GGUF file", hint=hint)
     return measure_speed(ggufs, exact[0], job.threads)
+
+
+def _served_speeds(job: EvaluationJob) -> Mapping[str, Sequence[ServedSpeed]]:
+    speeds = {}
+    for target in job.served:
+        with ServerClient(target.endpoint) as client:
+            speeds[target.model.name] = measure_served(client, target.served)
+    return speeds
 
 
 def _versions() -> dict[str, str]:

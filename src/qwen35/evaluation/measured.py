@@ -10,6 +10,7 @@ import numpy as np
 
 from qwen35.evaluation.divergence import Comparison, Series
 from qwen35.evaluation.models import EvaluatedModel
+from qwen35.evaluation.served_speed import ServedSpeed
 from qwen35.evaluation.speed import Speed
 from qwen35.evaluation.text_chunks import Decode, TokenChunks
 
@@ -63,6 +64,11 @@ class ModelMeasurement:
         worst: the tokens that diverge most from the base.
         speed: on this machine, if requested.
         front: whether it is on the Pareto front of size and divergence.
+        scored: tokens that were compared.
+        served_speed: of the server that runs it, if requested.
+        along: mean divergence of each window of the text, in nats.
+        passage: divergence of each token of the report's passage, in nats; None where it was not
+            compared.
     """
 
     model: EvaluatedModel
@@ -71,6 +77,10 @@ class ModelMeasurement:
     worst: Sequence[WrongToken]
     speed: Speed | None = None
     front: bool = False
+    scored: int = 0
+    served_speed: Sequence[ServedSpeed] = ()
+    along: Sequence[float] = ()
+    passage: Sequence[float | None] = ()
 
 
 def distribution(series: Series) -> list[int]:
@@ -83,7 +93,8 @@ def distribution(series: Series) -> list[int]:
 def worst(base: Series, series: Series, chunks: TokenChunks, decode: Decode) -> list[WrongToken]:
     """Return the tokens with the largest divergences, largest first."""
     assert series.kld is not None
-    order = np.argsort(-series.kld, axis=None, kind="stable")[:_WORST]
+    compared = int(np.isfinite(series.kld).sum())  # others come last
+    order = np.argsort(-series.kld, axis=None, kind="stable")[: min(_WORST, compared)]
     tokens = []
     for chunk, row in zip(*np.unravel_index(order, series.kld.shape), strict=True):
         ids = [int(i) for i in chunks.ids[chunk]]

@@ -8,19 +8,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from qwen35.checkpoint.adapter_files import Adapter
 from qwen35.checkpoint.gguf_header import GgufHeader, GgufTensor
 from qwen35.checkpoint.gguf_parts import read_model
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import fetch, gguf_files
+from qwen35.checkpoint.reconciled import take
+from qwen35.checkpoint.source import Checkpoint
 from qwen35.checkpoint.split_gguf import title_of
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.ggml.codec import codec_name
 from qwen35.codecs.registry import CODECS, codec_of, is_packed
 from qwen35.engines.simulated_inputs import served_inputs, unknown_inputs
-from qwen35.errors import InputError
+from qwen35.errors import InputError, UsageError
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 from qwen35.planning.gguf_files.vocabulary import read_vocabulary
 from qwen35.planning.manifest import quantized_source, read_manifest
+from qwen35.planning.merged_source import with_adapters
+from qwen35.planning.sources import open_source
 from qwen35.tensors import Weight
 
 __all__ = [
@@ -32,7 +37,7 @@ __all__ = [
     "open_candidates",
 ]
 
-Engine = Literal["llama.cpp", "transformers"]
+Engine = Literal["llama.cpp", "transformers", "transformers (streamed)", "server"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class EvaluatedModel:
         unknown_inputs: whether they do it in a way that cannot be simulated.
         simulated: whether it is run so.
         others: the other files of a split GGUF model.
+        adapters: merged into it when it is loaded.
+        tokenizer_folder: holds its tokenizer.
     """
 
     name: str
@@ -99,6 +106,22 @@ class EvaluatedModel:
     unknown_inputs: bool = False
     simulated: bool = False
     others: tuple[Path, ...] = ()
+    adapters: tuple[Adapter, ...] = ()
+    tokenizer_folder: Path = Path()
+
+    @property
+    def single(self) -> bool:
+        """Whether it is a GGUF file, or the first of several."""
+        return self.path.is_file()
+
+    @property
+    def loaded_as(self) -> tuple[Path, bool]:
+        """What a model shares with its simulation; the base may have adapters."""
+        return self.path, bool(self.adapters)
+
+    def checkpoint(self) -> Checkpoint:
+        """Open it, with its adapters; a GGUF model is read as a checkpoint."""
+        return with_adapters(open_source(self.path), self.adapters)
 
     @property
     def simulation(self) -> EvaluatedModel:
@@ -117,24 +140,42 @@ class EvaluatedModel:
 
     def identity(self) -> list[object]:
         """Return what changes with its files: name, size and modification time of each."""
-        single = self.path.is_file()
-        files = [self.path, *self.others] if single else sorted(self.path.glob("*.safetensors"))
+        files = (
+            [self.path, *self.others] if self.single else sorted(self.path.glob("*.safetensors"))
+        )
         rows = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-        return [self.name, self.engine, rows]
+        return [self.name, self.engine, rows, *self.effects()]
+
+    def effects(self) -> list[object]:
+        """Return what its adapters do, for comparison."""
+        return [adapter.effect_json() for adapter in self.adapters]
 
 
-def open_base(source: str, *, token: str | None = None) -> EvaluatedModel:
-    """Open BASE: a checkpoint, or one GGUF file.
+def open_base(
+    source: str,
+    *,
+    adapters: Sequence[Adapter] = (),
+    token: str | None = None,
+    alone: bool = False,
+) -> EvaluatedModel:
+    """Open BASE: a checkpoint, which adapters may change, or one GGUF file.
+
+    Args:
+        source: as the user named it.
+        adapters: what changes the checkpoint's weights.
+        token: for the Hub.
+        alone: whether nothing is compared with it, so that it may be quantized.
 
     Raises:
         InputError: it is quantized, or not a model.
+        UsageError: adapters are given with a GGUF file.
         HubError: the Hub refused, or was not reached.
     """
-    models = _open(source, token)
+    models = _open(source, token, adapters)
     if len(models) > 1:
         names = ", ".join(model.path.name for model in models)
         raise InputError(source, f"{len(models)} models in it ({names})", hint="name one as BASE")
-    if not models[0].exact:
+    if not models[0].exact and not alone:
         raise InputError(
             models[0].name,
             f"stored as {models[0].stored}",
@@ -205,17 +246,23 @@ def check_same_tokens(candidate: EvaluatedModel, base: EvaluatedModel) -> None:
         )
 
 
-def _open(source: str, token: str | None) -> list[EvaluatedModel]:
+def _open(source: str, token: str | None, adapters: Sequence[Adapter] = ()) -> list[EvaluatedModel]:
     located = gguf_files(source, token=token)
     if located is None:
-        return [_checkpoint(source, token)]
+        return [_checkpoint(with_adapters(fetch(source, token=token), adapters))]
+    if adapters:
+        hint = "give the checkpoint that it was made from"
+        raise UsageError("--adapter", "given with a GGUF file as BASE", hint=hint)
     files = located.fetch(token)
     # A folder may also hold importance matrices and vision projectors, which have another type,
     # and an MTP layer alone, on which llama.cpp crashes as on a model of its own.
     containers = [one for n in files.models if not (one := read_model(files, n)).mtp_alone]
     models = [_gguf(c) for c in containers if c.keys.get("general.type", "model") == "model"]
     if not models:
-        raise InputError(source, "no language model in it", expected="GGUF files of Qwen3.5")
+        adapter = any(container.is_adapter for container in containers)
+        hint = "merge the adapter: evaluate MODEL --adapter DIR" if adapter else ""
+        expected = "GGUF files of Qwen3.5"
+        raise InputError(source, "no language model in it", expected=expected, hint=hint)
     return models
 
 
@@ -255,20 +302,26 @@ def _codec(entry: GgufTensor) -> Codec:
     return CODECS[codec_name(entry.kind.name)]
 
 
-def _checkpoint(source: str, token: str | None) -> EvaluatedModel:
-    checkpoint = fetch(source, token=token)
+def _checkpoint(checkpoint: Checkpoint) -> EvaluatedModel:
     folder = checkpoint.folder()
     packed = [weight for weight in checkpoint.weights if is_packed(weight)]
     width = checkpoint.config.dims["vocab"]
-    vocabulary = read_vocabulary(folder, width)
+    tokenizer = _tokenizer_folder(checkpoint)
+    vocabulary = read_vocabulary(tokenizer, width)
     manifest = read_manifest(LocalFolder(folder))
-    name = checkpoint.title
+    merged = checkpoint.adapters
+    if merged:
+        take(checkpoint, tower=False)  # adapters that do not fit are refused before anything runs
+    onto = f" (as {merged[0].onto})" if merged and merged[0].onto else ""
+    name = " + ".join([checkpoint.title + onto, *(adapter.weighted_title for adapter in merged)])
     return EvaluatedModel(
         name=name,
         path=folder,
         engine="transformers",
-        stored=min((codec_of(w).label for w in packed), default=checkpoint.config.dtype),
-        exact=not packed,
+        stored=min(
+            (codec_of(w).label for w in packed if not merged), default=checkpoint.config.dtype
+        ),
+        exact=not packed or bool(merged),  # merging decodes
         nbytes=sum(checkpoint.file_sizes.values()),
         loaded=sum(map(_in_memory, checkpoint.weights)),
         tokenizer=TokenizerIdentity(
@@ -278,7 +331,16 @@ def _checkpoint(source: str, token: str | None) -> EvaluatedModel:
         decoded=quantized_source(manifest),
         served_inputs=served_inputs(checkpoint),
         unknown_inputs=unknown_inputs(checkpoint),
+        adapters=merged,
+        tokenizer_folder=tokenizer,
     )
+
+
+def _tokenizer_folder(checkpoint: Checkpoint) -> Path:
+    """Return the folder of an adapter that has a tokenizer, or the checkpoint's."""
+    needed = {"tokenizer.json", "tokenizer_config.json"}
+    roots = (adapter.root for adapter in checkpoint.adapters if needed <= adapter.files.keys())
+    return next(roots, checkpoint.folder())
 
 
 def _in_memory(weight: Weight) -> int:

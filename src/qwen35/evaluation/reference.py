@@ -59,6 +59,12 @@ class Reference(Protocol):
     def against(self, logits: F32, targets: I64, threads: int) -> ChunkComparison:
         """Compare a candidate's logits, [n, v]."""
 
+    def of(self, row: int, ids: I64) -> F64:
+        """Return the log probabilities of tokens in a row, [len(ids)]; NaN where unknown."""
+
+    def spread(self, row: int) -> tuple[float, float]:
+        """Return the sum of p log p of a row, and the log probability of its least likely token."""
+
 
 def normalize(logits: F32, targets: I64, threads: int) -> tuple[F64, F64, I64]:
     """Return log-sum-exp, negative log probability of the target, and top token; all [n]."""
@@ -100,6 +106,19 @@ class ExactReference:
         _spread(threads, logit_kernels.compare, self.logits, self.total, logits, total, kld)
         return ChunkComparison(nll, top, kld)
 
+    def of(self, row: int, ids: I64) -> F64:
+        """Return the log probabilities of tokens in a row, [len(ids)]."""
+        found: F64 = self.logits[row, ids].astype(np.float64) - self.total[row]
+        return found
+
+    def spread(self, row: int) -> tuple[float, float]:
+        """Return the sum of p log p of a row, and the log probability of its least likely token."""
+        return _spread_of(self.logits[row].astype(np.float64) - self.total[row])
+
+
+def _spread_of(log_p: F64) -> tuple[float, float]:
+    return float((np.exp(log_p) * log_p).sum()), float(log_p.min())
+
 
 class SixteenBitReference:
     """A chunk of a llama-perplexity file.
@@ -124,6 +143,16 @@ class SixteenBitReference:
         arrays = (self.words, self.scale, self.least, logits, total, kld)
         _spread(threads, logit_kernels.compare_sixteen, *arrays)
         return ChunkComparison(nll, top, kld)
+
+    def of(self, row: int, ids: I64) -> F64:
+        """Return the log probabilities of tokens in a row, [len(ids)]."""
+        words = self.words[row, ids].astype(np.float64)
+        found: F64 = float(self.scale[row]) * words + float(self.least[row])
+        return found
+
+    def spread(self, row: int) -> tuple[float, float]:
+        """Return the sum of p log p of a row, and the log probability of its least likely token."""
+        return _spread_of(self.of(row, np.arange(self.words.shape[1])))
 
 
 def _compare_compact(*rows: Any, ids: Any, kept: Any) -> None:
@@ -166,3 +195,25 @@ class CompactReference:
         _spread(threads, kernel, *ranges, logits, total, kld, spread)
         bound = np.maximum(0.0, self.inner + self.rest * spread)
         return ChunkComparison(nll, top, kld, bound)
+
+    def of(self, row: int, ids: I64) -> F64:
+        """Return the log probabilities of tokens in a row, [len(ids)]; NaN for those not kept."""
+        begin, end = self.starts[row : row + 2]
+        known = self.ids[begin:end].astype(np.int64)
+        found = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+        values = self.kept[begin:end].astype(np.float64)[found]
+        return np.where(known[found] == ids, values, np.nan)
+
+    def spread(self, row: int) -> tuple[float, float]:
+        """Return the sum of p log p of a row, and the log probability of its least likely token.
+
+        Tokens that are not kept count as a thousandth of all of them.
+        """
+        begin, end = self.starts[row : row + 2]
+        kept = self.kept[begin:end].astype(np.float64)
+        inside, least = float((np.exp(kept) * kept).sum()), float(kept.min())
+        rest = float(self.rest[row])
+        if rest <= 0:
+            return inside, least
+        others = rest * np.log(rest) + float(self.inner[row])
+        return inside + others, min(least, float(np.log(rest)) - np.log(1000))

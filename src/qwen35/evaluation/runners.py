@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from typing import Protocol
 
 from qwen35.array_types import F32
@@ -10,11 +11,12 @@ from qwen35.engines.llama import Llama
 from qwen35.engines.torch_model import TorchModel
 from qwen35.errors import InputError
 from qwen35.evaluation.models import EvaluatedModel
+from qwen35.evaluation.text_chunks import TokenChunks
 
-__all__ = ["LogitsRunner", "runner_of", "running_memory"]
+__all__ = ["PYTORCH_MEMORY", "LogitsRunner", "loaded_models", "runner_of", "running_memory"]
 
 
-_PYTORCH_MEMORY = 700_000_000
+PYTORCH_MEMORY = 700_000_000
 _LLAMA_MEMORY = 150_000_000
 """Bytes each engine takes besides weights and logits, measured on the embedded checkpoint."""
 
@@ -22,8 +24,8 @@ _LLAMA_MEMORY = 150_000_000
 class LogitsRunner(Protocol):
     """A loaded model."""
 
-    def logits(self, ids: Sequence[int], first: int, *, simulated: bool = False) -> F32:
-        """Return logits from position `first` on, [len(ids) - first, v]; valid until next call.
+    def logits(self, chunks: TokenChunks, index: int, *, simulated: bool = False) -> F32:
+        """Return the logits of a chunk's scored positions, [scored, v]; valid until next call.
 
         With `simulated`, the inputs of packed layers are quantized as servers do.
         """
@@ -36,9 +38,9 @@ class _Llama:
     def __init__(self, model: EvaluatedModel, context: int, threads: int) -> None:
         self._llama = Llama(model.path, context=context, threads=threads)
 
-    def logits(self, ids: Sequence[int], first: int, *, simulated: bool = False) -> F32:
+    def logits(self, chunks: TokenChunks, index: int, *, simulated: bool = False) -> F32:
         assert not simulated  # llama.cpp quantizes inputs itself
-        return self._llama.lend_logits(ids, first)
+        return self._llama.lend_logits(chunks.inputs(index), chunks.first)
 
     def close(self) -> None:
         self._llama.close()
@@ -51,7 +53,9 @@ class _Torch:
     """
 
     def __init__(self, model: EvaluatedModel, device: str) -> None:
-        self._torch: TorchModel | None = TorchModel(model.path, exact=True, device=device)
+        self._torch: TorchModel | None = TorchModel(
+            model.path, adapters=model.adapters, exact=True, device=device
+        )
         if self._torch.missing:
             raise InputError(
                 model.name,
@@ -59,10 +63,10 @@ class _Torch:
                 hint="qwen35 verify it first",
             )
 
-    def logits(self, ids: Sequence[int], first: int, *, simulated: bool = False) -> F32:
+    def logits(self, chunks: TokenChunks, index: int, *, simulated: bool = False) -> F32:
         assert self._torch is not None
         run = self._torch.simulated_logits if simulated else self._torch.logits
-        return run(ids, first)
+        return run(chunks.inputs(index), chunks.first)
 
     def close(self) -> None:
         self._torch = None  # drops the last reference to the weights
@@ -80,6 +84,21 @@ def runner_of(model: EvaluatedModel, *, context: int, threads: int, device: str)
     return _Torch(model, device)
 
 
+def loaded_models(
+    stack: ExitStack, *, context: int, threads: int, device: str
+) -> Callable[[EvaluatedModel], LogitsRunner]:
+    """Return what loads a model, or returns it loaded: a model and its simulation share one."""
+    runners: dict[object, LogitsRunner] = {}
+
+    def loaded(model: EvaluatedModel) -> LogitsRunner:
+        if model.loaded_as not in runners:
+            runner = runner_of(model, context=context, threads=threads, device=device)
+            runners[model.loaded_as] = stack.enter_context(closing(runner))
+        return runners[model.loaded_as]
+
+    return loaded
+
+
 def running_memory(models: Sequence[EvaluatedModel], scored: int) -> int:
     """Return an upper estimate of the bytes that models running side by side need.
 
@@ -88,5 +107,5 @@ def running_memory(models: Sequence[EvaluatedModel], scored: int) -> int:
     """
     logits = sum(2 * (scored + 1) * model.width * 4 for model in models)
     pytorch = any(model.engine == "transformers" for model in models)
-    engines = _PYTORCH_MEMORY * pytorch + _LLAMA_MEMORY * len(models)
+    engines = PYTORCH_MEMORY * pytorch + _LLAMA_MEMORY * len(models)
     return sum(model.loaded for model in models) + logits + engines

@@ -113,11 +113,12 @@ def tokenizer_of(model: EvaluatedModel) -> tuple[Callable[[str], Sequence[int]],
     if model.engine == "llama.cpp":
         llama = Llama(model.path, vocabulary_only=True)
         return (lambda text: llama.encode(text, special=False)), llama.decode
+    folder = model.tokenizer_folder
     _, transformers = torch_and_transformers(f"the tokenizer of {model.name}")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model.path, **NO_CODE)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
 
     def encode(text: str) -> Sequence[int]:
-        check_tokenizer(Path(model.path), [text])
+        check_tokenizer(folder, [text])
         ids: list[int] = tokenizer(text, split_special_tokens=True, add_special_tokens=False)[
             "input_ids"
         ]
