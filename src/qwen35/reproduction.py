@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.adapted import with_adapters
 from qwen35.checkpoint.adapter_files import Adapter
 from qwen35.checkpoint.hub import HubId, HubLocation
 from qwen35.checkpoint.locations import FileLocation, LocalFolder, expanded
-from qwen35.checkpoint.open import fetch, fetch_commit, hub_token
+from qwen35.checkpoint.open import fetch_commit, hub_token
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.planning.container import ContainerInputs
@@ -21,10 +20,13 @@ from qwen35.planning.manifest import (
     first_entries,
     manifest_versions,
     read_manifest,
+    recorded_donor,
     source_of,
 )
+from qwen35.planning.merged_source import changed
 from qwen35.planning.output_plan import Plan
 from qwen35.planning.recorded_adapters import recorded_adapters
+from qwen35.planning.sources import fetch_source
 from qwen35.planning.work_order import plan_again as plan_from_manifest
 from qwen35.progress import Progress
 from qwen35.publishing.hashes import digest_file
@@ -110,6 +112,7 @@ def plan_again(
     token: str | None = None,
     inputs: ContainerInputs | None = None,
     adapters: Sequence[Adapter] = (),
+    mtp_from: str | None = None,
 ) -> Plan:
     """Plan the artifact again, from the manifest's source and recipe.
 
@@ -119,6 +122,7 @@ def plan_again(
         token: access token for the Hub.
         inputs: the files beside the source that it was made from.
         adapters: those merged into the source.
+        mtp_from: the checkpoint whose MTP layer it has, if not the one in the manifest.
 
     Raises:
         UsageError: the source is unknown, or an adapter or input file is missing.
@@ -128,16 +132,24 @@ def plan_again(
     container = container_from_manifest(manifest)
     container.request_from_manifest(manifest, inputs)  # fail before anything is downloaded
     adapters = recorded_adapters(manifest, adapters)
+    donor = recorded_donor(manifest, mtp_from)
+    if donor and "mtp_from" not in manifest["source"]:
+        found = f"{MANIFEST_NAME} records no other checkpoint's MTP layer"
+        raise UsageError("--mtp-from", found, hint="leave it out")
     repo, revision = source_of(manifest)
     if source:
-        checkpoint = fetch(source, token=token, extra=container.extra)
+        checkpoint = fetch_source(source, token=token, extra=container.extra)
+    elif repo and revision and "file" in manifest["source"]:
+        address = f"hf:{repo}@{revision}/{manifest['source']['file']}"
+        checkpoint = fetch_source(address, token=token, extra=container.extra)
     elif repo and revision:
         checkpoint = fetch_commit(repo, revision, token=token, extra=container.extra)
     else:
         folder = manifest["source"].get("folder")
         found = f"made from a folder called {folder}"
         raise UsageError(origin.name, found, hint="give its location with --source")
-    return plan_from_manifest(with_adapters(checkpoint, adapters), manifest, inputs)
+    checkpoint = changed(checkpoint, adapters, donor or None, token=token)
+    return plan_from_manifest(checkpoint, manifest, inputs)
 
 
 def reproduce(

@@ -12,6 +12,7 @@ from qwen35.verification.questions import IMAGE, TASKS, Question, is_right
 __all__ = [
     "IMAGE",
     "NOT_ASKED",
+    "REPETITION_PENALTY",
     "TASKS",
     "Answer",
     "AnsweringModel",

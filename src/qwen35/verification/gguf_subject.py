@@ -17,6 +17,7 @@ from qwen35.checkpoint.source import Checkpoint, FolderReader
 from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.codecs.registry import codec_of
 from qwen35.errors import Finding, InputError, UsageError
+from qwen35.planning.gguf_files.adapter_tensors import adapter_tensors
 from qwen35.planning.gguf_files.expected_tensors import KEYS, expected, missing_keys
 from qwen35.planning.gguf_files.gguf_container import GgufContainer
 from qwen35.planning.gguf_files.tensor_names import (
@@ -27,6 +28,7 @@ from qwen35.planning.gguf_files.tensor_names import (
 )
 from qwen35.tensors import TensorSpec, Weight
 from qwen35.threads import default_threads
+from qwen35.verification.adapter_files_check import adapter_findings, compare_adapter_keys
 from qwen35.verification.asking_engines import in_llama
 from qwen35.verification.behaviour import BehaviourResult
 from qwen35.verification.foreign_files import foreign_findings
@@ -191,7 +193,9 @@ class GgufSubject(Subject):
         """Compare the keys of each file."""
         result = SettingsComparison()
         for container in self._containers.values():
-            if container.architecture in KEYS and not missing_keys(container):
+            if container.is_adapter:
+                compare_adapter_keys(container, source, result)
+            elif container.architecture in KEYS and not missing_keys(container):
                 attempt(result, partial(compare_keys, container, source, result))
             else:
                 result.skipped.append(f"{container.path.name}: its keys, which are not whole")
@@ -200,14 +204,19 @@ class GgufSubject(Subject):
     # --- behaviour
 
     def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
-        """Ask every text model in llama.cpp, which computes no MTP layer alone."""
+        """Ask every text model in llama.cpp, which computes no MTP layer or adapter alone."""
         del engine
         texts = [one for one in self._containers.values() if one.architecture != _VISION]
-        alone = [one.path.name for one in texts if one.mtp_alone]
-        texts = [one for one in texts if not one.mtp_alone]
+        alone = {one.path.name: _alone(one) for one in texts if _alone(one)}
+        texts = [one for one in texts if one.path.name not in alone]
         result = in_llama(texts, threads or default_threads())
-        notes = (f"{file}: not asked, it holds the MTP layer alone" for file in alone)
+        notes = (f"{file}: not asked, it holds {what} alone" for file, what in alone.items())
         return replace(result, notes=(*result.notes, *notes))
+
+
+def _alone(container: GgufHeader) -> str:
+    """Return what a file holds without the model that it goes with; empty if it is a model."""
+    return "an adapter" if container.is_adapter else "the MTP layer" * container.mtp_alone
 
 
 def _held(weight: Weight) -> HeldWeight:
@@ -219,6 +228,9 @@ def _held(weight: Weight) -> HeldWeight:
 def container_findings(container: GgufHeader) -> Iterator[Finding]:
     """Check keys, vocabulary and tensors of one model."""
     name = container.path.name
+    if container.is_adapter:
+        yield from adapter_findings(container)
+        return
     if container.architecture not in KEYS:
         found = f"architecture {container.architecture!r}, expected {' or '.join(KEYS)}"
         yield Finding("metadata", name, found)
@@ -293,6 +305,8 @@ def _unknown(
 def _sizes(container: GgufHeader) -> dict[str, Any]:
     """Return the sizes of a file by the names that `ModelConfig.geometry` has for them."""
     keys, name = container.keys, container.architecture
+    if container.is_adapter:  # which has no keys of the model's
+        return {}
     if name == _VISION:
         return {"vision layers": keys.get("clip.vision.block_count")}
     tokens, mtp = keys.get("tokenizer.ggml.tokens"), keys.get(f"{name}.nextn_predict_layers", 0)
@@ -328,6 +342,8 @@ def _made_of(
     container: GgufHeader, source: Checkpoint, items: Sequence[InventoryItem]
 ) -> list[UntypedTensor]:
     """Return the tensors that the converter would write to such a file."""
+    if container.is_adapter:
+        return adapter_tensors(source, items)
     if container.architecture == _VISION:
         return vision_tensors(items)
     if container.mtp_alone:

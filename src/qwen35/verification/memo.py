@@ -35,7 +35,8 @@ def stamped(checkpoint: Checkpoint) -> list[Any]:
     """Return plain values that identify a checkpoint's files and change with them."""
     stamps = {name: list(stamp) for name, stamp in checkpoint.stamps.items()}
     adapters = [adapter.to_json() for adapter in checkpoint.adapters]
-    return [str(checkpoint.folder().resolve()), stamps, *adapters]
+    donor = [stamped(checkpoint.donor)] if checkpoint.donor else []
+    return [str(checkpoint.folder().resolve()), stamps, *adapters, *donor]
 
 
 class ResultMemo(Protocol):

@@ -300,12 +300,11 @@ class CheckpointSubject(Subject):
 
     def tables(self, manifest: Mapping[str, Any]) -> Iterator[TensorTable]:
         """Yield one table: a tensor may be in any file."""
+        weights = (weight.parts for weight in self.checkpoint.weights)
+        held = [self.checkpoint.in_files] if self.checkpoint.in_files else weights
         stored = {
             part.spec.name: (f"{part.spec.dtype} {list(part.spec.shape)}", part.file)
-            for parts in (
-                *(weight.parts for weight in self.checkpoint.weights),
-                self.checkpoint.cache_scales,
-            )
+            for parts in (*held, self.checkpoint.cache_scales)
             for part in parts
         }
         planned = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen35.checkpoint.reconciled import reconciled
 from qwen35.checkpoint.source import Checkpoint
@@ -12,6 +12,7 @@ from qwen35.codecs.registry import codec_of, is_packed, quantized_weights
 from qwen35.errors import Finding
 from qwen35.planning.manifest import amendment_notes, first_entries
 from qwen35.progress import Progress
+from qwen35.table import html_lines, html_table
 from qwen35.verification.behaviour import NOT_ASKED, Answer, BehaviourResult
 from qwen35.verification.foreign_files import foreign_notes
 from qwen35.verification.memo import MemoFile, stamped
@@ -21,7 +22,10 @@ from qwen35.verification.settings_comparison import SettingsComparison
 from qwen35.verification.structure_check import check_hashes, check_structure
 from qwen35.verification.subject import Depth, Engine, Subject
 
-__all__ = ["NO_SOURCE", "Depth", "Engine", "Verdict", "verify"]
+if TYPE_CHECKING:  # the HTTP client takes longer to import than all else here
+    from qwen35.verification.served_verdict import ServedResult
+
+__all__ = ["NO_SOURCE", "Depth", "Engine", "Verdict", "served_verdict", "verify"]
 
 NO_SOURCE = (
     "without --source nothing tells whether weights, config, tokenizer and template are the "
@@ -47,6 +51,7 @@ class Verdict:
         not_compared: what this check did not look at.
         not_detected: the largest errors that it misses, for each quantized type.
         amended: files that were changed on purpose, which the manifest records.
+        served: what a server told, if that was asked.
     """
 
     name: str
@@ -61,6 +66,23 @@ class Verdict:
     not_compared: tuple[str, ...] = ()
     not_detected: tuple[str, ...] = ()
     amended: tuple[str, ...] = ()
+    served: ServedResult | None = None
+
+    def __repr__(self) -> str:
+        return f"<Verdict {self.name}: {self.result}>"
+
+    def _repr_html_(self) -> str:
+        errors = [
+            (row.role, row.storage, str(row.count), f"{row.relative:.3g}", f"{row.worst:.3g}")
+            for row in self.errors
+        ]
+        findings = [(row.check, row.subject, row.message) for row in self.findings]
+        parts = [html_lines([repr(self).strip("<>")])]
+        if findings:
+            parts.append(html_table(("finding", "in", "what"), findings))
+        if errors:
+            parts.append(html_table(("role", "stored", "weights", "error", "worst"), errors))
+        return "".join(parts)
 
     @property
     def result(self) -> str:
@@ -73,6 +95,9 @@ class Verdict:
 
     @property
     def _passed(self) -> str:
+        if self.served is not None:
+            checks = len(self.served.asked)
+            return f"passed: {len(self.answers)} answers right, {checks} checks of the server"
         if self.depth == "structure":
             seen = "headers and settings compared with the source"
             return (
@@ -96,7 +121,8 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
-        return {
+        served = {} if self.served is None else {"served": self.served.to_json()}
+        return served | {
             "artifact": self.name,
             "kind": self.kind,
             "depth": self.depth,
@@ -200,6 +226,31 @@ def verify(
         tuple(compared.skipped),
         tuple(_undetected(subject, None if depth == "structure" else original)),
         amended,
+    )
+
+
+_UNSEEN = "weights, config and tokenizer: a server does not show them"
+
+
+def served_verdict(served: ServedResult, source: str | None) -> Verdict:
+    """Return the verdict on a served model.
+
+    Args:
+        served: what was found.
+        source: name of the checkpoint whose template it was compared with.
+    """
+    return Verdict(
+        served.model.name,
+        "served",
+        "behaviour",
+        {"weights": 0, "packed": 0, "files": 0},
+        (),
+        served.findings,
+        served.answers,
+        served.notes,
+        source,
+        (_UNSEEN,),
+        served=served,
     )
 
 

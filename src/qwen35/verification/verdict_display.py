@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwen35.display import printable
 from qwen35.verification.verdict import Verdict
 
 __all__ = ["verdict_text"]
@@ -9,11 +10,7 @@ __all__ = ["verdict_text"]
 
 def verdict_text(verdict: Verdict) -> str:
     """Render a verdict."""
-    counts = verdict.counts
-    lines = [
-        f"{verdict.name}: {verdict.kind}, {counts['weights']} weights "
-        f"({counts['packed']} packed) in {counts['files']} files, checked: {verdict.depth}"
-    ]
+    lines = [_head(verdict)]
     inexact = [row for row in verdict.errors if row.squared]
     if verdict.errors:
         exact = sum(row.count for row in verdict.errors if not row.squared)
@@ -35,6 +32,8 @@ def verdict_text(verdict: Verdict) -> str:
         thinking = "on" if answer.question.thinking else "off"
         mark = "right" if answer.right else "WRONG"
         lines.append(f"  {answer.question.prompt[:60]:<60} {thinking:>8}  {mark}")
+    if verdict.served is not None:
+        lines += ["", *(f"  asked: {subject}" for subject in verdict.served.asked)]
     if verdict.findings:
         lines.append("")
         lines += [f"error: {f.subject}: {f.message} [{f.check}]" for f in verdict.findings]
@@ -43,3 +42,15 @@ def verdict_text(verdict: Verdict) -> str:
     lines += [f"not detected: {what}" for what in verdict.not_detected]
     lines += ["", verdict.result]
     return "\n".join(lines)
+
+
+def _head(verdict: Verdict) -> str:
+    if verdict.served is not None:
+        return (
+            f"{printable(verdict.name)} at {verdict.served.url}: {verdict.served.model.described}"
+        )
+    counts = verdict.counts
+    return (
+        f"{verdict.name}: {verdict.kind}, {counts['weights']} weights "
+        f"({counts['packed']} packed) in {counts['files']} files, checked: {verdict.depth}"
+    )
