@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-__all__ = ["described_lines", "table_lines"]
+__all__ = ["described_lines", "html_lines", "html_table", "table_lines"]
 
 _GAP = 2
 _NARROW = 6  # narrower columns of prose are unreadable: let them overflow instead
@@ -61,3 +61,31 @@ def described_lines(
         parts = [row[-1]] if room is None else textwrap.wrap(row[-1], room) or [""]
         lines += [(start if i == 0 else " " * len(start)) + part for i, part in enumerate(parts)]
     return [line.rstrip() for line in lines]
+
+
+def html_lines(lines: Iterable[str]) -> str:
+    """Return lines as HTML paragraphs.
+
+    >>> html_lines(["a < b"])
+    '<p>a &lt; b</p>'
+    """
+    from html import escape
+
+    return "".join(f"<p>{escape(line)}</p>" for line in lines)
+
+
+def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+    """Return an HTML table, as notebooks show results; the first column names the row.
+
+    >>> html_table(["", "n"], [["<a>", "1"]])
+    '<table><tr><th></th><th>n</th></tr><tr><th>&lt;a&gt;</th><td>1</td></tr></table>'
+    """
+    from html import escape  # only notebooks need it
+
+    head = "".join(f"<th>{escape(name)}</th>" for name in columns)
+    lines = [f"<tr>{head}</tr>"]
+    for first, *others in rows:
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
+        lines.append(f"<tr><th>{escape(first)}</th>{cells}</tr>")
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f"<table>{title}{''.join(lines)}</table>"

@@ -1,4 +1,5 @@
-"""Reports of evaluations and tunings: a JSON file, and one HTML page without scripts.
+"""Reports of evaluations and tunings: a JSON file, and one HTML page that needs no network.
 
-Renders values into files. Must not measure anything, nor know models or formats.
+Reads reports back, ranks their candidates, and renders values into files. Must not measure
+anything, nor know models or formats.
 """

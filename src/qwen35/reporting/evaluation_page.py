@@ -1,18 +1,26 @@
-"""report.html from the content of report.json: one file without scripts or network requests."""
+"""report.html: one evaluation, or several compared, in one file without network requests."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from importlib import resources
 from typing import Any
 
-from qwen35.reporting.charts import SERIES, distribution_chart, short_names, size_chart
+from qwen35.display import size
+from qwen35.reporting.evaluation_charts import evaluation_charts
+from qwen35.reporting.marks import mark
+from qwen35.reporting.page_frame import render
+from qwen35.reporting.ranking import Ranking, error_of, nats, rank
+from qwen35.reporting.reported import parse_report
 
-__all__ = ["page"]
+__all__ = ["page", "ranking_page"]
+
+_HEAT = (0.003, 0.01, 0.03, 0.1, 0.3)
+"""Divergences of a token, in nats, from which on it is marked more strongly."""
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """Render the page.
+    """Render the page of one evaluation.
 
     Args:
         report: the content of report.json.
@@ -20,31 +28,44 @@ def page(report: Mapping[str, Any]) -> str:
     Raises:
         UsageError: Matplotlib is not installed.
     """
-    from jinja2 import Environment
+    return ranking_page(rank([("", parse_report(report, "report.json"))]))
+
+
+def ranking_page(ranking: Ranking) -> str:
+    """Render the page of ranked candidates.
+
+    Raises:
+        UsageError: Matplotlib is not installed.
+    """
     from markupsafe import Markup
 
-    rows = report["candidates"]
-    package = resources.files("qwen35.reporting")
-    source = package.joinpath("report.html.jinja").read_text("utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["visible"] = _visible
-    names = short_names([row["name"] for row in rows], report["base"]["name"])
-    charts = []
-    if rows:  # safe as Markup: Matplotlib escapes text
-        charts.append(Markup(size_chart(rows, names)))  # noqa: S704
-        charts.append(Markup(distribution_chart(rows, names, report["bins"])))  # noqa: S704
-    return environment.from_string(source).render(
-        report=report,
-        style=Markup(package.joinpath("style.css").read_text("utf-8")),  # noqa: S704
+    charts = [
+        {
+            "name": chart.name,
+            "svg": Markup(chart.svg),  # noqa: S704 - Matplotlib escapes text
+            "caption": chart.caption,
+            "hover": json.dumps(chart.hover, ensure_ascii=False, separators=(",", ":")),
+        }
+        for chart in (evaluation_charts(ranking) if ranking.models else [])
+    ]
+    return render(
+        "report.html.jinja",
+        ranking=ranking,
+        base=ranking.base,
         charts=charts,
-        series=SERIES,
+        legend=[f"{limit:g}" for limit in _HEAT],
+        mark=mark,
+        nats=nats,
+        error_of=error_of,
+        size=size,
+        heat=_heat,
     )
 
 
-def _visible(text: str) -> str:
-    r"""Make white space in a token visible.
+def _heat(kld: float | None) -> int:
+    """Return how strongly a token is marked, from 0 to 5; one that was not compared is not.
 
-    >>> _visible(" a"), _visible("\n")
-    ('␣a', '⏎')
+    >>> _heat(0.001), _heat(0.05), _heat(2.0)
+    (0, 3, 5)
     """
-    return text.replace(" ", "␣").replace("\t", "⇥").replace("\n", "⏎")
+    return sum(kld is not None and kld >= limit for limit in _HEAT)

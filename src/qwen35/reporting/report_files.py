@@ -42,7 +42,7 @@ def check_report(
         OutputError: `folder` is not a folder, or has a file that may not be replaced.
         UsageError: Matplotlib is not installed.
     """
-    from qwen35.reporting.charts import matplotlib_figure
+    from qwen35.reporting.svg_figure import matplotlib_figure
 
     matplotlib_figure()  # raises if Matplotlib is missing, rather than after hours of work
     with os_errors(folder):
@@ -75,7 +75,8 @@ def write_report(report: EvaluationReport, folder: Path) -> None:
         OutputError: a file cannot be written.
     """
     value = report.to_json()
-    write_files(folder, {JSON_NAME: json_bytes(value), HTML_NAME: page(value).encode()})
+    write_files(folder, {JSON_NAME: json_bytes(value)})  # first: the page can be made of it again
+    write_files(folder, {HTML_NAME: page(value).encode()})
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.header import json_bytes
-from qwen35.reporting.charts import front_chart, sensitivity_chart
+from qwen35.reporting.page_frame import render
 from qwen35.reporting.report_files import write_files
+from qwen35.reporting.tuning_charts import front_chart, sensitivity_chart
 from qwen35.tuning.measurements import Measurements
 from qwen35.tuning.recipe_search import TunedRecipe
 from qwen35.tuning.space import ChoiceSpace
@@ -64,17 +64,9 @@ def _sensitivity(space: ChoiceSpace, tuned: TunedRecipe) -> list[dict[str, Any]]
 
 
 def _page(value: Mapping[str, Any], space: ChoiceSpace) -> str:
-    from jinja2 import Environment
     from markupsafe import Markup
 
-    package = resources.files("qwen35.reporting")
-    source = package.joinpath("tune.html.jinja").read_text("utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     rows: Sequence[Mapping[str, Any]] = value["sensitivity"]
     charts = [sensitivity_chart(rows, list(names_of(space.units))), front_chart(value)]
-    return environment.from_string(source).render(
-        value=value,
-        rows=rows,
-        style=Markup(package.joinpath("style.css").read_text("utf-8")),  # noqa: S704
-        charts=[Markup(chart) for chart in charts],  # noqa: S704
-    )
+    drawn = [Markup(chart) for chart in charts]  # noqa: S704 - Matplotlib escapes text
+    return render("tune.html.jinja", value=value, rows=rows, charts=drawn)
