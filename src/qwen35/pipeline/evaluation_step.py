@@ -37,7 +37,7 @@ def measure(
     An interrupted measurement resumes from a file beside `folder`.
 
     Args:
-        source: the unquantized source.
+        source: the unquantized source, with its adapters.
         compared: the result of `candidates`.
         measurement: the text to measure on.
         folder: the report's folder.
@@ -60,6 +60,7 @@ def measure(
         [str(path) for path in compared],
         measurement.text,
         chunks=measurement.chunks,
+        adapters=source.adapters,
         state=folder.absolute().with_name(f".{folder.name}.evaluation"),
         threads=threads,
         device=device.split(",")[0],

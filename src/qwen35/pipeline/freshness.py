@@ -20,11 +20,22 @@ __all__ = ["is_up_to_date", "make_key", "source_identity", "up_to_date"]
 def source_identity(checkpoint: Checkpoint, hasher: FileHasher) -> Any:
     """Return what identifies a source's content: its commit, or the hash of each file.
 
-    Times would not do, as a copy changes them; nor would headers, as retraining keeps them.
+    What adapters change follows, and whose MTP layer it has. Times would not do, as a copy changes
+    them; nor would headers, as retraining keeps them.
 
     Raises:
         InputError: a file cannot be read.
     """
+    identity = _stored_identity(checkpoint, hasher)
+    added: list[Any] = []
+    if effects := [adapter.effect_json() for adapter in checkpoint.adapters]:
+        added.append(effects)
+    if checkpoint.donor is not None:
+        added.append(_stored_identity(checkpoint.donor, hasher))
+    return [identity, *added] if added else identity
+
+
+def _stored_identity(checkpoint: Checkpoint, hasher: FileHasher) -> Any:
     if checkpoint.repo:
         return [checkpoint.repo, checkpoint.revision]
     root = checkpoint.folder()

@@ -6,15 +6,20 @@ from collections.abc import Iterable, Iterator
 
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding
 from qwen35.pipeline.planned_artifacts import PlannedArtifact
 from qwen35.planning.manifest import read_manifest
 from qwen35.publishing.diff import ATTRIBUTES, Diff
 from qwen35.publishing.signing import SIGNATURE_NAME
+from qwen35.serving.served_model import identify
+from qwen35.serving.server_client import ServerClient
 from qwen35.verification.opening import open_artifact
-from qwen35.verification.verdict import verify
+from qwen35.verification.served_verdict import check_served
+from qwen35.verification.template_comparison import stored_templates
+from qwen35.verification.verdict import Verdict, served_verdict, verify
 
-__all__ = ["artifact_gate", "publish_gate", "quantization_gate"]
+__all__ = ["artifact_gate", "publish_gate", "quantization_gate", "serving_gate"]
 
 
 def artifact_gate(artifact: PlannedArtifact) -> Iterator[Finding]:
@@ -41,6 +46,22 @@ def artifact_gate(artifact: PlannedArtifact) -> Iterator[Finding]:
 def quantization_gate(artifact: PlannedArtifact) -> Iterator[Finding]:
     """Gate 3: the file of every requested type (in path B also F16) exists and opens."""
     yield from artifact.plan.container.file_findings(artifact.plan, artifact.out)
+
+
+def serving_gate(artifact: PlannedArtifact, source: Checkpoint) -> Verdict:
+    """Ask the server that runs an artifact, and compare its chat template with the artifact's.
+
+    Raises:
+        EndpointError: the server does not answer.
+        UsageError: it does not serve that model, or several.
+    """
+    endpoint = artifact.request.endpoint
+    assert endpoint is not None  # otherwise the graph has no such step
+    own = LocalFolder(artifact.out)
+    place = own if stored_templates(own) else source.place
+    with ServerClient(endpoint) as client:
+        served = identify(client, artifact.request.served_model)
+        return served_verdict(check_served(client, served, source=place), artifact.name)
 
 
 def publish_gate(diff: Diff, documents: Iterable[str]) -> Iterator[Finding]:

@@ -11,13 +11,14 @@ from qwen35.pipeline.run_request import RunRequest
 
 __all__ = ["GATES", "Gate", "GraphStep", "Kind", "make_graph"]
 
-Gate = Literal["artifact", "verification", "quantization", "publish"]
-Kind = Literal["make", "verify", "evaluate", "document", "publish"]
+Gate = Literal["artifact", "verification", "quantization", "serving", "publish"]
+Kind = Literal["make", "verify", "ask", "evaluate", "document", "publish"]
 
 GATES: dict[Gate, str] = {
     "artifact": "the folder exists, has the requested format, and matches its plan",
     "verification": "no findings in structure, numbers and behaviour, to the requested depth",
     "quantization": "the file of every requested type (in path B also F16) exists and opens",
+    "serving": "the server that runs it answers, and nothing is found there",
     "publish": "the push uploads the artifact and nothing else, and deletes nothing",
 }
 """The condition for each gate to open."""
@@ -67,6 +68,11 @@ def make_graph(request: RunRequest, artifacts: Sequence[PlannedArtifact]) -> tup
         # What passed is measured together, even if another artifact failed.
         steps.append(GraphStep("evaluate", tuple(artifacts), verified, (), any_need=True))
     measured = ("evaluate",) if request.measurement is not None else ()
-    steps += [GraphStep("document", (a,), (f"verify {a.name}", *measured)) for a in artifacts]
+    for artifact in artifacts:
+        checked = f"verify {artifact.name}"
+        if artifact.request.endpoint is not None:
+            steps.append(GraphStep("ask", (artifact,), (checked,), ("serving",)))
+            checked = f"ask {artifact.name}"
+        steps.append(GraphStep("document", (artifact,), (checked, *measured)))
     steps += [GraphStep("publish", (a,), (f"document {a.name}",), ("publish",)) for a in artifacts]
     return tuple(steps)

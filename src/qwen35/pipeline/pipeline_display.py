@@ -66,6 +66,8 @@ class Forecast:
             return "up to date"
         if step.kind == "publish":
             return step.artifact.repo or "skipped: no repository was named"
+        if step.kind == "ask" and step.artifact.request.endpoint:
+            return step.artifact.request.endpoint.url
         return self._request.depth if step.kind == "verify" else ""
 
     def _rows(self) -> Iterator[dict[str, Any]]:

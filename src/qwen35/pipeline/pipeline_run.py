@@ -15,7 +15,7 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import Finding, InputError, Qwen35Error
 from qwen35.pipeline.evaluation_step import candidates, measure
 from qwen35.pipeline.freshness import is_up_to_date, make_key, source_identity
-from qwen35.pipeline.gates import artifact_gate, publish_gate, quantization_gate
+from qwen35.pipeline.gates import artifact_gate, publish_gate, quantization_gate, serving_gate
 from qwen35.pipeline.graph import GraphStep
 from qwen35.pipeline.make import make_artifacts
 from qwen35.pipeline.outcome import Outcome, Status, outcome_text
@@ -26,7 +26,13 @@ from qwen35.planning.manifest import read_manifest
 from qwen35.progress import Progress, Silent
 from qwen35.publishing.hashes import FileHasher, digest_file
 from qwen35.publishing.push import apply_push
-from qwen35.publishing.repo_documents import REPORT_NAME, documents, record_verdict, write_documents
+from qwen35.publishing.repo_documents import (
+    REPORT_NAME,
+    documents,
+    record_served,
+    record_verdict,
+    write_documents,
+)
 from qwen35.publishing.sync import SyncTarget, diff_push
 from qwen35.sinks.staging import check_output, check_space, locked, os_errors
 from qwen35.verification.opening import open_artifact
@@ -100,6 +106,7 @@ class PipelineRunner:
         handler = {
             "make": self._gate_make,
             "verify": self._verify,
+            "ask": self._ask,
             "evaluate": self._evaluate,
             "document": self._document,
             "publish": self._publish,
@@ -141,7 +148,7 @@ class PipelineRunner:
     def _check_out(self, name: str, artifact: PlannedArtifact) -> None:
         """Raise if a file that this run did not write would be replaced without --overwrite."""
         ours = name in self._state.steps or self.options.overwrite
-        check_output(artifact.out, source=self.source.folder(), overwrite=ours)
+        check_output(artifact.out, source=self.source.location(), overwrite=ours)
 
     def _gate_make(self, step: GraphStep) -> Outcome:
         artifact = step.artifact
@@ -195,6 +202,21 @@ class PipelineRunner:
         if manifest is None:
             raise InputError(str(artifact.out), f"no {MANIFEST_NAME} in it", hint="run again")
         return manifest
+
+    # --- ask
+
+    def _ask(self, step: GraphStep) -> Outcome:
+        """Ask the server each time: nothing tells whether it has changed."""
+        verdict = serving_gate(step.artifact, self.source)
+        record_served(step.artifact.out, verdict)
+        facts = {
+            "passed": verdict.passed,
+            "notes": list(verdict.notes),
+            "findings": [finding.to_json() for finding in verdict.findings],
+        }
+        if not verdict.passed:
+            return Outcome(step, "closed", "serving", _sentences(verdict.findings), facts)
+        return Outcome(step, "done", facts=facts)
 
     # --- evaluate
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.codecs.registry import CODECS, is_packed
+from qwen35.codecs.registry import CODECS, is_lossy
 from qwen35.errors import Qwen35Error, UsageError, unknown_name
 from qwen35.pipeline.run_request import REPORT_FOLDER, ArtifactRequest, RunRequest
 from qwen35.planning.activations import load_activations
@@ -224,9 +224,13 @@ def _measuring_problems(checkpoint: Checkpoint, text: Path, out: Path) -> Iterat
     from qwen35.evaluation.text_chunks import read_text
     from qwen35.reporting.report_files import check_report
 
-    if any(map(is_packed, checkpoint.weights)):
+    if any(map(is_lossy, checkpoint.weights)):
         found = "quantized, so there is no exact reference to measure against"
         yield UsageError(f"evaluate: {checkpoint.name}", found, hint="leave the text out")
+    elif checkpoint.within:
+        found = "a GGUF file, which not every engine can run as the reference"
+        hint = "leave the text out, and use qwen35 evaluate"
+        yield UsageError(f"evaluate: {checkpoint.name}", found, hint=hint)
     try:
         check_report(out / REPORT_FOLDER, overwrite=True)
     except Qwen35Error as error:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 from qwen35.checkpoint.hub import HubId
 from qwen35.checkpoint.locations import expanded, read_bounded
 from qwen35.codecs.fp8.layout import ScaleChoice
-from qwen35.codecs.registry import LAYOUTS
+from qwen35.codecs.registry import LAYOUTS, TRAINED_ON
 from qwen35.display import bytes_of
 from qwen35.errors import UsageError, unknown_name
 from qwen35.pipeline.run_request import (
@@ -25,6 +25,7 @@ from qwen35.planning.gguf_files.gguf_options import projector_type
 from qwen35.planning.gguf_files.mixes import FILE_TYPES
 from qwen35.planning.recipe import built_in
 from qwen35.planning.safetensors_files.safetensors_options import KV_CACHES
+from qwen35.serving.endpoint import Endpoint
 from qwen35.verification.verdict import Depth
 
 __all__ = ["read_run_file"]
@@ -45,6 +46,9 @@ _KINDS: dict[str, tuple[type | tuple[type, ...], str]] = {
 TOP_KEYS = {
     "model": "text",
     "out": "text",
+    "adapters": "texts",
+    "onto": "text",
+    "mtp_from": "text",
     "path": "text or texts",
     "types": "texts",
     "imatrix": "text",
@@ -54,7 +58,15 @@ TOP_KEYS = {
     "evaluate": "table",
     "publish": "table",
 }
-_COMMON = {"recipe": "text", "name": "text", "repo": "text", "mtp": "text", "drop_mtp": "flag"}
+_COMMON = {
+    "recipe": "text",
+    "name": "text",
+    "repo": "text",
+    "mtp": "text",
+    "drop_mtp": "flag",
+    "endpoint": "text",
+    "served_model": "text",
+}
 ARTIFACT_KEYS = _COMMON | {
     "keep": "texts",
     "keep_prefix": "flag",
@@ -128,11 +140,23 @@ class _Reader:
             out=self._near(top.get("out", ".")),
             artifacts=self._artifacts(top),
             depth=depth,
+            adapters=tuple(str(self._near(name)) for name in top.get("adapters", ())),
+            onto=self._onto(top),
+            mtp_from=self._model(top.get("mtp_from", "")),
             measurement=MeasurementRequest(self._near(text), chunks) if text else None,
             owner=owner,
             private=publish.get("private", False),
             problems=tuple(self.problems),
         )
+
+    def _onto(self, top: Mapping[str, Any]) -> str | None:
+        """Return the format that adapters are merged onto."""
+        onto: str | None = top.get("onto")
+        if onto is not None and onto not in TRAINED_ON:
+            self._unknown("onto", onto, TRAINED_ON)
+        elif onto is not None and not top.get("adapters"):
+            self._problem("onto", "given without adapters", hint="add adapters, or leave it out")
+        return onto
 
     def _artifacts(self, top: Mapping[str, Any]) -> tuple[ArtifactRequest, ...]:
         paths = top.get("path", [])
@@ -229,6 +253,8 @@ class _Reader:
             self._problem(f"{where}.name", repr(name), expected="a folder's plain name")
         if repo and (problem := repo_problem(f"{where}.repo", repo)):
             self._problem(problem.subject, problem.found, expected=problem.expected)
+        if "served_model" in row and "endpoint" not in row:
+            self._problem(f"{where}.served_model", "without an endpoint", hint="name that too")
         recipe = row.get("recipe") or built_in(container)[0]
         if recipe.endswith(".toml"):
             recipe = str(self._near(recipe))
@@ -240,7 +266,20 @@ class _Reader:
             "repo": repo,
             "mtp": row.get("mtp"),
             "drop_mtp": row.get("drop_mtp", False),
+            "endpoint": self._endpoint(where, row),
+            "served_model": row.get("served_model"),
         }
+
+    def _endpoint(self, where: str, row: Mapping[str, Any]) -> Endpoint | None:
+        """Return a server that runs already; a file never names a command to start one."""
+        if "endpoint" not in row:
+            return None
+        try:
+            return Endpoint.parse(row["endpoint"])
+        except UsageError as error:
+            subject = f"{where}.endpoint" if error.subject == "--endpoint" else error.subject
+            self._problem(subject, error.found, expected=error.expected)
+            return None
 
     @staticmethod
     def _types(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -250,9 +289,9 @@ class _Reader:
         return self.path.parent / expanded(name)
 
     def _model(self, name: str) -> str:
-        """Return a folder relative to the file if it exists, else the name unchanged (a Hub id)."""
+        """Return a path relative to the file if it exists, else the name unchanged (a Hub id)."""
         near = self._near(name)
-        return str(near) if name and near.is_dir() else name
+        return str(near) if name and near.exists() else name
 
     def _imatrix(self, name: str) -> str:
         return name if not name or name.startswith("hf:") else str(self._near(name))

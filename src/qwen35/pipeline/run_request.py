@@ -10,6 +10,7 @@ from typing import Literal, get_args
 from qwen35.checkpoint.hub import HubId
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import UsageError, unknown_name
+from qwen35.serving.endpoint import Endpoint
 from qwen35.verification.verdict import Depth
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
     "repo_problem",
 ]
 
-PathName = Literal["A", "B", "nf4", "gguf", "fp8", "nvfp4", "int4"]
+PathName = Literal["A", "B", "nf4", "gguf", "fp8", "nvfp4", "int4", "mlx"]
 
 REPORT_FOLDER = "report"
 """The folder in a run's folder that holds report.json and report.html."""
@@ -55,6 +56,8 @@ class ArtifactRequest:
         imatrix: GGUF: importance matrix, a file or ``hf:owner/name/path``.
         mmproj: GGUF: whether to write the vision tower too, or its file type.
         split_max_size: GGUF: bytes of tensors a file; larger models are split.
+        endpoint: a server that runs it already, and is asked before it is published; None for none.
+        served_model: the server's name of it.
     """
 
     recipe: str
@@ -74,6 +77,8 @@ class ArtifactRequest:
     imatrix: str = ""
     mmproj: bool | str = False
     split_max_size: int | None = None
+    endpoint: Endpoint | None = None
+    served_model: str | None = None
 
     @property
     def label(self) -> str:
@@ -99,9 +104,12 @@ class RunRequest:
     """The request for a run.
 
     Args:
-        model: the source: a folder or a Hub id.
+        model: the source: a folder, a GGUF file or a Hub id.
         out: the folder of all artifacts.
         artifacts: the artifacts to make.
+        adapters: merged into the source, as ``DIR`` or ``DIR=WEIGHT``.
+        onto: the format into whose values they are merged; None for the source's own.
+        mtp_from: the checkpoint whose MTP layer the source takes; empty for its own.
         depth: depth of verification.
         measurement: the text to measure on; None to skip evaluation.
         owner: Hub account for artifacts that name no repository.
@@ -113,6 +121,9 @@ class RunRequest:
     out: Path
     artifacts: tuple[ArtifactRequest, ...]
     depth: Depth = "behaviour"
+    adapters: tuple[str, ...] = ()
+    onto: str | None = None
+    mtp_from: str = ""
     measurement: MeasurementRequest | None = None
     owner: str = ""
     private: bool = False
@@ -148,8 +159,10 @@ _PATHS: dict[PathName, tuple[ArtifactRequest, ...]] = {
     "fp8": (ArtifactRequest("fp8"),),
     "nvfp4": (ArtifactRequest("nvfp4"),),
     "int4": (ArtifactRequest("int4"),),
+    "mlx": (ArtifactRequest("mlx-4bit"),),
 }
-"""A, nf4: text-only NF4 to train on. B, gguf: text-only and GGUF, F16 always. Others: to serve."""
+"""A, nf4: text-only NF4 to train on. B, gguf: text-only and GGUF, F16 always. Others: to serve, mlx
+on Macs."""
 
 
 def path_artifacts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,11 +15,21 @@ from qwen35.checkpoint.sidecars import LEGAL, MANIFEST_NAME
 from qwen35.checkpoint.source import read_json
 from qwen35.checkpoint.split_gguf import title_of
 from qwen35.codecs.codec import Codec
+from qwen35.codecs.dialect import Program
 from qwen35.codecs.kv_cache import CACHE_ENDINGS
 from qwen35.codecs.plain.codec import Plain
-from qwen35.codecs.registry import CODECS, codec_of, group, is_packed, packings
+from qwen35.codecs.registry import (
+    CODECS,
+    DIALECTS,
+    codec_of,
+    dialect_of,
+    group,
+    is_packed,
+    packings,
+)
 from qwen35.display import printable
 from qwen35.errors import InputError
+from qwen35.model.model_config import parse_config
 from qwen35.model.roles import role_of
 from qwen35.planning.containers import container_from_manifest
 from qwen35.planning.gguf_files.gguf_container import GgufContainer
@@ -28,6 +39,7 @@ from qwen35.publishing.card_steps import (
     HeldTensors,
     InputFile,
     ServerOption,
+    adapter_options,
     context_of,
     held_tensors,
     input_files,
@@ -37,7 +49,13 @@ from qwen35.publishing.card_steps import (
     server_options,
 )
 from qwen35.publishing.markdown import as_code, as_text
-from qwen35.publishing.modelfile import gguf_drafts, gguf_models, is_split, merge_command
+from qwen35.publishing.modelfile import (
+    gguf_adapters,
+    gguf_drafts,
+    gguf_models,
+    is_split,
+    merge_command,
+)
 from qwen35.tensors import StoredTensor, Weight
 from qwen35.verification.template_comparison import stored_templates
 
@@ -127,7 +145,7 @@ def card_text(
     facts = _Facts(place, manifest, base_model)
     data = ModelCardData(
         base_model=facts.base_model,
-        base_model_relation="quantized" if facts.base_model and facts.codec.packed else None,
+        base_model_relation=facts.relation,
         library_name=facts.codec.library or None,
         license=facts.license,
         pipeline_tag="image-text-to-text" if facts.vision else "text-generation",
@@ -164,14 +182,27 @@ class _Facts:
         self.recipe = self._recipe.name
         self.gguf = gguf_models(place)
         self.drafts = gguf_drafts(place)
+        self.adapter_files = gguf_adapters(place)
         self.mmproj = sorted(n for n in place.sizes() if n.startswith("mmproj-"))
         self._names = [name for tensors in manifest["tensors"].values() for name in tensors]
-        self.weights = _weights(manifest)
-        self._codecs = _codecs(self.weights, gguf=bool(self.gguf))
+        self.weights = _weights(manifest, place)
+        self._codecs = _codecs(self.weights, gguf=bool(self.gguf or self.adapter_files))
         self.codec = next(iter(self._codecs))
         self.vision = bool(self.mmproj) or any(
             role_of(weight.name).scope == "visual" for weight in self.weights
         )
+
+    @property
+    def relation(self) -> str | None:
+        """What it is to its base, in the Hub's words."""
+        if self.adapter_files and not self.gguf:
+            return "adapter" if self.base_model else None
+        return "quantized" if self.base_model and self.codec.packed else None
+
+    @property
+    def lora(self) -> str:
+        """The first adapter's file, as a word of a command."""
+        return shlex.quote(printable(self.adapter_files[0]))
 
     @property
     def base_link(self) -> str:
@@ -188,6 +219,8 @@ class _Facts:
             text = f"mixed precision: {', '.join(f'{count} {one}' for one, count in counted)}"
         else:
             text = described[0]
+        if self.adapter_files and not self.gguf:
+            text = f"a LoRA adapter of it as {text}"
         tool = self.codec.tool_title
         return f"{text}, in the layout of {tool}" if tool else text
 
@@ -244,6 +277,17 @@ class _Facts:
         return list(input_files(self._manifest))
 
     @property
+    def adapters(self) -> list[str]:
+        """The options of commands that merge its adapters."""
+        return adapter_options(self._manifest)
+
+    @property
+    def donor_is_folder(self) -> bool:
+        """Whether it has the MTP layer of a checkpoint that was in a folder."""
+        donor = self._manifest["source"].get("mtp_from", {})
+        return bool(donor) and "repo" not in donor
+
+    @property
     def options(self) -> list[ServerOption]:
         """What servers do by other flags."""
         cache = any(name.endswith(CACHE_ENDINGS) for name in self._names)
@@ -254,6 +298,14 @@ class _Facts:
         return list(
             server_options(tools=tools, mtp=mtp and not self.codec.load_format, cache=cache)
         )
+
+    @property
+    def programs(self) -> list[Program]:
+        """What runs it, if only the programs of a dialect do."""
+        if not self.codec.dialect:
+            return []
+        programs = DIALECTS[self.codec.dialect].programs
+        return [program for program in programs if self.vision or not program.vision]
 
     @property
     def loads_with(self) -> str:
@@ -290,6 +342,17 @@ class _Facts:
         if "report.json" not in self._place.sizes():
             return ""
         return measured_on(read_json(self._place, "report.json"), self._manifest.get("plan"))
+
+    @property
+    def served(self) -> str:
+        """What was found where it was served, in a sentence; empty if nobody asked."""
+        entry = self._manifest.get("served")
+        if not isinstance(entry, dict) or entry.get("passed") is not True:
+            return ""
+        server, result = entry.get("server"), entry.get("result")
+        if not isinstance(result, str):
+            return ""
+        return f"{server if isinstance(server, str) else 'A server'}: {result}"
 
     @property
     def context(self) -> int | None:
@@ -333,8 +396,8 @@ def _version(manifest: Mapping[str, Any]) -> str:
     return version
 
 
-def _weights(manifest: Mapping[str, Any]) -> tuple[Weight, ...]:
-    """Group the manifest's tensors into weights."""
+def _weights(manifest: Mapping[str, Any], place: LocalFolder) -> tuple[Weight, ...]:
+    """Group the manifest's tensors into weights; a dialect also takes config.json."""
     stored: dict[str, StoredTensor] = {}
     for file, tensors in manifest["tensors"].items():
         if not file.endswith(".safetensors"):
@@ -342,7 +405,12 @@ def _weights(manifest: Mapping[str, Any]) -> tuple[Weight, ...]:
         for name, text in tensors.items():
             if not name.endswith(CACHE_ENDINGS):
                 stored[name] = StoredTensor(tensor_of(name, text), file, 0)
-    return group(stored)[0]
+    dialect = dialect_of(stored)
+    if dialect is None:
+        return group(stored)[0]
+    config = parse_config(dialect.family_config(read_json(place, "config.json")))
+    named = dialect.family_tensors(stored, config)
+    return group(named.tensors, named.held)[0]
 
 
 def _codecs(weights: tuple[Weight, ...], *, gguf: bool) -> dict[Codec, int]:

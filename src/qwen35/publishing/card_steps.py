@@ -14,7 +14,7 @@ from qwen35.checkpoint.split_gguf import by_model
 from qwen35.codecs.registry import CODECS
 from qwen35.display import printable
 from qwen35.errors import UsageError
-from qwen35.planning.gguf_files.mixes import CONVERTED, MIX
+from qwen35.planning.gguf_files.mixes import CONVERTED, DRAFTED, MIX
 from qwen35.planning.gguf_files.tensor_names import name_pattern
 from qwen35.planning.layers import spell_layers
 from qwen35.planning.manifest import recipe_json
@@ -26,6 +26,7 @@ __all__ = [
     "HeldTensors",
     "InputFile",
     "ServerOption",
+    "adapter_options",
     "context_of",
     "held_tensors",
     "input_files",
@@ -40,6 +41,7 @@ _PLAIN = {"name", "format", "rules", "encoder"}
 
 _KNOWN = {
     *("types", "projector", "drop_mtp", "mtp_file", "upstream_counters", "imatrix", "imatrix_name"),
+    "adapter_only",
     "kv_cache",
     "split_max_size",
 }
@@ -78,11 +80,13 @@ class InputFile:
         option: of the commands that take it.
         name: its name, or where it is on the Hub.
         sha256: of its content.
+        value: stands for it in commands.
     """
 
     option: str
     name: str
     sha256: str
+    value: str = "FILE"
 
 
 @dataclass(frozen=True)
@@ -116,13 +120,26 @@ def make_command(recipe: Recipe, manifest: Mapping[str, Any], source: str) -> st
         return ""
     patterns = recipe.rules[:count]
     adjustments = _adjustments(replace(recipe, rules=recipe.rules[count:]))
-    known = (None, *CONVERTED)
-    if adjustments is None or any(row.get(key) not in known for key in ("projector", "mtp_file")):
+    known = {"projector": (None, *CONVERTED), "mtp_file": (None, *DRAFTED)}
+    if adjustments is None or any(row.get(key) not in types for key, types in known.items()):
         return ""
-    words = [f"qwen35 {recipe.container.verb}", _word(source), "OUT"]
-    words += [f"--recipe {recipe.name}", *adjustments, *_options(row), *_scales(manifest)]
+    words = [f"qwen35 {recipe.container.verb}", _word(source), "OUT", *adapter_options(manifest)]
+    words += [f"--recipe {recipe.name}", *adjustments]
+    words += [f"--mtp-from {_word(name)}" for name in [_donor(manifest)] if name]
+    words += [*_options(row), *_scales(manifest)]
     words += [f"--tensor-type {_word(f'{rule.match}={rule.action}')}" for rule in patterns]
     return _wrapped(words)
+
+
+def adapter_options(manifest: Mapping[str, Any]) -> list[str]:
+    """Return the options that merge an artifact's adapters: names, weights, onto what."""
+    rows = _table(manifest, "source").get("adapters", [])
+    weights = [row["weight"] for row in rows]
+    values = ["" if weight == 1 else f"={weight:g}" for weight in weights]
+    named = zip(rows, values, strict=True)
+    formats = dict.fromkeys(row["onto"] for row in rows if row.get("onto"))
+    adapters = [f"--adapter {_word(row['name'] + value)}" for row, value in named]
+    return adapters + [f"--onto {_word(name)}" for name in formats]
 
 
 def _adjustments(recipe: Recipe) -> list[str] | None:
@@ -165,8 +182,16 @@ def _options(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"--mtp separate --mtp-type {row['mtp_file']}"
     if row.get("split_max_size"):
         yield f"--split-max-size {_word(str(row['split_max_size']))}"
-    flags = {"drop_mtp": "--drop-mtp", "upstream_counters": "--upstream-counters"}
+    flags = {"adapter_only": "--adapter-only", "drop_mtp": "--drop-mtp"}
+    flags |= {"upstream_counters": "--upstream-counters"}
     yield from (flag for key, flag in flags.items() if row.get(key))
+
+
+def _donor(manifest: Mapping[str, Any]) -> str:
+    """Return the checkpoint whose MTP layer an artifact has, if that is not its source's."""
+    donor = _table(_table(manifest, "source"), "mtp_from")
+    repo = donor.get("repo")
+    return f"{repo}@{donor.get('revision')}" if repo else str(donor.get("folder", ""))
 
 
 def _scales(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -189,6 +214,8 @@ def _scales(manifest: Mapping[str, Any]) -> Iterator[str]:
 def input_files(manifest: Mapping[str, Any]) -> Iterator[InputFile]:
     """Yield the files beside the source that an artifact was made from, with their options."""
     row = manifest["recipe"]
+    for adapter in _table(manifest, "source").get("adapters", []):
+        yield InputFile("--adapter", adapter["name"], adapter["sha256"], "DIR")
     if row.get("imatrix"):
         yield InputFile("--imatrix", str(row.get("imatrix_name")), str(row["imatrix"]))
     for table in (_table(manifest, "calibration"), _table(row, "kv_cache")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from qwen35.checkpoint.gguf_header import is_draft
+from qwen35.checkpoint.gguf_header import is_adapter, is_draft
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.source import read_json
 from qwen35.checkpoint.split_gguf import SplitName, by_model, title_of
@@ -13,7 +13,15 @@ from qwen35.display import printable
 from qwen35.errors import InputError
 from qwen35.publishing.guard import bad_name
 
-__all__ = ["gguf_drafts", "gguf_models", "is_gguf", "is_split", "merge_command", "modelfile_text"]
+__all__ = [
+    "gguf_adapters",
+    "gguf_drafts",
+    "gguf_models",
+    "is_gguf",
+    "is_split",
+    "merge_command",
+    "modelfile_text",
+]
 
 PREFERRED = ("Q4_K_M", "Q5_K_M", "Q4_K_S", "Q6_K", "Q8_0")
 """Types for Ollama in order of preference: first the default of its own library."""
@@ -36,19 +44,26 @@ def is_gguf(name: str) -> bool:
 
 
 def gguf_models(place: LocalFolder) -> list[str]:
-    """Return the GGUF files of models, the preferred one first: no projectors, no MTP layers.
+    """Return the GGUF files of models, the preferred one first.
+
+    Projectors, MTP layers and adapters are none.
 
     A split model is named by its first file, which llama.cpp takes.
     """
     models = by_model(sorted(name for name in place.sizes() if is_gguf(name)))
     names = [files[0] for files in models if not files[0].startswith(_PROJECTOR)]
-    drafts = gguf_drafts(place)
-    return sorted((name for name in names if name not in drafts), key=_preference)
+    beside = {*gguf_drafts(place), *gguf_adapters(place)}
+    return sorted((name for name in names if name not in beside), key=_preference)
 
 
 def gguf_drafts(place: LocalFolder) -> list[str]:
     """Return the GGUF files with an MTP layer alone."""
     return sorted(n for n in place.sizes() if is_gguf(n) and is_draft(Path(str(place)) / n))
+
+
+def gguf_adapters(place: LocalFolder) -> list[str]:
+    """Return the GGUF files with an adapter."""
+    return sorted(n for n in place.sizes() if is_adapter(Path(str(place)) / n))
 
 
 def is_split(name: str) -> bool:

@@ -34,6 +34,10 @@ def readiness(folder: Path, local: LocalListing) -> list[Finding]:
     if isinstance(verified, dict) and verified.get("passed") is False:
         message = "records a failed verification: fix the artifact, then verify with --record"
         findings.append(Finding("verified", MANIFEST_NAME, message))
+    served = manifest.get("served")
+    if isinstance(served, dict) and served.get("passed") is False:
+        message = "records findings at the server that runs it: run the pipeline again"
+        findings.append(Finding("served", MANIFEST_NAME, message))
     for name, entry in manifest["files"].items():
         digest = local.files.get(name)
         if digest is None:

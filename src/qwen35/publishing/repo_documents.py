@@ -14,7 +14,7 @@ from qwen35.errors import InputError
 from qwen35.planning.manifest import read_manifest
 from qwen35.publishing.card import CardMeasurements, card_text
 from qwen35.publishing.hashes import digest_bytes, digest_file
-from qwen35.publishing.modelfile import is_gguf, modelfile_text
+from qwen35.publishing.modelfile import gguf_adapters, gguf_models, is_gguf, modelfile_text
 from qwen35.sinks.files import write_file
 from qwen35.sinks.staging import os_errors
 from qwen35.verification.verdict import Verdict
@@ -24,6 +24,7 @@ __all__ = [
     "MODELFILE_NAME",
     "REPORT_NAME",
     "documents",
+    "record_served",
     "record_verdict",
     "write_documents",
 ]
@@ -57,7 +58,7 @@ def documents(
     manifest = dict(existing)
     measures = _measures(place)
     texts = {CARD_NAME: card_text(place, manifest, repo, base_model, measures)}
-    if any(map(is_gguf, place.sizes())):
+    if any(map(is_gguf, place.sizes())) and (gguf_models(place) or not gguf_adapters(place)):
         texts[MODELFILE_NAME] = modelfile_text(place)
     added = dict(manifest.get("added", {}))
     result = {}
@@ -99,6 +100,30 @@ def record_verdict(folder: Path, verdict: Verdict) -> bool:
     if not _holds(folder / MANIFEST_NAME, content):
         write_documents(folder, {MANIFEST_NAME: content})
     return True
+
+
+def record_served(folder: Path, verdict: Verdict) -> None:
+    """Record the verdict on a served artifact in its manifest: without address and answers.
+
+    Raises:
+        InputError: the manifest cannot be read.
+        OutputError: the manifest cannot be written.
+    """
+    manifest = read_manifest(LocalFolder(folder))
+    assert verdict.served is not None
+    if manifest is None:
+        return
+    entry = {
+        "server": verdict.served.model.server,
+        "context": verdict.served.model.context,
+        "passed": verdict.passed,
+        "result": verdict.result,
+        "asked": list(verdict.served.asked),
+        "acceptance": verdict.served.acceptance,
+    }
+    content = json_bytes({**manifest, "served": entry})
+    if not _holds(folder / MANIFEST_NAME, content):
+        write_documents(folder, {MANIFEST_NAME: content})
 
 
 def _verified(verdict: Verdict) -> dict[str, Any]:

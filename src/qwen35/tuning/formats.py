@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qwen35.codecs.registry import CODECS
 from qwen35.planning.containers import CONTAINERS
 from qwen35.planning.recipe import built_in
 
@@ -9,6 +10,11 @@ __all__ = ["FORMATS"]
 
 FORMATS: tuple[str, ...] = (
     *CONTAINERS["gguf"].formats,
-    *(name for name in CONTAINERS["safetensors"].formats if name in built_in("safetensors")),
+    *(
+        name
+        for name in CONTAINERS["safetensors"].formats
+        if name in built_in("safetensors") and not CODECS[name].dialect
+    ),
 )
-"""Of safetensors, only formats with a built-in recipe of that name: tuning builds on it."""
+"""Of safetensors, only formats with a built-in recipe of that name: tuning builds on it. Recipes of
+dialects mix formats, between which it does not choose."""

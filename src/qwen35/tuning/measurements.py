@@ -140,7 +140,16 @@ def _number(value: Any) -> float:
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
-    """Return an identifier of the weights: the commit on the Hub, or a SHA-256 over all files."""
+    """Return an identifier of the weights: the commit on the Hub, or a SHA-256 over all files.
+
+    Adapters that change them follow.
+    """
+    effects = [adapter.effect_json() for adapter in checkpoint.adapters]
+    added = hashlib.sha256(json.dumps(effects).encode()).hexdigest() if effects else ""
+    return f"{_stored_digest(checkpoint)}+{added}" if effects else _stored_digest(checkpoint)
+
+
+def _stored_digest(checkpoint: Checkpoint) -> str:
     if checkpoint.revision:
         return f"{checkpoint.repo}@{checkpoint.revision}"
     digest = hashlib.sha256()

@@ -124,8 +124,10 @@ class _Safetensors(Tunable):
                 yield step
 
     def reference(self, checkpoint: Checkpoint, folder: Path) -> str:
-        del folder
-        return str(checkpoint.folder())
+        if not checkpoint.adapters and not checkpoint.within:
+            return str(checkpoint.folder())
+        plan = make_plan(checkpoint, load_recipe(self.exact_recipe))
+        return str(write(plan, folder / "merged", keep=False).out)
 
 
 class _Gguf(Tunable):

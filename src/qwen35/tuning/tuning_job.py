@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.display import bytes_of
 from qwen35.errors import UsageError, unknown_name
 from qwen35.evaluation.text_chunks import EvaluationText, read_text
+from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import replace_file
 from qwen35.sinks.staging import os_errors, scratch
@@ -36,12 +36,14 @@ class TuningRequest:
     """User options of tuning.
 
     Args:
-        model: folder or Hub id.
+        model: folder, GGUF file or Hub id.
         format: of the artifact.
         text: the tuning text.
         size: most bytes of the weight files: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
         max_kld: largest mean divergence on the text, in nats; instead of a size.
         output: recipe to write; None for a dry run.
+        adapter: adapters merged into the model, as ``DIR`` or ``DIR=WEIGHT``.
+        onto: the format into whose values they are merged; None for the model's own.
         types: GGUF types to choose from; the defaults if empty.
         imatrix: for GGUF files: importance matrix, or ``hf:owner/name/path``.
         measurements: file that keeps measurements; by default the recipe's name with .json.
@@ -62,6 +64,8 @@ class TuningRequest:
     size: str | int | None = None
     max_kld: float | None = None
     output: Path | None = None
+    adapter: Sequence[str] = ()
+    onto: str | None = None
     types: tuple[str, ...] = ()
     imatrix: str | None = None
     measurements: Path | None = None
@@ -111,6 +115,9 @@ class TuningResult:
     tuned: TunedRecipe
     measured: Measurements
 
+    def __repr__(self) -> str:
+        return f"<TuningResult {self.recipe}>"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         return {**tuned_json(self.space, self.tuned), "recipe": str(self.recipe)}
@@ -126,7 +133,12 @@ def prepare(request: TuningRequest) -> TuningJob:
     """
     _check(request)
     text = read_text(request.text)
-    checkpoint = (fetch if request.output else describe)(request.model, token=request.token)
+    checkpoint = opened_source(
+        request.model,
+        opened_adapters(request.adapter, request.onto),
+        headers=request.output is None,
+        token=request.token,
+    )
     space = _space(checkpoint, request)
     return TuningJob(request, checkpoint, space, _budget(request, space), text)
 
