@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from qwen35.api.merge_api import merge as merge
     from qwen35.api.plan_api import plan as plan
     from qwen35.api.publish_api import publish as publish
+    from qwen35.api.report_api import report as report
     from qwen35.api.reproduce_api import reproduce as reproduce
     from qwen35.api.run_api import run as run
     from qwen35.api.tune_api import tune as tune
@@ -58,6 +59,7 @@ __all__ = [
     "merge",
     "plan",
     "publish",
+    "report",
     "reproduce",
     "run",
     "tune",

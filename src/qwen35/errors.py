@@ -8,6 +8,7 @@
     |   +-- TensorError     a tensor: unknown, missing, wrong shape, not finite
     +-- OutputError         the output exists, does not fit on the disk or cannot be written
     +-- HubError            the Hub refused a request or could not be reached
+    +-- EndpointError       a server of models refused a request, failed or could not be reached
     +-- WorkerError         a worker process died, or a GPU ran out of memory
 
 The command line prints these as one sentence and exits with 2; other exceptions keep their
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "ConfigError",
+    "EndpointError",
     "Finding",
     "HeaderError",
     "HubError",
@@ -51,7 +53,7 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
 
 
 def _normalized(name: str) -> str:
-    return name.lower().replace("_", "-")
+    return name.lower().replace("_", "-").lstrip("-")  # dashes would make any two options alike
 
 
 class Qwen35Error(Exception):
@@ -125,6 +127,21 @@ class OutputError(Qwen35Error):
 
 class HubError(Qwen35Error):
     """The Hub refused a request or could not be reached."""
+
+
+class EndpointError(Qwen35Error):
+    """A server of models refused a request, failed, or could not be reached.
+
+    Attributes:
+        status: the HTTP status that it answered with; 0 if it did not answer properly.
+    """
+
+    status: int = 0
+
+    @property
+    def refused(self) -> bool:
+        """Whether the server says that it does not do this, rather than that it failed."""
+        return self.status in (400, 404, 405, 415, 422, 501)
 
 
 class WorkerError(Qwen35Error):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
-__all__ = ["Progress", "Silent"]
+__all__ = ["Progress", "Silent", "TqdmProgress"]
 
 
 class Progress(Protocol):
@@ -31,3 +31,25 @@ class Silent:
 
     def end(self) -> None:
         """Do nothing."""
+
+
+class TqdmProgress:
+    """Progress as a bar of tqdm, for notebooks and programs of one's own."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def begin(self, title: str, total: int) -> None:
+        """Show a bar."""
+        from tqdm.auto import tqdm  # a dependency of huggingface_hub
+
+        self._bar = tqdm(total=total, desc=title, unit_scale=True)
+
+    def advance(self, amount: int, item: str) -> None:
+        """Move the bar."""
+        self._bar.set_postfix_str(item[-40:], refresh=False)
+        self._bar.update(amount)
+
+    def end(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.given_values import listed, size_given
 from qwen35.calibration.calibration_plan import (
     CalibrationPlan,
     CalibrationRequest,
@@ -14,8 +15,7 @@ from qwen35.calibration.calibration_plan import (
 )
 from qwen35.calibration.sums import FLOOR
 from qwen35.calibration.text_windows import read_text
-from qwen35.checkpoint.open import describe, fetch
-from qwen35.checkpoint.source import Checkpoint
+from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.progress import Progress
 
 if TYPE_CHECKING:
@@ -29,14 +29,18 @@ def calibrate(
     *,
     text: str | Path | Sequence[str | Path],
     output: str | Path,
+    adapter: str | Path | Sequence[str | Path] = (),
+    onto: str | None = None,
     context: int = 512,
     windows: int | None = None,
     floor: int = FLOOR,
     dat: bool = False,
+    draft: bool = False,
+    mtp_from: str | Path | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
     threads: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     overwrite: bool = False,
     hf_token: str | None = None,
     progress: Progress | None = None,
@@ -46,17 +50,22 @@ def calibrate(
     One decoder layer is in memory at a time; an interrupted run resumes.
 
     Args:
-        model: folder or Hub id (``owner/name[@revision]``).
+        model: folder, GGUF file, Hub id (``owner/name[@revision]``) or ``hf:owner/name/path``; not
+            quantized.
         text: plain text files, UTF-8.
         output: folder to write.
+        adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
+        onto: merge them into the weights as this format holds them, such as ``nf4``.
         context: tokens per window.
         windows: the largest number of windows; the whole text if None.
         floor: fill up experts that fewer tokens reach from the average of their layer.
         dat: also write the older imatrix.dat.
+        draft: also measure how often what the MTP layer drafts is accepted.
+        mtp_from: take the MTP layer of this checkpoint, the original of a model saved without it.
         dtype: for computation; ``auto`` is bfloat16 for a bfloat16 checkpoint, otherwise float32.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: number of torch threads.
-        memory: use smaller batches to stay below this many bytes.
+        memory: use smaller batches to stay below this many bytes, or ``4GB``.
         overwrite: replace an output of qwen35, or the interrupted run of another call.
         hf_token: for the Hub; by default HF_TOKEN.
         progress: receives bytes processed.
@@ -77,7 +86,10 @@ def calibrate(
         text=text,
         context=context,
         windows=windows,
-        request=CalibrationRequest(dtype, floor, dat, memory),
+        request=CalibrationRequest(dtype, floor, dat, size_given("--memory", memory), draft),
+        adapter=listed(adapter),
+        onto=onto,
+        mtp_from=mtp_from,
         token=hf_token,
     )
     return carry_out(
@@ -92,6 +104,9 @@ def planned(
     context: int,
     windows: int | None,
     request: CalibrationRequest,
+    adapter: Sequence[str | Path] = (),
+    onto: str | None = None,
+    mtp_from: str | Path | None = None,
     token: str | None,
     headers_only: bool = False,
 ) -> CalibrationPlan:
@@ -99,8 +114,8 @@ def planned(
 
     With `headers_only`, no weights are fetched and the plan cannot be run.
     """
-    opened = describe if headers_only else fetch
-    checkpoint: Checkpoint = opened(str(model), token=token)
+    adapters = opened_adapters(adapter, onto)
+    checkpoint = opened_source(model, adapters, mtp_from, headers=headers_only, token=token)
     files = [text] if isinstance(text, str | Path) else text
     tokens = read_text(checkpoint, [Path(file) for file in files], context=context, windows=windows)
     return make_plan(checkpoint, tokens, request)

@@ -15,13 +15,13 @@ from qwen35.api.fp8_options import (
     check_unused,
     scale_choice_of,
 )
+from qwen35.api.given_values import listed, size_given
 from qwen35.api.worker_choice import check_workers
 from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
-from qwen35.checkpoint.adapted import with_adapters
-from qwen35.checkpoint.adapter_files import open_adapters
-from qwen35.checkpoint.open import describe, fetch, folder_of
+from qwen35.checkpoint.open import folder_of
 from qwen35.codecs.fp8.layout import ScaleMode
 from qwen35.errors import UsageError
+from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.planning.mtp_choice import drops_mtp
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import adjusted_recipe
@@ -35,10 +35,12 @@ def convert(
     out: str | Path,
     *,
     recipe: str | Path = "nf4",
-    adapter: Sequence[str | Path] = (),
-    keep: Sequence[str] = (),
+    adapter: str | Path | Sequence[str | Path] = (),
+    onto: str | None = None,
+    keep: str | Sequence[str] = (),
     mtp: str | None = None,
     drop_mtp: bool = False,
+    mtp_from: str | Path | None = None,
     keep_prefix: bool = False,
     keep_shards: bool = False,
     layout: str | None = None,
@@ -58,7 +60,7 @@ def convert(
     ray_address: str | None = None,
     slice: tuple[int, int] | None = None,  # noqa: A002 - the flag's name
     threads: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     hf_token: str | None = None,
@@ -67,13 +69,15 @@ def convert(
     """Write the output that `plan` describes; the folder appears complete or not at all.
 
     Args:
-        model: folder or Hub id (``owner/name[@revision]``).
+        model: folder, GGUF file, Hub id (``owner/name[@revision]``) or ``hf:owner/name/path``.
         out: folder to write.
         recipe: a built-in recipe or a TOML file.
         adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
+        onto: merge them into the weights as this format holds them, such as ``nf4``.
         keep: additional roles, or groups of them, to leave unquantized.
         mtp: ``keep`` (if None) or ``drop``, the MTP layer.
         drop_mtp: short for ``mtp="drop"``.
+        mtp_from: take the MTP layer of this checkpoint, the original of a model saved without it.
         keep_prefix: text-only: leave tensors under ``model.language_model.``.
         keep_shards: write the source's files, by name, instead of files of 5 GB.
         layout: the tool whose tensors and config.json to write: ``compressed-tensors``,
@@ -101,7 +105,7 @@ def convert(
         ray_address: use this Ray cluster: ``auto`` or ``HOST:PORT``.
         slice: write one part, ``(i, N)``; then run `finalize`.
         threads: number of threads; all processors if None.
-        memory: use fewer threads to stay below this many bytes.
+        memory: use fewer threads to stay below this many bytes, or ``4GB``.
         overwrite: replace an output of qwen35.
         dry_run: write nothing; the result holds the plan.
         hf_token: for the Hub; by default HF_TOKEN.
@@ -125,22 +129,28 @@ def convert(
     from qwen35.writing.write import check_before
 
     out = Path(out)
+    memory = size_given("--memory", memory)
     check_workers(workers, ray_address, slice, memory)
     local_device = "cpu" if ray_address else device  # the cluster's nodes have their own GPUs
     scale_choice = scale_choice_of(calib_mode, rms_factor, calib_percentile, mse_grid_size)
     rules = adjusted_recipe(
         str(recipe),
-        keep=keep,
+        keep=listed(keep),
         layout=layout,
         quantized_inputs=activations,
         drop_mtp=drops_mtp(mtp, drop=drop_mtp),
     )
-    check_before(out, overwrite=overwrite, device=local_device, source=folder_of(str(model)))
+    check_before(
+        out,
+        overwrite=overwrite,
+        device=local_device,
+        source=folder_of(str(model)),
+        donor=folder_of(mtp_from),
+    )
     needed = rules.quantizes_inputs or kv_cache is not None
     statistics = activations_of(activation_stats, scale_choice, needed=needed)
-    adapters = open_adapters(adapter)
-    base = (describe if dry_run else fetch)(str(model), token=hf_token)
-    checkpoint = with_adapters(base, adapters)
+    adapters = opened_adapters(listed(adapter), onto)
+    checkpoint = opened_source(model, adapters, mtp_from, headers=dry_run, token=hf_token)
     plan = make_plan(
         checkpoint,
         rules,

@@ -6,20 +6,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.given_values import listed, size_given
 from qwen35.checkpoint.open import hub_token
+from qwen35.errors import UsageError
+from qwen35.planning.merged_source import opened_adapters
 from qwen35.progress import Progress
 
 if TYPE_CHECKING:
     from qwen35.evaluation.evaluation_job import EvaluationJob
     from qwen35.evaluation.evaluation_report import EvaluationReport
+    from qwen35.evaluation.task_accuracy import TaskReport
+    from qwen35.serving.endpoint import Endpoint
 
-__all__ = ["evaluate", "prepared", "state_of"]
+__all__ = ["SIMULATED", "evaluate", "evaluate_tasks", "prepared", "state_of"]
+
+SIMULATED = "llama.cpp"
+"""The engine whose inputs of layers can be simulated for GGUF files."""
 
 
 def evaluate(
     base: str | Path,
-    candidates: Sequence[str | Path] = (),
+    candidates: str | Path | Sequence[str | Path] = (),
     *,
+    adapter: str | Path | Sequence[str | Path] = (),
+    onto: str | None = None,
+    endpoint: str | Sequence[str] = (),
+    served_model: str | Sequence[str] = (),
+    api_key_env: str | None = None,
     text: str | Path | None = None,
     context: int | None = None,
     chunks: int | None = None,
@@ -32,15 +45,23 @@ def evaluate(
     speed: bool = False,
     device: str = "auto",
     threads: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
+    streamed: bool = False,
+    simulate: str | None = None,
     hf_token: str | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
     """Measure perplexity and KL divergence of candidates; without any, the base's perplexity.
 
     Args:
-        base: folder, Hub id or GGUF file of the unquantized model.
+        base: folder, Hub id or GGUF file of the unquantized model; of any model if it is alone.
         candidates: folders, Hub ids, GGUF files or folders of them, ``hf:owner/name/path``.
+        adapter: LoRA adapters of peft to merge into `base`, which is then a checkpoint: folders,
+            as ``DIR`` or ``DIR=WEIGHT``.
+        onto: merge them into the weights as this format holds them, such as ``nf4``.
+        endpoint: addresses of servers that run more candidates: vLLM, SGLang, llama-server.
+        served_model: their names of the models, in the same order; needed where one serves several.
+        api_key_env: the environment variable with their key; QWEN35_API_KEY if None.
         text: the text file to measure on; optional if `kl_divergence_base` is read.
         context: tokens per chunk; 512 if None.
         chunks: the largest number of chunks; the whole text if None.
@@ -52,10 +73,13 @@ def evaluate(
             exists, otherwise written.
         cache: the same in a compact format.
         unquantized: the base in the other engine's format, for the noise floor between engines.
-        speed: also measure tokens per second of GGUF candidates.
+        speed: also measure tokens per second of GGUF candidates and servers.
         device: for transformers: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         threads: number of threads; all processors if None.
-        memory: refuse to use more than this many bytes.
+        memory: use at most this many bytes, or ``4GB``: run models layer by layer if they do not
+            fit, and refuse where that takes more.
+        streamed: run models layer by layer, in float32; GGUF files too.
+        simulate: ``llama.cpp`` to measure GGUF candidates with its inputs of layers too.
         hf_token: for the Hub; by default HF_TOKEN.
         progress: receives chunks.
 
@@ -64,13 +88,19 @@ def evaluate(
         InputError: an input cannot be read, compared or run.
         OutputError: the report exists, or the disk is full.
         HubError: the Hub refused a request or could not be reached.
+        EndpointError: a server refused, failed or could not be reached.
     """
     from qwen35.evaluation.evaluation_run import run
     from qwen35.reporting.report_files import write_report
 
     job = prepared(
         base,
-        candidates,
+        listed(candidates),
+        adapter=listed(adapter),
+        onto=onto,
+        endpoint=listed(endpoint),
+        served_model=listed(served_model),
+        api_key_env=api_key_env,
         text=text,
         context=context,
         chunks=chunks,
@@ -82,7 +112,9 @@ def evaluate(
         unquantized=unquantized,
         device=device,
         threads=threads,
-        memory=memory,
+        memory=size_given("--memory", memory),
+        streamed=streamed,
+        simulate=simulate,
         hf_token=hf_token,
     )
     result = run(job, speed=speed, state=state_of(resume, report), progress=progress)
@@ -91,10 +123,46 @@ def evaluate(
     return result
 
 
+def evaluate_tasks(
+    tasks: str | Path,
+    *,
+    endpoint: Sequence[str],
+    served_model: Sequence[str] = (),
+    api_key_env: str | None = None,
+    progress: Progress | None = None,
+) -> TaskReport:
+    """Measure the accuracy of served models on tasks; compare each with the first.
+
+    Args:
+        tasks: file with a JSON object a line: a prompt and a check of the answer.
+        endpoint: addresses of servers.
+        served_model: their names of the models, in the same order; needed where one serves several.
+        api_key_env: the environment variable with their key; QWEN35_API_KEY if None.
+        progress: receives tasks.
+
+    Raises:
+        UsageError: no server is given, or arguments contradict each other.
+        InputError: the file cannot be read, or a line is no task.
+        EndpointError: a server was not reached, or answers nothing.
+    """
+    from qwen35.evaluation.task_accuracy import run_tasks
+    from qwen35.evaluation.task_file import read_tasks
+
+    if not endpoint:
+        raise UsageError("--tasks", "needs --endpoint", hint="name the server that runs the model")
+    endpoints = _endpoints(endpoint, served_model, api_key_env)
+    return run_tasks(read_tasks(Path(tasks)), endpoints, Path(tasks).name, progress)
+
+
 def prepared(
     base: str | Path,
     candidates: Sequence[str | Path],
     *,
+    adapter: Sequence[str | Path],
+    onto: str | None,
+    endpoint: Sequence[str],
+    served_model: Sequence[str],
+    api_key_env: str | None,
     text: str | Path | None,
     context: int | None,
     chunks: int | None,
@@ -107,6 +175,8 @@ def prepared(
     device: str,
     threads: int | None,
     memory: int | None,
+    streamed: bool,
+    simulate: str | None,
     hf_token: str | None,
 ) -> EvaluationJob:
     """Prepare an evaluation without running it; arguments and errors as for `evaluate`."""
@@ -114,6 +184,8 @@ def prepared(
     from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
     from qwen35.reporting.report_files import check_report
 
+    if simulate not in (None, SIMULATED):
+        raise UsageError("simulate", f"{simulate!r:.80}", expected=SIMULATED)
     if report is not None:
         check_report(Path(report), overwrite=overwrite)
     if state := state_of(resume, report):
@@ -130,9 +202,29 @@ def prepared(
         kld_file=Path(kl_divergence_base) if kl_divergence_base else None,
         cache=Path(cache) if cache else None,
         memory=memory or 0,
+        streamed=streamed,
+        llama_inputs=simulate is not None,
+        endpoints=_endpoints(endpoint, served_model, api_key_env),
         token=hub_token(hf_token),
+        adapters=opened_adapters(adapter, onto),
     )
     return prepare(request)
+
+
+def _endpoints(
+    urls: Sequence[str], names: Sequence[str], key_variable: str | None
+) -> tuple[tuple[Endpoint, str | None], ...]:
+    """Return the servers with the names of their models, as far as those are given."""
+    from qwen35.serving.endpoint import Endpoint
+
+    if names and len(names) != len(urls):
+        found, expected = f"given {len(names)} times", f"once for each of {len(urls)} --endpoint"
+        raise UsageError("--model", found, expected=expected)
+    if key_variable is not None and not urls:
+        raise UsageError("--api-key-env", "is for --endpoint", hint="give that, or leave it out")
+    named: Sequence[str | None] = names or [None] * len(urls)
+    endpoints = [Endpoint.parse(url, key_variable) for url in urls]
+    return tuple(zip(endpoints, named, strict=True))
 
 
 def state_of(resume: str | Path | None, report: str | Path | None) -> Path | None:

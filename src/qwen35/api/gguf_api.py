@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qwen35.api.given_values import listed, size_given
 from qwen35.api.worker_choice import check_workers
 from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
-from qwen35.checkpoint.adapted import with_adapters
-from qwen35.checkpoint.adapter_files import open_adapters
-from qwen35.checkpoint.open import describe, fetch, folder_of
-from qwen35.checkpoint.source import Checkpoint
+from qwen35.checkpoint.open import folder_of
+from qwen35.checkpoint.source import Checkpoint, is_published
 from qwen35.errors import UsageError, unknown_name
+from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.planning.mtp_choice import mtp_choice
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
@@ -21,24 +21,29 @@ from qwen35.progress import Progress
 __all__ = ["DEFAULT_TYPES", "gguf", "gguf_plan", "gguf_recipe", "types_of"]
 
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
+ADAPTER_TYPES = ("F32",)
+"""The type of an adapter's own file: that of llama.cpp's converter of adapters."""
 
 
 def gguf(
     model: str | Path,
     out: str | Path,
     *,
-    types: str | Sequence[str] = DEFAULT_TYPES,
+    types: str | Sequence[str] | None = None,
     recipe: str | Path = "mix",
-    adapter: Sequence[str | Path] = (),
+    adapter: str | Path | Sequence[str | Path] = (),
+    onto: str | None = None,
+    adapter_only: bool = False,
     imatrix: str | Path | None = None,
-    tensor_type: Sequence[str] = (),
-    tensor_type_file: Sequence[str | Path] = (),
+    tensor_type: str | Sequence[str] = (),
+    tensor_type_file: str | Path | Sequence[str | Path] = (),
     upstream_counters: bool = False,
     mmproj: bool | str = False,
     mtp: str | None = None,
     mtp_type: str | None = None,
     drop_mtp: bool = False,
-    split_max_size: int | None = None,
+    mtp_from: str | Path | None = None,
+    split_max_size: int | str | None = None,
     export: str | Path | None = None,
     device: str = "auto",
     encoder: str = "auto",
@@ -46,7 +51,7 @@ def gguf(
     ray_address: str | None = None,
     slice: tuple[int, int] | None = None,  # noqa: A002 - the flag's name
     threads: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     hf_token: str | None = None,
@@ -55,19 +60,23 @@ def gguf(
     """Write GGUF files in one pass over the checkpoint; the folder appears complete or not at all.
 
     Args:
-        model: folder or Hub id (``owner/name[@revision]``).
+        model: folder, GGUF file, Hub id (``owner/name[@revision]``) or ``hf:owner/name/path``.
         out: folder to write.
-        types: file types, as names or as a comma-separated string.
+        types: file types, as names or as a comma-separated string; `DEFAULT_TYPES` if None, or F32
+            for an adapter alone.
         recipe: ``mix``, ``q8-gates``, ``q8-gates-plus`` or a TOML file.
         adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
+        onto: merge them into the weights as this format holds them, such as ``nf4``.
+        adapter_only: write the one adapter itself, for llama.cpp's ``--lora``, not the model.
         imatrix: importance matrix: a file, the folder of `calibrate`, or ``hf:owner/name/path``.
         tensor_type: ``PATTERN=TYPE``, for tensors whose name matches the pattern.
         tensor_type_file: files of such lines, as llama-quantize reads them.
         upstream_counters: let named tensors shift the mix of the others, as llama-quantize does.
         mmproj: also write the vision tower, as F16, or as F32, BF16 or Q8_0 if it says so.
         mtp: ``keep`` (if None), ``drop``, or ``separate``: in a file of its own, ``mtp-*.gguf``.
-        mtp_type: type of that file: F32, F16, BF16 or Q8_0 (if None).
+        mtp_type: type of that file: F32, F16, BF16, Q8_0 (if None) or Q4_0.
         drop_mtp: short for ``mtp="drop"``.
+        mtp_from: take the MTP layer of this checkpoint, the original of a model saved without it.
         split_max_size: split models with more bytes of tensors into several files, as
             llama-gguf-split does.
         export: only write the types of the one quantized file to this path.
@@ -77,7 +86,7 @@ def gguf(
         ray_address: use this Ray cluster: ``auto`` or ``HOST:PORT``.
         slice: write one part, ``(i, N)``; then run `finalize`.
         threads: number of threads; all processors if None.
-        memory: use fewer threads to stay below this many bytes.
+        memory: use fewer threads to stay below this many bytes, or ``4GB``.
         overwrite: replace an output of qwen35.
         dry_run: write nothing; the result holds the plan.
         hf_token: for the Hub; by default HF_TOKEN.
@@ -102,19 +111,43 @@ def gguf(
         raise unknown_name("--encoder", encoder, ENCODERS)
     if device not in ("auto", "cpu"):
         raise UsageError(f"--device {device}", "not for GGUF", expected="auto or cpu")
+    memory = size_given("--memory", memory)
+    split_max_size = size_given("--split-max-size", split_max_size)
     check_workers(workers, ray_address, slice, memory)
     out = Path(out)
-    rules = gguf_recipe(types, recipe, tensor_type, tensor_type_file)
-    check_before(out, overwrite=overwrite, source=folder_of(str(model)))
-    adapters = open_adapters(adapter)
-    if dry_run or export is not None:
-        base = describe(str(model), token=hf_token)
-    else:
-        base = fetch(str(model), token=hf_token, extra=rules.container.extra)
+    types = (ADAPTER_TYPES if adapter_only else DEFAULT_TYPES) if types is None else types
+    if adapter_only:
+        given = {
+            "--onto": onto is not None,
+            "--tensor-type": tensor_type,
+            "--tensor-type-file": tensor_type_file,
+            "--imatrix": imatrix is not None,
+            "--upstream-counters": upstream_counters,
+            "--mmproj": mmproj,
+            "--mtp": mtp is not None,
+            "--mtp-type": mtp_type is not None,
+            "--drop-mtp": drop_mtp,
+            "--mtp-from": mtp_from is not None,
+            "--split-max-size": split_max_size is not None,
+            "--export": export is not None,
+        }
+        check_adapter_only(given, types_of(types), str(recipe))
+    rules = gguf_recipe(types, recipe, listed(tensor_type), listed(tensor_type_file))
+    check_before(out, overwrite=overwrite, source=folder_of(str(model)), donor=folder_of(mtp_from))
+    unread = adapter_only and not is_published(str(model))  # of the base, only headers are
+    checkpoint = opened_source(
+        model,
+        opened_adapters(listed(adapter), onto),
+        mtp_from,
+        headers=dry_run or export is not None or unread,
+        token=hf_token,
+        extra=rules.container.extra,
+    )
     plan = gguf_plan(
-        with_adapters(base, adapters),
+        checkpoint,
         rules,
         types,
+        adapter_only=adapter_only,
         imatrix=imatrix,
         upstream_counters=upstream_counters,
         mmproj=mmproj,
@@ -150,11 +183,34 @@ def gguf_recipe(
     return load_recipe(str(recipe), "gguf").preceded(patterns)
 
 
+def check_adapter_only(given: Mapping[str, object], types: Sequence[str], recipe: str) -> None:
+    """Refuse what has no effect on the file of an adapter.
+
+    Args:
+        given: other options, by flag; false if not set.
+        types: the file types.
+        recipe: as the user gave it.
+
+    Raises:
+        UsageError: something is set.
+    """
+    from qwen35.planning.gguf_files.mixes import converted_type
+
+    for flag, value in given.items():
+        if value:
+            raise UsageError(flag, "has no effect with --adapter-only", hint="leave it out")
+    if recipe != "mix":
+        raise UsageError("--recipe", "has no effect with --adapter-only", hint="leave it out")
+    for name in types:
+        converted_type(name, "--types, with --adapter-only")
+
+
 def gguf_plan(
     checkpoint: Checkpoint,
     recipe: Recipe,
     types: str | Sequence[str],
     *,
+    adapter_only: bool = False,
     imatrix: str | Path | None,
     upstream_counters: bool,
     mmproj: bool | str,
@@ -182,6 +238,7 @@ def gguf_plan(
         mtp_file=mtp_type_of(choice, mtp_type),
         upstream_counters=upstream_counters,
         split_max_size=split_max_size,
+        adapter_only=adapter_only,
         encoder=encoder,
     )
 

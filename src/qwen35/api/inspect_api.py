@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from qwen35.checkpoint.checkpoint_summary import CheckpointSummary, summarize
 from qwen35.checkpoint.open import describe, gguf_files
+from qwen35.checkpoint.split_gguf import is_tower_name
 
 if TYPE_CHECKING:
     from qwen35.planning.gguf_files.gguf_summary import GgufSummary
@@ -35,7 +36,8 @@ def inspect(
         from qwen35.checkpoint.gguf_parts import read_model
         from qwen35.planning.gguf_files.gguf_summary import summarize_gguf
 
-        return [summarize_gguf(read_model(files, names)) for names in files.models]
+        towers = sorted(name for name in files.place.sizes() if is_tower_name(name))
+        return [summarize_gguf(read_model(files, names), towers) for names in files.models]
     checkpoint = describe(str(model), token=hf_token, lenient=True)
     if checkpoint.problems and checkpoint.foreign is None:  # what it is can be said, not read
         raise checkpoint.problems[0]

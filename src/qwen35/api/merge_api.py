@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen35.api.convert_api import convert
+from qwen35.api.given_values import listed
 from qwen35.api.write_result import WriteResult
 from qwen35.progress import Progress
 
@@ -17,9 +18,11 @@ def merge(
     adapter: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
+    onto: str | None = None,
+    mtp_from: str | Path | None = None,
     keep_shards: bool = False,
     threads: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     hf_token: str | None = None,
@@ -34,9 +37,12 @@ def merge(
         model: the base: folder or Hub id (``owner/name[@revision]``).
         adapter: adapters of peft: folders, as ``DIR`` or ``DIR=WEIGHT``.
         out: folder to write.
+        onto: merge into the weights as this format holds them, such as ``nf4``: those that an
+            adapter learned on which was trained on the base in that format.
+        mtp_from: take the MTP layer of this checkpoint, the original of a model saved without it.
         keep_shards: write the base's files, by name, instead of files of 5 GB.
         threads: number of threads; all processors if None.
-        memory: use fewer threads to stay below this many bytes.
+        memory: use fewer threads to stay below this many bytes, or ``4GB``.
         overwrite: replace an output of qwen35.
         dry_run: write nothing; the result holds the plan.
         hf_token: for the Hub; by default HF_TOKEN.
@@ -52,7 +58,9 @@ def merge(
         model,
         out,
         recipe="bf16",
-        adapter=[adapter] if isinstance(adapter, str | Path) else adapter,
+        adapter=listed(adapter),
+        onto=onto,
+        mtp_from=mtp_from,
         keep_shards=keep_shards,
         threads=threads,
         memory=memory,

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.checkpoint.adapted import with_adapters
-from qwen35.checkpoint.adapter_files import open_adapters
-from qwen35.checkpoint.open import describe
+from qwen35.api.given_values import listed, size_given
 from qwen35.errors import UsageError
+from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.planning.mtp_choice import drops_mtp
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import adjusted_recipe
+from qwen35.planning.sources import describe_source
 
 if TYPE_CHECKING:
     from qwen35.planning.gguf_files.memory_fit import MemoryFit
@@ -27,8 +27,10 @@ def plan(
     model: str | Path,
     *,
     recipe: str | Path | None = None,
-    adapter: Sequence[str | Path] = (),
-    keep: Sequence[str] = (),
+    adapter: str | Path | Sequence[str | Path] = (),
+    onto: str | None = None,
+    mtp_from: str | Path | None = None,
+    keep: str | Sequence[str] = (),
     mtp: str | None = None,
     drop_mtp: bool = False,
     keep_prefix: bool = False,
@@ -37,20 +39,22 @@ def plan(
     activations: bool = False,
     types: str | Sequence[str] | None = None,
     imatrix: str | Path | None = None,
-    tensor_type: Sequence[str] = (),
-    tensor_type_file: Sequence[str | Path] = (),
+    tensor_type: str | Sequence[str] = (),
+    tensor_type_file: str | Path | Sequence[str | Path] = (),
     upstream_counters: bool = False,
     mmproj: bool | str = False,
     mtp_type: str | None = None,
-    split_max_size: int | None = None,
+    split_max_size: int | str | None = None,
     hf_token: str | None = None,
 ) -> Plan:
     """Describe what `convert` or, with types, `gguf` would write, to the byte, from headers alone.
 
     Args:
-        model: folder, Hub id (``owner/name[@revision]``) or a published size.
+        model: folder, GGUF file, Hub id (``owner/name[@revision]``) or a published size.
         recipe: a built-in recipe or a TOML file; ``nf4``, or ``mix`` with types, if None.
         adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
+        onto: merge them into the weights as this format holds them, such as ``nf4``.
+        mtp_from: as for `convert`.
         keep: additional roles, or groups of them, to leave unquantized.
         mtp: ``keep`` (if None), ``drop`` or, for GGUF, ``separate``.
         drop_mtp: short for ``mtp="drop"``.
@@ -100,11 +104,12 @@ def plan(
             found = f"has no effect with{'out' if types is None else ''} --types"
             hint = "add --types, or leave it out" if types is None else "leave it out"
             raise UsageError(flag, found, hint=hint)
-    checkpoint = with_adapters(describe(str(model), token=hf_token), open_adapters(adapter))
+    adapters = opened_adapters(listed(adapter), onto)
+    checkpoint = opened_source(model, adapters, mtp_from, headers=True, token=hf_token)
     if types is None:
         rules = adjusted_recipe(
             str(recipe or "nf4"),
-            keep=keep,
+            keep=listed(keep),
             layout=layout,
             quantized_inputs=activations,
             drop_mtp=drops_mtp(mtp, drop=drop_mtp),
@@ -115,7 +120,7 @@ def plan(
     # imported late: most plans need none of the GGUF modules
     from qwen35.api.gguf_api import gguf_plan, gguf_recipe
 
-    rules = gguf_recipe(types, recipe or "mix", tensor_type, tensor_type_file)
+    rules = gguf_recipe(types, recipe or "mix", listed(tensor_type), listed(tensor_type_file))
     return gguf_plan(
         checkpoint,
         rules,
@@ -126,20 +131,20 @@ def plan(
         mtp=mtp,
         mtp_type=mtp_type,
         drop_mtp=drop_mtp,
-        split_max_size=split_max_size,
+        split_max_size=size_given("--split-max-size", split_max_size),
         token=hf_token,
     )
 
 
 def types_that_fit(
     model: str | Path,
-    fit: int,
+    fit: int | str,
     *,
     context: int = DEFAULT_CONTEXT,
     recipe: str | Path | None = None,
     imatrix: str | Path | None = None,
-    tensor_type: Sequence[str] = (),
-    tensor_type_file: Sequence[str | Path] = (),
+    tensor_type: str | Sequence[str] = (),
+    tensor_type_file: str | Path | Sequence[str | Path] = (),
     upstream_counters: bool = False,
     mmproj: bool | str = False,
     mtp: str | None = None,
@@ -150,7 +155,7 @@ def types_that_fit(
 
     Args:
         model: folder, Hub id (``owner/name[@revision]``) or a published size.
-        fit: bytes of memory.
+        fit: bytes of memory, or ``6GB``.
         context: tokens, from 1.
         recipe: as for `gguf`, as are the others.
         imatrix: importance matrix.
@@ -175,8 +180,8 @@ def types_that_fit(
     from qwen35.planning.gguf_files.memory_fit import MEASURED, memory_fit
 
     planned = gguf_plan(
-        describe(str(model), token=hf_token),
-        gguf_recipe(MEASURED, recipe or "mix", tensor_type, tensor_type_file),
+        describe_source(str(model), token=hf_token),
+        gguf_recipe(MEASURED, recipe or "mix", listed(tensor_type), listed(tensor_type_file)),
         MEASURED,
         imatrix=imatrix,
         upstream_counters=upstream_counters,
@@ -187,4 +192,4 @@ def types_that_fit(
         split_max_size=None,
         token=hf_token,
     )
-    return memory_fit(planned, fit, context)
+    return memory_fit(planned, size_given("--fit", fit) or 0, context)

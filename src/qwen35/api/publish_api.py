@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from qwen35.api.given_values import listed
 from qwen35.errors import InputError, UsageError, unknown_name
 from qwen35.progress import Progress
 from qwen35.publishing.diff import Diff, check_same, load_diff
@@ -63,6 +64,9 @@ class PublishResult:
     text: str = ""
     notes: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<PublishResult {self.text}>"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
         value = {**self.diff.to_json(), "counters": counters(self.diff)}
@@ -74,7 +78,7 @@ def publish(
     repo: str,
     *,
     mode: Mode | None = None,
-    files: Sequence[str] = (),
+    files: str | Sequence[str] = (),
     message: str | None = None,
     private: bool = False,
     delete: bool = False,
@@ -118,7 +122,7 @@ def publish(
         folder=Path(folder),
         repo=repo,
         mode=mode or "init",
-        files=tuple(files),
+        files=listed(files),
         message=message,
         private=private,
         delete=delete,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.given_values import listed
 from qwen35.progress import Progress
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ def reproduce(
     manifest: str | Path,
     *,
     source: str | Path | None = None,
-    adapter: Sequence[str | Path] = (),
+    adapter: str | Path | Sequence[str | Path] = (),
+    mtp_from: str | Path | None = None,
     activation_stats: str | Path | None = None,
     imatrix: str | Path | None = None,
     output: str | Path | None = None,
@@ -34,6 +36,7 @@ def reproduce(
         manifest: a qwen35.json, its folder, or a Hub id.
         source: the source; by default the repository and commit in the manifest.
         adapter: the adapters merged into it, in any order; their weights are recorded.
+        mtp_from: the checkpoint whose MTP layer it has; by default that in the manifest.
         activation_stats: the statistics used for it.
         imatrix: GGUF: the importance matrix used for it.
         output: keep the rebuilt artifact here; by default it is removed.
@@ -65,7 +68,8 @@ def reproduce(
             activations=Path(activation_stats) if activation_stats else None,
             imatrix=Path(imatrix) if imatrix else None,
         ),
-        open_adapters(adapter),
+        open_adapters(listed(adapter)),
+        str(mtp_from) if mtp_from else None,
     )
     with tempfile.TemporaryDirectory(prefix="qwen35-reproduce-") as scratch:
         return carry_out(

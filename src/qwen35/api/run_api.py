@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen35.api.given_values import size_given
 from qwen35.errors import Qwen35Error, UsageError
 from qwen35.pipeline.run_request import (
     MeasurementRequest,
@@ -41,6 +42,10 @@ class RunResult:
     job: RunRequest
     outcomes: tuple[Outcome, ...]
 
+    def __repr__(self) -> str:
+        state = "passed" if self.passed else "a gate is closed"
+        return f"<RunResult {self.job.out}: {len(self.outcomes)} steps, {state}>"
+
     @property
     def passed(self) -> bool:
         """Whether no gate is closed."""
@@ -60,6 +65,9 @@ def run(
     path: PathName | Sequence[PathName] | None = None,
     types: str | Sequence[str] | None = None,
     imatrix: str | None = None,
+    adapter: Sequence[str | Path] | None = None,
+    onto: str | None = None,
+    mtp_from: str | Path | None = None,
     depth: Depth | None = None,
     text: str | Path | None = None,
     chunks: int | None = None,
@@ -67,7 +75,7 @@ def run(
     private: bool | None = None,
     device: str = "auto",
     threads: int | None = None,
-    memory: int | None = None,
+    memory: int | str | None = None,
     overwrite: bool = False,
     hf_token: str | None = None,
     progress: Progress | None = None,
@@ -80,6 +88,9 @@ def run(
         path: ``A``, ``B`` or ``fp8``, or several of them.
         types: path B: types besides F16, as names or as a comma-separated string.
         imatrix: path B: importance matrix: a file, or ``hf:owner/name/path``.
+        adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
+        onto: merge them into the weights as this format holds them, such as ``nf4``.
+        mtp_from: take the MTP layer of this checkpoint, the original of a model saved without it.
         depth: of verification; ``behaviour`` if None.
         text: measure quality on this text.
         chunks: number of chunks to measure on.
@@ -87,7 +98,7 @@ def run(
         private: make newly created repositories private.
         device: device to encode on.
         threads: number of threads; all processors if None.
-        memory: use fewer threads to stay below this many bytes.
+        memory: use fewer threads to stay below this many bytes, or ``4GB``.
         overwrite: replace outputs of other runs.
         hf_token: for the Hub; by default HF_TOKEN.
         progress: receives bytes, then chunks.
@@ -102,13 +113,16 @@ def run(
         path=[path] if isinstance(path, str) else list(path or ()),
         types=types,
         imatrix=imatrix,
+        adapter=adapter,
+        onto=onto,
+        mtp_from=mtp_from,
         depth=depth,
         text=Path(text) if text else None,
         chunks=chunks,
         repo=repo,
         private=private,
     )
-    options = RunOptions(device, threads, memory, overwrite, hf_token)
+    options = RunOptions(device, threads, size_given("--memory", memory), overwrite, hf_token)
     prepared = prepare(job, options)
     if prepared.problems:
         first, *others = prepared.problems
@@ -183,13 +197,14 @@ def prepare(job: RunRequest, options: RunOptions, *, dry: bool = False) -> Prepa
         HubError: the Hub refused a request or could not be reached.
         UsageError: the run does not fit into the memory limit.
     """
-    from qwen35.checkpoint.open import describe, fetch
     from qwen35.pipeline.planned_artifacts import plan_artifacts, threads_within
+    from qwen35.planning.merged_source import opened_adapters, opened_source
 
     problems: Sequence[Qwen35Error] = job.problems
     if problems:
         return PreparedRun(job, options, problems=tuple(problems))
-    source = describe(job.model, token=options.token)
+    changes = (opened_adapters(job.adapters, job.onto), job.mtp_from or None)
+    source = opened_source(job.model, *changes, headers=True, token=options.token)
     artifacts, problems = plan_artifacts(source, job, options.token)
     problems = [*problems, *_device_problems(options.device)]
     if not dry:
@@ -199,7 +214,8 @@ def prepare(job: RunRequest, options: RunOptions, *, dry: bool = False) -> Prepa
     threads = threads_within(artifacts, options.threads or default_threads(), options.memory)
     if not dry:
         # the first plan found problems before the download; this one reads the local files
-        source = fetch(job.model, token=options.token, extra=("README.md",))
+        extra = ("README.md",)
+        source = opened_source(job.model, *changes, token=options.token, extra=extra)
         artifacts, problems = plan_artifacts(source, job, options.token)
     return PreparedRun(job, options, source, tuple(artifacts), tuple(problems), threads)
 
@@ -210,6 +226,9 @@ def job_for(
     path: Sequence[str],
     types: str | Sequence[str] | None,
     imatrix: str | None,
+    adapter: Sequence[str | Path] | None,
+    onto: str | None,
+    mtp_from: str | Path | None,
     depth: Depth | None,
     text: Path | None,
     chunks: int | None,
@@ -224,8 +243,9 @@ def job_for(
     from qwen35.pipeline.run_file import read_run_file
 
     path_options = {
-        "types": types, "imatrix": imatrix, "depth": depth, "text": text, "chunks": chunks,
-        "repo": repo, "private": private,
+        "types": types, "imatrix": imatrix, "adapter": adapter, "onto": onto,
+        "mtp-from": mtp_from, "depth": depth, "text": text, "chunks": chunks, "repo": repo,
+        "private": private,
     }  # fmt: skip
     if not path:
         given = [name for name, value in path_options.items() if value is not None]
@@ -244,7 +264,16 @@ def job_for(
     if chunks and text is None:
         raise UsageError("--chunks", "needs --text", hint="leave it out")
     measuring = MeasurementRequest(text, chunks or 0) if text else None
-    job = RunRequest(what[0], Path(what[1]), artifacts, depth or "behaviour", measuring)
+    job = RunRequest(
+        what[0],
+        Path(what[1]),
+        artifacts,
+        depth or "behaviour",
+        adapters=tuple(map(str, adapter or ())),
+        onto=onto,
+        mtp_from=str(mtp_from or ""),
+        measurement=measuring,
+    )
     return _published(replace(job, private=bool(private)), repo)
 
 

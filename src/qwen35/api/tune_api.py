@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.given_values import listed
 from qwen35.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ def tune(
     format: Format,  # noqa: A002 - the flag's name
     text: str | Path,
     output: str | Path,
+    adapter: str | Path | Sequence[str | Path] = (),
+    onto: str | None = None,
     size: str | int | None = None,
     max_kld: float | None = None,
     types: str | Sequence[str] | None = None,
@@ -40,10 +43,12 @@ def tune(
     """Find the recipe with the least loss at a given size, or the smallest at a given loss.
 
     Args:
-        model: folder or Hub id (``owner/name[@revision]``).
+        model: folder, GGUF file, Hub id (``owner/name[@revision]``) or ``hf:owner/name/path``.
         format: of the artifact, ``gguf``, ``nf4`` or ``fp8``.
         text: the text to measure on.
         output: recipe to write (.toml).
+        adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
+        onto: merge them into the weights as this format holds them, such as ``nf4``.
         size: the largest size of the weight files: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
         max_kld: the largest mean divergence on the text, in nats; instead of a size.
         types: GGUF: types to choose from, as names or as a comma-separated string.
@@ -77,6 +82,8 @@ def tune(
         size=size,
         max_kld=max_kld,
         output=Path(output),
+        adapter=tuple(map(str, listed(adapter))),
+        onto=onto,
         types=types_of(types),
         imatrix=str(imatrix) if imatrix else None,
         measurements=Path(measurements) if measurements else None,

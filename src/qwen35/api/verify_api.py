@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from qwen35.checkpoint.adapted import with_adapters
+from qwen35.api.given_values import listed
 from qwen35.checkpoint.adapter_files import Adapter, open_adapters
-from qwen35.checkpoint.open import describe, fetch
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
-from qwen35.checkpoint.source import Checkpoint
+from qwen35.checkpoint.source import is_published
 from qwen35.errors import InputError, UsageError
-from qwen35.planning.manifest import read_manifest
+from qwen35.planning.manifest import read_manifest, recorded_donor
+from qwen35.planning.merged_source import opened_source
 from qwen35.planning.recorded_adapters import recorded_adapters
 from qwen35.progress import Progress
 from qwen35.publishing.repo_documents import record_verdict
 from qwen35.publishing.signing import SIGNATURE_NAME
 from qwen35.verification.opening import open_artifact
 from qwen35.verification.subject import Subject
-from qwen35.verification.verdict import Depth, Engine, Verdict
+from qwen35.verification.verdict import Depth, Engine, Verdict, served_verdict
 from qwen35.verification.verdict import verify as check
 
 __all__ = ["verify"]
 
 
 def verify(
-    model: str | Path,
+    model: str | Path | None = None,
     *,
+    endpoint: str | None = None,
+    served_model: str | None = None,
+    api_key_env: str | None = None,
+    context: int | None = None,
+    timeout: int | None = None,
     source: str | Path | None = None,
-    adapter: Sequence[str | Path] = (),
+    adapter: str | Path | Sequence[str | Path] = (),
+    mtp_from: str | Path | None = None,
     depth: Depth | None = None,
     engine: Engine | None = None,
     threads: int | None = None,
@@ -38,14 +45,21 @@ def verify(
     hf_token: str | None = None,
     progress: Progress | None = None,
 ) -> Verdict:
-    """Check an artifact, alone or against its source.
+    """Check an artifact, or a model where it is served; alone or against its source.
 
     The verdict holds the findings; it only raises if the artifact cannot be checked at all.
 
     Args:
         model: folder, GGUF file, Hub id or ``hf:owner/name/path``.
+        endpoint: instead of `model`, the address of a server with the OpenAI API, which is asked.
+        served_model: its name of the model; needed if it serves several.
+        api_key_env: the environment variable with its key; QWEN35_API_KEY if None.
+        context: also ask it about an input of this many tokens.
+        timeout: seconds in which each answer must be complete; 600 if None.
         source: the checkpoint that it was made from.
         adapter: the adapters merged into it, as for `convert`; with a source only.
+        mtp_from: the checkpoint whose MTP layer it has, as for `convert`; with a source only, and
+            if the manifest does not name it on the Hub.
         depth: ``structure`` reads headers and small files, ``numbers`` every byte, ``behaviour``
             also loads it and asks it questions; if None, ``numbers`` with a source, otherwise
             ``structure``.
@@ -60,25 +74,53 @@ def verify(
         UsageError: arguments do not fit together, or an engine is not installed.
         InputError: there is nothing to check, or the source cannot be read.
         HubError: the Hub refused a request or could not be reached.
+        EndpointError: the server refused, failed or could not be reached.
 
     >>> verify("assets/qwen3.5-tiny").passed
     True
     """
+    asking: dict[str, Any] = {
+        "served_model": served_model,
+        "api_key_env": api_key_env,
+        "context": context,
+        "timeout": timeout,
+    }
+    if endpoint is not None:
+        files = {
+            "MODEL": model,
+            "--adapter": adapter,
+            "--depth": depth if depth != "behaviour" else None,
+            "--engine": engine,
+            "--threads": threads,
+            "--tensor-parallel": tensor_parallel,
+            "--record": record,
+        }
+        _refuse_given(files, "is about files, not about a server", "leave it out")
+        return _verify_endpoint(endpoint, source=source, token=hf_token, **asking)
+    alone = dict(zip(_ENDPOINT_FLAGS, asking.values(), strict=True))
+    _refuse_given(alone, "is for --endpoint", "give that, or leave it out")
+    if model is None:
+        raise UsageError("MODEL", "missing", hint="name an artifact, or a server with --endpoint")
     name = str(model)
     folder = _record_folder(name) if record else None
     depth = depth or ("numbers" if source else "structure")
     if engine and depth != "behaviour":
         hint = "add --depth behaviour, or leave it out"
         raise UsageError("--engine", f"is not used at depth {depth}", hint=hint)
-    if adapter and not source:
-        raise UsageError("--adapter", "needs --source, which it changes", hint="give both")
+    for flag, value in {"--adapter": adapter, "--mtp-from": mtp_from}.items():
+        if value and not source:
+            raise UsageError(flag, "needs --source, which it changes", hint="give both")
     subject = open_artifact(
         name, depth, engine=engine, tensor_parallel=tensor_parallel, token=hf_token
     )
     original = None
     if source and subject.files:
-        adapters = _adapters(subject, adapter)
-        original = with_adapters(_source(str(source), depth, hf_token), adapters)
+        manifest = _manifest(subject)
+        adapters = _adapters(manifest, listed(adapter))
+        donor = recorded_donor(manifest, None if mtp_from is None else str(mtp_from))
+        # structure needs no weights; a published size has none, and is refused when fetched
+        headers = depth == "structure" and not is_published(str(source))
+        original = opened_source(source, adapters, donor or None, headers=headers, token=hf_token)
     verdict = check(
         subject,
         source=original,
@@ -93,22 +135,55 @@ def verify(
     return verdict
 
 
-def _source(model: str, depth: Depth, token: str | None) -> Checkpoint:
-    """Open the source as far as the depth needs it: on the Hub, weights stay there."""
-    if depth == "structure":
-        described = describe(model, token=token)
-        if described.place is not None:
-            return described
-    return fetch(model, token=token)  # refuses a published size, which has no files
+_ENDPOINT_FLAGS = ("--model", "--api-key-env", "--context", "--timeout")
 
 
-def _adapters(subject: Subject, texts: Sequence[str | Path]) -> tuple[Adapter, ...]:
-    """Open the adapters that an artifact was made with; its manifest knows their weights."""
-    adapters, manifest = open_adapters(texts), None
+def _refuse_given(flags: Mapping[str, Any], found: str, hint: str) -> None:
+    for flag, value in flags.items():
+        if value:
+            raise UsageError(flag, found, hint=hint)
+
+
+def _verify_endpoint(
+    url: str,
+    *,
+    source: str | Path | None,
+    token: str | None,
+    served_model: str | None,
+    api_key_env: str | None,
+    context: int | None,
+    timeout: int | None,
+) -> Verdict:
+    from qwen35.serving.endpoint import Endpoint
+    from qwen35.serving.served_model import identify
+    from qwen35.serving.server_client import Bounds, ServerClient
+    from qwen35.verification.served_verdict import check_served
+
+    endpoint = Endpoint.parse(url, api_key_env)
+    original = None if source is None else opened_source(source, headers=True, token=token)
+    bounds = Bounds() if timeout is None else Bounds(seconds=timeout)
+    with ServerClient(endpoint, bounds) as client:
+        served = identify(client, served_model)
+        if context and served.context and context > served.context:
+            found, hint = f"the server has {served.context} tokens", "give fewer"
+            raise UsageError(f"--context {context}", found, hint=hint)
+        place = original.place if original else None
+        result = check_served(client, served, source=place, context=context or 0)
+    return served_verdict(result, original.name if original else None)
+
+
+def _manifest(subject: Subject) -> Mapping[str, Any]:
+    """Return an artifact's manifest; empty if there is none, or none that can be read."""
+    manifest = None
     with suppress(InputError):  # a finding of the check
         manifest = read_manifest(subject.place) if subject.place else None
-    recorded = manifest and isinstance(manifest.get("source"), dict)
-    if not (manifest and recorded and manifest["source"].get("adapters")):
+    return manifest or {}
+
+
+def _adapters(manifest: Mapping[str, Any], texts: Sequence[str | Path]) -> tuple[Adapter, ...]:
+    """Open the adapters that an artifact was made with; its manifest knows their weights."""
+    adapters, source = open_adapters(texts), manifest.get("source")
+    if not isinstance(source, dict) or not source.get("adapters"):
         return adapters
     return recorded_adapters(manifest, adapters)
 

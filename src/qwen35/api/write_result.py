@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen35.api.worker_choice import pool_for
+from qwen35.display import size
 from qwen35.planning.memory import peak_memory, threads_within
 from qwen35.planning.output_plan import Plan
 from qwen35.progress import Progress
+from qwen35.table import html_table
 from qwen35.threads import default_threads
 
 if TYPE_CHECKING:
@@ -46,6 +48,15 @@ class WriteResult:
     weights: int = 0
     compared: Mapping[str, Any] = field(default_factory=dict, repr=False)
     exported: tuple[Path, Mapping[str, str]] | None = None
+
+    def __repr__(self) -> str:
+        did = f"{len(self.hashes)} files" if self.hashes else "not written"
+        return f"<WriteResult {self.out}: {did}, {size(self.nbytes)}>"
+
+    def _repr_html_(self) -> str:
+        rows = [(name, digest) for name, digest in self.hashes.items()]
+        title = repr(self).strip("<>")
+        return html_table(("file", "SHA-256"), rows, title) if rows else self.plan._repr_html_()
 
     @property
     def passed(self) -> bool:

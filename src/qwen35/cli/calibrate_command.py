@@ -12,11 +12,19 @@ from pathlib import Path
 from typing import get_args
 
 from qwen35.api.calibrate_api import calibrate, planned
-from qwen35.calibration.calibration_display import coverage_text, plan_json, plan_text
+from qwen35.calibration.calibration_display import coverage_text, draft_text, plan_json, plan_text
 from qwen35.calibration.calibration_plan import CalibrationRequest, Dtype
 from qwen35.calibration.sums import FLOOR
 from qwen35.cli.console import Console
-from qwen35.cli.shared_flags import add_model, keywords, positive, size_of
+from qwen35.cli.shared_flags import (
+    add_adapter,
+    add_model,
+    add_mtp_from,
+    add_onto,
+    keywords,
+    positive,
+    size_of,
+)
 from qwen35.display import size
 
 EXAMPLES = {
@@ -32,7 +40,9 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser)
+    add_model(parser, files=True)
+    add_adapter(parser)
+    add_onto(parser)
     parser.add_argument(
         "--text", nargs="+", required=True, type=Path, metavar="FILE", help="plain text, UTF-8"
     )
@@ -60,6 +70,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dat", action="store_true", help="also write the older imatrix.dat")
     parser.add_argument(
+        "--draft",
+        action="store_true",
+        help="also measure how often what the MTP layer drafts is accepted",
+    )
+    add_mtp_from(parser)
+    parser.add_argument(
         "--dtype",
         choices=get_args(Dtype),
         default="auto",
@@ -83,13 +99,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
     if args.dry_run:
-        request = CalibrationRequest(args.dtype, args.floor, args.dat, args.memory)
+        request = CalibrationRequest(args.dtype, args.floor, args.dat, args.memory, args.draft)
         plan = planned(
             args.model,
             text=args.text,
             context=args.context,
             windows=args.windows,
             request=request,
+            adapter=args.adapter,
+            onto=args.onto,
+            mtp_from=args.mtp_from,
             token=args.hf_token,
             headers_only=True,
         )
@@ -99,6 +118,8 @@ def run(args: argparse.Namespace, output: Console) -> int:
     if calibration.resumed:
         output.info(f"resumed after {calibration.resumed} blocks of an interrupted run")
     lines = coverage_text(calibration.coverage)
+    if calibration.draft is not None:
+        lines.append(draft_text(calibration.draft))
     result = calibration.result
     lines.append(f"{result.out}: {len(result.hashes) + 1} files, {size(result.nbytes)}")
     output.data("\n".join(lines), calibration.to_json())

@@ -14,7 +14,14 @@ from qwen35.api.convert_api import convert
 from qwen35.api.fp8_options import KvCache
 from qwen35.cli.console import Console
 from qwen35.cli.fp8_flags import add_scale_choice
-from qwen35.cli.shared_flags import add_adapter, add_model, add_recipe, keywords
+from qwen35.cli.shared_flags import (
+    add_adapter,
+    add_model,
+    add_mtp_from,
+    add_onto,
+    add_recipe,
+    keywords,
+)
 from qwen35.cli.worker_flags import add_workers
 from qwen35.cli.write_summary import show
 
@@ -32,10 +39,12 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser)
+    add_model(parser, files=True)
     add_adapter(parser)
+    add_onto(parser)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add_recipe(parser)
+    add_mtp_from(parser)
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:N or a list (auto is the CPU)"
     )

@@ -2,7 +2,8 @@
 
 Prints the table of llama-perplexity --kl-divergence, with a column per candidate in any format.
 Base and candidates run side by side, chunk by chunk, so no logits go to disk. Without candidates,
-prints the perplexity of BASE. Repeat an interrupted run with --report or --resume to continue it.
+prints the perplexity of BASE, which may then be quantized. Repeat an interrupted run with --report
+or --resume to continue it.
 """
 
 from __future__ import annotations
@@ -11,11 +12,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.api.evaluate_api import evaluate, prepared, state_of
+from qwen35.api.evaluate_api import SIMULATED, evaluate, evaluate_tasks, prepared, state_of
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS
-from qwen35.cli.shared_flags import keywords, positive, size_of
+from qwen35.cli.shared_flags import (
+    add_adapter,
+    add_endpoint,
+    add_onto,
+    keywords,
+    positive,
+    size_of,
+)
 from qwen35.display import size
+from qwen35.errors import UsageError
 
 if TYPE_CHECKING:
     from qwen35.evaluation.evaluation_job import EvaluationJob
@@ -27,14 +36,26 @@ EXAMPLES = {
     "all GGUF files in a folder, on 20 chunks, with their speed": (
         "qwen35 evaluate OUT/MODEL-F16.gguf OUT --text wiki.test.raw \\\n      --chunks 20 --speed"
     ),
-    "the perplexity of one model": "qwen35 evaluate MODEL --text wiki.test.raw",
+    "the perplexity of one model, quantized or not": (
+        "qwen35 evaluate MODEL-Q4_K_M.gguf --text wiki.test.raw"
+    ),
+    "what a server runs, against its source": (
+        "qwen35 evaluate MODEL --endpoint http://127.0.0.1:8000 --text wiki.test.raw"
+    ),
+    "accuracy of two servers on tasks of one's own": (
+        "qwen35 evaluate --tasks tasks.jsonl --endpoint http://127.0.0.1:8000 \\\n"
+        "      --endpoint http://127.0.0.1:8001"
+    ),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument(
-        "base", metavar="BASE", help="the unquantized model: folder, Hub id or GGUF file"
+        "base",
+        metavar="BASE",
+        nargs="?",
+        help="the unquantized model: folder, Hub id or GGUF file; none with --tasks",
     )
     parser.add_argument(
         "candidates",
@@ -43,8 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="artifacts in any format; a folder of GGUF files gives one candidate per file, "
         "hf:owner/name/path is a file on the Hub",
     )
+    add_endpoint(parser, several=True)
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
+    add_adapter(parser, "merge a LoRA adapter of peft into BASE, a checkpoint; may be repeated")
+    add_onto(parser)
     parser.add_argument("--text", metavar="FILE", type=Path, help="text to measure on")
+    parser.add_argument(
+        "--tasks",
+        metavar="FILE",
+        type=Path,
+        help="instead: accuracy of each --endpoint on tasks, a JSON object a line",
+    )
     parser.add_argument(
         "--context", type=positive, metavar="N", help="tokens per chunk (default: 512)"
     )
@@ -63,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speed",
         action="store_true",
-        help="measure tokens per second of GGUF candidates against F16",
+        help="measure tokens per second of GGUF candidates against F16, and of servers",
     )
     parser.add_argument(
         "--device", default="auto", help="for transformers: auto, cpu, cuda or cuda:N"
@@ -71,9 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="threads (default: all processors)"
     )
-    parser.add_argument(
-        "--memory", type=size_of, metavar="SIZE", help="refuse to use more, e.g. 16GB"
-    )
+    parser.add_argument("--memory", type=size_of, metavar="SIZE", help=_MEMORY_HELP)
+    parser.add_argument("--streamed", action="store_true", help=_STREAMED_HELP)
+    parser.add_argument("--simulate", choices=[SIMULATED], help=_SIMULATE_HELP)
     parser.add_argument("--dry-run", action="store_true", help="print what would be done")
 
 
@@ -81,6 +111,11 @@ _REPORT_HELP = "write report.json and report.html into DIR"
 _RESUME_HELP = "keep results of an unfinished run in FILE, to resume from (default: beside DIR)"
 _KLD_HELP = "llama-perplexity file: read instead of running BASE if it exists, otherwise written"
 _CACHE_HELP = "compact reference, 50 times smaller: read if it exists, otherwise written"
+_MEMORY_HELP = "most memory to use, e.g. 16GB: models that do not fit run layer by layer"
+_STREAMED_HELP = "run models layer by layer, in float32: GGUF files too, without llama.cpp"
+_SIMULATE_HELP = (
+    "with --streamed, a further column for GGUF files, with llama.cpp's inputs of layers"
+)
 _UNQUANTIZED_HELP = (
     "BASE in the other engine's format, for the noise floor between engines (default: made from "
     "BASE; required if BASE is a GGUF file and a candidate is not)"
@@ -91,17 +126,42 @@ def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
     from qwen35.evaluation.evaluation_table import report_text
 
+    if args.tasks is not None:
+        return _tasks(args, output)
+    if args.base is None:
+        hint = "name the unquantized model, or --tasks to ask a server"
+        raise UsageError("BASE", "missing", hint=hint)
     if args.dry_run:
         return _dry_run(args, output)
-    report = evaluate(**keywords(args, "dry_run"), progress=output.progress("chunks"))
+    report = evaluate(**keywords(args, "dry_run", "tasks"), progress=output.progress("chunks"))
     if args.report is not None:
         output.info(f"{args.report}: report.json and report.html")
     output.data(report_text(report, output.width), report.to_json())
     return EXIT_FINDINGS if report.findings else 0
 
 
+_TASK_FLAGS = ("tasks", "endpoint", "served_model", "api_key_env", "json", "quiet", "device")
+
+
+def _tasks(args: argparse.Namespace, output: Console) -> int:
+    """Measure accuracy; other flags are about divergence."""
+    for name, value in vars(args).items():
+        if value and name not in _TASK_FLAGS:
+            flag = name.upper() if name in ("base", "candidates") else f"--{name.replace('_', '-')}"
+            raise UsageError(flag, "is not for --tasks", hint="leave it out")
+    report = evaluate_tasks(
+        args.tasks,
+        endpoint=args.endpoint,
+        served_model=args.served_model,
+        api_key_env=args.api_key_env,
+        progress=output.progress("tasks"),
+    )
+    output.data(report.text(output.width), report.to_json())
+    return 0
+
+
 def _dry_run(args: argparse.Namespace, output: Console) -> int:
-    job = prepared(**keywords(args, "dry_run", "speed"))
+    job = prepared(**keywords(args, "dry_run", "speed", "tasks"))
     state = state_of(args.resume, args.report)
     output.data(_job_text(job, state), _job_json(job, state))
     return 0
@@ -123,8 +183,23 @@ def _job_json(job: EvaluationJob, state: Path | None) -> dict[str, object]:
         "writes": {str(path): nbytes for path, nbytes in job.writes.items()},
         "temporary_bytes": job.temporary,
         "peak_memory": job.memory,
+        "streamed": _stream_json(job),
         "state": str(state) if state else None,
     }
+
+
+def _temporary(job: EvaluationJob) -> str:
+    merged = ["the base with its adapters"] if job.merged else []
+    floor = ["the base as F16 GGUF for the noise floor"] if job.floor_to_make else []
+    return " and ".join(merged + floor)
+
+
+def _stream_json(job: EvaluationJob) -> dict[str, object] | None:
+    if job.stream is None:
+        return None
+    stream, sizes = job.stream, job.stream.sizes
+    own = {"why": stream.why, "group": stream.group, "states": stream.states}
+    return {"layer": sizes.layer, "batch": sizes.batch, "wide": sizes.wide, **own}
 
 
 def _job_text(job: EvaluationJob, state: Path | None) -> str:
@@ -142,13 +217,20 @@ def _job_text(job: EvaluationJob, state: Path | None) -> str:
         f"{chunks.count} chunks of {chunks.context} tokens, {chunks.count * chunks.scored} scored",
         f"peak memory at most about {size(job.memory)} with {job.threads} threads",
     ]
+    if job.stream is not None:
+        why = f" ({job.stream.why})" * bool(job.stream.why)
+        where = "beside its results" if state else "in the temporary folder"
+        lines.append(
+            f"layer by layer{why}: a layer of {size(job.stream.sizes.layer)}, hidden states of "
+            f"{size(job.stream.states)} {where}, removed afterwards"
+        )
     if job.reference_file is not None:
         lines.append(f"reads {job.reference_file} instead of running the base")
     lines += [f"writes {path}, at most {size(nbytes)}" for path, nbytes in job.writes.items()]
     if job.temporary:
         lines.append(
-            f"writes the base as F16 GGUF for the noise floor, about {size(job.temporary)} in the "
-            "temporary folder, removed afterwards"
+            f"writes {_temporary(job)}, about {size(job.temporary)} in the temporary folder, "
+            "removed afterwards"
         )
     if state is not None:
         lines.append(f"keeps results in {state} until the run is complete ({size(job.results)})")

@@ -15,6 +15,8 @@ from qwen35.cli.shared_flags import (
     add_adapter,
     add_model,
     add_mtp,
+    add_mtp_from,
+    add_onto,
     add_types,
     keywords,
     positive,
@@ -32,6 +34,9 @@ EXAMPLES = {
     "files of 40 GB, which llama.cpp loads as one": (
         "qwen35 gguf MODEL OUT --types Q8_0 --split-max-size 40G"
     ),
+    "an adapter by itself, which llama.cpp adds to any file of the model": (
+        "qwen35 gguf MODEL OUT --adapter DIR --adapter-only"
+    ),
     "linear attention in Q8_0, plus the vision tower": (
         "qwen35 gguf MODEL OUT --types Q4_K_M --recipe q8-gates --mmproj"
     ),
@@ -40,14 +45,17 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser)
+    add_model(parser, files=True)
     add_adapter(parser)
+    add_onto(parser)
+    parser.add_argument("--adapter-only", action="store_true", help=_ADAPTER_HELP)
     parser.add_argument("out", metavar="OUTDIR", type=Path, help="folder to write")
-    add_types(parser, default=",".join(DEFAULT_TYPES))
+    add_types(parser, default=f"{','.join(DEFAULT_TYPES)}; F32 with --adapter-only")
     parser.add_argument(
         "--recipe", default="mix", metavar="NAME", help="mix, q8-gates, q8-gates-plus or a .toml"
     )
     add_mtp(parser)
+    add_mtp_from(parser)
     parser.add_argument("--export", type=Path, metavar="FILE", help=_EXPORT_HELP)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="always the CPU")
     parser.add_argument("--encoder", default="auto", choices=("auto", "ggml"), help=_ENCODER_HELP)
@@ -61,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output of qwen35")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
 
+
+_ADAPTER_HELP = "write the adapter itself, for llama.cpp's --lora, instead of the merged model"
 
 _ENCODER_HELP = (
     "what quantizes: our own kernels where there are some, or llama-cpp-python for every type "

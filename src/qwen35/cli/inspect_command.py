@@ -18,7 +18,7 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser, sizes=True)
+    add_model(parser, sizes=True, files=True)
 
 
 def run(args: argparse.Namespace, output: Console) -> int:

@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "calibrate": "collect activation statistics and an importance matrix",
     "verify": "check an artifact, alone or against its source",
     "evaluate": "measure perplexity and KL divergence of quantized models",
+    "report": "rank the candidates of one or more evaluations",
     "tune": "find the recipe with the least loss under a budget",
     "run": "run a whole pipeline: make, verify, measure, publish",
     "amend": "record edits of an artifact's small files, such as a template",
@@ -70,8 +71,8 @@ start here:
 """
 
 _EPILOG = """\
-MODEL is a folder, a Hub id (owner/name[@revision]) or, for plan and inspect,
-a published size.
+MODEL is a folder, a GGUF file, a Hub id (owner/name[@revision]) or, for plan
+and inspect, a published size.
 
 Exit codes: 0 success, 1 findings, 2 wrong input or usage; interrupted: 130 by
 Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from qwen35.api.merge_api import merge
 from qwen35.cli.console import Console
-from qwen35.cli.shared_flags import add_model, keywords, positive, size_of
+from qwen35.cli.shared_flags import (
+    add_model,
+    add_mtp_from,
+    add_onto,
+    keywords,
+    positive,
+    size_of,
+)
 from qwen35.cli.write_summary import show
 
 EXAMPLES = {
@@ -25,11 +32,13 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser)
+    add_model(parser, files=True)
     parser.add_argument(
         "adapter", metavar="ADAPTER[=WEIGHT]", nargs="+", help="folder that peft saved"
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    add_onto(parser)
+    add_mtp_from(parser)
     parser.add_argument(
         "--keep-shards", action="store_true", help="write the base's files instead of 5 GB each"
     )

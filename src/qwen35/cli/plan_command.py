@@ -13,6 +13,8 @@ from qwen35.cli.console import Console
 from qwen35.cli.shared_flags import (
     add_adapter,
     add_model,
+    add_mtp_from,
+    add_onto,
     add_recipe,
     add_types,
     keywords,
@@ -42,8 +44,10 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser, optional=True, sizes=True)
+    add_model(parser, optional=True, sizes=True, files=True)
     add_adapter(parser)
+    add_onto(parser)
+    add_mtp_from(parser)
     add_recipe(parser, default=None)
     add_types(parser, default=None)
     parser.add_argument(
@@ -98,7 +102,7 @@ def _show_fitting(args: argparse.Namespace, output: Console) -> int:
 
     others = (
         *("types", "keep", "keep_prefix", "keep_shards", "layout", "activations", "adapter"),
-        *("mtp_type", "split_max_size", "threads", "memory"),
+        *("onto", "mtp_from", "mtp_type", "split_max_size", "threads", "memory"),
     )
     for name in others:
         if getattr(args, name):

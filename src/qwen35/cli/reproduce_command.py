@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the adapter merged into it; may be repeated",
     )
     parser.add_argument(
+        "--mtp-from", metavar="MODEL", help="the checkpoint whose MTP layer it has, if a folder"
+    )
+    parser.add_argument(
         "--activation-stats", type=Path, metavar="FILE", help="the statistics used for it"
     )
     parser.add_argument(

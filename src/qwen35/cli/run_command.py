@@ -4,6 +4,7 @@
   qwen35 run --path A MODEL OUT           text-only NF4, for training
   qwen35 run --path B MODEL OUT           text-only, and GGUF with its F16
   qwen35 run --path fp8 MODEL OUT         block FP8, to serve; nvfp4, int4 too
+  qwen35 run --path mlx MODEL OUT         MLX in 4 bits, for Macs
 
 Each artifact is made, verified, documented and, if a repository is named, published. A closed gate
 stops the steps that depend on it. A repeated run only does what is missing or changed. Exit code 0
@@ -19,7 +20,7 @@ from typing import get_args
 from qwen35.api.run_api import RunOptions, job_for, prepare
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS, EXIT_USAGE
-from qwen35.cli.shared_flags import keywords, positive, size_of
+from qwen35.cli.shared_flags import add_mtp_from, add_onto, keywords, positive, size_of
 from qwen35.pipeline.run_request import PathName
 
 DEPTHS = ("structure", "numbers", "behaviour")
@@ -45,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     parser.add_argument(
         "what", nargs="+", metavar="FILE.toml | MODEL OUT", help="a run file; or, with --path, "
-        "folder or Hub id of the source, and the folder of all artifacts"
+        "folder, GGUF file or Hub id of the source, and the folder of all artifacts"
     )  # fmt: skip
     group = parser.add_argument_group("instead of a file")
     group.add_argument(
@@ -56,6 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--types", metavar="T,...", help="path B: types besides F16")
     group.add_argument("--imatrix", metavar="FILE", help="path B: importance matrix")
+    group.add_argument(
+        "--adapter",
+        action="append",
+        metavar="DIR[=WEIGHT]",
+        help="merge a LoRA adapter of peft as weights are read; may be repeated",
+    )
+    add_onto(group)
+    add_mtp_from(group)
     group.add_argument("--depth", choices=DEPTHS, help="depth of verification (default: behaviour)")
     group.add_argument("--text", type=Path, metavar="FILE", help="measure quality on this text")
     group.add_argument(

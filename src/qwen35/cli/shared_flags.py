@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen35.codecs.registry import LAYOUTS
+from qwen35.codecs.registry import LAYOUTS, TRAINED_ON
 from qwen35.display import bytes_of
 from qwen35.model.sizes import PUBLISHED
-from qwen35.planning.gguf_files.mixes import CONVERTED
+from qwen35.planning.gguf_files.mixes import CONVERTED, DRAFTED
 from qwen35.planning.mtp_choice import MTP_CHOICES
 from qwen35.planning.recipe import built_in
 
 __all__ = [
     "add_adapter",
+    "add_endpoint",
     "add_model",
     "add_mtp",
+    "add_mtp_from",
+    "add_onto",
     "add_recipe",
     "add_types",
     "count",
@@ -46,12 +50,21 @@ def _number(text: str, minimum: int, expected: str) -> int:
     return value
 
 
-def _converted(text: str) -> str:
-    """Parse a file type of the converter; argparse prints the error."""
-    if text.upper() not in CONVERTED:
-        expected = f"{', '.join(CONVERTED)} (MODEL and OUTDIR come first)"
+def _one_of(text: str, known: Sequence[str]) -> str:
+    if text.upper() not in known:
+        expected = f"{', '.join(known)} (MODEL and OUTDIR come first)"
         raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
     return text.upper()
+
+
+def _converted(text: str) -> str:
+    """Parse a file type of the converter; argparse prints the error."""
+    return _one_of(text, CONVERTED)
+
+
+def _drafted(text: str) -> str:
+    """Parse a file type of an MTP layer alone; argparse prints the error."""
+    return _one_of(text, DRAFTED)
 
 
 def size_of(text: str) -> int:
@@ -70,7 +83,11 @@ def keywords(args: argparse.Namespace, *without: str) -> dict[str, Any]:
 
 
 def add_model(
-    parser: argparse.ArgumentParser, *, optional: bool = False, sizes: bool = False
+    parser: argparse.ArgumentParser,
+    *,
+    optional: bool = False,
+    sizes: bool = False,
+    files: bool = False,
 ) -> None:
     """Add MODEL and --hf-token.
 
@@ -78,25 +95,77 @@ def add_model(
         parser: the parser.
         optional: whether MODEL is optional.
         sizes: whether it may be a published size, which has no weights.
+        files: whether it may be a GGUF file.
     """
+    known = "folder, GGUF file, Hub id" if files else "folder or Hub id"
+    named = ", hf:owner/name/path of a GGUF file on the Hub" if files else ""
     published = f", or a published size: {', '.join(PUBLISHED)}" if sizes else ""
     parser.add_argument(
         "model",
         metavar="MODEL",
         nargs="?" if optional else None,
-        help=f"folder or Hub id (owner/name[@revision]){published}",
+        help=f"{known} (owner/name[@revision]){named}{published}",
     )
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
 
 
-def add_adapter(parser: argparse.ArgumentParser) -> None:
-    """Add --adapter."""
+def add_adapter(
+    parser: argparse.ArgumentParser,
+    words: str = "merge a LoRA adapter of peft as weights are read; may be repeated",
+) -> None:
+    """Add --adapter; `words` say what it does."""
     parser.add_argument(
         "--adapter",
         action="append",
         default=[],
         metavar="DIR[=WEIGHT]",
-        help="merge a LoRA adapter of peft as weights are read; may be repeated",
+        help=words,
+    )
+
+
+def add_onto(parser: argparse._ActionsContainer) -> None:
+    """Add --onto."""
+    parser.add_argument(
+        "--onto",
+        choices=TRAINED_ON,
+        help="first round the base's weights to this format, which the adapters were trained on",
+    )
+
+
+def add_endpoint(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Add --endpoint and the flags that say how to ask there.
+
+    Args:
+        parser: the parser.
+        several: whether there may be several servers.
+    """
+    more: dict[str, Any] = {"action": "append", "default": []} if several else {}
+    again = "; may be repeated" if several else ""
+    parser.add_argument(
+        "--endpoint",
+        metavar="URL",
+        help=f"a server with the OpenAI API that runs the model{again}",
+        **more,
+    )
+    parser.add_argument(
+        "--model",
+        dest="served_model",
+        metavar="NAME",
+        help=f"--endpoint: the server's name of the model, if it serves several{again}",
+        **more,
+    )
+    parser.add_argument(
+        "--api-key-env",
+        metavar="VARIABLE",
+        help="--endpoint: environment variable with the key (default: QWEN35_API_KEY)",
+    )
+    if several:
+        return
+    parser.add_argument(
+        "--timeout",
+        type=positive,
+        metavar="SECONDS",
+        help="--endpoint: time in which each answer must be complete (default: 600)",
     )
 
 
@@ -105,11 +174,11 @@ def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
 
     Args:
         parser: the parser.
-        default: the default of --types.
+        default: the types without --types, for people; None if there are none.
     """
     group = parser.add_argument_group("GGUF") if default is None else parser
-    shown = "" if default is None else " (default: %(default)s)"
-    group.add_argument("--types", default=default, metavar="T,...", help=f"file types{shown}")
+    shown = "" if default is None else f" (default: {default})"
+    group.add_argument("--types", metavar="T,...", help=f"file types{shown}")
     group.add_argument(
         "--imatrix",
         metavar="FILE",
@@ -146,9 +215,9 @@ def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
     )
     group.add_argument(
         "--mtp-type",
-        type=_converted,
+        type=_drafted,
         metavar="TYPE",
-        help="the type of the file of --mtp separate, one of the same (default: Q8_0)",
+        help="the type of the file of --mtp separate, one of the same or Q4_0 (default: Q8_0)",
     )
     group.add_argument(
         "--split-max-size",
@@ -163,9 +232,21 @@ def add_mtp(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mtp",
         choices=MTP_CHOICES,
-        help="keep or drop the MTP layer; separate: GGUF, in a file of its own",
+        help="keep or drop the MTP layer; separate: write it as a file of its own (GGUF only)",
     )
     parser.add_argument("--drop-mtp", action="store_true", help="short for --mtp drop")
+
+
+def add_mtp_from(
+    parser: argparse._ActionsContainer,
+    words: str = "take the MTP layer of this checkpoint: the original of a model saved without it",
+) -> None:
+    """Add --mtp-from; `words` say what it does."""
+    parser.add_argument(
+        "--mtp-from",
+        metavar="MODEL",
+        help=words,
+    )
 
 
 def add_recipe(parser: argparse.ArgumentParser, default: str | None = "nf4") -> None:

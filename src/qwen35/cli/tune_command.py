@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qwen35.api.tune_api import carry_out, types_of
 from qwen35.cli.console import Console
-from qwen35.cli.shared_flags import add_model, keywords, positive
+from qwen35.cli.shared_flags import add_adapter, add_model, add_onto, keywords, positive
 from qwen35.errors import UsageError
 from qwen35.tuning.formats import FORMATS
 
@@ -33,7 +33,9 @@ EXAMPLES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser)
+    add_model(parser, files=True)
+    add_adapter(parser)
+    add_onto(parser)
     parser.add_argument("--format", required=True, choices=FORMATS, help="format of the artifact")
     parser.add_argument(
         "--size", metavar="S", help="largest size of the weight files: 4.5bpw, 3.2GB, 800MiB"

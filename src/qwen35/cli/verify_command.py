@@ -1,5 +1,7 @@
 """Check an artifact: its structure from headers, every number, or its answers.
 
+With --endpoint, asks the server that runs it: answers, streams, tool calls, template switches.
+
 Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check.
 """
 
@@ -11,7 +13,14 @@ from typing import get_args
 from qwen35.api.verify_api import verify
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS
-from qwen35.cli.shared_flags import add_adapter, add_model, keywords, positive
+from qwen35.cli.shared_flags import (
+    add_adapter,
+    add_endpoint,
+    add_model,
+    add_mtp_from,
+    keywords,
+    positive,
+)
 from qwen35.verification.verdict import Depth, Engine
 from qwen35.verification.verdict_display import verdict_text
 
@@ -23,14 +32,25 @@ EXAMPLES = {
     "also load it and ask it questions": (
         "qwen35 verify OUT --source Qwen/Qwen3.5-0.8B --depth behaviour"
     ),
+    "ask the server that runs it": (
+        "qwen35 verify --endpoint http://127.0.0.1:8000 --source Qwen/Qwen3.5-0.8B"
+    ),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
-    add_model(parser)
+    add_model(parser, optional=True, files=True)
+    add_endpoint(parser)
+    parser.add_argument(
+        "--context",
+        type=positive,
+        metavar="N",
+        help="--endpoint: also ask about an input of N tokens",
+    )
     parser.add_argument("--source", metavar="MODEL", help="checkpoint that it was made from")
-    add_adapter(parser)
+    add_adapter(parser, "an adapter merged into it; its weight is in qwen35.json; may be repeated")
+    add_mtp_from(parser, "the checkpoint whose MTP layer it has, if a folder")
     parser.add_argument(
         "--depth",
         choices=get_args(Depth),

@@ -1,0 +1,47 @@
+"""Arguments as people write them in Python: one name for a list of one, sizes as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from qwen35.display import bytes_of
+from qwen35.errors import UsageError
+
+__all__ = ["listed", "size_given"]
+
+Name = TypeVar("Name", str, str | Path)
+
+
+def listed(value: Name | Sequence[Name]) -> tuple[Name, ...]:
+    """Return a list of names as a tuple; a single name is a list of one.
+
+    >>> listed("self_attn"), listed(["a", "b"])
+    (('self_attn',), ('a', 'b'))
+    """
+    return (value,) if isinstance(value, str | Path) else tuple(value)
+
+
+def size_given(flag: str, value: int | str | None) -> int | None:
+    """Return bytes, given as a number or as a text such as ``4GB``.
+
+    Args:
+        flag: its flag, for the error.
+        value: the argument.
+
+    Raises:
+        UsageError: it is no size.
+
+    >>> size_given("--memory", "1.5GB"), size_given("--memory", 100), size_given("--memory", None)
+    (1500000000, 100, None)
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    try:
+        if isinstance(value, str):
+            return bytes_of(value)
+    except ValueError:
+        pass
+    expected = "bytes, or a size such as '4GB'"
+    raise UsageError(flag, repr(value)[:80], expected=expected)
