@@ -13,7 +13,7 @@
 ## make docs-shown   write what the blocks of README and tutorials print into them
 ## make results      measure the README's table of formats anew (docs/results.json)
 ## make bench        measure the tables of speed anew (docs/benchmarks.json), 30 minutes on idle cores
-## make golden       record anew what llama.cpp's converter writes (tests/golden/gguf*.json)
+## make golden       record anew what llama.cpp's converter writes (tests/golden/gguf*.json, lora.json)
 ## make golden-kld   and what llama-perplexity measures (tests/golden/kld.json)
 ## make golden-served  and how those libraries decode the formats for servers (tests/golden/served.json)
 ## make golden-sentences  and what users read when something is wrong (tests/golden/sentences.txt)
@@ -51,12 +51,14 @@ $(VENV)/.test: $(VENV)/.setup
 
 # llama.cpp's converter, from llama-cpp-python's source package: an oracle of the tests
 LLAMA_CPP := $(VENV)/llama.cpp
+SERVER := $(VENV)/llama-server
 $(LLAMA_CPP)/.made: $(VENV)/.test
 	rm -rf $(LLAMA_CPP) && mkdir -p $(LLAMA_CPP)
 	$(PIP) download --quiet --no-deps --no-binary llama-cpp-python --dest $(LLAMA_CPP) \
 		"$$(grep '^llama_cpp_python==' constraints.txt)"
 	tar -xzf $(LLAMA_CPP)/*.tar.gz -C $(LLAMA_CPP) --strip-components=3 \
-		--wildcards '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*'
+		--wildcards '*/vendor/llama.cpp/conversion/*' '*/vendor/llama.cpp/gguf-py/*' \
+		'*/vendor/llama.cpp/convert_lora_to_gguf.py'
 	rm $(LLAMA_CPP)/*.tar.gz
 	touch $@
 
@@ -104,11 +106,14 @@ results: $(VENV)/.test
 test: $(VENV)/.test lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not heavy'
 
-test-all: $(VENV)/.test lint docs $(LLAMA_CPP)/.made
-	QWEN35_LLAMA_CPP=$(CURDIR)/$(LLAMA_CPP) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+test-all: $(VENV)/.test lint docs $(LLAMA_CPP)/.made $(SERVER)/.made $(ORACLES)/llama-cpp-python-server/.made
+	QWEN35_LLAMA_CPP=$(CURDIR)/$(LLAMA_CPP) QWEN35_LLAMA_SERVER=$(CURDIR)/$(SERVER)/bin/llama-server \
+		QWEN35_LLAMA_CPP_PYTHON_SERVER=$(CURDIR)/$(ORACLES)/llama-cpp-python-server/bin/python \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 golden: $(LLAMA_CPP)/.made
 	PYTHONPATH=src:tests $(BIN)/python tests/golden_gguf.py $(CURDIR)/$(LLAMA_CPP)
+	PYTHONPATH=src:tests $(BIN)/python tests/golden_lora.py $(CURDIR)/$(LLAMA_CPP)
 	PYTHONPATH=src:tests $(BIN)/python tests/golden_config.py $(CURDIR)/$(LLAMA_CPP)
 
 # llama.cpp's own programs from the same source: references of figures and of speed
@@ -122,6 +127,23 @@ $(PROGRAMS)/.made: $(VENV)/.test
 		-DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF \
 		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF
 	cmake --build $(PROGRAMS)/build --target llama-perplexity --target llama-imatrix
+	touch $@
+
+# llama-server from the same source, without the prebuilt assets of its web page
+$(SERVER)/.made: $(PROGRAMS)/.made
+	cmake -S $(PROGRAMS)/vendor/llama.cpp -B $(SERVER) -DCMAKE_BUILD_TYPE=Release \
+		-DGGML_NATIVE=OFF -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF \
+		-DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_OPENSSL=OFF \
+		-DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF
+	cmake --build $(SERVER) --target llama-server
+	touch $@
+
+# llama-cpp-python's own server runs the build that is in $(VENV)
+$(ORACLES)/llama-cpp-python-server/.made: tests/oracles/llama-cpp-python-server.txt $(VENV)/.test
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet -r $<
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
 	touch $@
 
 golden-kld: $(PROGRAMS)/.made
@@ -146,6 +168,7 @@ test-vllm: $(VENV)/.test $(VLLM)/.made
 	$(VLLM)/bin/python tests/vllm/compare.py build/vllm
 	VLLM_CPU_KVCACHE_SPACE=1 PYTHONPATH=src $(VLLM)/bin/python -m qwen35.cli.main \
 		verify assets/qwen3.5-tiny --depth behaviour --engine vllm
+	QWEN35_VLLM=$(CURDIR)/$(VLLM)/bin/python $(BIN)/python -m pytest -q tests/test_real_servers.py -k vllm
 
 # Libraries that decode what we write, and engines that run it: none is in the environment of the
 # tests, and none shares one with another. Versions that constraints.txt has are its.
@@ -166,6 +189,7 @@ ask-oracles: $(VENV)/.test $(LLAMA_CPP)/.made $(ORACLES)/compressed-tensors/.mad
 	PYTHONPATH=tests $(ORACLES)/modelopt/bin/python tests/oracles/decode_modelopt.py $(ASKED)
 	PYTHONPATH=src:tests $(BIN)/python tests/oracles/decode_llama_cpp.py $(LLAMA_CPP) $(ASKED)
 	PYTHONPATH=tests $(ORACLES)/compressed-tensors/bin/python tests/oracles/logits_transformers.py $(ASKED)
+	PYTHONPATH=tests $(ORACLES)/mlx/bin/python tests/oracles/decode_mlx.py $(ASKED)
 	PYTHONPATH=tests $(ORACLES)/mlx/bin/python tests/oracles/logits_mlx.py $(ASKED)
 
 test-oracles: ask-oracles

@@ -1,4 +1,4 @@
-"""The embedded checkpoint and small experts in every format that servers run, and their decoding.
+"""The embedded checkpoint and small experts in every format of servers and MLX, and their decoding.
 
 `make test-oracles` asks other people's programs about these folders (tests/oracles). What they
 decoded is golden: tests/golden/served.json, a hash of each weight.
@@ -36,7 +36,8 @@ class Served:
         source: ``asset``, the embedded checkpoint; ``text``, that without its vision tower; with
             weights that are the same on every machine, ``moe``, a mixture of experts, and ``head``,
             a dense text model with an output head of its own.
-        kind: a codec, for all linear layers and experts of the text model; else a recipe.
+        kind: a codec of the family's own files, for all linear layers and experts of the text
+            model; else a recipe.
         options: of the conversion.
         inputs: whether the conversion takes statistics of inputs.
     """
@@ -56,7 +57,7 @@ class Served:
         """Convert into ``WORK/NAME``."""
         source, out = make_source(self.source, work), work / self.name
         recipe = self.kind
-        if self.kind in CODECS:
+        if self.kind in CODECS and not CODECS[self.kind].dialect:
             recipe = str(_recipe(self.kind, source, work))
         stats = ["--activation-stats", str(_statistics(source, work))] if self.inputs else []
         command = ["convert", str(source), str(out), "--recipe", recipe, "--quiet"]
@@ -100,6 +101,13 @@ SERVED = {
         Served("moe", "int4-gptq"),
         Served("head", "nvfp4-mixed"),
         Served("head", "nvfp4-mixed", _MODELOPT, inputs=True),
+        Served("asset", "mlx-4bit"),
+        Served("asset", "mlx-8bit"),
+        Served("asset", "mlx-mxfp4"),
+        Served("asset", "mlx-nvfp4"),
+        Served("text", "mlx-4bit"),
+        Served("moe", "mlx-4bit"),
+        Served("head", "mlx-nvfp4"),
     )
 }
 """By name."""

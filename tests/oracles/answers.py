@@ -11,15 +11,15 @@ from typing import Any
 __all__ = ["Answers", "divergence", "fingerprints", "load", "read_cases"]
 
 
-def read_cases(work: Path) -> dict[str, dict[str, Any]]:
-    """Return what `artifacts.py` wrote about each artifact, by name.
+def read_cases(work: Path, dialect: str | None = "") -> dict[str, dict[str, Any]]:
+    """Return what `artifacts.py` wrote about artifacts in a dialect, or about all, by name.
 
     ``source``, ``artifact`` and ``decoded`` are folders, ``packed`` names of weights, ``ids``
     tokens; ``by_largest`` says whether scales are those of the largest magnitudes, ``effect`` how
     far the logits of ``decoded`` are from those of ``source``.
     """
     cases: dict[str, dict[str, Any]] = json.loads((work / "cases.json").read_text())
-    return cases
+    return {n: case for n, case in cases.items() if dialect is None or case["dialect"] == dialect}
 
 
 def divergence(expected: Any, found: Any) -> float:
@@ -41,14 +41,17 @@ def load(folder: str) -> dict[str, Any]:
 def fingerprints(weights: Mapping[str, Any]) -> dict[str, str]:
     """Return the first digits of the SHA-256 of each weight in bfloat16, by a short name.
 
-    `weights` are torch's tensors of any float dtype, by full names. Zeros have no sign here:
-    ModelOpt decodes them all to the positive one.
+    `weights` are torch's tensors of any float dtype, or NumPy's in float32, by full names. Zeros
+    have no sign here: ModelOpt decodes them all to the positive one.
     """
-    import torch
+    import numpy as np
 
     found = {}
     for name, tensor in sorted(weights.items()):
-        data = (tensor.bfloat16() + 0.0).contiguous().view(torch.uint8).numpy().tobytes()
+        array = tensor if isinstance(tensor, np.ndarray) else tensor.float().numpy()
+        bits = np.ascontiguousarray(array).view(np.uint32)
+        nearest = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)  # ties to even
+        data = np.where(nearest == 0x8000, 0, nearest).astype(np.uint16).tobytes()
         short = name.removesuffix(".weight").partition("layers.")[2] or name
         found[short] = hashlib.sha256(data).hexdigest()[:12]
     return found

@@ -25,6 +25,7 @@ from checkpoints import ASSET
 from oracles.answers import divergence
 from qwen35.checkpoint.inventory import inventory
 from qwen35.checkpoint.source import open_folder
+from qwen35.cli.main import main
 from qwen35.codecs.registry import is_packed
 from running import load_all, read_config
 from served_artifacts import BY_LARGEST, SERVED, decoded_weights, make_source
@@ -35,13 +36,17 @@ LENGTH = 192
 def write_decoded(artifact: Path, out: Path) -> list[str]:
     """Write a checkpoint with our decoded weights; return their names."""
     weights = decoded_weights(artifact)
+    if open_folder(artifact).dialect:  # names and shapes as transformers has them
+        plain = out.parent / f"{out.name}-bf16"
+        assert main(["convert", str(artifact), str(plain), "--recipe", "bf16", "--quiet"]) == 0
+        artifact = plain
     items = [item for item in inventory(open_folder(artifact)) if is_packed(item.weight)]
     parts = {part.name for item in items for part in item.parts}
     tensors = {name: t for name, t in load_all(artifact).items() if name not in parts}
     out.mkdir(parents=True)
     save_file({**tensors, **weights}, out / "model.safetensors", metadata={"format": "pt"})
     config = read_config(artifact)
-    del config["quantization_config"]
+    config.pop("quantization_config", None)
     (out / "config.json").write_text(json.dumps(config))
     others = {"config.json", "hf_quant_config.json", "model.safetensors.index.json", "qwen35.json"}
     for path in artifact.iterdir():
@@ -59,7 +64,7 @@ def logits(folder: Path, ids: list[int]) -> Any:
         return model(input_ids=torch.tensor([ids])).logits[0].numpy()
 
 
-def main(work: Path) -> int:
+def make_all(work: Path) -> int:
     """Write all of them, and ``cases.json``."""
     ids = AutoTokenizer.from_pretrained(ASSET)((ASSET / "eval.txt").read_text())["input_ids"]
     cases = {}
@@ -76,6 +81,7 @@ def main(work: Path) -> int:
         cases[name] = {
             "source": str(source),
             "artifact": str(artifact),
+            "dialect": open_folder(artifact).dialect,
             "decoded": str(decoded),
             "packed": packed,
             "by_largest": name in BY_LARGEST,
@@ -89,4 +95,4 @@ def main(work: Path) -> int:
 if __name__ == "__main__":
     shutil.rmtree(sys.argv[1], ignore_errors=True)
     Path(sys.argv[1]).mkdir(parents=True)
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(make_all(Path(sys.argv[1])))

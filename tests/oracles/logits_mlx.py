@@ -1,5 +1,7 @@
 """Load artifacts in mlx-vlm: logits as near to those of our decoded weights as float32 gives them.
 
+Those in MLX's own form also in mlx-lm.
+
 PYTHONPATH=tests python tests/oracles/logits_mlx.py WORK
 
 Not asked, as mlx-vlm 0.7.10 does not load them: mixed precision of compressed-tensors, INT4 with
@@ -10,9 +12,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.utils import load_model as load_in_mlx_lm
 from mlx_vlm.utils import load_model
 
 from oracles.answers import Answers, divergence, read_cases
@@ -29,19 +33,37 @@ mlx-vlm is almost as far from itself in transformers."""
 UNREAD = ("-fp8", "-nvfp4-mixed", "-gptq", "-asym", "-asym-max")
 
 
+def of_mlx_vlm(folder: Path, ids: mx.array) -> Any:
+    """Return [tokens, vocabulary] logits in float32."""
+    model = load_model(folder)
+    model.set_dtype(mx.float32)
+    return np.array(model.language_model(ids).logits[0])
+
+
+def of_mlx_lm(folder: Path, ids: mx.array) -> Any:
+    """Return [tokens, vocabulary] logits in float32."""
+    model, _ = load_in_mlx_lm(folder)
+    model.set_dtype(mx.float32)
+    return np.array(model(ids)[0])
+
+
+ASKED = {"mlx-vlm": of_mlx_vlm, "mlx-lm": of_mlx_lm}
+
+
 def main(work: Path) -> int:
     """Ask about every artifact that it loads; 1 if one is too far."""
     answers = Answers(work, "mlx-vlm")
-    for name, case in read_cases(work).items():
+    for name, case in read_cases(work, None).items():
         if name.endswith(UNREAD):
             continue
-        model = load_model(Path(case["artifact"]))
-        model.set_dtype(mx.float32)
-        found = np.array(model.language_model(mx.array([case["ids"]])).logits[0])
-        nats = divergence(np.load(Path(case["decoded"], "logits.npy")), found)
+        expected = np.load(Path(case["decoded"], "logits.npy"))
         limit = SHARE * case["effect"] if name.startswith("moe-") else LIMIT
-        problems = [] if nats < limit else [f"expected less than {limit:.1e}"]
-        answers.tell(name, f"logits, KL {nats:.1e}", problems)
+        for program, logits in ASKED.items():
+            if program == "mlx-lm" and not case["dialect"]:
+                continue
+            nats = divergence(expected, logits(Path(case["artifact"]), mx.array([case["ids"]])))
+            problems = [] if nats < limit else [f"expected less than {limit:.1e}"]
+            answers.tell(name, f"logits of {program}, KL {nats:.1e}", problems)
     return answers.close()
 
 
