@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from checkpoints import ASSET
 
-__all__ = ["ALL", "KINDS", "make_adapter", "peft_merge"]
+__all__ = ["ALL", "KINDS", "OF_EXPERTS", "make_adapter", "peft_merge"]
 
 ALL = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -24,7 +24,11 @@ ALL = [
 """The twelve projections of a dense model."""
 
 _SOME = {"r": 2, "lora_alpha": 3}
-_CLASSES = {"text": "Qwen3_5ForCausalLM", "whole": "Qwen3_5ForConditionalGeneration"}
+_CLASSES = {
+    "text": "Qwen3_5ForCausalLM",
+    "whole": "Qwen3_5ForConditionalGeneration",
+    "experts": "Qwen3_5MoeForCausalLM",
+}
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "queries": ("text", {**_SOME, "target_modules": ["q_proj"]}),
@@ -57,23 +61,46 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "text",
         {**_SOME, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ),
+    "tokens": (
+        "text",
+        {
+            **_SOME,
+            "target_modules": ["q_proj"],
+            "trainable_token_indices": {"embed_tokens": [9, 5]},
+        },
+    ),
     "biases": ("whole", {**_SOME, "target_modules": ["qkv", "q_proj"], "bias": "all"}),
 }
 """Class of the model and settings of each adapter."""
 
 
-@lru_cache(maxsize=2)
-def _base(kind: str) -> Any:
+OF_EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "stacks": (
+        "experts",
+        {
+            **_SOME,
+            "target_modules": ["q_proj"],
+            "target_parameters": ["experts.down_proj", "experts.gate_up_proj", "mlp.gate.weight"],
+            "rank_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 3},
+        },
+    ),
+    "one stack": ("experts", {**_SOME, "target_parameters": ["mlp.experts.down_proj"]}),
+}
+"""The same of a mixture of experts."""
+
+
+@lru_cache(maxsize=3)
+def _base(kind: str, folder: Path = ASSET) -> Any:
     made = getattr(transformers, _CLASSES[kind])
-    return made.from_pretrained(ASSET, dtype=torch.float32)
+    return made.from_pretrained(folder, dtype=torch.float32)
 
 
-def make_adapter(kind: str, out: Path, *, seed: int = 0) -> Path:
+def make_adapter(kind: str, out: Path, *, seed: int = 0, base: Path = ASSET) -> Path:
     """Save an adapter of random changes, as after training."""
-    class_name, settings = KINDS[kind]
+    class_name, settings = (KINDS | OF_EXPERTS)[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, about tied weights
-        model = get_peft_model(copy.deepcopy(_base(class_name)), LoraConfig(**settings))
+        model = get_peft_model(copy.deepcopy(_base(class_name, base)), LoraConfig(**settings))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -84,14 +111,15 @@ def make_adapter(kind: str, out: Path, *, seed: int = 0) -> Path:
     return out
 
 
-def peft_merge(kind: str, *adapters: Path) -> dict[str, torch.Tensor]:
+def peft_merge(kind: str, *adapters: Path, base: Path = ASSET) -> dict[str, torch.Tensor]:
     """Return the weights that peft merges in float32, by the names of the whole model."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model: Any = copy.deepcopy(_base(KINDS[kind][0]))
+        class_name, _ = (KINDS | OF_EXPERTS)[kind]
+        model: Any = copy.deepcopy(_base(class_name, base))
         for folder in adapters:
             model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    inner = "model." if KINDS[kind][0] == "text" else "model.language_model."
+    inner = "model.language_model." if class_name == "whole" else "model."
     return {
         name.replace(inner, "model.language_model.", 1): value
         for name, value in model.state_dict().items()

@@ -27,13 +27,18 @@ def quantize(
     *,
     overrides: Sequence[tuple[str, str]] = (),
     imatrix: Imatrix | None = None,
+    pure: bool = False,
     threads: int = 2,
+    again: bool = False,
 ) -> Path:
-    """Call ``llama_model_quantize`` as the program llama-quantize does."""
+    """Call ``llama_model_quantize`` as the program llama-quantize does.
+
+    With `again`, the source may be quantized (``--allow-requantize``).
+    """
     llama = llama_cpp()
     params = llama.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[file_type].code
-    params.nthread = threads
+    params.nthread, params.pure, params.allow_requantize = threads, pure, again
     alive: list[Any] = []
     if overrides:
         array = (llama.llama_model_tensor_override * (len(overrides) + 1))()

@@ -21,7 +21,12 @@ pytest.importorskip("matplotlib", reason="the extra eval is not installed")
 FOUND = find_spec("axe_playwright_python")
 AXE = Path(str(FOUND.origin)).parent / "axe.min.js" if FOUND else None
 browsing = pytest.mark.skipif(not (CHROMIUM and AXE), reason="no chromium or no axe-core here")
-PAGES = ("report", "base", "tune")
+PAGES = ("report", "both", "base", "tune")
+BOTH = ((PHONE, LIGHT), (DESKTOP, DARK))
+LOOKS = [
+    *((name, *both) for name in PAGES for both in BOTH),
+    *((name, *both) for name in ("report", "tune") for both in ((PHONE, DARK), (DESKTOP, LIGHT))),
+]
 
 _FRAME = """<!DOCTYPE html><html lang="en"><meta name="color-scheme" content="light dark">
 <title>waiting</title>
@@ -31,7 +36,7 @@ _RUN = """
 const described = rows => rows.flatMap(row => row.nodes.map(node => ({
   rule: row.id, impact: row.impact, help: row.help, where: node.target.join(' '),
   why: node.failureSummary })));
-const focusable = [...document.querySelectorAll('a[href], summary, [tabindex="0"]')];
+const focusable = [...document.querySelectorAll('a[href], button, summary, [tabindex="0"]')];
 const overflowing = [...document.querySelectorAll('*')].filter(e =>
   ['auto', 'scroll'].includes(getComputedStyle(e).overflowX) && e.scrollWidth > e.clientWidth);
 axe.run(document, {resultTypes: ['violations', 'incomplete', 'passes']}).then(found => {
@@ -48,12 +53,17 @@ axe.run(document, {resultTypes: ['violations', 'incomplete', 'passes']}).then(fo
 
 @pytest.fixture(scope="module")
 def pages(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A report, a report of the base alone, and the page of a tuning."""
+    """A report, a comparison of two, a report of the base alone, and the page of a tuning."""
     folder = tmp_path_factory.mktemp("pages")
     text = formats / "text.txt"
     base, *others = (gguf_in(formats, kind) for kind in ("F16", "Q8_0", "Q4_K_M"))
     asked: dict[str, Any] = {"text": text, "chunks": 1, "threads": 1}
     qwen35.evaluate(base, others, report=folder / "report", **asked)
+    report = json.loads((folder / "report" / "report.json").read_text())
+    report["candidates"] = [{**row, "name": f"{row['name']}-2"} for row in report["candidates"]]
+    (folder / "second").mkdir()
+    (folder / "second" / "report.json").write_text(json.dumps(report))
+    qwen35.report([folder / "report", folder / "second"], output=folder / "both")
     qwen35.evaluate(base, report=folder / "base", **asked)
     qwen35.tune(
         ASSET,
@@ -99,9 +109,7 @@ def judged(pages: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @browsing
-@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-@pytest.mark.parametrize("window", [PHONE, DESKTOP], ids=["phone", "desktop"])
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(("name", "window", "theme"), LOOKS)
 def test_axe_finds_nothing(name: str, window: tuple[int, int], theme: int, judged: Judge) -> None:
     found = judged(name, window, theme)
     assert found.get("failed") is None
@@ -133,14 +141,15 @@ def test_what_scrolls_can_be_reached_by_keyboard(name: str, judged: Judge) -> No
 
 @browsing
 def test_charts_say_what_they_show(judged: Judge) -> None:
-    size, distribution = judged("report", DESKTOP, LIGHT)["images"]
+    size, spread, along = judged("report", DESKTOP, LIGHT)["images"]
     assert re.fullmatch(
         r"Mean KL divergence over file size: Q8_0 [\d.]+ MB [\d.e-]+ nats, "
         r"Q4_K_M [\d.]+ MB [\d.e-]+ nats",
         size,
     )
-    assert distribution.startswith("Share of tokens by KL divergence")
-    assert "half of the tokens are below: Q8_0" in distribution
+    assert spread.startswith("KL divergence of single tokens")
+    assert "half of the tokens are below: Q8_0" in spread
+    assert "along the text, a row for each candidate; largest: Q8_0" in along
     sensitivity, front = judged("tune", DESKTOP, LIGHT)["images"]
     assert "; highest in " in sensitivity
     assert re.search(r": from [\d.]+ MB .* nats to [\d.]+ MB", front)
@@ -172,5 +181,9 @@ def test_every_colour_stands_out() -> None:
             for ground in ("paper", "band"):
                 assert contrast(theme[name], theme[ground]) >= 4.5, (name, ground)
         assert contrast(theme["ink"], theme["mark"]) >= 4.5
+        heats = [luminance(theme[f"heat-{i}"]) for i in range(1, 6)]
+        assert heats in (sorted(heats), sorted(heats, reverse=True))
+        for i in range(1, 6):
+            assert contrast(theme["ink"], theme[f"heat-{i}"]) >= 4.5, i
         for i in range(8):
             assert contrast(theme[f"series-{i}"], theme["paper"]) >= 3, i

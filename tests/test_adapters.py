@@ -127,6 +127,18 @@ def test_an_output_is_verified_and_reproduced_with_its_adapter(make: Make, tmp_p
             act(out, source=ASSET)
         with pytest.raises(InputError, match=r"not an adapter of qwen35.json, expected queries"):
             act(out, source=ASSET, adapter=[make("out_proj")])
+        with pytest.raises(
+            UsageError, match="'queries' with weight 0.7, expected 0.5, as qwen35.j"
+        ):
+            act(out, source=ASSET, adapter=[f"{adapter}=0.7"])
+
+
+def test_all_adapters_of_an_output_are_asked_for(make: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    qwen35.merge(ASSET, [make("queries"), make("out_proj")], out, threads=1)
+    for given, missing in (("queries", "out_proj"), ("out_proj", "queries")):
+        with pytest.raises(UsageError, match=f"made with the adapter '{missing}'; give its folder"):
+            qwen35.verify(out, source=ASSET, adapter=[make(given)], depth="structure")
 
 
 def test_a_merge_without_its_adapter_is_not_the_source(make: Make, tmp_path: Path) -> None:
@@ -175,8 +187,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another kind": ({"peft_type": "IA3"}, "peft_type 'IA3', expected LORA"),
     "swapped": ({"fan_in_fan_out": True}, "fan_in_fan_out: weights with rows and columns swapped"),
     "pissa": ({"init_lora_weights": "pissa"}, "which changes the base's weights too"),
-    "experts": ({"target_parameters": ["mlp.experts"]}, "target_parameters is set, which is not"),
-    "tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices is set"),
+    "parameters": (
+        {"target_parameters": "mlp"},
+        "target_parameters is 'mlp', expected a list of n",
+    ),
+    "parameters missing": (
+        {"target_parameters": ["k_proj.weight"]},
+        r"no matrices for model.layers.3.self_attn.k_proj, which target_parameters names",
+    ),
+    "tokens": ({"trainable_token_indices": [1, 1]}, r"indices is \[1, 1\], expected different num"),
+    "tokens of": (
+        {"trainable_token_indices": {"x": "1"}},
+        r"indices is .*, expected different num",
+    ),
+    "tokens missing": (
+        {"trainable_token_indices": [1]},
+        "no rows for embed_tokens, which trainabl",
+    ),
     "alora": ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
     "lora bias": ({"lora_bias": True}, "lora_bias is set"),
     "replicated": ({"layer_replication": [[0, 2]]}, "layer_replication is set"),
@@ -257,8 +284,8 @@ FAULTS: dict[str, tuple[Callable[[Tensors], None], str]] = {
     ),
     "whole": (_added(f"{_LAYER}input_layernorm.weight", 256), "modules_to_save does not name it"),
     "vocabulary": (
-        _added("base_model.model.model.embed_tokens.weight", 4099, 256),
-        "a vocabulary of 4099 tokens, the base has 4096",
+        _added("base_model.model.model.embed_tokens.weight", 4099, 255),
+        r"shape \[4099, 255\], the base has \[4099, 256\]",
     ),
     "the same": (
         _added(f"{_LAYER}self_attn.q_proj.lora_A.default.weight", 2, 256),
@@ -330,6 +357,17 @@ def test_packed_weights_that_stay_packed_are_refused(make: Make, tmp_path: Path)
     qwen35.convert(ASSET, packed, recipe="nvfp4", threads=1)
     with pytest.raises(UsageError, match="packed as nvfp4, which the adapter changes; merge into"):
         qwen35.plan(packed, recipe="nvfp4", adapter=[make("all")])
+
+
+def test_packed_weights_are_decoded_changed_and_packed_again(make: Make, tmp_path: Path) -> None:
+    packed, merged, adapter = tmp_path / "packed", tmp_path / "merged", make("queries")
+    qwen35.convert(ASSET, packed, recipe="mlx-4bit", threads=1)
+    qwen35.convert(packed, merged, recipe="mlx-4bit", adapter=[adapter], threads=1)
+    before, after = stored(packed), stored(merged)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert all(".self_attn.q_proj." in name for name in moved)
+    assert qwen35.verify(merged, source=packed, adapter=[adapter]).passed
 
 
 def test_a_malformed_record_of_adapters(make: Make, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,15 +20,16 @@ from gguf_models import sidecars
 from hub_client import files_in
 from hub_command import command as command_in
 from hub_store import COMMIT, Repo
-from qwen35.calibration.blocks import Block
 from qwen35.calibration.calibration_plan import CalibrationPlan, CalibrationRequest, make_plan
 from qwen35.calibration.calibration_run import calibrate
+from qwen35.calibration.calibration_stream import calibration_stream
 from qwen35.calibration.states import CalibrationFolder, work_folder
-from qwen35.calibration.stream import ForwardStream
 from qwen35.calibration.text_windows import read_text
 from qwen35.checkpoint.source import Reader, open_folder
 from qwen35.cli.main import main
 from qwen35.errors import InputError
+from qwen35.forward.blocks import Block
+from qwen35.forward.builder import Builder
 from qwen35.model.model_config import parse_config
 from qwen35.model.roles import expected_tensors
 from qwen35.progress import Silent
@@ -107,7 +109,7 @@ def test_reading_ahead_changes_nothing(folder: Path, prose: Path, tmp_path: Path
     for ahead in (False, True):
         work = CalibrationFolder(tmp_path / f"work-{ahead}", plan.digest, restart=False)
         with work, Reader(plan.checkpoint) as reader:
-            ForwardStream(plan, work, reader, "cpu", Silent(), ahead=ahead).run()
+            calibration_stream(plan, work, reader, "cpu", Silent(), ahead=ahead).run()
         names = [block.name for block in plan.blocks]
         sums.append([work.sums(name) for name in names])
     for one, other in zip(*sums, strict=True):
@@ -169,13 +171,13 @@ def test_interrupted_run_goes_on_at_its_layer(
         calibrate(plan, out, threads=1, progress=Interrupt(block))
     assert not out.exists()
     built: list[str] = []
-    real = ForwardStream.build
+    real = Builder.build
 
-    def noted(self: ForwardStream, one: Block) -> Any:
+    def noted(self: Builder, one: Block) -> Any:
         built.append(one.name)
         return real(self, one)
 
-    monkeypatch.setattr(ForwardStream, "build", noted)
+    monkeypatch.setattr(Builder, "build", noted)
     again = calibrate(plan, out, threads=1)
     names = [one.name for one in plan.blocks]
     assert built == names[names.index(block) + 1 :]
@@ -191,11 +193,11 @@ def test_killed_in_a_layer_it_begins_that_layer_again(
     whole = calibrate(plan, tmp_path / "whole", threads=1)
     real, stored = CalibrationFolder.write, []
 
-    def failing(self: CalibrationFolder, number: int, offset: int, data: memoryview) -> None:
-        stored.append(number)
+    def failing(self: CalibrationFolder, name: str, offset: int, data: memoryview) -> None:
+        stored.append(name)
         if len(stored) == 4 * -(-len(plan.text.windows) // plan.batch):
             raise KeyboardInterrupt
-        real(self, number, offset, data)
+        real(self, name, offset, data)
 
     monkeypatch.setattr(CalibrationFolder, "write", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -240,7 +242,6 @@ import resource, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from qwen35.calibration.blocks import Block
 from qwen35.calibration.calibration_plan import CalibrationRequest, make_plan
 from qwen35.calibration.calibration_run import calibrate
 from qwen35.calibration.text_windows import read_text
@@ -306,6 +307,28 @@ def test_memory_makes_batches_smaller_and_refuses(
     assert tight.peak_bytes < free.peak_bytes
     assert command(folder, prose, tmp_path / "out", "--memory", "1MB") == 2
     assert "too little" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_experts_of_a_layer_that_does_not_fit_are_read_one_by_one(
+    per_expert: bool, prose: Path, tmp_path: Path
+) -> None:
+    """In MTP too, and with the same statistics."""
+    folder = source(tmp_path, moe=True, tied=False, per_expert=per_expert)
+    free = plan_for(folder, prose, 4, dtype="float32")
+    tight = plan_for(folder, prose, 4, dtype="float32", memory=free.layer_bytes - 1)
+    assert free.sizes.wide == 0 < tight.sizes.wide
+    assert tight.peak_bytes < free.layer_bytes
+    tables = []
+    for i, plan in enumerate((free, tight)):
+        out = calibrate(plan, tmp_path / f"out-{i}", threads=1).result.out
+        tables.append(json.loads((out / "activation-stats.json").read_text()))
+        del tables[-1]["__metadata__"]
+    whole, one_by_one = tables
+    assert whole.keys() == one_by_one.keys()
+    for name, entry in whole.items():
+        for key, value in entry.items():
+            assert np.allclose(one_by_one[name][key], value, rtol=1e-4, atol=1e-6), (name, key)
 
 
 # --- refusals
@@ -389,3 +412,23 @@ def test_a_missing_library_is_told_in_a_sentence(
     error = capsys.readouterr().err
     assert "transformers is not installed" in error
     assert "pip install 'qwen35[nf4]'" in error
+
+
+def test_drafts_need_a_layer_and_survive_an_interruption(
+    folder: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    windows = read_text(open_folder(folder), [prose], context=32)
+    request = CalibrationRequest(draft=True)
+    plan = make_plan(open_folder(folder), windows, request)
+    whole = calibrate(plan, tmp_path / "whole", threads=1)
+    assert whole.draft is not None
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(plan, tmp_path / "out", threads=1, progress=Interrupt("mtp"))
+    assert calibrate(plan, tmp_path / "out", threads=1).draft == whole.draft
+    without = source(tmp_path / "none", moe=True, tied=False, mtp=0)
+    asked = ["calibrate", str(without), "--text", str(prose), "--context", "32", "--draft"]
+    assert main([*asked, "--output", str(tmp_path / "o")]) == 2
+    assert "has no MTP layer; take that of the original: --mtp-from" in capsys.readouterr().err
+    grafted = [*asked, "--mtp-from", str(folder), "--output", str(tmp_path / "o")]
+    assert main([*grafted, "--quiet"]) == 0, capsys.readouterr().err
+    assert "drafted tokens are the model's own choice" in capsys.readouterr().out

@@ -115,6 +115,7 @@ def test_every_verb_has_help_that_says_what_it_does(capsys: Capture, verb: str) 
         ("convert a b --recipee=nf4", "--recipee: not an option of qwen35 convert; did you mean"),
         ("gguf a b --type F16", "--type: not an option of qwen35 gguf; did you mean --types?"),
         ("convert a b --imatrix f", "--imatrix: not an option of qwen35 convert; it is an option"),
+        ("publish a b/c --onto x", "--onto: not an option of qwen35 publish; it is an option of"),
         ("convert a b -o c", "-o: not an option of qwen35 convert; qwen35 convert --help"),
         ("plan a b c", "b: one argument too many, expected MODEL; qwen35 plan --help"),
         ("convert a b c", "c: one argument too many, expected MODEL OUT; qwen35 convert"),
@@ -309,7 +310,7 @@ def test_sentence_of_an_error(error: Qwen35Error, text: str) -> None:
 
 
 def test_tree_of_errors() -> None:
-    assert len(OWN_ERRORS) == len({kind.__name__ for kind in OWN_ERRORS}) == 9
+    assert len(OWN_ERRORS) == len({kind.__name__ for kind in OWN_ERRORS}) == 10
     for name in ("HeaderError", "ConfigError", "TensorError"):
         assert getattr(errors, name).__base__ is errors.InputError
         assert f"+-- {name}" in str(errors.__doc__)

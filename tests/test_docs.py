@@ -59,7 +59,8 @@ def checks_of(module: Path) -> Iterator[str]:
     """Yield what the findings made in a module are called."""
     for node in ast.walk(ast.parse(module.read_text("utf-8"))):
         if isinstance(node, ast.Call) and node.args:
-            made = ast.unparse(node.func).rpartition(".")[2] in ("Finding", "_finding", "found")
+            makers = ("Finding", "ServerCheck", "_finding", "found")
+            made = ast.unparse(node.func).rpartition(".")[2] in makers
             name = node.args[0]
             if made and isinstance(name, ast.Constant):
                 yield str(name.value)
@@ -74,9 +75,10 @@ def test_every_check_is_in_the_table() -> None:
     package = ROOT / "src" / "qwen35"
     rooms = ("verification", "codecs", "execution")
     modules = [module for room in rooms for module in (package / room).rglob("*.py")]
-    told = re.findall(r"^\| `([\w-]+)` \|", (DOCS / "verify.md").read_text("utf-8"), re.MULTILINE)
-    assert len(told) == len(set(told))
-    assert set(told) == {check for module in modules for check in checks_of(module)}
+    pages = [(DOCS / page).read_text("utf-8") for page in ("verify.md", "endpoint.md")]
+    tables = [re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE) for page in pages]
+    assert [len(told) for told in tables] == [len(set(told)) for told in tables]
+    assert {*tables[0], *tables[1]} == {check for module in modules for check in checks_of(module)}
 
 
 def test_every_command_has_a_section_with_every_option() -> None:

@@ -62,6 +62,27 @@ def test_every_format_in_one_table(everything: EvaluationReport) -> None:
         assert sum(row.distribution) == CHUNKS * 255
 
 
+def test_streamed_figures_are_those_in_memory(formats: Path, everything: EvaluationReport) -> None:
+    """Of GGUF files, with llama.cpp's inputs; without them, divergences are far lower."""
+    others = (str(formats / name) for name in ("nf4", "fp8", "text"))
+    files = (gguf(formats, "Q8_0"), gguf(formats, "Q4_K_M"))
+    report = measure(formats, str(ASSET), *others, *files, streamed=True, llama_inputs=True)
+    assert report.floors == []
+    assert report.base_perplexity.value == pytest.approx(everything.base_perplexity.value, rel=1e-6)
+    here, there = means(report), means(everything)
+    for name in ("nf4", "fp8"):
+        assert here[name] == pytest.approx(there[name], rel=1e-4)
+    assert here["text"] < 1e-12
+    simulated = {row.model.name: row.comparison.kld.value for row in report.simulations}
+    (fp8,) = everything.simulations
+    assert simulated.pop(fp8.model.name) == pytest.approx(fp8.comparison.kld.value, rel=1e-3)
+    assert len(simulated) == 2
+    for name, value in simulated.items():
+        plain = name.removesuffix(" (inputs quantized)")
+        assert value == pytest.approx(there[plain], rel=0.05)
+        assert here[plain] < 0.8 * value
+
+
 def test_quantized_inputs_are_a_column_of_their_own(everything: EvaluationReport) -> None:
     """Servers round the inputs of FP8 too; on an NVIDIA H200 that doubled the divergence."""
     (simulated,) = everything.simulations
@@ -252,6 +273,18 @@ def test_names_of_candidates_and_simulations_are_distinct(formats: Path, tmp_pat
     assert replace(job, candidates=(unknown,)).simulations == ()
 
 
+def test_any_artifact_alone_has_its_perplexity(everything: EvaluationReport, formats: Path) -> None:
+    """The same as in the table with the original, and a sentence on what that does not say."""
+    found = {row.model.path: row.comparison.perplexity for row in everything.candidates}
+    for path in (formats / "fp8", Path(gguf(formats, "Q4_K_M"))):
+        report = measure(formats, str(path))
+        assert report.base_perplexity == found[path]
+        assert [row[0] for row in report.table[1]] == ["PPL", "Bytes"]
+        assert sum("perplexity only" in note for note in notes(report)) == 1
+        assert any("inputs of its layers" in note for note in notes(report)) == ("fp8" in str(path))
+    assert not any("alone" in note for note in notes(measure(formats, gguf(formats, "F16"))))
+
+
 def test_another_vocabulary_is_refused(formats: Path, tmp_path: Path) -> None:
     other = make_variant(tmp_path, "dense")
     with pytest.raises(InputError, match="a vocabulary of 512, expected 4096 as in qwen3.5-tiny"):
@@ -261,8 +294,9 @@ def test_another_vocabulary_is_refused(formats: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "candidates", "options", "message"),
     [
-        ("nf4", (), {}, "stored as NF4, expected a checkpoint in bf16"),
-        ("gguf/qwen3.5-tiny-Q8_0.gguf", (), {}, "stored as Q8_0"),
+        ("nf4", ("text",), {}, "stored as NF4, expected a checkpoint in bf16"),
+        ("gguf/qwen3.5-tiny-Q8_0.gguf", ("text",), {}, "stored as Q8_0"),
+        ("nf4", (), {"cache": Path("a")}, "stored as NF4"),
         ("gguf", (), {}, "3 models in it"),
         ("text", ("nf4", "nf4"), {}, "given twice"),
         ("text", ("nowhere",), {}, "no such folder"),
@@ -270,7 +304,7 @@ def test_another_vocabulary_is_refused(formats: Path, tmp_path: Path) -> None:
         ("text", (), {"text": Path("/nowhere.txt")}, "cannot be read"),
         ("text", (), {"context": 100_000}, "tokens, expected at least 200000, two chunks"),
         ("text", ("nf4",), {"unquantized": "text"}, "leave it out"),
-        ("text", ("nf4",), {"memory": 10**6}, "--memory: 0.00 GB, expected"),
+        ("text", ("nf4",), {"memory": 10**6}, "--memory 1.00 MB: too little, expected at least"),
         ("text", (), {"cache": Path("a"), "kld_file": Path("b")}, "one of them is enough"),
     ],
 )
@@ -448,7 +482,8 @@ def test_progress_counts_chunks(formats: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_refusals_are_sentences(formats: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate_cli(str(formats / "nf4"), "--text", str(formats / "text.txt")) == 2
+    models = str(formats / "nf4"), str(formats / "text")
+    assert evaluate_cli(*models, "--text", str(formats / "text.txt")) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: nf4: stored as NF4")
     assert error.count("\n") == 1

@@ -12,6 +12,7 @@ import pytest
 
 from checkpoints import ASSET
 from gguf_models import make_variant
+from llama import quantize
 from qwen35.api.convert_api import convert
 from qwen35.api.gguf_api import gguf
 from qwen35.api.plan_api import plan
@@ -60,6 +61,19 @@ def test_default_type_is_q8_0_and_the_plan_says_so() -> None:
     assert [f.name for f in planned.files][1:] == ["mtp-Qwen3.6-35B-A3B-Q8_0.gguf"]
     whole = plan("Qwen3.6-35B-A3B", types="Q4_K_M")
     assert whole.files[0].nbytes > planned.files[0].nbytes
+
+
+@pytest.mark.parametrize("model", ["asset", "moe", "odd-rows"])
+def test_q4_0_is_that_of_llama_quantize_pure(model: str, tmp_path: Path) -> None:
+    source = ASSET if model == "asset" else make_variant(tmp_path, model)
+    files = {}
+    for kind in ("F32", "Q4_0"):
+        out = gguf(source, tmp_path / kind, types="F16", mtp="separate", mtp_type=kind, threads=1)
+        (files[kind],) = out.out.glob("mtp-*.gguf")
+    assert files["Q4_0"].name == f"mtp-{source.name}-Q4_0.gguf"
+    theirs = quantize(files["F32"], tmp_path / "theirs.gguf", "Q4_0", pure=True)
+    assert files["Q4_0"].read_bytes() == theirs.read_bytes()
+    assert verify(files["Q4_0"].parent, source=source, threads=1).passed
 
 
 def test_verified_against_the_source(made: Path) -> None:

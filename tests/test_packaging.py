@@ -25,7 +25,7 @@ from qwen35.version import __version__
 
 ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DATA = (".css", ".jinja", ".toml", "py.typed")
+DATA = (".css", ".jinja", ".js", ".toml", "py.typed")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -178,6 +178,7 @@ def test_everything_imported_is_declared() -> None:
         "xxhash",
     }  # asked for by their own names, where used
     behind |= {"cryptography", "httpx2", "hf-xet", "markupsafe"}  # parts of what is declared
+    behind |= {"tqdm"}  # of huggingface_hub
     behind |= {"llvmlite"}  # of Numba, which needs an exact version of it
     for path, name, _ in imports():
         if name in sys.stdlib_module_names or name in ("qwen35", "__future__"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from qwen35.pipeline.run_request import (
     RunRequest,
     path_artifacts,
 )
+from qwen35.serving.endpoint import Endpoint
 from running import run as converted
 
 Capture = pytest.CaptureFixture[str]
@@ -155,7 +157,7 @@ HEAD = 'model = "m"\nout = "o"\n'
             HEAD + 'path = "A"\ndepth = "deep"',
             "depth: 'deep' is unknown, expected structure, ",
         ),
-        (HEAD + 'path = "A"\nmodle = "x"', "modle: unknown key, expected model, out, path"),
+        (HEAD + 'path = "A"\nmodle = "x"', "modle: unknown key, expected model, out, adapters"),
         (HEAD + 'path = "A"\n[evaluate]', "evaluate.text: is missing"),
         (HEAD + 'path = "A"\n[evaluate]\ntext = "t"\nchunks = -1', "evaluate.chunks: -1, expected"),
         (HEAD + 'path = "A"\n[evaluate]\ntext = true', "evaluate.text: True, expected a string"),
@@ -325,8 +327,9 @@ def test_missing_library_is_told_before_anything(
     assert problems == []
 
 
-def test_graph_has_the_four_gates_in_their_places(source: Path, tmp_path: Path) -> None:
-    wanted = path_artifacts(["B"])
+def test_graph_has_the_gates_in_their_places(source: Path, tmp_path: Path) -> None:
+    text_only, files = path_artifacts(["B"])
+    wanted = (text_only, replace(files, endpoint=Endpoint("http://127.0.0.1:9")))
     job = RunRequest(
         str(source), tmp_path, wanted, measurement=MeasurementRequest(tmp_path), owner="me"
     )
@@ -338,7 +341,11 @@ def test_graph_has_the_four_gates_in_their_places(source: Path, tmp_path: Path) 
     assert graph[f"verify {gguf}"].needs == (f"make {gguf}",)
     assert graph[f"verify {gguf}"].gates == ("verification",)
     assert graph["evaluate"].any_need
-    assert graph[f"document {gguf}"].needs == (f"verify {gguf}", "evaluate")
+    assert f"ask {text}" not in graph
+    assert graph[f"ask {gguf}"].needs == (f"verify {gguf}",)
+    assert graph[f"ask {gguf}"].gates == ("serving",)
+    assert graph[f"document {text}"].needs == (f"verify {text}", "evaluate")
+    assert graph[f"document {gguf}"].needs == (f"ask {gguf}", "evaluate")
     assert graph[f"publish {gguf}"].needs == (f"document {gguf}",)
     assert graph[f"publish {gguf}"].gates == ("publish",)
     assert {gate for step in graph.values() for gate in step.gates} == set(GATES)

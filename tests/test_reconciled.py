@@ -98,7 +98,11 @@ def _both(*changes: Change) -> Change:
 
 
 CASES: dict[str, tuple[Change, int, str]] = {
-    "saved by transformers": (_without("mtp."), 0, f"{_PROMISED}: the output promises none"),
+    "saved by transformers": (
+        _without("mtp."),
+        0,
+        f"{_PROMISED}: the output promises none; convert and",
+    ),
     "a promise too many": (_two_promised, 1, "promises 2 multi-token-prediction layer(s), but"),
     "no promise": (_not_promised, 1, "promises 0 multi-token-prediction layer(s), but"),
     "part of a layer": (_without("mtp.layers.0.mlp."), 0, "is not whole, mtp.layers.0.mlp."),

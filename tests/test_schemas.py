@@ -105,6 +105,10 @@ def test_merge(held: Any, tmp_path: Path) -> None:
     adapter = make_adapter("queries", tmp_path / "adapter")
     held("merge", ASSET, adapter, tmp_path / "out", "--dry-run", name="plan")
     assert held("merge", ASSET, adapter, tmp_path / "out")["bytes"] > 0
+    alone = ("gguf", ASSET, tmp_path / "alone", "--adapter", adapter, "--adapter-only")
+    held(*alone, "--dry-run", name="plan")
+    assert held(*alone)["bytes"] > 0
+    held("inspect", tmp_path / "alone")
 
 
 def test_slices(held: Any, dense: Path, tmp_path: Path) -> None:
@@ -127,7 +131,7 @@ def test_gguf(held: Any, tmp_path: Path) -> None:
 def test_calibrate(held: Any, moe: Path, tmp_path: Path) -> None:
     asked = ("calibrate", ASSET, "--text", ASSET / "eval.txt", "--windows", "1", "--context", "64")
     held(*asked, "--output", tmp_path / "out", "--dry-run")
-    held(*asked, "--output", tmp_path / "out")
+    assert held(*asked, "--draft", "--output", tmp_path / "out")["draft"]["tokens"] == 63
 
 
 def test_verify(held: Any, formats: Path, tmp_path: Path) -> None:
@@ -158,6 +162,7 @@ def test_evaluate(held: Any, formats: Path, tmp_path: Path) -> None:
     held("evaluate", base, other, *asked, "--report", tmp_path / "report")
     assert problems("evaluate", json.loads((tmp_path / "report/report.json").read_text())) == []
     held("evaluate", base, *asked)
+    held("report", tmp_path / "report", "--output", tmp_path / "page")
 
 
 def test_tune(held: Any, formats: Path, tmp_path: Path) -> None:

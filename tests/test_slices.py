@@ -248,7 +248,7 @@ def test_a_source_that_was_moved_before_finalizing_is_named(dense: Path, tmp_pat
     with pytest.raises(InputError) as caught:
         finalize(tmp_path / "out")
     assert str(caught.value) == (
-        f"{source}: no such folder on {platform.node()}, expected the source of the slices; "
+        f"{source}: not there on {platform.node()}, expected the source of the slices; "
         "finalize reads its headers and small files: bring it back to where it was"
     )
 

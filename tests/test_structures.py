@@ -23,10 +23,14 @@ from fake_hub import FakeHub, serving
 from gguf_models import make_variant
 from hub_client import environment
 from limits import Ended, Limited, limited
+from made_reports import report_of
 from qwen35.calibration.states import CalibrationFolder, work_folder
 from qwen35.cli.main import VERBS
 from qwen35.codecs.nf4.arrays import parse_state
 from qwen35.errors import Qwen35Error
+from qwen35.reporting.evaluation_page import ranking_page
+from qwen35.reporting.ranking import rank
+from qwen35.reporting.report_reading import read_reports
 from qwen35.tuning.fit import Probe
 from qwen35.tuning.measurements import (
     MeasuredTrial,
@@ -273,6 +277,10 @@ READERS: dict[str, tuple[Any, _Reader]] = {
         )
         | {"version": 2},
         load_measurements,
+    ),
+    "report": (
+        report_of(),
+        lambda path: ranking_page(rank(read_reports([str(path)]))),
     ),
     "calibration": (
         {"plan": "digest", "done": ["embeddings", "layer-0"]},
