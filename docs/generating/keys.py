@@ -176,7 +176,7 @@ def _paths(value: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _named(prefix: str, key: str) -> str:
-    if prefix in ("files", "added", "tensors", "amended[].files"):
+    if prefix in ("files", "added", "tensors", "amended[].files", "source.adapters[].files"):
         return "FILE"
     open_ended = prefix in (
         "verified.counts",
@@ -199,8 +199,10 @@ def _manifests() -> Iterator[Mapping[str, Any]]:
     yield json.loads(manifest_bytes(gguf, dict.fromkeys(sizes, "0" * 64)))
     entry = {"size": 1, "sha256": "0" * 64}
     yield {"amended": [{"when": "", "why": "", "files": {"chat_template.jinja": entry}}]}
-    yield {"source": {"repo": "owner/name", "revision": "a commit", "quantized": {"NF4": 1}}}
+    source = {"repo": "owner/name", "revision": "a commit", "quantized": {"NF4": 1}}
+    yield {"source": source | {"file": "a GGUF file"}}
     row = {"name": "adapter", "weight": 1.0, "sha256": "0" * 64, "config_sha256": "0" * 64}
+    row |= {"files": {"tokenizer.json": "0" * 64}, "onto": "nf4"}
     yield {"source": {"adapters": [row]}}
     yield _with_scale_choice(tiny)
 
