@@ -169,6 +169,18 @@ def test_input_inside_the_output_is_refused(ours: Path) -> None:
         check_output(ours, source=ours / "source", overwrite=True)
 
 
+@pytest.mark.parametrize("inside", ["", "imatrix.gguf", "deep/stats.json"])
+def test_an_output_is_not_around_a_file_that_is_read(ours: Path, inside: str) -> None:
+    """Nor does it replace the folder of one: that of `calibrate` is an output, too."""
+    file = ours / inside
+    with pytest.raises(OutputError, match="holds the input .*; choose another folder"):
+        check_output(ours, source=None, overwrite=True, files=[file])
+    (ours.parent / "link").symlink_to(ours)
+    with pytest.raises(OutputError, match="holds the input"):
+        check_output(ours, source=None, overwrite=True, files=[ours.parent / "link" / inside])
+    check_output(ours.parent / "new", source=None, overwrite=True, files=[file])
+
+
 def test_folder_whose_name_only_begins_alike_does_not_overlap(ours: Path) -> None:
     check_output(ours.parent / "out2", source=ours, overwrite=False)
 

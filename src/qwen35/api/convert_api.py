@@ -146,6 +146,7 @@ def convert(
         device=local_device,
         source=folder_of(str(model)),
         donor=folder_of(mtp_from),
+        files=[activation_stats],
     )
     needed = rules.quantizes_inputs or kv_cache is not None
     statistics = activations_of(activation_stats, scale_choice, needed=needed)

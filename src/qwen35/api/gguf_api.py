@@ -133,7 +133,9 @@ def gguf(
         }
         check_adapter_only(given, types_of(types), str(recipe))
     rules = gguf_recipe(types, recipe, listed(tensor_type), listed(tensor_type_file))
-    check_before(out, overwrite=overwrite, source=folder_of(str(model)), donor=folder_of(mtp_from))
+    donor = folder_of(mtp_from)
+    source = folder_of(str(model))
+    check_before(out, overwrite=overwrite, source=source, donor=donor, files=[imatrix])
     unread = adapter_only and not is_published(str(model))  # of the base, only headers are
     checkpoint = opened_source(
         model,

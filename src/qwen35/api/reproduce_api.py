@@ -59,7 +59,8 @@ def reproduce(
 
     origin = ArtifactOrigin.find(str(manifest), hf_token)
     if output:
-        check_before(Path(output), overwrite=overwrite, device="cpu")
+        files = [activation_stats, imatrix]
+        check_before(Path(output), overwrite=overwrite, device="cpu", files=files)
     plan = plan_again(
         origin,
         str(source) if source else None,

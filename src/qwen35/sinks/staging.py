@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,7 +73,12 @@ def resolved(out: Path) -> Path:
 
 
 def check_output(
-    out: Path, *, source: Path | None, overwrite: bool, donor: Path | None = None
+    out: Path,
+    *,
+    source: Path | None,
+    overwrite: bool,
+    donor: Path | None = None,
+    files: Sequence[Path] = (),
 ) -> None:
     """Refuse, before any work, an output that would overwrite anything of value.
 
@@ -82,14 +87,17 @@ def check_output(
         source: where the source is, if on this machine.
         overwrite: replace an output of qwen35.
         donor: the same of the checkpoint that the MTP layer is taken from.
+        files: other files or folders that are read; an output may be beside them, not around them.
 
     Raises:
-        OutputError: it exists and may not be overwritten, or overlaps the source or the donor.
+        OutputError: it exists and may not be overwritten, or overlaps the source or the donor, or
+            another input is in it.
     """
     for origin in (source, donor):
         if origin is not None:
             _check_overlap(out, origin)
     with os_errors(out):
+        _check_inside(out, files)
         if out.is_symlink():
             raise OutputError(
                 str(out), "is a symbolic link", hint="give the folder that it leads to"
@@ -112,6 +120,13 @@ def _check_overlap(out: Path, source: Path) -> None:
         raise OutputError(str(out), "output and input are the same folder", hint=hint)
     if resolved.is_relative_to(origin) or origin.is_relative_to(resolved):
         raise OutputError(str(out), f"overlaps the input {source}", hint="choose another folder")
+
+
+def _check_inside(out: Path, files: Sequence[Path]) -> None:
+    resolved = out.resolve()
+    inside = next((file for file in files if file.resolve().is_relative_to(resolved)), None)
+    if inside is not None:
+        raise OutputError(str(out), f"holds the input {inside}", hint="choose another folder")
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:

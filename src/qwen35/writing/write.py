@@ -49,6 +49,7 @@ def check_before(
     device: str = "auto",
     source: Path | None = None,
     donor: Path | None = None,
+    files: Sequence[str | Path | None] = (),
 ) -> None:
     """Check everything that needs no source, before it is downloaded.
 
@@ -58,12 +59,14 @@ def check_before(
         device: to encode on.
         source: the source's folder, if it is on this machine.
         donor: the same of the checkpoint that the MTP layer is taken from.
+        files: the other inputs as the user named them, if any.
 
     Raises:
-        OutputError: the output exists or overlaps the source or the donor.
+        OutputError: the output exists, overlaps the source or the donor, or holds an input.
         UsageError: the device does not exist.
     """
-    check_output(out, source=source, overwrite=overwrite, donor=donor)
+    here = [Path(file) for file in files if file and not str(file).startswith("hf:")]
+    check_output(out, source=source, overwrite=overwrite, donor=donor, files=here)
     kernels_for(device)
 
 
