@@ -113,7 +113,7 @@ def test_config_says_no_mtp_when_none_is_written() -> None:
     assert dropped.notes == ()
     assert absent.notes == (
         "config.json promises 1 multi-token-prediction layer(s), but the checkpoint has none: the "
-        "output promises none",
+        "output promises none; convert and gguf take that of the original with --mtp-from",
     )
 
 

@@ -57,7 +57,13 @@ def test_a_base_of_decoded_weights_says_so(nf4: Path, tmp_path: Path) -> None:
     assert base.decoded == {"NF4": 62}
     assert open_base(str(ASSET)).decoded == {}
     report = SimpleNamespace(
-        findings=[], base=base, floors=[], candidates=[], simulations=[], reference="run"
+        findings=[],
+        base=base,
+        floors=[],
+        candidates=[],
+        simulations=[],
+        reference="run",
+        stream=None,
     )
     assert notes(cast("EvaluationReport", report))[0] == (
         "the base was made from a source with 62 weights in NF4: figures compare with what they "

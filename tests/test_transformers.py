@@ -75,10 +75,10 @@ def test_transformers_cannot_load_packed_experts(
     """Why the recipe leaves experts alone. When this fails, the recipe can pack them."""
     real = planning.decide
 
-    def pack_experts(recipe: str, rule: Any, codec: Any, item: Any, unfit: Any) -> Any:
+    def pack_experts(recipe: str, rule: Any, codec: Any, item: Any, *others: Any) -> Any:
         if item.role.info.kind == "experts" and item.role.scope == "text":
             return "nf4", False, "packed for this test"
-        return real(recipe, rule, codec, item, unfit)
+        return real(recipe, rule, codec, item, *others)
 
     monkeypatch.setattr(planning, "decide", pack_experts)
     run(moe_per_expert, tmp_path / "out")

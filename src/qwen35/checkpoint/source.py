@@ -338,7 +338,8 @@ def _unreadable(foreign: ForeignPacking, config: ModelConfig) -> TensorError:
         )
     subject = "config.json" if config.quantization else "the weights"
     codecs = packings("safetensors").values()
-    readable = dict.fromkeys(codec.title or codec.label for codec in codecs)
+    names = (codec.title or codec.dialect.upper() or codec.label for codec in codecs)
+    readable = dict.fromkeys(names)
     return TensorError(
         subject,
         f"weights packed as {foreign.label}",
