@@ -218,7 +218,7 @@ class ServerClient(Closing):
 
     def _pieces(self, path: str, response: httpx2.Response, deadline: float) -> Iterator[bytes]:
         try:
-            for piece in response.iter_raw(2**16):
+            for piece in response.iter_raw():
                 if time.monotonic() > deadline:
                     raise self._slow(path)
                 yield piece
@@ -274,7 +274,7 @@ class ServerClient(Closing):
         return self._shown(next((text for text in texts if text), json.dumps(body)))
 
     def _shown(self, text: str) -> str:
-        return cut(printable(" ".join(self.hidden(text[: 8 * _SHOWN]).split())), _SHOWN)
+        return cut(printable(" ".join(self.hidden(text).split())[: 8 * _SHOWN]), _SHOWN)
 
     def _error(
         self, path: str, found: str, *, expected: str = "", hint: str = "", status: int = 0
@@ -300,11 +300,13 @@ def _seconds(text: str) -> float | None:
     """Return the seconds of a Retry-After: a number, or a date."""
     try:
         return float(int(text))
+    except OverflowError:
+        return float("inf")
     except ValueError:
         pass
     try:
         moment = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
