@@ -22,12 +22,11 @@ checked.
 
 from __future__ import annotations
 
-import contextvars
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from typing import Any
 
 import httpx2
@@ -43,6 +42,7 @@ from qwen35.checkpoint.hub_headers import (
     check_request,
     listed_size,
 )
+from qwen35.threads import detached
 
 __all__ = ["guard_client"]
 
@@ -141,26 +141,16 @@ def _in_time(request: httpx2.Request, call: Callable[[], httpx2.Response]) -> ht
 
     A read timeout holds for each piece of the headers, not for all of them.
     """
-    done, results, errors = threading.Event(), list[httpx2.Response](), list[BaseException]()
-
-    def work() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
-            errors.append(error)
-        done.set()
-
-    context = contextvars.copy_context()
-    threading.Thread(target=context.run, args=(work,), daemon=True).start()
+    answer = detached(call)
     seconds = _deadline(request)
-    if not done.wait(_NOTICE_SECONDS if seconds is None else min(seconds, _NOTICE_SECONDS)):
+    notice = _NOTICE_SECONDS if seconds is None else min(seconds, _NOTICE_SECONDS)
+    if not wait([answer], notice).done:
         if request.method != "PUT":
             _LOG.warning("the Hub has not answered for %.0f s", _NOTICE_SECONDS)
-        if not done.wait(None if seconds is None else max(0.0, seconds - _NOTICE_SECONDS)):
+        rest = None if seconds is None else max(0.0, seconds - _NOTICE_SECONDS)
+        if not wait([answer], rest).done:
             raise _too_late(request)
-    if errors:
-        raise errors[0]
-    return results[0]
+    return answer.result()
 
 
 def _too_late(request: httpx2.Request) -> Exception:

@@ -10,9 +10,9 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,6 +26,7 @@ from qwen35.display import cut, printable
 from qwen35.errors import EndpointError
 from qwen35.serving.endpoint import KEY_VARIABLE, Endpoint
 from qwen35.serving.json_values import parsed, text_in
+from qwen35.threads import detached
 from qwen35.version import __version__
 
 __all__ = ["ANSWER_BYTES", "Bounds", "ServerClient"]
@@ -318,18 +319,7 @@ def _within(seconds: float, call: Callable[[], _T]) -> _T:
 
     The timeouts of the client hold for each piece of the headers, not for all of them.
     """
-    done, results, errors = threading.Event(), list[_T](), list[BaseException]()
-
-    def work() -> None:
-        try:
-            results.append(call())
-        except BaseException as error:  # noqa: BLE001 - raised below, in the caller's thread
-            errors.append(error)
-        done.set()
-
-    threading.Thread(target=work, daemon=True).start()
-    if not done.wait(seconds):
+    answer = detached(call)
+    if not wait([answer], seconds).done:
         raise httpx2.ReadTimeout("the headers came too slowly")
-    if errors:
-        raise errors[0]
-    return results[0]
+    return answer.result()
