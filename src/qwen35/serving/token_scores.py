@@ -124,9 +124,16 @@ def _nothing(client: ServerClient, place: int) -> EndpointError:
     return EndpointError(client.endpoint.url, f"tells nothing about token {place + 1} of a prompt")
 
 
-def _entry(row: _Row, token: int | None, value: float | None) -> None:
-    if token is not None and value is not None and value <= 1e-3:
+def _entry(
+    row: _Row, texts: dict[int, str], token: int | None, value: float | None, text: str | None
+) -> None:
+    """Add what a server tells of a token to its row, and to the texts of tokens."""
+    if token is None:
+        return
+    if value is not None and value <= 1e-3:
         row[token] = min(value, 0.0)
+    if text is not None:
+        texts[token] = text
 
 
 def _vllm(
@@ -151,9 +158,8 @@ def _vllm(
         row: _Row = {}
         for name, entry in entries.items() if isinstance(entries, dict) else ():
             token = int(name) if name.isdecimal() and len(name) < 10 else None
-            _entry(row, token, number_in(entry, "logprob"))
-            if token is not None and (text := text_in(entry, "decoded_token")) is not None:
-                texts[token] = text
+            text = text_in(entry, "decoded_token")
+            _entry(row, texts, token, number_in(entry, "logprob"), text)
         if ids[place + 1] not in row:
             raise _nothing(client, place)
         yield row
@@ -183,10 +189,7 @@ def _sglang(
         back = place + 1 - len(ids)
         row: _Row = {}
         for entry in [*list_in(tops, back), value_in(actual, back)]:
-            token = count_in(entry, 1)
-            _entry(row, token, number_in(entry, 0))
-            if token is not None and (text := text_in(entry, 2)) is not None:
-                texts[token] = text
+            _entry(row, texts, count_in(entry, 1), number_in(entry, 0), text_in(entry, 2))
         if ids[place + 1] not in row:
             raise _nothing(client, place)
         yield row
@@ -212,10 +215,8 @@ def _llama_cpp(
         answer = client.post("/completion", body, most=_MOST_BYTES)
         row: _Row = {}
         for entry in list_in(answer, "completion_probabilities", 0, "top_logprobs"):
-            token = count_in(entry, "id")
-            _entry(row, token, number_in(entry, "logprob"))
-            if token is not None and (text := text_in(entry, "token")) is not None:
-                texts[token] = text
+            token, text = count_in(entry, "id"), text_in(entry, "token")
+            _entry(row, texts, token, number_in(entry, "logprob"), text)
         if not row:
             raise _nothing(client, place)
         yield row
