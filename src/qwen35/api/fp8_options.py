@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from qwen35.api.given_values import refuse_given
 from qwen35.checkpoint.open import describe
 from qwen35.codecs.fp8.layout import ScaleChoice, ScaleMode
 from qwen35.errors import UsageError
@@ -77,9 +78,8 @@ def check_unused(
         "--verify-seed": seed != 0,
         "--skip-verify": skip,
     }
-    for flag, given in flags.items():
-        if given and not plan.banded:
-            raise UsageError(flag, "nothing is encoded as FP8 here", hint="leave it out")
+    if not plan.banded:
+        refuse_given(flags, "nothing is encoded as FP8 here")
 
 
 def check_fp8_output(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qwen35.api.given_values import listed, size_given
+from qwen35.api.given_values import listed, refuse_given, size_given
 from qwen35.api.worker_choice import check_workers
 from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
 from qwen35.checkpoint.open import folder_of
@@ -198,11 +198,7 @@ def check_adapter_only(given: Mapping[str, object], types: Sequence[str], recipe
     """
     from qwen35.planning.gguf_files.mixes import converted_type
 
-    for flag, value in given.items():
-        if value:
-            raise UsageError(flag, "has no effect with --adapter-only", hint="leave it out")
-    if recipe != "mix":
-        raise UsageError("--recipe", "has no effect with --adapter-only", hint="leave it out")
+    refuse_given({**given, "--recipe": recipe != "mix"}, "has no effect with --adapter-only")
     for name in types:
         converted_type(name, "--types, with --adapter-only")
 

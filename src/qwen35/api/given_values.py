@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from qwen35.display import bytes_of
 from qwen35.errors import UsageError
 
-__all__ = ["listed", "size_given"]
+__all__ = ["listed", "refuse_given", "size_given"]
 
 Name = TypeVar("Name", str, str | Path)
 
@@ -45,3 +45,19 @@ def size_given(flag: str, value: int | str | None) -> int | None:
         pass
     expected = "bytes, or a size such as '4GB'"
     raise UsageError(flag, repr(value)[:80], expected=expected)
+
+
+def refuse_given(flags: Mapping[str, object], found: str, hint: str = "leave it out") -> None:
+    """Refuse options that would have no effect.
+
+    Args:
+        flags: the options by flag; false where not given.
+        found: why they have none.
+        hint: what to do.
+
+    Raises:
+        UsageError: one is given.
+    """
+    for flag, value in flags.items():
+        if value:
+            raise UsageError(flag, found, hint=hint)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.api.given_values import listed, size_given
-from qwen35.errors import UsageError
+from qwen35.api.given_values import listed, refuse_given, size_given
 from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.planning.mtp_choice import drops_mtp
 from qwen35.planning.output_plan import Plan, make_plan
@@ -99,11 +98,10 @@ def plan(
         "--layout": layout,
         "--activations": activations,
     }
-    for flag, value in (for_gguf if types is None else for_others).items():
-        if value:
-            found = f"has no effect with{'out' if types is None else ''} --types"
-            hint = "add --types, or leave it out" if types is None else "leave it out"
-            raise UsageError(flag, found, hint=hint)
+    if types is None:
+        refuse_given(for_gguf, "has no effect without --types", "add --types, or leave it out")
+    else:
+        refuse_given(for_others, "has no effect with --types")
     adapters = opened_adapters(listed(adapter), onto)
     checkpoint = opened_source(model, adapters, mtp_from, headers=True, token=hf_token)
     if types is None:

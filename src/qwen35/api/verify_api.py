@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwen35.api.given_values import listed
+from qwen35.api.given_values import listed, refuse_given
 from qwen35.checkpoint.adapter_files import Adapter, open_adapters
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import is_published
@@ -95,10 +95,10 @@ def verify(
             "--tensor-parallel": tensor_parallel,
             "--record": record,
         }
-        _refuse_given(files, "is about files, not about a server", "leave it out")
+        refuse_given(files, "is about files, not about a server")
         return _verify_endpoint(endpoint, source=source, token=hf_token, **asking)
     alone = dict(zip(_ENDPOINT_FLAGS, asking.values(), strict=True))
-    _refuse_given(alone, "is for --endpoint", "give that, or leave it out")
+    refuse_given(alone, "is for --endpoint", "give that, or leave it out")
     if model is None:
         raise UsageError("MODEL", "missing", hint="name an artifact, or a server with --endpoint")
     name = str(model)
@@ -136,12 +136,6 @@ def verify(
 
 
 _ENDPOINT_FLAGS = ("--model", "--api-key-env", "--context", "--timeout")
-
-
-def _refuse_given(flags: Mapping[str, Any], found: str, hint: str) -> None:
-    for flag, value in flags.items():
-        if value:
-            raise UsageError(flag, found, hint=hint)
 
 
 def _verify_endpoint(
