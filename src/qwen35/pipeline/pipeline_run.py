@@ -149,8 +149,7 @@ class PipelineRunner:
         """Raise if a file that this run did not write would be replaced without --overwrite."""
         ours = name in self._state.steps or self.options.overwrite
         source, donor = self.source.location(), self.source.donor_location()
-        read = (artifact.request.imatrix, artifact.request.activation_stats)
-        files = [Path(file) for file in read if file and not str(file).startswith("hf:")]
+        files = (artifact.request.imatrix, artifact.request.activation_stats)
         check_output(artifact.out, source=source, overwrite=ours, donor=donor, files=files)
 
     def _gate_make(self, step: GraphStep) -> Outcome:

@@ -78,7 +78,7 @@ def check_output(
     source: Path | None,
     overwrite: bool,
     donor: Path | None = None,
-    files: Sequence[Path] = (),
+    files: Sequence[str | Path | None] = (),
 ) -> None:
     """Refuse, before any work, an output that would overwrite anything of value.
 
@@ -87,7 +87,8 @@ def check_output(
         source: where the source is, if on this machine.
         overwrite: replace an output of qwen35.
         donor: the same of the checkpoint that the MTP layer is taken from.
-        files: other files or folders that are read; an output may be beside them, not around them.
+        files: the other inputs as the user named them, if any; an output may be beside them, not
+            around them.
 
     Raises:
         OutputError: it exists and may not be overwritten, or overlaps the source or the donor, or
@@ -122,9 +123,10 @@ def _check_overlap(out: Path, source: Path) -> None:
         raise OutputError(str(out), f"overlaps the input {source}", hint="choose another folder")
 
 
-def _check_inside(out: Path, files: Sequence[Path]) -> None:
+def _check_inside(out: Path, files: Sequence[str | Path | None]) -> None:
     resolved = out.resolve()
-    inside = next((file for file in files if file.resolve().is_relative_to(resolved)), None)
+    here = [Path(file) for file in files if file and not str(file).startswith("hf:")]
+    inside = next((file for file in here if file.resolve().is_relative_to(resolved)), None)
     if inside is not None:
         raise OutputError(str(out), f"holds the input {inside}", hint="choose another folder")
 

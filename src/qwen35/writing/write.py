@@ -65,8 +65,7 @@ def check_before(
         OutputError: the output exists, overlaps the source or the donor, or holds an input.
         UsageError: the device does not exist.
     """
-    here = [Path(file) for file in files if file and not str(file).startswith("hf:")]
-    check_output(out, source=source, overwrite=overwrite, donor=donor, files=here)
+    check_output(out, source=source, overwrite=overwrite, donor=donor, files=files)
     kernels_for(device)
 
 
