@@ -250,7 +250,7 @@ def open_place(
     known = None if _may_be_translated(raw) else parse_config(raw)
     read = _read_headers(place, only)
     shards = read.shards
-    dialect = dialect_of(read.tensors)
+    dialect = dialect_of(read.tensors, read.formats)
     if dialect is None:
         config = known or parse_config(raw)
         tensors, prefix = family_names(read.tensors, vision=config.architecture.vision)
@@ -271,7 +271,8 @@ def open_place(
     # companions of other weights may be in files that are not read
     packing = [problem for problem in packing if problem.subject.startswith(only)]
     problems = [*read.problems, *named.problems, *packing]
-    if foreign is not None and not (foreign.tensor and packing):  # which names the tensor
+    named_it = packing or named.problems
+    if foreign is not None and not (foreign.tensor and named_it):
         problems = [_unreadable(foreign, config)]
     if problems and not lenient:
         raise problems[0]

@@ -7,11 +7,11 @@ headers and config.json are written in a dialect, and translated back when they 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qwen35.errors import TensorError
+from qwen35.errors import InputError
 from qwen35.tensors import StoredTensor, TensorSpec
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class FamilyTensors:
 
     tensors: Mapping[str, StoredTensor]
     held: Mapping[str, str]
-    problems: Sequence[TensorError] = field(default=())
+    problems: Sequence[InputError] = field(default=())
     notes: Sequence[str] = field(default=())
 
 
@@ -74,17 +74,24 @@ class Dialect(ABC):
 
     Attributes:
         name: ``format`` in the metadata of its files.
+        files: pattern of the names of files that all of them read, whatever an index says.
         programs: what runs them.
     """
 
     name: ClassVar[str]
+    files: ClassVar[str]
     programs: ClassVar[tuple[Program, ...]] = ()
 
     # --- reading
 
     @abstractmethod
-    def reads(self, tensors: Mapping[str, StoredTensor]) -> bool:
-        """Return whether tensors have the names of this dialect."""
+    def reads(self, tensors: Mapping[str, StoredTensor], formats: Set[str]) -> bool:
+        """Return whether files are in this dialect.
+
+        Args:
+            tensors: their tensors by name.
+            formats: values of ``format`` in their metadata.
+        """
 
     @abstractmethod
     def family_config(self, raw: object) -> object:
@@ -107,14 +114,17 @@ class Dialect(ABC):
         """Return the tensors of a file that holds these."""
 
     @abstractmethod
-    def check(self, config: ModelConfig, modules: Sequence[LoaderModule]) -> None:
-        """Check that the loader can run the model.
+    def config(
+        self, raw: dict[str, Any], config: ModelConfig, modules: Sequence[LoaderModule]
+    ) -> dict[str, Any]:
+        """Return config.json as the loader reads it, from one that transformers could read.
+
+        Args:
+            raw: what transformers could read; changed.
+            config: of the source.
+            modules: all weights that are written.
 
         Raises:
-            UsageError: it has no place for some of its weights.
-            ConfigError: it has no such layers.
+            UsageError: the loader has no place for some of the weights.
+            ConfigError: it computes another model.
         """
-
-    @abstractmethod
-    def config(self, raw: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-        """Return config.json as the loader reads it, from one that transformers could read."""

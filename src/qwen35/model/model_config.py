@@ -113,6 +113,21 @@ class ModelConfig:
         return text
 
     @property
+    def experts_per_token(self) -> int:
+        """How many experts each token reaches, 8 unless config.json says otherwise; 0 if dense.
+
+        Raises:
+            ConfigError: it is no number of experts.
+        """
+        if not self.moe:
+            return 0
+        key, most = "num_experts_per_tok", self.dims["experts"]
+        count = self.text_raw.get(key, min(8, most))
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 < count <= most:
+            raise ConfigError("config.json", f"{key} {repr(count)[:80]}", expected=f"1 to {most}")
+        return count
+
+    @property
     def geometry(self) -> dict[str, int]:
         """The sizes of the text model, identical with and without a vision tower."""
         sizes = {name: n for name, n in self.dims.items() if not name.startswith("vision")}

@@ -7,16 +7,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen35.codecs.codec import Encoding, EncodingRequest, Piece, stacked
+from qwen35.codecs.codec import Encoding, EncodingRequest, Piece, StoredValues, stacked
 from qwen35.codecs.comparison import WeightComparison
-from qwen35.codecs.floats import empty, f32_from, from_f32
-from qwen35.codecs.pieces import Readable
+from qwen35.codecs.floats import all_finite, empty, f32_from, from_f32
+from qwen35.codecs.pieces import Readable, not_finite
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.array_types import F32, Array
 
-__all__ = ["EncodingNorm", "EncodingPatches", "StoredNorm", "StoredPatches", "judge_norm"]
+__all__ = [
+    "EncodingNorm",
+    "EncodingPatches",
+    "StoredGateNorm",
+    "StoredNorm",
+    "StoredPatches",
+    "judge_gate_norm",
+    "judge_norm",
+]
 
 _ONE = np.float32(1)
 
@@ -36,8 +44,9 @@ class StoredNorm:
     def read_into(self, first: int, out: Array) -> None:
         """Fill flat `out` with elements, starting at index `first`."""
         values = self.raw(first, out.size)
-        with np.errstate(invalid="ignore"):  # infinity is refused by the reader of the rows
-            out[:] = from_f32(values - _ONE, self._spec.dtype)
+        if not all_finite(values, "F32"):
+            raise not_finite(self._spec.name)
+        out[:] = from_f32(values - _ONE, self._spec.dtype)
 
     def raw(self, first: int, count: int) -> F32:
         """Return elements as they are stored."""
@@ -84,6 +93,36 @@ def judge_norm(
         result.found("values", f"{message}{without}")
 
 
+class StoredGateNorm:
+    """The values of a norm that is stored as it is."""
+
+    def __init__(self, reader: Readable, weight: Weight, spec: TensorSpec) -> None:
+        self._reader, self._main, self._spec = reader, weight.main, spec
+
+    def read_into(self, first: int, out: Array) -> None:
+        """Fill flat `out` with elements, starting at index `first`."""
+        self._reader.read_into(self._main, first * self._spec.itemsize, out.data.cast("B"))
+        if not all_finite(out, self._spec.dtype):
+            raise not_finite(self._spec.name)
+
+
+def judge_gate_norm(
+    values: StoredValues, spec: TensorSpec, original: Iterator[Piece], result: WeightComparison
+) -> None:
+    """Compare a norm with the original, rounded to the dtype in which it is stored."""
+    wrong, row = 0, stacked(spec)[1]
+    for piece in original:
+        found = empty(spec.dtype, piece.values.size)
+        values.read_into(piece.first * row, found)
+        exact = f32_from(piece.values.reshape(-1), piece.dtype)
+        with np.errstate(over="ignore"):
+            expected = from_f32(exact, spec.dtype)
+        wrong += int(np.count_nonzero(found != expected))
+        result.add(f32_from(found, spec.dtype), exact)
+    if wrong:
+        result.found("values", f"{wrong} of {spec.numel} values differ")
+
+
 def _places(spec: TensorSpec) -> tuple[int, ...]:
     """Return (colours, frames, height, width)."""
     return spec.shape[1:]
@@ -102,6 +141,8 @@ class StoredPatches:
         begin, end = first // size, -(-(first + out.size) // size)
         found = empty(spec.dtype, (end - begin) * size)
         self._reader.read_into(self._main, begin * size * spec.itemsize, found.data.cast("B"))
+        if not all_finite(found, spec.dtype):
+            raise not_finite(spec.name)
         kernels = found.reshape(end - begin, *others, colours).transpose(0, 4, 1, 2, 3)
         skipped = first - begin * size
         out[:] = kernels.reshape(-1)[skipped : skipped + out.size]

@@ -209,6 +209,47 @@ class MlxNorm(_Changed):
         judge_norm(reader, weight, spec, original, result)
 
 
+class MlxGateNorm(_Changed):
+    """The norm of linear attention in 16 bits, to which mlx-lm's own converter rounds it."""
+
+    name = "mlx-gate-norm"
+    label_text = "rounded to 16 bits"
+
+    @property
+    def tolerance(self) -> str:
+        """The largest differences that `judge` misses."""
+        return "a norm in float32, rounded as by mlx-lm's converter"
+
+    def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
+        """Return the weight itself."""
+        return (spec,)
+
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
+        """Open the values."""
+        from qwen35.codecs.mlx.changed import StoredGateNorm
+
+        return StoredGateNorm(reader, weight, spec)
+
+    def encode(self, request: EncodingRequest) -> Encoding:
+        """Start writing values unchanged; no plan asks for it."""
+        from qwen35.codecs.plain.codec import Plain
+
+        return Plain().encode(request)
+
+    def judge(
+        self,
+        reader: Readable,
+        weight: Weight,
+        spec: TensorSpec,
+        original: Iterator[Piece],
+        result: WeightComparison,
+    ) -> None:
+        """Compare values, which must be the nearest of their dtype."""
+        from qwen35.codecs.mlx.changed import judge_gate_norm
+
+        judge_gate_norm(self.open(reader, weight, spec), spec, original, result)
+
+
 class MlxPatches(_Changed):
     """The kernel of the patch embedding, colours last: [out, frames, height, width, colours]."""
 
@@ -250,5 +291,5 @@ class MlxPatches(_Changed):
         judge_values(self.open(reader, weight, spec), spec, original, result)
 
 
-MLX = (*(Mlx(kind) for kind in FORMATS.values()), MlxNorm(), MlxPatches())
+MLX = (*(Mlx(kind) for kind in FORMATS.values()), MlxNorm(), MlxGateNorm(), MlxPatches())
 """The codecs."""

@@ -9,11 +9,25 @@ from typing import Any
 from qwen35.codecs.codec import LoaderModule
 from qwen35.codecs.mlx.layout import FORMATS, MlxFormat, format_of
 from qwen35.codecs.mlx.mlx_names import mlx_name
+from qwen35.display import cut
 from qwen35.errors import Finding
 
-__all__ = ["quantization_section", "section_findings"]
+__all__ = ["SECTIONS", "quantization_section", "section_findings"]
 
 _SECTION = "quantization"
+_OTHERS = {
+    "model_file": "MLX would run that file in place of its own model, and refuses",
+    "quantize_activations": "MLX rounds inputs too, or refuses",
+}
+SECTIONS = (_SECTION, "quantization_config", *_OTHERS)
+"""Keys of config.json that only MLX reads."""
+
+_GROUP = "group_size"
+_KEYS = frozenset({"group_size", "bits", "mode"})
+"""Settings of a module; with any other, mlx-lm does not load it, or quantizes its inputs too."""
+
+_USUAL = {"affine": (4, 64), "mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
+"""Bits and groups of ``mx.quantize`` where none are given, by mode."""
 
 
 def _packed(modules: Sequence[LoaderModule]) -> dict[str, MlxFormat]:
@@ -49,10 +63,9 @@ def section_findings(
     """
     packed = _packed(modules)
     section, copy = quantization.get(_SECTION), quantization.get("quantization_config")
+    yield from _beside(quantization)
+    yield from _form_findings(section, len(packed))
     if not isinstance(section, dict):
-        if packed:
-            message = f"no {_SECTION}, but {len(packed)} modules are packed"
-            yield Finding("quantization-config", "config.json", message)
         return
     if copy is not None and copy != section:
         message = f"quantization_config is not the same as {_SECTION}: loaders differ in which"
@@ -64,15 +77,58 @@ def section_findings(
             yield Finding("quantization-config", path, message)
     plain = {mlx_name(m.module) for m in modules} - packed.keys()
     for path in sorted(plain & section.keys()):
-        if isinstance(section[path], dict):
+        if section[path]:
             yield Finding("skip-list", path, f"in {_SECTION}, but not packed")
+    yield from _strange_keys(section, packed)
+
+
+def _beside(quantization: Mapping[str, Any]) -> Iterator[Finding]:
+    """Yield other keys of config.json with which MLX does not compute what is stored."""
+    for key, what in _OTHERS.items():
+        if quantization.get(key):
+            message = f"{key} is {cut(ascii(quantization[key]), 80)}: {what}"
+            yield Finding("config", "config.json", message)
+
+
+def _form_findings(section: object, packed: int) -> Iterator[Finding]:
+    """Yield why loaders do not take the section at all."""
+    message = ""
+    if isinstance(section, dict):
+        missing = [key for key in (_GROUP, "bits") if key not in section]
+        if missing:
+            message = f"{_SECTION} lacks {' and '.join(missing)}, without which no loader takes it"
+    elif packed:
+        message = f"no {_SECTION}, but {packed} modules are packed"
+    elif section is not None:
+        message = f"{_SECTION} is {ascii(section)[:80]}, expected an object: no loader takes it"
+    if message:
+        yield Finding("quantization-config", "config.json", message)
+
+
+def _strange_keys(section: Mapping[str, Any], packed: Mapping[str, MlxFormat]) -> Iterator[Finding]:
+    for path in packed:
+        own = section.get(path)
+        given = own.items() if isinstance(own, dict) else ()
+        strange = [key for key, value in given if key not in _KEYS and value is not False]
+        if strange:
+            message = f"{_SECTION} gives it {cut(ascii(strange), 80)}, no setting of weights"
+            yield Finding("quantization-config", path, message)
 
 
 def _said(section: Mapping[str, Any], path: str) -> MlxFormat | None:
-    own = section.get(path, section)
-    if not isinstance(own, dict):
+    """Return the format of a module; a module's own settings need no group and no bits."""
+    own = section.get(path, True)
+    if own is True:
+        return format_of(section.get("mode", "affine"), section.get("bits"), section.get(_GROUP))
+    if not isinstance(own, dict) or not own:
         return None
-    return format_of(own.get("mode", "affine"), own.get("bits"), own.get("group_size"))
+    mode = own.get("mode", "affine")
+    bits, group = _USUAL.get(mode, (None, None)) if isinstance(mode, str) else (None, None)
+    return format_of(mode, _given(own, "bits", bits), _given(own, _GROUP, group))
+
+
+def _given(own: Mapping[str, Any], key: str, usual: int | None) -> object:
+    return usual if own.get(key) is None else own[key]
 
 
 def _shown(kind: MlxFormat | None) -> str:

@@ -15,6 +15,7 @@ from qwen35.tensors import StoredTensor, TensorSpec
 
 __all__ = [
     "EMBEDDING",
+    "HEAD",
     "family_name",
     "is_stack",
     "mlx_name",
@@ -25,6 +26,8 @@ __all__ = [
 
 EMBEDDING = "language_model.model.embed_tokens.weight"
 """The tensor that every model has, by its name in MLX."""
+
+HEAD = "language_model.lm_head.weight"
 
 _TEXT, _HEAD, _TOWER = "language_model.model.", "language_model.lm_head.", "vision_tower."
 _EXPERT = re.compile(r"(.*\.mlp\.)experts\.(\d{1,6})\.((?:gate|up|down)_proj\b.*)\Z", re.ASCII)
