@@ -16,11 +16,12 @@ from qwen35.errors import Finding, TensorError
 from qwen35.tensors import FLOAT_DTYPES, StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.array_types import F32, Array
+    from qwen35.array_types import F32, U8, Array
     from qwen35.codecs.comparison import WeightComparison
     from qwen35.codecs.input_quantizers import InputQuantizer
     from qwen35.codecs.kv_cache import CacheForm
     from qwen35.codecs.pieces import Readable
+    from qwen35.codecs.refining import CodeGrid
     from qwen35.model.model_config import ModelConfig
     from qwen35.model.roles import Role
 
@@ -31,12 +32,23 @@ __all__ = [
     "Kernel",
     "LoaderModule",
     "Piece",
+    "Refine",
+    "Search",
     "StoredValues",
     "stacked",
 ]
 
 Kernel = Callable[..., bool]
 """Encodes a piece on one device; arguments differ by codec. False: a value is not finite."""
+
+
+Refine = Callable[[int, "F32", "CodeGrid"], "U8"]
+"""Returns better codes for rows: the number of the first row in the output, the rows [n, columns],
+and what their codes can stand for (`qwen35.codecs.refining`)."""
+
+Search = Callable[[int, "F32", "CodeGrid", "F32"], tuple["U8", "U8"]]
+"""The same with other scales [choices, rows, groups] that the rows could have; also returns which
+of them are taken, [rows, groups]: 0 for those of the grid, 1 for the first of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,8 @@ class EncodingRequest:
         largest: [matrices] float32, the largest magnitude of each matrix of the whole weight and of
             those that share its scales, for codecs that `surveys`.
         input_largest: the largest magnitude of the layer's inputs, for `quantized_inputs`.
+        refine: chooses codes by what they do to outputs, for codecs that `refines`; None: nearest.
+        search: instead, chooses scales too, for codecs that `searches`.
     """
 
     source: str
@@ -82,6 +96,8 @@ class EncodingRequest:
     encoder: str = "auto"
     largest: F32 | None = None
     input_largest: float | None = None
+    refine: Refine | None = None
+    search: Search | None = None
 
 
 class StoredValues(Protocol):
@@ -155,6 +171,7 @@ class Codec(ABC):
         needs_importance: whether it is unusable without the importance of each column.
         widens: whether values other than BF16 are converted to float32 before encoding.
         banded: whether every conversion is judged by bands (`qwen35.verification.bands`).
+        refines: whether it uses `EncodingRequest.refine`.
         layouts: the codecs that store the same codes, by the name of the layout (``--layout``).
         quantized_inputs: whether it has a scale of the layer's inputs, which statistics give.
         with_inputs: the codec of the same weights that has `quantized_inputs`, if there is one.
@@ -197,6 +214,7 @@ class Codec(ABC):
     needs_importance: ClassVar[bool] = False
     widens: ClassVar[bool] = False
     banded: ClassVar[bool] = False
+    refines: ClassVar[bool] = False
     layouts: ClassVar[Mapping[str, str]] = {}
     quantized_inputs: ClassVar[bool] = False
     with_inputs: ClassVar[str] = ""
@@ -348,6 +366,11 @@ class Codec(ABC):
         del spec
         return ""
 
+    def searches(self, columns: int) -> bool:
+        """Return whether it uses `EncodingRequest.search` for rows of so many columns."""
+        del columns
+        return False
+
     def packs(self, role: Role) -> bool:
         """Return whether weights of this role may be packed.
 
@@ -375,6 +398,11 @@ class Codec(ABC):
 
     def memory(self, spec: TensorSpec) -> int:
         """Return the memory in bytes that encoding a weight takes besides its piece."""
+        del spec
+        return 0
+
+    def refining_memory(self, spec: TensorSpec) -> int:
+        """Return the memory in bytes that refining takes, beside `memory` and what is written."""
         del spec
         return 0
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from qwen35.errors import Finding
 
 if TYPE_CHECKING:
     from qwen35.array_types import F32
+    from qwen35.codecs.refined_bounds import OutputErrors
 
 __all__ = ["WeightComparison"]
 
@@ -26,6 +27,9 @@ class WeightComparison:
         identical: whether the stored bytes equal those of the source.
         judged: whether the comparison completed.
         findings: the problems found.
+        refined: whether the weight may have refined codes, which are not the nearest.
+        searched: whether its scales may have been searched too.
+        outputs: adds up its errors in outputs, if they are to be judged too; not a plain value.
     """
 
     subject: str = ""
@@ -35,6 +39,9 @@ class WeightComparison:
     identical: bool = False
     judged: bool = False
     findings: list[Finding] = field(default_factory=list)
+    refined: bool = False
+    searched: bool = False
+    outputs: OutputErrors | None = None
 
     def found(self, check: str, message: str, subject: str = "") -> None:
         """Add a finding."""
@@ -52,7 +59,7 @@ class WeightComparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return the comparison as plain values, with exact floats."""
-        return asdict(self)
+        return asdict(replace(self, outputs=None))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -70,4 +77,6 @@ class WeightComparison:
             bool(value["identical"]),
             bool(value["judged"]),
             [Finding(**{str(k): str(v) for k, v in row.items()}) for row in value["findings"]],
+            bool(value.get("refined")),
+            bool(value.get("searched")),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from types import MappingProxyType
 
 from qwen35.codecs.arranged import Arranged, ArrangedWeight
@@ -67,9 +67,16 @@ def codec_of(weight: Weight) -> Codec:
     return Arranged(codec) if isinstance(weight, ArrangedWeight) else codec
 
 
-def dialect_of(tensors: Mapping[str, StoredTensor]) -> Dialect | None:
-    """Return the dialect of tensors by their names in files; None if they have the family's."""
-    return next((dialect for dialect in DIALECTS.values() if dialect.reads(tensors)), None)
+def dialect_of(
+    tensors: Mapping[str, StoredTensor], formats: Set[str] = frozenset()
+) -> Dialect | None:
+    """Return the dialect of files; None if their tensors have the family's names.
+
+    Args:
+        tensors: by their names in the files.
+        formats: values of ``format`` in the files' metadata.
+    """
+    return next((d for d in DIALECTS.values() if d.reads(tensors, formats)), None)
 
 
 def is_packed(weight: Weight) -> bool:

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qwen35.array_types import Array
+from qwen35.array_types import F32, U8, Array
+from qwen35.codecs.codec import Refine
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.fp8.layout import BLOCK, ScaleChoice
+from qwen35.codecs.refining import CodeGrid, Levels
 
-__all__ = ["decode_rows", "e4m3_values", "encode_rows"]
+__all__ = ["decode_rows", "e4m3_levels", "e4m3_values", "encode_rows", "refined", "row_grid"]
 
 
 def encode_rows(
@@ -63,6 +65,32 @@ def e4m3_values() -> npt.NDArray[np.float32]:
     values = np.where(exponent == 0, np.ldexp(mantissa / 8, -6), normal)
     values = np.where(codes & 127 == 127, np.nan, values)
     return np.where(codes & 128, -values, values).astype(np.float32)
+
+
+@lru_cache(maxsize=1)
+def e4m3_levels() -> Levels:
+    """Return the distinct values of E4M3 codes in their order."""
+    return Levels.of(e4m3_values())
+
+
+def row_grid(codes: U8, scales: F32) -> CodeGrid:
+    """Return what codes can stand for; arguments as for `refined`."""
+    levels = e4m3_levels()
+    return CodeGrid(levels.index[codes], scales, levels.values)
+
+
+def refined(refine: Refine, first: int, rows: F32, codes: U8, scales: F32) -> U8:
+    """Return refined E4M3 codes.
+
+    Args:
+        refine: chooses them.
+        first: the number of the first row.
+        rows: [n, columns] what they are for.
+        codes: [n, columns] the nearest ones.
+        scales: [n, groups], each for columns / groups neighbours.
+    """
+    found: U8 = e4m3_levels().stored[refine(first, rows, row_grid(codes, scales))]
+    return found
 
 
 def decode_rows(codes: npt.NDArray[np.uint8], scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

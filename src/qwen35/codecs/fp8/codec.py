@@ -34,6 +34,7 @@ class Fp8(Codec):
 
     name = "fp8"
     meaning = "block-wise FP8 (E4M3, 128 x 128); copied if already FP8"
+    refines = True
     checks = True
     per_expert = True
     joined = True

@@ -51,6 +51,7 @@ class ErrorSums:
         largest: largest |w|.
         clipped: saturated codes with a larger error than rounding explains.
         misplaced: other codes with a larger error than rounding explains.
+        refined: 1 if codes are refined: not the nearest, so that errors may double.
     """
 
     count: int = 0
@@ -64,6 +65,12 @@ class ErrorSums:
     largest: float = 0.0
     clipped: int = 0
     misplaced: int = 0
+    refined: int = 0
+
+    @property
+    def allowed(self) -> int:
+        """How many times the errors of rounding are allowed."""
+        return 2 if self.refined else 1
 
     def add(self, values: Any, dtype: str, codes: Any, scale: F32) -> None:
         """Add whole tiles.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen35.codecs.codec import Encoding, EncodingRequest, Piece, stacked
-from qwen35.codecs.fp8.arrays import decode_rows
+from qwen35.codecs.floats import f32_from
+from qwen35.codecs.fp8.arrays import decode_rows, refined
 from qwen35.codecs.fp8.layout import BLOCK, SCALE
 from qwen35.codecs.pieces import Readable, not_finite, whole
 from qwen35.codecs.stored_rows import StoredRows
@@ -15,7 +16,7 @@ from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.array_types import F32, U8
+    from qwen35.array_types import F32, U8, U16
 
 __all__ = ["EncodingFp8", "StoredFp8", "read_scales"]
 
@@ -65,6 +66,12 @@ class StoredFp8(StoredRows):
         return np.concatenate(parts)
 
 
+def _wide(scales: U16) -> F32:
+    """Return the scale of each row in each tile, from those of tiles."""
+    wide: F32 = np.repeat(f32_from(scales, "BF16"), BLOCK, axis=0)
+    return wide
+
+
 class EncodingFp8(Encoding):
     """Encodes rows of tiles to FP8."""
 
@@ -82,6 +89,9 @@ class EncodingFp8(Encoding):
         settings, weights = request.settings, piece.importance
         if not request.kernel(values, piece.dtype, settings, weights, codes, scales):
             raise not_finite(request.source)
+        if request.refine is not None:
+            rows = f32_from(values, piece.dtype)
+            codes = refined(request.refine, piece.first, rows, codes, _wide(scales))
         done = piece.first * self._columns
         request.write(self._codes, done, codes.data.cast("B"))
         request.write(self._scales, done // BLOCK**2 * 2, scales.data.cast("B"))

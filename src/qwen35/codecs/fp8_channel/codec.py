@@ -36,6 +36,7 @@ class Fp8Channel(ServedCodec):
 
     name = "fp8-channel"
     meaning = "FP8 (E4M3) with a scale per row, as compressed-tensors stores it"
+    refines = True
     method = "compressed-tensors"
     suffix = "-FP8-dynamic"
     tags = ("fp8", "compressed-tensors")

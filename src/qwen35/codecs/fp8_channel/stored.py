@@ -10,14 +10,15 @@ import numpy as np
 from qwen35.codecs.codec import Encoding, EncodingRequest, Piece
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import all_finite, f32_from, from_f32, rounded_scales
-from qwen35.codecs.fp8.arrays import e4m3_values
+from qwen35.codecs.fp8.arrays import e4m3_values, refined, row_grid
 from qwen35.codecs.pieces import Readable, not_finite, whole
+from qwen35.codecs.refined_bounds import RefinedErrors
 from qwen35.codecs.stored_rows import StoredRows
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.array_types import F32
+    from qwen35.array_types import F32, U8
 
 __all__ = ["TOLERANCE", "EncodingChannels", "EncodingTensor", "StoredChannels", "judge"]
 
@@ -62,13 +63,22 @@ class StoredChannels(StoredRows):
 
     def decoded(self, first: int, count: int) -> F32:
         """Return rows, decoded."""
+        values: F32 = e4m3_values()[self.codes(first, count)]
+        scaled: F32 = values * self.scales[first : first + count, None]
+        return scaled
+
+    def codes(self, first: int, count: int) -> U8:
+        """Return the codes of rows.
+
+        Raises:
+            TensorError: one is NaN.
+        """
         columns = self.spec.shape[1]
         codes = np.empty((count, columns), np.uint8)
         self._reader.read_into(self.weight.main, first * columns, codes.data.cast("B"))
         if not all_finite(codes, "F8_E4M3"):
             raise not_finite(self.weight.name)
-        values: F32 = e4m3_values()[codes] * self.scales[first : first + count, None]
-        return values
+        return codes
 
 
 class EncodingChannels(Encoding):
@@ -92,6 +102,10 @@ class EncodingChannels(Encoding):
         scales = self.scales(largest)
         codes = np.empty(values.size, np.uint8)
         kernels.encode(np.ascontiguousarray(values).reshape(-1), scales, codes)
+        if request.refine is not None:
+            rows = f32_from(piece.values, piece.dtype)
+            nearest = codes.reshape(rows.shape)
+            codes = refined(request.refine, piece.first, rows, nearest, scales[:, None]).reshape(-1)
         request.write(codes_out.name, piece.first * columns, codes.data)
         self.store(piece.first, scales)
 
@@ -157,6 +171,7 @@ def judge(
         per_row: whether each row has a scale of its own.
     """
     misplaced = wrong_scales = 0
+    refined_errors = RefinedErrors(outputs=result.outputs)
     halves = values.weight.need("_scale").spec.dtype == "F16"
     slack = float(np.finfo(np.float16).smallest_subnormal) / 2 if halves else 0.0
     for piece in original:
@@ -164,7 +179,11 @@ def judge(
         exact = f32_from(piece.values.reshape(-1), piece.dtype).reshape(decoded.shape)
         scales = values.scales[piece.first : piece.first + len(decoded)].astype(np.float64)
         allowed = np.maximum(np.abs(exact) * _ROUNDING, _SMALL * scales[:, None])
-        misplaced += int(np.count_nonzero(~(np.abs(decoded - exact) <= allowed)))
+        if result.refined:
+            codes = values.codes(piece.first, len(exact))
+            refined_errors.add(exact, row_grid(codes, scales.astype(np.float32)[:, None]))
+        else:
+            misplaced += int(np.count_nonzero(~(np.abs(decoded - exact) <= allowed)))
         wanted = np.abs(exact).max(axis=1).astype(np.float64) / _LARGEST
         near = (scales >= _NARROW * wanted - slack) & (scales <= _WIDE * wanted)
         wrong_scales += int(np.count_nonzero(~near & (wanted > _SMALLEST))) if per_row else 0
@@ -172,5 +191,6 @@ def judge(
     if misplaced:
         message = f"{misplaced} of {spec.numel} values are further from the source than rounding"
         result.found("codes", f"{message} to E4M3 with these scales explains")
+    refined_errors.report(result)
     if wrong_scales:
         result.found("scales", f"{wrong_scales} of {spec.shape[0]} scales do not fit their rows")

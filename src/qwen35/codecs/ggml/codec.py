@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
+from functools import cache, cached_property, partial
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qwen35.codecs.codec import Codec, Encoding, EncodingRequest, Piece, StoredValues, stacked
-from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, NEEDS_IMATRIX, GgmlType
+from qwen35.codecs.codec import Codec, Encoding, EncodingRequest, Piece, stacked
+from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, NEEDS_IMATRIX, REFINED, GgmlType
 from qwen35.record_class import record
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
 
 if TYPE_CHECKING:
     from qwen35.codecs.comparison import WeightComparison
+    from qwen35.codecs.ggml.stored import StoredGgml
     from qwen35.codecs.input_quantizers import InputQuantizer
     from qwen35.codecs.pieces import Readable
     from qwen35.model.roles import Role
@@ -26,6 +27,14 @@ _SUPERBLOCK, _BLOCK = 256, 32
 
 _FULL = 4
 """Bytes of a float that is not rounded."""
+
+
+@cache
+def _eight_bits(*, whole: bool) -> InputQuantizer:
+    """Return the rounding of inputs in blocks: one object for all types that share it."""
+    from qwen35.codecs.input_quantizers import eight_bits
+
+    return partial(eight_bits, block=_SUPERBLOCK if whole else _BLOCK, half=not whole)
 
 
 def codec_name(kind: str) -> str:
@@ -65,6 +74,7 @@ class Ggml(Codec):
         self.kind = kind
         self.name = codec_name(kind.name)  # type: ignore[misc]  # one class, a codec for each row
         self.packed = kind.name not in FLOATS  # type: ignore[misc]
+        self.refines = kind.name in REFINED  # type: ignore[misc]
         self.needs_importance = kind.name in NEEDS_IMATRIX  # type: ignore[misc]
 
     @property
@@ -93,7 +103,7 @@ class Ggml(Codec):
         """Return the number of stored elements."""
         return weight.main.spec.nbytes // self.kind.nbytes * self.kind.block
 
-    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredGgml:
         """Return a reader that decodes with the `gguf` library."""
         from qwen35.codecs.ggml.stored import StoredGgml
 
@@ -113,18 +123,22 @@ class Ggml(Codec):
             values.read_into(first, buffer[: numel - first])
 
     def input_quantizer(self, reader: Readable, weight: Weight) -> InputQuantizer:
-        """Return how llama.cpp on CPUs rounds inputs that it multiplies with this type.
+        """Return how llama.cpp on CPUs rounds inputs that it multiplies with this type."""
+        del reader, weight
+        return self.input_rounding
+
+    @cached_property
+    def input_rounding(self) -> InputQuantizer:
+        """How llama.cpp on CPUs rounds inputs that it multiplies with this type.
 
         Source: `vec_dot_type` in ``ggml/src/ggml-cpu/ggml-cpu.c`` at 0c1e5709: q8_K for types with
         blocks of 256, q8_0 or q8_1, with the same values, for other quantized ones, and the type
         itself for floats.
         """
-        from qwen35.codecs.input_quantizers import eight_bits, sixteen_bits
+        from qwen35.codecs.input_quantizers import sixteen_bits
 
-        del reader, weight
         if self.packed:
-            whole = self.kind.block == _SUPERBLOCK
-            return partial(eight_bits, block=_SUPERBLOCK if whole else _BLOCK, half=not whole)
+            return _eight_bits(whole=self.kind.block == _SUPERBLOCK)
         if self.kind.nbytes == _FULL:
             return lambda x: x
         return partial(sixteen_bits, brain=self.kind.name == "bf16")
@@ -168,7 +182,8 @@ class Ggml(Codec):
         """Compare floats exactly after rounding, and blocks within the bounds of their type."""
         from qwen35.codecs.ggml.judge import judge
 
-        judge(self.open(reader, weight, spec), self.kind, original, result)
+        values = self.open(reader, weight, spec)
+        judge(values, self.kind, original, result, values.grid)
 
 
 _ROW_BYTES = 24
@@ -204,7 +219,7 @@ class ScaledGgml(Ggml):
         """
         return role.info.kind != "embedding" and role.scope != "mtp"
 
-    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredValues:
+    def open(self, reader: Readable, weight: Weight, spec: TensorSpec) -> StoredGgml:
         """Return a reader that decodes with the `gguf` library and multiplies by the scales."""
         from qwen35.codecs.ggml.scaled import StoredScaled
 

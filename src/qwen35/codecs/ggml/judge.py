@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from qwen35.codecs.codec import Piece, StoredValues
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import bf16_from_f32, f32_from
 from qwen35.codecs.ggml.types import FLOATS, GgmlType
+from qwen35.codecs.refining import CodeGrid
 
 __all__ = ["BOUNDS", "judge", "tolerance"]
 
@@ -41,12 +42,19 @@ largest weight. Each is 1.5 times the worst that ggml's quantizers produce on no
 heavy-tailed, sparse and shifted weights, with and without importance matrices.
 """
 
+_REFINED = 2
+"""How much greater errors of refined codes may be: they err less in outputs, more in weights."""
+
 LOOSE = (1.1, 0.65)
 """For types of three bits and fewer, where a bound can only tell a weight from noise."""
 
 
 def judge(
-    values: StoredValues, kind: GgmlType, original: Iterator[Piece], result: WeightComparison
+    values: StoredValues,
+    kind: GgmlType,
+    original: Iterator[Piece],
+    result: WeightComparison,
+    grid: Callable[[int, tuple[int, int]], CodeGrid] | None = None,
 ) -> None:
     """Compare a decoded tensor with its original.
 
@@ -55,11 +63,12 @@ def judge(
         kind: its type.
         original: the original, in pieces.
         result: receives sums and findings.
+        grid: returns what codes stand for (`qwen35.codecs.ggml.stored.StoredGgml.grid`).
 
     Raises:
         TensorError: a value or a scale is not finite.
     """
-    exact = kind.name in FLOATS
+    exact, slack = kind.name in FLOATS, np.float32(_REFINED if result.refined else 1)
     wrong = blocks = 0
     for piece in original:
         expected = f32_from(piece.values, piece.dtype)
@@ -71,12 +80,17 @@ def judge(
             wrong += int(np.count_nonzero(expected != found))
         difference = found - expected
         result.squared += float(np.square(difference, dtype=np.float64).sum())
+        if result.outputs is not None and grid is not None:
+            rows, columns = expected.shape
+            result.outputs.add(expected, grid(piece.first, (rows, columns)))
         if not exact:
-            blocks += bad_blocks(expected, difference, kind.name)
+            blocks += bad_blocks(expected, difference / slack, kind.name)
     if wrong:
         result.found("values", f"{wrong} values differ from the source's")
     elif not exact:
         check_bound(result, kind.name, blocks)
+    if result.outputs is not None:
+        result.outputs.report(result)
 
 
 def tolerance(kind: GgmlType) -> str:
@@ -88,7 +102,7 @@ def tolerance(kind: GgmlType) -> str:
     return (
         f"errors below {tensor:.1%} of a tensor, and below {block:.1%} of the largest weight in a "
         f"block of {_BLOCK} (root mean square), or {_BLOCK**0.5 * block:.1f} times that weight for "
-        "a single one; `qwen35 reproduce` compares every byte"
+        "a single one; twice that where codes are refined; `qwen35 reproduce` compares every byte"
     )
 
 
@@ -111,9 +125,10 @@ def bad_blocks(expected: F32, difference: F32, kind: str) -> int:
 
 
 def check_bound(seen: WeightComparison, kind: str, blocks: int) -> None:
-    """Report a tensor, or blocks, whose error exceeds the bound of the type."""
+    """Report a tensor, or blocks, beyond the bound of the type; of refined codes, twice that."""
     relative: Any = np.sqrt(seen.squared / seen.norm) if seen.norm else np.sqrt(seen.squared)
     bound, _ = BOUNDS.get(kind, LOOSE)
+    bound *= _REFINED if seen.refined else 1
     if relative > bound:
         seen.found("bound", f"relative error {relative:.3f}, at most {bound} in {kind}")
     elif blocks:

@@ -16,12 +16,12 @@ import numpy as np
 
 from qwen35.array_types import F32, U8
 from qwen35.codecs.ggml.types import ENCODABLE, GGML_TYPES
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, extra_hint
 
 __all__ = ["INSTALL", "Library", "find_library", "open_library"]
 
 
-INSTALL = "pip install 'qwen35[gguf]' (it is built from source: a C++ compiler and minutes)"
+INSTALL = f"{extra_hint('llama-cpp')} (it is built from source: a C++ compiler and minutes)"
 """The hint where it is missing."""
 
 _FILES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll")

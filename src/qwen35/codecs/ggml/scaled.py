@@ -8,15 +8,19 @@ E2M1. The blocks of these quotients are ggml's.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from qwen35.array_types import F32, Array
 from qwen35.codecs.codec import Encoding, EncodingRequest, Piece, stacked
 from qwen35.codecs.floats import f32_from
+from qwen35.codecs.ggml.grids import refined
 from qwen35.codecs.ggml.quantizers import encode
 from qwen35.codecs.ggml.stored import StoredGgml
 from qwen35.codecs.ggml.types import GgmlType
 from qwen35.codecs.pieces import Readable
+from qwen35.codecs.refining import CodeGrid
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
 
@@ -66,6 +70,12 @@ class StoredScaled(StoredGgml):
             done = end
         self.refuse_infinite(out)
 
+    def grid(self, first: int, shape: tuple[int, int]) -> CodeGrid:
+        """Return what the codes of rows stand for; as `StoredGgml.grid`."""
+        relative, height = super().grid(first, shape), self._each // shape[1]
+        scales = self._scales[(first + np.arange(shape[0])) // height]
+        return replace(relative, scales=relative.scales * scales[:, None])
+
 
 class EncodingScaled(Encoding):
     """Encodes rows relative to the largest weight of the tensor, or of their expert."""
@@ -83,6 +93,8 @@ class EncodingScaled(Encoding):
         # importance is not for these types: ggml has no use for it
         quotients = f32_from(piece.values, piece.dtype) / scales[:, None]
         data = encode(request.outputs[0].name, quotients, self._kind.name, None)
+        if request.refine is not None:
+            data = refined(request.refine, piece.first, quotients, data, self._kind.name)
         request.write(request.outputs[0].name, self._kind.size((piece.first, row)), data)
         if piece.first == 0:
             request.write(request.outputs[1].name, 0, self._scales.data.cast("B"))

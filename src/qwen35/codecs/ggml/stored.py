@@ -9,9 +9,11 @@ import numpy as np
 from qwen35.array_types import F32, U8, Array
 from qwen35.codecs.codec import Encoding, EncodingRequest, Piece
 from qwen35.codecs.floats import f32_from
+from qwen35.codecs.ggml.grids import grid_of, refined
 from qwen35.codecs.ggml.quantizers import encode
 from qwen35.codecs.ggml.types import GgmlType
 from qwen35.codecs.pieces import Readable
+from qwen35.codecs.refining import CodeGrid
 from qwen35.errors import TensorError
 from qwen35.tensors import Weight
 
@@ -107,6 +109,17 @@ class StoredGgml:
         out[:] = decode(data, self._kind).reshape(-1)[skipped : skipped + out.size]
         self.refuse_infinite(out)
 
+    def grid(self, first: int, shape: tuple[int, int]) -> CodeGrid:
+        """Return what the codes of rows stand for, in a type whose codes can be refined.
+
+        Args:
+            first: the number of the first row.
+            shape: rows and columns.
+        """
+        data = np.empty(self._kind.size(shape), np.uint8)
+        self._reader.read_into(self._main, self._kind.size((first, shape[1])), data.data)
+        return grid_of(data, self._kind.name, shape)
+
     def refuse_infinite(self, values: Array) -> None:
         """Raise a `TensorError` if `values` hold NaN or infinity."""
         if not np.isfinite(values).all():
@@ -125,4 +138,6 @@ class EncodingGgml(Encoding):
         name, row = self._request.outputs[0].name, piece.values.shape[1]
         rows = np.ascontiguousarray(f32_from(piece.values, piece.dtype))
         data = encode(name, rows, self._kind.name, piece.importance, self._request.encoder)
+        if self._request.refine is not None:
+            data = refined(self._request.refine, piece.first, rows, data, self._kind.name)
         self._request.write(name, self._kind.size((piece.first, row)), data)

@@ -18,6 +18,7 @@ __all__ = [
     "FLOATS",
     "GGML_TYPES",
     "NEEDS_IMATRIX",
+    "REFINED",
     "GgmlType",
     "fallback",
     "ggml_type",
@@ -107,6 +108,9 @@ COMPILED: tuple[str, ...] = (
     *("q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq4_nl", "iq4_xs"),
 )
 """Types that our own kernels encode, without ggml (`qwen35.codecs.ggml.kernels`)."""
+
+REFINED: tuple[str, ...] = (*COMPILED, "nvfp4")
+"""Types whose codes can be refined (`qwen35.codecs.ggml.grids`)."""
 
 NEEDS_IMATRIX = ("iq3_xxs", "iq2_xxs", "iq2_xs", "iq2_s", "iq1_m", "iq1_s")
 """Types that are useless without an importance matrix; ggml aborts, so we refuse them."""

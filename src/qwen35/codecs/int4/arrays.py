@@ -10,10 +10,13 @@ import numpy.typing as npt
 from qwen35.array_types import F32, U8, Array
 from qwen35.codecs.floats import f32_from, rounded_scales
 from qwen35.codecs.int4.layout import PER_WORD
+from qwen35.codecs.refining import CodeGrid
 
 __all__ = ["QuantizedRows", "packed", "quantize_rows", "unpacked"]
 
 I32 = npt.NDArray[np.int32]
+
+_SIXTEEN = np.arange(16, dtype=np.float32)
 
 _OF_ZEROS = np.float32(2.0**-7)
 """The scale of a group of zeros: any would do; compressed-tensors has bfloat16's epsilon."""
@@ -41,6 +44,15 @@ class QuantizedRows:
         with np.errstate(over="ignore", invalid="ignore"):  # readers refuse what is not finite
             decoded: F32 = steps * np.repeat(self.scales, group, axis=1)
         return decoded
+
+    @property
+    def grid(self) -> CodeGrid:
+        """What the codes can stand for."""
+        zeros = self.zeros.astype(np.float32)
+        if (zeros == zeros[:1, :1]).all():
+            first = zeros.reshape(-1)[:1]
+            return CodeGrid(self.codes, self.scales, _SIXTEEN - first)
+        return CodeGrid(self.codes, self.scales, _SIXTEEN, -(zeros * self.scales))
 
 
 def quantize_rows(

@@ -29,6 +29,7 @@ class Int4(ServedCodec):
         kind: the row of the table.
     """
 
+    refines = True
     chooses_scales = True
     scale_modes = ("search", "max")
 

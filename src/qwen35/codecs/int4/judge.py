@@ -12,6 +12,7 @@ from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.int4.arrays import QuantizedRows
 from qwen35.codecs.int4.stored import StoredInt4
+from qwen35.codecs.refined_bounds import RefinedErrors
 from qwen35.tensors import TensorSpec
 
 __all__ = ["TOLERANCE", "judge"]
@@ -41,15 +42,20 @@ def judge(
         result: likewise.
     """
     wrong_codes = wrong_scales = groups = 0
+    refined = RefinedErrors(outputs=result.outputs)
     for piece in original:
         rows = values.rows(piece.first, len(piece.values))
         exact = f32_from(piece.values.reshape(-1), piece.dtype).reshape(rows.codes.shape)
-        wrong_codes += _wrong_codes(rows, exact)
+        if result.refined:
+            refined.add(exact, rows.grid)
+        else:
+            wrong_codes += _wrong_codes(rows, exact)
         wrong_scales += _wrong_scales(rows, exact)
         groups += rows.scales.size
         result.add(rows.values.reshape(-1), exact.reshape(-1))
     if wrong_codes:
         result.found("codes", f"{wrong_codes} of {spec.numel} codes are not the nearest")
+    refined.report(result)
     if wrong_scales:
         result.found("scales", f"{wrong_scales} of {groups} scales do not fit their groups")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -181,9 +182,9 @@ class EncodingInt4(Encoding):
         Raises:
             TensorError: the dtype cannot hold one.
         """
-        settings = self._request.settings
+        settings, refine = self._request.settings, self._request.refine
         try:
-            return quantize_rows(
+            rows = quantize_rows(
                 piece.values,
                 piece.dtype,
                 self._kind.group,
@@ -197,6 +198,10 @@ class EncodingInt4(Encoding):
             other = ", or take --layout compressed-tensors" if wider else ""
             hint = f"leave it unpacked, by --keep{other}"
             raise TensorError(self._request.source, str(error), hint=hint) from error
+        if refine is None:
+            return rows
+        values = f32_from(piece.values, piece.dtype)
+        return replace(rows, codes=refine(piece.first, values, rows.grid))
 
     def _write(self, name: str, row: int, data: Array) -> None:
         out = self._outputs[name]

@@ -10,20 +10,32 @@ from typing import Any
 import numpy as np
 
 from qwen35.array_types import F32, U8, Array
+from qwen35.codecs.codec import Refine, Search
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK, state_blob
 from qwen35.codecs.nf4.tables import LEVELS, dynamic_lookup, dynamic_map
+from qwen35.codecs.refining import CodeGrid
 from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec
 
 __all__ = [
+    "SCALE_REACH",
     "AbsmaxStatistics",
     "decode_absmax",
     "decode_blocks",
     "encode_blocks",
     "error_sums",
     "parse_state",
+    "refined",
+    "row_grid",
+    "searched",
 ]
+
+SCALE_REACH = 0.25
+"""The share of itself that a scale may move by when it is searched; comparisons rely on it."""
+
+_FACTORS = (0.95, 1.05, 0.9, 1.1, 0.85, 1.15, 0.8, 1.2)
+"""Where scales are searched: finer steps gain nothing that can be measured."""
 
 
 def encode_blocks(values: Array, dtype: str, absmax: F32, packed: U8) -> bool:
@@ -102,6 +114,22 @@ class AbsmaxStatistics:
         codes = dynamic_lookup()[scaled.astype(np.int32)]
         return cls(codes.reshape(-1)[: len(centred)].copy(), nested, float(mean))
 
+    @property
+    def decoded(self) -> F32:
+        """[blocks] the absmax values as they are read."""
+        return decode_absmax(self.codes, self.nested, dynamic_map(), self.offset)
+
+    def nearby(self, blocks: slice) -> U8:
+        """Return [choices, blocks] codes of scales near those of some blocks, or their own."""
+        table, own = dynamic_map(), self.decoded[blocks]
+        units = np.repeat(self.nested, NESTED_BLOCK)[: len(self.codes)][blocks]
+        middles = (table[:-1] + table[1:]) / 2
+        targets = np.multiply.outer(np.array(_FACTORS, np.float32), own) - np.float32(self.offset)
+        places = np.searchsorted(middles, targets / np.where(units > 0, units, 1)).astype(np.uint8)
+        scales = table[places] * units + np.float32(self.offset)
+        near = np.abs(scales - own) <= np.float32(SCALE_REACH) * np.abs(own)
+        return np.where(near, places, self.codes[blocks])
+
     def parts(self, spec: TensorSpec) -> tuple[Any, ...]:
         """Return the companions' data, in the order of `qwen35.codecs.nf4.layout.layout`."""
         return (
@@ -117,6 +145,64 @@ def decode_absmax(codes: U8, nested: F32, nested_map: F32, offset: float) -> F32
     """Restore the absmax values [blocks] from double-quantized statistics."""
     scale = np.repeat(nested, NESTED_BLOCK)[: len(codes)]
     return nested_map[codes] * scale + np.float32(offset)
+
+
+def row_grid(packed: U8, absmax: F32, shape: tuple[int, ...]) -> CodeGrid:
+    """Return what the codes of whole rows can stand for.
+
+    Args:
+        packed: [rows * columns / 2].
+        absmax: [rows * columns / 64] as it is decoded.
+        shape: rows and columns.
+    """
+    codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(shape)
+    if shape[1] % BLOCK:  # blocks reach into the next row
+        absmax = np.repeat(absmax, BLOCK)
+    return CodeGrid(codes, absmax.reshape(shape[0], -1), LEVELS)
+
+
+def refined(refine: Refine, first: int, rows: F32, packed: U8, absmax: F32) -> U8:
+    """Return refined codes, packed.
+
+    Args:
+        refine: chooses them.
+        first: the number of the first row.
+        rows: [n, columns] what they are for.
+        packed: [n * columns / 2] the nearest ones.
+        absmax: [n * columns / 64] as it is decoded.
+    """
+    grid = row_grid(packed, absmax, (rows.shape[0], rows.shape[1]))
+    return _pairs(refine(first, rows, grid))
+
+
+def searched(
+    search: Search, first: int, rows: F32, packed: U8, statistics: AbsmaxStatistics, blocks: slice
+) -> U8:
+    """Return refined codes, packed, and put the codes of their scales into the statistics.
+
+    Args:
+        search: chooses both.
+        first: the number of the first row.
+        rows: [n, columns] what they are for, whole blocks each.
+        packed: [n * columns / 2] the nearest codes.
+        statistics: of the whole weight.
+        blocks: those of the rows.
+    """
+    own, others = statistics.codes[blocks], statistics.nearby(blocks)
+    units = np.repeat(statistics.nested, NESTED_BLOCK)[: len(statistics.codes)][blocks]
+    scales = dynamic_map()[others] * units + np.float32(statistics.offset)
+    grid = row_grid(packed, statistics.decoded[blocks], (rows.shape[0], rows.shape[1]))
+    chosen, which = search(first, rows, grid, scales.reshape(len(others), *grid.scales.shape))
+    picked = which.reshape(1, -1).astype(np.intp)
+    statistics.codes[blocks] = np.take_along_axis(np.stack([own, *others]), picked, 0)[0]
+    return _pairs(chosen)
+
+
+def _pairs(codes: U8) -> U8:
+    """Pack codes, two a byte."""
+    both = codes.reshape(-1, 2)
+    pairs: U8 = both[:, 0] << np.uint8(4) | both[:, 1]
+    return pairs
 
 
 def decode_blocks(packed: U8, absmax: F32, levels: F32) -> F32:

@@ -34,6 +34,7 @@ class Nf4(Codec):
     name = "nf4"
     meaning = "bitsandbytes NF4; copied if already NF4"
     independent = False
+    refines = True
     checks = True
     packable = "linear layers of the text model or the vision tower"
     method = "bitsandbytes"
@@ -108,6 +109,10 @@ class Nf4(Codec):
         # transformers drops the MTP layer when it loads a model.
         return role.info.kind == "linear" and role.scope != "mtp"
 
+    def searches(self, columns: int) -> bool:
+        """Return whether rows are whole blocks: plain encoding takes scales as they come."""
+        return not columns % BLOCK
+
     def grain(self, spec: TensorSpec) -> int:
         """Return the smallest number of rows that holds whole blocks."""
         return BLOCK // gcd(BLOCK, stacked(spec)[1])
@@ -131,6 +136,10 @@ class Nf4(Codec):
     def memory(self, spec: TensorSpec) -> int:
         """Return the size of the scales in float32, plus temporaries of their quantization."""
         return spec.numel // BLOCK * 4 * 8
+
+    def refining_memory(self, spec: TensorSpec) -> int:
+        """Return the size of the weight and its codes, which wait for the last scale."""
+        return spec.nbytes + spec.numel // 2
 
     def decoding_memory(self, spec: TensorSpec) -> int:
         """Return the size of the scales: stored, as float32, and a temporary."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -10,11 +11,19 @@ from qwen35.array_types import F32, Array
 from qwen35.codecs.codec import Piece
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import f32_from
-from qwen35.codecs.nf4.arrays import AbsmaxStatistics, QuantState, encode_blocks, error_sums
+from qwen35.codecs.nf4.arrays import (
+    SCALE_REACH,
+    AbsmaxStatistics,
+    QuantState,
+    encode_blocks,
+    error_sums,
+    row_grid,
+)
 from qwen35.codecs.nf4.layout import BLOCK, NESTED_BLOCK
 from qwen35.codecs.nf4.stored import read_absmax, read_state
 from qwen35.codecs.nf4.tables import BOUNDS, LEVELS, dynamic_map
 from qwen35.codecs.pieces import Readable
+from qwen35.codecs.refined_bounds import RefinedErrors
 from qwen35.tensors import TensorSpec, Weight
 
 __all__ = ["TOLERANCE", "judge", "same_mean", "wrong_codes", "wrong_scales"]
@@ -56,11 +65,13 @@ def wrong_codes(packed: Array, expected: Array, values: F32, absmax: F32) -> int
     return int(np.count_nonzero(~near & (scale > 0)))
 
 
-def wrong_scales(codes: Array, nested: F32, offset: float, true: F32) -> int:
+def wrong_scales(
+    codes: Array, nested: F32, offset: float, true: F32, *, searched: bool = False
+) -> int:
     """Count 8-bit codes that match neither bitsandbytes' CPU table nor the nearest value.
 
     bitsandbytes on CUDA takes the nearest value of the dynamic map; its CPU lookup table is
-    occasionally off by one code.
+    occasionally off by one code. Scales that were searched may be some way off.
     """
     expected = AbsmaxStatistics.of(true, offset)
     # Other devices may round the last bits differently.
@@ -73,6 +84,9 @@ def wrong_scales(codes: Array, nested: F32, offset: float, true: F32) -> int:
     lowest = np.searchsorted(bounds, values - ABSMAX_SLACK)
     highest = np.searchsorted(bounds, values + ABSMAX_SLACK)
     near = (codes >= lowest) & (codes <= highest)
+    if searched:
+        own, found = expected.decoded, replace(expected, codes=codes).decoded
+        near |= np.abs(found - own) <= SCALE_REACH * (1 + CONSTANT_SLACK) * np.abs(own)
     return int(np.count_nonzero(~near & (codes != expected.codes) & (scale > 0)))
 
 
@@ -98,7 +112,7 @@ def judge(
     absmax = read_absmax(reader, weight, state)
     _constants(reader, weight, result)
     true = np.empty_like(absmax)
-    wrong = 0
+    wrong, refined = 0, RefinedErrors(outputs=result.outputs)
     for piece in original:
         values = piece.values.reshape(-1)
         done = piece.first * piece.values.shape[1]
@@ -107,7 +121,10 @@ def judge(
         blocks = slice(done // BLOCK, (done + values.size) // BLOCK)
         expected = np.empty_like(packed)
         encode_blocks(values, piece.dtype, true[blocks], expected)
-        if not np.array_equal(packed, expected):  # the exact comparison is cheaper
+        if result.refined:
+            floats = f32_from(piece.values, piece.dtype)
+            refined.add(floats, row_grid(packed, absmax[blocks], piece.values.shape))
+        elif not np.array_equal(packed, expected):  # the exact comparison is cheaper
             floats = f32_from(values, piece.dtype)
             wrong += wrong_codes(packed, expected, floats, true[blocks])
         squared, norm = error_sums(values, piece.dtype, packed, absmax[blocks])
@@ -115,6 +132,7 @@ def judge(
         result.norm += norm
     if wrong:
         result.found("codes", f"{wrong} of {spec.numel} codes are not the nearest level")
+    refined.report(result)
     _scales(reader, weight, state, true, result)
 
 
@@ -129,7 +147,7 @@ def _scales(
         off = len(true)
     else:
         nested = _bytes(reader, weight, ".nested_absmax").view(np.float32)
-        off = wrong_scales(absmax, nested, state.offset, true)
+        off = wrong_scales(absmax, nested, state.offset, true, searched=result.searched)
     if off:
         result.found("absmax", f"{off} of {len(true)} scales are not those of the source")
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qwen35.codecs.codec import Encoding, EncodingRequest, Piece
-from qwen35.codecs.floats import all_finite, from_f32
+from qwen35.codecs.floats import all_finite, f32_from, from_f32
 from qwen35.codecs.nf4.arrays import (
     AbsmaxStatistics,
     QuantState,
     decode_absmax,
     decode_blocks,
     parse_state,
+    refined,
+    searched,
 )
 from qwen35.codecs.nf4.layout import BLOCK, STATE, parts_layout
 from qwen35.codecs.pieces import Readable, not_finite, whole
@@ -21,7 +24,7 @@ from qwen35.errors import TensorError
 from qwen35.tensors import TensorSpec, Weight
 
 if TYPE_CHECKING:
-    from qwen35.array_types import Array
+    from qwen35.array_types import U8, Array
 
 __all__ = ["EncodingNf4", "StoredNf4", "read_absmax", "read_state"]
 
@@ -85,12 +88,23 @@ class StoredNf4:
             raise not_finite(self._weight.name)
 
 
+@dataclass(frozen=True)
+class _WaitingPiece:
+    """A piece that was encoded plainly, until its codes are refined."""
+
+    first: int
+    values: Array
+    dtype: str
+    packed: U8
+
+
 class EncodingNf4(Encoding):
     """Encodes a weight to NF4; `finish` writes the scales, which need all blocks."""
 
     def __init__(self, request: EncodingRequest) -> None:
         self._request = request
         self._absmax = np.empty(request.spec.numel // BLOCK, np.float32)
+        self._held: list[_WaitingPiece] = []
 
     def add(self, piece: Piece) -> None:
         """Encode and write whole blocks."""
@@ -102,10 +116,30 @@ class EncodingNf4(Encoding):
         blocks = self._absmax[done // BLOCK : (done + values.size) // BLOCK]
         if not request.kernel(values, piece.dtype, blocks, packed):
             raise not_finite(request.source)
+        if request.refine or request.search:  # by scales that are not known yet
+            self._held.append(_WaitingPiece(piece.first, piece.values.copy(), piece.dtype, packed))
+            return
         request.write(request.outputs[0].name, done // 2, packed.data)
 
     def finish(self) -> None:
         """Quantize the scales and write them."""
-        parts = AbsmaxStatistics.of(self._absmax).parts(self._request.spec)
+        statistics = AbsmaxStatistics.of(self._absmax)
+        for held in self._held:
+            self._refine(held, statistics)
+        parts = statistics.parts(self._request.spec)
         for out, part in zip(self._request.outputs[1:], parts, strict=True):
             self._request.write(out.name, 0, part.data.cast("B"))
+
+    def _refine(self, held: _WaitingPiece, statistics: AbsmaxStatistics) -> None:
+        """Choose codes for the scales as they are decoded, and write them."""
+        request, done = self._request, held.first * held.values.shape[1]
+        blocks = slice(done // BLOCK, (done + held.values.size) // BLOCK)
+        rows = f32_from(held.values, held.dtype)
+        if request.search is not None:
+            found = searched(request.search, held.first, rows, held.packed, statistics, blocks)
+        else:
+            assert request.refine is not None
+            found = refined(
+                request.refine, held.first, rows, held.packed, statistics.decoded[blocks]
+            )
+        request.write(request.outputs[0].name, done // 2, found.data)

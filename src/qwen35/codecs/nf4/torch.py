@@ -12,7 +12,7 @@ from qwen35.array_types import F32, U8, Array
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.nf4.layout import BLOCK
 from qwen35.codecs.nf4.tables import BOUNDS, TINY
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, extra_hint
 
 __all__ = ["TorchEncoder", "gpu_count"]
 
@@ -31,7 +31,7 @@ class TorchEncoder:
             raise UsageError(
                 f"--device {device}",
                 f"{error.name} is not installed",
-                hint="pip install 'qwen35[cuda]', or leave the flag out: a CPU is enough",
+                hint=f"{extra_hint('cuda')}, or leave the flag out: a CPU is enough",
             ) from error
         if device.startswith("cuda") and not _has_cuda(torch, device):
             raise UsageError(

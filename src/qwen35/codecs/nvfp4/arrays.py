@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from qwen35.array_types import F32, U8, Array
+from qwen35.codecs.codec import Refine
 from qwen35.codecs.floats import f32_from
 from qwen35.codecs.nvfp4.layout import BLOCK, RANGE
+from qwen35.codecs.refining import CodeGrid, Levels
 
-__all__ = ["decode_rows", "e2m1_values", "encode_rows", "whole_scale"]
+__all__ = ["decode_rows", "e2m1_values", "encode_rows", "refined", "row_grid", "whole_scale"]
 
 _TINY = np.finfo(np.float32).tiny
 
@@ -54,6 +56,28 @@ def e2m1_values() -> F32:
     """Return the value of each of the 16 E2M1 codes; the fourth bit is the sign."""
     magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     return np.concatenate([magnitudes, -magnitudes])
+
+
+def row_grid(codes: U8, units: F32) -> CodeGrid:
+    """Return what codes can stand for; arguments as for `refined`."""
+    levels = Levels.of(e2m1_values())
+    single = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
+    return CodeGrid(levels.index[single], units, levels.values)
+
+
+def refined(refine: Refine, first: int, rows: F32, codes: U8, units: F32) -> U8:
+    """Return refined codes, two a byte.
+
+    Args:
+        refine: chooses them.
+        first: the number of the first row.
+        rows: [n, columns] what they are for.
+        codes: [n, columns / 2] the nearest ones, two a byte, the first in the low bits.
+        units: [n, columns / 16].
+    """
+    chosen = Levels.of(e2m1_values()).stored[refine(first, rows, row_grid(codes, units))]
+    pairs: U8 = chosen[:, 0::2] | chosen[:, 1::2] << np.uint8(4)
+    return pairs
 
 
 def decode_rows(codes: U8, units: F32) -> F32:

@@ -37,6 +37,7 @@ class Nvfp4(ServedCodec):
 
     checks = False
     surveys = True
+    refines = True
     chooses_scales = True
     loads_experts = False  # transformers makes them too large by their scale
     scale_modes = ("search", "max")

@@ -11,9 +11,10 @@ from qwen35.codecs.codec import Piece
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.floats import f32_from, largest
 from qwen35.codecs.fp8.arrays import e4m3_values
-from qwen35.codecs.nvfp4.arrays import decode_rows, e2m1_values, whole_scale
+from qwen35.codecs.nvfp4.arrays import decode_rows, e2m1_values, row_grid, whole_scale
 from qwen35.codecs.nvfp4.layout import BLOCK
 from qwen35.codecs.nvfp4.stored import StoredNvfp4
+from qwen35.codecs.refined_bounds import RefinedErrors
 from qwen35.tensors import TensorSpec
 
 __all__ = ["TOLERANCE", "judge"]
@@ -52,17 +53,21 @@ def judge(
         alone: whether no other weight shares the scale of the whole.
     """
     wrong_codes = wrong_scales = 0
-    peak = 0.0
+    peak, refined = 0.0, RefinedErrors(outputs=result.outputs)
     for piece in original:
         codes, scales = values.read_rows(piece.first, len(piece.values))
         units = values.units(scales)
         exact = f32_from(piece.values.reshape(-1), piece.dtype).reshape(len(codes), -1)
         peak = max(peak, largest(piece.values, piece.dtype))
-        wrong_codes += _wrong_codes(codes, exact, units)
+        if result.refined:
+            refined.add(exact, row_grid(codes, units))
+        else:
+            wrong_codes += _wrong_codes(codes, exact, units)
         wrong_scales += _wrong_scales(scales, exact, values)
         result.add(decode_rows(codes, units).reshape(-1), exact.reshape(-1))
     if wrong_codes:
         result.found("codes", f"{wrong_codes} of {spec.numel} codes are not the nearest")
+    refined.report(result)
     if wrong_scales:
         message = f"{wrong_scales} of {spec.numel // BLOCK} scales do not fit their blocks"
         result.found("scales", message)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen35.codecs.codec import Encoding, EncodingRequest, Piece
+from qwen35.codecs.floats import f32_from
 from qwen35.codecs.fp8.arrays import e4m3_values
-from qwen35.codecs.nvfp4.arrays import decode_rows, encode_rows, whole_scale
+from qwen35.codecs.nvfp4.arrays import decode_rows, encode_rows, refined, whole_scale
 from qwen35.codecs.nvfp4.layout import BLOCK, RANGE, Nvfp4Layout
 from qwen35.codecs.pieces import Readable, positive
 from qwen35.codecs.stored_rows import StoredRows
@@ -60,14 +61,19 @@ class StoredNvfp4(StoredRows):
 
     def units(self, scales: U8) -> F32:
         """Return the float32 size of a unit in each block, from the codes of scales."""
-        values = e4m3_values()[scales]
-        with np.errstate(over="ignore"):
-            return values / self.whole if self._layout.divides else values * self.whole
+        return _units(scales, self.whole, self._layout)
 
     @property
     def largest(self) -> float:
         """The largest magnitude that the scale of the whole was made for."""
         return float(RANGE / self.whole if self._layout.divides else RANGE * self.whole)
+
+
+def _units(scales: U8, whole: np.float32, layout: Nvfp4Layout) -> F32:
+    values = e4m3_values()[scales]
+    with np.errstate(over="ignore"):
+        units: F32 = values / whole if layout.divides else values * whole
+    return units
 
 
 def read_whole(reader: Readable, weight: Weight) -> np.float32:
@@ -97,6 +103,10 @@ class EncodingNvfp4(Encoding):
         codes, scales = request.outputs[:2]
         search = request.settings is None or request.settings.mode == "search"
         found = encode_rows(piece.values, piece.dtype, self._whole, piece.importance, search=search)
+        if request.refine is not None:
+            units = _units(found[1], self._stored(self._largest[0]), self._layout)
+            rows = f32_from(piece.values, piece.dtype)
+            found = refined(request.refine, piece.first, rows, found[0], units), found[1]
         for out, data in zip((codes, scales), found, strict=True):
             request.write(out.name, piece.first * out.shape[1], data.data.cast("B"))
         if piece.first == 0:
