@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qwen35.array_types import F32
     from qwen35.checkpoint.source import Checkpoint
     from qwen35.planning.output_plan import Plan
+    from qwen35.planning.refinement import Refinement
     from qwen35.planning.rules import Recipe
     from qwen35.planning.step import Step
 
@@ -53,14 +54,20 @@ class ContainerInputs:
     Args:
         activations: activation statistics, if used.
         imatrix: importance matrix, if used.
+        hessians: folder of Hessians, if used.
     """
 
     activations: Path | None = None
     imatrix: Path | None = None
+    hessians: Path | None = None
 
     def to_json(self) -> dict[str, str]:
         """Return the paths that are set, made absolute."""
-        paths = {"activations": self.activations, "imatrix": self.imatrix}
+        paths = {
+            "activations": self.activations,
+            "imatrix": self.imatrix,
+            "hessians": self.hessians,
+        }
         return {name: str(path.absolute()) for name, path in paths.items() if path is not None}
 
     @classmethod
@@ -83,6 +90,10 @@ class ContainerOptions(Protocol):
     @property
     def encoder(self) -> str:
         """Which implementation encodes, for codecs with several; the bytes are the same."""
+
+    @property
+    def refinement(self) -> Refinement:
+        """How codes are chosen."""
 
     def importance(self, step: Step, slab: int) -> F32 | None:
         """Return how much an error in each column of a slab matters; None: all equally."""
@@ -112,7 +123,7 @@ class Container(ABC):
     formats: ClassVar[tuple[str, ...]]
     recipes: ClassVar[str]
     complete: ClassVar[bool] = True
-    extra: ClassVar[tuple[str, ...]] = ()
+    extra: ClassVar[tuple[str, ...]] = ("README.md",)
     libraries: ClassVar[tuple[str, ...]] = ()
     separate: ClassVar[bool] = False
     engine: ClassVar[tuple[tuple[str, ...], str]] = ((), "")

@@ -19,7 +19,9 @@ from qwen35.errors import InputError, UsageError
 from qwen35.planning.container import Container
 from qwen35.planning.layers import parse_layers, spell_layers
 from qwen35.planning.recorded_adapters import are_recorded
+from qwen35.planning.refinement import CODES, is_refined_record, refined_record
 from qwen35.planning.rules import Recipe, Rule
+from qwen35.planning.source_card import card_words, source_card
 from qwen35.tensors import TensorSpec
 from qwen35.version import __version__
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MANIFEST_VERSION",
     "amendment_notes",
+    "card_of",
     "first_entries",
     "manifest_bytes",
     "manifest_entries",
@@ -54,17 +57,22 @@ _REPOSITORY = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 _REVISION = re.compile(r"[\w.][\w./-]*", re.ASCII)
 
 
-def manifest_bytes(plan: Plan, hashes: Mapping[str, str]) -> bytes:
+def manifest_bytes(
+    plan: Plan, hashes: Mapping[str, str], kept: Mapping[tuple[str, str], str] | None = None
+) -> bytes:
     """Render a plan's manifest.
 
     Args:
         plan: the executed plan.
         hashes: SHA-256 of every file in `Plan.file_sizes`.
+        kept: file and weight to whether it has refined codes (`refined_record`).
     """
-    return json_bytes(_entries(plan, hashes))
+    return json_bytes(_entries(plan, hashes, kept or {}))
 
 
-def _entries(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
+def _entries(
+    plan: Plan, hashes: Mapping[str, str], kept: Mapping[tuple[str, str], str]
+) -> dict[str, Any]:
     request = plan.container.request_json(plan)
     return manifest_entries(
         plan.checkpoint,
@@ -75,7 +83,7 @@ def _entries(plan: Plan, hashes: Mapping[str, str]) -> dict[str, Any]:
         scale_choice=request.get("calibration"),
         tensors=plan.container.tensors_json(plan),
         notes=plan.notes,
-    )
+    ) | refined_record(plan, kept)
 
 
 def manifest_entries(
@@ -104,7 +112,7 @@ def manifest_entries(
     return {
         "manifest": MANIFEST_VERSION,
         "tool": manifest_versions(),
-        "source": source_json(checkpoint) | _quantized_json(checkpoint),
+        "source": source_json(checkpoint) | _quantized_json(checkpoint) | _card_json(checkpoint),
         "recipe": recipe,
         "calibration": scale_choice,
         "plan": digest,
@@ -116,7 +124,7 @@ def manifest_entries(
 
 def manifest_size(plan: Plan) -> int:
     """Return the manifest's exact size; all hashes are equally long, so none is needed."""
-    return json_size(_entries(plan, {name: _NO_HASH for name, _ in plan.file_sizes()}))
+    return json_size(_entries(plan, {name: _NO_HASH for name, _ in plan.file_sizes()}, {}))
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
@@ -126,9 +134,13 @@ def recipe_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def _rule_row(rule: Rule) -> list[str]:
-    """Return a rule as a manifest row; layers come last, if it has any."""
+    """Return a rule as a manifest row; layers come last, then codes, if it has any."""
     layers = [] if rule.layers is None else [spell_layers(rule.layers)]
-    return [rule.match, rule.action, rule.reason, *layers]
+    codes = [f"{_CODES}{rule.codes}"] if rule.codes else []
+    return [rule.match, rule.action, rule.reason, *layers, *codes]
+
+
+_CODES = "codes="
 
 
 def manifest_versions() -> dict[str, str]:
@@ -180,6 +192,12 @@ def _quantized_json(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     counts = quantized_weights(checkpoint.weights)
     return {"quantized": counts} if counts else {}
+
+
+def _card_json(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what the source's model card says; nothing without one."""
+    card = source_card(checkpoint)
+    return {"card": card} if card else {}
 
 
 def read_manifest(place: FileLocation) -> Mapping[str, Any] | None:
@@ -298,6 +316,7 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "plan": (_is_text, "a digest"),
     "source": (_is_source, "adapters: name, weight, sha256 and config_sha256 of each"),
     "notes": (_are_texts, "sentences"),
+    "refined": (is_refined_record, "of each file, a digit for each matrix of a weight"),
 }
 """Entry to its check and what is expected: nothing below asks again what type a value has."""
 
@@ -332,6 +351,12 @@ def source_of(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
     ):  # both go into addresses and commands
         raise InputError(MANIFEST_NAME, "a malformed source", expected="repo and revision")
     return repo, revision
+
+
+def card_of(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the model card of an artifact's source says, if recorded."""
+    source = manifest.get("source")
+    return card_words(source.get("card") if isinstance(source, dict) else None)
 
 
 def recorded_donor(manifest: Mapping[str, Any], given: str | None) -> str:
@@ -384,11 +409,16 @@ def recipe_of(manifest: Mapping[str, Any], container: Container) -> Recipe:
 
 
 def _rule_of(row: Any) -> Rule:
-    if not isinstance(row, list) or len(row) not in (3, 4) or not all(map(_is_text, row[:3])):
+    if not isinstance(row, list) or not 3 <= len(row) <= 5 or not all(map(_is_text, row[:3])):
         raise InputError(MANIFEST_NAME, "a malformed recipe", expected="match, action and reason")
     match, action, reason, *layers = row
+    codes = ""
+    if layers and isinstance(layers[-1], str) and layers[-1].startswith(_CODES):
+        codes = layers.pop().removeprefix(_CODES)
+    if codes not in ("", *CODES) or len(layers) > 1:
+        raise InputError(MANIFEST_NAME, "a malformed recipe", expected="match, action and reason")
     try:
         parsed = parse_layers(MANIFEST_NAME, layers[0]) if layers else None
     except UsageError as error:
         raise InputError(MANIFEST_NAME, error.found, expected=error.expected) from error
-    return Rule(match, action, reason, layers=parsed)
+    return Rule(match, action, reason, layers=parsed, codes=codes)

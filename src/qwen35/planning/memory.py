@@ -8,6 +8,7 @@ from qwen35.codecs.registry import CODECS, codec_of, is_packed
 from qwen35.display import size, size_rounded_up
 from qwen35.errors import UsageError
 from qwen35.planning.output_plan import Plan
+from qwen35.planning.refinement import refining_memory
 from qwen35.threads import default_threads
 
 __all__ = ["peak_memory", "threads_within"]
@@ -38,8 +39,10 @@ def peak_memory(plan: Plan, threads: int) -> int:
             codec_memory = max(codec_memory, needed)
     piece = _THREAD_MEMORY * (_WIDE if wide else 1)
     container = plan.container
+    refining = refining_memory(plan, threads)
     # Every thread may work on the largest weight at the same time.
-    return container.base_memory + threads * (piece + codec_memory) + container.head_memory(plan)
+    coding = threads * (piece + codec_memory) + refining
+    return container.base_memory + coding + container.head_memory(plan)
 
 
 def threads_within(

@@ -12,6 +12,7 @@ from qwen35.checkpoint.locations import read_bounded
 from qwen35.errors import InputError, UsageError, unknown_name
 from qwen35.planning.container import Container
 from qwen35.planning.layers import parse_layers
+from qwen35.planning.refinement import CODES
 from qwen35.planning.rules import Recipe, Rule, check_match
 
 __all__ = ["built_in_names", "built_in_recipe", "read_recipe_file"]
@@ -112,13 +113,17 @@ def _rule(
     recipe: str, number: int, row: Any, kind: str, container: Container, required: bool
 ) -> Rule:
     subject = f"{recipe}, rule {number}"
-    known = {"match", "action", "layers", "reason"}
+    known = {"match", "action", "layers", "codes", "reason"}
     if not isinstance(row, dict) or not {"match", "action"} <= set(row) <= known:
-        expected = "match and action, optionally layers and reason"
+        expected = "match and action, optionally layers, codes and reason"
         raise UsageError(subject, "malformed", expected=expected)
     match = str(row["match"])
     check_match(subject, match)
     layers = parse_layers(subject, row["layers"]) if "layers" in row else None
     action = container.action(recipe, subject, str(row["action"]), kind)
     reason = str(row.get("reason", f"match = {match!r}"))
-    return Rule(match, action, reason, required and match != "*", layers, subject)
+    codes = row.get("codes", "")
+    if codes not in ("", *CODES):
+        found, expected = f"codes = {codes!r:.80}", " or ".join(map(repr, CODES))
+        raise UsageError(subject, found, expected=expected)
+    return Rule(match, action, reason, required and match != "*", layers, subject, codes=str(codes))

@@ -81,11 +81,19 @@ class Rows:
         shape: shape of the output; all slabs have equally many rows.
         slabs: one, or one per expert.
         transforms: applied to the values, in order.
+        restored: the same rows by the checkpoint's weights, if the slabs take tensors that hold
+            these in the output's order and under its names.
     """
 
     shape: tuple[int, ...]
     slabs: tuple[WeightSlab, ...]
     transforms: tuple[Transform, ...] = ()
+    restored: Rows | None = None
+
+    @property
+    def by_weight(self) -> Rows:
+        """The same rows, by the checkpoint's weights."""
+        return self.restored or self
 
     @property
     def row(self) -> int:

@@ -37,6 +37,7 @@ class Rule:
         layers: the layers it applies to; None for all, and for tensors outside layers.
         subject: its name in error messages, if not `match` and `reason`.
         pattern: `match` compiled, if it is a pattern.
+        codes: one of `qwen35.planning.refinement.CODES`; empty for what ``--codes`` says.
     """
 
     match: str
@@ -46,6 +47,7 @@ class Rule:
     layers: frozenset[int] | None = None
     subject: str = field(default="", compare=False)
     pattern: LinearPattern | None = None
+    codes: str = ""
 
     def matches(self, role: Role, name: str = "") -> bool:
         """Return whether the rule matches a weight with `role`, called `name` in the output."""

@@ -23,12 +23,14 @@ class StepTarget:
         outputs: the tensors, in the codec's order.
         files: the files to write to; each gets all tensors.
         copied: whether the stored bytes are copied unchanged.
+        codes: how codes are chosen, one of `qwen35.planning.refinement.CODES`.
     """
 
     codec: str
     outputs: tuple[TensorSpec, ...]
     files: tuple[str, ...]
     copied: bool = False
+    codes: str = "plain"
 
     @property
     def name(self) -> str:

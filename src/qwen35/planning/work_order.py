@@ -23,7 +23,15 @@ from qwen35.planning.merged_source import with_adapters
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.sources import open_source
 
-__all__ = ["SHARED", "order_bytes", "order_of", "plan_again", "plan_from"]
+__all__ = [
+    "SHARED",
+    "order_bytes",
+    "order_of",
+    "plan_again",
+    "plan_from",
+    "source_from",
+    "source_order",
+]
 
 SHARED = "workers need the source and the output on a file system that all of them see"
 
@@ -39,13 +47,8 @@ def order_of(plan: Plan, task_bytes: int, **entries: Any) -> dict[str, Any]:
     Raises:
         InputError: the source has no local weights, or an input was not read from a file.
     """
-    checkpoint = plan.checkpoint
     order = {
-        "root": str(checkpoint.location().absolute()),
-        "repo": checkpoint.repo,
-        "revision": checkpoint.revision,
-        **_adapters_json(checkpoint),
-        **_donor_json(checkpoint.donor),
+        **source_order(plan.checkpoint),
         **plan.container.request_json(plan, whole=True),
         "inputs": plan.options.inputs.to_json(),
         "task_bytes": task_bytes,
@@ -55,6 +58,33 @@ def order_of(plan: Plan, task_bytes: int, **entries: Any) -> dict[str, Any]:
     # Tuples become lists, as they will for the worker that reads the file.
     plain: dict[str, Any] = json.loads(json.dumps(order))
     return plain
+
+
+def source_order(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what `source_from` opens a checkpoint by, as plain values.
+
+    Raises:
+        InputError: it has no local weights.
+    """
+    return {
+        "root": str(checkpoint.location().absolute()),
+        "repo": checkpoint.repo,
+        "revision": checkpoint.revision,
+        **_adapters_json(checkpoint),
+        **_donor_json(checkpoint.donor),
+    }
+
+
+def source_from(order: Mapping[str, Any]) -> Checkpoint:
+    """Open the source of an order.
+
+    Raises:
+        InputError: it is not reachable from here.
+    """
+    base, donor = open_source(_root(order), **_origin(order)), order.get("mtp_from")
+    if donor:
+        base = with_mtp_of(base, open_folder(_root(donor), only=MTP, **_origin(donor)))
+    return with_adapters(base, [_adapter(*row) for row in order.get("adapters", ())])
 
 
 def _adapters_json(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -97,11 +127,7 @@ def plan_from(order: Mapping[str, Any]) -> Plan:
         InputError: the source is not reachable from here, or plan, source or tool versions differ
             here, so the bytes could differ.
     """
-    base, donor = open_source(_root(order), **_origin(order)), order.get("mtp_from")
-    if donor:
-        base = with_mtp_of(base, open_folder(_root(donor), only=MTP, **_origin(donor)))
-    checkpoint = with_adapters(base, [_adapter(*row) for row in order.get("adapters", ())])
-    plan = plan_again(checkpoint, order, ContainerInputs.of(order["inputs"]))
+    plan = plan_again(source_from(order), order, ContainerInputs.of(order["inputs"]))
     key = json.loads(json.dumps(work_key(plan)))  # as the order went through JSON too
     if key != order["key"]:
         names = key_differences(order["key"], key)

@@ -29,10 +29,9 @@ class GgufContainer(Container):
     formats = ("gguf",)
     recipes = "a built-in recipe for GGUF"
     complete = False
-    extra = ("README.md",)
     libraries = ("gguf", "llama_cpp_python")
     separate = True
-    engine = (("llama_cpp",), "gguf")
+    engine = (("llama_cpp",), "llama-cpp")
 
     # Imports are late: commands without GGUF must not pay for numpy, yaml and the gguf library.
 

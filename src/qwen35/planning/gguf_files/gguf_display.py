@@ -12,6 +12,7 @@ from qwen35.display import size
 from qwen35.planning.gguf_files.gguf_plan import GgufFile, files_of
 from qwen35.planning.memory import peak_memory
 from qwen35.planning.output_plan import Plan
+from qwen35.planning.refinement import refining_lines
 from qwen35.table import table_lines
 
 __all__ = ["plan_json", "plan_text"]
@@ -86,6 +87,7 @@ def plan_text(plan: Plan, threads: int) -> str:
         "",
         f"reads {size(plan.read_bytes)} once, writes {size(total)}, "
         f"peak memory about {size(peak_memory(plan, threads))} with {threads} threads",
+        *refining_lines(plan),
         f"plan {plan.digest}",
     ]
     lines += [f"note: {note}" for note in plan.notes]

@@ -15,6 +15,7 @@ from qwen35.planning.gguf_files.mixes import CONVERTED, DRAFTED, FILE_TYPES
 from qwen35.planning.gguf_files.type_patterns import pattern_rules
 from qwen35.planning.manifest import recipe_json, recipe_of
 from qwen35.planning.output_plan import Plan
+from qwen35.planning.refinement import Refinement
 from qwen35.planning.rules import Recipe
 
 __all__ = ["request_from_manifest", "request_json"]
@@ -47,6 +48,7 @@ def request_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
         entries["split_max_size"] = options.split_max_size
     if options.adapter_only:
         entries["adapter_only"] = True
+    entries |= options.refinement.to_json()
     if whole:
         entries["encoder"] = options.encoder
     return {"recipe": {**recipe_json(plan.recipe), **entries}}
@@ -86,6 +88,7 @@ def request_from_manifest(
         upstream_counters=bool(row["upstream_counters"]),
         split_max_size=limit,
         adapter_only=bool(row.get("adapter_only")),
+        refinement=Refinement.from_json(row, inputs.hessians),
         encoder=str(row.get("encoder", "auto")),
     )
 

@@ -9,6 +9,7 @@ from qwen35.errors import InputError, UsageError
 from qwen35.planning.container import ContainerInputs
 from qwen35.planning.gguf_files.imatrix import Imatrix
 from qwen35.planning.gguf_files.mixes import DRAFTED, converted_type
+from qwen35.planning.refinement import NEAREST, Refinement
 
 if TYPE_CHECKING:
     from qwen35.array_types import F32
@@ -67,6 +68,7 @@ class GgufOptions:
         upstream_counters: count layers as llama-quantize does (`select_types`).
         split_max_size: bytes of tensors a file; a model with more is split. None for no limit.
         adapter_only: write the adapter itself, for llama.cpp to apply, and not the model.
+        refinement: how codes are chosen.
         encoder: one of `qwen35.codecs.ggml.quantizers.ENCODERS`; does not change what comes out.
     """
 
@@ -78,6 +80,7 @@ class GgufOptions:
     upstream_counters: bool = False
     split_max_size: int | None = None
     adapter_only: bool = False
+    refinement: Refinement = NEAREST
     encoder: str = "auto"
 
     @property
@@ -93,7 +96,11 @@ class GgufOptions:
         """
         if self.imatrix is not None and self.imatrix.path is None:
             raise InputError(self.imatrix.name, "workers cannot read it", expected="a file")
-        return ContainerInputs(imatrix=self.imatrix.path if self.imatrix else None)
+        hessians = self.refinement.hessians
+        return ContainerInputs(
+            imatrix=self.imatrix.path if self.imatrix else None,
+            hessians=hessians.folder if hessians else None,
+        )
 
     def input_largest(self, step: Step) -> float | None:
         """Return None: no type stores anything about inputs."""

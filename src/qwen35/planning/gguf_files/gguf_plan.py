@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any, cast
 
 from qwen35.checkpoint.grafted import check_grafted, grafted_notes
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.reconciled import source_notes, take
+from qwen35.checkpoint.sidecars import LEGAL
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.checkpoint.split_gguf import SplitName
 from qwen35.codecs.ggml.codec import codec_name
@@ -49,10 +51,12 @@ from qwen35.planning.gguf_files.type_choice import (
     pure_kind,
 )
 from qwen35.planning.gguf_files.vocabulary import Vocabulary, read_vocabulary
+from qwen35.planning.manifest import source_json
 from qwen35.planning.output_plan import Plan, PlannedFile, digest_of
 from qwen35.planning.recipe_files import built_in_names, built_in_recipe
+from qwen35.planning.refinement import NEAREST, Refinement
 from qwen35.planning.requantized import requantized_notes
-from qwen35.planning.rules import Recipe
+from qwen35.planning.rules import Recipe, Rule
 from qwen35.planning.sidecar_checks import check_sidecars, left_behind
 from qwen35.planning.step import Step, StepTarget
 from qwen35.tensors import TensorSpec
@@ -218,6 +222,8 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
         notes += [n for f in beside for n in misfit_notes(f.name, f.tensors, f.file_type)]
         notes += _size_notes(files, limit)
         files += beside
+    options.refinement.check(checkpoint, items, recipe)
+    steps = _steps(files, options.refinement, planner.rules)
     return plan_of(
         checkpoint,
         recipe,
@@ -230,10 +236,12 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: GgufOptions) -> Plan:
             *_mtp_notes(checkpoint, options),
             *_notes(vocabulary, documents),
             *notes,
-            *requantized_notes(_steps(files)),
-            *left_behind(checkpoint, {*read, *_TOKENIZER_COPIES}),
+            *requantized_notes(steps),
+            *options.refinement.notes(steps, source_json(checkpoint)),
+            *left_behind(checkpoint, {*read, *LEGAL, *_TOKENIZER_COPIES}),
         ),
         planner.comparison(models),
+        steps,
     )
 
 
@@ -244,9 +252,10 @@ def plan_of(
     files: Sequence[GgufFile],
     notes: Iterable[str],
     comparison: Mapping[str, Mapping[str, int]] | None = None,
+    steps: tuple[Step, ...] | None = None,
 ) -> Plan:
     """Return the plan of these files, which no step fills yet."""
-    steps = _steps(files)
+    steps = _steps(files) if steps is None else steps
     heads = {file.name: hashlib.sha256(file.head).hexdigest() for file in files}
     return Plan(
         checkpoint,
@@ -255,25 +264,36 @@ def plan_of(
         steps,
         tuple(_filled(file, steps) for file in files),
         {},
-        {},
+        {name: size for name, size in checkpoint.sidecars.items() if name in LEGAL},
         tuple(notes),
-        _digest(checkpoint, options, heads),
+        _digest(checkpoint, options, heads, steps),
         comparison or {},
     )
 
 
-def _digest(checkpoint: Checkpoint, options: GgufOptions, heads: Mapping[str, str]) -> str:
+def _digest(
+    checkpoint: Checkpoint, options: GgufOptions, heads: Mapping[str, str], steps: Sequence[Step]
+) -> str:
     imatrix = options.imatrix.digest if options.imatrix else None
     values: dict[str, Any] = {"heads": heads, "imatrix": imatrix}
     if checkpoint.adapters:
         values["adapters"] = [adapter.effect_json() for adapter in checkpoint.adapters]
-    return digest_of(values)
+    return digest_of(values | options.refinement.digest_of(steps))
 
 
-def _steps(files: Sequence[GgufFile]) -> tuple[Step, ...]:
+def _steps(
+    files: Sequence[GgufFile],
+    refinement: Refinement = NEAREST,
+    rules: Mapping[str, Rule | None] = MappingProxyType({}),
+) -> tuple[Step, ...]:
     """Return a step per tensor, with its files grouped by type, in source order.
 
     Source order, so that the checkpoint is read once and forward.
+
+    Args:
+        files: all files.
+        refinement: how codes are chosen.
+        rules: those that decided on tensors.
     """
     tensors: dict[str, UntypedTensor] = {}
     files_by_type: dict[str, dict[str, list[str]]] = {}
@@ -283,10 +303,21 @@ def _steps(files: Sequence[GgufFile]) -> tuple[Step, ...]:
             kinds = files_by_type.setdefault(tensor.name, {})
             kinds.setdefault(file.kinds[tensor.name], []).append(file.name)
     ordered = sorted(tensors.values(), key=_position)
-    return tuple(s for tensor in ordered for s in _tensor_steps(tensor, files_by_type[tensor.name]))
+    return tuple(
+        step
+        for tensor in ordered
+        for step in _tensor_steps(
+            tensor, files_by_type[tensor.name], refinement, rules.get(tensor.name)
+        )
+    )
 
 
-def _tensor_steps(tensor: UntypedTensor, kinds: Mapping[str, Sequence[str]]) -> Iterator[Step]:
+def _tensor_steps(
+    tensor: UntypedTensor,
+    kinds: Mapping[str, Sequence[str]],
+    refinement: Refinement,
+    rule: Rule | None,
+) -> Iterator[Step]:
     """Yield the step that encodes a tensor, and one that copies it where it has the type."""
     weight, role = tensor.rows.item.weight, tensor.rows.item.role
     encoded = []
@@ -298,7 +329,8 @@ def _tensor_steps(tensor: UntypedTensor, kinds: Mapping[str, Sequence[str]]) -> 
         ):  # copying is exact, encoding again is not
             yield Step(tensor.rows, role, "", (replace(target, copied=True),))
         else:
-            encoded.append(target)
+            codes = refinement.codes_of(rule, target.codec, tensor.rows)
+            encoded.append(replace(target, codes=codes))
     if encoded:
         yield Step(tensor.rows, role, "", tuple(encoded))
 
@@ -350,7 +382,7 @@ def _size_notes(files: Sequence[GgufFile], limit: int | None) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Planner:
-    """Plans the files; holds what they share."""
+    """Plans the files; holds what they share, and the rules that decided on tensors."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -358,6 +390,7 @@ class _Planner:
     documents: SourceDocuments
     vocabulary: Vocabulary | None
     mtp: int
+    rules: dict[str, Rule | None] = field(default_factory=dict)
 
     def text_files(
         self, items: Sequence[InventoryItem], name: str
@@ -365,7 +398,7 @@ class _Planner:
         """Return the text model's files in one piece, with notes."""
         tensors = text_tensors(items, self.checkpoint.config, mtp=self.mtp > 0)
         chooser = self.chooser(tensors, self.recipe)
-        chooser.rules_by_tensor()  # refuses unused rules even if no file is quantized
+        self.rules.update(chooser.rules_by_tensor())  # refuses unused ones
         imatrix = self.options.imatrix
         notes: list[str] = []
         if imatrix is not None:

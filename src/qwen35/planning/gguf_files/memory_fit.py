@@ -72,6 +72,11 @@ class MemoryFit:
     types: tuple[FittingType, ...]
     notes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        largest = self.types[0]
+        fits = f"{largest.type} is the largest that fits, {size(largest.total_bytes)}"
+        return f"<MemoryFit of {self.model} in {size(self.memory)}: {fits}>"
+
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
         values = asdict(self)

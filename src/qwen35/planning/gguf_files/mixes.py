@@ -8,7 +8,7 @@ family are omitted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES
@@ -25,6 +25,7 @@ __all__ = [
     "mix_order",
     "quantizable",
     "select_types",
+    "type_names",
 ]
 
 MIX = "mix"
@@ -104,6 +105,16 @@ CONVERTED = ("F32", "F16", "BF16", "Q8_0")
 
 DRAFTED = (*CONVERTED, "Q4_0")
 """File types of an MTP layer's own file; Q4_0 is that of ``llama-quantize --pure``."""
+
+
+def type_names(types: str | Iterable[str]) -> tuple[str, ...]:
+    """Return file types as `FILE_TYPES` spells them, each once, whether known or not.
+
+    Args:
+        types: what a user wrote: names, or one text with commas.
+    """
+    names = types.split(",") if isinstance(types, str) else types
+    return tuple(dict.fromkeys(name.strip().upper() for name in names if name.strip()))
 
 
 def converted_type(name: str, subject: str, known: Sequence[str] = CONVERTED) -> str:

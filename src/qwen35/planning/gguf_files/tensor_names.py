@@ -211,7 +211,7 @@ def _as_stored(tensor: UntypedTensor) -> UntypedTensor:
         return tensor
     item = InventoryItem(held, rows.item.role, TensorSpec(tensor.name, "F32", tensor.shape))
     slabs = tuple(WeightSlab(item, number * rows.count) for number in range(len(rows.slabs)))
-    return UntypedTensor(tensor.name, Rows(rows.shape, slabs), tensor.storage)
+    return UntypedTensor(tensor.name, Rows(rows.shape, slabs, restored=rows), tensor.storage)
 
 
 def mtp_tensors(items: Sequence[InventoryItem], config: ModelConfig) -> list[UntypedTensor]:

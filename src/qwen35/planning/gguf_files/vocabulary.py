@@ -94,9 +94,7 @@ def _library_errors() -> Iterator[None]:
 def _json(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
-        raise ConfigError(
-            name, "missing", hint="a GGUF file holds the tokenizer: copy it beside the weights"
-        )
+        raise ConfigError(name, "missing", hint="copy that of the original beside the weights")
     parsed = strict_json(path.read_bytes(), name)
     if not isinstance(parsed, dict):
         raise ConfigError(name, "not a JSON object")

@@ -62,8 +62,7 @@ def output_config(
             raw["quantization_config"]["kv_cache_scheme"] = dict(codec.cache_form.scheme)
     if dialect is None:
         return raw
-    dialect.check(config, written)
-    return dialect.config(raw, config)
+    return dialect.config(raw, config, written)
 
 
 def _set_mtp(raw: dict[str, Any], text: dict[str, Any], layers: int) -> None:

@@ -12,6 +12,7 @@ from qwen35.display import size
 from qwen35.model.roles import ROLES
 from qwen35.planning.memory import peak_memory
 from qwen35.planning.output_plan import Plan
+from qwen35.planning.refinement import refining_lines
 from qwen35.planning.safetensors_files.safetensors_manifest import request_json
 from qwen35.planning.step import Step
 from qwen35.table import described_lines
@@ -67,6 +68,7 @@ def plan_text(plan: Plan, threads: int) -> str:
         f"{len(plan.steps)} weights in, {written} tensors out, {packed_text(plan)}",
         f"reads {size(plan.read_bytes)}, writes {size(total)}, "
         f"peak memory about {size(peak_memory(plan, threads))} with {threads} threads",
+        *refining_lines(plan),
         *_scale_lines(plan),
         f"plan {plan.digest}",
     ]

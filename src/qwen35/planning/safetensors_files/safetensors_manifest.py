@@ -13,6 +13,7 @@ from qwen35.planning.activations import Activations, load_activations
 from qwen35.planning.container import Container, ContainerInputs
 from qwen35.planning.manifest import recipe_json, recipe_of
 from qwen35.planning.output_plan import Plan
+from qwen35.planning.refinement import Refinement
 from qwen35.planning.rules import Recipe
 from qwen35.planning.safetensors_files import safetensors_options
 from qwen35.planning.safetensors_files.safetensors_options import SafetensorsOptions
@@ -42,6 +43,7 @@ def request_json(plan: Plan, *, whole: bool = False) -> dict[str, Any]:
         entries["shard_bytes"] = options.shard_bytes
     if whole or options.keep_shards:
         entries["keep_shards"] = options.keep_shards
+    entries |= options.refinement.to_json()
     if options.kv_cache is not None:
         entries["kv_cache"] = {"type": options.kv_cache, "activations": _activations_json(options)}
     return {
@@ -87,6 +89,7 @@ def request_from_manifest(
         shard_bytes=shard_bytes,
         keep_shards=row.get("keep_shards") is True,
         kv_cache=kv_cache,
+        refinement=Refinement.from_json(row, inputs.hessians),
     )
 
 

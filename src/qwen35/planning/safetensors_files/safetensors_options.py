@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.errors import InputError
 from qwen35.planning.container import ContainerInputs
+from qwen35.planning.refinement import NEAREST, Refinement
 
 if TYPE_CHECKING:
     from qwen35.array_types import F32
@@ -35,6 +36,7 @@ class SafetensorsOptions:
         keep_shards: write a file for each file of the source, of the same name.
         kv_cache: one of `KV_CACHES`, to write scales from the largest keys and values of
             `activations`; None to keep those of the source.
+        refinement: how codes are chosen.
         described: whether the output is only described: statistics that it takes may be missing.
     """
 
@@ -44,6 +46,7 @@ class SafetensorsOptions:
     shard_bytes: int = 0
     keep_shards: bool = False
     kv_cache: str | None = None
+    refinement: Refinement = NEAREST
     described: bool = False
 
     @property
@@ -65,7 +68,11 @@ class SafetensorsOptions:
         """
         if self.activations is not None and self.activations.path is None:
             raise InputError(self.activations.name, "workers cannot read it", expected="a file")
-        return ContainerInputs(activations=self.activations.path if self.activations else None)
+        hessians = self.refinement.hessians
+        return ContainerInputs(
+            activations=self.activations.path if self.activations else None,
+            hessians=hessians.folder if hessians else None,
+        )
 
     def importance(self, step: Step, slab: int) -> F32 | None:
         """Return how much an error in each column matters; None if unknown."""

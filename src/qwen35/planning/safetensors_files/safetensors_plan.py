@@ -26,7 +26,9 @@ from qwen35.model.model_config import ModelConfig
 from qwen35.model.named_code import code_keys
 from qwen35.model.roles import mtp_tensors, role_of, tower_tensors
 from qwen35.planning.activations import Activations
+from qwen35.planning.manifest import source_json
 from qwen35.planning.output_plan import Plan, PlannedFile, digest_of
+from qwen35.planning.refinement import PLAIN, Refinement
 from qwen35.planning.requantized import requantized_notes
 from qwen35.planning.rows import rows_of
 from qwen35.planning.rules import Recipe, check_used
@@ -92,7 +94,8 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
         if options.keep_shards
         else _packed(drafts, scales, options, together=together)
     )
-    steps, files = _laid_out(placed, scales, dialect)
+    options.refinement.check(checkpoint, items, recipe)
+    steps, files = _laid_out(placed, scales, dialect, options.refinement)
     vision = not text_only and checkpoint.config.architecture.vision
     check_sidecars(checkpoint, sidecar_names(vision=vision))
     generated = documents(
@@ -118,6 +121,7 @@ def make(checkpoint: Checkpoint, recipe: Recipe, options: SafetensorsOptions) ->
         (
             *notes,
             *requantized_notes(steps),
+            *options.refinement.notes(steps, source_json(checkpoint)),
             *scale_notes,
             *_cache_notes(scales),
             *left_behind(checkpoint, {*copied, *generated}, scales=bool(scales)),
@@ -289,12 +293,12 @@ def _as_in_source(drafts: Sequence[DraftStep]) -> _Placed:
 
 
 def _laid_out(
-    placed: _Placed, scales: CacheScales, dialect: Dialect | None
+    placed: _Placed, scales: CacheScales, dialect: Dialect | None, refinement: Refinement
 ) -> tuple[tuple[Step, ...], tuple[PlannedFile, ...]]:
     """Return the steps, and the files that hold what they write, in order of appearance."""
     groups = scale_groups(draft for draft, _ in placed)
     alone = {file: (file,) for _, file in placed}
-    steps = tuple(_step(draft, alone[file], groups) for draft, file in placed)
+    steps = tuple(_step(draft, alone[file], groups, refinement) for draft, file in placed)
     members: dict[str, list[Step]] = {}
     for step, (_, file) in zip(steps, placed, strict=True):
         if step.targets:
@@ -308,14 +312,20 @@ def shard_name(number: int, count: int) -> str:
 
 
 def _step(
-    draft: DraftStep, files: tuple[str, ...], groups: Mapping[object, Sequence[DraftStep]]
+    draft: DraftStep,
+    files: tuple[str, ...],
+    groups: Mapping[object, Sequence[DraftStep]],
+    refinement: Refinement,
 ) -> Step:
     targets: tuple[StepTarget, ...] = ()
+    rows = rows_of(draft.item)
     if draft.outputs:
-        targets = (StepTarget(draft.codec, draft.outputs, files, draft.copied),)
+        copied = draft.copied
+        codes = PLAIN if copied else refinement.codes_of(draft.rule, draft.codec, rows)
+        targets = (StepTarget(draft.codec, draft.outputs, files, copied, codes),)
     group = groups.get(scale_group(draft.role), ()) if draft.surveys else ()
     tied = tuple(rows_of(other.item) for other in group if other is not draft)
-    return Step(rows_of(draft.item), draft.role, draft.reason, targets, tied)
+    return Step(rows, draft.role, draft.reason, targets, tied)
 
 
 def plan_file(
@@ -400,7 +410,7 @@ def _digest(
     if options.scale_choice is not None:
         statistics = options.activations.sha256 if options.activations else None
         values["calibration"] = [str(options.scale_choice), statistics]
-    return digest_of(values)
+    return digest_of(values | options.refinement.digest_of(steps))
 
 
 def _sha256(data: bytes) -> str:
