@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from qwen35 import errors
 from qwen35.errors import Qwen35Error
 
-__all__ = ["WorkerBugError", "failure_json", "raise_failure"]
+__all__ = ["Work", "WorkerBugError", "answered", "failure_json", "raise_failure"]
+
+Work = Callable[[Mapping[str, Any]], dict[str, Any]]
+"""Does a job, which is plain JSON, and returns its answer, which is too."""
 
 
 class WorkerBugError(Exception):
     """An unexpected exception in a worker, with its traceback."""
+
+
+def answered(do: Callable[[Mapping[str, Any]], Any], job: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a job; return ``done``, its result, or after an error ``failure``, for `raise_failure`."""
+    try:
+        return {"done": do(job)}
+    except Exception as error:  # noqa: BLE001 - raised again by the dispatcher
+        return {"failure": failure_json(error)}
 
 
 def failure_json(error: BaseException) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from qwen35.codecs.codec import stacked
 from qwen35.codecs.comparison import WeightComparison
 from qwen35.codecs.pieces import Readable, not_finite, stored
 from qwen35.codecs.plain.codec import judge_values
+from qwen35.codecs.refined_bounds import OutputErrors
 from qwen35.codecs.registry import codec_of
 from qwen35.errors import InputError
 from qwen35.planning.output_plan import PlannedFile
+from qwen35.planning.refinement import PLAIN, SEARCHED
 from qwen35.planning.rows import Rows
 from qwen35.planning.step import Step
 from qwen35.tensors import StoredTensor, TensorSpec, Weight
@@ -30,6 +32,10 @@ def judge(
     original: Rows | None,
     source: Readable | None,
     subject: str = "",
+    *,
+    refined: bool = False,
+    searched: bool = False,
+    outputs: OutputErrors | None = None,
 ) -> WeightComparison:
     """Decode a stored weight; if there is an original, compare the two.
 
@@ -40,11 +46,16 @@ def judge(
         original: the rows of the source that it was made from.
         source: reads the source.
         subject: name of the weight in findings; its own if empty.
+        refined: whether it may have refined codes.
+        searched: whether its scales may have been searched too.
+        outputs: receives its errors in outputs, if they are to be judged too.
 
     Returns:
         The comparison; a weight that cannot be read or decoded is a finding.
     """
-    result = WeightComparison(subject or weight.name)
+    result = WeightComparison(
+        subject or weight.name, refined=refined, searched=searched, outputs=outputs
+    )
     try:
         if original is None or source is None:
             _decode(weight, spec, reader)
@@ -154,6 +165,16 @@ def compare_steps(
         parts = tuple(StoredTensor(o, file.name, file.offsets[o.name]) for o in target.outputs)
         weight = Weight(name, target.codec, parts)
         spec = TensorSpec(name, step.spec.dtype, step.rows.shape)
-        return name, judge(weight, spec, written, step.rows, source).to_json()
+        codes = target.codes
+        result = judge(
+            weight,
+            spec,
+            written,
+            step.rows,
+            source,
+            refined=codes != PLAIN,
+            searched=codes == SEARCHED,
+        )
+        return name, result.to_json()
 
     return dict(pool.map(compare, steps))

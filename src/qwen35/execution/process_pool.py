@@ -20,7 +20,7 @@ from qwen35.threads import default_threads
 __all__ = ["MODULE", "ProcessPool"]
 
 MODULE = "qwen35.execution.worker_process"
-"""The module that a worker process runs."""
+"""The module that a worker process runs, unless its pool is told another."""
 
 
 class ProcessPool(WorkerPool):
@@ -30,16 +30,19 @@ class ProcessPool(WorkerPool):
         count: number of processes.
         device: to encode on; each process gets one GPU, round-robin.
         threads: per process; by default the processors divided among them.
+        module: what a process runs, which calls `qwen35.execution.worker_process.serve`.
 
     Raises:
         UsageError: the device does not exist.
     """
 
-    def __init__(self, count: int, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self, count: int, *, device: str = "auto", threads: int | None = None, module: str = ""
+    ) -> None:
         self._threads = threads or max(1, default_threads() // count)
         gpus = gpu_numbers(device)
         self._device = "cuda" if gpus else "cpu"
-        self._free = [_Slot(worker_environment(gpus, i)) for i in range(count)]
+        self._free = [_Slot(worker_environment(gpus, i), module or MODULE) for i in range(count)]
         self._busy: dict[int, _Slot] = {}
 
     def close(self) -> None:
@@ -80,8 +83,8 @@ class ProcessPool(WorkerPool):
 class _Slot:
     """Holds one process, and replaces one that died."""
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = environment
+    def __init__(self, environment: Mapping[str, str], module: str) -> None:
+        self._environment, self._module = environment, module
         self.process: subprocess.Popen[str] | None = None
 
     @property
@@ -94,7 +97,7 @@ class _Slot:
         if self.process is None or self.process.poll() is not None:
             self.end()
             self.process = subprocess.Popen(  # noqa: S603 - our own module
-                [sys.executable, "-P", "-m", MODULE],  # -P: import nothing from where we work
+                [sys.executable, "-P", "-m", self._module],  # -P: import nothing from where we work
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, extra_hint
 from qwen35.execution.dispatch import JobOutcome, WorkerPool
+from qwen35.execution.failures import Work
 from qwen35.execution.worker import answer
 
 __all__ = ["RayWorkers"]
@@ -32,20 +33,28 @@ class RayWorkers(WorkerPool):
             process is used and left open.
         device: ``auto``, ``cpu`` or ``cuda``.
         threads: per job; by default 4, or all processors of a smaller node.
+        work: does a job; that of a conversion by default.
 
     Raises:
         UsageError: Ray is not installed, no cluster answers, or no node has what a job needs.
     """
 
-    def __init__(self, address: str, *, device: str = "auto", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        work: Work | None = None,
+    ) -> None:
         if device not in ("auto", "cpu", "cuda"):
             hint = "Ray chooses which"
             raise UsageError(f"--device {device}", "on Ray", expected="cpu or cuda", hint=hint)
         try:
             import ray
         except ImportError as error:
-            hint = "pip install 'qwen35[ray]'"
-            raise UsageError("--ray-address", "Ray is not installed", hint=hint) from error
+            found, hint = "Ray is not installed", extra_hint("ray")
+            raise UsageError("--ray-address", found, hint=hint) from error
         self._ray = ray
         self._address = address
         self._gpus = int(device == "cuda")
@@ -60,7 +69,7 @@ class RayWorkers(WorkerPool):
             raise
         needs = {"num_cpus": self._threads, "num_gpus": self._gpus, "max_retries": 0}
         # max_calls=0: Ray ends a process with a GPU after each task, but ours has made the plan
-        self._remote = ray.remote(**needs, max_calls=0)(answer)
+        self._remote = ray.remote(**needs, max_calls=0)(work or answer)
 
     def _connect(self) -> None:
         if not self._owns_connection:

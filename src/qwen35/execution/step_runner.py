@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Condition, Event
 from typing import TYPE_CHECKING
 
 from qwen35.checkpoint.source import FolderReader
 from qwen35.codecs import pieces
-from qwen35.codecs.codec import Encoding, EncodingRequest
+from qwen35.codecs.codec import Encoding, EncodingRequest, Refine
 from qwen35.codecs.devices import Kernels
 from qwen35.codecs.pieces import stored
 from qwen35.codecs.registry import CODECS, codec_of
 from qwen35.errors import Qwen35Error
+from qwen35.execution.refiners import Guard, Refiners, Written
 from qwen35.execution.survey import Survey
 from qwen35.execution.window import RangeReader, advance, groups
 from qwen35.planning.output_plan import Plan
@@ -36,6 +37,21 @@ _SPAN = 32
 """Pieces per span, the part of a weight that one thread encodes."""
 
 
+@dataclass
+class _HeldBack:
+    """What a span writes of a target, until its codes are judged.
+
+    Args:
+        guard: that refines and judges them.
+        slab: the number of the matrix at hand.
+        written: what is to be written, with the numbers of matrices.
+    """
+
+    guard: Guard
+    slab: int = 0
+    written: list[tuple[int, Written]] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class StepRunner:
     """Runs the steps of a plan.
@@ -48,9 +64,14 @@ class StepRunner:
     plan: Plan
     kernels: tuple[Kernels, ...]
     survey: Survey = field(default_factory=Survey)
+    refiners: Refiners = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "refiners", Refiners(self.plan))
 
     def spans(self, step: Step) -> list[RowSpan]:
-        """Cut a step into independent spans, for several threads."""
+        """Cut a step that is about to run into independent spans, for several threads."""
+        self.refiners.begin(step)
         rows = step.rows
         # others stay whole: NF4, say, quantizes the scales of a weight together at the end
         codecs = [codec_of(step.weight), *(CODECS[target.codec] for target in step.targets)]
@@ -71,15 +92,45 @@ class StepRunner:
         if step.targets[0].copied:
             yield from self._copy(step, step.targets[0], write, reader)
             return
+        held = {
+            t: _HeldBack(g) for t in step.targets if (g := self.refiners.of(step, t)) is not None
+        }
+        yield from self._encode(step, span, write, reader, held)
+        for target, one in held.items():
+            for verdict in one.guard.finished(span, one.written):
+                if verdict.held is None:
+                    whole = RowSpan(range(verdict.slab, verdict.slab + 1), 0, step.rows.count)
+                    alone = replace(step, targets=(target,))
+                    again = self._encode(alone, whole, write, reader, {}, verdict.refine)
+                    deque(again, maxlen=0)
+                else:
+                    for name, offset, data in verdict.held:
+                        write(target, name, offset, memoryview(data))
+
+    def _encode(
+        self,
+        step: Step,
+        span: RowSpan,
+        write: Write,
+        reader: FolderReader,
+        held: Mapping[StepTarget, _HeldBack],
+        refine: Refine | None = None,
+    ) -> Iterator[int]:
+        """Encode a span; what is `held` is refined, and not written yet; the rest by `refine`."""
         check = not all(CODECS[target.codec].checks for target in step.targets)
         opened = step.rows.open(reader, check=check)
         largest = self.survey.of(step, reader)
-        encodings = [self._encoding(step, target, write, largest) for target in step.targets]
+        encodings = [
+            self._encoding(step, target, write, largest, held.get(target), refine)
+            for target in step.targets
+        ]
         importance, slab = None, -1
         for chunk in step.rows.chunks(self._grain(step), span):
             if chunk.slab != slab:
                 slab = chunk.slab
                 importance = self.plan.options.importance(step, slab)
+                for one in held.values():
+                    one.slab = slab
             piece = opened.piece(chunk, importance)
             for encoding in encodings:
                 encoding.add(piece)
@@ -88,15 +139,27 @@ class StepRunner:
             encoding.finish()
 
     def _encoding(
-        self, step: Step, target: StepTarget, write: Write, largest: F32 | None
+        self,
+        step: Step,
+        target: StepTarget,
+        write: Write,
+        largest: F32 | None,
+        held: _HeldBack | None,
+        refine: Refine | None,
     ) -> Encoding:
         def to_target(name: str, offset: int, data: memoryview) -> None:
-            write(target, name, offset, data)
+            if held is not None:
+                held.written.append((held.slab, (name, offset, bytes(data))))
+            else:
+                write(target, name, offset, data)
 
         # not hash(), which differs between processes: every run uses the same device
         device = zlib.crc32(step.weight.name.encode()) % len(self.kernels)
         spec = TensorSpec(target.name, step.spec.dtype, step.rows.shape)
         codec = CODECS[target.codec]
+        search = held.guard.search if held is not None and held.guard.searches else None
+        if held is not None and search is None:
+            refine = held.guard.refine
         return codec.encode(
             EncodingRequest(
                 step.weight.name,
@@ -108,6 +171,8 @@ class StepRunner:
                 self.plan.options.encoder,
                 largest,
                 self.plan.options.input_largest(step) if codec.quantized_inputs else None,
+                refine,
+                search,
             )
         )
 

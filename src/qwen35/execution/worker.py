@@ -20,7 +20,7 @@ from typing import Any
 from qwen35.checkpoint.source import FolderReader, Reader
 from qwen35.codecs.devices import kernels_for
 from qwen35.errors import InputError, Qwen35Error
-from qwen35.execution.failures import failure_json
+from qwen35.execution.failures import answered
 from qwen35.execution.judging import compare_steps
 from qwen35.execution.step_runner import StepRunner, ThreadCrew
 from qwen35.execution.window import RangeReader
@@ -30,9 +30,10 @@ from qwen35.planning.step import Step, StepTarget
 from qwen35.planning.work_order import SHARED, plan_from
 from qwen35.sinks.checksums import PieceSums
 from qwen35.sinks.files import TensorFile, hash_file
+from qwen35.sinks.tensor_writer import noted
 from qwen35.sinks.work_folder import FILES_NAME, ORDER_NAME
 
-__all__ = ["answer"]
+__all__ = ["answer", "order_in"]
 
 
 def answer(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,15 +48,12 @@ def answer(job: Mapping[str, Any]) -> dict[str, Any]:
         checksum), and ``compared``, the results of the check if the order asks for one. After an
         error, ``failure`` instead (`qwen35.execution.failures`).
     """
-    try:
-        return {"done": _do(job)}
-    except Exception as error:  # noqa: BLE001 - raised again by the dispatcher
-        return {"failure": failure_json(error)}
+    return answered(_do, job)
 
 
 def _do(job: Mapping[str, Any]) -> Any:
     if "hash" in job:
-        _order(job["work"], job["order"])
+        order_in(job["work"], job["order"])
         return hash_file(Path(job["work"]) / FILES_NAME / job["hash"])
     prepared = _prepare(job["work"], job["order"], job["device"])
     steps = prepared.plan.written
@@ -64,7 +62,7 @@ def _do(job: Mapping[str, Any]) -> Any:
 
 @lru_cache(maxsize=1)  # all jobs of a run share one plan, which takes seconds for large models
 def _prepare(work: str, digest: str, device: str) -> _Prepared:
-    order = _order(work, digest)
+    order = order_in(work, digest)
     plan = plan_from(order)
     plan.container.prepare(plan)
     runner, reader = StepRunner(plan, kernels_for(device)), Reader(plan.checkpoint)
@@ -72,8 +70,12 @@ def _prepare(work: str, digest: str, device: str) -> _Prepared:
 
 
 @lru_cache(maxsize=1)
-def _order(work: str, digest: str) -> dict[str, Any]:
-    """Read the order in the work folder, and check its SHA-256."""
+def order_in(work: str, digest: str) -> dict[str, Any]:
+    """Read the order in a work folder, and check its SHA-256.
+
+    Raises:
+        InputError: this machine does not see the folder.
+    """
     try:
         content = (Path(work) / ORDER_NAME).read_bytes()
     except OSError as error:
@@ -123,7 +125,8 @@ class _Prepared:
         tensors: dict[str, dict[str, str]] = {name: {} for name in names}
         for step in steps:
             for target in step.targets:
-                checksum = sums.take(target.outputs, target.files)
+                digits = self.runner.refiners.take(step, target)
+                checksum = noted(sums.take(target.outputs, target.files), digits)
                 for name in target.files:
                     tensors[name][target.outputs[0].name] = checksum
         return {"tensors": tensors, "compared": compared}

@@ -116,7 +116,11 @@ _WORDS = {
 }
 """Keys of an order that its ``key`` does not cover, and their names in messages."""
 
-_INPUTS = {"activations": "path to the statistics", "imatrix": "path to the importance matrix"}
+_INPUTS = {
+    "activations": "path to the statistics",
+    "imatrix": "path to the importance matrix",
+    "hessians": "path to the Hessians",
+}
 
 
 def _inputs(order: Mapping[str, Any]) -> Mapping[str, Any]:

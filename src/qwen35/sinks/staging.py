@@ -59,12 +59,15 @@ class StagedResult:
         hashes: SHA-256 of every file but the manifest, by name.
         nbytes: bytes of all files.
         compared: weight to the result of its check as plain values, where workers checked it.
+        refined: file and weight to which of its matrices have refined codes
+            (`qwen35.planning.refinement.refined_record`).
     """
 
     out: Path
     hashes: dict[str, str]
     nbytes: int
     compared: Mapping[str, Any] = field(default_factory=dict)
+    refined: Mapping[tuple[str, str], str] = field(default_factory=dict)
 
 
 def resolved(out: Path) -> Path:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from qwen35.errors import OutputError
 from qwen35.sinks.checksums import checksum_of, is_zero
@@ -20,13 +20,28 @@ from qwen35.sinks.files import TensorFile
 from qwen35.sinks.journal import Journal
 from qwen35.sinks.work_folder import fsync_folder, misfit, open_folder, open_ours, remove
 
-__all__ = ["SECONDS", "TensorWriter"]
+__all__ = ["SECONDS", "TensorWriter", "noted", "refined_digits"]
 
 SECONDS = 10.0
 """Seconds between flushes of finished tensors; a killed run loses at most this much work."""
 
 _LOG = logging.getLogger(__name__)
 _SHOWN = 3
+
+
+def noted(checksum: str, digits: str) -> str:
+    """Return the journal's entry of a piece: its checksum, and which codes were refined, if any."""
+    return f"{checksum} {digits}" if digits else checksum
+
+
+def refined_digits(journal: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Return what `noted` put into a journal, by file and first tensor."""
+    found = {}
+    for entry, value in journal.items():
+        file, _, tensor = entry.partition("/")
+        if tensor and isinstance(value, str) and " " in value:
+            found[file, tensor] = value.partition(" ")[2]
+    return found
 
 
 class TensorWriter:
@@ -115,7 +130,7 @@ class TensorWriter:
             damaged = [
                 tensor
                 for tensor, value in recorded.items()
-                if checksum_of(descriptor, pieces[tensor]) != value
+                if checksum_of(descriptor, pieces[tensor]) != str(value).partition(" ")[0]
             ]
         finally:
             os.close(descriptor)

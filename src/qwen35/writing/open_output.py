@@ -20,7 +20,7 @@ from qwen35.progress import Progress
 from qwen35.sinks.checksums import PieceSums
 from qwen35.sinks.files import TensorFile
 from qwen35.sinks.staging import StagedResult, os_errors
-from qwen35.sinks.tensor_writer import TensorWriter
+from qwen35.sinks.tensor_writer import TensorWriter, noted
 
 __all__ = ["OpenOutput"]
 
@@ -164,7 +164,8 @@ class OpenOutput:
                 return
         for target in step.targets:
             checksum = self._sums.take(target.outputs, target.files)
-            self.written.done(target.outputs[0].name, target.files, checksum)
+            digits = self.runner.refiners.take(step, target)
+            self.written.done(target.outputs[0].name, target.files, noted(checksum, digits))
         with self._lock:
             self._unfilled.subtract(step.files)
             full = [file for file in step.files if not self._unfilled[file]]

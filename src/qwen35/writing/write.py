@@ -35,7 +35,7 @@ from qwen35.sinks.staging import (
     resolved,
     resumable,
 )
-from qwen35.sinks.tensor_writer import TensorWriter
+from qwen35.sinks.tensor_writer import TensorWriter, refined_digits
 from qwen35.threads import default_threads
 from qwen35.writing.open_output import OpenOutput
 
@@ -308,9 +308,10 @@ def _opened(
         for name, size in plan.copied.items():
             assert place is not None  # it has a location
             hashes[name] = write_file(folder / name, place.read(name, 0, size))
-        manifest = manifest_bytes(plan, hashes)
+        kept = refined_digits(journal)
+        manifest = manifest_bytes(plan, hashes, kept)
         write_file(folder / MANIFEST_NAME, manifest)
-    output.result = StagedResult(out, hashes, plan.nbytes + len(manifest), output.compared)
+    output.result = StagedResult(out, hashes, plan.nbytes + len(manifest), output.compared, kept)
 
 
 class _Part:
