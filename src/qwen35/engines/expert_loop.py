@@ -11,9 +11,9 @@ __all__ = ["ExpertInput", "ExpertProduct", "experts_in_turn"]
 ExpertInput = Callable[[int, Any], Any]
 """Takes the number of an expert and an input of its, [tokens, width]; returns it, or another."""
 
-ExpertProduct = Callable[[int, str, Any, Any, Any], None]
-"""Takes the number of an expert, the name of a stack, the expert's matrix in it, an input, and
-their product."""
+ExpertProduct = Callable[[int, str, Callable[[], Any], Any, Any], None]
+"""Takes the number of an expert, the name of a stack, what returns the expert's matrix in it, an
+input, and their product."""
 
 
 def _unchanged(_: int, x: Any) -> Any:
@@ -61,6 +61,14 @@ def _loop(experts: Any, outer: ExpertInput, inner: ExpertInput, watch: ExpertPro
     """
     from torch.nn.functional import linear
 
+    def product(name: str, expert: int, x: Any) -> Any:
+        stack = getattr(experts, name)
+        # A stack that is read one by one (`qwen35.forward.expert_stacks`) reads for its way back.
+        times = getattr(stack, "product", None) or (lambda e, x: linear(x, stack[e]))
+        out = times(expert, x)
+        watch(expert, name, lambda: stack[expert], x, out)
+        return out
+
     def forward(hidden: Any, chosen: Any, weights: Any) -> Any:
         """Return [tokens, width], like `hidden`; the other arguments are [tokens, top-k]."""
         result = hidden.new_zeros(hidden.shape)
@@ -69,15 +77,10 @@ def _loop(experts: Any, outer: ExpertInput, inner: ExpertInput, watch: ExpertPro
                 continue
             rows, places = (chosen == expert).nonzero(as_tuple=True)
             x = outer(expert, hidden[rows])
-            matrix = experts.gate_up_proj[expert]
-            both = linear(x, matrix)
-            watch(expert, "gate_up_proj", matrix, x, both)
+            both = product("gate_up_proj", expert, x)
             gate, up = both.chunk(2, dim=-1)
             between = inner(expert, experts.act_fn(gate) * up)
-            matrix = experts.down_proj[expert]
-            product = linear(between, matrix)
-            watch(expert, "down_proj", matrix, between, product)
-            out = product * weights[rows, places, None]
+            out = product("down_proj", expert, between) * weights[rows, places, None]
             result.index_add_(0, rows, out.to(result.dtype))
         return result
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from qwen35.array_types import F32
 from qwen35.closing import Closing
-from qwen35.errors import InputError, UsageError
+from qwen35.errors import InputError, UsageError, extra_hint
 
 __all__ = ["Llama", "llama_cpp"]
 
@@ -31,11 +31,9 @@ def llama_cpp() -> Any:
     try:
         import llama_cpp as binding
     except ImportError as error:
-        raise UsageError(
-            "running a GGUF file",
-            f"{error.name} is not installed",
-            hint="pip install 'qwen35[gguf]'",
-        ) from error
+        found = f"{error.name} is not installed"
+        hint = f"{extra_hint('llama-cpp')}, or evaluate --streamed, which does without"
+        raise UsageError("running a GGUF file", found, hint=hint) from error
     quiet = binding.llama_log_callback(lambda *_: None)
     binding.llama_log_set(quiet, ctypes.c_void_p(0))
     # llama.cpp keeps the pointer, so the callback must not be collected.
@@ -52,13 +50,20 @@ class Llama(Closing):
         context: maximum tokens.
         threads: for llama.cpp.
         vocabulary_only: load only the vocabulary, to encode and decode.
+        at_once: tokens of a prompt that are computed together; all of them if None.
 
     Raises:
         InputError: llama.cpp cannot load the file.
     """
 
     def __init__(
-        self, path: Path, *, context: int = 1024, threads: int = 1, vocabulary_only: bool = False
+        self,
+        path: Path,
+        *,
+        context: int = 1024,
+        threads: int = 1,
+        vocabulary_only: bool = False,
+        at_once: int | None = None,
     ) -> None:
         self._llama = llama_cpp()
         self._context: Any = None
@@ -78,6 +83,8 @@ class Llama(Closing):
         options = self._llama.llama_context_default_params()
         # One batch holds a whole context, so that all its logits come from one call.
         options.n_ctx = options.n_batch = options.n_ubatch = context
+        if at_once is not None:
+            options.n_ubatch = min(at_once, context)
         options.n_threads = options.n_threads_batch = threads
         options.type_k = options.type_v = _CACHE_F32
         self._context = self._llama.llama_init_from_model(self._model, options)

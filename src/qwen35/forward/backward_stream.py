@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from qwen35.engines.expert_loop import experts_in_turn
 from qwen35.forward.batch_size import PassSizes
 from qwen35.forward.blocks import HEAD, MTP, Block
 from qwen35.forward.builder import Builder
-from qwen35.forward.forward_stream import ForwardStream, Track
+from qwen35.forward.forward_stream import EMBEDDED, ForwardStream, Track
 from qwen35.forward.head import Head
 from qwen35.forward.stream_folder import StreamFolder
 from qwen35.progress import Progress
@@ -27,6 +28,15 @@ _BACK = "back."
 
 _DRAWN_ROWS = 16
 """Rows whose probabilities are float64 at a time."""
+
+
+_Weight = Callable[[], Any]
+"""Returns a matrix."""
+
+
+def held(matrix: Any) -> _Weight:
+    """Return what returns a matrix that is in memory."""
+    return lambda: matrix
 
 
 @dataclass(frozen=True)
@@ -42,9 +52,11 @@ class ProductGradients:
         expert: its number, of a stack.
         window: of the text.
         first: the first row of the matrix that is told of; the head comes in pieces.
-        weight: these rows, [rows, columns].
+        read: returns these rows.
         x: inputs, [tokens, columns].
         g: gradients of the products, [tokens, rows].
+        back: gradients of the inputs by this product alone, [tokens, columns], where the pass has
+            computed them.
     """
 
     block: str
@@ -52,9 +64,15 @@ class ProductGradients:
     expert: int | None
     window: int
     first: int
-    weight: Any
+    read: _Weight
     x: Any
     g: Any
+    back: Any = None
+
+    @property
+    def weight(self) -> Any:
+        """The rows, [rows, columns]; experts that are read one by one are read for it."""
+        return self.read().detach()
 
     @property
     def total(self) -> Any:
@@ -94,6 +112,9 @@ class BackwardStream:
         progress: receives the bytes of each block, twice.
         seed: of the tokens; those of a window depend on it and on the window's number alone.
         ahead: as for `ForwardStream`.
+
+    Attributes:
+        forward: the pass of the text, which comes first.
     """
 
     def __init__(
@@ -118,7 +139,7 @@ class BackwardStream:
         self._windows, self._first, self._group, self._seed = windows, first, group, seed
         self._ahead = builder.device != "cpu" if ahead is None else ahead
         self._states = Track()
-        self._forward = ForwardStream(
+        self.forward = ForwardStream(
             builder, self._layers, windows, sizes, work, progress, ahead=ahead, kept=True
         )
 
@@ -129,25 +150,50 @@ class BackwardStream:
             InputError: a weight cannot be read.
             OutputError: the disk is full.
         """
-        self._forward.run()
+        self.forward.run()
+        for block, module in self._builder.built(self.begin(), ahead=self._ahead):
+            self.through(block, module, range(len(self._windows)))
+            del module
+            self.finish(block)
+        if self.embeddings_left:
+            self.embeddings()
+            self.finish_embeddings()
+
+    def begin(self) -> list[Block]:
+        """Return the blocks that gradients have not passed, once text has passed all of them."""
         parts = [self._norm, *reversed(self._layers)]
         passed = [block for block in parts if _BACK + block.name in self._work.done]
         for block in passed:
             self._progress.advance(block.nbytes, block.name)
-        number = len(passed)
-        for block, module in self._builder.built(parts[number:], ahead=self._ahead):
-            if block.name == HEAD:
-                self._head(module)
-            else:
-                self._layer(block, module, self._layers.index(block), number)
-            del module
-            self._finish(block.name)
-            self._progress.advance(block.nbytes, block.name)
-            number += 1
-        if _BACK + "embeddings" not in self._work.done:
-            for window, ids in enumerate(self._windows):
-                self._visitor.embedding(window, ids, self._gradients(number, window)[0])
-            self._finish("embeddings")
+        return parts[len(passed) :]
+
+    def through(self, block: Block, module: Any, part: range) -> None:
+        """Take the gradients of windows back through a block: of whole groups through the head."""
+        if block.name == HEAD:
+            self._head(module, part)
+        else:
+            layer = self._layers.index(block)
+            self._layer(block, module, layer, len(self._layers) - layer, part)
+
+    def finish(self, block: Block) -> None:
+        """Note that the gradients of all windows have passed a block."""
+        self._finish(block.name)
+        self._progress.advance(block.nbytes, block.name)
+
+    @property
+    def embeddings_left(self) -> bool:
+        """Whether the gradients of embeddings are not told of yet."""
+        return _BACK + EMBEDDED not in self._work.done
+
+    def embeddings(self) -> None:
+        """Tell of the gradients of embeddings, once those of all windows have passed all blocks."""
+        passed = len(self._layers) + 1
+        for window, ids in enumerate(self._windows):
+            self._visitor.embedding(window, ids, self._gradients(passed, window)[0])
+
+    def finish_embeddings(self) -> None:
+        """Note that the gradients of embeddings are told of."""
+        self._finish(EMBEDDED)
 
     def _finish(self, block: str) -> None:
         self._visitor.finished(block)
@@ -155,24 +201,24 @@ class BackwardStream:
 
     def _gradients(self, number: int, window: int) -> Any:
         """Return what the block before this one left, [1, length, hidden]."""
-        return self._forward.load(_GRADIENTS.file(number % 2), window, 1)
+        return self.forward.load(_GRADIENTS.file(number % 2), window, 1)
 
     def _input(self, layer: int, window: int) -> Any:
         """Return what a layer read, or for one behind the last, what that computed."""
-        states = self._forward.load(self._states.file(layer), window, 1)
+        states = self.forward.load(self._states.file(layer), window, 1)
         return states.requires_grad_()
 
-    def _head(self, norm: Any) -> None:
-        head, count = Head(self._builder), len(self._windows)
-        for start in range(0, count, self._group):
-            group = range(start, min(count, start + self._group))
+    def _head(self, norm: Any, part: range) -> None:
+        head = Head(self._builder)
+        for start in range(part.start, part.stop, self._group):
+            group = range(start, min(part.stop, start + self._group))
             inputs = [self._input(len(self._layers), window) for window in group]
             normed = [norm(x[:, self._first :])[0] for x in inputs]
             with self._torch.no_grad():
                 gradients = self._through_head(head, group, [one.detach() for one in normed])
             for window, x, out, g in zip(group, inputs, normed, gradients, strict=True):
                 out.backward(g)
-                self._forward.store(_GRADIENTS.file(1), window, x.grad)
+                self.forward.store(_GRADIENTS.file(1), window, x.grad)
 
     def _through_head(self, head: Head, group: range, normed: Sequence[Any]) -> list[Any]:
         """Draw tokens for windows; return the gradients of the head's inputs, [scored, hidden]."""
@@ -190,30 +236,41 @@ class BackwardStream:
                 group, normed, logits.split(scored), totals, strict=True
             ):
                 piece = g[:, first : first + len(rows)].to(x.device, x.dtype)
-                made = ProductGradients(HEAD, "lm_head", None, window, first, rows, x, piece)
-                self._visitor.product(made)
-                total += piece @ rows
+                back = piece @ rows
+                self._visitor.product(
+                    ProductGradients(
+                        HEAD, "lm_head", None, window, first, held(rows), x, piece, back
+                    )
+                )
+                total += back
         return totals
 
-    def _layer(self, block: Block, module: Any, layer: int, number: int) -> None:
+    def _layer(self, block: Block, module: Any, layer: int, number: int, part: range) -> None:
         window = 0
 
-        def told(name: str, expert: int | None, weight: Any, x: Any, g: Any) -> None:
+        def told(
+            name: str, expert: int | None, weight: _Weight, x: Any, g: Any, back: Any = None
+        ) -> None:
             x, g = (one.detach().flatten(0, -2) for one in (x, g))
-            made = ProductGradients(block.name, name, expert, window, 0, weight.detach(), x, g)
+            back = None if back is None else back.flatten(0, -2)
+            made = ProductGradients(block.name, name, expert, window, 0, weight, x, g, back)
             with self._torch.no_grad():
                 self._visitor.product(made)
 
         with _watched(module, told):
-            for window in range(len(self._windows)):
+            for window in part:
                 x = self._input(layer, window)
                 out = module(x, **self._builder.positions(x))
                 out.backward(self._gradients(number, window))
-                self._forward.store(_GRADIENTS.file((number + 1) % 2), window, x.grad)
+                self.forward.store(_GRADIENTS.file((number + 1) % 2), window, x.grad)
 
 
-_Told = Callable[[str, int | None, Any, Any, Any], None]
-"""Takes the name of a matrix, the number of its expert, the matrix, its inputs and gradients."""
+class _Told(Protocol):
+    """Takes a matrix and its gradients, as `ProductGradients` has them."""
+
+    def __call__(
+        self, name: str, expert: int | None, weight: _Weight, x: Any, g: Any, back: Any = None
+    ) -> None: ...
 
 
 @contextmanager
@@ -221,25 +278,41 @@ def _watched(module: Any, told: _Told) -> Iterator[None]:
     """Tell of each product of a layer when gradients reach it, while the context is open."""
     from torch.nn import Linear
 
-    def watch(name: str, expert: int | None, weight: Any, x: Any, out: Any) -> None:
-        # Told within the hook: the framework may use the gradient's memory again.
-        out.register_hook(lambda g: told(name, expert, weight, x, g))
-
-    def hook(name: str) -> Any:
-        return lambda layer, given, out: watch(name, None, layer.weight, given[0], out)
-
     with ExitStack() as stack:
         for name, layer in module.named_modules():
             if isinstance(layer, Linear):
-                stack.callback(layer.register_forward_hook(hook(name)).remove)
+                layer.forward = _product(layer, partial(told, name, None, held(layer.weight)))
+                stack.callback(delattr, layer, "forward")
         experts = dict(module.named_modules()).get("mlp.experts")
         if experts is not None:
 
-            def product(expert: int, name: str, matrix: Any, x: Any, out: Any) -> None:
-                watch(f"mlp.experts.{name}", expert, matrix, x, out)
+            def product(expert: int, name: str, matrix: _Weight, x: Any, out: Any) -> None:
+                # Told within the hook: the framework may use the gradient's memory again.
+                out.register_hook(partial(told, f"mlp.experts.{name}", expert, matrix, x))
 
             stack.enter_context(experts_in_turn(experts, watch=product))
         yield
+
+
+def _product(layer: Any, told: Callable[[Any, Any, Any], None]) -> Any:
+    """Return the forward of a linear layer, which tells of its gradients on the way back."""
+    from torch.autograd import Function
+    from torch.nn.functional import linear
+
+    class Product(Function):  # type: ignore[misc]  # torch has no types
+        @staticmethod
+        def forward(context: Any, x: Any) -> Any:
+            context.save_for_backward(x)
+            return linear(x, layer.weight, layer.bias)
+
+        @staticmethod
+        def backward(context: Any, g: Any) -> Any:
+            [x] = context.saved_tensors
+            back = g @ layer.weight
+            told(x, g, back)
+            return back
+
+    return Product.apply
 
 
 def drawn(torch: Any, logits: Any, uniform: Any) -> Any:

@@ -47,6 +47,7 @@ def pass_sizes(
     itemsize: int,
     memory: int | None,
     fixed: int = 0,
+    shares: int = 1,
 ) -> PassSizes:
     """Return what fits into memory; experts are read with their layer if that does.
 
@@ -58,6 +59,7 @@ def pass_sizes(
         itemsize: bytes of a number.
         memory: limit in bytes; None for none.
         fixed: bytes of it that all else takes.
+        shares: workers that windows are shared out to, if they are.
 
     Raises:
         UsageError: a layer, or what is left of it without experts, and one window exceed the limit.
@@ -77,8 +79,11 @@ def pass_sizes(
     if least > memory:
         expected = f"at least {size_rounded_up(least)}"
         raise UsageError(f"--memory {size(memory)}", "too little", expected=expected)
-    wide = min(count, (memory - fixed - layer) // window)
-    return PassSizes(layer, window, min(batch, wide), wide if config.moe else 0)
+    wide = min(-(-count // shares), (memory - fixed - layer) // window)
+    batch = min(batch, wide)
+    if shares > 1:  # a share begins where a batch does
+        wide -= wide % batch
+    return PassSizes(layer, window, batch, wide if config.moe else 0)
 
 
 _ROUTED = 16

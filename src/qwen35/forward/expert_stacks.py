@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from qwen35.checkpoint.inventory import InventoryItem
@@ -55,6 +56,30 @@ class _ReadStack:
             for leaf, part in zip(self._leaves, out.chunk(len(self._leaves)), strict=True):
                 self._weights.fill(self._torch, self._items[leaf, number], part)
         return out.to(self._device)
+
+    def product(self, expert: int, x: Any) -> Any:
+        """Return inputs [tokens, columns] times the matrices; computing back reads them again."""
+        return _read_product(self._torch)(x, self, expert)
+
+
+@cache
+def _read_product(torch: Any) -> Any:
+    """Return the product as a function of torch that keeps no matrix for its way back."""
+
+    class ReadProduct(torch.autograd.Function):  # type: ignore[misc]  # torch is Any here
+        """The product of inputs that need gradients with a matrix that needs none."""
+
+        @staticmethod
+        def forward(context: Any, x: Any, stack: _ReadStack, expert: int) -> Any:
+            context.stack, context.expert = stack, expert
+            return torch.nn.functional.linear(x, stack[expert])
+
+        @staticmethod
+        def backward(context: Any, *gradients: Any) -> Any:
+            [g] = gradients
+            return g @ context.stack[context.expert], None, None
+
+    return ReadProduct.apply
 
 
 def _leaf(item: InventoryItem) -> str:

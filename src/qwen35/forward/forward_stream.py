@@ -28,10 +28,14 @@ class Track:
     Args:
         name: of its files of hidden states.
         around: called with a block and its module, surrounds the pass of all windows through it.
+        passed: called after each batch of windows.
+        again: called after a pass, returns whether the block is passed once more.
     """
 
     name: str = "hidden"
     around: Callable[[Block, Any], AbstractContextManager[None]] = lambda _, __: nullcontext()
+    passed: Callable[[], None] = lambda: None
+    again: Callable[[], bool] = lambda: False
 
     def file(self, number: int) -> str:
         """Return the name of one of its files."""
@@ -53,6 +57,9 @@ class ForwardStream:
             because two blocks are then in memory.
         kept: keep the states before each block, in a file each; otherwise blocks alternate between
             two files.
+
+    Attributes:
+        passing: the windows that are computed at the moment.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class ForwardStream:
         self._progress, self._tracks = progress, tracks
         self._kept = kept
         self._ahead = builder.device != "cpu" if ahead is None else ahead
+        self.passing = range(0)
 
     @property
     def current(self) -> int:
@@ -91,33 +99,50 @@ class ForwardStream:
             OutputError: the disk is full.
         """
         with self.torch.inference_mode():
-            if EMBEDDED not in self.work.done:
-                self._embed()
-                self.work.finish(EMBEDDED)
-            left = [block for block in self.blocks if block.name not in self.work.done]
-            for block in self.blocks:
-                if block not in left:
-                    self._progress.advance(block.nbytes, block.name)
-            for block, module in self.builder.built(left, ahead=self._ahead):
+            for block, module in self.builder.built(self.begin(), ahead=self._ahead):
                 for track in self._tracks:
-                    with track.around(block, module):
-                        self._pass(track, block, module)
-                self.work.finish(block.name)
+                    unfinished = True
+                    while unfinished:
+                        with track.around(block, module):
+                            self.through(track, block, module, self.current)
+                        unfinished = track.again()
+                self.finish(block)
                 del module
-                self._progress.advance(block.nbytes, block.name)
 
-    def _embed(self) -> None:
-        for start, ids in self.batches():
-            embedded = self.builder.embedded(ids)
-            for track in self._tracks:
-                self.store(track.file(0), start, embedded)
+    def begin(self) -> list[Block]:
+        """Look up the embeddings, unless that is done; return the blocks that are left."""
+        if EMBEDDED not in self.work.done:
+            for start, ids in self.batches():
+                embedded = self.builder.embedded(ids)
+                for track in self._tracks:
+                    self.store(track.file(0), start, embedded)
+            self.work.finish(EMBEDDED)
+        passed = [block for block in self.blocks if block.name in self.work.done]
+        for block in passed:
+            self._progress.advance(block.nbytes, block.name)
+        return [block for block in self.blocks if block not in passed]
 
-    def _pass(self, track: Track, block: Block, module: Any) -> None:
+    def finish(self, block: Block) -> None:
+        """Note that all windows have passed a block."""
+        self.work.finish(block.name)
+        self._progress.advance(block.nbytes, block.name)
+
+    def through(
+        self, track: Track, block: Block, module: Any, number: int, part: range | None = None
+    ) -> None:
+        """Run windows through a block.
+
+        Args:
+            track: the way of running it.
+            block: the block.
+            module: its module.
+            number: of the files that it reads.
+            part: the windows, from the first of a batch on; all of them by default.
+        """
         if self.builder.apart and block.name not in (HEAD, MTP):
-            self._pass_apart(track, module)
+            self._through_apart(track, module, number, part)
             return
-        number = self.current
-        for start, ids in self.batches():
+        for start, ids in self.batches(part=part):
             states = self.load(track.file(number), start, len(ids))
             if block.name == MTP:  # last, and reads the normed states that the head block wrote
                 embedded = self.builder.embedded(ids)
@@ -126,6 +151,7 @@ class ForwardStream:
                 arguments = {} if block.name == HEAD else self.builder.positions(states)
                 out = module(states, **arguments)
             self.store(track.file(self._number(number + 1)), start, out)
+            track.passed()
 
     def _shifted(self, drafted: Any, states: Any) -> Any:
         """Return MTP's states at the positions of the states that predict the same tokens."""
@@ -133,27 +159,35 @@ class ForwardStream:
         out[:, states.shape[1] - drafted.shape[1] :] = drafted
         return out
 
-    def _pass_apart(self, track: Track, module: Any) -> None:
+    def _through_apart(self, track: Track, module: Any, number: int, part: range | None) -> None:
         """Run a layer in two parts: its experts, read one by one, get as many windows as fit."""
-        number, mlp = self.current, module.mlp
+        mlp = module.mlp
         between = track.file(self._number(number + 1))
         mlp.forward = self.torch.zeros_like  # the layer adds it to what attention computed
-        for start, ids in self.batches():
+        for start, ids in self.batches(part=part):
             states = self.load(track.file(number), start, len(ids))
             self.store(between, start, module(states, **self.builder.positions(states)))
+            track.passed()
         del mlp.forward
         replaced = "forward" in vars(mlp.experts)  # by what watches their inputs
         with nullcontext() if replaced else experts_in_turn(mlp.experts):
-            for start, ids in self.batches(self._sizes.wide):
+            for start, ids in self.batches(self._sizes.wide, part):
                 states = self.load(between, start, len(ids))
                 computed = mlp(module.post_attention_layernorm(states))
                 self.store(between, start, states + computed)
+                track.passed()
 
-    def batches(self, batch: int = 0) -> Iterator[tuple[int, I32]]:
-        """Yield the first window of each batch, and its token ids; of `sizes.batch` by default."""
-        batch = batch or self._sizes.batch
-        for start in range(0, len(self.windows), batch):
-            yield start, self.windows[start : start + batch]
+    def batches(self, batch: int = 0, part: range | None = None) -> Iterator[tuple[int, I32]]:
+        """Yield the first window of each batch, and its token ids.
+
+        Args:
+            batch: windows in a batch; `sizes.batch` by default.
+            part: the windows; all of them by default.
+        """
+        part, batch = part or range(len(self.windows)), batch or self._sizes.batch
+        for start in range(part.start, part.stop, batch):
+            self.passing = range(start, min(start + batch, part.stop))
+            yield start, self.windows[start : self.passing.stop]
 
     @property
     def _window_bytes(self) -> int:

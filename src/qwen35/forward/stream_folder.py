@@ -53,6 +53,8 @@ class StreamFolder(Closing):
         if not os.path.lexists(self.folder):
             return []
         check_entries(self.folder)
+        if not any(self.folder.iterdir()):  # of a run that ended while it removed it
+            return []
         try:
             state = json.loads(read_bounded(self.folder / _STATE))
             digest, done = state["plan"], [str(name) for name in state["done"]]
@@ -84,15 +86,22 @@ class StreamFolder(Closing):
 
     def finish(self, block: str) -> None:
         """Record a finished block; flush what it wrote first."""
+        self.flush()  # the next block reads these states: on disk before the block is listed
         with os_errors(self.folder):
-            # The next block reads these states, so they must be on disk before the block is listed.
-            for descriptor in self._files.values():
-                os.fsync(descriptor)
             self.done.append(block)
             self._save()
 
+    def flush(self) -> None:
+        """Wait until what was written is on disk, or where other machines see it."""
+        with os_errors(self.folder):
+            for descriptor in self._files.values():
+                os.fsync(descriptor)
+
     def remove(self) -> None:
         """Remove the folder."""
+        for path in self.folder.iterdir():
+            if path.name != _STATE:  # last: without it nobody knows whose folder this is
+                path.unlink()
         shutil.rmtree(self.folder)
 
     def _file(self, name: str) -> int:
