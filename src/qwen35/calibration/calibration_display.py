@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qwen35.calibration.calibration_plan import CalibrationPlan
+from qwen35.calibration.hessian_inputs import OWN_TOKENS
+from qwen35.calibration.hessian_plan import HessianPlan
 from qwen35.display import size
 
 if TYPE_CHECKING:
@@ -19,19 +21,35 @@ _SHOWN = 12
 
 def plan_text(plan: CalibrationPlan) -> str:
     """Return the plan as text."""
-    text = plan.text
+    text, workers = plan.text, plan.request.workers
     rows = [
         ("text", f"{len(text.windows)} windows of {text.context} tokens, {text.left_over} unused"),
         ("compute", f"{plan.dtype}, {plan.batch} windows per batch, {len(plan.blocks)} blocks"),
         *_apart_rows(plan),
-        ("read", size(plan.read_bytes)),
+        ("read", size(plan.read_bytes) + (" by each worker" if workers > 1 else "")),
         ("memory", f"{size(plan.peak_bytes)}, plus Python and its libraries:"),
+        *([("", f"{workers} times")] if workers > 1 else []),
         ("", f"{size(plan.layer_bytes)} for the largest layer, {size(plan.batch_bytes)} per batch"),
+        *_hessian_rows(plan),
         ("disk", f"at most {size(plan.disk_bytes)} until the output is complete:"),
         ("", f"twice {size(plan.hidden_bytes)} of hidden states, sums, output"),
         ("files", ", ".join(plan.file_names)),
     ]
     return "\n".join(f"{name:<9}{value}" for name, value in rows)
+
+
+def _hessian_rows(plan: CalibrationPlan) -> list[tuple[str, str]]:
+    hessians = plan.hessians
+    if hessians is None:
+        return []
+    least = hessians.fit_tokens / hessians.widest
+    few = "" if least >= OWN_TOKENS else f"; fewer than {OWN_TOKENS} may be too few"
+    return [
+        ("", f"{size(hessians.nbytes)} for Hessians"),
+        ("hessians", f"at most {size(hessians.disk_bytes())} of the disk space"),
+        ("", f"{hessians.fit_tokens:,} tokens to fit to, every fifth window held out"),
+        ("", f"{least:.1f} tokens for each column of the widest input{few}"),
+    ]
 
 
 def _apart_rows(plan: CalibrationPlan) -> list[tuple[str, str]]:
@@ -53,8 +71,18 @@ def plan_json(plan: CalibrationPlan) -> Mapping[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "hidden_bytes": plan.hidden_bytes,
         "disk_bytes": plan.disk_bytes,
+        **({} if plan.hessians is None else _hessian_json(plan.hessians)),
         "read_bytes": plan.read_bytes,
         "files": list(plan.file_names),
+    }
+
+
+def _hessian_json(hessians: HessianPlan) -> dict[str, Any]:
+    return {
+        "hessian_bytes": hessians.nbytes,
+        "hessian_disk_bytes": hessians.disk_bytes(),
+        "fit_tokens": hessians.fit_tokens,
+        "widest_input": hessians.widest,
     }
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from qwen35.calibration.hessian_inputs import HOLD_OUT
+from qwen35.calibration.hessian_plan import HessianPlan, plan_hessians
 from qwen35.calibration.inputs import input_of
 from qwen35.calibration.sums import FLOOR
 from qwen35.calibration.text_windows import TextWindows
@@ -62,6 +65,8 @@ class CalibrationRequest:
         legacy: also write the older ``.dat`` form.
         memory: most bytes a run may take on top of the libraries; None for no limit.
         draft: also measure how often what the MTP layer drafts is accepted.
+        hessian: also keep the Hessians of all inputs.
+        workers: processes on this machine that share `memory`.
     """
 
     dtype: Dtype = "auto"
@@ -69,6 +74,8 @@ class CalibrationRequest:
     legacy: bool = False
     memory: int | None = None
     draft: bool = False
+    hessian: bool = False
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class CalibrationPlan:
         blocks: parts of the model in execution order; one is in memory at a time.
         sizes: what is in memory at a time.
         notes: for the user, on how the checkpoint was read.
+        hessians: what they are of, and take, if asked for.
     """
 
     checkpoint: Checkpoint
@@ -92,6 +100,7 @@ class CalibrationPlan:
     blocks: tuple[Block, ...]
     sizes: PassSizes
     notes: tuple[str, ...] = ()
+    hessians: HessianPlan | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -131,7 +140,17 @@ class CalibrationPlan:
     @property
     def peak_bytes(self) -> int:
         """Peak memory on top of Python and its libraries; hidden states are on disk."""
-        return self.layer_bytes + self.batch_bytes
+        hessians = self.hessian_bytes
+        return self.request.workers * (self.layer_bytes + self.batch_bytes + hessians)
+
+    @property
+    def hessian_bytes(self) -> int:
+        """Most bytes of Hessians in memory."""
+        return self.hessians.nbytes if self.hessians else 0
+
+    def hessian_disk_bytes(self, done: Collection[str] = ()) -> int:
+        """Return an upper bound on the bytes of Hessians on disk, without those of blocks."""
+        return self.hessians.disk_bytes(done) if self.hessians else 0
 
     @property
     def tensors(self) -> list[UntypedTensor]:
@@ -161,7 +180,7 @@ class CalibrationPlan:
     @property
     def disk_bytes(self) -> int:
         """Upper bound on disk use: hidden states, sums and the output."""
-        return 2 * self.hidden_bytes + 2 * self.output_bytes
+        return 2 * self.hidden_bytes + 2 * self.output_bytes + self.hessian_disk_bytes()
 
     @property
     def read_bytes(self) -> int:
@@ -184,10 +203,17 @@ class CalibrationPlan:
         }
 
     @cached_property
+    def hessian_provenance(self) -> dict[str, Any]:
+        """Origin of the Hessians, recorded in each file of them."""
+        files = self.hessians.files if self.hessians else ()
+        return {**self.provenance, "hold_out": HOLD_OUT, "files": list(files)}
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of everything the result depends on; only the same digest is resumed."""
         described = {
             **self.provenance,
+            "config": self.config.raw,
             "windows": hashlib.sha256(self.text.windows.tobytes()).hexdigest(),
             "weights": [
                 [part.spec.name, part.spec.dtype, list(part.spec.shape), part.file, part.begin]
@@ -197,6 +223,7 @@ class CalibrationPlan:
             "files": self._mtimes(),
             "batch": self.batch,  # float sums depend on it
             **({"wide": self.sizes.wide} if self.sizes.wide else {}),
+            **({"hessians": self.hessian_provenance} if self.hessians else {}),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -246,13 +273,19 @@ def make_plan(
         found = f"{checkpoint.name} has no MTP layer"
         raise UsageError("--draft", found, hint="take that of the original: --mtp-from MODEL")
     itemsize = _ITEMSIZE[_dtype(config, request.dtype)]
+    hessians = None
+    if request.hessian:
+        layer = max(block.numel for block in parts) * itemsize
+        hessians = plan_hessians(items, config, text, layer, request.memory)
     sizes = pass_sizes(
         parts,
         config,
         length=text.context,
         count=len(text.windows),
         itemsize=itemsize,
-        memory=request.memory,
+        memory=None if request.memory is None else request.memory // request.workers,
+        fixed=hessians.nbytes if hessians else 0,
+        shares=request.workers,
     )
     notes = (*source_notes(original, mtp=True, tower=False), *grafted_notes(original))
-    return CalibrationPlan(checkpoint, text, request, items, parts, sizes, notes)
+    return CalibrationPlan(checkpoint, text, request, items, parts, sizes, notes, hessians)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qwen35.calibration.calibration_plan import (
 from qwen35.calibration.calibration_stream import calibration_stream
 from qwen35.calibration.draft_acceptance import DraftAcceptance, acceptance
 from qwen35.calibration.imatrix_export import write_imatrix, write_legacy
+from qwen35.calibration.shared_pass import run_shared
 from qwen35.calibration.states import CalibrationFolder, work_folder
 from qwen35.calibration.statistics_file import coverage, write_statistics
 from qwen35.checkpoint.header import json_bytes
@@ -23,7 +25,9 @@ from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.checkpoint.source import Reader
 from qwen35.display import size
 from qwen35.engines.torch_model import torch_and_transformers
-from qwen35.errors import UsageError
+from qwen35.errors import OutputError, UsageError
+from qwen35.execution.dispatch import WorkerPool
+from qwen35.planning.hessians import HESSIANS
 from qwen35.planning.manifest import manifest_entries
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import flushed, write_file
@@ -107,14 +111,25 @@ def calibrate(
     overwrite: bool = False,
     threads: int | None = None,
     device: str = "auto",
+    pool: WorkerPool | None = None,
     progress: Progress | None = None,
 ) -> CalibrationResult:
     """Run a plan's text through its checkpoint and write statistics to the folder `out`.
 
     Keeps one decoder layer and one batch in memory, and hidden states in a hidden folder beside
-    `out`. An interrupted run resumes at the unfinished layer.
+    `out`. An interrupted run resumes at the unfinished layer, with workers or without.
+
+    Args:
+        plan: the plan.
+        out: the folder.
+        overwrite: replace an output, or an interrupted run of another plan.
+        threads: of torch, in this process.
+        device: for torch, in this process.
+        pool: workers that run the layers instead; closed at the end.
+        progress: receives the bytes of each layer.
 
     Raises:
+        WorkerError: the workers of some windows died at every attempt.
         OutputError: the output exists, or the disk is full.
         InputError: a weight cannot be read, or an input holds NaN.
     """
@@ -133,12 +148,16 @@ def calibrate(
         work = CalibrationFolder(folder, plan.digest, restart=overwrite)
         resumed = max(0, len(work.done) - 1)
         # A resumed run has its hidden states on disk already.
-        check_space(out.parent, plan.disk_bytes if not resumed else plan.output_bytes)
+        left = plan.output_bytes + plan.hessian_disk_bytes(work.done)
+        check_space(out.parent, left if resumed else plan.disk_bytes)
         progress.begin(f"calibrating {out.name}", plan.read_bytes)
         try:
-            with work, Reader(plan.checkpoint) as reader:
+            with pool or nullcontext(), work, Reader(plan.checkpoint) as reader:
                 stream = calibration_stream(plan, work, reader, device, progress)
-                stream.run()
+                if pool is None:
+                    stream.run()
+                else:
+                    run_shared(plan, work, stream, pool)
                 draft = acceptance(stream) if plan.request.draft else None
         finally:
             progress.end()
@@ -174,13 +193,31 @@ def _write(
             write_legacy(folder / LEGACY, plan, work)
         if expert_coverage:
             write_file(folder / COVERAGE, json_bytes(expert_coverage))
-        sizes = {name: (folder / name).stat().st_size for name in plan.file_names}
-        hashes = {name: flushed(folder / name) for name in plan.file_names}
+        places = {name: folder / name for name in plan.file_names} | _hessian_files(plan, work)
+        sizes = {name: place.stat().st_size for name, place in places.items()}
+        hashes = {name: flushed(place) for name, place in places.items()}
         recipe = {"name": "calibrate", "format": "statistics", "rules": [], **plan.provenance}
         entries = manifest_entries(plan.checkpoint, recipe, plan.digest, sizes, hashes)
         manifest = json_bytes(entries)
         write_file(folder / MANIFEST_NAME, manifest)
+        if plan.hessians is not None:  # last: what is interrupted before this can be resumed
+            work.hessians.replace(folder / HESSIANS)
     return StagedResult(out, hashes, sum(sizes.values()) + len(manifest))
+
+
+def _hessian_files(plan: CalibrationPlan, work: CalibrationFolder) -> dict[str, Path]:
+    """Return the files of Hessians in the work folder, by their names in the output.
+
+    Raises:
+        OutputError: they are gone.
+    """
+    files = plan.hessians.files if plan.hessians else ()
+    places = {f"{HESSIANS}/{name}": work.hessians / name for name in files}
+    for place in places.values():
+        if not place.is_file():
+            found = f"holds finished layers without {place.name}"
+            raise OutputError(str(work.folder), found, hint="give --overwrite to start again")
+    return places
 
 
 def _count_below(expert_coverage: dict[str, Any]) -> int:

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from qwen35.calibration.inputs import EXPERTS_IN, EXPERTS_OUT, HOOKED
 from qwen35.calibration.sums import Sums
 from qwen35.engines.expert_loop import ExpertInput, experts_in_turn
 
-__all__ = ["BlockSums", "record_inputs"]
+__all__ = ["BlockSums", "InputSink", "record_inputs"]
+
+
+class InputSink(Protocol):
+    """What else takes the inputs of a layer."""
+
+    def routed(self, chosen: Any) -> None:
+        """Take which experts the next tokens reach, [tokens, top-k]."""
+
+    def add(self, name: str, x: Any, number: int) -> None:
+        """Take an input [tokens, width] of a weight, or of matrix `number` in a stack."""
 
 
 class BlockSums:
-    """The sums of one block, keyed by measured weight."""
+    """The sums of one block, keyed by measured weight.
 
-    def __init__(self) -> None:
+    Args:
+        also: takes the same inputs.
+    """
+
+    def __init__(self, also: InputSink | None = None) -> None:
         self.sums: dict[str, Sums] = {}
+        self._also = also
+
+    def routed(self, chosen: Any) -> None:
+        """Take which experts the next tokens reach, [tokens, top-k]."""
+        if self._also is not None:
+            self._also.routed(chosen)
 
     def add(self, name: str, x: Any, *, number: int = 0, slices: int = 1) -> None:
         """Add an input.
@@ -37,6 +57,13 @@ class BlockSums:
         squares = flat.float().square().sum(0).double().cpu().numpy()
         largest = flat.abs().amax(0).float().cpu().numpy()
         self.sums[name].add(number, squares, largest, len(flat))
+        if self._also is not None:
+            self._also.add(name, flat, number)
+
+    def taken(self) -> Iterable[tuple[str, Sums]]:
+        """Return the sums so far, and begin anew."""
+        sums, self.sums = self.sums, {}
+        return sums.items()
 
     def check(self, block: str) -> None:
         """Check that every input was finite.
@@ -79,7 +106,8 @@ def _prepare(block_sums: BlockSums) -> Any:
     """Return a hook that creates the sums of experts, which no token may reach."""
 
     def prepare(experts: Any, arguments: tuple[Any, ...]) -> None:
-        hidden = arguments[0]
+        hidden, chosen = arguments[:2]
+        block_sums.routed(chosen)
         for name, width in (
             (EXPERTS_IN, hidden.shape[1]),
             (EXPERTS_OUT, experts.down_proj.shape[2]),

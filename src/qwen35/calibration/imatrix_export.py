@@ -16,6 +16,7 @@ from qwen35.calibration.calibration_plan import CalibrationPlan
 from qwen35.calibration.inputs import input_of
 from qwen35.calibration.statistics_file import SumsSource
 from qwen35.calibration.sums import Sums
+from qwen35.errors import InputError
 from qwen35.planning.gguf_files.imatrix import COUNTS, PROVENANCE_KEY, SUMS
 from qwen35.planning.gguf_files.tensor_names import UntypedTensor
 
@@ -44,13 +45,15 @@ def write_imatrix(
             writer.add_tensor_info(
                 tensor.name + suffix, shape, np.dtype(np.float32), 4 * shape[0] * shape[1]
             )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for _, squares, counts in _entries(tensors, plan, source):
-        writer.write_tensor_data(squares)
-        writer.write_tensor_data(counts[:, None])
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, squares, counts in _entries(tensors, plan, source):
+            writer.write_tensor_data(squares)
+            writer.write_tensor_data(counts[:, None])
+    finally:
+        writer.close()
 
 
 def _entries(
@@ -64,6 +67,9 @@ def _entries(
         block, name = source_input
         if block not in cached:
             cached = {block: dict(source.sums(block))}
+        if name not in cached[block]:
+            found = f"no sums of {name} among those of finished layers"
+            raise InputError(block, found, hint="give --overwrite to start again")
         sums = cached[block][name].filled(plan.request.floor)
         squares = tensor.rows.columns(sums.squares.astype(np.float32))
         yield tensor, squares, sums.tokens.astype(np.float32)

@@ -6,12 +6,13 @@ from qwen35.forward.blocks import HEAD, MTP
 from qwen35.model.model_config import ModelConfig
 from qwen35.model.roles import Role
 
-__all__ = ["CACHED", "EXPERTS_IN", "EXPERTS_OUT", "HOOKED", "Input", "input_of"]
+__all__ = ["CACHED", "EXPERTS_IN", "EXPERTS_OUT", "HOOKED", "SHARED_IN", "Input", "input_of"]
 
 Input = tuple[str, str]
 """A block (``layers.3``, ``head``, ``mtp``) and the measured weight in it."""
 
 EXPERTS_IN, EXPERTS_OUT = "mlp.experts.gate_proj", "mlp.experts.down_proj"
+SHARED_IN = "mlp.shared_expert.gate_proj"
 
 HOOKED = (
     "linear_attn.in_proj_qkv",
@@ -20,7 +21,7 @@ HOOKED = (
     "self_attn.o_proj",
     "mlp.gate_proj",
     "mlp.down_proj",
-    "mlp.shared_expert.gate_proj",
+    SHARED_IN,
     "mlp.shared_expert.down_proj",
 )
 """The measured linear layers of a decoder layer; each layer has some of them."""
@@ -32,8 +33,8 @@ _SAME: dict[str, str] = {
     "self_attn.k_proj": "self_attn.q_proj",
     "self_attn.v_proj": "self_attn.q_proj",
     "mlp.up_proj": "mlp.gate_proj",
-    "mlp.shared_expert.up_proj": "mlp.shared_expert.gate_proj",
-    "mlp.shared_expert_gate": "mlp.shared_expert.gate_proj",
+    "mlp.shared_expert.up_proj": SHARED_IN,
+    "mlp.shared_expert_gate": SHARED_IN,
     "mlp.experts.up_proj": EXPERTS_IN,
     "mlp.experts.gate_up_proj": EXPERTS_IN,
 }

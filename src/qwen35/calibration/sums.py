@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from qwen35.array_types import F32, F64, I64
+from qwen35.array_types import F32, F64, I64, Array
 from qwen35.errors import InputError
 
 __all__ = ["FLOOR", "Sums", "load_sums", "save_sums"]
@@ -50,6 +51,12 @@ class Sums:
         self.squares[number] += squares
         np.maximum(self.largest[number], largest, out=self.largest[number])
         self.tokens[number] += tokens
+
+    def merge(self, later: Self) -> None:
+        """Add the sums over later tokens."""
+        self.squares[:] += later.squares
+        np.maximum(self.largest, later.largest, out=self.largest)
+        self.tokens[:] += later.tokens
 
     def check(self, subject: str) -> None:
         """Check that every input was finite.
@@ -114,9 +121,19 @@ def load_sums(path: Path) -> dict[str, Sums]:
         InputError: it is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files)
-            return {name: Sums(*(arrays[f"{name}/{part}"] for part in _PARTS)) for name in names}
-    except (ValueError, KeyError, EOFError, AttributeError, BadZipFile) as error:
+            return {name: _sums(*(arrays[f"{name}/{part}"] for part in _PARTS)) for name in names}
+    except (ValueError, KeyError, EOFError, AttributeError, BadZipFile, zlib.error) as error:
         hint = "remove its folder to start over"
         raise InputError(str(path), "not sums of a calibration", hint=hint) from error
+
+
+def _sums(squares: Array, largest: Array, tokens: Array) -> Sums:
+    dtypes = [array.dtype for array in (squares, largest, tokens)]
+    fits = (
+        squares.ndim == 2 and squares.shape == largest.shape and tokens.shape == squares.shape[:1]
+    )
+    if not fits or dtypes != [np.float64, np.float32, np.int64]:
+        raise ValueError("arrays that do not belong together")
+    return Sums(squares, largest, tokens)

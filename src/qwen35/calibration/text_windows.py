@@ -13,7 +13,7 @@ import numpy as np
 from qwen35.array_types import I32
 from qwen35.checkpoint.locations import read_bounded
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.errors import ConfigError, InputError, UsageError
+from qwen35.errors import ConfigError, InputError, UsageError, extra_hint
 from qwen35.planning.bounded_tokenizer import TOKENIZER_NAME, encode_bounded
 
 __all__ = ["TextWindows", "read_text"]
@@ -95,9 +95,7 @@ def read_text(
 
 def _tokenizer(checkpoint: Checkpoint) -> bytes:
     if importlib.util.find_spec("tokenizers") is None:
-        raise UsageError(
-            "calibrate", "tokenizers is not installed", hint="pip install 'qwen35[nf4]'"
-        )
+        raise UsageError("calibrate", "tokenizers is not installed", hint=extra_hint("nf4"))
     size = checkpoint.sidecars.get(TOKENIZER_NAME)
     if size is None or checkpoint.place is None:
         raise ConfigError(checkpoint.name, f"no {TOKENIZER_NAME} in it", hint="download it as well")

@@ -1,0 +1,104 @@
+"""A worker of a calibration: runs some windows of text through one block."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen35.calibration.calibration_plan import CalibrationPlan, CalibrationRequest, make_plan
+from qwen35.calibration.calibration_stream import BlockRecord, calibration_stream
+from qwen35.calibration.states import CalibrationFolder
+from qwen35.calibration.sums import Sums
+from qwen35.calibration.text_windows import TextWindows
+from qwen35.checkpoint.source import Reader
+from qwen35.engines.torch_model import torch_and_transformers
+from qwen35.errors import InputError
+from qwen35.execution.failures import answered
+from qwen35.execution.worker import order_in
+from qwen35.execution.worker_process import serve
+from qwen35.forward.forward_stream import Track
+from qwen35.planning.key_differences import key_differences
+from qwen35.planning.work_order import source_from
+from qwen35.progress import Silent
+
+__all__ = ["MODULE", "WINDOWS", "answer"]
+
+MODULE = "qwen35.calibration.share_worker"
+"""This module, which a worker process runs."""
+
+WINDOWS = "windows.npy"
+"""In the work folder: the token ids of all windows, beside the order."""
+
+
+def answer(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Do a job.
+
+    Args:
+        job: ``work``, the folder of hidden states; ``order``, the SHA-256 of the order in it;
+            ``device``, ``threads``; ``block``, ``number`` of the files that it reads, and the
+            ``windows``, from the first to behind the last.
+
+    Returns:
+        ``done`` when hidden states and sums are saved, or ``failure`` after an error.
+    """
+    return answered(_do, job)
+
+
+def _do(job: Mapping[str, Any]) -> None:
+    torch, _ = torch_and_transformers("calibrate")
+    torch.set_num_threads(job["threads"])
+    share = _prepare(job["work"], job["order"], job["device"])
+    share.run(job["block"], job["number"], range(*job["windows"]))
+
+
+@lru_cache(maxsize=1)
+def _prepare(work: str, digest: str, device: str) -> _Share:
+    order, folder = order_in(work, digest), Path(work)
+    windows = np.load(folder / WINDOWS, allow_pickle=False)
+    files = tuple((name, hashed) for name, hashed in order["files"])
+    text = TextWindows(windows, files, order["left_over"])
+    plan = make_plan(source_from(order), text, CalibrationRequest(**order["request"]))
+    if plan.digest != order["plan"]:
+        names = key_differences(order["provenance"], plan.provenance) or ["source"]
+        raise InputError(
+            str(order["root"]),
+            f"{platform.node()} has a different {', '.join(names)}",
+            expected="what the run started with",
+            hint="use the same files and the same versions everywhere",
+        )
+    return _Share(plan, folder, device)
+
+
+class _Share:
+    """What all jobs of a run have in common, and the block that was built last."""
+
+    def __init__(self, plan: CalibrationPlan, folder: Path, device: str) -> None:
+        self._plan, self._folder, self._device = plan, folder, device
+        self._reader = Reader(plan.checkpoint)
+        self._blocks = {block.name: block for block in plan.blocks}
+        self._built: dict[str, Any] = {}
+
+    def run(self, name: str, number: int, windows: range) -> None:
+        """Run windows through a block; save their states and sums."""
+        # Opened anew for each job: on a network file system that shows what others have written.
+        with CalibrationFolder(self._folder, self._plan.digest, restart=False) as work:
+            stream = calibration_stream(self._plan, work, self._reader, self._device, Silent())
+            block, record = self._blocks[name], BlockRecord()
+            if name not in self._built:
+                self._built.clear()  # at most one block is in memory
+                self._built[name] = stream.builder.build(block)
+            batches: list[dict[str, Sums]] = []
+            track = Track(passed=lambda: batches.append(record.taken()))
+            with record.of(block, self._built[name]), stream.torch.inference_mode():
+                stream.through(track, block, self._built[name], number, windows)
+            work.flush()
+            work.save_part(name, windows.start, batches)
+
+
+if __name__ == "__main__":
+    serve(answer)
