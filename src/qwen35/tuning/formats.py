@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from qwen35.codecs.registry import CODECS
 from qwen35.planning.containers import CONTAINERS
 from qwen35.planning.recipe import built_in
 
-__all__ = ["FORMATS"]
+__all__ = ["ENGINES", "FORMATS", "Engine"]
 
 FORMATS: tuple[str, ...] = (
     *CONTAINERS["gguf"].formats,
@@ -18,3 +20,8 @@ FORMATS: tuple[str, ...] = (
 )
 """Of safetensors, only formats with a built-in recipe of that name: tuning builds on it. Recipes of
 dialects mix formats, between which it does not choose."""
+
+Engine = Literal["llama.cpp", "weights"]
+
+ENGINES: tuple[str, ...] = get_args(Engine)
+"""Whose rounding of inputs is priced: llama.cpp's on CPUs, or nobody's."""

@@ -1,4 +1,4 @@
-"""Measurements in a file, reused by resumed runs, other budgets, and fine-tunes of the model."""
+"""Measurements in a file, reused by other budgets and engines, and by fine-tunes of the model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import InputError
 from qwen35.sinks.files import hash_file, replace_file
 from qwen35.sinks.staging import os_errors
-from qwen35.tuning.fit import Probe
+from qwen35.tuning.prices import ExpertPrices, Prices
 from qwen35.version import __version__
 
-__all__ = ["MeasuredTrial", "MeasurementKey", "Measurements", "load_measurements", "model_digest"]
+__all__ = ["MeasurementKey", "Measurements", "Probe", "load_measurements", "model_digest"]
 
-_VERSION = 2
+_VERSION, _BY_PROBES = 3, 2
 _MAX_BYTES = 2**28
 """Bound on the file's bytes, far above any real one: users pass files of others."""
+
+_MOST = 1e12
+"""Bound on prices and numbers of tokens, far above any real ones: the solver needs finite sums."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class MeasurementKey:
         context: tokens per chunk.
         chunks: most chunks measured.
         imatrix: digest of the importance matrix, if any.
+        sample: every how many rows candidates were compared.
         tool: version of this package.
+        weights: number of weights whose type is chosen.
     """
 
     format: str
@@ -46,23 +51,23 @@ class MeasurementKey:
     context: int
     chunks: int
     imatrix: str = ""
+    sample: int = 1
     tool: str = __version__
+    weights: int = 0
 
 
 @dataclass(frozen=True)
-class MeasuredTrial:
-    """A whole allocation that was written and measured.
+class Probe:
+    """A model that was written and measured in its engine, to check prices.
 
     Args:
+        name: of the group that was as chosen, all else exact; empty for a whole recipe.
         digest: of the allocation.
-        nbytes: of its weight files.
-        predicted: mean divergence predicted by the fit, in nats.
         kld: measured mean divergence, in nats.
     """
 
+    name: str
     digest: str
-    nbytes: int
-    predicted: float
     kld: float
 
 
@@ -73,18 +78,16 @@ class Measurements:
     Args:
         key: everything they depend on.
         name: display name of the model.
-        errors: unit to choice to relative squared error.
-        groups: probed group to its units.
-        probes: measured divergences of groups.
-        trials: measured divergences of whole allocations.
+        prices: of every unit; none before they are measured.
+        origin: the model whose prices these are, if this one was fine-tuned from it.
+        probes: measured divergences.
     """
 
     key: MeasurementKey
     name: str
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    groups: dict[str, list[str]] = field(default_factory=dict)
+    prices: Prices = field(default_factory=Prices)
+    origin: str = ""
     probes: list[Probe] = field(default_factory=list)
-    trials: list[MeasuredTrial] = field(default_factory=list)
 
     def save(self, path: Path) -> None:
         """Write the file, replacing an old one atomically."""
@@ -100,37 +103,70 @@ def load_measurements(path: Path) -> Measurements:
         InputError: the file cannot be read, or has another format.
     """
     content = strict_json(read_bounded(path, _MAX_BYTES), str(path))
-    if not isinstance(content, dict) or content.pop("version", None) != _VERSION:
+    version = content.pop("version", None) if isinstance(content, dict) else None
+    if version == _BY_PROBES:
+        raise InputError(
+            str(path),
+            "measured by probes, with an earlier qwen35",
+            expected="prices",
+            hint="give another --measurements, or move it away: prices take a fraction of the time",
+        )
+    if version != _VERSION:
         raise InputError(str(path), "no measurements of `qwen35 tune` in it")
     try:
         return _parsed(content)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(str(path), f"malformed measurements ({error})") from error
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise InputError(str(path), f"malformed measurements ({str(error)[:200]})") from error
 
 
 def _parsed(content: Mapping[str, Any]) -> Measurements:
-    errors = {
-        unit: {choice: _number(value) for choice, value in row.items()}
-        for unit, row in content["errors"].items()
-    }
-    groups = {name: list(map(str, units)) for name, units in content["groups"].items()}
-    probes = [
-        Probe(str(p["group"]), str(p["choice"]), _number(p["kld"])) for p in content["probes"]
-    ]
-    if strange := [probe.group for probe in probes if probe.group not in groups]:
-        raise ValueError(f"a probe of the group {strange[0][:80]!r}, which is not listed")
+    key = MeasurementKey(**content["key"])
+    for name, value in vars(key).items():
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise ValueError(f"{name} is {repr(value)[:80]}")
+    found = content["prices"]
+    weights, inputs = _table(found["weights"]), _table(found["inputs"])
+    if {unit: set(row) for unit, row in weights.items()} != {u: set(r) for u, r in inputs.items()}:
+        raise ValueError("weights and inputs of other units or types")
+    experts = {unit: _experts(one) for unit, one in found["experts"].items()}
+    for unit, one in experts.items():
+        if set(one.prices) != set(weights.get(unit, {})):
+            raise ValueError(f"experts of {unit[:80]!r} in other types")
     return Measurements(
-        MeasurementKey(**content["key"]),
-        str(content["name"]),
-        errors,
-        groups,
-        probes,
-        [_trial(**row) for row in content["trials"]],
+        key,
+        _text(content["name"]),
+        Prices(weights, inputs, experts),
+        _text(content["origin"]),
+        [Probe(_text(p["name"]), _text(p["digest"]), _number(p["kld"])) for p in content["probes"]],
     )
 
 
-def _trial(digest: str, nbytes: int, predicted: float, kld: float) -> MeasuredTrial:
-    return MeasuredTrial(str(digest), int(_number(nbytes)), _number(predicted), _number(kld))
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    return {
+        _text(unit): {_text(choice): _price(value) for choice, value in row.items()}
+        for unit, row in rows.items()
+    }
+
+
+def _experts(one: Mapping[str, Any]) -> ExpertPrices:
+    tokens = [int(_price(count)) for count in one["tokens"]]
+    prices = {choice: list(map(_price, row)) for choice, row in one["prices"].items()}
+    if any(len(row) != len(tokens) for row in prices.values()):
+        raise ValueError("prices of other experts than tokens")
+    return ExpertPrices(tokens, prices)
+
+
+def _price(value: Any) -> float:
+    if not 0 <= _number(value) < _MOST:
+        raise ValueError(f"{repr(value)[:80]} is no price")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{repr(value)[:80]} is not a text")
+    value.encode()  # half of a surrogate pair, which JSON can hold, could not be written again
+    return value
 
 
 def _number(value: Any) -> float:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qwen35.evaluation.evaluation_run import evaluate
-from qwen35.tuning.fit import UnitGroup
 from qwen35.tuning.space import ChoiceSpace
 from qwen35.tuning.units import Allocation
 
-__all__ = ["ProbeLab", "ProbeSetting", "open_lab", "probe_choices"]
+__all__ = ["ProbeLab", "ProbeSetting", "open_lab"]
 
 _SIDE_BY_SIDE = 8
 """Most models per evaluation, if memory allows; they share one run of the exact model."""
@@ -92,17 +91,3 @@ def open_lab(
     with tempfile.TemporaryDirectory(prefix="qwen35-", dir=folder) as work:
         reference = space.reference(Path(work))
         yield ProbeLab(space, setting, Path(work), reference)
-
-
-def probe_choices(space: ChoiceSpace, group: UnitGroup) -> list[str]:
-    """Return the types to probe a group in: a small one and the most precise one.
-
-    The two smallest are skipped if there are enough others: their errors are often too large for
-    the divergence to be additive.
-    """
-    sizes = {unit.name: unit.sizes for unit in space.units}
-    common = [c for c in sizes[group.units[0]] if all(c in sizes[name] for name in group.units)]
-    packed = [choice for choice in common if choice != space.exact]
-    if len(packed) <= 1:
-        return packed
-    return [packed[min(2, len(packed) - 2)], packed[-1]]

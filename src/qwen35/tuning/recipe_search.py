@@ -1,4 +1,4 @@
-"""Recipe search: squared errors, probes, fit, solution, and a measurement of the result."""
+"""Recipe search: prices, the best allocation under a budget, and measurements that check it."""
 
 from __future__ import annotations
 
@@ -6,30 +6,23 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import exp, log
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
-from statistics import fmean
 
 from qwen35.errors import UsageError
 from qwen35.progress import Progress, Silent
-from qwen35.tuning.fit import CostFit, Probe, UnitGroup, fit, group_units, rank_correlation
-from qwen35.tuning.measurements import MeasuredTrial, Measurements
-from qwen35.tuning.probing import ProbeLab, ProbeSetting, open_lab, probe_choices
+from qwen35.tuning.measurements import Measurements, Probe
+from qwen35.tuning.probing import ProbeLab, ProbeSetting, open_lab
 from qwen35.tuning.solve import KnapsackSolution, cheapest, nearest
 from qwen35.tuning.space import ChoiceSpace
-from qwen35.tuning.units import Allocation
+from qwen35.tuning.unit_groups import group_units, rank_correlation
+from qwen35.tuning.units import Allocation, Unit
 
-__all__ = ["TunedRecipe", "TuningBudget", "tune"]
+__all__ = ["PriceCheck", "TunedRecipe", "TuningBudget", "shares", "tune", "whole_model"]
 
-_FRONT = 24
+_FRONT = 16
 """Number of steps between the smallest and the largest size on the predicted front."""
-
-_SMOOTHING = (0.0, 0.5, 1.0)
-"""How far slopes are pulled to the mean of their kind, one candidate solution each.
-
-A probe of one layer is noisy where layers are much alike, so the best value is measured.
-"""
 
 _ROUNDS = 5
 """Most corrections of a predicted divergence by a measured one."""
@@ -37,18 +30,38 @@ _ROUNDS = 5
 _MARGIN = 0.98
 """A divergence of at least this share of the limit is close enough to stop."""
 
+Costs = Mapping[str, Mapping[str, float]]
+"""Unit to choice to nats a token."""
+
 
 @dataclass(frozen=True)
 class TuningBudget:
-    """The limit on a recipe; exactly one of the two is set.
+    """The limit on a recipe; one of the first two is set.
 
     Args:
-        nbytes: most bytes of the weight files.
-        kld: largest mean divergence on the tuning text, in nats.
+        nbytes: most bytes of the weight files, or read per token.
+        kld: largest predicted mean divergence on the tuning text, in nats.
+        active: whether bytes are those read per token.
     """
 
     nbytes: int | None = None
     kld: float | None = None
+    active: bool = False
+
+
+@dataclass(frozen=True)
+class PriceCheck:
+    """A measured model beside its price.
+
+    Args:
+        name: of the group that was quantized alone; empty for the whole recipe.
+        predicted: its price, in nats.
+        kld: measured mean divergence, in nats.
+    """
+
+    name: str
+    predicted: float
+    kld: float
 
 
 @dataclass(frozen=True)
@@ -58,33 +71,45 @@ class TunedRecipe:
     Args:
         chosen: unit to choice.
         nbytes: of the weight files.
-        predicted: mean divergence predicted by the fit, in nats.
-        kld: measured mean divergence; None without probes.
-        fitted: cost of each unit in each choice.
+        active: bytes read per token.
+        predicted: mean divergence on the text by the prices, in nats.
+        costs: the price of each unit in each choice.
+        by_active: whether the budget, and the sizes of `front`, are bytes read per token.
         front: bytes and predicted divergence of the best allocations of other sizes.
-        probes: number of probes measured.
-        errors_rank: rank correlation of a group's squared error with its measured divergence.
-        prediction: measured over predicted divergence of each allocation tried.
+        checks: measured models, the recipe first; empty without probes.
     """
 
     chosen: Allocation
     nbytes: int
+    active: int
     predicted: float
-    kld: float | None
-    fitted: CostFit
+    costs: Costs
+    by_active: bool
     front: Sequence[tuple[int, float]]
-    probes: int
-    errors_rank: float | None
-    prediction: Sequence[float]
+    checks: Sequence[PriceCheck] = ()
+
+    @property
+    def kld(self) -> float | None:
+        """Measured mean divergence; None without probes."""
+        return self.checks[0].kld if self.checks else None
+
+    @property
+    def rank(self) -> float | None:
+        """Rank correlation of prices and measured divergences of groups; None for fewer than 3."""
+        groups = self.checks[1:]
+        if len(groups) < 3:
+            return None
+        return rank_correlation([one.predicted for one in groups], [one.kld for one in groups])
 
 
 def tune(
     space: ChoiceSpace,
     budget: TuningBudget,
-    setting: ProbeSetting,
     measured: Measurements,
+    costs: Costs,
     *,
-    probes: int,
+    probes: int = 0,
+    setting: ProbeSetting,
     save: Callable[[Measurements], None],
     work: Path | None = None,
     progress: Callable[[str], Progress] = lambda _: Silent(),
@@ -94,9 +119,10 @@ def tune(
     Args:
         space: the choices.
         budget: the limit.
-        setting: how divergence is measured.
-        measured: earlier measurements; missing ones are measured and added.
-        probes: most groups to probe; 0 to use squared errors alone.
+        measured: keeps the probes; missing ones are measured and added.
+        costs: the price of each choice.
+        probes: most models to measure as a check.
+        setting: how.
         save: called after measurements were added.
         work: folder for temporary files.
         progress: returns a progress that counts the named unit.
@@ -104,165 +130,164 @@ def tune(
     Raises:
         UsageError: the budget cannot be met.
     """
-    required = {unit.name: set(unit.sizes) for unit in space.units}
-    if required != {unit: set(row) for unit, row in measured.errors.items()}:
-        measured.errors = space.errors(setting.threads, progress("weights"))
-        save(measured)
+    market = _Market(space, budget, costs)
     if not probes:
-        if budget.kld is not None:
-            raise UsageError("--max-kld", "given with --probes 0", hint="nothing would measure it")
-        fitted = _fit(space, group_units(space.units, 1), measured, 0.0)
-        solution = _within(space, fitted, budget.nbytes)
-        return _tuned(space, solution, None, fitted, measured)
-    groups = _groups(space, measured, probes)
+        return market.tuned(market.solved())
     with open_lab(space, setting, work) as lab:
-        _probe(lab, groups, measured, save, progress("probes"))
-        if budget.kld is not None:
-            solution, kld, fitted = _below(lab, groups, measured, budget.kld, save)
-        else:
-            solution, kld, fitted = _best(lab, groups, measured, budget.nbytes, save)
-    return _tuned(space, solution, kld, fitted, measured)
+        bench = _Bench(lab, measured, save, costs, progress("probes"))
+        solution = market.solved() if budget.kld is None else _below(market, bench, budget.kld)
+        return replace(market.tuned(solution), checks=bench.checks(solution, probes))
 
 
-def _groups(space: ChoiceSpace, measured: Measurements, most: int) -> list[UnitGroup]:
-    """Return the groups probed before if they cover the units exactly, else new ones."""
-    earlier = [UnitGroup(name, tuple(units)) for name, units in measured.groups.items()]
-    covered = sorted(unit for group in earlier for unit in group.units)
-    if covered == sorted(unit.name for unit in space.units):
-        return earlier
-    groups = group_units(space.units, most)
-    measured.groups = {group.name: list(group.units) for group in groups}
-    measured.probes = []
-    return groups
+@dataclass(frozen=True)
+class _Market:
+    """Units with what each choice takes of the budget, and its price."""
+
+    space: ChoiceSpace
+    budget: TuningBudget
+    costs: Costs
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """The units, whose sizes are what counts for the budget."""
+        if not self.budget.active:
+            return self.space.units
+        return [
+            replace(unit, sizes=read_sizes(unit, self.space.read_share(unit)))
+            for unit in self.space.units
+        ]
+
+    @property
+    def fixed(self) -> int:
+        """Bytes of the budget that no choice changes."""
+        if self.budget.active:
+            return self.space.fixed_active
+        return self.space.fixed_bytes
+
+    def solved(self) -> KnapsackSolution:
+        """Return the best allocation for the budget, by the prices alone."""
+        if self.budget.kld is not None:
+            return self.below(self.budget.kld)
+        assert self.budget.nbytes is not None  # a budget sets exactly one limit
+        return self._within(self.budget.nbytes)
+
+    def below(self, nats: float) -> KnapsackSolution:
+        """Return the smallest allocation of at most such a price."""
+        return cheapest(self.units, self.costs, nats)
+
+    def _within(self, nbytes: int) -> KnapsackSolution:
+        """Solve for a size.
+
+        File headers depend slightly on the choices, so the budget shrinks until the exact size
+        fits.
+        """
+        room = nbytes
+        while True:
+            solution = nearest(self.units, self.costs, room - self.fixed)
+            if set(solution.choices.values()) == {self.space.exact}:
+                raise whole_model(nbytes)
+            excess = 0 if self.budget.active else self.space.size(solution.choices) - nbytes
+            if excess <= 0:
+                return solution
+            room -= excess
+
+    def tuned(self, solution: KnapsackSolution) -> TunedRecipe:
+        """Return a solution as a result."""
+        chosen = solution.choices
+        if self.space.packs_nothing(chosen):
+            hint = "allow more: nothing could be packed"
+            raise UsageError("--max-kld", "only the whole model is that close", hint=hint)
+        return TunedRecipe(
+            chosen,
+            self.space.size(chosen),
+            self.space.active(chosen),
+            solution.cost,
+            self.costs,
+            self.budget.active,
+            list(self._front()),
+        )
+
+    def _front(self) -> Iterator[tuple[int, float]]:
+        """Yield bytes and predicted divergence for sizes from the smallest to the largest."""
+        units = self.units
+        small = sum(min(unit.sizes.values()) for unit in units)
+        large = sum(max(unit.sizes.values()) for unit in units)
+        for i in range(_FRONT + 1):
+            solution = nearest(units, self.costs, small + (large - small) * i // _FRONT)
+            yield self.fixed + solution.nbytes, solution.cost
 
 
-def _probe(
-    lab: ProbeLab,
-    groups: Sequence[UnitGroup],
-    measured: Measurements,
-    save: Callable[[Measurements], None],
-    progress: Progress,
-) -> None:
-    done = {(probe.group, probe.choice) for probe in measured.probes}
-    required = [(group, choice) for group in groups for choice in probe_choices(lab.space, group)]
-    missing = [(group, choice) for group, choice in required if (group.name, choice) not in done]
-    exact = {unit.name: lab.space.exact for unit in lab.space.units}
-    progress.begin("probes", len(required))
-    try:
-        progress.advance(len(required) - len(missing), "already measured")
-        for start in range(0, len(missing), lab.side_by_side):
-            batch = missing[start : start + lab.side_by_side]
-            tried = [{**exact, **dict.fromkeys(group.units, choice)} for group, choice in batch]
-            for (group, choice), kld in zip(batch, lab.measure(tried), strict=True):
-                measured.probes.append(Probe(group.name, choice, kld))
-            save(measured)
-            progress.advance(len(batch), batch[-1][0].name)
-    finally:
-        progress.end()
+def whole_model(nbytes: int) -> UsageError:
+    """Return the error of a budget that leaves nothing to choose."""
+    hint = "nothing needs to be quantized: give less"
+    return UsageError("--size", f"{nbytes:,} bytes hold the whole model", hint=hint)
 
 
-def _fit(
-    space: ChoiceSpace, groups: Sequence[UnitGroup], measured: Measurements, smoothing: float
-) -> CostFit:
-    """Fit costs, with slopes pulled to the geometric mean of their kind by `smoothing`."""
-    exact = {space.exact: 0.0}
-    fitted = fit(groups, measured.probes, measured.errors, exact)
-    if not smoothing:
-        return fitted
-    kinds: dict[str, list[float]] = defaultdict(list)
-    for group in groups:
-        kinds[group.name.partition("@")[0]].append(max(fitted.slopes[group.name], 1e-15))
-    costs: dict[str, dict[str, float]] = {}
-    for group in groups:
-        own = max(fitted.slopes[group.name], 1e-15)  # slopes may be 0, logarithms may not
-        shared = fmean(map(log, kinds[group.name.partition("@")[0]]))
-        factor = exp(smoothing * (shared - log(own)))
-        for unit in group.units:
-            offset = fitted.offsets[group.name] / len(group.units)
-            costs[unit] = {
-                choice: cost if choice in exact else (cost - offset) * factor + offset
-                for choice, cost in fitted.costs[unit].items()
-            }
-    return CostFit(fitted.slopes, fitted.offsets, costs)
+def read_sizes(unit: Unit, share: Fraction) -> dict[str, int]:
+    """Return the bytes of each choice that a token reads, rounded up."""
+    return {choice: -int(-share * nbytes // 1) for choice, nbytes in unit.sizes.items()}
 
 
-def _within(space: ChoiceSpace, fitted: CostFit, nbytes: int | None) -> KnapsackSolution:
-    """Solve for a size of the weight files.
+@dataclass(frozen=True)
+class _Bench:
+    """Measures allocations beside their prices; each only once."""
 
-    File headers depend slightly on the choices, so the budget shrinks until the exact size fits.
-    """
-    assert nbytes is not None  # a budget sets exactly one limit
-    room = nbytes
-    while True:
-        solution = nearest(space.units, fitted.costs, room - _fixed_bytes(space))
-        if set(solution.choices.values()) == {space.exact}:
-            hint = "nothing needs to be quantized: give less"
-            raise UsageError("--size", f"{nbytes:,} bytes hold the whole model", hint=hint)
-        excess = space.size(solution.choices) - nbytes
-        if excess <= 0:
-            return solution
-        room -= excess
+    lab: ProbeLab
+    measured: Measurements
+    save: Callable[[Measurements], None]
+    costs: Costs
+    progress: Progress
 
+    def klds(self, tried: Sequence[tuple[str, Allocation]]) -> list[float]:
+        """Return the divergence of each named allocation; measure only new ones."""
+        known = {probe.digest: probe.kld for probe in self.measured.probes}
+        missing = {d: one for one in tried if (d := _digest(one[1])) not in known}
+        self.progress.begin("probes", len(tried))
+        try:
+            self.progress.advance(len(tried) - len(missing), "already measured")
+            todo, most = list(missing.items()), self.lab.side_by_side
+            for start in range(0, len(todo), most):
+                batch = todo[start : start + most]
+                made = self.lab.measure([chosen for _, (_, chosen) in batch])
+                for (digest, (name, _)), kld in zip(batch, made, strict=True):
+                    self.measured.probes.append(Probe(name, digest, kld))
+                    known[digest] = kld
+                self.save(self.measured)
+                self.progress.advance(len(batch), batch[-1][1][0] or "the recipe")
+        finally:
+            self.progress.end()
+        return [known[_digest(chosen)] for _, chosen in tried]
 
-def _fixed_bytes(space: ChoiceSpace) -> int:
-    """Return the bytes of the files that do not depend on any choice."""
-    least = {unit.name: min(unit.sizes, key=lambda c: unit.sizes[c]) for unit in space.units}
-    return space.size(least) - sum(unit.sizes[least[unit.name]] for unit in space.units)
-
-
-def _trial(
-    lab: ProbeLab,
-    solutions: Sequence[KnapsackSolution],
-    measured: Measurements,
-    save: Callable[[Measurements], None],
-) -> list[float]:
-    """Return the divergence of whole allocations; measure only new ones."""
-    known = {trial.digest: trial.kld for trial in measured.trials}
-    missing = {_digest(s.choices): s for s in solutions if _digest(s.choices) not in known}
-    if missing:
-        klds = lab.measure([solution.choices for solution in missing.values()])
-        for (digest, solution), kld in zip(missing.items(), klds, strict=True):
-            size = lab.space.size(solution.choices)
-            measured.trials.append(MeasuredTrial(digest, size, solution.cost, kld))
-            known[digest] = kld
-        save(measured)
-    return [known[_digest(solution.choices)] for solution in solutions]
+    def checks(self, solution: KnapsackSolution, probes: int) -> list[PriceCheck]:
+        """Measure a solution, and then its dearest groups, each alone."""
+        space, chosen = self.lab.space, solution.choices
+        exact = {unit.name: space.exact for unit in space.units}
+        tried: list[tuple[str, Allocation, float]] = [("", chosen, solution.cost)]
+        alone: list[tuple[str, Allocation, float]] = []
+        for group in group_units(space.units, max(1, probes - 1)):
+            own = {unit: chosen[unit] for unit in group.units}
+            price = sum(self.costs[unit][choice] for unit, choice in own.items())
+            if set(own.values()) != {space.exact}:
+                alone.append((group.name, {**exact, **own}, price))
+        tried += sorted(alone, key=lambda one: -one[2])[: probes - 1]
+        klds = self.klds([(name, allocation) for name, allocation, _ in tried])
+        return [
+            PriceCheck(name, price, kld) for (name, _, price), kld in zip(tried, klds, strict=True)
+        ]
 
 
 def _digest(chosen: Allocation) -> str:
     return hashlib.sha256(json.dumps(sorted(chosen.items())).encode()).hexdigest()
 
 
-def _best(
-    lab: ProbeLab,
-    groups: Sequence[UnitGroup],
-    measured: Measurements,
-    nbytes: int | None,
-    save: Callable[[Measurements], None],
-) -> tuple[KnapsackSolution, float, CostFit]:
-    """Solve with several fits and keep the solution with the least measured divergence."""
-    fits = [_fit(lab.space, groups, measured, smoothing) for smoothing in _SMOOTHING]
-    solutions = [_within(lab.space, fitted, nbytes) for fitted in fits]
-    klds = _trial(lab, solutions, measured, save)
-    best = min(range(len(klds)), key=lambda i: klds[i])
-    return solutions[best], klds[best], fits[best]
-
-
-def _below(
-    lab: ProbeLab,
-    groups: Sequence[UnitGroup],
-    measured: Measurements,
-    limit: float,
-    save: Callable[[Measurements], None],
-) -> tuple[KnapsackSolution, float, CostFit]:
+def _below(market: _Market, bench: _Bench, limit: float) -> KnapsackSolution:
     """Solve for a divergence, and correct the target until the measured one is below the limit."""
-    fitted = _fit(lab.space, groups, measured, 0.0)
     allowed, accepted = limit, []
     for _ in range(_ROUNDS):
-        solution = cheapest(lab.space.units, fitted.costs, allowed)
-        [kld] = _trial(lab, [solution], measured, save)
+        solution = market.below(allowed)
+        [kld] = bench.klds([("", solution.choices)])
         if kld <= limit:
-            accepted.append((solution, kld))
+            accepted.append(solution)
             if kld >= _MARGIN * limit or kld == 0:
                 break
         # Scale by the error of the prediction, aiming between the margin and the limit.
@@ -273,47 +298,12 @@ def _below(
             f"{limit:.3g} was not reached in {_ROUNDS} rounds (the last measured {kld:.3g})",
             hint="allow more precise types with --types",
         )
-    return *min(accepted, key=lambda pair: pair[0].nbytes), fitted
+    return min(accepted, key=lambda solution: solution.nbytes)
 
 
-def _tuned(
-    space: ChoiceSpace,
-    solution: KnapsackSolution,
-    kld: float | None,
-    fitted: CostFit,
-    measured: Measurements,
-) -> TunedRecipe:
-    pairs = [
-        (sum(measured.errors[u][p.choice] for u in measured.groups[p.group]), p.kld)
-        for p in measured.probes
-        if p.choice == probe_choices(space, UnitGroup(p.group, tuple(measured.groups[p.group])))[0]
-    ]
-    return TunedRecipe(
-        solution.choices,
-        space.size(solution.choices),
-        solution.cost,
-        kld,
-        fitted,
-        list(_front(space, fitted)),
-        len(measured.probes),
-        rank_correlation(*map(list, zip(*pairs, strict=True))) if pairs else None,
-        [trial.kld / trial.predicted for trial in measured.trials if trial.predicted > 0],
-    )
-
-
-def _front(space: ChoiceSpace, fitted: CostFit) -> Iterator[tuple[int, float]]:
-    """Yield bytes and predicted divergence for sizes from the smallest to the largest."""
-    small = sum(min(unit.sizes.values()) for unit in space.units)
-    large = sum(max(unit.sizes.values()) for unit in space.units)
-    fixed = _fixed_bytes(space)
-    for i in range(_FRONT + 1):
-        solution = nearest(space.units, fitted.costs, small + (large - small) * i // _FRONT)
-        yield fixed + solution.nbytes, solution.cost
-
-
-def shares(fitted: CostFit, chosen: Mapping[str, str]) -> dict[str, float]:
-    """Return the cost of each kind of unit as chosen, in nats."""
-    costs: dict[str, float] = defaultdict(float)
+def shares(costs: Costs, chosen: Mapping[str, str]) -> dict[str, float]:
+    """Return the price of each kind of unit as chosen, in nats."""
+    found: dict[str, float] = defaultdict(float)
     for unit, choice in chosen.items():
-        costs[unit.partition("@")[0]] += fitted.costs[unit][choice]
-    return dict(costs)
+        found[unit.partition("@")[0]] += costs[unit][choice]
+    return dict(found)

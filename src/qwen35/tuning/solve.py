@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, extra_hint
 from qwen35.tuning.units import Allocation, Unit
 
 __all__ = ["KnapsackSolution", "cheapest", "nearest"]
@@ -92,9 +92,8 @@ def _solve(
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import csr_array
     except ImportError as error:
-        raise UsageError(
-            "tuning", f"{error.name} is not installed", hint="pip install 'qwen35[tune]'"
-        ) from error
+        found = f"{error.name} is not installed"
+        raise UsageError("tuning", found, hint=extra_hint("tune")) from error
     of_unit = np.repeat(np.arange(len(units)), [len(unit.sizes) for unit in units])
     count = len(of_unit)
     once = csr_array((np.ones(count), (of_unit, np.arange(count))), shape=(len(units), count))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.codec import Codec
-from qwen35.codecs.ggml.codec import codec_name
+from qwen35.codecs.ggml.codec import GGML, codec_name
 from qwen35.codecs.ggml.types import GGML_TYPES, ggml_type
 from qwen35.codecs.registry import CODECS
 from qwen35.planning.containers import container_of
@@ -23,6 +23,7 @@ from qwen35.planning.step import Step
 from qwen35.writing.write import write
 
 if TYPE_CHECKING:
+    from qwen35.codecs.input_quantizers import InputQuantizer
     from qwen35.planning.gguf_files.imatrix import Imatrix
 
 __all__ = ["TUNABLE", "Tunable", "tunable_of"]
@@ -33,12 +34,14 @@ class Tunable(ABC):
 
     Attributes:
         typed: whether the user may name the types and give an importance matrix.
+        rounds_inputs: whether llama.cpp runs it, which rounds the inputs of products.
         exact: the lossless choice.
         exact_recipe: the built-in recipe with only that choice, if rules cannot express it.
         remedy: hint for weights that no choice fits.
     """
 
     typed: ClassVar[bool] = False
+    rounds_inputs: ClassVar[bool] = False
     exact: ClassVar[str]
     exact_recipe: ClassVar[str] = ""
     remedy: ClassVar[str] = ""
@@ -78,6 +81,11 @@ class Tunable(ABC):
     def stored(self, nbytes: int) -> int:
         """Return the bytes a tensor of `nbytes` takes in a file."""
         return nbytes
+
+    def input_rounding(self, choice: str) -> InputQuantizer | None:
+        """Return what the engine does to the inputs of products with a choice; None if nothing."""
+        del choice
+        return None
 
     def size(self, plan: Plan, kinds: Mapping[str, str], planned: Callable[[], Plan]) -> int:
         """Return the bytes of the weight files.
@@ -133,7 +141,7 @@ class _Safetensors(Tunable):
 class _Gguf(Tunable):
     """Which ggml type each tensor gets."""
 
-    typed = True
+    typed = rounds_inputs = True
     exact = "f16"
     remedy = "add q8_0 or f16"
 
@@ -150,6 +158,10 @@ class _Gguf(Tunable):
 
     def codec(self, choice: str) -> Codec:
         return CODECS[codec_name(choice)]
+
+    def input_rounding(self, choice: str) -> InputQuantizer | None:
+        rounding: InputQuantizer = next(c for c in GGML if c.kind.name == choice).input_rounding
+        return rounding
 
     def base(self, kind: str) -> str:
         del kind

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qwen35.display import size
 from qwen35.planning.layers import spell_layers
 from qwen35.table import described_lines
-from qwen35.tuning.fit import group_units
-from qwen35.tuning.probing import probe_choices
+from qwen35.tuning.measurements import Measurements
+from qwen35.tuning.prices import FEW_TOKENS, few_experts
+from qwen35.tuning.pricing_plan import PricingPlan
 from qwen35.tuning.recipe_search import TunedRecipe, TuningBudget, shares
 from qwen35.tuning.space import ChoiceSpace
 from qwen35.tuning.units import names_of
@@ -18,77 +20,123 @@ from qwen35.tuning.units import names_of
 __all__ = ["plan_text", "tuned_json", "tuned_text"]
 
 
-def plan_text(space: ChoiceSpace, budget: TuningBudget, probes: int) -> tuple[str, dict[str, Any]]:
+def plan_text(
+    space: ChoiceSpace, budget: TuningBudget, plan: PricingPlan, probes: int
+) -> tuple[str, dict[str, Any]]:
     """Return what a run would measure, as text and as plain values for JSON."""
-    groups = group_units(space.units, probes) if probes else []
-    count = sum(len(probe_choices(space, group)) for group in groups)
     exact = {unit.name: space.exact for unit in space.units}
-    least, most = space.size(space.smallest), space.size(exact)
+    count = space.active if budget.active else space.size
+    least, most = count(space.smallest), count(exact)
     value = {
         "units": len(space.units),
-        "groups": len(groups),
-        "probes": count,
+        "windows": plan.windows,
+        "memory": plan.memory,
+        "disk": plan.disk,
+        "read_bytes": plan.read_bytes,
+        "probes": probes,
         "smallest": least,
         "exact": most,
         "budget": budget.nbytes,
+        "active": budget.active,
     }
     kinds = ", ".join(names_of(space.units))
+    what = "bytes read per token" if budget.active else "weight files"
     lines = [
         f"{len(space.units)} units, each with its own type: {kinds}",
-        f"{count} probes of {len(groups)} groups; each temporarily writes about {size(most)}",
-        f"weight files from {size(least)} to {size(most)}",
+        f"prices from at most {plan.windows} windows of {plan.length + 1} tokens, once forward and "
+        "once back",
+        f"read {size(plan.read_bytes)}, and every weight once more for its types",
+        f"memory about {size(plan.memory)}; disk at most {size(plan.disk)} meanwhile",
+        f"{what} from {size(least)} to {size(most)}",
     ]
+    if plan.sizes.wide:
+        lines.insert(3, "experts are read one by one")
+    if probes:
+        lines.append(f"{probes} probes; each temporarily writes about {size(space.size(exact))}")
     if budget.nbytes is not None:
-        lines.append(
-            f"budget {size(budget.nbytes)}, {_bits(space, budget.nbytes):.3f} bits per weight"
-        )
+        bits = _bits(space, budget.nbytes, active=budget.active)
+        lines.append(f"budget {size(budget.nbytes)}, {bits:.3f} bits per weight")
     return "\n".join(lines), value
 
 
-def _bits(space: ChoiceSpace, nbytes: int) -> float:
-    return 8 * nbytes / space.weights
+def _bits(space: ChoiceSpace, nbytes: int, *, active: bool = False) -> float:
+    return 8 * nbytes / (space.active_weights if active else space.weights)
 
 
-def tuned_json(space: ChoiceSpace, tuned: TunedRecipe) -> dict[str, Any]:
-    """Return a result as plain values for JSON."""
+def tuned_json(
+    space: ChoiceSpace, tuned: TunedRecipe, measured: Measurements, engine: str
+) -> dict[str, Any]:
+    """Return a result as plain values."""
     return {
         "format": space.format,
+        "engine": engine,
         "bytes": tuned.nbytes,
         "bits_per_weight": _bits(space, tuned.nbytes),
-        "predicted_kld": tuned.predicted if tuned.kld is not None else None,
+        "active_bytes": tuned.active,
+        "active": tuned.by_active,
+        "predicted_kld": tuned.predicted,
         "measured_kld": tuned.kld,
-        "probes": tuned.probes,
-        "rank_correlation": tuned.errors_rank,
-        "measured_over_predicted": list(tuned.prediction),
+        "probes": [
+            {"group": one.name or None, "predicted_kld": one.predicted, "measured_kld": one.kld}
+            for one in tuned.checks
+        ],
+        "rank_correlation": tuned.rank,
+        "priced_as": measured.origin or None,
+        "sample": measured.key.sample,
+        "few_tokens": few_experts(measured.prices.experts),
         "chosen": dict(tuned.chosen),
         "front": [{"bytes": b, "predicted_kld": k} for b, k in tuned.front],
     }
 
 
 def tuned_text(
-    space: ChoiceSpace, tuned: TunedRecipe, recipe: Path, width: int | None = None
+    space: ChoiceSpace,
+    tuned: TunedRecipe,
+    measured: Measurements,
+    recipe: Path,
+    width: int | None = None,
 ) -> str:
     """Render a result: a row per kind of unit, then size and divergence."""
-    of_kind = shares(tuned.fitted, tuned.chosen)
+    of_kind = shares(tuned.costs, tuned.chosen)
     rows = []
     for kind, cell in _cells(space, tuned).items():
         share = of_kind[kind] / tuned.predicted if tuned.predicted else 0.0
         rows.append((kind, f"{100 * share:>11.1f} %", cell))
     lines = described_lines(("role", "share of loss", "types"), rows, width)
     lines += ["", f"{size(tuned.nbytes)}, {_bits(space, tuned.nbytes):.3f} bits per weight"]
-    if tuned.kld is None:
-        lines.append("no divergence measured: chosen by squared errors alone")
-    else:
-        lines.append(
-            f"mean divergence {tuned.kld:.6f} nats measured, {tuned.predicted:.6f} predicted "
-            f"from {tuned.probes} probes"
-        )
-    if tuned.errors_rank is not None:
-        lines.append(
-            f"rank correlation of squared error and measured divergence: {tuned.errors_rank:.2f}"
-        )
+    if tuned.active != tuned.nbytes and space.checkpoint.config.moe:
+        lines.append(f"{size(tuned.active)} read per token")
+    lines += [*_divergence(tuned), *price_notes(measured)]
     lines += ["", f"{recipe}: use it as --recipe {recipe}"]
     return "\n".join(lines)
+
+
+def _divergence(tuned: TunedRecipe) -> Iterator[str]:
+    said = f"mean divergence {tuned.predicted:.6f} nats predicted"
+    yield said if tuned.kld is None else f"{said}, {tuned.kld:.6f} measured"
+    for check in tuned.checks[1:]:
+        yield f"  {check.name} alone: {check.predicted:.6f} predicted, {check.kld:.6f} measured"
+    if tuned.rank is not None:
+        yield f"rank correlation of predicted and measured: {tuned.rank:.2f}"
+
+
+def price_notes(measured: Measurements) -> Iterator[str]:
+    """Yield what makes prices less certain than they look."""
+    key, prices = measured.key, measured.prices
+    if measured.origin:
+        yield f"the prices are those of {measured.origin}"
+    if key.sample > 1:
+        yield f"types were compared on one row in {key.sample}"
+    few = few_experts(prices.experts)
+    # Of one stack in each layer: the others saw the same tokens.
+    layers = {unit.partition("@")[2]: unit for unit in prices.experts}
+    count = sum(few.get(unit, 0) for unit in layers.values())
+    if count:
+        of = sum(len(prices.experts[unit].tokens) for unit in layers.values())
+        yield (
+            f"{count:,} of {of:,} experts saw fewer than {FEW_TOKENS} tokens, and have the price "
+            "per token of their layer"
+        )
 
 
 def _cells(space: ChoiceSpace, tuned: TunedRecipe) -> dict[str, str]:
