@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from qwen35.errors import EndpointError
@@ -18,6 +18,8 @@ CHAT_PATH = "/v1/chat/completions"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of the reasoning beside the content: llama-server, SGLang and older vLLM; vLLM and Ollama;
 the native interface of Ollama."""
+
+_KINDS: dict[type, str] = {list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,31 @@ def chat(client: ServerClient, request: Mapping[str, Any]) -> ChatReply:
     message = value_in(answer, "choices", 0, "message")
     if not isinstance(message, dict):
         raise EndpointError(f"{client.endpoint.url}{CHAT_PATH}", "an answer without a message")
+    calls = list_in(message, "tool_calls")
+    _check_text(client, message, "a message whose content is", "content")
+    for entry in calls:
+        _check_text(client, entry, "a tool call whose arguments are", "function", "arguments")
     return ChatReply(
         content=text_in(message, "content") or "",
         reasoning=_reasoning(message),
-        calls=tuple(map(_call, list_in(message, "tool_calls"))),
+        calls=tuple(map(_call, calls)),
         finish=text_in(answer, "choices", 0, "finish_reason") or "",
         prompt_tokens=count_in(answer, "usage", "prompt_tokens"),
         completion_tokens=count_in(answer, "usage", "completion_tokens"),
         model=text_in(answer, "model") or "",
     )
+
+
+def _check_text(client: ServerClient, value: Any, what: str, *path: str) -> None:
+    """Refuse what is not the text that it must be, rather than take it for an empty one."""
+    found = value_in(value, *path)
+    if found is not None and not isinstance(found, str):
+        kind = _KINDS.get(type(found), "a number, true or false")
+        error = EndpointError(
+            f"{client.endpoint.url}{CHAT_PATH}", f"{what} {kind}", expected="text"
+        )
+        error.status = 200
+        raise error
 
 
 def _reasoning(message: Any) -> str:
@@ -181,11 +199,7 @@ def streamed_chat(client: ServerClient, request: Mapping[str, Any]) -> StreamedR
         if pieces.add(event):
             first = first or time.monotonic() - begun
             count += 1
-    reply = pieces.reply()
-    # A key that came in two pieces is one only now.
-    content, reasoning = client.hidden(reply.content), client.hidden(reply.reasoning)
-    reply = replace(reply, content=content, reasoning=reasoning)
-    return StreamedReply(reply, first, time.monotonic() - begun, count)
+    return StreamedReply(pieces.reply(), first, time.monotonic() - begun, count)
 
 
 _MOST_EVENTS = 100_000

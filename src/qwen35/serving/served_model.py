@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from qwen35.display import cut, printable
 from qwen35.errors import EndpointError, UsageError, did_you_mean
+from qwen35.serving.hidden_keys import shown
 from qwen35.serving.json_values import count_in, list_in, number_in, text_in, value_in
 from qwen35.serving.server_client import ServerClient
 
@@ -18,6 +19,8 @@ Dialect = Literal["vllm", "sglang", "llama.cpp", "ollama", "tgi", "openai"]
 
 _SHOWN = 200
 _LISTED = 8
+_COMPARED = 1000
+"""Names of a server that a wrong one is compared with."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class ServedModel:
     """A model as its server describes it; what the server does not tell is None.
 
     Args:
-        name: by which it is asked.
+        name: by which it is asked; `title` is for people.
         dialect: whose extensions of the OpenAI API the server has.
         server: the server's name and version.
         context: tokens of prompt and answer together.
@@ -45,6 +48,11 @@ class ServedModel:
     template: str | None = None
 
     @property
+    def title(self) -> str:
+        """The name, cut and printable, as text for people and records."""
+        return shown(self.name, _SHOWN)
+
+    @property
     def described(self) -> str:
         """What is known, in one line."""
         facts = (
@@ -57,7 +65,7 @@ class ServedModel:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values, without the template."""
-        values = asdict(self)
+        values = {**asdict(self), "name": self.title}
         del values["template"]
         return values
 
@@ -78,8 +86,9 @@ def identify(client: ServerClient, name: str | None = None) -> ServedModel:
     if name is None:
         name = _only(client, list(named))
     elif named and name not in named:
-        hint = did_you_mean(name, named)
-        raise UsageError(f"--model {name}", "not served", expected=_some(named), hint=hint)
+        near = [shown(one, _SHOWN) for one in list(named)[:_COMPARED]]
+        hint, subject = did_you_mean(name[:_SHOWN], near), f"--model {shown(name, _SHOWN)}"
+        raise UsageError(subject, "not served", expected=_some(named), hint=hint)
     row = named.get(name)
     dialect, describe = _OWNERS.get(text_in(row, "owned_by") or "", _STRANGER)
     model = ServedModel(name, dialect, context=count_in(row, "max_model_len"))
@@ -105,8 +114,8 @@ def _only(client: ServerClient, names: list[str]) -> str:
 
 
 def _some(names: Mapping[str, Any] | list[str]) -> str:
-    shown = [cut(printable(name), 80) for name in list(names)[:_LISTED]]
-    return ", ".join([*shown, *(["..."] if len(names) > _LISTED else [])])
+    first = [shown(name, 80) for name in list(names)[:_LISTED]]
+    return ", ".join([*first, *(["..."] if len(names) > _LISTED else [])])
 
 
 def _asked(client: ServerClient, path: str, body: Any = None) -> Any:
@@ -119,7 +128,7 @@ def _asked(client: ServerClient, path: str, body: Any = None) -> Any:
 
 def _said(value: Any, *path: str | int) -> str | None:
     text = text_in(value, *path)
-    return cut(printable(text), _SHOWN) if text else None
+    return shown(text, _SHOWN) if text else None
 
 
 def _vllm(client: ServerClient, model: ServedModel, row: Any) -> ServedModel:
@@ -231,10 +240,15 @@ def draft_counts(client: ServerClient) -> DraftCounts | None:
     sums: dict[str, float] = {}
     for line in text.splitlines():
         if match := _SAMPLE.match(line):
-            try:
-                sums[match[2]] = sums.get(match[2], 0.0) + float(match[3])
-            except ValueError:
-                continue
-    if "draft" not in sums:
-        return None
-    return DraftCounts(sums["draft"], sums.get("accepted", 0.0))
+            sums[match[2]] = sums.get(match[2], 0.0) + _counted(match[3])
+    counts = DraftCounts(sums.get("draft", math.nan), sums.get("accepted", 0.0))
+    return counts if math.isfinite(counts.drafted + counts.accepted) else None
+
+
+def _counted(text: str) -> float:
+    """Return a counter; NaN if it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return value if 0 <= value < math.inf else math.nan

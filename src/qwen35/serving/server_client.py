@@ -1,37 +1,41 @@
 """Requests to a server of models, each with bounds on time, bytes and repetitions.
 
-- The key goes to the endpoint's address alone: redirects are refused.
+- The key goes to the endpoint's address alone: redirects are refused, and proxies are not used.
 - An answer ends within `Bounds.seconds`, whatever the server sends meanwhile, and is no longer than
   the request allows. A server that is busy (429, 503) is asked again after its ``Retry-After``, a
-  few times and for a few minutes at most; so is one that does not accept the connection.
-- What is shown of an answer is cut, made printable, and never holds the key.
+  few times and for a few minutes at most; so is one that does not accept the connection. One that
+  is busy all the time is not asked again for each request.
+- What is shown of an answer is cut, made printable, and never holds the key; what is returned is
+  what the server sent.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import queue
+import ssl
+import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import wait
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
+from http.cookiejar import CookieJar
+from typing import Any
 
 import httpx2
 
 from qwen35.closing import Closing
-from qwen35.display import cut, printable
-from qwen35.errors import EndpointError
+from qwen35.errors import EndpointError, UsageError
 from qwen35.serving.endpoint import KEY_VARIABLE, Endpoint
+from qwen35.serving.hidden_keys import shown
 from qwen35.serving.json_values import parsed, text_in
 from qwen35.threads import detached
 from qwen35.version import __version__
 
 __all__ = ["ANSWER_BYTES", "Bounds", "ServerClient"]
-
-_T = TypeVar("_T")
 
 ANSWER_BYTES = 16 * 2**20
 _ERROR_BYTES = 64 * 2**10
@@ -40,8 +44,13 @@ _CONNECT_SECONDS = 10.0
 _BUSY = (429, 503)
 _FIRST_REDIRECT, _FIRST_ERROR = 300, 400
 _SHOWN = 200
-_DONE = "[DONE]"
-_END = "data: [DONE]"
+_WAITING = 64
+_LOOK_SECONDS = 0.5
+_END = "[DONE]"
+
+_KEPT_SECONDS = 2.0
+"""For which an idle connection is used again: servers close theirs after five, and a request then
+would be lost."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,14 @@ class Bounds:
         retries: repetitions of a request to a busy or unreachable server.
         pause: seconds before the first repetition; each other one waits twice as long.
         wait: the longest time in seconds that a server may ask to wait for.
+        patience: repetitions in a row, of all requests, without any answer in between.
     """
 
     seconds: float = 600.0
     retries: int = 4
     pause: float = 0.5
     wait: float = 60.0
+    patience: int = 24
 
 
 class ServerClient(Closing):
@@ -66,29 +77,33 @@ class ServerClient(Closing):
 
     Args:
         endpoint: its address and key.
-        bounds: how patient to be.
+        bounds: how patient to be; by default as the endpoint says.
+
+    Raises:
+        UsageError: the certificates that the environment names cannot be read.
     """
 
     def __init__(self, endpoint: Endpoint, bounds: Bounds | None = None) -> None:
-        self.endpoint, self.bounds = endpoint, bounds or Bounds()
+        self.endpoint, self.bounds = endpoint, bounds or Bounds(endpoint.seconds)
+        self._left = self.bounds.patience
         headers = {"user-agent": f"qwen35/{__version__}", "accept-encoding": "identity"}
         if endpoint.key:
             headers["authorization"] = f"Bearer {endpoint.key}"
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=64)
-        # Reading the certificates takes longer than a request; without TLS nothing needs them.
-        encrypted = endpoint.url.startswith("https:")
+        limits = httpx2.Limits(
+            max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEPT_SECONDS
+        )
         self._http = httpx2.Client(
-            headers=headers, follow_redirects=False, limits=limits, verify=encrypted
+            headers=headers,
+            follow_redirects=False,
+            limits=limits,
+            verify=_certificates(endpoint),
+            cookies=_NoCookies(),
+            trust_env=False,  # a proxy would read the key
         )
 
     def close(self) -> None:
         """Close all connections."""
         self._http.close()
-
-    def hidden(self, text: str) -> str:
-        """Return a text of the server without the key, should it hold that."""
-        key = self.endpoint.key
-        return text.replace(key, "***") if key else text
 
     def get(self, path: str) -> Any:
         """Return the JSON at a path.
@@ -96,7 +111,7 @@ class ServerClient(Closing):
         Raises:
             EndpointError: the server refused, failed or was not reached, or sent something else.
         """
-        return self._json(path, self._answer("GET", path, None, ANSWER_BYTES))
+        return self._told_json(path, self._answer("GET", path, None, ANSWER_BYTES))
 
     def text(self, path: str) -> str:
         """Return the text at a path.
@@ -104,7 +119,7 @@ class ServerClient(Closing):
         Raises:
             EndpointError: the server refused, failed or was not reached.
         """
-        return self.hidden(self._answer("GET", path, None, ANSWER_BYTES).decode(errors="replace"))
+        return self._answer("GET", path, None, ANSWER_BYTES).decode(errors="replace")
 
     def post(self, path: str, body: Any, *, most: int = ANSWER_BYTES) -> Any:
         """Send JSON and return the JSON that is the answer, of at most `most` bytes.
@@ -112,7 +127,7 @@ class ServerClient(Closing):
         Raises:
             EndpointError: the server refused, failed or was not reached, or sent something else.
         """
-        return self._json(path, self._answer("POST", path, body, most))
+        return self._told_json(path, self._answer("POST", path, body, most))
 
     def events(self, path: str, body: Any) -> Iterator[Any]:
         """Send JSON and yield the JSON of each event of a stream, in the order of its arrival.
@@ -120,96 +135,112 @@ class ServerClient(Closing):
         Raises:
             EndpointError: as for `post`, or the stream breaks off before its end.
         """
-        with self._opened("POST", path, body) as (response, deadline):
-            for line in self._lines(path, response, deadline):
-                if line.startswith(_END):
+        with self._opened("POST", path, body) as exchange:
+            for line in self._lines(path, exchange):
+                if not line.startswith("data:"):
+                    continue
+                data = line[5:].strip()  # the space before it may be left out
+                if data == _END:
                     return
-                if line.startswith("data:"):
-                    event = self._json(path, line[5:].encode())
-                    if isinstance(event, dict) and event.get("error"):
-                        raise self._error(path, f"broke off: {self._told(event)}")
-                    yield event
-        raise self._error(path, "a stream that ends early", expected=_END)
+                event = self._json(path, data.encode())
+                if isinstance(event, dict) and event.get("error"):
+                    raise self._error(path, f"broke off: {self._told(event, data)}")
+                yield event
+        raise self._error(path, "a stream that ends early", expected=f"data: {_END}")
 
     # --- requests
 
     def _answer(self, method: str, path: str, body: Any, most: int) -> bytes:
         content = bytearray()
-        with self._opened(method, path, body) as (response, deadline):
-            for piece in self._pieces(path, response, deadline):
+        with self._opened(method, path, body) as exchange:
+            for piece in self._pieces(path, exchange):
                 content += piece
                 if len(content) > most:
                     raise self._error(path, f"an answer of more than {most} bytes")
         return bytes(content)
 
     @contextmanager
-    def _opened(self, method: str, path: str, body: Any) -> Iterator[tuple[httpx2.Response, float]]:
-        response, deadline = self._patiently(method, path, body)
+    def _opened(self, method: str, path: str, body: Any) -> Iterator[_Exchange]:
+        exchange = self._patiently(method, path, body)
         try:
-            yield response, deadline
+            yield exchange
         finally:
-            response.close()
+            exchange.leave()
 
-    def _patiently(self, method: str, path: str, body: Any) -> tuple[httpx2.Response, float]:
-        """Return an opened answer that is no error, and the time by which it must end."""
+    def _patiently(self, method: str, path: str, body: Any) -> _Exchange:
+        """Return an opened answer that is no error."""
         pause = self.bounds.pause
-        for left in range(self.bounds.retries, -1, -1):
-            deadline = time.monotonic() + self.bounds.seconds
+        for number in range(self.bounds.retries, -1, -1):
+            left = max(0, min(number, self._left))
+            exchange = self._sent(method, path, body)
             try:
-                response = self._send(method, path, body)
+                response = exchange.response()
             except httpx2.ConnectError as error:
                 if not left:
                     raise self._unreached(error) from error
                 wait = pause
-            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            except httpx2.HTTPError as error:
                 raise self._lost(path, error) from error
+            except (httpx2.InvalidURL, OSError, ValueError) as error:
+                raise self._unreached(error) from error
             else:
                 if response.status_code not in _BUSY:
-                    return self._checked(path, response, deadline), deadline
+                    self._left = self.bounds.patience
+                    self._check(path, response, exchange)
+                    return exchange
+                exchange.leave()
                 wait = self._asked_wait(path, response, pause, left)
+            self._left -= 1
             time.sleep(wait)
             pause *= 2
         raise AssertionError  # the last round returns or raises
 
-    def _send(self, method: str, path: str, body: Any) -> httpx2.Response:
+    def _sent(self, method: str, path: str, body: Any) -> _Exchange:
         seconds = self.bounds.seconds
         timeout = httpx2.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS))
         content = None if body is None else json.dumps(body).encode()
         headers = {"content-type": "application/json"} if content is not None else None
-        request = self._http.build_request(
-            method, f"{self.endpoint.url}{path}", content=content, headers=headers, timeout=timeout
-        )
-        return _within(seconds, lambda: self._http.send(request, stream=True))
+        try:
+            request = self._http.build_request(
+                method,
+                f"{self.endpoint.url}{path}",
+                content=content,
+                headers=headers,
+                timeout=timeout,
+            )
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise self._unreached(error) from error
+        return _Exchange(self._http, request, seconds)
 
     def _asked_wait(self, path: str, response: httpx2.Response, pause: float, left: int) -> float:
         """Return how long a busy server asks to wait."""
         status = response.status_code
         asked = _seconds(response.headers.get("retry-after", ""))
-        response.close()
         wait = pause if asked is None else asked
         if not left or wait > self.bounds.wait:
             told = f", and asks to wait for {wait:.0f} s" if wait > self.bounds.wait else ""
             raise self._error(path, f"is busy (HTTP {status}){told}", hint="try again later")
         return max(wait, 0.0)
 
-    def _checked(self, path: str, response: httpx2.Response, deadline: float) -> httpx2.Response:
+    def _check(self, path: str, response: httpx2.Response, exchange: _Exchange) -> None:
+        """Raise what an answer's status says; nothing if that is no error."""
         status = response.status_code
-        if response.has_redirect_location or _FIRST_REDIRECT <= status < _FIRST_ERROR:
-            response.close()
+        if status < _FIRST_REDIRECT:
+            return
+        if response.has_redirect_location or status < _FIRST_ERROR:
+            exchange.leave()
             hint = "give the address where the server is"
             raise self._error(path, f"redirects (HTTP {status})", hint=hint, status=status)
-        if status < _FIRST_ERROR:
-            return response
         content = bytearray()
         try:
-            for piece in self._pieces(path, response, deadline):
+            for piece in self._pieces(path, exchange):
                 content += piece[: _ERROR_BYTES - len(content)]
                 if len(content) >= _ERROR_BYTES:
                     break
         except EndpointError:
             content.clear()  # the status tells enough
         finally:
-            response.close()
+            exchange.leave()
         hint = f"give the key in {KEY_VARIABLE}, or --api-key-env" if status in (401, 403) else ""
         told = self._message(bytes(content))
         found = f"HTTP {status}" + (f" ({told})" if told else "")
@@ -217,65 +248,56 @@ class ServerClient(Closing):
 
     # --- bodies
 
-    def _pieces(self, path: str, response: httpx2.Response, deadline: float) -> Iterator[bytes]:
+    def _pieces(self, path: str, exchange: _Exchange) -> Iterator[bytes]:
         try:
-            for piece in response.iter_raw():
-                if time.monotonic() > deadline:
-                    raise self._slow(path)
-                yield piece
-        except (httpx2.HTTPError, httpx2.StreamError) as error:
+            yield from exchange.pieces()
+        except (httpx2.HTTPError, httpx2.StreamError, OSError) as error:
             raise self._lost(path, error) from error
 
-    def _lines(self, path: str, response: httpx2.Response, deadline: float) -> Iterator[str]:
+    def _lines(self, path: str, exchange: _Exchange) -> Iterator[str]:
         rest, total = b"", 0
-        try:
-            for piece in response.iter_raw():
-                if time.monotonic() > deadline:
-                    raise self._slow(path)
-                total += len(piece)
-                *whole, rest = (rest + piece).split(b"\n")
-                if total > ANSWER_BYTES or len(rest) > _LINE_BYTES:
-                    raise self._error(path, f"a stream of more than {ANSWER_BYTES} bytes")
-                yield from (line.decode(errors="replace").rstrip("\r") for line in whole)
-        except (httpx2.HTTPError, httpx2.StreamError) as error:
-            raise self._lost(path, error) from error
+        for piece in self._pieces(path, exchange):
+            total += len(piece)
+            *whole, rest = (rest + piece).split(b"\n")
+            if total > ANSWER_BYTES:
+                raise self._error(path, f"a stream of more than {ANSWER_BYTES} bytes")
+            if len(rest) > _LINE_BYTES:
+                raise self._error(path, f"a stream with a line of more than {_LINE_BYTES} bytes")
+            yield from (line.decode(errors="replace").rstrip("\r") for line in whole)
         yield rest.decode(errors="replace")
+
+    def _told_json(self, path: str, content: bytes) -> Any:
+        """Parse an answer; what stands before a server may send its errors with HTTP 200."""
+        answer = self._json(path, content)
+        if isinstance(answer, dict) and answer.get("error"):
+            told = self._message(content)
+            raise self._error(path, f"an error in place of an answer ({told})", status=200)
+        return answer
 
     def _json(self, path: str, content: bytes) -> Any:
         try:
-            return self._without_key(parsed(content))
+            return parsed(content)
         except ValueError as error:
-            shown = self._shown(content.decode(errors="replace").strip())
-            raise self._error(path, f"not JSON: {shown!r}") from error
-
-    def _without_key(self, value: Any) -> Any:
-        """Return JSON without the key in any text."""
-        if not self.endpoint.key:
-            return value
-        if isinstance(value, str):
-            return self.hidden(value)
-        if isinstance(value, list):
-            return [self._without_key(one) for one in value]
-        if isinstance(value, dict):
-            return {self.hidden(k): self._without_key(one) for k, one in value.items()}
-        return value
+            told = self._shown(content.decode(errors="replace").strip())
+            raise self._error(path, f"not JSON: {told!r}") from error
 
     # --- errors
 
     def _message(self, content: bytes) -> str:
         """Return what an error's body says."""
+        text = content.decode(errors="replace").strip()
         try:
-            return self._told(parsed(content))
+            return self._told(parsed(content), text)
         except ValueError:
-            return self._shown(content.decode(errors="replace").strip())
+            return self._shown(text)
 
-    def _told(self, body: Any) -> str:
+    def _told(self, body: Any, whole: str) -> str:
         places = (("error", "message"), ("error",), ("message",), ("detail",))
         texts = (text_in(body, *place) for place in places)
-        return self._shown(next((text for text in texts if text), json.dumps(body)))
+        return self._shown(next((text for text in texts if text), whole))
 
     def _shown(self, text: str) -> str:
-        return cut(printable(" ".join(self.hidden(text).split())[: 8 * _SHOWN]), _SHOWN)
+        return shown(" ".join(text[: 8 * _SHOWN].split()), _SHOWN)
 
     def _error(
         self, path: str, found: str, *, expected: str = "", hint: str = "", status: int = 0
@@ -314,12 +336,91 @@ def _seconds(text: str) -> float | None:
     return (moment - datetime.now(UTC)).total_seconds()
 
 
-def _within(seconds: float, call: Callable[[], _T]) -> _T:
-    """Run `call` in a thread that is left alone when the time is over.
+class _NoCookies(CookieJar):
+    """Keeps no cookies."""
 
-    The timeouts of the client hold for each piece of the headers, not for all of them.
+    def extract_cookies(self, response: Any, request: Any) -> None:
+        """Do nothing."""
+
+
+def _certificates(endpoint: Endpoint) -> ssl.SSLContext | bool:
+    """Return what to trust: the usual authorities, or those in SSL_CERT_FILE and SSL_CERT_DIR."""
+    if not endpoint.url.startswith("https:"):
+        return False  # reading them takes longer than a request, and nothing needs them
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if not file and not folder:
+        return True
+    try:
+        return ssl.create_default_context(cafile=file or None, capath=folder or None)
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        subject = "SSL_CERT_FILE" if file else "SSL_CERT_DIR"
+        found = f"no certificates can be read there ({type(error).__name__})"
+        raise UsageError(subject, found, hint="correct it, or unset it") from error
+
+
+class _Exchange:
+    """A request in a thread of its own, which is left alone when the time is over.
+
+    The timeouts of the HTTP client hold for each piece of headers and body, not for all of them.
+
+    Args:
+        http: the client.
+        request: what to send.
+        seconds: until the end of the answer.
     """
-    answer = detached(call)
-    if not wait([answer], seconds).done:
-        raise httpx2.ReadTimeout("the headers came too slowly")
-    return answer.result()
+
+    def __init__(self, http: httpx2.Client, request: httpx2.Request, seconds: float) -> None:
+        self._http, self._request = http, request
+        self._deadline = time.monotonic() + seconds
+        self._came: queue.Queue[Any] = queue.Queue(_WAITING)
+        self._abandoned = threading.Event()
+        detached(self._work)
+
+    def response(self) -> httpx2.Response:
+        """Return status and headers."""
+        response: httpx2.Response = self._next()
+        return response
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body."""
+        while (piece := self._next()) is not None:
+            yield piece
+
+    def leave(self) -> None:
+        """Let the thread end: nobody wants the rest."""
+        self._abandoned.set()
+
+    def _next(self) -> Any:
+        try:
+            item = self._came.get(timeout=max(0.0, self._deadline - time.monotonic()))
+        except queue.Empty:
+            self.leave()
+            raise httpx2.ReadTimeout("the answer came too slowly") from None
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _work(self) -> None:
+        try:
+            response = self._http.send(self._request, stream=True)
+            try:
+                self._put(response)
+                for piece in response.iter_raw():
+                    if not self._put(piece):
+                        return
+            finally:
+                response.close()
+        except BaseException as error:  # noqa: BLE001 - raised by `_next`, in the caller's thread
+            self._put(error)
+        else:
+            self._put(None)
+
+    def _put(self, item: Any) -> bool:
+        """Hand something over; return whether anybody waits for it."""
+        while not self._abandoned.is_set():
+            try:
+                self._came.put(item, timeout=_LOOK_SECONDS)
+            except queue.Full:
+                continue
+            return True
+        return False
