@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qwen35.array_types import F64
+from qwen35.display import counted
 from qwen35.errors import InputError
 from qwen35.evaluation.cache import CacheFile, CacheWriter
 from qwen35.evaluation.divergence import Series
@@ -185,7 +186,7 @@ def sweep(
         for writer in writers:
             done = min(done, writer.resume(done))
         results.cut(done)
-        resumed = f", {done} chunks already measured" if done else ""
+        resumed = f", {counted(done, 'chunk')} already measured" if done else ""
         runners = stack.enter_context(ExitStack())
         if done < job.chunks.count:
             runner = _runners(job, models, device, state, progress, runners)

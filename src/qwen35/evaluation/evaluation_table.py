@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from qwen35.display import counted
 from qwen35.evaluation.abnormal import is_abnormal
 from qwen35.evaluation.evaluation_report import EvaluationReport
 from qwen35.table import table_lines
@@ -18,8 +19,9 @@ def report_text(report: EvaluationReport, width: int | None = None) -> str:
     """Render a report, for a terminal of `width` columns if given."""
     chunks = report.chunks
     lines = [
-        f"{report.base.name}, {report.base.stored} in {report.base.engine}: {chunks.count} chunks "
-        f"of {chunks.context} tokens, {chunks.count * chunks.scored} scored",
+        f"{report.base.name}, {report.base.stored} in {report.base.engine}: "
+        f"{counted(chunks.count, 'chunk')} of {chunks.context} tokens, "
+        f"{chunks.count * chunks.scored} scored",
         "",
         *table_lines(*report.table, width),
         "",
@@ -73,6 +75,11 @@ def notes(report: EvaluationReport) -> list[str]:
         "the bound"
         for row in report.candidates
         if row.model.engine == "server"
+    ]
+    sentences += [
+        f"{name}: the server tells no texts of tokens, so that its tokenizer was not compared"
+        for name, told in report.served.items()
+        if not told["texts"]
     ]
     if any(row.model.engine != "server" for row in report.candidates) and not report.floors:
         sentences.append(f"noise floor: none between engines, all run in {report.base.engine}")

@@ -27,6 +27,7 @@ from qwen35.evaluation.models import EvaluatedModel
 from qwen35.evaluation.reference import ChunkComparison, Reference
 from qwen35.evaluation.text_chunks import Decode, TokenChunks
 from qwen35.serving.endpoint import Endpoint
+from qwen35.serving.hidden_keys import shown
 from qwen35.serving.served_model import ServedModel, identify
 from qwen35.serving.server_client import ServerClient
 from qwen35.serving.token_scores import TokenScorer, TokenScores
@@ -55,8 +56,8 @@ def served_candidate(
     """Return a served model as a candidate; its tokens are those of the base, or it is refused."""
     place = urlsplit(endpoint.url).netloc
     return EvaluatedModel(
-        name=f"{served.name} at {place}",
-        path=Path(f"{place}/{served.name}"),
+        name=f"{served.title} at {place}",
+        path=Path(f"{place}/{served.title}"),
         engine="server",
         stored=served.stored or served.server or "served",
         exact=False,
@@ -118,7 +119,7 @@ class ServedCandidate:
             token, text, own = wrong[0]
             raise InputError(
                 self.model.name,
-                f"token {token} is {text!r:.60}",
+                f"token {token} is {shown(text, 60)!r}",
                 expected=f"{own!r:.60} as in the base",
                 hint="only models with the same tokenizer can be compared",
             )
@@ -188,15 +189,17 @@ class ServedTarget:
         model: the candidate.
         endpoint: the server.
         served: the model there.
+        texts: whether the server tells the texts of tokens, which are compared with the base's.
     """
 
     model: EvaluatedModel
     endpoint: Endpoint
     served: ServedModel
+    texts: bool = True
 
     def to_json(self) -> dict[str, Any]:
         """Return what the server tells about it, as plain values."""
-        return {"url": self.endpoint.url, **self.served.to_json()}
+        return {"url": self.endpoint.url, **self.served.to_json(), "texts": self.texts}
 
 
 def open_served(
@@ -213,8 +216,9 @@ def open_served(
     for endpoint, name in endpoints:
         with ServerClient(endpoint) as client:
             served = identify(client, name)
-            TokenScorer(client, served)
-        targets.append(ServedTarget(served_candidate(endpoint, served, base), endpoint, served))
+            texts = bool(TokenScorer(client, served).scores([1, 2, 3], [0, 1]).texts)
+        model = served_candidate(endpoint, served, base)
+        targets.append(ServedTarget(model, endpoint, served, texts))
     names = [target.model.name for target in targets]
     for name in names:
         if names.count(name) > 1:

@@ -1,4 +1,4 @@
-"""Accuracy on tasks where a model is served, and the paired comparison of two of them.
+"""Accuracy of models on tasks, served or in this process, and the paired comparison of two.
 
 Intervals of 95 %: Wilson's of a share (Wilson 1927), and the normal one of a difference of paired
 shares; the probability is that of McNemar's exact test, both-sided (McNemar 1947).
@@ -7,25 +7,28 @@ shares; the probability is that of McNemar's exact test, both-sided (McNemar 194
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from itertools import repeat
-from typing import Any
+from typing import Any, Protocol
 
-from qwen35.errors import EndpointError
+from qwen35.display import cut, printable
 from qwen35.evaluation.task_file import ServedTask
 from qwen35.progress import Progress, Silent
-from qwen35.serving.chat_replies import chat
-from qwen35.serving.endpoint import Endpoint
-from qwen35.serving.served_model import identify
-from qwen35.serving.server_client import ServerClient
 from qwen35.table import table_lines
 
-__all__ = ["Accuracy", "PairedAccuracy", "TaskReport", "run_tasks"]
+__all__ = [
+    "ANSWER_TOKENS",
+    "Accuracy",
+    "OpenRespondent",
+    "PairedAccuracy",
+    "Respondent",
+    "TaskReply",
+    "TaskReport",
+    "run_tasks",
+]
 
-_AT_ONCE = 8
-_TOKENS = 4096
+ANSWER_TOKENS = 4096
 """Most tokens of an answer with its reasoning."""
 
 _NORMAL = 1.959963984540054
@@ -38,7 +41,7 @@ class Accuracy:
 
     Args:
         name: of the model, and its server.
-        server: the server's name and version, if told.
+        server: name and version of what runs it, if known.
         right: which tasks are right.
         failed: tasks without an answer, which count as wrong, with the reason.
     """
@@ -111,7 +114,7 @@ class PairedAccuracy:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """Accuracy of served models on a file of tasks.
+    """Accuracy of models on a file of tasks.
 
     Args:
         tasks: name of the file.
@@ -186,66 +189,92 @@ def _paired(first: Accuracy, second: Accuracy) -> PairedAccuracy:
     )
 
 
+@dataclass(frozen=True)
+class TaskReply:
+    """A model's reply to a task.
+
+    Args:
+        answer: without its reasoning; None if there is none that can be judged.
+        why: there is none.
+    """
+
+    answer: str | None
+    why: str = ""
+
+    @classmethod
+    def of_turn(cls, turn: str, *, ended: bool) -> TaskReply:
+        """Return the reply in a model's turn.
+
+        Args:
+            turn: with the reasoning, if the turn shows it.
+            ended: whether the model ended it, rather than a limit.
+        """
+        if not ended:
+            return cls(None, f"does not end within {ANSWER_TOKENS} tokens")
+        if turn.rfind("<think>") > turn.rfind("</think>"):
+            return cls(None, "the reasoning does not end")
+        return cls(turn.rpartition("</think>")[2])
+
+
+class Respondent(Protocol):
+    """A model that is asked tasks."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for people."""
+        ...
+
+    @property
+    def server(self) -> str | None:
+        """The name and version of what runs it, if known."""
+        ...
+
+    def replies(self, tasks: Sequence[ServedTask]) -> Iterator[TaskReply]:
+        """Yield the replies to tasks, in their order, greedily."""
+        ...
+
+
+OpenRespondent = Callable[[], AbstractContextManager[Respondent]]
+"""Loads or reaches a model, until the end of a ``with`` block."""
+
+
 def run_tasks(
     tasks: Sequence[ServedTask],
-    endpoints: Sequence[tuple[Endpoint, str | None]],
+    models: Sequence[OpenRespondent],
     file: str,
     progress: Progress | None = None,
 ) -> TaskReport:
-    """Ask served models all tasks, greedily.
+    """Ask models all tasks, one model after the other.
 
     Args:
         tasks: the tasks.
-        endpoints: servers, each with its name of the model, if given.
+        models: open the models; the first is the one that others are compared with.
         file: name of the file of the tasks.
         progress: receives tasks.
 
     Raises:
         EndpointError: a server was not reached, or answers nothing.
-        UsageError: it does not serve that model, or several.
+        InputError: a model cannot be loaded, or its chat template refuses questions.
+        UsageError: a server does not serve that model, or several; an engine is not installed.
     """
     progress = progress or Silent()
-    progress.begin("asking tasks", len(tasks) * len(endpoints))
+    progress.begin("asking tasks", len(tasks) * len(models))
     try:
-        models = tuple(_accuracy(tasks, *one, progress) for one in endpoints)
+        accuracies = tuple(_accuracy(tasks, one, progress) for one in models)
     finally:
         progress.end()
-    return TaskReport(file, tuple(task.name for task in tasks), models)
+    names = tuple(cut(printable(task.name), 200) for task in tasks)
+    return TaskReport(cut(printable(file), 200), names, accuracies)
 
 
-def _accuracy(
-    tasks: Sequence[ServedTask], endpoint: Endpoint, name: str | None, progress: Progress
-) -> Accuracy:
-    with ServerClient(endpoint) as client:
-        served = identify(client, name)
-        answers: list[str | EndpointError] = []
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            for answer in pool.map(_answer, repeat(client), repeat(served.name), tasks):
-                answers.append(answer)
-                progress.advance(1, f"task {len(answers)}")
-    failed = {
-        task.name: answer.message
-        for task, answer in zip(tasks, answers, strict=True)
-        if isinstance(answer, EndpointError)
-    }
-    if len(failed) == len(tasks):
-        raise EndpointError(endpoint.url, f"answers no task ({next(iter(failed.values()))})")
-    right = tuple(
-        isinstance(answer, str) and task.is_right(answer)
-        for task, answer in zip(tasks, answers, strict=True)
-    )
-    place = endpoint.url.partition("://")[2]
-    return Accuracy(f"{served.name} at {place}", served.server, right, failed)
-
-
-def _answer(client: ServerClient, model: str, task: ServedTask) -> str | EndpointError:
-    request = {
-        "model": model,
-        "messages": [{"role": "user", "content": task.prompt}],
-        "max_tokens": _TOKENS,
-        "temperature": 0.0,
-    }
-    try:
-        return chat(client, request).content.rpartition("</think>")[2]
-    except EndpointError as error:
-        return error
+def _accuracy(tasks: Sequence[ServedTask], opened: OpenRespondent, progress: Progress) -> Accuracy:
+    replies: list[TaskReply] = []
+    with opened() as model:
+        for reply in model.replies(tasks):
+            replies.append(reply)
+            progress.advance(1, f"task {len(replies)}")
+        name, server = model.name, model.server
+    pairs = list(zip(tasks, replies, strict=True))
+    failed = {printable(t.name): printable(r.why) for t, r in pairs if r.answer is None}
+    right = tuple(r.answer is not None and task.is_right(r.answer) for task, r in pairs)
+    return Accuracy(name, server, right, failed)

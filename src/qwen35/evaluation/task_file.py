@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import decimal
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from qwen35.checkpoint.locations import read_bounded
 from qwen35.display import cut
 from qwen35.errors import InputError
 from qwen35.linear_regex import compile_linear
-from qwen35.serving.json_values import list_in, number_in, parsed, text_in
+from qwen35.serving.json_values import number_in, parsed, text_in, value_in
 
 __all__ = ["ServedTask", "read_tasks"]
 
@@ -24,7 +26,17 @@ _MOST_TASKS = 100_000
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _CHECKS = ("exact", "number", "pattern", "choice")
 _KEYS = {*_CHECKS, "prompt", "choices", "tolerance", "id"}
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+
+_MINUS = str.maketrans("\u2212\u2012\ufe63\uff0d", "----")
+_NUMBER = re.compile(
+    r"(?:(?<![\w.)\]])-)?"  # between two numbers it stands for "minus" or "to"
+    r"(?:\d{1,3}(?:,\d{3})+(?![\d,])(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?:[eE][-+]?\d{1,9}(?!\d))?"
+)
+_LONGEST_NUMBER = 400
+_EXACTLY = decimal.Context(
+    prec=2 * _LONGEST_NUMBER, Emax=decimal.MAX_EMAX, Emin=decimal.MIN_EMIN, traps=[]
+)
 
 
 @dataclass(frozen=True)
@@ -36,14 +48,16 @@ class ServedTask:
         prompt: the user's turn, with the choices if there are any.
         check: ``exact``, ``number``, ``pattern`` or ``choice``.
         expect: the right answer, as text.
-        tolerance: ``number``: the largest difference.
+        tolerance: ``number``: the largest difference, as text.
+        letters: ``choice``: those of the choices.
     """
 
     name: str
     prompt: str
     check: str
     expect: str
-    tolerance: float = 0.0
+    tolerance: str = "0"
+    letters: str = _LETTERS
 
     def is_right(self, answer: str) -> bool:
         """Judge an answer, without its reasoning.
@@ -56,20 +70,22 @@ class ServedTask:
         if self.check == "pattern":
             return compile_linear(self.expect).search(answer) is not None
         if self.check == "number":
-            numbers = _NUMBER.findall(answer)
-            return bool(numbers) and abs(_number(numbers[-1]) - float(self.expect)) <= (
-                self.tolerance
-            )
-        letters = re.findall(r"\b[A-Z]\b", answer)
+            return self._is_near(answer)
+        letters = re.findall(rf"\b[{self.letters}]\b", answer)
         return bool(letters) and letters[-1] == self.expect
+
+    def _is_near(self, answer: str) -> bool:
+        numbers = _NUMBER.findall(answer.translate(_MINUS))
+        if not numbers or len(numbers[-1]) > _LONGEST_NUMBER:
+            return False
+        # In decimal, exactly: 9007199254740993 is no float.
+        found = Decimal(numbers[-1].replace(",", ""))
+        difference = _EXACTLY.abs(_EXACTLY.subtract(found, Decimal(self.expect)))
+        return difference <= Decimal(self.tolerance)
 
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).strip(" .").casefold()
-
-
-def _number(text: str) -> float:
-    return float(text.replace(",", ""))
 
 
 def read_tasks(path: Path) -> list[ServedTask]:
@@ -83,7 +99,15 @@ def read_tasks(path: Path) -> list[ServedTask]:
     if not rows or len(rows) > _MOST_TASKS:
         found = f"{len(rows)} tasks"
         raise InputError(path.name, found, expected=f"1 to {_MOST_TASKS}, a JSON object a line")
-    return [_task(f"{path.name}, line {number}", number, line) for number, line in rows]
+    tasks: dict[str, ServedTask] = {}
+    for number, line in rows:
+        place = f"{path.name}, line {number}"
+        task = _task(place, number, line)
+        if task.name in tasks:
+            found = f"id {cut(repr(task.name), 60)} is that of another task"
+            raise InputError(place, found, hint="a task without an id has its line's number")
+        tasks[task.name] = task
+    return list(tasks.values())
 
 
 def _task(place: str, number: int, line: bytes) -> ServedTask:
@@ -92,7 +116,7 @@ def _task(place: str, number: int, line: bytes) -> ServedTask:
     except ValueError as error:
         raise InputError(place, f"not JSON ({cut(str(error), 80)})") from error
     prompt = text_in(row, "prompt")
-    if not isinstance(row, dict) or not prompt:
+    if not isinstance(row, dict) or not prompt or not prompt.strip():
         raise InputError(place, "no prompt", expected='{"prompt": "...", "exact": "..."}')
     if unknown := sorted(set(row) - _KEYS):
         found = f"unknown key {unknown[0]!r:.60}"
@@ -101,34 +125,106 @@ def _task(place: str, number: int, line: bytes) -> ServedTask:
     if len(checks) != 1:
         raise InputError(place, f"{len(checks)} checks", expected=f"one of {', '.join(_CHECKS)}")
     [check] = checks
-    tolerance = number_in(row, "tolerance") or 0.0
-    name = text_in(row, "id") or f"{number}"
-    return ServedTask(name, _shown(row, prompt), check, _expected(place, row, check), tolerance)
+    for key, owner in (("tolerance", "number"), ("choices", "choice")):
+        if key in row and check != owner:
+            raise InputError(place, f"{key} with {check}", expected=f"it with {owner} only")
+    choices = _choices(place, row) if check == "choice" else []
+    return ServedTask(
+        _name(place, row, number),
+        _with_choices(prompt, choices),
+        check,
+        _EXPECTED[check](place, row),
+        _tolerance(place, row),
+        _LETTERS[: len(choices)] or _LETTERS,
+    )
 
 
-def _shown(row: Mapping[str, Any], prompt: str) -> str:
-    choices = list_in(row, "choices")
-    lines = [f"{letter}. {one}" for letter, one in zip(_LETTERS, choices, strict=False)]
-    if not lines:
+def _no(place: str, row: Mapping[str, Any], key: str, expected: str) -> InputError:
+    return InputError(place, f"{key} {cut(_json_kind(row[key]), 60)}", expected=expected)
+
+
+def _json_kind(value: Any) -> str:
+    """Return a value of JSON, or what it is: what has parts may be nested too deeply to print."""
+    kinds = {list: "with a list", dict: "with an object", type(None): "null"}
+    return kinds.get(type(value)) or repr(value)
+
+
+def _name(place: str, row: Mapping[str, Any], number: int) -> str:
+    name = row.get("id", number)
+    if isinstance(name, int) and not isinstance(name, bool):
+        return str(name)
+    text = text_in(row, "id")
+    if not text or not text.strip():
+        raise _no(place, row, "id", "a text or a whole number")
+    return text
+
+
+def _choices(place: str, row: Mapping[str, Any]) -> list[str]:
+    choices = row.get("choices")
+    texts = [text_in(one) for one in choices] if isinstance(choices, list) else []
+    given = [text for text in texts if text and text.strip()]
+    if len(given) != len(texts) or len(set(given)) != len(given) or not given:
+        found = "choices that are no list of different texts"
+        raise InputError(place, found, expected='"choices": ["...", "..."]')
+    if len(given) > len(_LETTERS):
+        raise InputError(place, f"{len(given)} choices", expected=f"at most {len(_LETTERS)}")
+    return given
+
+
+def _with_choices(prompt: str, choices: list[str]) -> str:
+    if not choices:
         return prompt
+    lines = [f"{letter}. {one}" for letter, one in zip(_LETTERS, choices, strict=False)]
     return "\n".join([prompt, *lines, "Answer with the letter alone."])
 
 
-def _expected(place: str, row: Mapping[str, Any], check: str) -> str:
-    """Return the right answer of a task, after a check of it."""
-    number = number_in(row, "number")
-    text = text_in(row, check) if check != "number" else number is not None and repr(number)
-    if not text:
-        wanted = "a number" if check == "number" else "a text"
-        raise InputError(place, f"{check} {str(row[check])!r:.60}", expected=wanted)
-    if check == "choice":
-        given = _LETTERS[: len(list_in(row, "choices"))]
-        if len(text) != 1 or text not in given:
-            found = f"choice {text!r:.60}"
-            raise InputError(place, found, expected=f"a letter of {len(given)} choices")
-    if check == "pattern":
-        try:
-            compile_linear(text)
-        except ValueError as error:
-            raise InputError(place, f"pattern {text!r:.60}: {error}", expected="RE2") from error
+def _tolerance(place: str, row: Mapping[str, Any]) -> str:
+    if "tolerance" not in row:
+        return "0"
+    value = number_in(row, "tolerance")
+    if value is None or value < 0:
+        raise _no(place, row, "tolerance", "a number, 0 or more")
+    return str(row["tolerance"])
+
+
+# --- the right answer, after a check of it
+
+
+def _exact(place: str, row: Mapping[str, Any]) -> str:
+    text = text_in(row, "exact")
+    if not text or not _plain(text):  # an empty answer would be right
+        raise _no(place, row, "exact", "a text")
     return text
+
+
+def _number(place: str, row: Mapping[str, Any]) -> str:
+    value = value_in(row, "number")
+    if number_in(row, "number") is None or len(str(value)) > _LONGEST_NUMBER:
+        raise _no(place, row, "number", "a number")
+    return str(value)
+
+
+def _pattern(place: str, row: Mapping[str, Any]) -> str:
+    text = text_in(row, "pattern")
+    if not text:
+        raise _no(place, row, "pattern", "a text")
+    try:
+        found = compile_linear(text).search("")
+    except ValueError as error:
+        why = f"pattern {text!r:.60}: {cut(str(error), 80)}"
+        raise InputError(place, why, expected="RE2") from error
+    if found is not None:
+        found_text = f"pattern {text!r:.60} is found in an empty answer"
+        raise InputError(place, found_text, hint="write one that is not")
+    return text
+
+
+def _choice(place: str, row: Mapping[str, Any]) -> str:
+    text = text_in(row, "choice")
+    given = _LETTERS[: len(_choices(place, row))]
+    if text is None or len(text) != 1 or text not in given:
+        raise _no(place, row, "choice", f"a letter of {len(given)} choices")
+    return text
+
+
+_EXPECTED = {"exact": _exact, "number": _number, "pattern": _pattern, "choice": _choice}

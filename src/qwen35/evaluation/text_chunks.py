@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
+import shutil
+import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +19,9 @@ from qwen35.array_types import I32, I64
 from qwen35.checkpoint.locations import read_bounded
 from qwen35.engines.llama import Llama
 from qwen35.engines.torch_model import NO_CODE, torch_and_transformers
-from qwen35.errors import InputError
+from qwen35.errors import InputError, UsageError
 from qwen35.evaluation.models import EvaluatedModel
-from qwen35.planning.bounded_tokenizer import check_tokenizer
+from qwen35.planning.bounded_tokenizer import TOKENIZER_NAME, check_tokenizer
 
 __all__ = ["CONTEXT", "Decode", "TokenChunks", "cut", "read_text", "tokenize", "tokenizer_of"]
 
@@ -110,11 +115,36 @@ def tokenizer_of(model: EvaluatedModel) -> tuple[Callable[[str], Sequence[int]],
     Raises:
         UsageError: the engine is not installed.
     """
-    if model.engine == "llama.cpp":
-        llama = Llama(model.path, vocabulary_only=True)
-        return (lambda text: llama.encode(text, special=False)), llama.decode
-    folder = model.tokenizer_folder
-    _, transformers = torch_and_transformers(f"the tokenizer of {model.name}")
+    if model.engine != "llama.cpp":
+        return _tokenizer_in(model.tokenizer_folder, model.name)
+    if importlib.util.find_spec("llama_cpp") is None:
+        return _own_tokenizer(model)
+    llama = Llama(model.path, vocabulary_only=True)
+    return (lambda text: llama.encode(text, special=False)), llama.decode
+
+
+def _own_tokenizer(model: EvaluatedModel) -> tuple[Callable[[str], Sequence[int]], Decode]:
+    """Return the tokenizer of a GGUF file, made of its keys; it gives the ids of llama.cpp."""
+    checkpoint = model.checkpoint()
+    assert checkpoint.place is not None
+    changed = {
+        TOKENIZER_NAME: {"normalizer": None},  # llama.cpp has none
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},  # as the file says
+    }
+    files = {
+        name: json.loads(checkpoint.place.read(name, 0, checkpoint.sidecars[name])) | own
+        for name, own in changed.items()
+    }
+    folder = Path(tempfile.mkdtemp(prefix="qwen35-"))
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content), "utf-8")
+    encode, decode = _tokenizer_in(folder, model.name)
+    weakref.finalize(encode, shutil.rmtree, folder)  # each text is tried in a child process first
+    return encode, decode
+
+
+def _tokenizer_in(folder: Path, name: str) -> tuple[Callable[[str], Sequence[int]], Decode]:
+    _, transformers = torch_and_transformers(f"the tokenizer of {name}")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, **NO_CODE)
 
     def encode(text: str) -> Sequence[int]:
@@ -143,7 +173,10 @@ def cut(ids: Sequence[int], context: int, name: str) -> TokenChunks:
 
     Raises:
         InputError: there are too few tokens.
+        UsageError: a chunk would have none to predict.
     """
+    if context < 3:
+        raise UsageError("--context", str(context), expected="3 tokens at least")
     count = len(ids) // context
     if count < 2:
         raise InputError(
