@@ -12,6 +12,7 @@ from qwen35.checkpoint.hub import HubId, HubLocation
 from qwen35.checkpoint.locations import FileLocation, LocalFolder, expanded
 from qwen35.checkpoint.open import fetch_commit, hub_token
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
+from qwen35.display import counted
 from qwen35.errors import Finding, InputError, UsageError
 from qwen35.planning.container import ContainerInputs
 from qwen35.planning.containers import container_from_manifest
@@ -95,6 +96,10 @@ class Reproduction:
     files: tuple[str, ...]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        found = counted(len(self.findings), "difference") if self.findings else "the same bytes"
+        return f"<Reproduction of {counted(len(self.files), 'file')}: {found}>"
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as plain values."""

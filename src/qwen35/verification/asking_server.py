@@ -14,12 +14,17 @@ from qwen35.verification.behaviour import REPETITION_PENALTY
 from qwen35.verification.drawn_picture import picture_address
 from qwen35.verification.questions import TASKS, Question
 
-__all__ = ["Message", "ServerAsker", "said"]
+__all__ = ["PATIENCE", "Message", "ServerAsker", "said"]
 
 Message = Mapping[str, Any]
 
 _SWITCHED = ("vllm", "sglang", "llama.cpp")
 """Servers that hand ``chat_template_kwargs`` to the chat template."""
+
+PATIENCE = 3
+"""Requests in a row that a server may lose before the rest is not asked."""
+
+_UNPARSED = "the server sends reasoning as part of the content: it runs without a reasoning parser"
 
 _PROBE = TASKS[-1]
 _SEEN = 4096
@@ -42,6 +47,7 @@ class ServerAsker:
         thinking: whether questions can be asked without thinking, and with.
         notes: what is special about asking it.
         failed: the questions that got no answer, with the reasons.
+        lost: how many of the last questions got none, not even a refusal.
 
     Raises:
         EndpointError: the server does not answer the simplest question.
@@ -51,6 +57,7 @@ class ServerAsker:
         self.client, self.served = client, served
         self.notes: list[str] = []
         self.failed: dict[Question, EndpointError] = {}
+        self.lost = 0
         self._penalized = self._switches = True
         self.thinking: tuple[bool, ...] = (False, True)
         self._find_out()
@@ -96,7 +103,11 @@ class ServerAsker:
             )
         except EndpointError as error:
             self.failed[question] = error
+            self.lost = 0 if error.status else self.lost + 1
             return ""
+        self.lost = 0
+        if "</think>" in reply.content and _UNPARSED not in self.notes:
+            self.notes.append(_UNPARSED)
         unreasoned = question.thinking and "</think>" not in reply.turn
         return f"</think>{reply.turn}" if unreasoned and reply.finish == "stop" else reply.turn
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from qwen35.display import cut
 from qwen35.engines.torch_model import NO_CODE, TorchModel, torch_and_transformers
-from qwen35.errors import InputError, Qwen35Error, UsageError
+from qwen35.errors import InputError, Qwen35Error, UsageError, extra_hint
 from qwen35.planning.bounded_tokenizer import check_tokenizer
+from qwen35.verification.asking_prompts import ModelTurn
 from qwen35.verification.chat_prompts import ChatPrompts
 from qwen35.verification.questions import Halves, Question
 
@@ -58,6 +59,7 @@ class Asker:
             loaded = TorchModel(folder)
         self.model, self.vision, self.decoded = loaded.model, loaded.vision, loaded.decoded
         self.missing, self.settled = loaded.missing, loaded.settled
+        self.defaults = self.prompts.defaults
         self.thinking, notes = self.prompts.thinking, list(self.prompts.notes)
         self.images: Any = None
         if self.vision:
@@ -100,26 +102,38 @@ class Asker:
         """
         torch = self.torch
         with as_sentence(question.prompt, "transformers cannot answer it"), torch.no_grad():
-            inputs = self._inputs(question)
-            inputs = {name: part.to(self.model.device) for name, part in inputs.items()}
-            out = self.model.generate(
-                **inputs,
-                max_new_tokens=question.tokens,
-                do_sample=False,
-                repetition_penalty=repetition_penalty,
+            turn = self._generated(
+                self._inputs(question), question.tokens, repetition_penalty=repetition_penalty
             )
-            turn = out[0, inputs["input_ids"].shape[1] :]
-            text: str = self.tokenizer.decode(turn, skip_special_tokens=True)
-        return self.prompts.answer(question, text)
+        return self.prompts.answer(question, turn.text)
+
+    def turn(self, prompt: str, tokens: int) -> ModelTurn:
+        """Return what the model writes after a prompt, greedily.
+
+        Raises:
+            InputError: transformers cannot continue it.
+        """
+        with as_sentence(cut(prompt, 60), "transformers cannot answer it"), self.torch.no_grad():
+            return self._generated(self._row(prompt), tokens)
+
+    def _generated(self, inputs: dict[str, Any], tokens: int, **options: Any) -> ModelTurn:
+        inputs = {name: part.to(self.model.device) for name, part in inputs.items()}
+        out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False, **options)
+        turn = out[0, inputs["input_ids"].shape[1] :]
+        text: str = self.tokenizer.decode(turn, skip_special_tokens=True)
+        return ModelTurn(text, len(turn) < tokens)
+
+    def _row(self, text: str) -> dict[str, Any]:
+        # As in transformers' own chat: the template writes the special tokens.
+        row = self.torch.tensor([self.tokenizer(text, add_special_tokens=False)["input_ids"]])
+        return {"input_ids": row, "attention_mask": self.torch.ones_like(row)}
 
     def _inputs(self, question: Question) -> dict[str, Any]:
         torch = self.torch
-        # As in transformers' own chat: the template writes the special tokens.
-        text = self.prompts.write(question)
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        written = self._row(self.prompts.write(question))
         if question.image is None:
-            row = torch.tensor([ids])
-            return {"input_ids": row, "attention_mask": torch.ones_like(row)}
+            return written
+        ids = written["input_ids"][0].tolist()
         pixels = self.images(images=drawn(question.image), return_tensors="pt")
         pad = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
         # the template has one pad token per picture; the model needs one per merged patch
@@ -188,9 +202,8 @@ def drawn(halves: Halves) -> Any:
     try:
         from PIL import Image
     except ImportError as error:
-        raise UsageError(
-            "showing a picture", "Pillow is not installed", hint="pip install 'qwen35[nf4]'"
-        ) from error
+        found = "Pillow is not installed"
+        raise UsageError("showing a picture", found, hint=extra_hint("nf4")) from error
     image = Image.new("RGB", (halves.width, halves.height), COLORS[halves.left])
     middle = halves.width // 2
     right = Image.new("RGB", (halves.width - middle, halves.height), COLORS[halves.right])

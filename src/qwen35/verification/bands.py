@@ -69,8 +69,17 @@ def _worst(errors: ErrorSums) -> float:
     return errors.worst
 
 
+def _judged_cosine(errors: ErrorSums) -> float:
+    return 1 - (1 - errors.cosine) / errors.allowed**2
+
+
 def _relative_mae(errors: ErrorSums) -> float:
-    return errors.mae / errors.mean_magnitude if errors.mean_magnitude else 0.0
+    relative = errors.mae / errors.mean_magnitude if errors.mean_magnitude else 0.0
+    return relative / errors.allowed
+
+
+def _judged_rmse(errors: ErrorSums) -> float:
+    return errors.relative_rmse / errors.allowed
 
 
 def _relative_rmse(errors: ErrorSums) -> float:
@@ -94,10 +103,17 @@ _DERIVED = (
         _LEAST_COSINE,
         f"{_GOOD_COSINE:.5f}–...",
         f"≥ {_LEAST_COSINE:.5f}",
+        judged=_judged_cosine,
         rises=True,
     ),
     BandMetric(
-        "relative RMSE", _relative_rmse, TYPICAL_ERROR, WORST_ERROR, "0.02–0.03", f"≤ {WORST_ERROR}"
+        "relative RMSE",
+        _relative_rmse,
+        TYPICAL_ERROR,
+        WORST_ERROR,
+        "0.02–0.03",
+        f"≤ {WORST_ERROR}",
+        judged=_judged_rmse,
     ),
     BandMetric(
         "mean abs err",
@@ -115,6 +131,7 @@ _DERIVED = (
         WORST_ERROR,
         "",
         f"≤ {WORST_ERROR}",
+        judged=_judged_rmse,
         largest=True,
     ),
     BandMetric(  # saturation alone is a warning: the file is what --calib-mode asked for

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from qwen35.errors import Finding
+from qwen35.serving.hidden_keys import hidden
 from qwen35.verification.questions import IMAGE, TASKS, Question, is_right
 
 __all__ = [
@@ -27,6 +28,9 @@ REPETITION_PENALTY = 1.15
 
 _REASONED = 512
 """Tokens for reasoning and a short answer."""
+
+_RECORDED = 2**16
+"""Characters of a turn in records: no sound answer has as many."""
 
 NOT_ASKED = "no questions asked: fix the findings first"
 """The note on an artifact with findings at a lower depth."""
@@ -74,11 +78,13 @@ class Answer:
             return "thinking ON: no reasoning"
         if not thinking and "<think>" in turn:
             return "thinking OFF: there is a reasoning block"
-        return f"{turn.rpartition('</think>')[2].strip()[:80]!r}, expected {self.question.expect!r}"
+        said = hidden(turn.rpartition("</think>")[2].strip()[:_RECORDED])[:80]
+        return f"{said!r}, expected {self.question.expect!r}"
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
-        values = {**asdict(self.question), "said": self.turn, "right": self.right}
+        said = hidden(self.turn[:_RECORDED])
+        values = {**asdict(self.question), "said": said, "right": self.right}
         return {"file": self.file, **values} if self.file else values
 
 

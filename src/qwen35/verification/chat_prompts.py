@@ -10,6 +10,7 @@ from typing import Any
 
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.errors import InputError
+from qwen35.verification.asking_prompts import TemplateDefaults
 from qwen35.verification.bounded_rendering import Rendered, render
 from qwen35.verification.questions import IMAGE, TASKS, Question
 from qwen35.verification.settings_comparison import settings_of
@@ -113,6 +114,11 @@ class ChatPrompts:
             self._forms = {opened: self._forms[on]}
             self.thinking, self._passed = (opened,), on
         self.notes = tuple(self._told(missing=template is None))
+
+    @property
+    def defaults(self) -> TemplateDefaults:
+        """The template with none of its switches set."""
+        return TemplateDefaults(self._subject, self._template, dict(self._tokens))
 
     @property
     def texts(self) -> list[str]:

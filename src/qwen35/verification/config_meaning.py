@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
+from types import MappingProxyType
 from typing import Any
 
 from qwen35.errors import ConfigError, Finding
 from qwen35.model.config_keys import SECTIONS, ConfigKey
 from qwen35.model.model_config import ModelConfig
-from qwen35.model.rope import rope_of
+from qwen35.model.rope import SCALED, rope_of
 from qwen35.tensors import DTYPE_NAMES
 from qwen35.verification.settings_comparison import SettingsComparison, same_value, shown
 
@@ -88,8 +89,9 @@ _ELSEWHERE = {
 def text_meaning(config: ModelConfig) -> dict[str, Any]:
     """Return what decides the numbers of the text model, with the defaults filled in."""
     defaults = _TEXT | _MOE if config.moe else _TEXT
+    skip = _ROOT if config.moe else _ROOT | dict.fromkeys(_MOE.keys() - _TEXT.keys())
     return {
-        **_section(config.text_raw, SECTIONS["text_config"], defaults, skip=_ROOT),
+        **_section(config.text_raw, SECTIONS["text_config"], defaults, skip=skip),
         **_rope(config.text_raw),
         "layer_types": list(config.layer_types),
         "tie_word_embeddings": config.tied,
@@ -131,6 +133,9 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
         **{key: value for key, value in rope.parameters.items() if key != "type"},
         "rope_type": rope.kind,
     }
+    if "factor" in parameters:  # of which null means one by the lengths
+        scaled = "factor" in SCALED[rope.kind]
+        parameters["factor"] = rope.factor if scaled else parameters["factor"]
     meaning = {f"{_ROPE}{key}": value for key, value in parameters.items() if value is not None}
     # Values beside the parameters lose in transformers; other engines may read them first.
     beside = {key: text[key] for key in _BESIDE if text.get(key) is not None}
@@ -174,7 +179,12 @@ def _vision_meaning(config: ModelConfig) -> dict[str, Any]:
 
 
 def compare_configs(
-    config: ModelConfig, source: ModelConfig, *, mtp: bool, result: SettingsComparison
+    config: ModelConfig,
+    source: ModelConfig,
+    *,
+    mtp: bool,
+    result: SettingsComparison,
+    excused: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Compare what two configs mean; the tower only if both have one.
 
@@ -183,6 +193,7 @@ def compare_configs(
         source: of the source.
         mtp: whether the artifact has the layer of multi-token prediction.
         result: receives findings and notes.
+        excused: keys that may differ, with what to note then.
     """
     whole = config.architecture.vision and source.architecture.vision
     sides = []
@@ -196,6 +207,10 @@ def compare_configs(
     if source.mtp_layers and not mtp:
         result.notes.append("the source's layer of multi-token prediction is not in it")
     here, there = sides
+    for key, note in excused.items():
+        if not same_value(here.get(key), there.get(key)):
+            result.notes.append(note)
+            there[key] = here[key]
     unknown = _unknown(here.keys() ^ there.keys())
     result.differ("config", _CONFIG, here, there, unknown=unknown)
     for key, value in sorted((config.quantization or {}).items()):

@@ -34,6 +34,8 @@ def _efforts(interview: Interview) -> Iterator[str]:
                 [said(CAPITAL.prompt)], tokens=2 * CAPITAL.tokens, thinking=True, **options
             )
         except EndpointError as error:
+            if not error.status:
+                raise
             if documented or not error.refused:
                 yield f"reasoning_effort {level!r}: {error.message}"
             else:
@@ -61,6 +63,8 @@ def _switches(interview: Interview) -> Iterator[str]:
                 template={name: value},
             )
         except EndpointError as error:
+            if not error.status:
+                raise
             yield f"{name} {value}: {error.message}"
             continue
         if not holds(reply, CAPITAL.expect):

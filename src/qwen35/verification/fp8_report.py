@@ -198,6 +198,7 @@ def check_fp8(
         source,
         only=lambda held: not _is_judged(held) or held.subject in chosen,
         memo=ReadOnlyMemo({name: one for name, one in (seen or {}).items() if _is_complete(one)}),
+        manifest=structure.manifest,
         threads=threads,
         progress=progress,
     )

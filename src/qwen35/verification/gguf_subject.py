@@ -26,10 +26,12 @@ from qwen35.planning.gguf_files.tensor_names import (
     text_tensors,
     vision_tensors,
 )
+from qwen35.progress import Progress
 from qwen35.tensors import TensorSpec, Weight
 from qwen35.threads import default_threads
 from qwen35.verification.adapter_files_check import adapter_findings, compare_adapter_keys
-from qwen35.verification.asking_engines import in_llama
+from qwen35.verification.asking_engines import in_llama, prompted_file
+from qwen35.verification.asking_prompts import PromptedArtifact
 from qwen35.verification.behaviour import BehaviourResult
 from qwen35.verification.foreign_files import foreign_findings
 from qwen35.verification.gguf_keys import compare_keys
@@ -203,15 +205,27 @@ class GgufSubject(Subject):
 
     # --- behaviour
 
-    def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
+    def ask(
+        self, engine: Engine | None, threads: int | None, progress: Progress | None = None
+    ) -> BehaviourResult:
         """Ask every text model in llama.cpp, which computes no MTP layer or adapter alone."""
         del engine
         texts = [one for one in self._containers.values() if one.architecture != _VISION]
         alone = {one.path.name: _alone(one) for one in texts if _alone(one)}
-        texts = [one for one in texts if one.path.name not in alone]
-        result = in_llama(texts, threads or default_threads())
+        result = in_llama(self._models(), threads or default_threads(), progress)
         notes = (f"{file}: not asked, it holds {what} alone" for file, what in alone.items())
         return replace(result, notes=(*result.notes, *notes))
+
+    def prompted(self, threads: int | None) -> list[PromptedArtifact]:
+        """Return every text model, for llama.cpp."""
+        models = [prompted_file(one, threads or default_threads()) for one in self._models()]
+        if not models:
+            raise InputError(self.name, "holds no text model")
+        return models
+
+    def _models(self) -> list[GgufHeader]:
+        texts = (one for one in self._containers.values() if one.architecture != _VISION)
+        return [one for one in texts if not _alone(one)]
 
 
 def _alone(container: GgufHeader) -> str:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from typing import Any
 
 from qwen35.checkpoint.reconciled import take
 from qwen35.checkpoint.source import Checkpoint, FolderReader, Reader
 from qwen35.codecs.comparison import WeightComparison
+from qwen35.codecs.refined_bounds import OutputErrors
 from qwen35.codecs.registry import codec_of
 from qwen35.errors import Finding, InputError
 from qwen35.execution.judging import judge
+from qwen35.execution.refiners import Curvatures
 from qwen35.model.fused import scale_group
 from qwen35.model.roles import role_of
+from qwen35.planning.hessians import Hessians
+from qwen35.planning.refinement import refined_weights
+from qwen35.planning.rows import Rows
 from qwen35.progress import Progress, Silent
 from qwen35.threads import default_threads
 from qwen35.verification.memo import ReadOnlyMemo, ResultMemo
@@ -62,6 +68,8 @@ def check_numbers(
     *,
     only: Callable[[HeldWeight], bool] | None = None,
     memo: ResultMemo | None = None,
+    manifest: Mapping[str, Any] | None = None,
+    hessians: Hessians | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> NumbersResult:
@@ -72,6 +80,8 @@ def check_numbers(
         source: the checkpoint that it was made from.
         only: selects the weights to check; all by default.
         memo: earlier results; receives the new ones.
+        manifest: the artifact's, which says which weights have refined codes.
+        hessians: by which errors of refined codes in outputs are judged too.
         threads: number of weights checked at a time.
         progress: receives bytes read.
 
@@ -84,6 +94,7 @@ def check_numbers(
     compared: list[tuple[HeldWeight, WeightComparison]] = []
     findings: list[Finding] = []
     items = take(source, tower=False)[1] if source else ()
+    curvatures = None if hessians is None else Curvatures(hessians)
     with (
         subject.reader() as reader,
         Reader(source) if source else nullcontext() as source_reader,
@@ -94,7 +105,13 @@ def check_numbers(
             if not originals.comparable:
                 continue
             check = _Check(
-                reader, source_reader, originals, memo or ReadOnlyMemo({}), progress or Silent()
+                reader,
+                source_reader,
+                originals,
+                memo or ReadOnlyMemo({}),
+                progress or Silent(),
+                refined_weights(manifest or {}),
+                curvatures,
             )
             checked = check.part(part, only, threads or default_threads())
             compared += checked
@@ -150,6 +167,8 @@ class _Check:
     originals: SourceWeights
     memo: ResultMemo
     progress: Progress
+    refined: Mapping[tuple[str, str], str]
+    curvatures: Curvatures | None
 
     def part(
         self, part: SubjectPart, only: Callable[[HeldWeight], bool] | None, threads: int
@@ -175,4 +194,27 @@ class _Check:
     def _judged(self, held: HeldWeight) -> WeightComparison:
         """Check one weight; a weight that cannot be read or decoded becomes a finding."""
         original = self.originals.rows.get(held.subject)
-        return judge(held.weight, held.spec, self.reader, original, self.source, held.subject)
+        main = held.weight.main
+        digits = self.refined.get((main.file, main.spec.name), "")
+        return judge(
+            held.weight,
+            held.spec,
+            self.reader,
+            original,
+            self.source,
+            held.subject,
+            refined=bool(digits),
+            searched="2" in digits,
+            outputs=None if original is None else self._outputs(original, digits),
+        )
+
+    def _outputs(self, original: Rows, digits: str) -> OutputErrors | None:
+        """Return what judges refined codes by errors in outputs, if there are Hessians."""
+        curvatures = self.curvatures
+        if curvatures is None or not digits:
+            return None
+        plain = {i for i, digit in enumerate(digits) if digit == "0"}
+        return OutputErrors(
+            lambda number: None if number in plain else curvatures.of(original, number),
+            original.count,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,7 +19,7 @@ from qwen35.checkpoint.source import INDEX_NAME, Checkpoint, FolderReader, Reade
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.kv_cache import attention_of, cache_scale, check_cache_scale
 from qwen35.codecs.plain.codec import Plain
-from qwen35.codecs.registry import codec_of, packings
+from qwen35.codecs.registry import DIALECTS, codec_of, packings
 from qwen35.errors import ConfigError, Finding, InputError, TensorError, UsageError
 from qwen35.model.config_notes import config_notes, foreign_keys
 from qwen35.model.model_config import ModelConfig
@@ -27,7 +28,9 @@ from qwen35.model.rope import rope_of
 from qwen35.planning.rows import rows_of
 from qwen35.planning.safetensors_files.safetensors_container import SafetensorsContainer
 from qwen35.planning.sidecar_checks import sidecar_problems
-from qwen35.verification.asking_engines import check_engine, in_engine
+from qwen35.progress import Progress
+from qwen35.verification.asking_engines import check_engine, in_engine, prompted_folder
+from qwen35.verification.asking_prompts import PromptedArtifact
 from qwen35.verification.behaviour import BehaviourResult
 from qwen35.verification.chat_prompts import ChatPrompts, special_tokens
 from qwen35.verification.foreign_files import foreign_findings
@@ -132,7 +135,9 @@ class CheckpointSubject(Subject):
     def structure(self) -> Iterator[Finding]:
         """Check packing, tensors, config, index and template."""
         problems = self.checkpoint.problems
-        yield from (_finding("packing", problem) for problem in problems)
+        for problem in problems:
+            settings = isinstance(problem, ConfigError)
+            yield _finding("config", problem) if settings else _finding("packing", problem)
         known = {problem.subject for problem in problems}
         prefix = self.checkpoint.prefix
         if prefix is not None and prefix.refusal is not None:
@@ -141,6 +146,7 @@ class CheckpointSubject(Subject):
         yield from (_finding("tensors", p) for p in unfit if p.subject not in known)
         yield from self._config_findings()
         yield from self._index_findings()
+        yield from self._misnamed_findings()
         yield from self._template_findings()
         yield from self._sidecar_findings()
         yield from foreign_findings(self.place)
@@ -222,7 +228,8 @@ class CheckpointSubject(Subject):
     def notes(self) -> Iterator[str]:
         """What users of config.json should know."""
         if self._empty_promise and MANIFEST_NAME not in self.place.sizes():
-            yield f"config.json: {self._empty_promise}, as after transformers' save_pretrained"
+            left = "as after transformers' save_pretrained or mlx-lm's converter"
+            yield f"config.json: {self._empty_promise}, {left}"
         ours = MANIFEST_NAME in self.place.sizes() and not self.checkpoint.cache_scales
         if self._empty_cache and not ours:
             yield f"config.json: {self._empty_cache}"
@@ -253,7 +260,7 @@ class CheckpointSubject(Subject):
         sizes = self.place.sizes()
         for name in sizes:
             if name.endswith(self.suffix) and name not in self.checkpoint.file_sizes:
-                yield Finding("files", name, self._unread)
+                yield Finding("files", name, self._unread(name))
         if INDEX_NAME not in sizes:
             return
         metadata = read_json(self.place, INDEX_NAME).get("metadata")
@@ -262,9 +269,20 @@ class CheckpointSubject(Subject):
         if total != nbytes and not self.checkpoint.problems:
             yield Finding("index", INDEX_NAME, f"total_size is {total}, the tensors have {nbytes}")
 
-    @property
-    def _unread(self) -> str:
+    def _misnamed_findings(self) -> Iterator[Finding]:
+        """Yield files that a loader does not read, whatever the index says."""
+        dialect = DIALECTS.get(self.checkpoint.dialect)
+        for name in self.checkpoint.file_sizes if dialect else ():
+            if dialect and not fnmatchcase(name, dialect.files):
+                message = f"{dialect.programs[0].name} does not read it"
+                yield Finding("files", name, f"{message}, expected a name like {dialect.files}")
+
+    def _unread(self, name: str) -> str:
         """Why a safetensors file is no part of the checkpoint."""
+        dialect = DIALECTS.get(self.checkpoint.dialect)
+        if dialect and fnmatchcase(name, dialect.files):
+            reader = dialect.programs[0].name
+            return f"not read here, but {reader} reads every file named {dialect.files}"
         if self.checkpoint.unread:
             return f"not read by transformers, without {INDEX_NAME}; vLLM reads it"
         return f"not in {INDEX_NAME}: no loader reads it"
@@ -416,10 +434,17 @@ class CheckpointSubject(Subject):
 
     # --- behaviour
 
-    def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
+    def ask(
+        self, engine: Engine | None, threads: int | None, progress: Progress | None = None
+    ) -> BehaviourResult:
         """Ask it in the engine, by default transformers."""
         del threads
-        return in_engine(engine, self.folder(), vision=self.vision)
+        return in_engine(engine, self.folder(), vision=self.vision, progress=progress)
+
+    def prompted(self, threads: int | None) -> list[PromptedArtifact]:
+        """Return the checkpoint, for transformers."""
+        del threads
+        return [prompted_folder(self.name, self.folder())]
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:

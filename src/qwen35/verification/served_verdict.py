@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qwen35.checkpoint.locations import FileLocation
 from qwen35.display import printable
 from qwen35.errors import EndpointError, Finding
+from qwen35.progress import Progress, Silent
+from qwen35.serving.hidden_keys import hidden
 from qwen35.serving.served_model import DraftCounts, ServedModel, draft_counts
 from qwen35.serving.server_client import ServerClient
-from qwen35.verification.asking_server import ServerAsker
-from qwen35.verification.behaviour import IMAGE, Answer, ask, behaviour_findings
+from qwen35.verification.asking_server import PATIENCE, ServerAsker
+from qwen35.verification.behaviour import IMAGE, TASKS, Answer, ask, behaviour_findings
 from qwen35.verification.chat_prompts import special_tokens
 from qwen35.verification.conversations import text_conversations
 from qwen35.verification.server_checks import SERVER_CHECKS
-from qwen35.verification.server_interview import Interview
+from qwen35.verification.server_interview import Interview, ServerCheck
 from qwen35.verification.settings_comparison import SettingsComparison
 from qwen35.verification.template_comparison import (
     compare_template,
@@ -27,8 +30,13 @@ from qwen35.verification.template_switches import TemplateText
 
 __all__ = ["ServedResult", "check_served"]
 
-_PATIENCE = 3
-"""Requests in a row that a server may lose before the rest is not asked."""
+_SIGHTLESS = re.compile(
+    r"(image|vision|multimodal).{0,60}(not supported|not enabled|unsupported)"
+    r"|not support.{0,60}(image|vision|multimodal)|not a multimodal",
+    re.IGNORECASE,
+)
+"""What servers say, also with HTTP 500, about pictures that they do not take: llama-server's "image
+input is not supported - hint: ... you may need to provide the mmproj"."""
 
 _COMPARED = ("question", "system", "several turns", "tools")
 """Conversations that servers hand to a template unchanged."""
@@ -56,6 +64,14 @@ class ServedResult:
     notes: tuple[str, ...]
     acceptance: float | None = None
 
+    def after(self, error: EndpointError | None) -> ServedResult:
+        """Return the result with how the server ended meanwhile, first of the findings."""
+        if error is None:
+            return self
+        return replace(
+            self, findings=(Finding("request", "the server", error.found), *self.findings)
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return what a verdict does not have elsewhere, as plain values."""
         described = {**self.model.to_json(), "acceptance": self.acceptance}
@@ -68,6 +84,7 @@ def check_served(
     *,
     source: FileLocation | None = None,
     context: int = 0,
+    progress: Progress | None = None,
 ) -> ServedResult:
     """Ask a served model everything.
 
@@ -76,25 +93,33 @@ def check_served(
         model: what it serves.
         source: the small files of the checkpoint that the model was made from.
         context: tokens of a long input to try; 0 for none.
+        progress: receives questions.
 
     Raises:
         EndpointError: the server does not answer at all.
         InputError: the source's template cannot be read.
     """
+    progress = progress or Silent()
     before = draft_counts(client)
     asker = ServerAsker(client, model)
     template = _template(model, source)
     interview = Interview(asker, template, context)
-    answers = tuple(_answers(asker))
+    checks = [check for check in SERVER_CHECKS if check.applies(interview)]
+    progress.begin(f"asking {model.title}", len(TASKS) * len(asker.thinking) + len(checks))
+    try:
+        answers = tuple(_answers(asker, progress))
+        asked: list[str] = []
+        checked = list(_checked(interview, checks, asked, progress))
+    finally:
+        progress.end()
     failed = {question.prompt: error for question, error in asker.failed.items()}
     findings = [one for one in behaviour_findings(answers) if one.subject not in failed]
     findings += [
         Finding("request", prompt, error.message)
         for prompt, error in failed.items()
-        if prompt != IMAGE.prompt or not _unable(interview, "a picture", error)
+        if prompt != IMAGE.prompt or not _sightless(interview, error)
     ]
-    asked: list[str] = []
-    findings += _checked(interview, asked)
+    findings += checked
     if source is not None:
         findings += _template_findings(interview, source)
     spoken = _drafted(client, before)
@@ -105,15 +130,20 @@ def check_served(
         client.endpoint.url,
         tuple(answer for answer in answers if answer.question.prompt not in failed),
         tuple(asked),
-        tuple(findings),
-        tuple(map(printable, notes)),
+        tuple(replace(one, message=printable(hidden(one.message))) for one in findings),
+        tuple(printable(hidden(note)) for note in notes),
         spoken.accepted / spoken.drafted if spoken and spoken.drafted > 0 else None,
     )
 
 
-def _answers(asker: ServerAsker) -> Iterator[Answer]:
+def _answers(asker: ServerAsker, progress: Progress) -> Iterator[Answer]:
     """Ask all questions; the picture only if the server may take one."""
-    yield from ask(asker, image=asker.served.sees is not False)
+    for answer in ask(asker, image=asker.served.sees is not False):
+        yield answer
+        progress.advance(int(answer.question.image is None), answer.question.prompt)
+        if asker.lost == PATIENCE:
+            asker.notes.append("not asked: the other questions")
+            return
 
 
 def _template(model: ServedModel, source: FileLocation | None) -> TemplateText | None:
@@ -125,10 +155,13 @@ def _template(model: ServedModel, source: FileLocation | None) -> TemplateText |
     return TemplateText(model.template, {}) if model.template else None
 
 
-def _checked(interview: Interview, asked: list[str]) -> Iterator[Finding]:
-    lost = 0
-    for check in (one for one in SERVER_CHECKS if one.applies(interview)):
-        if lost == _PATIENCE:
+def _checked(
+    interview: Interview, checks: Sequence[ServerCheck], asked: list[str], progress: Progress
+) -> Iterator[Finding]:
+    lost = interview.asker.lost
+    for check in checks:
+        progress.advance(1, check.subject)
+        if lost == PATIENCE:
             interview.notes.append(f"not asked: {check.subject}")
             continue
         try:
@@ -145,12 +178,19 @@ def _checked(interview: Interview, asked: list[str]) -> Iterator[Finding]:
 
 def _unable(interview: Interview, subject: str, error: EndpointError) -> bool:
     """Note that the server does not do something, if that is the error."""
-    found = error.found.casefold()
-    pictures = any(word in found for word in ("image", "multimodal", "mmproj"))
-    if not (error.refused or pictures):
+    if not error.refused:
         return False
     interview.notes.append(f"{subject}: the server refuses it ({error.found})")
     return True
+
+
+def _sightless(interview: Interview, error: EndpointError) -> bool:
+    """Note that the server takes no pictures, if that is the error."""
+    sees = interview.asker.served.sees
+    if error.status == 500 and not sees and _SIGHTLESS.search(error.found):
+        interview.notes.append(f"a picture: the server refuses it ({error.found})")
+        return True
+    return _unable(interview, "a picture", error)
 
 
 # --- the chat template
@@ -217,7 +257,8 @@ def _prompt_findings(asker: ServerAsker, template: TemplateText) -> Iterator[Fin
 
 def _drafted(client: ServerClient, before: DraftCounts | None) -> DraftCounts | None:
     after = draft_counts(client) if before else None
-    return after.since(before) if before and after else None
+    spoken = after.since(before) if before and after else None
+    return spoken if spoken and 0 <= spoken.accepted <= spoken.drafted else None
 
 
 def _draft_findings(spoken: DraftCounts | None) -> Iterator[Finding]:
@@ -235,7 +276,7 @@ def _told(
     source: FileLocation | None,
     spoken: DraftCounts | None,
 ) -> Iterator[str]:
-    yield f"served as {model.name}: {model.described}"
+    yield f"served as {model.title}: {model.described}"
     if spoken and spoken.drafted > 0:
         share = spoken.accepted / spoken.drafted
         yield f"{share:.0%} of {spoken.drafted:.0f} drafted tokens accepted"

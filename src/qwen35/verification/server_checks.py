@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qwen35.serving.chat_replies import ChatReply
+from qwen35.threads import detached_map
 from qwen35.verification.asking_server import said
 from qwen35.verification.conversation_checks import CONVERSATION_CHECKS
 from qwen35.verification.server_interview import (
@@ -43,8 +43,6 @@ _LOST = "\ufffd"
 
 def _difference(streamed: ChatReply, whole: ChatReply) -> str | None:
     """Return in what two replies differ."""
-    if not streamed.finish:
-        return "the stream ends without a finish_reason"
     pairs = (
         ("", streamed.content, whole.content),
         ("reasoning ", streamed.reasoning, whole.reasoning),
@@ -62,11 +60,13 @@ def _compared(interview: Interview, messages: list[Any], **options: Any) -> Iter
     asker = interview.asker
     whole = asker.chat(messages, **options)
     streamed = asker.streamed(messages, **options)
+    if whole.finish and not streamed.reply.finish:
+        yield "the stream ends without a finish_reason"
+        return
     different = _difference(streamed.reply, whole)
     if different is None:
         return
-    again = asker.chat(messages, **options)
-    if streamed.reply.finish and _difference(again, whole):
+    if _difference(asker.chat(messages, **options), whole):
         interview.notes.append(
             "the same question has several answers at temperature 0: a stream was not compared"
         )
@@ -114,7 +114,8 @@ def _limit(interview: Interview) -> Iterator[str]:
     most = 4
     reply = interview.asker.chat([said(FUNCTION.prompt)], tokens=most)
     if (reply.completion_tokens or 0) > most or len(reply.turn) > 32 * most:
-        count = reply.completion_tokens or f"{len(reply.turn)} characters"
+        told = reply.completion_tokens or 0
+        count = told if told > most else f"{len(reply.turn)} characters"
         yield f"max_tokens {most}, but the answer has {count}"
     elif reply.finish != "length":
         yield f"finish_reason {quoted(reply.finish)} of a cut answer, expected 'length'"
@@ -141,8 +142,7 @@ def _empty(interview: Interview) -> Iterator[str]:
         reply = asker.chat([said(CAPITAL.prompt)], **options)
         return not reply.content.rpartition("</think>")[2].strip()
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        count = sum(pool.map(ask, range(_REPEATED)))
+    count = sum(detached_map(ask, range(_REPEATED), _AT_ONCE))
     if count:
         yield f"{count} of {_REPEATED} answers are empty"
 

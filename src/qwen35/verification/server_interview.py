@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from qwen35.display import cut
 from qwen35.serving.chat_replies import ChatReply
+from qwen35.serving.hidden_keys import hidden
 from qwen35.verification.asking_server import ServerAsker
 from qwen35.verification.questions import TASKS
 from qwen35.verification.template_switches import TemplateText
@@ -21,6 +23,9 @@ __all__ = [
     "holds",
     "quoted",
 ]
+
+_LOOKED = 1000
+"""Characters of a text in which a key may be, to be blanked before the text is cut."""
 
 SUM, _FRENCH, FUNCTION, SUMMARY, CAPITAL = TASKS
 
@@ -65,8 +70,8 @@ class ServerCheck:
 
 
 def quoted(text: str) -> str:
-    """Return a text between quotes, cut, without control characters."""
-    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+    """Return a text between quotes, cut, without keys and control characters."""
+    return repr(cut(hidden(text[:_LOOKED]), 60))
 
 
 def holds(reply: ChatReply, word: str) -> bool:

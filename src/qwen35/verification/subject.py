@@ -13,7 +13,9 @@ from qwen35.checkpoint.locations import FileLocation
 from qwen35.checkpoint.source import Checkpoint, FolderReader
 from qwen35.errors import Finding
 from qwen35.planning.rows import Rows
+from qwen35.progress import Progress
 from qwen35.tensors import TensorSpec, Weight
+from qwen35.verification.asking_prompts import PromptedArtifact
 from qwen35.verification.behaviour import BehaviourResult
 from qwen35.verification.settings_comparison import SettingsComparison
 
@@ -255,5 +257,15 @@ class Subject(ABC):
     # --- behaviour
 
     @abstractmethod
-    def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
-        """Load it in an engine and ask all questions."""
+    def ask(
+        self, engine: Engine | None, threads: int | None, progress: Progress | None = None
+    ) -> BehaviourResult:
+        """Load it in an engine and ask all questions; `progress` receives these."""
+
+    @abstractmethod
+    def prompted(self, threads: int | None) -> list[PromptedArtifact]:
+        """Return its models that can be loaded for prompts.
+
+        Raises:
+            InputError: there is none.
+        """

@@ -45,6 +45,12 @@ _SETTINGS: dict[str, Any] = {
 }
 """The same of tokenizer_config.json (transformers 5.23 ``Qwen2Tokenizer``)."""
 
+_UNLIMITED = 10**30
+"""``model_max_length`` from here on is none: what transformers writes where there was none."""
+
+_UNKNOWN = "<|endoftext|>"
+"""What transformers writes as ``unk_token`` where there was none; every text has tokens."""
+
 _NO_MEANING = frozenset(
     {
         "added_tokens_decoder",
@@ -202,6 +208,8 @@ def _special(
         for key, value in {**mapped, **specific, **config}.items()
         if key.endswith("_token") and not key.startswith("add_") and value is not None
     }
+    if named.get("unk_token") == _UNKNOWN:
+        del named["unk_token"]
     # A map that contradicts the config decides in older libraries.
     named |= {f"{key} of {SPECIAL}": text for key, text in _contradictions(mapped, config)}
     texts = {row.content for rows in added.values() for row in rows.values() if _is_special(row)}
@@ -273,6 +281,9 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in _NO_MEANING and not key.endswith("_token") and value is not None
     }
     added = {key: config[key] for key in ("add_bos_token", "add_eos_token") if config.get(key)}
+    length = config.get("model_max_length")
+    if isinstance(length, int | float) and length >= _UNLIMITED:
+        del known["model_max_length"]
     kind = str(config.get("tokenizer_class", "Qwen2Tokenizer")).removesuffix("Fast")
     if kind in ("PreTrainedTokenizer", "TokenizersBackend", "Qwen3_5Tokenizer"):
         kind = "Qwen2Tokenizer"  # what tokenizer.json says is all that these do

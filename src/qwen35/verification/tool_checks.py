@@ -61,8 +61,16 @@ def _called(reply: ChatReply, name: str) -> Iterator[str]:
             yield f"arguments {quoted(call.arguments)}, expected a JSON object"
 
 
+def _quoted(value: Any) -> str:
+    """Name a value of JSON: one with parts may be nested too deeply to print."""
+    if isinstance(value, list | dict):
+        return "a list" if isinstance(value, list) else "an object"
+    return quoted(str(value))
+
+
 def _cities(reply: ChatReply) -> list[str]:
-    return sorted(str((call.values or {}).get("city")).casefold() for call in reply.calls)
+    cities = ((call.values or {}).get("city") for call in reply.calls)
+    return sorted(city.casefold() if isinstance(city, str) else "" for city in cities)
 
 
 def _one_call(interview: Interview) -> Iterator[str]:
@@ -90,10 +98,10 @@ def _nested_call(interview: Interview) -> Iterator[str]:
     values = reply.calls[0].values if reply.calls and not faults else None
     for name, kind, called in (("trip", dict, "an object"), ("seats", int, "a whole number")):
         value = (values or {}).get(name)
-        if values is not None and not isinstance(value, kind):
-            faults.append(f"{name} is {quoted(str(value))}, expected {called}")
+        if values is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            faults.append(f"{name} is {_quoted(value)}, expected {called}")
     if values is not None and not faults and not isinstance(values["trip"].get("stops"), list):
-        faults.append(f"stops are {quoted(str(values['trip'].get('stops')))}, expected a list")
+        faults.append(f"stops are {_quoted(values['trip'].get('stops'))}, expected a list")
     yield from faults
 
 

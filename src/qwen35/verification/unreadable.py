@@ -9,6 +9,8 @@ from typing import Any
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.checkpoint.source import Checkpoint, FolderReader
 from qwen35.errors import Finding, InputError
+from qwen35.progress import Progress
+from qwen35.verification.asking_prompts import PromptedArtifact
 from qwen35.verification.behaviour import BehaviourResult
 from qwen35.verification.settings_comparison import SettingsComparison
 from qwen35.verification.subject import Engine, SourceWeights, Subject, SubjectPart, TensorTable
@@ -103,7 +105,14 @@ class Unreadable(Subject):
         del source
         return SettingsComparison()
 
-    def ask(self, engine: Engine | None, threads: int | None) -> BehaviourResult:
+    def ask(
+        self, engine: Engine | None, threads: int | None, progress: Progress | None = None
+    ) -> BehaviourResult:
         """Ask nothing."""
-        del engine, threads
+        del engine, threads, progress
         return BehaviourResult()
+
+    def prompted(self, threads: int | None) -> list[PromptedArtifact]:
+        """Refuse: there is no model."""
+        del threads
+        raise InputError(self.name, "cannot be read", hint="qwen35 verify says why")

@@ -10,7 +10,7 @@ from qwen35.errors import Finding
 from qwen35.verification.config_meaning import token_ids, token_meaning
 from qwen35.verification.settings_comparison import SettingsComparison, settings_of
 
-__all__ = ["compare_generation", "compare_preprocessors"]
+__all__ = ["compare_generation", "compare_preprocessors", "generation_stops"]
 
 _GENERATION = "generation_config.json"
 _SAMPLING: dict[str, Any] = {
@@ -112,6 +112,16 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     if "eos_token_id" in meaning:
         meaning["eos_token_id"] = token_ids(meaning["eos_token_id"])
     return meaning
+
+
+def generation_stops(checkpoint: Checkpoint) -> Any:
+    """Return the tokens that end a text by generation_config.json; None if it names none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    assert checkpoint.place is not None  # it was opened from files
+    return token_ids((settings_of(checkpoint.place, _GENERATION) or {}).get("eos_token_id"))
 
 
 def compare_preprocessors(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwen35.checkpoint.reconciled import reconciled
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.codecs.refined_bounds import TOLERANCE
 from qwen35.codecs.registry import codec_of, is_packed, quantized_weights
 from qwen35.errors import Finding
+from qwen35.planning.hessians import Hessians
 from qwen35.planning.manifest import amendment_notes, first_entries
+from qwen35.planning.refinement import refined_weights
 from qwen35.progress import Progress
 from qwen35.table import html_lines, html_table
 from qwen35.verification.behaviour import NOT_ASKED, Answer, BehaviourResult
@@ -152,22 +155,26 @@ def verify(
     subject: Subject,
     *,
     source: Checkpoint | None = None,
+    hessians: Hessians | None = None,
     depth: Depth = "structure",
     threads: int | None = None,
     tensor_parallel: int | None = None,
     engine: Engine | None = None,
     progress: Progress | None = None,
+    questions: Progress | None = None,
 ) -> Verdict:
     """Check an artifact.
 
     Args:
         subject: opened for this depth (`qwen35.verification.opening.open_artifact`).
         source: the checkpoint that it was made from; at depth ``structure``, its headers do.
+        hessians: by which its refined codes were chosen: errors in outputs are judged too.
         depth: ``structure`` reads headers, ``numbers`` every byte; ``behaviour`` also asks it.
         threads: number of weights checked at a time.
         tensor_parallel: number of GPUs that must be able to split weights of codecs with tiles.
         engine: the engine to ask it in; by default the container's own.
         progress: receives bytes read.
+        questions: receives questions asked.
 
     Raises:
         UsageError: the engine is not installed, or an option does not apply to this artifact.
@@ -185,16 +192,26 @@ def verify(
     foreign = foreign_notes(subject.place) if subject.place else ()
     notes = [*subject.notes, *foreign, *compared.notes]
     errors: Sequence[RoleError] = ()
+    refined = sorted(refined_weights(structure.manifest or {}).items())
     original = source if compared.kin else None
     if depth == "structure":
         findings += check_shapes(subject, original) if original else ()
     else:
-        inputs = {"artifact": subject.stamps(), "source": source and stamped(source)}
+        inputs: dict[str, Any] = {"artifact": subject.stamps()}
+        inputs |= {"source": source and stamped(source)}
+        inputs |= {"refined": refined} if refined else {}
+        inputs |= {"hessians": hessians.sha256} if hessians else {}
         with MemoFile(inputs) as memo:
             if structure.manifest is not None:
                 findings += check_hashes(subject, structure.manifest, memo)
             numbers = check_numbers(
-                subject, original, memo=memo, threads=threads, progress=progress
+                subject,
+                original,
+                memo=memo,
+                manifest=structure.manifest,
+                hessians=hessians,
+                threads=threads,
+                progress=progress,
             )
         errors = numbers.roles
         findings += [*numbers.findings, *numbers.too_far()]
@@ -202,7 +219,7 @@ def verify(
         notes += _decoded(original)
     behaviour = BehaviourResult()
     if depth == "behaviour" and not findings:
-        behaviour = subject.ask(engine, threads)
+        behaviour = subject.ask(engine, threads, questions)
         findings += behaviour.findings
     elif depth == "behaviour":
         notes.append(NOT_ASKED)
@@ -224,7 +241,7 @@ def verify(
         tuple(notes),
         source.name if source else None,
         tuple(compared.skipped),
-        tuple(_undetected(subject, None if depth == "structure" else original)),
+        tuple(_undetected(subject, None if depth == "structure" else original, refined)),
         amended,
     )
 
@@ -240,7 +257,7 @@ def served_verdict(served: ServedResult, source: str | None) -> Verdict:
         source: name of the checkpoint whose template it was compared with.
     """
     return Verdict(
-        served.model.name,
+        served.model.title,
         "served",
         "behaviour",
         {"weights": 0, "packed": 0, "files": 0},
@@ -286,7 +303,9 @@ def _accept_amended(compared: SettingsComparison, manifest: Mapping[str, Any]) -
     return tuple(name for name in files if name in manifest.get("files", {}))
 
 
-def _undetected(subject: Subject, source: Checkpoint | None) -> Iterator[str]:
+def _undetected(
+    subject: Subject, source: Checkpoint | None, refined: Collection[object]
+) -> Iterator[str]:
     """Yield the largest differences that comparisons miss, for each type with any."""
     if source is None:
         return
@@ -294,6 +313,8 @@ def _undetected(subject: Subject, source: Checkpoint | None) -> Iterator[str]:
     for codec in codecs.values():
         if codec.tolerance:
             yield f"{codec.label}: {codec.tolerance}"
+    if refined:
+        yield TOLERANCE
 
 
 def _decoded(source: Checkpoint | None) -> Iterator[str]:
