@@ -14,6 +14,7 @@ from typing import Any
 from qwen35.checkpoint.header import json_bytes
 from qwen35.checkpoint.locations import LocalFolder, read_bounded
 from qwen35.checkpoint.sidecars import MANIFEST_NAME, SIDECARS
+from qwen35.display import counted, cut
 from qwen35.errors import Finding, InputError
 from qwen35.planning.container import EditedFile
 from qwen35.planning.containers import container_from_manifest
@@ -53,6 +54,10 @@ class Amendment:
     findings: tuple[Finding, ...]
     manifest: Mapping[str, Any] = field(repr=False)
     edited: Mapping[str, EditedFile] = field(repr=False)
+
+    def __repr__(self) -> str:
+        found = counted(len(self.findings), "finding") if self.findings else ", ".join(self.files)
+        return f"<Amendment of {self.out}: {cut(found or 'nothing changed', 200)}>"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""

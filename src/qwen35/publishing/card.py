@@ -33,8 +33,9 @@ from qwen35.model.model_config import parse_config
 from qwen35.model.roles import role_of
 from qwen35.planning.containers import container_from_manifest
 from qwen35.planning.gguf_files.gguf_container import GgufContainer
-from qwen35.planning.manifest import amendment_notes, recipe_of, source_of, tensor_of
+from qwen35.planning.manifest import amendment_notes, card_of, recipe_of, source_of, tensor_of
 from qwen35.planning.rules import Recipe, Rule
+from qwen35.publishing.card_models import CardModel, card_models
 from qwen35.publishing.card_steps import (
     HeldTensors,
     InputFile,
@@ -134,7 +135,8 @@ def card_text(
         place: its folder.
         manifest: its manifest.
         repo: the repository's name.
-        base_model: the base model; by default the manifest's source.
+        base_model: the base model; by default the manifest's source, or the base that its card
+            names.
         measures: the table of an evaluation, if there is one.
 
     Raises:
@@ -142,12 +144,16 @@ def card_text(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    facts = _Facts(place, manifest, base_model)
+    facts = _Facts(place, manifest, base_model, repo)
     data = ModelCardData(
-        base_model=facts.base_model,
+        base_model=facts.bases[0] if len(facts.bases) == 1 else facts.bases or None,
         base_model_relation=facts.relation,
+        datasets=facts.said.get("datasets"),
+        language=facts.said.get("language"),
         library_name=facts.codec.library or None,
         license=facts.license,
+        license_name=facts.said.get("license_name"),
+        license_link=facts.said.get("license_link"),
         pipeline_tag="image-text-to-text" if facts.vision else "text-generation",
         tags=["qwen3_5", *facts.tags],
     )
@@ -171,14 +177,18 @@ class _Facts:
     """The values for the template."""
 
     def __init__(
-        self, place: LocalFolder, manifest: Mapping[str, Any], base_model: str | None
+        self, place: LocalFolder, manifest: Mapping[str, Any], base_model: str | None, repo: str
     ) -> None:
         self._place = place
         self._manifest = manifest
         self._recipe = recipe_of(manifest, container_from_manifest(manifest))
         self.source, self.revision = source_of(manifest)
         self.version = _version(manifest)
-        self.base_model = base_model or self.source
+        self.said = card_of(manifest)
+        given = [name for name in (base_model or self.source,) if name]
+        said = (name for name in self.said.get("base_model", []) if name.lower() != repo.lower())
+        self.bases: list[str] = given or list(said)  # no repository is its own base
+        self.base_model = next(iter(self.bases), None)
         self.recipe = self._recipe.name
         self.gguf = gguf_models(place)
         self.drafts = gguf_drafts(place)
@@ -237,7 +247,9 @@ class _Facts:
 
     @property
     def license(self) -> str | None:
-        """The licence according to LICENSE in any form; None without that file."""
+        """The licence by the source's card, else by LICENSE in any form; None without either."""
+        if "license" in self.said:
+            return str(self.said["license"])
         sizes = self._place.sizes()
         name = next((name for name in LEGAL if name in sizes and name.startswith("LICENSE")), None)
         if name is None:
@@ -250,6 +262,11 @@ class _Facts:
     def files(self) -> list[tuple[str, int]]:
         """Name and size of each file in the manifest."""
         return [(name, entry["size"]) for name, entry in self._manifest["files"].items()]
+
+    @property
+    def models(self) -> list[CardModel]:
+        """A row for each model of the repository, the largest first."""
+        return card_models(self._manifest, self.gguf, self._report)
 
     @property
     def total(self) -> int:
@@ -339,9 +356,12 @@ class _Facts:
     @property
     def measured_on(self) -> str:
         """What the figures compare, on which text; empty without a report that says it."""
-        if "report.json" not in self._place.sizes():
-            return ""
-        return measured_on(read_json(self._place, "report.json"), self._manifest.get("plan"))
+        return measured_on(self._report, self._manifest.get("plan")) if self._report else ""
+
+    @property
+    def _report(self) -> Any:
+        known = "report.json" in self._place.sizes()
+        return read_json(self._place, "report.json") if known else None
 
     @property
     def served(self) -> str:

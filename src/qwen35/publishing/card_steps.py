@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen35.checkpoint.split_gguf import by_model
 from qwen35.codecs.registry import CODECS
-from qwen35.display import printable
+from qwen35.display import counted, printable
 from qwen35.errors import UsageError
 from qwen35.planning.gguf_files.mixes import CONVERTED, DRAFTED, MIX
 from qwen35.planning.gguf_files.tensor_names import name_pattern
@@ -44,6 +44,7 @@ _KNOWN = {
     "adapter_only",
     "kv_cache",
     "split_max_size",
+    *("codes", "hessians"),
 }
 _PARAMETERS = {
     "rms": ("--rms-factor", "rms_factor"),
@@ -176,6 +177,9 @@ def _options(row: Mapping[str, Any]) -> Iterator[str]:
     if row.get("imatrix"):
         name = str(row.get("imatrix_name"))
         yield f"--imatrix {_word(name if name.startswith('hf:') else PurePosixPath(name).name)}"
+    if hessians := _table(row, "hessians"):
+        yield f"--codes {_word(str(row.get('codes')))}"
+        yield f"--hessian {_word(str(hessians.get('name')))}"
     if row.get("projector"):
         yield "--mmproj" if row["projector"] == "F16" else f"--mmproj {row['projector']}"
     if row.get("mtp_file"):
@@ -218,6 +222,9 @@ def input_files(manifest: Mapping[str, Any]) -> Iterator[InputFile]:
         yield InputFile("--adapter", adapter["name"], adapter["sha256"], "DIR")
     if row.get("imatrix"):
         yield InputFile("--imatrix", str(row.get("imatrix_name")), str(row["imatrix"]))
+    if hessians := _table(row, "hessians"):
+        name, digest = (str(hessians.get(key)) for key in ("name", "sha256"))
+        yield InputFile("--hessian", name, digest, "DIR")
     for table in (_table(manifest, "calibration"), _table(row, "kv_cache")):
         statistics = _table(table, "activations")
         if statistics:
@@ -309,7 +316,8 @@ def measured_on(report: Any, plan: object) -> str:
         return ""
     where = f" on {as_code(text['name'])}" if "name" in text else ""
     sentence = (
-        f"All columns were measured in one sweep{where} ({chunks} chunks of {context} tokens), "
+        f"All columns were measured in one sweep{where} ({counted(chunks, 'chunk')} of "
+        f"{context} tokens), "
         f"against {as_code(base.get('name'))} "
         f"({as_text(base.get('stored'))} in {as_text(base.get('engine'))})."
     )

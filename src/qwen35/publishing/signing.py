@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.checkpoint.locations import read_bounded
-from qwen35.errors import InputError, UsageError
+from qwen35.errors import InputError, UsageError, extra_hint
 from qwen35.sinks.staging import os_errors
 
 __all__ = ["SIGNATURE_NAME", "sign"]
@@ -33,8 +33,9 @@ def sign(folder: Path, private_key: Path) -> bool:
     try:
         from model_signing import hashing, signing
     except ImportError as error:
-        hint = "pip install 'qwen35[sign]'"
-        raise UsageError("--sign", "model-signing is not installed", hint=hint) from error
+        raise UsageError(
+            "--sign", "model-signing is not installed", hint=extra_hint("sign")
+        ) from error
     key = _load(private_key)
     if _holds(folder, key):
         return False

@@ -7,7 +7,7 @@ from base64 import b64encode
 from importlib import resources
 from typing import Any
 
-__all__ = ["render"]
+__all__ = ["page_style", "render"]
 
 
 def render(template: str, **values: Any) -> str:
@@ -21,11 +21,16 @@ def render(template: str, **values: Any) -> str:
     digest = b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return environment.from_string(_part(template)).render(
-        style=Markup(_part("style.css")),  # noqa: S704
+        style=Markup(page_style()),  # noqa: S704
         script=Markup(script),  # noqa: S704
         policy=Markup(policy),  # noqa: S704
         **values,
     )
+
+
+def page_style() -> str:
+    """Return the style of every page."""
+    return _part("style.css")
 
 
 def _part(name: str) -> str:

@@ -8,7 +8,7 @@ from itertools import takewhile
 from math import hypot
 from typing import Any
 
-from qwen35.display import cut, size
+from qwen35.display import counted, cut, size
 from qwen35.errors import InputError
 from qwen35.evaluation.measured import front
 from qwen35.reporting.reported import ReadReport, ReportedModel
@@ -225,7 +225,7 @@ def _check_comparable(name: str, report: ReadReport, first: str, reference: Read
 
 def _measured_on(report: ReadReport) -> str:
     text = f"{cut(report.text[0], 80)}, " if report.text[0] else ""
-    return f"{text}{report.chunks} chunks of {report.context}"
+    return f"{text}{counted(report.chunks, 'chunk')} of {report.context}"
 
 
 def _labels(models: Sequence[ReportedModel], base: str) -> list[str]:

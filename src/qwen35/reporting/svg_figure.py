@@ -14,7 +14,7 @@ from functools import partial
 from html import escape
 from typing import Any
 
-from qwen35.errors import UsageError
+from qwen35.errors import UsageError, extra_hint
 from qwen35.reporting.marks import COLOURS
 
 __all__ = ["INK", "PAPER", "RULE", "SERIES", "matplotlib_figure", "settle", "style", "svg"]
@@ -52,9 +52,8 @@ def matplotlib_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError(
-            "charts", f"{error.name} is not installed", hint="pip install 'qwen35[eval]'"
-        ) from error
+        found = f"{error.name} is not installed"
+        raise UsageError("charts", found, hint=extra_hint("eval")) from error
     return partial(Figure, dpi=_POINTS, layout="constrained")
 
 

@@ -1,4 +1,4 @@
-"""Charts of a tuning: the cost of each unit, and the predicted loss over size."""
+"""Charts of a tuning: the price of each unit, and the predicted loss over size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _units(sizes: Sequence[int]) -> tuple[list[float], str]:
 
 
 def sensitivity_chart(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -> str:
-    """Draw a disc per unit, by layer and kind, with its cost as area; rows of tune.json."""
+    """Draw a disc per unit, by layer and kind, with its price as area; rows of tune.json."""
     largest = max((row["nats_per_million"] for row in rows), default=0.0) or 1.0
     with style("sensitivity"):
         figure = matplotlib_figure()(figsize=(4.6, 0.7 + 0.26 * len(kinds)))
@@ -36,7 +36,7 @@ def sensitivity_chart(rows: Sequence[Mapping[str, Any]], kinds: Sequence[str]) -
         for row in rows:
             cost[row["kind"]] = max(cost[row["kind"]], row["nats_per_million"])
         highest = sorted(cost, key=lambda kind: -cost[kind])[:3]
-        label = "Cost of the smallest type by role and layer, in nats per million weights"
+        label = "Price of the smallest type by role and layer, in nats per million weights"
         return svg(figure, f"{label}; highest in {', '.join(highest)}")
 
 
@@ -45,18 +45,20 @@ def front_chart(value: Mapping[str, Any]) -> str:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     rows = [row for row in value["front"] if row["predicted_kld"] > 0]
-    sizes, unit = _units([*(row["bytes"] for row in rows), value["bytes"]])
+    own = value["active_bytes"] if value["active"] else value["bytes"]
+    sizes, unit = _units([*(row["bytes"] for row in rows), own])
     with style("front"):
         figure = matplotlib_figure()(figsize=_SIZE)
         axes = figure.subplots()
         axes.set_yscale("log")
         axes.plot(sizes[:-1], [r["predicted_kld"] for r in rows], color=SERIES[0], linewidth=1.8)
-        if value["measured_kld"]:
-            axes.plot([sizes[-1]], [value["measured_kld"]], "o", color=SERIES[1], markersize=8)
+        kld = value["measured_kld"] or value["predicted_kld"]
+        if kld > 0:
+            axes.plot([sizes[-1]], [kld], "o", color=SERIES[1], markersize=8)
         axes.grid(visible=True, axis="y")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel(f"size, {unit}")
+        axes.set_xlabel(f"{'read per token' if value['active'] else 'size'}, {unit}")
         axes.set_ylabel("mean KLD, nats per token")
         ends = [
             f"{s:.3g} {unit} {r['predicted_kld']:.2g} nats"
