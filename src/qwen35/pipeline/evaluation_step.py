@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qwen35.checkpoint.source import Checkpoint
@@ -27,6 +28,7 @@ def measure(
     *,
     threads: int,
     device: str,
+    memory: int | None,
     token: str | None,
     progress: Progress,
 ) -> list[Finding]:
@@ -43,6 +45,7 @@ def measure(
         folder: the report's folder.
         threads: for engines and statistics.
         device: for transformers; of several, the first is used.
+        memory: models run layer by layer if they would take more bytes.
         token: access token for the Hub.
         progress: receives chunks.
 
@@ -51,21 +54,28 @@ def measure(
         UsageError: a library is missing.
     """
     # Late: runs that measure nothing do not load these.
-    from qwen35.evaluation.evaluation_run import evaluate
+    from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
+    from qwen35.evaluation.evaluation_run import run
     from qwen35.reporting.report_files import write_report
 
     base = f"{source.repo}@{source.revision}" if source.repo else str(source.folder())
-    report = evaluate(
+    request = EvaluationRequest(
         base,
-        [str(path) for path in compared],
+        tuple(map(str, compared)),
         measurement.text,
         chunks=measurement.chunks,
         adapters=source.adapters,
-        state=folder.absolute().with_name(f".{folder.name}.evaluation"),
         threads=threads,
         device=device.split(",")[0],
+        streamed=measurement.streamed,
+        llama_inputs=bool(measurement.simulate),
         token=token,
-        progress=progress,
     )
+    job = prepare(request)
+    if memory is not None and job.stream is None and job.memory > memory:
+        # With the least that a pass takes: what was made is not lost for a little memory.
+        job = prepare(replace(request, streamed=True))
+    state = folder.absolute().with_name(f".{folder.name}.evaluation")
+    report = run(job, state=state, progress=progress)
     write_report(report, folder)
     return report.findings

@@ -14,6 +14,7 @@ from qwen35.publishing.diff import ATTRIBUTES, Diff
 from qwen35.publishing.signing import SIGNATURE_NAME
 from qwen35.serving.served_model import identify
 from qwen35.serving.server_client import ServerClient
+from qwen35.serving.started_server import StartedServers
 from qwen35.verification.opening import open_artifact
 from qwen35.verification.served_verdict import check_served
 from qwen35.verification.template_comparison import stored_templates
@@ -48,8 +49,13 @@ def quantization_gate(artifact: PlannedArtifact) -> Iterator[Finding]:
     yield from artifact.plan.container.file_findings(artifact.plan, artifact.out)
 
 
-def serving_gate(artifact: PlannedArtifact, source: Checkpoint) -> Verdict:
+def serving_gate(artifact: PlannedArtifact, source: Checkpoint, started: StartedServers) -> Verdict:
     """Ask the server that runs an artifact, and compare its chat template with the artifact's.
+
+    Args:
+        artifact: which has the server's address.
+        source: whose template it has, if it has none of its own.
+        started: the server, if it was started for this.
 
     Raises:
         EndpointError: the server does not answer.
@@ -61,7 +67,8 @@ def serving_gate(artifact: PlannedArtifact, source: Checkpoint) -> Verdict:
     place = own if stored_templates(own) else source.place
     with ServerClient(endpoint) as client:
         served = identify(client, artifact.request.served_model)
-        return served_verdict(check_served(client, served, source=place), artifact.name)
+        result = check_served(client, served, source=place).after(started.fate())
+        return served_verdict(result, artifact.name)
 
 
 def publish_gate(diff: Diff, documents: Iterable[str]) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -75,24 +75,36 @@ def outcomes_json(request: RunRequest, outcomes: Sequence[Outcome]) -> dict[str,
     }
 
 
+def _details(outcome: Outcome) -> Iterator[str]:
+    """Yield what a step's line does not say."""
+    if outcome.state == "closed":
+        yield from (f"- {reason}" for reason in outcome.reasons[1:])
+    facts: Mapping[str, Any] = outcome.facts
+    if outcome.open and "commit" in facts:
+        yield f"{facts['repo']}@{facts['commit'][:12]}"
+
+
 def passed(outcomes: Sequence[Outcome]) -> bool:
     """Return whether all gates are open."""
     return all(outcome.state not in ("closed", "stopped") for outcome in outcomes)
 
 
-def outcomes_text(outcomes: Sequence[Outcome]) -> str:
-    """Return a run's outcome as text."""
+def outcomes_text(outcomes: Sequence[Outcome], *, told: bool = False) -> str:
+    """Return a run's outcome as text.
+
+    Args:
+        outcomes: of the steps.
+        told: each step's line was shown already: only steps with more than that are listed.
+    """
     width = max(len(outcome.step.name) for outcome in outcomes)
     lines: list[str] = []
     for outcome in outcomes:
-        lines.append(f"{outcome.step.name:<{width}}  {outcome_text(outcome)}")
-        if outcome.state == "closed":
-            lines += [f"{'':<{width}}  - {reason}" for reason in outcome.reasons[1:]]
-        facts: Mapping[str, Any] = outcome.facts
-        if outcome.open and "commit" in facts:
-            lines.append(f"{'':<{width}}  {facts['repo']}@{facts['commit'][:12]}")
+        more = list(_details(outcome))
+        if more or not told:
+            lines.append(f"{outcome.step.name:<{width}}  {outcome_text(outcome)}")
+        lines += [f"{'':<{width}}  {line}" for line in more]
     closed = [outcome for outcome in outcomes if outcome.state == "closed"]
-    lines.append("")
+    lines += [""] if lines else []
     if closed:
         lines.append(f"{len(closed)} closed: passed steps are kept; fix the cause and run again")
     else:

@@ -34,6 +34,7 @@ from qwen35.publishing.repo_documents import (
     write_documents,
 )
 from qwen35.publishing.sync import SyncTarget, diff_push
+from qwen35.serving.started_server import started_servers
 from qwen35.sinks.staging import check_output, check_space, locked, os_errors
 from qwen35.verification.opening import open_artifact
 from qwen35.verification.verdict import Verdict, verify
@@ -54,6 +55,7 @@ class PipelineRunner:
         progress: receives bytes processed.
         chunks: receives chunks measured.
         announce: receives a line per step.
+        questions: receives questions asked.
         hasher: caches hashes of unchanged files.
     """
 
@@ -65,6 +67,7 @@ class PipelineRunner:
     progress: Progress = field(default_factory=Silent)
     chunks: Progress = field(default_factory=Silent)
     announce: Callable[[str], None] = lambda _: None
+    questions: Progress = field(default_factory=Silent)
     hasher: FileHasher = field(default_factory=FileHasher)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
@@ -149,7 +152,8 @@ class PipelineRunner:
         """Raise if a file that this run did not write would be replaced without --overwrite."""
         ours = name in self._state.steps or self.options.overwrite
         source, donor = self.source.location(), self.source.donor_location()
-        files = (artifact.request.imatrix, artifact.request.activation_stats)
+        request = artifact.request
+        files = (request.imatrix, request.activation_stats, request.hessian)
         check_output(artifact.out, source=source, overwrite=ours, donor=donor, files=files)
 
     def _gate_make(self, step: GraphStep) -> Outcome:
@@ -197,7 +201,7 @@ class PipelineRunner:
         options: Any = {"source": source, "depth": depth, "threads": self.threads}
         subject = open_artifact(str(artifact.out.absolute()), depth)
         progress = None if depth == "structure" else self.progress
-        return verify(subject, progress=progress, **options)
+        return verify(subject, progress=progress, questions=self.questions, **options)
 
     def _manifest(self, artifact: PlannedArtifact) -> Mapping[str, Any]:
         manifest = read_manifest(LocalFolder(artifact.out))
@@ -209,7 +213,11 @@ class PipelineRunner:
 
     def _ask(self, step: GraphStep) -> Outcome:
         """Ask the server each time: nothing tells whether it has changed."""
-        verdict = serving_gate(step.artifact, self.source)
+        command = self.options.serve.get(step.artifact.name)
+        endpoint = step.artifact.request.endpoint
+        assert endpoint is not None  # otherwise the graph has no such step
+        with started_servers([command] if command else [], [endpoint]) as started:
+            verdict = serving_gate(step.artifact, self.source, started)
         record_served(step.artifact.out, verdict)
         facts = {
             "passed": verdict.passed,
@@ -228,7 +236,8 @@ class PipelineRunner:
         verified = [a for a in step.artifacts if self.outcomes[f"verify {a.name}"].open]
         hashes = {a.name: _hashes(self._manifest(a)) for a in verified}
         text = digest_file(measurement.text).sha256
-        key = key_of("evaluate", text, measurement.chunks, self._identity, hashes)
+        how = measurement.how
+        key = key_of("evaluate", text, measurement.chunks, self._identity, hashes, *how)
         report = self.report / REPORT_NAME
         row = self._state.recorded(step.name, key)
         facts = {"report": str(report), "measured": [a.name for a in verified]}
@@ -241,6 +250,7 @@ class PipelineRunner:
             self.report,
             threads=self.threads,
             device=self.options.device,
+            memory=self.options.memory,
             token=self.options.token,
             progress=self.chunks,
         )

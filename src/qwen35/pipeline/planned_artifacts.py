@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.registry import CODECS, is_lossy
-from qwen35.errors import Qwen35Error, UsageError, unknown_name
+from qwen35.errors import Qwen35Error, UsageError, extra_hint, unknown_name
 from qwen35.pipeline.run_request import REPORT_FOLDER, ArtifactRequest, RunRequest
 from qwen35.planning.activations import load_activations
 from qwen35.planning.artifact_names import artifact_name
@@ -22,6 +22,7 @@ from qwen35.planning.memory import threads_within as threads_fitting
 from qwen35.planning.mtp_choice import drops_mtp, mtp_choice
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import adjusted_recipe, load_recipe
+from qwen35.planning.refinement import opened_refinement
 from qwen35.tensors import Weight
 from qwen35.verification.verdict import Depth
 
@@ -151,6 +152,7 @@ def _safetensors(checkpoint: Checkpoint, artifact_request: ArtifactRequest) -> P
         scale_choice=artifact_request.scale_choice,
         activations=load_activations(statistics) if statistics else None,
         kv_cache=artifact_request.kv_cache,
+        refinement=opened_refinement(artifact_request.codes, artifact_request.hessian),
     )
 
 
@@ -168,6 +170,7 @@ def _gguf(checkpoint: Checkpoint, artifact_request: ArtifactRequest, token: str 
         split_max_size=artifact_request.split_max_size,
         drop_mtp=choice == "drop",
         mtp_file=mtp_type_of(choice, artifact_request.mtp_type),
+        refinement=opened_refinement(artifact_request.codes, artifact_request.hessian),
     )
 
 
@@ -189,15 +192,16 @@ def _missing_libraries(
     """Yield a problem for each missing library that an artifact will need."""
     problems = [problem for a in artifacts if (problem := _unprepared(a.plan)) is not None]
     yield from {str(problem): problem for problem in problems}.values()
-    if request.depth != "behaviour" and request.measurement is None:
-        return
     subject = "depth behaviour" if request.depth == "behaviour" else "evaluate"
-    needed = {name: extra for artifact in artifacts for name, extra in _engine_modules(artifact)}
+    other = ", or choose depth numbers" if request.depth == "behaviour" else ""
+    measurement, needed = request.measurement, dict[str, str]()
+    if measurement is not None and measurement.streamed:
+        needed |= dict.fromkeys(("torch", "transformers"), "nf4")
+    if request.depth == "behaviour" or (measurement is not None and not measurement.streamed):
+        needed |= dict(pair for artifact in artifacts for pair in _engine_modules(artifact))
     for name, extra in needed.items():
         if importlib.util.find_spec(name) is None:
-            yield UsageError(
-                subject, f"{name} is not installed", hint=f"pip install 'qwen35[{extra}]'"
-            )
+            yield UsageError(subject, f"{name} is not installed", hint=extra_hint(extra) + other)
 
 
 def _unprepared(plan: Plan) -> UsageError | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,8 +22,9 @@ from qwen35.pipeline.run_request import (
     repo_problem,
 )
 from qwen35.planning.gguf_files.gguf_options import projector_type
-from qwen35.planning.gguf_files.mixes import FILE_TYPES
+from qwen35.planning.gguf_files.mixes import FILE_TYPES, type_names
 from qwen35.planning.recipe import built_in
+from qwen35.planning.refinement import CODES
 from qwen35.planning.safetensors_files.safetensors_options import KV_CACHES
 from qwen35.serving.endpoint import Endpoint
 from qwen35.verification.verdict import Depth
@@ -52,6 +53,8 @@ TOP_KEYS = {
     "path": "text or texts",
     "types": "texts",
     "imatrix": "text",
+    "codes": "text",
+    "hessian": "text",
     "depth": "text",
     "artifact": "tables",
     "gguf": "tables",
@@ -64,6 +67,8 @@ _COMMON = {
     "repo": "text",
     "mtp": "text",
     "drop_mtp": "flag",
+    "codes": "text",
+    "hessian": "text",
     "endpoint": "text",
     "served_model": "text",
 }
@@ -88,7 +93,8 @@ GGUF_KEYS = _COMMON | {
     "mtp_type": "text",
     "split_max_size": "text",
 }
-EVALUATE_KEYS = {"text": "text", "chunks": "count"}
+EVALUATE_KEYS = {"text": "text", "chunks": "count", "streamed": "flag", "simulate": "text"}
+_SIMULATED = "llama.cpp"
 PUBLISH_KEYS = {"owner": "text", "private": "flag"}
 
 
@@ -132,9 +138,6 @@ class _Reader:
         owner = publish.get("owner", "")
         if owner and HubId.parse(f"{owner}/name") is None:
             self._problem("publish.owner", repr(owner), expected="a user or an organization")
-        text, chunks = evaluate.get("text"), evaluate.get("chunks", 0)
-        if chunks < 0:
-            self._problem("evaluate.chunks", repr(chunks), expected="0 (all) or more")
         return RunRequest(
             model=self._model(top.get("model", "")),
             out=self._near(top.get("out", ".")),
@@ -143,7 +146,7 @@ class _Reader:
             adapters=tuple(str(self._near(name)) for name in top.get("adapters", ())),
             onto=self._onto(top),
             mtp_from=self._model(top.get("mtp_from", "")),
-            measurement=MeasurementRequest(self._near(text), chunks) if text else None,
+            measurement=self._measurement(evaluate),
             owner=owner,
             private=publish.get("private", False),
             problems=tuple(self.problems),
@@ -164,7 +167,9 @@ class _Reader:
         requests: list[ArtifactRequest] = []
         try:
             imatrix = self._imatrix(top.get("imatrix", ""))
-            requests += path_artifacts(paths, types=self._types(top), imatrix=imatrix)
+            made = path_artifacts(paths, types=type_names(top.get("types", ())), imatrix=imatrix)
+            refined = self._refined("", top)
+            requests += [replace(request, **refined) for request in made]
         except UsageError as error:
             self._problem(error.subject, error.found, expected=error.expected, hint=error.hint)
         requests += self._each("artifact", top, ARTIFACT_KEYS, self._safetensors)
@@ -221,7 +226,7 @@ class _Reader:
         )
 
     def _gguf(self, where: str, row: Mapping[str, Any]) -> ArtifactRequest:
-        types = self._types(row)
+        types = type_names(row.get("types", ()))
         for name in types:
             if name not in FILE_TYPES:
                 self._unknown(f"{where}.types", name, FILE_TYPES)
@@ -266,9 +271,17 @@ class _Reader:
             "repo": repo,
             "mtp": row.get("mtp"),
             "drop_mtp": row.get("drop_mtp", False),
+            **self._refined(f"{where}.", row),
             "endpoint": self._endpoint(where, row),
             "served_model": row.get("served_model"),
         }
+
+    def _refined(self, where: str, row: Mapping[str, Any]) -> dict[str, Any]:
+        codes = row.get("codes")
+        if codes is not None and codes not in CODES:
+            self._unknown(f"{where}codes", codes, CODES)
+            codes = None
+        return {"codes": codes, "hessian": self._near(row["hessian"]) if "hessian" in row else None}
 
     def _endpoint(self, where: str, row: Mapping[str, Any]) -> Endpoint | None:
         """Return a server that runs already; a file never names a command to start one."""
@@ -281,10 +294,6 @@ class _Reader:
             self._problem(subject, error.found, expected=error.expected)
             return None
 
-    @staticmethod
-    def _types(row: Mapping[str, Any]) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name.upper() for name in row.get("types", ())))
-
     def _near(self, name: str) -> Path:
         return self.path.parent / expanded(name)
 
@@ -295,6 +304,20 @@ class _Reader:
 
     def _imatrix(self, name: str) -> str:
         return name if not name or name.startswith("hf:") else str(self._near(name))
+
+    def _measurement(self, evaluate: Mapping[str, Any]) -> MeasurementRequest | None:
+        chunks, simulate = evaluate.get("chunks", 0), evaluate.get("simulate", "")
+        if chunks < 0:
+            self._problem("evaluate.chunks", repr(chunks), expected="0 (all) or more")
+        if simulate not in ("", _SIMULATED):
+            self._unknown("evaluate.simulate", simulate, (_SIMULATED,))
+        elif simulate and not evaluate.get("streamed"):
+            hint = "set streamed = true: llama.cpp rounds inputs itself"
+            self._problem("evaluate.simulate", "is for models that run layer by layer", hint=hint)
+        if not evaluate.get("text"):
+            return None
+        text = self._near(evaluate["text"])
+        return MeasurementRequest(text, chunks, evaluate.get("streamed", False), simulate)
 
     def _checked(self, where: str, table: Any, schema: Mapping[str, str]) -> dict[str, Any]:
         """Return the valid entries of a table; add a problem for each of the others."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -54,6 +54,8 @@ class ArtifactRequest:
         activations: whether to quantize the layers' inputs as well.
         kv_cache: ``fp8`` for scales of a KV cache, from the statistics.
         imatrix: GGUF: importance matrix, a file or ``hf:owner/name/path``.
+        codes: how codes are chosen, as for ``--codes``.
+        hessian: the folder of Hessians for refined codes.
         mmproj: GGUF: whether to write the vision tower too, or its file type.
         split_max_size: GGUF: bytes of tensors a file; larger models are split.
         endpoint: a server that runs it already, and is asked before it is published; None for none.
@@ -75,6 +77,8 @@ class ArtifactRequest:
     activations: bool = False
     kv_cache: str | None = None
     imatrix: str = ""
+    codes: str | None = None
+    hessian: Path | None = None
     mmproj: bool | str = False
     split_max_size: int | None = None
     endpoint: Endpoint | None = None
@@ -88,15 +92,27 @@ class ArtifactRequest:
 
 @dataclass(frozen=True)
 class MeasurementRequest:
-    """The text for measuring quality.
+    """The text for measuring quality, and how to measure it.
 
     Args:
         text: a text file.
         chunks: the most chunks to use; 0 for all.
+        streamed: whether models run layer by layer, whatever memory there is.
+        simulate: ``llama.cpp`` for its inputs of layers too, of GGUF files that run so.
     """
 
     text: Path
     chunks: int = 0
+    streamed: bool = False
+    simulate: str = ""
+
+    @property
+    def how(self) -> list[str]:
+        """What was asked of how to measure; empty for the usual way."""
+        return [
+            *(["streamed"] if self.streamed else []),
+            *([self.simulate] if self.simulate else []),
+        ]
 
 
 @dataclass(frozen=True)
@@ -137,9 +153,11 @@ class RunOptions:
     Args:
         device: where weights are encoded.
         threads: maximum; all processors if None.
-        memory: limit in bytes; reduces the number of threads.
+        memory: limit in bytes; reduces the number of threads, and models that would not fit are
+            measured layer by layer.
         overwrite: whether outputs that this run did not make may be replaced.
         token: access token for the Hub.
+        serve: name of an artifact, to the command that starts the server at its endpoint.
     """
 
     device: str = "auto"
@@ -147,6 +165,7 @@ class RunOptions:
     memory: int | None = None
     overwrite: bool = False
     token: str | None = field(default=None, repr=False)
+    serve: Mapping[str, str] = field(default_factory=dict)
 
 
 _TRAIN = (ArtifactRequest("text-nf4"),)
