@@ -1,6 +1,6 @@
 """Ship Qwen3.5 checkpoints: quantized, verified, measured, published.
 
-Every verb of the command line is a function here, with the same name; a flag is a keyword:
+Every verb of the command line but `ui` is a function here, with the same name; a flag is a keyword:
 
 >>> import qwen35
 >>> plan = qwen35.plan("Qwen3.5-9B", recipe="nf4")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["bytes_of", "cut", "printable", "size", "size_rounded_up"]
+__all__ = ["bytes_of", "counted", "cut", "printable", "size", "size_rounded_up"]
 
 
 def bytes_of(text: str) -> int:
@@ -47,6 +47,15 @@ def _unit(nbytes: int) -> tuple[int, str]:
     """Return the display unit of a size: its bytes and its name."""
     units = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
     return next((unit for unit in units if nbytes >= unit[0]), (1, "B"))
+
+
+def counted(count: int, thing: str) -> str:
+    """Return a number of things, in the plural unless it is one.
+
+    >>> counted(1, "chunk"), counted(2, "chunk")
+    ('1 chunk', '2 chunks')
+    """
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def printable(text: str) -> str:

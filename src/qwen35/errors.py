@@ -33,6 +33,7 @@ __all__ = [
     "UsageError",
     "WorkerError",
     "did_you_mean",
+    "extra_hint",
     "unknown_name",
 ]
 
@@ -50,6 +51,15 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     ends = sorted((known for known in names if wanted and known.endswith(f".{wanted}")), key=len)
     matches = ends or difflib.get_close_matches(wanted, names, n=1)
     return f"did you mean {names[matches[0]]}?" if matches else ""
+
+
+def extra_hint(extra: str) -> str:
+    """Return the hint on how to install an extra of this package, which no index has yet.
+
+    >>> extra_hint("tune")
+    "in your clone of qwen35: pip install '.[tune]'"
+    """
+    return f"in your clone of qwen35: pip install '.[{extra}]'"
 
 
 def _normalized(name: str) -> str:
@@ -101,7 +111,7 @@ def unknown_name(
     """
     names = list(known)
     shown = found or f"{str(name)[:80]!r} is unknown"
-    near = did_you_mean(str(name)[:80], names)
+    near = did_you_mean(str(name)[:80], names) if len(names) > 1 else ""  # one says it already
     return UsageError(subject, shown, expected=", ".join(names), hint=near or hint)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.progress import Progress
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["amend"]
 
 
+@plain_arguments
 def amend(
     out: str | Path,
     *,

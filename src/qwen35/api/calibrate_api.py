@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.given_values import listed, size_given
+from qwen35.api.worker_choice import check_workers, pool_of
 from qwen35.calibration.calibration_plan import (
     CalibrationPlan,
     CalibrationRequest,
@@ -15,15 +17,18 @@ from qwen35.calibration.calibration_plan import (
 )
 from qwen35.calibration.sums import FLOOR
 from qwen35.calibration.text_windows import read_text
+from qwen35.errors import UsageError
+from qwen35.execution.failures import Work
 from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.progress import Progress
 
 if TYPE_CHECKING:
     from qwen35.calibration.calibration_run import CalibrationResult
 
-__all__ = ["calibrate", "planned"]
+__all__ = ["calibrate", "check_shared", "planned"]
 
 
+@plain_arguments
 def calibrate(
     model: str | Path,
     *,
@@ -36,11 +41,14 @@ def calibrate(
     floor: int = FLOOR,
     dat: bool = False,
     draft: bool = False,
+    hessian: bool = False,
     mtp_from: str | Path | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
     threads: int | None = None,
     memory: int | str | None = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
     overwrite: bool = False,
     hf_token: str | None = None,
     progress: Progress | None = None,
@@ -61,40 +69,79 @@ def calibrate(
         floor: fill up experts that fewer tokens reach from the average of their layer.
         dat: also write the older imatrix.dat.
         draft: also measure how often what the MTP layer drafts is accepted.
+        hessian: also write the Hessians of all inputs, for refined codes.
         mtp_from: take the MTP layer of this checkpoint, the original of a model saved without it.
         dtype: for computation; ``auto`` is bfloat16 for a bfloat16 checkpoint, otherwise float32.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-        threads: number of torch threads.
-        memory: use smaller batches to stay below this many bytes, or ``4GB``.
+        threads: number of torch threads, of each worker.
+        memory: use smaller batches to stay below this many bytes, or ``4GB``; shared by `workers`.
+        workers: number of processes that windows are shared out to.
+        ray_address: share them out on this Ray cluster.
         overwrite: replace an output of qwen35, or the interrupted run of another call.
         hf_token: for the Hub; by default HF_TOKEN.
         progress: receives bytes processed.
 
     Raises:
+        WorkerError: the workers of some windows died at every attempt.
         UsageError: an argument does not fit, or torch or transformers is not installed.
         InputError: the model or the text cannot be read.
         OutputError: the output exists, or the disk is full.
         HubError: the Hub refused a request or could not be reached.
     """
     from qwen35.calibration.calibration_run import calibrate as carry_out
-    from qwen35.calibration.calibration_run import check_before
+    from qwen35.calibration.calibration_run import check_before, device_for
 
     output = Path(output)
-    check_before(output, overwrite=overwrite, device=device)
+    given = size_given("--memory", memory)
+    check_shared(workers, ray_address, given, hessian=hessian)
+    # The devices of a cluster are not those of this machine.
+    check_before(output, overwrite=overwrite, device="cpu" if ray_address else device)
     plan = planned(
         model,
         text=text,
         context=context,
         windows=windows,
-        request=CalibrationRequest(dtype, floor, dat, size_given("--memory", memory), draft),
+        request=CalibrationRequest(dtype, floor, dat, given, draft, hessian, workers or 1),
         adapter=listed(adapter),
         onto=onto,
         mtp_from=mtp_from,
         token=hf_token,
     )
-    return carry_out(
-        plan, output, overwrite=overwrite, threads=threads, device=device, progress=progress
-    )
+    own = device if workers is None and ray_address is None else "cpu"
+    others = device if ray_address else device_for(device)
+    with pool_of(
+        workers, ray_address, device=others, threads=threads, work=_calibration_work
+    ) as pool:
+        return carry_out(
+            plan,
+            output,
+            overwrite=overwrite,
+            threads=threads,
+            device=own,
+            pool=pool,
+            progress=progress,
+        )
+
+
+def check_shared(
+    workers: int | None, ray_address: str | None, memory: int | None, *, hessian: bool
+) -> None:
+    """Refuse options that exclude each other where windows are shared out.
+
+    Raises:
+        UsageError: two of them are given.
+    """
+    check_workers(workers, ray_address, None, memory)
+    if hessian and (workers is not None or ray_address is not None):
+        flag = "--workers" if workers is not None else "--ray-address"
+        hint = "sums of x x^T are as large as weights: one process keeps them"
+        raise UsageError(f"{flag} and --hessian", "exclude each other", hint=hint)
+
+
+def _calibration_work() -> tuple[str, Work]:
+    from qwen35.calibration.share_worker import MODULE, answer
+
+    return MODULE, answer
 
 
 def planned(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from qwen35.api.argument_kinds import plain_arguments
+from qwen35.api.code_options import refinement_of
 from qwen35.api.fp8_options import (
     DEFAULTS,
     Bands,
@@ -16,6 +19,7 @@ from qwen35.api.fp8_options import (
     scale_choice_of,
 )
 from qwen35.api.given_values import listed, size_given
+from qwen35.api.text_hessians import made_hessians, notes_of, text_hessians
 from qwen35.api.worker_choice import check_workers
 from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
 from qwen35.checkpoint.open import folder_of
@@ -30,6 +34,7 @@ from qwen35.progress import Progress
 __all__ = ["convert"]
 
 
+@plain_arguments
 def convert(
     model: str | Path,
     out: str | Path,
@@ -51,6 +56,9 @@ def convert(
     calib_percentile: float = DEFAULTS.percentile,
     mse_grid_size: int = DEFAULTS.grid_size,
     activation_stats: str | Path | None = None,
+    codes: str | None = None,
+    hessian: str | Path | None = None,
+    calibration: str | Path | Sequence[str | Path] = (),
     verify_samples: int | None = None,
     verify_seed: int = 0,
     skip_verify: bool = False,
@@ -95,6 +103,11 @@ def convert(
         activation_stats: JSON of statistics of inputs, from `calibrate`. They weigh the columns of
             weights in the modes ``rms``, ``mse`` and ``search``, and are required for
             `activations`, `kv_cache` and ModelOpt's FP8.
+        codes: ``plain`` (if None), or ``refined``: chosen by what they do to a layer's outputs, at
+            the same size; or ``refined+scales``, which also searches NF4's scales; a recipe's rules
+            may say it too.
+        hessian: for refined codes, the folder of `calibrate` with Hessians.
+        calibration: plain text files: make Hessians from them first, for this output alone.
         verify_samples: block FP8: number of weights to check in each file; all if None.
         verify_seed: seed of the sample.
         skip_verify: block FP8: do not check the output.
@@ -146,13 +159,31 @@ def convert(
         device=local_device,
         source=folder_of(str(model)),
         donor=folder_of(mtp_from),
-        files=[activation_stats],
+        files=[activation_stats, hessian, *listed(calibration)],
     )
     needed = rules.quantizes_inputs or kv_cache is not None
     statistics = activations_of(activation_stats, scale_choice, needed=needed)
     adapters = opened_adapters(listed(adapter), onto)
-    checkpoint = opened_source(model, adapters, mtp_from, headers=dry_run, token=hf_token)
-    plan = make_plan(
+    checkpoint = opened_source(
+        model,
+        adapters,
+        mtp_from,
+        headers=dry_run,
+        token=hf_token,
+        extra=rules.container.extra,
+    )
+    text = text_hessians(
+        calibration,
+        checkpoint,
+        rules,
+        out,
+        codes,
+        memory,
+        instead=hessian is not None,
+        alone=slice is not None or ray_address is not None,
+    )
+    planned = partial(
+        make_plan,
         checkpoint,
         rules,
         keep_prefix=keep_prefix,
@@ -161,6 +192,7 @@ def convert(
         scale_choice=scale_choice,
         activations=statistics,
     )
+    plan = planned(refinement=refinement_of(codes, hessian, text))
     check_unused(plan, bands=bands, samples=verify_samples, seed=verify_seed, skip=skip_verify)
     if slice is not None and verify_samples is not None:
         found = "slices check everything they write"
@@ -177,8 +209,10 @@ def convert(
         check=checked and verify_samples is None,
     )
     if dry_run:
-        return WriteResult(out, plan, fitting_threads(plan, options), plan.total_bytes)
-    result = carry_out(plan, out, options, progress)
+        threads = fitting_threads(plan, options)
+        return WriteResult(out, plan, threads, plan.total_bytes, before=notes_of(text))
+    with made_hessians(text, options, progress) as made:
+        result = carry_out(planned(refinement=made) if made else plan, out, options, progress)
     if not checked or slice is not None:
         return result
     report = check_fp8_output(

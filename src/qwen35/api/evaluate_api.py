@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.api.given_values import listed, size_given
+from qwen35.api.argument_kinds import plain_arguments
+from qwen35.api.given_values import listed, refuse_given, size_given
 from qwen35.checkpoint.open import hub_token
 from qwen35.errors import UsageError
 from qwen35.planning.merged_source import opened_adapters
@@ -15,15 +17,17 @@ from qwen35.progress import Progress
 if TYPE_CHECKING:
     from qwen35.evaluation.evaluation_job import EvaluationJob
     from qwen35.evaluation.evaluation_report import EvaluationReport
+    from qwen35.evaluation.lm_eval_tasks import LmEvalReport
     from qwen35.evaluation.task_accuracy import TaskReport
     from qwen35.serving.endpoint import Endpoint
 
-__all__ = ["SIMULATED", "evaluate", "evaluate_tasks", "prepared", "state_of"]
+__all__ = ["SIMULATED", "evaluate", "evaluate_lm_eval", "evaluate_tasks", "prepared", "state_of"]
 
 SIMULATED = "llama.cpp"
 """The engine whose inputs of layers can be simulated for GGUF files."""
 
 
+@plain_arguments
 def evaluate(
     base: str | Path,
     candidates: str | Path | Sequence[str | Path] = (),
@@ -33,6 +37,8 @@ def evaluate(
     endpoint: str | Sequence[str] = (),
     served_model: str | Sequence[str] = (),
     api_key_env: str | None = None,
+    timeout: int | None = None,
+    serve: str | Sequence[str] = (),
     text: str | Path | None = None,
     context: int | None = None,
     chunks: int | None = None,
@@ -62,6 +68,8 @@ def evaluate(
         endpoint: addresses of servers that run more candidates: vLLM, SGLang, llama-server.
         served_model: their names of the models, in the same order; needed where one serves several.
         api_key_env: the environment variable with their key; QWEN35_API_KEY if None.
+        timeout: seconds in which each of their answers must be complete; 600 if None.
+        serve: commands that start them, without a shell; they are ended afterwards.
         text: the text file to measure on; optional if `kl_divergence_base` is read.
         context: tokens per chunk; 512 if None.
         chunks: the largest number of chunks; the whole text if None.
@@ -93,65 +101,150 @@ def evaluate(
     from qwen35.evaluation.evaluation_run import run
     from qwen35.reporting.report_files import write_report
 
-    job = prepared(
-        base,
-        listed(candidates),
-        adapter=listed(adapter),
-        onto=onto,
-        endpoint=listed(endpoint),
-        served_model=listed(served_model),
-        api_key_env=api_key_env,
-        text=text,
-        context=context,
-        chunks=chunks,
-        report=report,
-        overwrite=overwrite,
-        resume=resume,
-        kl_divergence_base=kl_divergence_base,
-        cache=cache,
-        unquantized=unquantized,
-        device=device,
-        threads=threads,
-        memory=size_given("--memory", memory),
-        streamed=streamed,
-        simulate=simulate,
-        hf_token=hf_token,
-    )
-    result = run(job, speed=speed, state=state_of(resume, report), progress=progress)
+    endpoints = _endpoints(listed(endpoint), listed(served_model), api_key_env, timeout)
+    with _started(listed(serve), endpoints):
+        job = prepared(
+            base,
+            listed(candidates),
+            adapter=listed(adapter),
+            onto=onto,
+            endpoint=listed(endpoint),
+            served_model=listed(served_model),
+            api_key_env=api_key_env,
+            timeout=timeout,
+            text=text,
+            context=context,
+            chunks=chunks,
+            report=report,
+            overwrite=overwrite,
+            resume=resume,
+            kl_divergence_base=kl_divergence_base,
+            cache=cache,
+            unquantized=unquantized,
+            device=device,
+            threads=threads,
+            memory=size_given("--memory", memory),
+            streamed=streamed,
+            simulate=simulate,
+            hf_token=hf_token,
+        )
+        result = run(job, speed=speed, state=state_of(resume, report), progress=progress)
     if report is not None:
         write_report(result, Path(report))
     return result
 
 
+@contextmanager
+def _started(
+    commands: Sequence[str], endpoints: Sequence[tuple[Endpoint, str | None]]
+) -> Iterator[None]:
+    """Start servers, and let nothing count that one which has ended would have answered."""
+    if not commands:
+        yield
+        return
+    from qwen35.serving.started_server import started_servers
+
+    with started_servers(commands, [endpoint for endpoint, _ in endpoints]) as started:
+        yield
+        if (error := started.fate()) is not None:
+            raise error
+
+
 def evaluate_tasks(
     tasks: str | Path,
     *,
-    endpoint: Sequence[str],
-    served_model: Sequence[str] = (),
+    models: str | Path | Sequence[str | Path] = (),
+    endpoint: str | Sequence[str] = (),
+    served_model: str | Sequence[str] = (),
     api_key_env: str | None = None,
+    timeout: int | None = None,
+    serve: str | Sequence[str] = (),
+    threads: int | None = None,
+    hf_token: str | None = None,
     progress: Progress | None = None,
 ) -> TaskReport:
-    """Measure the accuracy of served models on tasks; compare each with the first.
+    """Measure the accuracy of models on tasks; compare each with the first.
 
     Args:
         tasks: file with a JSON object a line: a prompt and a check of the answer.
-        endpoint: addresses of servers.
+        models: folders, Hub ids, GGUF files or folders of them: asked in transformers or llama.cpp.
+        endpoint: addresses of servers that run more models, which come after those.
         served_model: their names of the models, in the same order; needed where one serves several.
         api_key_env: the environment variable with their key; QWEN35_API_KEY if None.
+        timeout: seconds in which each of their answers must be complete; 600 if None.
+        serve: commands that start them, without a shell; they are ended afterwards.
+        threads: number of threads; all processors if None.
+        hf_token: for the Hub; by default HF_TOKEN.
         progress: receives tasks.
 
     Raises:
-        UsageError: no server is given, or arguments contradict each other.
-        InputError: the file cannot be read, or a line is no task.
+        UsageError: no model is given, arguments contradict each other, or an engine is missing.
+        InputError: the file cannot be read, a line is no task, or a model cannot be asked.
+        HubError: the Hub refused a request or could not be reached.
         EndpointError: a server was not reached, or answers nothing.
     """
+    from qwen35.api.task_models import artifact_respondents
+    from qwen35.evaluation.served_tasks import served_respondent
     from qwen35.evaluation.task_accuracy import run_tasks
     from qwen35.evaluation.task_file import read_tasks
 
-    if not endpoint:
-        raise UsageError("--tasks", "needs --endpoint", hint="name the server that runs the model")
-    endpoints = _endpoints(endpoint, served_model, api_key_env)
-    return run_tasks(read_tasks(Path(tasks)), endpoints, Path(tasks).name, progress)
+    endpoints = _endpoints(listed(endpoint), listed(served_model), api_key_env, timeout)
+    if not endpoints and not listed(models):
+        hint = "name an artifact, or the server that runs the model with --endpoint"
+        raise UsageError("--tasks", "no model to ask", hint=hint)
+    file = Path(tasks)
+    asked = read_tasks(file)
+    here = [
+        one
+        for name in listed(models)
+        for one in artifact_respondents(str(name), threads, hub_token(hf_token))
+    ]
+    served = [served_respondent(*one) for one in endpoints]
+    with _started(listed(serve), endpoints):
+        return run_tasks(asked, [*here, *served], file.name, progress)
+
+
+def evaluate_lm_eval(
+    names: str | Sequence[str],
+    *,
+    endpoint: str | Sequence[str],
+    served_model: str | Sequence[str] = (),
+    api_key_env: str | None = None,
+    timeout: int | None = None,
+    serve: str | Sequence[str] = (),
+    include_path: str | Path | None = None,
+    progress: Progress | None = None,
+) -> LmEvalReport:
+    """Run tasks of lm-eval on served models.
+
+    Args:
+        names: of the tasks.
+        endpoint: addresses of servers.
+        served_model: their names of the models, in the same order; needed where one serves several.
+        api_key_env: the environment variable with their key; QWEN35_API_KEY if None.
+        timeout: seconds in which each of their answers must be complete; 600 if None.
+        serve: commands that start them, without a shell; they are ended afterwards.
+        include_path: a folder with more tasks, as YAML files.
+        progress: receives questions.
+
+    Raises:
+        UsageError: no server is given, lm-eval is missing, or a task needs log probabilities.
+        InputError: lm-eval does not know a task, or cannot get its data.
+        EndpointError: a server was not reached, or answers nothing.
+    """
+    from qwen35.evaluation.lm_eval_tasks import run_lm_eval
+
+    endpoints = _endpoints(listed(endpoint), listed(served_model), api_key_env, timeout)
+    if not endpoints:
+        hint = "name the server that runs the model with --endpoint"
+        raise UsageError("--lm-eval", "no model to ask", hint=hint)
+    folder = None if include_path is None else Path(include_path)
+    if folder is not None and not folder.is_dir():
+        raise UsageError(
+            "--include-path", f"{folder}: no such folder", hint="name a folder of tasks"
+        )
+    with _started(listed(serve), endpoints):
+        return run_lm_eval(listed(names), endpoints, folder, progress)
 
 
 def prepared(
@@ -163,6 +256,7 @@ def prepared(
     endpoint: Sequence[str],
     served_model: Sequence[str],
     api_key_env: str | None,
+    timeout: int | None,
     text: str | Path | None,
     context: int | None,
     chunks: int | None,
@@ -204,7 +298,7 @@ def prepared(
         memory=memory or 0,
         streamed=streamed,
         llama_inputs=simulate is not None,
-        endpoints=_endpoints(endpoint, served_model, api_key_env),
+        endpoints=_endpoints(endpoint, served_model, api_key_env, timeout),
         token=hub_token(hf_token),
         adapters=opened_adapters(adapter, onto),
     )
@@ -212,7 +306,7 @@ def prepared(
 
 
 def _endpoints(
-    urls: Sequence[str], names: Sequence[str], key_variable: str | None
+    urls: Sequence[str], names: Sequence[str], key_variable: str | None, timeout: int | None
 ) -> tuple[tuple[Endpoint, str | None], ...]:
     """Return the servers with the names of their models, as far as those are given."""
     from qwen35.serving.endpoint import Endpoint
@@ -220,10 +314,11 @@ def _endpoints(
     if names and len(names) != len(urls):
         found, expected = f"given {len(names)} times", f"once for each of {len(urls)} --endpoint"
         raise UsageError("--model", found, expected=expected)
-    if key_variable is not None and not urls:
-        raise UsageError("--api-key-env", "is for --endpoint", hint="give that, or leave it out")
+    if not urls:
+        asking = {"--api-key-env": key_variable is not None, "--timeout": timeout is not None}
+        refuse_given(asking, "is for --endpoint", "give that, or leave it out")
     named: Sequence[str | None] = names or [None] * len(urls)
-    endpoints = [Endpoint.parse(url, key_variable) for url in urls]
+    endpoints = [Endpoint.parse(url, key_variable, timeout) for url in urls]
     return tuple(zip(endpoints, named, strict=True))
 
 

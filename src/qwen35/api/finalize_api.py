@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.fp8_options import check_fp8_output
 from qwen35.api.write_result import WriteResult
 from qwen35.progress import Progress
@@ -13,6 +14,7 @@ from qwen35.threads import default_threads
 __all__ = ["finalize"]
 
 
+@plain_arguments
 def finalize(
     out: str | Path, *, threads: int | None = None, progress: Progress | None = None
 ) -> WriteResult:
@@ -34,9 +36,8 @@ def finalize(
 
     plan, result = complete(Path(out), threads=threads, progress=progress)
     used = threads or default_threads()
-    written = WriteResult(
-        result.out, plan, used, result.nbytes, result.hashes, compared=result.compared
-    )
+    written = WriteResult(result.out, plan, used, result.nbytes, result.hashes)
+    written = replace(written, compared=result.compared, refined=result.refined)
     if not plan.banded or not written.compared:
         return written
     report = check_fp8_output(written, bands=None, samples=None, seed=0, progress=progress)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
+from qwen35.api.argument_kinds import plain_arguments
+from qwen35.api.code_options import refinement_of
 from qwen35.api.given_values import listed, refuse_given, size_given
+from qwen35.api.text_hessians import made_hessians, notes_of, text_hessians
 from qwen35.api.worker_choice import check_workers
 from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
 from qwen35.checkpoint.open import folder_of
@@ -15,6 +19,7 @@ from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.planning.mtp_choice import mtp_choice
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import load_recipe
+from qwen35.planning.refinement import NEAREST, Refinement
 from qwen35.planning.rules import Recipe
 from qwen35.progress import Progress
 
@@ -25,6 +30,7 @@ ADAPTER_TYPES = ("F32",)
 """The type of an adapter's own file: that of llama.cpp's converter of adapters."""
 
 
+@plain_arguments
 def gguf(
     model: str | Path,
     out: str | Path,
@@ -35,6 +41,9 @@ def gguf(
     onto: str | None = None,
     adapter_only: bool = False,
     imatrix: str | Path | None = None,
+    codes: str | None = None,
+    hessian: str | Path | None = None,
+    calibration: str | Path | Sequence[str | Path] = (),
     tensor_type: str | Sequence[str] = (),
     tensor_type_file: str | Path | Sequence[str | Path] = (),
     upstream_counters: bool = False,
@@ -69,6 +78,11 @@ def gguf(
         onto: merge them into the weights as this format holds them, such as ``nf4``.
         adapter_only: write the one adapter itself, for llama.cpp's ``--lora``, not the model.
         imatrix: importance matrix: a file, the folder of `calibrate`, or ``hf:owner/name/path``.
+        codes: ``plain`` (if None), or ``refined``: chosen by what they do to a layer's outputs, at
+            the same size; or ``refined+scales``, which also searches NF4's scales; a recipe's rules
+            may say it too.
+        hessian: for refined codes, the folder of `calibrate` with Hessians.
+        calibration: plain text files: make Hessians from them first, for this output alone.
         tensor_type: ``PATTERN=TYPE``, for tensors whose name matches the pattern.
         tensor_type_file: files of such lines, as llama-quantize reads them.
         upstream_counters: let named tensors shift the mix of the others, as llama-quantize does.
@@ -122,6 +136,9 @@ def gguf(
             "--tensor-type": tensor_type,
             "--tensor-type-file": tensor_type_file,
             "--imatrix": imatrix is not None,
+            "--codes": codes is not None,
+            "--hessian": hessian is not None,
+            "--calibration": calibration,
             "--upstream-counters": upstream_counters,
             "--mmproj": mmproj,
             "--mtp": mtp is not None,
@@ -135,7 +152,8 @@ def gguf(
     rules = gguf_recipe(types, recipe, listed(tensor_type), listed(tensor_type_file))
     donor = folder_of(mtp_from)
     source = folder_of(str(model))
-    check_before(out, overwrite=overwrite, source=source, donor=donor, files=[imatrix])
+    files = [imatrix, hessian, *listed(calibration)]
+    check_before(out, overwrite=overwrite, source=source, donor=donor, files=files)
     unread = adapter_only and not is_published(str(model))  # of the base, only headers are
     checkpoint = opened_source(
         model,
@@ -145,7 +163,18 @@ def gguf(
         token=hf_token,
         extra=rules.container.extra,
     )
-    plan = gguf_plan(
+    text = text_hessians(
+        calibration if export is None else (),
+        checkpoint,
+        rules,
+        out,
+        codes,
+        memory,
+        instead=hessian is not None,
+        alone=slice is not None or ray_address is not None,
+    )
+    planned = partial(
+        gguf_plan,
         checkpoint,
         rules,
         types,
@@ -160,6 +189,7 @@ def gguf(
         encoder=encoder,
         token=hf_token,
     )
+    plan = planned(refinement=refinement_of(codes, hessian, text))
     options = WriteOptions(device, workers, ray_address, slice, threads, memory, overwrite)
     if export is not None:
         path = Path(export)
@@ -167,8 +197,10 @@ def gguf(
             out, plan, fitting_threads(plan, options), 0, exported=(path, _export(plan, path))
         )
     if dry_run:
-        return WriteResult(out, plan, fitting_threads(plan, options), plan.total_bytes)
-    return carry_out(plan, out, options, progress)
+        threads = fitting_threads(plan, options)
+        return WriteResult(out, plan, threads, plan.total_bytes, before=notes_of(text))
+    with made_hessians(text, options, progress) as made:
+        return carry_out(planned(refinement=made) if made else plan, out, options, progress)
 
 
 def gguf_recipe(
@@ -210,6 +242,7 @@ def gguf_plan(
     *,
     adapter_only: bool = False,
     imatrix: str | Path | None,
+    refinement: Refinement = NEAREST,
     upstream_counters: bool,
     mmproj: bool | str,
     mtp: str | None,
@@ -231,6 +264,7 @@ def gguf_plan(
         recipe,
         types=types_of(types),
         imatrix=None if imatrix is None else open_imatrix(str(imatrix), token),
+        refinement=refinement,
         projector=projector_type(mmproj),
         drop_mtp=choice == "drop",
         mtp_file=mtp_type_of(choice, mtp_type),
@@ -247,10 +281,9 @@ def types_of(types: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         UsageError: one is unknown, or there is none.
     """
-    from qwen35.planning.gguf_files.mixes import FILE_TYPES
+    from qwen35.planning.gguf_files.mixes import FILE_TYPES, type_names
 
-    rows = types.split(",") if isinstance(types, str) else types
-    names = tuple(dict.fromkeys(name.strip().upper() for name in rows if name.strip()))
+    names = type_names(types)
     unknown = [name for name in names if name not in FILE_TYPES]
     if not names:
         raise UsageError("--types", "empty", expected=", ".join(FILE_TYPES))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.checkpoint.checkpoint_summary import CheckpointSummary, summarize
 from qwen35.checkpoint.open import describe, gguf_files
 from qwen35.checkpoint.split_gguf import is_tower_name
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["inspect"]
 
 
+@plain_arguments
 def inspect(
     model: str | Path, *, hf_token: str | None = None
 ) -> CheckpointSummary | list[GgufSummary]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.convert_api import convert
 from qwen35.api.given_values import listed
 from qwen35.api.write_result import WriteResult
@@ -13,6 +14,7 @@ from qwen35.progress import Progress
 __all__ = ["merge"]
 
 
+@plain_arguments
 def merge(
     model: str | Path,
     adapter: str | Path | Sequence[str | Path],

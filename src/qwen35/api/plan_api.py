@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.given_values import listed, refuse_given, size_given
 from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.planning.mtp_choice import drops_mtp
 from qwen35.planning.output_plan import Plan, make_plan
 from qwen35.planning.recipe import adjusted_recipe
+from qwen35.planning.refinement import Refinement
 from qwen35.planning.sources import describe_source
 
 if TYPE_CHECKING:
@@ -22,6 +24,11 @@ DEFAULT_CONTEXT = 32768
 """Tokens for which `types_that_fit` counts memory."""
 
 
+_DESCRIBED = Refinement(described=True)
+"""A plan says what rules ask for, with or without Hessians."""
+
+
+@plain_arguments
 def plan(
     model: str | Path,
     *,
@@ -113,7 +120,12 @@ def plan(
             drop_mtp=drops_mtp(mtp, drop=drop_mtp),
         )
         return make_plan(
-            checkpoint, rules, keep_prefix=keep_prefix, keep_shards=keep_shards, described=True
+            checkpoint,
+            rules,
+            keep_prefix=keep_prefix,
+            keep_shards=keep_shards,
+            refinement=_DESCRIBED,
+            described=True,
         )
     # imported late: most plans need none of the GGUF modules
     from qwen35.api.gguf_api import gguf_plan, gguf_recipe
@@ -130,10 +142,12 @@ def plan(
         mtp_type=mtp_type,
         drop_mtp=drop_mtp,
         split_max_size=size_given("--split-max-size", split_max_size),
+        refinement=_DESCRIBED,
         token=hf_token,
     )
 
 
+@plain_arguments
 def types_that_fit(
     model: str | Path,
     fit: int | str,
@@ -188,6 +202,7 @@ def types_that_fit(
         mtp_type=None,
         drop_mtp=drop_mtp,
         split_max_size=None,
+        refinement=_DESCRIBED,
         token=hf_token,
     )
     return memory_fit(planned, size_given("--fit", fit) or 0, context)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.given_values import listed
 from qwen35.errors import InputError, UsageError, unknown_name
+from qwen35.planning.source_card import card_words
 from qwen35.progress import Progress
 from qwen35.publishing.diff import Diff, check_same, load_diff
 from qwen35.publishing.diff_display import counters
@@ -73,6 +75,7 @@ class PublishResult:
         return value if self.commit is None else {**value, "commit": self.commit}
 
 
+@plain_arguments
 def publish(
     folder: str | Path,
     repo: str,
@@ -272,8 +275,15 @@ def _with_saved(
     return replace(request, mode=mode, files=saved.only, delete=saved.delete)
 
 
+def _check_base(name: str | None) -> None:
+    if name is not None and not card_words({"base_model": name}):
+        found = f"is {repr(name)[:80]}"
+        raise UsageError("--base-model", found, expected="a repository on the Hub, OWNER/NAME")
+
+
 def _check(request: PublishRequest, *, applies: bool) -> None:
     """Refuse arguments that do not fit together, before reading anything."""
+    _check_base(request.base_model)
     if request.mode not in get_args(Mode):
         raise unknown_name(f"--mode {request.mode}", request.mode, get_args(Mode), "unknown")
     if (request.mode == "files") != bool(request.files):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.given_values import listed
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["report"]
 
 
+@plain_arguments
 def report(
     reports: str | Path | Sequence[str | Path],
     *,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.given_values import listed
 from qwen35.progress import Progress
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["reproduce"]
 
 
+@plain_arguments
 def reproduce(
     manifest: str | Path,
     *,
@@ -24,6 +26,7 @@ def reproduce(
     mtp_from: str | Path | None = None,
     activation_stats: str | Path | None = None,
     imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     threads: int | None = None,
@@ -39,6 +42,7 @@ def reproduce(
         mtp_from: the checkpoint whose MTP layer it has; by default that in the manifest.
         activation_stats: the statistics used for it.
         imatrix: GGUF: the importance matrix used for it.
+        hessian: the folder of `calibrate` whose Hessians refined its codes.
         output: keep the rebuilt artifact here; by default it is removed.
         overwrite: replace an output of qwen35.
         threads: number of threads; all processors if None.
@@ -59,7 +63,7 @@ def reproduce(
 
     origin = ArtifactOrigin.find(str(manifest), hf_token)
     if output:
-        files = [activation_stats, imatrix]
+        files = [activation_stats, imatrix, hessian]
         check_before(Path(output), overwrite=overwrite, device="cpu", files=files)
     plan = plan_again(
         origin,
@@ -68,6 +72,7 @@ def reproduce(
         ContainerInputs(
             activations=Path(activation_stats) if activation_stats else None,
             imatrix=Path(imatrix) if imatrix else None,
+            hessians=Path(hessian) if hessian else None,
         ),
         open_adapters(listed(adapter)),
         str(mtp_from) if mtp_from else None,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.given_values import size_given
 from qwen35.errors import Qwen35Error, UsageError
 from qwen35.pipeline.run_request import (
@@ -60,11 +61,14 @@ class RunResult:
         return outcomes_json(self.job, self.outcomes)
 
 
+@plain_arguments
 def run(
     *what: str | Path,
     path: PathName | Sequence[PathName] | None = None,
     types: str | Sequence[str] | None = None,
     imatrix: str | None = None,
+    codes: str | None = None,
+    hessian: str | Path | None = None,
     adapter: Sequence[str | Path] | None = None,
     onto: str | None = None,
     mtp_from: str | Path | None = None,
@@ -78,6 +82,7 @@ def run(
     memory: int | str | None = None,
     overwrite: bool = False,
     hf_token: str | None = None,
+    serve: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> RunResult:
@@ -88,6 +93,8 @@ def run(
         path: ``A``, ``B`` or ``fp8``, or several of them.
         types: path B: types besides F16, as names or as a comma-separated string.
         imatrix: path B: importance matrix: a file, or ``hf:owner/name/path``.
+        codes: ``plain`` (if None), ``refined`` or ``refined+scales``, as for `convert` and `gguf`.
+        hessian: for refined codes, the folder of `calibrate` with Hessians.
         adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
         onto: merge them into the weights as this format holds them, such as ``nf4``.
         mtp_from: take the MTP layer of this checkpoint, the original of a model saved without it.
@@ -101,6 +108,8 @@ def run(
         memory: use fewer threads to stay below this many bytes, or ``4GB``.
         overwrite: replace outputs of other runs.
         hf_token: for the Hub; by default HF_TOKEN.
+        serve: name of an artifact with an endpoint, to the command that starts its server, without
+            a shell; it is ended afterwards.
         progress: receives bytes, then chunks.
         tell: receives status messages, one line per step.
 
@@ -113,6 +122,8 @@ def run(
         path=[path] if isinstance(path, str) else list(path or ()),
         types=types,
         imatrix=imatrix,
+        codes=codes,
+        hessian=hessian,
         adapter=adapter,
         onto=onto,
         mtp_from=mtp_from,
@@ -122,15 +133,16 @@ def run(
         repo=repo,
         private=private,
     )
-    options = RunOptions(device, threads, size_given("--memory", memory), overwrite, hf_token)
+    limit = size_given("--memory", memory)
+    options = RunOptions(device, threads, limit, overwrite, hf_token, dict(serve or {}))
     prepared = prepare(job, options)
     if prepared.problems:
         first, *others = prepared.problems
         for other in others:
             first.add_note(str(other))
         raise first
-    silent = Silent()
-    return prepared.carry_out(progress or silent, progress or silent, tell or (lambda _: None))
+    shown = progress or Silent()
+    return prepared.carry_out(shown, shown, tell or (lambda _: None), shown)
 
 
 @dataclass(frozen=True)
@@ -165,9 +177,15 @@ class PreparedRun:
         return Forecast(self.job, self.source, graph, self.threads, kept)
 
     def carry_out(
-        self, progress: Progress, chunks: Progress, tell: Callable[[str], None]
+        self,
+        progress: Progress,
+        chunks: Progress,
+        tell: Callable[[str], None],
+        questions: Progress | None = None,
     ) -> RunResult:
         """Run it: `progress` receives bytes, `chunks` measured chunks, `tell` a line per step.
+
+        `questions` receives the questions that artifacts are asked.
 
         Raises:
             OutputError: another run is active, or an output belongs to another run.
@@ -185,8 +203,21 @@ class PreparedRun:
             progress=progress,
             chunks=chunks,
             announce=tell,
+            questions=questions or Silent(),
         )
         return RunResult(self.job, runner.run())
+
+
+def _serve_problems(
+    artifacts: Sequence[PlannedArtifact], serve: Mapping[str, str]
+) -> list[Qwen35Error]:
+    asked = [one.name for one in artifacts if one.request.endpoint is not None]
+    expected = ", ".join(asked) or "none: no artifact of this run names one"
+    return [
+        UsageError(f"--serve {name[:80]}", "no artifact with an endpoint", expected=expected)
+        for name in serve
+        if name not in asked
+    ]
 
 
 def prepare(job: RunRequest, options: RunOptions, *, dry: bool = False) -> PreparedRun:
@@ -207,6 +238,7 @@ def prepare(job: RunRequest, options: RunOptions, *, dry: bool = False) -> Prepa
     source = opened_source(job.model, *changes, headers=True, token=options.token)
     artifacts, problems = plan_artifacts(source, job, options.token)
     problems = [*problems, *_device_problems(options.device)]
+    problems += _serve_problems(artifacts, options.serve)
     if not dry:
         problems += _token_problems(artifacts, options.token)
     if problems:
@@ -226,6 +258,8 @@ def job_for(
     path: Sequence[str],
     types: str | Sequence[str] | None,
     imatrix: str | None,
+    codes: str | None,
+    hessian: str | Path | None,
     adapter: Sequence[str | Path] | None,
     onto: str | None,
     mtp_from: str | Path | None,
@@ -241,10 +275,12 @@ def job_for(
         UsageError: the arguments contradict each other, or the file is malformed.
     """
     from qwen35.pipeline.run_file import read_run_file
+    from qwen35.planning.gguf_files.mixes import type_names
 
     path_options = {
-        "types": types, "imatrix": imatrix, "adapter": adapter, "onto": onto,
-        "mtp-from": mtp_from, "depth": depth, "text": text, "chunks": chunks, "repo": repo,
+        "types": types, "imatrix": imatrix, "codes": codes, "hessian": hessian,
+        "adapter": adapter, "onto": onto, "mtp-from": mtp_from, "depth": depth,
+        "text": text, "chunks": chunks, "repo": repo,
         "private": private,
     }  # fmt: skip
     if not path:
@@ -258,9 +294,12 @@ def job_for(
         return read_run_file(Path(what[0]))
     if len(what) != 2:
         raise UsageError("--path", f"given with {' '.join(what)!r}", expected="MODEL and OUT")
-    names = types.split(",") if isinstance(types, str) else types or ()
-    names = [name.strip().upper() for name in names if name.strip()]
-    artifacts = path_artifacts(path, types=names, imatrix=imatrix or "")
+    names = type_names(types or ())
+    refined = {"codes": codes, "hessian": Path(hessian) if hessian else None}
+    artifacts = tuple(
+        replace(request, **refined)  # type: ignore[arg-type]  # by the names of its fields
+        for request in path_artifacts(path, types=names, imatrix=imatrix or "")
+    )
     if chunks and text is None:
         raise UsageError("--chunks", "needs --text", hint="leave it out")
     measuring = MeasurementRequest(text, chunks or 0) if text else None

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.api.given_values import listed
+from qwen35.api.argument_kinds import plain_arguments
+from qwen35.api.given_values import listed, size_given
+from qwen35.api.worker_choice import check_workers, pool_of
+from qwen35.execution.dispatch import WorkerPool
+from qwen35.execution.failures import Work
 from qwen35.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from qwen35.tuning.formats import Engine
     from qwen35.tuning.tuning_job import Format, TuningRequest, TuningResult
 
 __all__ = ["carry_out", "tune", "types_of"]
 
 
+@plain_arguments
 def tune(
     model: str | Path,
     *,
@@ -25,17 +32,23 @@ def tune(
     onto: str | None = None,
     size: str | int | None = None,
     max_kld: float | None = None,
+    active: bool = False,
+    engine: Engine | None = None,
     types: str | Sequence[str] | None = None,
     imatrix: str | Path | None = None,
     measurements: str | Path | None = None,
     start_from: str | Path | None = None,
-    probes: int = 120,
-    chunks: int = 8,
+    probes: int = 0,
+    sample: int = 1,
+    chunks: int = 32,
     context: int = 512,
     explicit: bool = False,
     report: str | Path | None = None,
     device: str = "auto",
     threads: int | None = None,
+    memory: int | str | None = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
     overwrite: bool = False,
     hf_token: str | None = None,
     progress: Progress | None = None,
@@ -51,23 +64,33 @@ def tune(
         onto: merge them into the weights as this format holds them, such as ``nf4``.
         size: the largest size of the weight files: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
         max_kld: the largest mean divergence on the text, in nats; instead of a size.
+        active: sizes are those of what computing one token reads, of a few experts.
+        engine: whose rounding of inputs counts: ``llama.cpp`` (the default for GGUF) or
+            ``weights``, nobody's.
         types: GGUF: types to choose from, as names or as a comma-separated string.
         imatrix: GGUF: importance matrix: a file, or ``hf:owner/name/path``.
         measurements: file to save measurements to and resume from; by default the recipe's name
             with .json.
         start_from: measurements of the model that this one was tuned from.
-        probes: the largest number of groups to measure; 0 for squared errors alone.
+        probes: as a check, write and measure so many models: the result, and its dearest groups
+            alone.
+        sample: compare types on every so many rows.
         chunks: number of chunks of the text to measure on.
         context: tokens per chunk.
         explicit: write a rule for every role in every layer.
         report: folder to write tune.json and tune.html to.
-        device: for transformers, which runs every format but GGUF.
-        threads: number of threads; all processors if None.
-        overwrite: replace the recipe or report.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: number of threads, of each worker; all processors if None.
+        memory: read experts one by one to stay below this many bytes, or ``4GB``; shared
+            by `workers`.
+        workers: number of processes that windows and rows of weights are shared out to.
+        ray_address: share them out on this Ray cluster.
+        overwrite: replace the recipe or report, or the interrupted run of another call.
         hf_token: for the Hub; by default HF_TOKEN.
-        progress: receives weights, then probes.
+        progress: receives bytes, then probes.
 
     Raises:
+        WorkerError: the workers of a job died at every attempt.
         UsageError: the budget cannot be met, or arguments contradict each other.
         InputError: the model, the text or the matrix cannot be read.
         OutputError: the report exists, or the disk is full.
@@ -81,6 +104,8 @@ def tune(
         text=Path(text),
         size=size,
         max_kld=max_kld,
+        active=active,
+        engine=engine,
         output=Path(output),
         adapter=tuple(map(str, listed(adapter))),
         onto=onto,
@@ -89,11 +114,15 @@ def tune(
         measurements=Path(measurements) if measurements else None,
         start_from=Path(start_from) if start_from else None,
         probes=probes,
+        sample=sample,
+        memory=size_given("--memory", memory),
         chunks=chunks,
         context=context,
         explicit=explicit,
         device=device,
         threads=threads,
+        workers=workers,
+        ray_address=ray_address,
         overwrite=overwrite,
         token=hf_token,
     )
@@ -106,15 +135,40 @@ def carry_out(
     """Run a tuning; `progress` makes a progress display for a unit. Errors as for `tune`."""
     from qwen35.tuning.tuning_job import prepare, run
 
+    check_workers(request.workers, request.ray_address, None, request.memory)
     if report is None:
-        return run(prepare(request), progress)
+        with _pool(request) as pool:
+            return run(prepare(request), progress, pool)
     from qwen35.reporting.report_files import check_report
     from qwen35.reporting.tuning_page import TUNE_NAMES, write_tuning
 
     check_report(Path(report), overwrite=request.overwrite, names=TUNE_NAMES)
-    result = run(prepare(request), progress)
-    write_tuning(Path(report), result.measured.name, result.space, result.tuned, result.measured)
+    with _pool(request) as pool:
+        result = run(prepare(request), progress, pool)
+    write_tuning(Path(report), result)
     return result
+
+
+def _pool(request: TuningRequest) -> AbstractContextManager[WorkerPool | None]:
+    """Return the workers that measure prices."""
+    if request.workers is None and request.ray_address is None:
+        return nullcontext()
+    from qwen35.calibration.calibration_run import device_for
+
+    device = request.device if request.ray_address else device_for(request.device)
+    return pool_of(
+        request.workers,
+        request.ray_address,
+        device=device,
+        threads=request.threads,
+        work=_pricing_work,
+    )
+
+
+def _pricing_work() -> tuple[str, Work]:
+    from qwen35.tuning.price_worker import MODULE, answer
+
+    return MODULE, answer
 
 
 def types_of(types: str | Sequence[str] | None) -> tuple[str, ...]:

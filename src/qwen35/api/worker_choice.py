@@ -1,16 +1,18 @@
-"""The choice of workers for a conversion: threads, processes, a Ray cluster, or slices."""
+"""The choice of workers: threads, processes, a Ray cluster, or slices."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from qwen35.errors import UsageError
 from qwen35.execution.dispatch import WorkerPool
+from qwen35.execution.failures import Work
 from qwen35.planning.memory import peak_memory, threads_within
 from qwen35.planning.output_plan import Plan
 from qwen35.threads import default_threads
 
-__all__ = ["check_workers", "pool_for"]
+__all__ = ["check_workers", "pool_for", "pool_of"]
 
 _PER_PROCESSOR = 8
 """Worker processes per processor: each takes memory and a second to start."""
@@ -52,21 +54,47 @@ def pool_for(
     threads: int | None,
     memory: int | None,
 ) -> AbstractContextManager[WorkerPool | None]:
-    """Return the pool of workers; None for threads of this process.
+    """Return the pool of workers of a conversion; None for threads of this process.
 
     Raises:
         UsageError: they are not available, or need more than `memory`.
     """
+    if workers is not None:
+        threads = _threads_each(plan, workers, threads, memory)
+    return pool_of(workers, ray_address, device=device, threads=threads)
+
+
+def pool_of(
+    workers: int | None,
+    ray_address: str | None,
+    *,
+    device: str,
+    threads: int | None,
+    work: Callable[[], tuple[str, Work]] | None = None,
+) -> AbstractContextManager[WorkerPool | None]:
+    """Return a pool of workers; None for threads of this process.
+
+    Args:
+        workers: number of processes.
+        ray_address: of a cluster.
+        device: for the workers.
+        threads: of each; a share of the processors, or what Ray's workers take, if None.
+        work: returns the module that a process runs, and what a job of Ray calls; those of a
+            conversion by default.
+
+    Raises:
+        UsageError: they are not available.
+    """
+    module, answer = work() if work else ("", None)
     if ray_address is not None:
         # imported late: Ray is an optional dependency
         from qwen35.execution.ray_workers import RayWorkers
 
-        return RayWorkers(ray_address, device=device, threads=threads)
+        return RayWorkers(ray_address, device=device, threads=threads, work=answer)
     if workers is not None:
         from qwen35.execution.process_pool import ProcessPool
 
-        each = _threads_each(plan, workers, threads, memory)
-        return ProcessPool(workers, device=device, threads=each)
+        return ProcessPool(workers, device=device, threads=threads, module=module)
     return nullcontext()
 
 

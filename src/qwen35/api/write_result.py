@@ -36,6 +36,8 @@ class WriteResult:
         weights: number of weights in the slice.
         compared: weight to the result of the workers' check.
         exported: an export's file, and the type of each of its tensors.
+        before: notes on what is done before anything is written.
+        refined: file and weight to a digit for each of its matrices: 1 if it has refined codes.
     """
 
     out: Path
@@ -48,6 +50,8 @@ class WriteResult:
     weights: int = 0
     compared: Mapping[str, Any] = field(default_factory=dict, repr=False)
     exported: tuple[Path, Mapping[str, str]] | None = None
+    before: tuple[str, ...] = ()
+    refined: Mapping[tuple[str, str], str] = field(default_factory=dict, repr=False)
 
     def __repr__(self) -> str:
         did = f"{len(self.hashes)} files" if self.hashes else "not written"
@@ -131,7 +135,7 @@ def carry_out(
             check=options.check,
         )
     written = WriteResult(result.out, plan, threads, result.nbytes, result.hashes)
-    return replace(written, compared=result.compared)
+    return replace(written, compared=result.compared, refined=result.refined)
 
 
 def _slice(

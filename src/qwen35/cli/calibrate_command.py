@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from qwen35.api.calibrate_api import calibrate, planned
+from qwen35.api.calibrate_api import calibrate, check_shared, planned
 from qwen35.calibration.calibration_display import coverage_text, draft_text, plan_json, plan_text
 from qwen35.calibration.calibration_plan import CalibrationRequest, Dtype
 from qwen35.calibration.sums import FLOOR
@@ -25,6 +25,7 @@ from qwen35.cli.shared_flags import (
     positive,
     size_of,
 )
+from qwen35.cli.worker_flags import add_workers
 from qwen35.display import size
 
 EXAMPLES = {
@@ -34,6 +35,9 @@ EXAMPLES = {
     "on 128 windows, with less memory": (
         "qwen35 calibrate MODEL --text a.txt b.txt --output statistics \\\n"
         "      --windows 128 --memory 4GB"
+    ),
+    "on four processes, which share the windows": (
+        "qwen35 calibrate MODEL --text a.txt --output statistics --workers 4"
     ),
 }
 
@@ -74,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also measure how often what the MTP layer drafts is accepted",
     )
+    parser.add_argument(
+        "--hessian",
+        action="store_true",
+        help="also write the Hessians of all inputs, for refined codes",
+    )
     add_mtp_from(parser)
     parser.add_argument(
         "--dtype",
@@ -84,10 +93,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:N (auto: a GPU if there is one)"
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="torch threads")
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="torch threads, of each worker"
+    )
     parser.add_argument(
         "--memory", type=size_of, metavar="SIZE", help="smaller batches to stay below, e.g. 4GB"
     )
+    add_workers(parser, slices=False)
     parser.add_argument(
         "--overwrite",
         action="store_true",
@@ -99,7 +111,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
     if args.dry_run:
-        request = CalibrationRequest(args.dtype, args.floor, args.dat, args.memory, args.draft)
+        check_shared(args.workers, args.ray_address, args.memory, hessian=args.hessian)
+        request = CalibrationRequest(
+            args.dtype,
+            args.floor,
+            args.dat,
+            args.memory,
+            args.draft,
+            args.hessian,
+            args.workers or 1,
+        )
         plan = planned(
             args.model,
             text=args.text,

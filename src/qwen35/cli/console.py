@@ -20,7 +20,11 @@ from qwen35.progress import Progress, Silent
 
 __all__ = ["Console"]
 
-_HEARTBEAT_SECONDS = 10.0
+
+def _heartbeat() -> float:
+    """Return the seconds between lines of progress in a log."""
+    given = os.environ.get("QWEN35_HEARTBEAT", "")
+    return float(given) if given.isascii() and given.isdecimal() and len(given) < 6 else 10.0
 
 
 class Console:
@@ -39,6 +43,11 @@ class Console:
     def width(self) -> int | None:
         """The width to fit data to; None if stdout is not a terminal."""
         return width_of(sys.stdout)
+
+    @property
+    def one_screen(self) -> bool:
+        """Whether a person has read the messages where the data will be."""
+        return not self.quiet and sys.stdout.isatty() and sys.stderr.isatty()
 
     def data(self, text: str, value: Any) -> None:
         """Print the result: `text` for people, or `value` as JSON."""
@@ -149,11 +158,12 @@ class _Notes(logging.Handler):
 
 
 class _Lines:
-    """A line at the start and every ten seconds, for logs."""
+    """A line at the start and every ten seconds or QWEN35_HEARTBEAT, for logs."""
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
         self._lock = threading.Lock()
+        self._heartbeat = _heartbeat()
         self._title = ""
         self._total = self._done = 0
         self._started = self._last = 0.0
@@ -168,7 +178,7 @@ class _Lines:
         with self._lock:  # several threads report progress
             self._done += amount
             now = time.monotonic()
-            if now - self._last < _HEARTBEAT_SECONDS:
+            if now - self._last < self._heartbeat:
                 return
             self._last = now
             share = self._done / max(1, self._total)

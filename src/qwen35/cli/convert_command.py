@@ -16,6 +16,7 @@ from qwen35.cli.console import Console
 from qwen35.cli.fp8_flags import add_scale_choice
 from qwen35.cli.shared_flags import (
     add_adapter,
+    add_codes,
     add_model,
     add_mtp_from,
     add_onto,
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
     add_recipe(parser)
     add_mtp_from(parser)
+    add_codes(parser)
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:N or a list (auto is the CPU)"
     )

@@ -9,10 +9,19 @@ or --resume to continue it.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwen35.api.evaluate_api import SIMULATED, evaluate, evaluate_tasks, prepared, state_of
+from qwen35.api.evaluate_api import (
+    SIMULATED,
+    evaluate,
+    evaluate_lm_eval,
+    evaluate_tasks,
+    prepared,
+    state_of,
+)
+from qwen35.api.given_values import refuse_given
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.shared_flags import (
@@ -23,7 +32,7 @@ from qwen35.cli.shared_flags import (
     positive,
     size_of,
 )
-from qwen35.display import size
+from qwen35.display import counted, size
 from qwen35.errors import UsageError
 
 if TYPE_CHECKING:
@@ -55,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "base",
         metavar="BASE",
         nargs="?",
-        help="the unquantized model: folder, Hub id or GGUF file; none with --tasks",
+        help="the unquantized model: folder, Hub id or GGUF file; with --tasks, any artifact",
     )
     parser.add_argument(
         "candidates",
@@ -73,7 +82,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         metavar="FILE",
         type=Path,
-        help="instead: accuracy of each --endpoint on tasks, a JSON object a line",
+        help="instead: accuracy of BASE, CANDIDATE and --endpoint on tasks, a JSON object a line",
+    )
+    parser.add_argument(
+        "--lm-eval",
+        metavar="TASK,...",
+        help="instead: figures of each --endpoint on tasks of lm-eval, the extra",
+    )
+    parser.add_argument(
+        "--include-path", metavar="DIR", type=Path, help="--lm-eval: folder with more tasks"
     )
     parser.add_argument(
         "--context", type=positive, metavar="N", help="tokens per chunk (default: 512)"
@@ -126,34 +143,73 @@ def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
     from qwen35.evaluation.evaluation_table import report_text
 
+    if args.lm_eval is not None:
+        return _lm_eval(args, output)
+    refuse_given({"--include-path": args.include_path}, "is for --lm-eval")
     if args.tasks is not None:
         return _tasks(args, output)
     if args.base is None:
         hint = "name the unquantized model, or --tasks to ask a server"
         raise UsageError("BASE", "missing", hint=hint)
     if args.dry_run:
+        refuse_given({"--serve": args.serve}, "is not for --dry-run, which starts nothing")
         return _dry_run(args, output)
-    report = evaluate(**keywords(args, "dry_run", "tasks"), progress=output.progress("chunks"))
+    report = evaluate(**keywords(args, "dry_run", *_OTHER_WAYS), progress=output.progress("chunks"))
     if args.report is not None:
         output.info(f"{args.report}: report.json and report.html")
     output.data(report_text(report, output.width), report.to_json())
     return EXIT_FINDINGS if report.findings else 0
 
 
-_TASK_FLAGS = ("tasks", "endpoint", "served_model", "api_key_env", "json", "quiet", "device")
+_OTHER_WAYS = ("tasks", "lm_eval", "include_path")
+_SERVER_FLAGS = (
+    *("endpoint", "served_model", "api_key_env", "timeout", "serve", "json", "quiet", "device"),
+)
+_TASK_FLAGS = ("tasks", "base", "candidates", "threads", "hf_token", *_SERVER_FLAGS)
+_LM_EVAL_FLAGS = ("lm_eval", "include_path", *_SERVER_FLAGS)
+
+
+def _refuse_others(args: argparse.Namespace, allowed: Sequence[str], what: str) -> None:
+    """Refuse flags about divergence."""
+    names = {"base": "BASE", "candidates": "CANDIDATE"}
+    others = {
+        names.get(name, f"--{name.replace('_', '-')}"): value
+        for name, value in vars(args).items()
+        if name not in allowed
+    }
+    refuse_given(others, f"is not for {what}")
+
+
+def _lm_eval(args: argparse.Namespace, output: Console) -> int:
+    """Run tasks of lm-eval."""
+    _refuse_others(args, _LM_EVAL_FLAGS, "--lm-eval")
+    report = evaluate_lm_eval(
+        args.lm_eval.split(","),
+        endpoint=args.endpoint,
+        served_model=args.served_model,
+        api_key_env=args.api_key_env,
+        timeout=args.timeout,
+        serve=args.serve,
+        include_path=args.include_path,
+        progress=output.progress("questions"),
+    )
+    output.data(report.text(output.width), report.to_json())
+    return 0
 
 
 def _tasks(args: argparse.Namespace, output: Console) -> int:
     """Measure accuracy; other flags are about divergence."""
-    for name, value in vars(args).items():
-        if value and name not in _TASK_FLAGS:
-            flag = name.upper() if name in ("base", "candidates") else f"--{name.replace('_', '-')}"
-            raise UsageError(flag, "is not for --tasks", hint="leave it out")
+    _refuse_others(args, _TASK_FLAGS, "--tasks")
     report = evaluate_tasks(
         args.tasks,
+        models=[] if args.base is None else [args.base, *args.candidates],
         endpoint=args.endpoint,
         served_model=args.served_model,
         api_key_env=args.api_key_env,
+        timeout=args.timeout,
+        serve=args.serve,
+        threads=args.threads,
+        hf_token=args.hf_token,
         progress=output.progress("tasks"),
     )
     output.data(report.text(output.width), report.to_json())
@@ -161,7 +217,7 @@ def _tasks(args: argparse.Namespace, output: Console) -> int:
 
 
 def _dry_run(args: argparse.Namespace, output: Console) -> int:
-    job = prepared(**keywords(args, "dry_run", "speed", "tasks"))
+    job = prepared(**keywords(args, "dry_run", "speed", "serve", *_OTHER_WAYS))
     state = state_of(args.resume, args.report)
     output.data(_job_text(job, state), _job_json(job, state))
     return 0
@@ -214,8 +270,9 @@ def _job_text(job: EvaluationJob, state: Path | None) -> str:
             if m.unknown_inputs
         ),
         *(f"  noise floor: {m.name} in {m.engine}" for m in job.floors),
-        f"{chunks.count} chunks of {chunks.context} tokens, {chunks.count * chunks.scored} scored",
-        f"peak memory at most about {size(job.memory)} with {job.threads} threads",
+        f"{counted(chunks.count, 'chunk')} of {chunks.context} tokens, "
+        f"{chunks.count * chunks.scored} scored",
+        f"peak memory at most about {size(job.memory)} with {counted(job.threads, 'thread')}",
     ]
     if job.stream is not None:
         why = f" ({job.stream.why})" * bool(job.stream.why)

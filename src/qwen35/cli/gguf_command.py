@@ -13,6 +13,7 @@ from qwen35.api.gguf_api import DEFAULT_TYPES, gguf
 from qwen35.cli.console import Console
 from qwen35.cli.shared_flags import (
     add_adapter,
+    add_codes,
     add_model,
     add_mtp,
     add_mtp_from,
@@ -28,6 +29,9 @@ from qwen35.cli.write_summary import show
 EXAMPLES = {
     "three types in one pass, with an importance matrix": (
         "qwen35 gguf MODEL OUT --types Q8_0,Q5_K_M,Q4_K_M \\\n      --imatrix statistics"
+    ),
+    "the same types, closer to the model at the same size": (
+        "qwen35 gguf MODEL OUT --types Q4_K_M --codes refined --hessian statistics"
     ),
     "how large each type would be with each recipe": "qwen35 gguf MODEL OUT --dry-run",
     "one of four parts, as a batch job": ("qwen35 gguf MODEL OUT --types Q4_K_M --slice 1/4"),
@@ -50,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_onto(parser)
     parser.add_argument("--adapter-only", action="store_true", help=_ADAPTER_HELP)
     parser.add_argument("out", metavar="OUTDIR", type=Path, help="folder to write")
+    add_codes(parser)
     add_types(parser, default=f"{','.join(DEFAULT_TYPES)}; F32 with --adapter-only")
     parser.add_argument(
         "--recipe", default="mix", metavar="NAME", help="mix, q8-gates, q8-gates-plus or a .toml"

@@ -40,6 +40,7 @@ VERBS: dict[str, str] = {
     "publish": "sync a folder with a Hub repository, in either direction",
     "reproduce": "rebuild an artifact from its manifest and compare",
     "finalize": "complete an output from its slices",
+    "ui": "open a page in the browser for all of this",
 }
 """Verb to its description; its module is `qwen35.cli.<verb>_command`."""
 
@@ -54,6 +55,7 @@ _OTHER_WORDS = {
     **dict.fromkeys(("search", "allocate", "optimize", "optimise"), "tune"),
     **dict.fromkeys(("lora", "adapter", "peft"), "merge"),
     **dict.fromkeys(("pipeline", "all", "make"), "run"),
+    **dict.fromkeys(("gui", "web", "browser", "app"), "ui"),
     "edit": "amend",
     "rebuild": "reproduce",
     "llama.cpp": "gguf",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from qwen35.api.report_api import report
 from qwen35.cli.console import Console
 from qwen35.cli.shared_flags import keywords
-from qwen35.display import printable
+from qwen35.display import counted, printable
 from qwen35.table import table_lines
 
 if TYPE_CHECKING:
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace, output: Console) -> int:
 def _text(ranking: Ranking, width: int | None) -> str:
     base = ranking.base
     lines = [
-        f"{base.base}, {base.stored} in {base.engine}: {base.chunks} chunks of {base.context} "
-        f"tokens, {base.scored} scored",
+        f"{base.base}, {base.stored} in {base.engine}: {counted(base.chunks, 'chunk')} of "
+        f"{base.context} tokens, {base.scored} scored",
         *(
             f"{line.title}: {line.name and f'{line.name}. '}{line.reason}"
             for line in ranking.advice

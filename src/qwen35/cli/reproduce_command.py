@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--imatrix", type=Path, metavar="FILE", help="GGUF: the importance matrix used for it"
     )
     parser.add_argument(
+        "--hessian", type=Path, metavar="DIR", help="the Hessians that refined its codes"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",

@@ -20,7 +20,14 @@ from typing import get_args
 from qwen35.api.run_api import RunOptions, job_for, prepare
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS, EXIT_USAGE
-from qwen35.cli.shared_flags import add_mtp_from, add_onto, keywords, positive, size_of
+from qwen35.cli.shared_flags import (
+    add_codes,
+    add_mtp_from,
+    add_onto,
+    keywords,
+    positive,
+    size_of,
+)
 from qwen35.pipeline.run_request import PathName
 
 DEPTHS = ("structure", "numbers", "behaviour")
@@ -57,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--types", metavar="T,...", help="path B: types besides F16")
     group.add_argument("--imatrix", metavar="FILE", help="path B: importance matrix")
+    add_codes(group, texts=False)
     group.add_argument(
         "--adapter",
         action="append",
@@ -86,8 +94,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory", type=size_of, metavar="SIZE", help="use fewer threads to stay below, e.g. 400MB"
     )
     parser.add_argument("--hf-token", metavar="TOKEN", help="Hub token (default: HF_TOKEN)")
+    parser.add_argument(
+        "--serve",
+        metavar="NAME=COMMAND",
+        action="append",
+        type=_served,
+        default=[],
+        help="start the server at this artifact's endpoint with this command to ask it, and end it "
+        "afterwards; may be repeated",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace outputs of other runs")
     parser.add_argument("--dry-run", action="store_true", help="print the graph, change nothing")
+
+
+def _served(text: str) -> tuple[str, str]:
+    name, equals, command = text.partition("=")
+    if not (name and equals and command.strip()):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}, expected NAME=COMMAND")
+    return name, command
 
 
 def run(args: argparse.Namespace, output: Console) -> int:
@@ -95,9 +119,10 @@ def run(args: argparse.Namespace, output: Console) -> int:
     from qwen35.pipeline.outcome import outcomes_text
 
     option_names = ("device", "threads", "memory", "overwrite", "hf_token")
-    request = keywords(args, "what", "path", "dry_run", *option_names)
+    request = keywords(args, "what", "path", "dry_run", "serve", *option_names)
     job = job_for(args.what, path=args.path or (), **request)
-    options = RunOptions(*(getattr(args, name) for name in option_names))
+    limits = (args.device, args.threads, args.memory)
+    options = RunOptions(*limits, args.overwrite, args.hf_token, dict(args.serve))
     prepared = prepare(job, options, dry=args.dry_run)
     if prepared.problems:
         output.errors(prepared.problems)
@@ -106,6 +131,10 @@ def run(args: argparse.Namespace, output: Console) -> int:
         forecast = prepared.forecast()
         output.data(forecast.text(), forecast.to_json())
         return 0
-    result = prepared.carry_out(output.progress(), output.progress("chunks"), output.info)
-    output.data(outcomes_text(result.outcomes), result.to_json())
+    result = prepared.carry_out(
+        output.progress(), output.progress("chunks"), output.info, output.progress("questions")
+    )
+    # On a terminal each step was told when it ended.
+    text = outcomes_text(result.outcomes, told=output.one_screen)
+    output.data(text, result.to_json())
     return 0 if result.passed else EXIT_FINDINGS

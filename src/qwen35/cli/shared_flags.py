@@ -13,9 +13,11 @@ from qwen35.model.sizes import PUBLISHED
 from qwen35.planning.gguf_files.mixes import CONVERTED, DRAFTED
 from qwen35.planning.mtp_choice import MTP_CHOICES
 from qwen35.planning.recipe import built_in
+from qwen35.planning.refinement import CODES
 
 __all__ = [
     "add_adapter",
+    "add_codes",
     "add_endpoint",
     "add_model",
     "add_mtp",
@@ -33,6 +35,32 @@ __all__ = [
 def positive(text: str) -> int:
     """Parse a positive integer; argparse prints the error."""
     return _number(text, 1, "a positive number")
+
+
+def add_codes(parser: argparse._ActionsContainer, *, texts: bool = True) -> None:
+    """Add ``--codes``, ``--hessian`` and, with `texts`, ``--calibration``."""
+    parser.add_argument(
+        "--codes",
+        choices=CODES,
+        help="refined: chosen by what they do to a layer's outputs, at the same size; "
+        "refined+scales: with NF4's scales (default: plain, the nearest)",
+    )
+    parser.add_argument(
+        "--hessian",
+        type=Path,
+        metavar="DIR",
+        help="for refined codes: the folder of `qwen35 calibrate --hessian`",
+    )
+    if not texts:
+        return
+    parser.add_argument(
+        "--calibration",
+        nargs="+",
+        default=(),
+        type=Path,
+        metavar="FILE",
+        help="the same from plain text, UTF-8: calibrates first, for this output alone",
+    )
 
 
 def count(text: str) -> int:
@@ -159,13 +187,17 @@ def add_endpoint(parser: argparse.ArgumentParser, *, several: bool = False) -> N
         metavar="VARIABLE",
         help="--endpoint: environment variable with the key (default: QWEN35_API_KEY)",
     )
-    if several:
-        return
     parser.add_argument(
         "--timeout",
         type=positive,
         metavar="SECONDS",
         help="--endpoint: time in which each answer must be complete (default: 600)",
+    )
+    parser.add_argument(
+        "--serve",
+        metavar="COMMAND",
+        help=f"--endpoint: start the server with this command, and end it afterwards{again}",
+        **more,
     )
 
 

@@ -1,7 +1,8 @@
 """Find the recipe with the least loss at a given size, or the smallest at a given loss.
 
-Squared errors of every weight in every type, read in one pass, compare the types; probes (models
-with one group of weights quantized, run in their engine) measure how much each group matters.
+One pass of a text through the model and one back price every weight in every type: how much the
+model's predictions diverge if it is stored so. One layer is in memory at a time; an interrupted run
+resumes.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import argparse
 from pathlib import Path
 
 from qwen35.api.tune_api import carry_out, types_of
+from qwen35.api.worker_choice import check_workers
 from qwen35.cli.console import Console
-from qwen35.cli.shared_flags import add_adapter, add_model, add_onto, keywords, positive
+from qwen35.cli.shared_flags import add_adapter, add_model, add_onto, keywords, positive, size_of
+from qwen35.cli.worker_flags import add_workers
 from qwen35.errors import UsageError
-from qwen35.tuning.formats import FORMATS
+from qwen35.tuning.formats import ENGINES, FORMATS
 
-DEFAULT_PROBES = 120
-DEFAULT_CHUNKS = 8
+DEFAULT_CHUNKS = 32
 
 EXAMPLES = {
     "the best mix of GGUF types at 4.5 bits per weight": (
@@ -44,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-kld", type=float, metavar="K", help="largest mean divergence on the text, in nats"
     )
     parser.add_argument(
+        "--active", action="store_true", help="sizes are of what a token reads, of few experts"
+    )
+    parser.add_argument("--for", dest="engine", choices=ENGINES, help=_ENGINE_HELP)
+    parser.add_argument(
         "--text", type=Path, metavar="FILE", required=True, help="text to measure on"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="recipe to write (.toml)")
@@ -54,9 +60,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probes",
         type=int,
-        default=DEFAULT_PROBES,
+        default=0,
         metavar="N",
-        help="largest number of groups to measure; 0: squared errors alone (default: %(default)s)",
+        help="as a check, write and measure N models: the result, and its dearest groups alone "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--sample",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="compare types on every Nth row (default: all)",
     )
     parser.add_argument(
         "--chunks",
@@ -73,18 +87,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", type=Path, metavar="DIR", help="write tune.json and tune.html")
     parser.add_argument(
-        "--device", default="auto", help="for transformers, which runs every format but GGUF"
+        "--device", default="auto", help="cpu, cuda, cuda:N (auto: a GPU if there is one)"
+    )
+    parser.add_argument(
+        "--memory", type=size_of, metavar="SIZE", help="read experts one by one to stay below"
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="default: all processors")
-    parser.add_argument("--overwrite", action="store_true", help="replace the recipe or report")
+    parser.add_argument("--overwrite", action="store_true", help=_OVERWRITE_HELP)
     parser.add_argument("--dry-run", action="store_true", help="print what would be measured")
+    add_workers(parser, slices=False)
 
 
 _MEASUREMENTS_HELP = (
     "save measurements in FILE and resume from it: another budget then takes seconds "
     "(default: the recipe's name with .json)"
 )
-_START_HELP = "measurements of the model that this one was tuned from: its probes are not repeated"
+_START_HELP = "measurements of the model that this one was tuned from: its prices are taken"
+_ENGINE_HELP = (
+    "whose rounding of inputs counts: llama.cpp's on CPUs (default for GGUF), or nobody's"
+)
+_OVERWRITE_HELP = "replace the recipe or report, or the interrupted run of another command"
 
 
 def run(args: argparse.Namespace, output: Console) -> int:
@@ -94,10 +116,11 @@ def run(args: argparse.Namespace, output: Console) -> int:
 
     request = keywords(args, "report", "dry_run", "hf_token")
     request |= {"types": types_of(args.types), "token": args.hf_token}
+    check_workers(args.workers, args.ray_address, None, args.memory)
     if args.dry_run:
         job = prepare(TuningRequest(**{**request, "output": None}))
         output.notes(job.space.notes)
-        output.data(*plan_text(job.space, job.budget, args.probes))
+        output.data(*plan_text(job.space, job.budget, job.plan, args.probes))
         return 0
     if args.output is None:
         raise UsageError("--output", "missing", expected="a file to write, ending with .toml")
@@ -105,6 +128,6 @@ def run(args: argparse.Namespace, output: Console) -> int:
     output.notes(result.space.notes)
     if args.report is not None:
         output.info(f"{args.report}: tune.json and tune.html")
-    text = tuned_text(result.space, result.tuned, result.recipe, output.width)
+    text = tuned_text(result.space, result.tuned, result.measured, result.recipe, output.width)
     output.data(text, result.to_json())
     return 0

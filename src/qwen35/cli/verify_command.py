@@ -8,6 +8,7 @@ Exit code 0 if nothing is wrong, 1 with findings, 2 if there is nothing to check
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import get_args
 
 from qwen35.api.verify_api import verify
@@ -52,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter(parser, "an adapter merged into it; its weight is in qwen35.json; may be repeated")
     add_mtp_from(parser, "the checkpoint whose MTP layer it has, if a folder")
     parser.add_argument(
+        "--hessian",
+        type=Path,
+        metavar="DIR",
+        help="the Hessians that refined its codes: compares errors in outputs too",
+    )
+    parser.add_argument(
         "--depth",
         choices=get_args(Depth),
         help="structure: headers and small files; numbers: every byte (default with --source); "
@@ -79,7 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
-    reads = args.source or args.depth not in (None, "structure")
-    verdict = verify(**keywords(args), progress=output.progress() if reads else None)
+    reads = args.endpoint is None and (args.source or args.depth not in (None, "structure"))
+    asks = args.endpoint is not None or args.depth == "behaviour"
+    shown = output.progress() if reads else None
+    asking = output.progress("questions") if asks else None
+    verdict = verify(**keywords(args), progress=shown, questions=asking)
     output.data(verdict_text(verdict), verdict.to_json())
     return 0 if verdict.passed else EXIT_FINDINGS

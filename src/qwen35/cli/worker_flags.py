@@ -9,13 +9,15 @@ from qwen35.cli.shared_flags import positive
 __all__ = ["add_workers"]
 
 
-def add_workers(parser: argparse.ArgumentParser) -> None:
+def add_workers(parser: argparse.ArgumentParser, *, slices: bool = True) -> None:
     """Add the flags; docs/scale.md explains them."""
     group = parser.add_argument_group("scale")
     group.add_argument("--workers", type=positive, metavar="N", help=_WORKERS_HELP)
     group.add_argument(
         "--ray-address", metavar="ADDRESS", help="use this Ray cluster: auto or HOST:PORT"
     )
+    if not slices:
+        return
     group.add_argument(
         "--slice",
         type=_slice,

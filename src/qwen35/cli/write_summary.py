@@ -7,6 +7,7 @@ from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.display import size
 from qwen35.planning.output_plan import Plan
+from qwen35.planning.refinement import refined_text
 
 __all__ = ["show", "show_plan"]
 
@@ -15,6 +16,7 @@ def show(result: WriteResult, output: Console, *, dry_run: bool = False) -> int:
     """Print what was or would be written; return the exit code."""
     plan, container = result.plan, result.plan.container
     if dry_run:
+        output.notes(result.before)
         show_plan(plan, result.threads, output)
         return 0
     if result.part is not None:
@@ -31,6 +33,8 @@ def show(result: WriteResult, output: Console, *, dry_run: bool = False) -> int:
         from qwen35.verification.fp8_display import report_text
 
         text = f"{report_text(result.report)}\n{text}"
+    if refined := refined_text(plan, result.refined):
+        text = f"{refined}\n{text}"
     output.data(text, result.to_json())
     return 0 if result.passed else EXIT_FINDINGS
 
