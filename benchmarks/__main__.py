@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.measuring import ROOT, environment, ratio_lines
 
-SCRIPTS = ("nf4", "fp8", "gguf", "served", "verify", "evaluate", "calibrate", "headers")
+SCRIPTS = ("nf4", "fp8", "gguf", "served", "verify", "evaluate", "calibrate", "forward", "headers")
 
 
 def kept(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
