@@ -15,10 +15,10 @@ ASSETS = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 
 def main(model: str, out: str, text: str, chunks: int | None = None) -> None:
-    """Write the files and compare them with F16."""
-    result = qwen35.gguf(model, out, types=["F16", "Q8_0", "Q4_K_M"])
-    base, *candidates = (result.out / file.name for file in result.plan.files)
-    report = qwen35.evaluate(base, candidates, text=text, chunks=chunks)
+    """Write the files and compare them with the model, layer by layer: without llama.cpp."""
+    result = qwen35.gguf(model, out, types=["Q8_0", "Q4_K_M"])
+    candidates = [result.out / file.name for file in result.plan.files]
+    report = qwen35.evaluate(model, candidates, text=text, chunks=chunks, streamed=True)
     for row in report.candidates:
         kld, same = row.comparison.kld.value, row.comparison.same_top.value
         size = row.model.nbytes

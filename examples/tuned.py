@@ -1,4 +1,4 @@
-"""Find a GGUF recipe for a number of bits per weight, by squared errors alone.
+"""Find a GGUF recipe for a number of bits per weight, from a short text.
 
 python examples/tuned.py [MODEL RECIPE TEXT SIZE]
 """
@@ -18,7 +18,7 @@ ASSETS = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 def main(model: str, recipe: str, text: str, size: str = "5bpw") -> None:
     """Tune, then plan with the recipe."""
     result = qwen35.tune(
-        model, format="gguf", size=size, text=text, output=recipe, probes=0, types=TYPES
+        model, format="gguf", size=size, text=text, output=recipe, types=TYPES, chunks=2
     )
     bits = 8 * result.tuned.nbytes / result.space.weights
     print(f"{result.recipe.name}: {result.tuned.nbytes:,} bytes, {bits:.2f} bits a weight")
