@@ -20,6 +20,7 @@ from hub_client import Client, World
 from pipeline_runs import STEM
 from qwen35.cli.main import main
 from qwen35.codecs.fp8.layout import ScaleChoice
+from qwen35.serving import hidden_keys
 from running import run
 from sentences import check, said
 from verifying import PIECE
@@ -189,6 +190,12 @@ def run_source(run_original: Path, tmp_path: Path) -> Path:
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is remembered between commands is remembered for one test only."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def no_known_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys of servers that other tests have read do not blank what this one shows."""
+    monkeypatch.setattr(hidden_keys, "_keys", set())
 
 
 @pytest.fixture(scope="session")

@@ -25,16 +25,21 @@ if TYPE_CHECKING:
 def deadly(job: Mapping[str, Any]) -> dict[str, Any]:
     """Do a job, or die when its bytes are written and nothing is told."""
     done = answer(job)
-    folder = Path(os.environ["QWEN35_DEADLY"])
-    tensor = folder / "tensor"
+    tensor = Path(os.environ["QWEN35_DEADLY"]) / "tensor"
     if "steps" in job and (not tensor.exists() or _names(done, tensor.read_text())):
-        for i in range(int((folder / "kill").read_text())):
-            try:
-                (folder / f"death{i}").touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            os.kill(os.getpid(), signal.SIGKILL)
+        die()
     return done
+
+
+def die() -> None:
+    """Kill this process, unless as many as are told have died."""
+    folder = Path(os.environ["QWEN35_DEADLY"])
+    for i in range(int((folder / "kill").read_text())):
+        try:
+            (folder / f"death{i}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def dying(patch: pytest.MonkeyPatch, folder: Path, count: int, tensor: str = "") -> Path:

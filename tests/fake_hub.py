@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 from hub_store import COMMIT, Blob, ConflictError, MissingError, Repo, is_large
 
 __all__ = ["COMMIT", "FakeHub", "Fault", "Repo", "Request", "serving"]
@@ -328,8 +330,26 @@ def _yaml(asked: _Asked, match: re.Match[str]) -> _Reply:
     if text.startswith("---\nbroken"):
         errors = [{"message": '"metadata" must be an object'}]
         return _Reply(400, json.dumps({"errors": errors, "warnings": []}).encode())
-    warnings = [] if text.startswith("---") else [{"message": "empty or missing yaml metadata"}]
-    return _json({"errors": [], "warnings": warnings})
+    if not text.startswith("---"):
+        return _json({"errors": [], "warnings": [{"message": "empty or missing yaml metadata"}]})
+    faults = list(_faults(yaml.safe_load(text.split("---\n", 2)[1])))
+    errors = [{"message": f'"{key}" is not what the Hub takes'} for key in faults]
+    answer = json.dumps({"errors": errors, "warnings": []}).encode()
+    return _Reply(400 if errors else 200, answer)
+
+
+def _faults(metadata: Any) -> Iterator[str]:
+    """Yield the keys of a card that the Hub refuses, of those that cards here have."""
+    ids = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)
+    for key, form in (("base_model", ids), ("license", re.compile(r"[a-z0-9.-]+"))):
+        values = metadata.get(key, [])
+        for one in values if isinstance(values, list) else [values]:
+            if not isinstance(one, str) or not form.fullmatch(one):
+                yield key
+    for key in ("datasets", "language", "tags"):
+        values = metadata.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(one, str) for one in values):
+            yield key
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -353,6 +354,7 @@ class FakeServer:
         models: the names of its models.
         key: what requests must bear.
         delay: seconds before each turn.
+        port: to listen at; any if 0.
     """
 
     change: _Change = lambda _, turn: turn
@@ -361,6 +363,7 @@ class FakeServer:
     models: tuple[str, ...] = (MODEL,)
     key: str = ""
     delay: float = 0.0
+    port: int = 0
     heard: list[tuple[str, Any]] = field(default_factory=list)
     bearers: set[str] = field(default_factory=set)
     url: str = ""
@@ -475,12 +478,19 @@ def _event(body: Any) -> bytes:
     return f"data: {json.dumps(body)}\r\n\r\n".encode()
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell of faults of this server alone, not of clients that leave."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serving(fake: FakeServer | None = None, **options: Any) -> Iterator[FakeServer]:
     """Run a server on this machine."""
     fake = fake or FakeServer(**options)
     handler = type("Handler", (_Handler,), {"fake": fake})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", fake.port), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -71,7 +71,7 @@ def pages(formats: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         size="5bpw",
         text=text,
         output=folder / "tuned.toml",
-        probes=0,
+        chunks=1,
         types="q4_K,q6_K",
         report=folder / "tune",
     )

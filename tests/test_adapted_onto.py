@@ -23,7 +23,11 @@ from running import load_all
 
 pytestmark = [pytest.mark.sentences, pytest.mark.usefixtures("own_cache")]
 _NOTHING = dict.fromkeys(
-    ("types", "imatrix", "depth", "text", "chunks", "repo", "private", "mtp_from"), None
+    (
+        *("types", "imatrix", "codes", "hessian", "depth", "text", "chunks", "repo", "private"),
+        "mtp_from",
+    ),
+    None,
 )
 
 

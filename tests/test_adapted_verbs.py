@@ -116,7 +116,7 @@ def test_the_merged_model_is_tuned(adapter: Path, merged: Path, text: Path, tmp_
     first, second = tmp_path / "one.toml", tmp_path / "two.toml"
     one = qwen35.tune(ASSET, output=first, adapter=[adapter], **options)
     two = qwen35.tune(merged, output=second, **options)
-    assert one.measured.errors == two.measured.errors
+    assert one.measured.prices == two.measured.prices
     with pytest.raises(UsageError, match="measured with another model"):
         qwen35.tune(ASSET, output=first, overwrite=True, **options)
     checkpoint = with_adapters(fetch(str(ASSET)), open_adapters([adapter]))

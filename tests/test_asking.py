@@ -144,7 +144,7 @@ def test_without_transformers_nothing_is_asked(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError) as caught:
         Asker(ASSET)
-    assert str(caught.value).startswith("asking the model: transformers is not installed; pip")
+    assert str(caught.value).startswith("asking the model: transformers is not installed; in your")
 
 
 # --- llama.cpp

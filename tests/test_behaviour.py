@@ -369,8 +369,9 @@ def test_embedded_checkpoint_answers_in_every_format(
 
 
 def test_embedded_checkpoint_itself_answers(capsys: Capture) -> None:
-    assert main(["verify", str(ASSET), "--depth", "behaviour", "--quiet"]) == 0
-    shown = capsys.readouterr().out
+    assert main(["verify", str(ASSET), "--depth", "behaviour"]) == 0
+    shown, told = capsys.readouterr()
+    assert f"asking {ASSET.name}: 11 questions\n" in told
     assert shown.count("  right") == 11
     assert "note: asked in transformers, on the cpu" in shown
 
@@ -413,9 +414,11 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_gguf_file_answers(gguf: Path, capsys: Capture) -> None:
     arguments = ["verify", str(gguf), "--source", str(ASSET), "--depth", "behaviour"]
-    assert main([*arguments, "--quiet", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert main([*arguments, "--json"]) == 0
+    shown, told = capsys.readouterr()
+    found = json.loads(shown)
     files = {path.name for path in gguf.glob("qwen3.5-tiny-*.gguf")}
+    assert {f"asking {name}: 10 questions" for name in files} <= set(told.splitlines())
     assert len(files) == 6
     assert {answer["file"] for answer in found["answers"]} == files
     assert len(found["answers"]) == 60

@@ -224,6 +224,35 @@ def test_another_command_does_not_take_over_the_work(
     assert not work_folder(out).exists()
 
 
+@pytest.mark.parametrize("damage", ["short", "another", "shape", "lacking", "states"])
+def test_damaged_states_are_refused_in_a_sentence(
+    damage: str, folder: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(plan_for(folder, prose), out, threads=1, progress=Interrupt("layers.2"))
+    path = work_folder(out) / "layers.1.npz"
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    if damage == "short":
+        path.write_bytes(path.read_bytes()[:-300])
+    elif damage == "another":
+        path.write_bytes(b"{}")
+    elif damage == "shape":
+        np.savez(path, **{name: array[..., :1].astype("f2") for name, array in arrays.items()})
+    elif damage == "lacking":
+        kept = {name: array for name, array in arrays.items() if "down_proj" not in name}
+        np.savez(path, **kept)
+    else:
+        for states in work_folder(out).glob("hidden-*.bin"):
+            os.truncate(states, 100)
+    assert command(folder, prose, out) == 2
+    said = capsys.readouterr().err
+    expected = {"lacking": "no sums of mlp.experts.down_proj", "states": "was changed by another"}
+    assert expected.get(damage, "not sums of a calibration; remove its folder to start") in said
+    assert not out.exists()
+
+
 def test_a_folder_of_someone_else_is_left_alone(
     folder: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -411,7 +440,7 @@ def test_a_missing_library_is_told_in_a_sentence(
     assert command(folder, prose, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert "transformers is not installed" in error
-    assert "pip install 'qwen35[nf4]'" in error
+    assert "pip install '.[nf4]'" in error
 
 
 def test_drafts_need_a_layer_and_survive_an_interruption(

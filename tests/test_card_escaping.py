@@ -145,9 +145,15 @@ def _card(
         return None
 
 
+FOLDS = ("<details>", "</details>", r"<summary>All (\d+ files|that was measured)</summary>")
+"""The elements that a card has of its own."""
+
+
 def _assert_harmless(card: str) -> None:
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert "evil" not in front
+    for tag in FOLDS:
+        body = re.sub(f"^{tag}$", "", body, flags=re.MULTILINE)
     assert not kinds(body) & {"html_block", "html_inline", "image"}
     tokens = [child for token in MARKDOWN.parse(body) for child in token.children or ()]
     links = [str(token.attrs["href"]) for token in tokens if token.type == "link_open"]

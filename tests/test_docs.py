@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -278,3 +279,40 @@ def test_sizes_in_the_results_are_those_planned_today(row: dict[str, Any], text_
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+def test_the_pictures_of_the_readme_are_there_and_small() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    named = re.findall(r'src(?:set)?="([^"]+)"', readme)
+    assert named == [f"docs/pictures/report-{theme}.png" for theme in ("dark", "light")]
+    for name in named:
+        content = (ROOT / name).read_bytes()
+        assert content.startswith(b"\x89PNG\r\n")
+        assert len(content) < 100_000
+
+
+def told() -> Iterator[tuple[str, str]]:
+    """Yield every file of documentation and code, by name."""
+    for path in (*PAGES, *sorted((ROOT / "src").rglob("*.py")), *(ROOT / "src").rglob("*.jinja")):
+        yield named(path), path.read_text("utf-8")
+
+
+def test_nothing_is_installed_from_an_index_before_there_is_a_release() -> None:
+    index = re.compile(r"pip install (-\S+ )*'?\"?qwen35\b(?! @)")
+    assert [name for name, text in told() if index.search(text)] == []
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    known = set(project["optional-dependencies"]) | {"NAME"}
+    wanted = re.compile(r"pip install '\.\[([^\]]+)\]'|extra_hint\([\"']([^\"']+)")
+    for name, text in told():
+        for several, one in wanted.findall(text):
+            assert {one} - {""} | {*several.split(",")} - {"", "{extra}"} <= known, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_are_not_wider_than_a_page(page: Path) -> None:
+    fences = (t for t in tokens_of(page.read_text("utf-8")) if t.type == "fence")
+    lines = (line for f in fences if f.info.startswith("bash") for line in f.content.splitlines())
+    assert [line for line in lines if len(line) > 110] == []

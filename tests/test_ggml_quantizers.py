@@ -97,7 +97,9 @@ def test_our_types_need_no_library() -> None:
     assert all(is_ours(quantizer(kind)) for kind in COMPILED)
     with pytest.raises(UsageError, match="iq3_s needs llama-cpp-python, which is not installed"):
         quantizer("iq3_s")
-    with pytest.raises(UsageError, match="llama-cpp-python is not installed; pip install"):
+    with pytest.raises(
+        UsageError, match="llama-cpp-python is not installed; in your clone of qwen35: pip"
+    ):
         quantizer("q4_K", "ggml")
 
 

@@ -236,7 +236,8 @@ def test_without_llama_cpp_all_but_rare_types_are_written(
         for cached in known:
             cached.cache_clear()
     said = capsys.readouterr().err
-    assert "iq3_s needs llama-cpp-python, which is not installed; pip install" in said
+    assert "iq3_s needs llama-cpp-python, which is not installed" in said
+    assert "pip install '.[llama-cpp]'" in said
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 

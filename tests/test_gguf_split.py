@@ -210,7 +210,7 @@ def test_behaviour_is_asked_once_by_the_first_file(
 ) -> None:
     asked: list[Path] = []
 
-    def ask(containers: list[GgufHeader], threads: int) -> BehaviourResult:
+    def ask(containers: list[GgufHeader], *_: object) -> BehaviourResult:
         asked.extend(container.path for container in containers)
         return BehaviourResult()
 

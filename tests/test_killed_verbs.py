@@ -138,7 +138,8 @@ def test_a_killed_publish_ends_as_if_it_had_not_been(mode: str, world: World) ->
         assert files_in(folder) == whole
 
 
-@pytest.mark.parametrize("probes", [0, pytest.param(3, marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("probes", [0, 3])
 def test_a_killed_tuning_ends_as_if_it_had_not_been(probes: int, tmp_path: Path) -> None:
     """The measurements are kept, and what was chosen is the same."""
     text = tmp_path / "text.txt"
@@ -173,7 +174,7 @@ def test_a_link_where_tune_prepares_a_file_is_not_followed(name: str, tmp_path: 
     (tmp_path / name).symlink_to(other)
     budget = ["--format", "nf4", "--size", "9MB", "--text", str(ASSET / "eval.txt"), "--quiet"]
     outputs = ["--output", str(tmp_path / "r.toml"), "--report", str(tmp_path / "report")]
-    assert main(["tune", str(ASSET), *budget, "--chunks", "1", "--probes", "0", *outputs]) == 0
+    assert main(["tune", str(ASSET), *budget, "--chunks", "1", "--context", "32", *outputs]) == 0
     assert other.read_text() == "another's"
 
 

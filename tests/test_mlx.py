@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from safetensors.torch import safe_open, save_file
+from safetensors.torch import load_file, safe_open, save_file
 
 import qwen35
 from checkpoints import (
@@ -30,6 +31,7 @@ from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
 from qwen35.codecs.floats import f32_from, from_f32
 from qwen35.codecs.mlx.arrays import packed, quantize_rows, rounded, unpacked
+from qwen35.codecs.mlx.config import section_findings
 from qwen35.codecs.mlx.layout import FORMATS, MlxFormat
 from qwen35.codecs.mlx.mlx_names import family_name, mlx_name
 from qwen35.errors import ConfigError, InputError, TensorError, UsageError
@@ -86,6 +88,17 @@ def like_mlx_community(artifact: Path, out: Path) -> Path:
     text["rope_parameters"]["type"] = text["rope_parameters"].pop("rope_type")
     config.pop("vision_config", None)
     (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def configured(model: Path, out: Path, settings: Mapping[str, object]) -> Path:
+    """Return a copy with other settings of the text model, without those that are ``...``."""
+    config = read_config(model)
+    text = {**config["text_config"], **settings}
+    config["text_config"] = {key: value for key, value in text.items() if value is not ...}
+    shutil.copytree(model, out)
+    (out / "config.json").write_text(json.dumps(config))
+    (out / "qwen35.json").unlink(missing_ok=True)
     return out
 
 
@@ -286,7 +299,17 @@ def test_what_mlx_cannot_hold_is_refused(options: dict[str, Any], words: str) ->
     ("key", "value", "words"),
     [
         ("layer_types", ["full_attention"] + ["linear_attention"] * 3, "follow no interval"),
-        ("attn_output_gate", False, "attn_output_gate"),
+        ("layer_types", ["linear_attention"] * 4, "no layer has full_attention"),
+        ("attn_output_gate", False, "attn_output_gate is False: MLX computes"),
+        ("hidden_act", "gelu", "hidden_act is 'gelu': MLX computes SiLU"),
+        ("attention_bias", True, "attention_bias is True: MLX computes attention without"),
+        ("rms_norm_eps", None, "rms_norm_eps is None, expected a number"),
+        ("rope_parameters", {"rope_type": "dynamic", "factor": 2}, "is dynamic, which MLX"),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "factor": 2, "attention_factor": 3},
+            "scale of attention",
+        ),
     ],
 )
 def test_layers_that_mlx_does_not_have_are_refused(
@@ -300,7 +323,213 @@ def test_layers_that_mlx_does_not_have_are_refused(
         make_plan(open_folder(made), load_recipe("mlx-4bit"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("norm_topk_prob", False, True),  # only MLX obeys it
+        ("norm_topk_prob", None, True),
+        ("num_experts_per_tok", ..., 8),  # which MLX takes for 0
+        ("full_attention_interval", None, 4),
+        ("rms_norm_eps", ..., 1e-6),
+    ],
+)
+def test_settings_that_mlx_takes_otherwise_are_written_out(
+    key: str, value: object, expected: object, source: Path, tmp_path: Path
+) -> None:
+    made = configured(source, tmp_path / "made", {key: value})
+    run(made, tmp_path / "out", "mlx-4bit")
+    written = read_config(tmp_path / "out")["text_config"][key]
+    assert written == expected
+    assert type(written) is type(expected)
+    assert check(tmp_path / "out", made).findings == ()
+
+
+def test_a_dense_model_is_no_mixture(tmp_path: Path) -> None:
+    made = configured(ASSET, tmp_path / "made", {"num_experts": 4})
+    run(made, tmp_path / "out", "mlx-4bit")
+    assert "num_experts" not in read_config(tmp_path / "out")["text_config"]
+    assert check(tmp_path / "out", made).findings == ()
+
+
+@pytest.fixture(scope="module")
+def own_head(folder: Path) -> tuple[Path, Path]:
+    """Return a tied model that stores a head all the same, and what is made of it."""
+    tensors = load_all(ASSET)
+    head = tensors["model.language_model.embed_tokens.weight"].flip(0).contiguous()
+    made = changed(ASSET, folder / "with-head", {"lm_head.weight": head})
+    run(made, folder / "own-head", "mlx-4bit")
+    return made, folder / "own-head"
+
+
+def test_a_head_of_its_own_is_not_tied(own_head: tuple[Path, Path]) -> None:
+    made, out = own_head
+    config = read_config(out)
+    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is False
+    assert "language_model.lm_head.scales" in load_all(out)
+    verdict = check(out, made)
+    assert verdict.findings == ()
+    assert any("tie_word_embeddings is false, as there is a head" in n for n in verdict.notes)
+
+
+TIED = {"tie_word_embeddings": True}
+
+
+def test_a_packed_head_of_a_tied_model_is_found(
+    own_head: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tied = configured(own_head[1], tmp_path / "tied", TIED)
+    assert ("packing", "language_model.lm_head.weight") in found(check(tied))
+    with pytest.raises(TensorError, match="stored, though tie_word_embeddings is true"):
+        plan_of(tied, "bf16")
+
+
+def test_an_unpacked_head_of_a_tied_model_is_found(
+    own_head: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def change(tensors: Tensors) -> None:
+        for ending in ("scales", "biases"):
+            del tensors[f"language_model.lm_head.{ending}"]
+        tensors["language_model.lm_head.weight"] = torch.zeros(4096, 256).bfloat16()
+
+    tied = edited(configured(own_head[1], tmp_path / "tied", TIED), tmp_path / "made", change)
+    assert ("packing", "language_model.lm_head.weight") in found(check(tied))
+    with pytest.raises(TensorError, match="stored, though tie_word_embeddings is true"):
+        plan_of(tied, "bf16")
+
+
 # --- as a source
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "nf4"])
+@pytest.mark.parametrize("name", [NORM, PATCHES, f"{LAYER}linear_attn.norm.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nan_in_what_is_unpacked_is_refused(
+    name: str, value: float, recipe: str, tiny: Path, tmp_path: Path
+) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[name] = tensors[name].bfloat16()
+        tensors[name].view(-1)[-1] = value
+
+    bad = edited(tiny, tmp_path / "bad", change)
+    with pytest.raises(TensorError, match="NaN or infinity"):
+        run(bad, tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (100000.0, 0.25)),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, (100000.0, 0.5)),
+        ({"type": "default", "rope_theta": 7}, (7, 0.25)),
+    ],
+)
+def test_the_rotary_embedding_has_the_defaults_of_mlx(
+    given: dict[str, Any], expected: tuple[float, float], tiny: Path, tmp_path: Path
+) -> None:
+    made = configured(tiny, tmp_path / "made", {"rope_parameters": given})
+    rope = open_folder(made).config.text_raw["rope_parameters"]
+    assert (rope["rope_theta"], rope["partial_rotary_factor"]) == expected
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "full_attention_interval is 2, expected 4": {"full_attention_interval": 2},
+    "full_attention_interval is [4], expected 4": {"full_attention_interval": [4]},
+    "full_attention_interval is None, expected 4": {"full_attention_interval": None},
+    "full_attention_interval is True, expected 4": {"full_attention_interval": True},
+    "rms_norm_eps is None, expected a number": {"rms_norm_eps": None},
+    "rms_norm_eps is '1e-6', expected a number": {"rms_norm_eps": "1e-6"},
+    "num_experts_per_tok is None, expected 1 to 8": {"num_experts_per_tok": None},
+    "num_experts_per_tok is 9, expected 1 to 8": {"num_experts_per_tok": 9},
+    "norm_topk_prob is False: MLX obeys it": {"norm_topk_prob": False},
+    "hidden_act is 'relu': MLX computes": {"hidden_act": "relu"},
+    "attention_bias is True: MLX computes": {"attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("words", SETTINGS)
+def test_settings_that_mlx_reads_otherwise_are_found(
+    words: str, experts: Path, tmp_path: Path
+) -> None:
+    made = configured(experts, tmp_path / "made", SETTINGS[words])
+    [finding] = check(made).findings
+    assert (finding.check, finding.subject) == ("config", "config.json")
+    assert words in finding.message
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        plan_of(made, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("mlp.switch_mlp.up_proj", True),
+        ("mlp.switch_mlp.up_proj", {"mode": "nvfp4"}),
+        ("mlp.gate", {"bits": 8}),
+        ("mlp.gate", {"bits": 8, "group_size": None, "mode": "affine"}),
+        ("input_layernorm", False),
+    ],
+)
+def test_settings_of_a_module_may_be_short(
+    path: str, value: object, experts: Path, tmp_path: Path
+) -> None:
+    short = partial(both, lambda section: section.update({LAYER + path: value}))
+    assert check(edited(experts, tmp_path / "made", None, short)).findings == ()
+
+
+def test_what_mlx_lm_makes_of_it_is_no_fault(tiny: Path, tmp_path: Path) -> None:
+    strange = like_mlx_community(tiny, tmp_path / "strange")
+    tensors, gated = load_all(strange), f"{LAYER}linear_attn.norm.weight"
+    tensors[gated] = tensors[gated].bfloat16()
+    save_file(tensors, strange / "model.safetensors", metadata={"format": "mlx"})
+    for path in ASSET.iterdir():
+        if not (strange / path.name).exists() and "safetensors" not in path.name:
+            shutil.copy(path, strange)
+    config = read_config(strange)
+    generation = json.loads((ASSET / "generation_config.json").read_text())
+    config["eos_token_id"] = generation["eos_token_id"]
+    assert config["eos_token_id"] != config["text_config"]["eos_token_id"]
+    (strange / "config.json").write_text(json.dumps(config))
+    verdict = check(strange, ASSET)
+    assert verdict.findings == ()
+    assert "eos_token_id of config.json is that of generation_config.json" in verdict.notes
+    run(strange, tmp_path / "out", "bf16")
+    norm = load_all(tmp_path / "out")["model.layers.0.linear_attn.norm.weight"]
+    assert torch.equal(norm, tensors[gated])
+    tensors[gated][3] *= 1.01
+    save_file(tensors, strange / "model.safetensors", metadata={"format": "mlx"})
+    assert found(check(strange, ASSET)) == {("values", "model.layers.0.linear_attn.norm.weight")}
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_convolutions_of_transformers_under_names_of_mlx(
+    packed: bool, tiny: Path, tmp_path: Path
+) -> None:
+    def change(tensors: Tensors) -> None:
+        for name in [*tensors]:
+            if name.endswith("conv1d.weight"):
+                tensors[name] = tensors[name].transpose(1, 2)
+            if not packed and name.endswith((".scales", ".biases")):
+                del tensors[name]
+            elif not packed and tensors[name].dtype == torch.uint32:
+                tensors[name] = torch.zeros(2, 2)
+
+    made = edited(tiny, tmp_path / "made", change)
+    save_file(load_all(made), made / "model.safetensors", metadata={"format": "mlx"})
+    with pytest.raises(TensorError, match="MLX adds 1 to all norms") as caught:
+        open_folder(made)
+    assert caught.value.subject == CONV
+
+
+def test_missing_scales_are_named(tiny: Path, experts: Path, tmp_path: Path) -> None:
+    module = f"{LAYER}mlp.up_proj"
+    made = edited(tiny, tmp_path / "made", lambda t: t.pop(f"{module}.scales"))
+    with pytest.raises(TensorError, match="missing, though .*up_proj.weight is packed") as caught:
+        open_folder(made)
+    assert caught.value.subject == f"{module}.scales"
+    assert ("packing", f"{module}.scales") in found(check(made))
+    stack = f"{LAYER}mlp.switch_mlp.up_proj.scales"
+    made = edited(experts, tmp_path / "stack", lambda t: t.pop(stack))
+    assert [s for c, s in found(check(made)) if c == "packing"] == [stack]
 
 
 def test_decoding_is_that_of_the_formulas(tiny: Path, tmp_path: Path) -> None:
@@ -447,6 +676,22 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, st
         lambda config: config.pop("quantization"),
         ("quantization-config", "config.json"),
     ),
+    "no format of most": (
+        partial(both, lambda section: [section.pop(key) for key in ("group_size", "bits")]),
+        ("quantization-config", "config.json"),
+    ),
+    "unknown setting": (
+        partial(both, lambda section: section[f"{LAYER}mlp.gate"].update(quantize_input=True)),
+        ("quantization-config", f"{LAYER}mlp.gate"),
+    ),
+    "code beside": (
+        lambda config: config.update(model_file="model.py"),
+        ("config", "config.json"),
+    ),
+    "inputs": (
+        lambda config: config.update(quantize_activations=True),
+        ("config", "config.json"),
+    ),
     "strange section": (
         partial(both, lambda section: section.update(bits=[4], mode=None)),
         ("quantization-config", f"{LAYER}mlp.switch_mlp.up_proj"),
@@ -458,6 +703,30 @@ CONFIG_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], object], tuple[str, st
 def test_a_fault_in_config_is_found(fault: str, experts: Path, tmp_path: Path) -> None:
     change, expected = CONFIG_FAULTS[fault]
     assert expected in found(check(edited(experts, tmp_path / "broken", None, change)))
+
+
+@pytest.mark.parametrize("section", [{}, [1], "x", 0, True])
+def test_a_section_of_any_type_is_found(section: object) -> None:
+    findings = section_findings({"quantization": section, "quantization_config": None}, [])
+    assert [one.check for one in findings] == ["quantization-config"]
+    assert not [*section_findings({"quantization": None, "quantization_config": None}, [])]
+
+
+@pytest.mark.parametrize("name", ["weights.00.safetensors", "model-1.safetensors"])
+def test_mlx_lm_reads_files_by_their_names(name: str, tiny: Path, tmp_path: Path) -> None:
+    made = Path(shutil.copytree(tiny, tmp_path / "made"))
+    (made / "qwen35.json").unlink()
+    (made / "model.safetensors").rename(made / name)
+    tensors = load_file(made / name)
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": dict.fromkeys(tensors, name),
+    }
+    (made / "model.safetensors.index.json").write_text(json.dumps(index))
+    expected = {("files", name)} if name.startswith("weights") else set()
+    assert found(check(made)) == expected
+    save_file({NORM: tensors[NORM]}, made / "model-2.safetensors")
+    assert found(check(made)) == expected | {("files", "model-2.safetensors")}
 
 
 def test_promised_mtp_is_found(tiny: Path, tmp_path: Path) -> None:
@@ -492,6 +761,26 @@ def test_a_packed_norm_is_refused(tiny: Path, tmp_path: Path) -> None:
     broken = edited(tiny, tmp_path / "broken", change)
     assert ("tensors", f"{FAMILY}input_layernorm.weight") in found(check(broken))
     with pytest.raises(TensorError, match="as MLX packs"):
+        plan_of(broken, "bf16")
+
+
+STRANGE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "1 bit": lambda codes: codes[:, :8],
+    "no whole words": lambda codes: codes[:, :7],
+    "another dtype": lambda codes: codes.view(torch.int32),
+    "flat": lambda codes: codes.flatten(),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_codes_of_no_known_format_are_named(what: str, tiny: Path, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        name = f"{LAYER}mlp.up_proj.weight"
+        tensors[name] = STRANGE[what](tensors[name]).clone()
+
+    broken = edited(tiny, tmp_path / "broken", change)
+    assert found(check(broken)) == {("packing", f"{FAMILY}mlp.up_proj.weight")}
+    with pytest.raises(TensorError, match=r"with scales BF16 .512, 4., expected a format of MLX"):
         plan_of(broken, "bf16")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import json
+from dataclasses import replace
+from inspect import isfunction, signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import qwen35
@@ -15,8 +18,10 @@ from evaluating import gguf as gguf_in
 from made_reports import ROWS, report_of
 from qwen35.api.plan_api import types_that_fit
 from qwen35.errors import Finding, InputError, UsageError
+from qwen35.publishing.amendment import Amendment
 from qwen35.reporting.ranking import rank
 from qwen35.reporting.reported import parse_report
+from qwen35.reproduction import Reproduction
 from qwen35.verification.role_errors import RoleError
 from qwen35.verification.verdict import Verdict
 
@@ -119,6 +124,89 @@ def test_sizes_are_texts_too(dense: Path, tmp_path: Path) -> None:
             qwen35.convert(dense, out, recipe="nf4", memory=wrong, dry_run=True)
         with pytest.raises(UsageError, match="--memory"):
             qwen35.run(dense, out, path="A", memory=wrong)
+
+
+def test_small_results_are_a_line() -> None:
+    shown = repr(types_that_fit(ASSET, "1GB"))
+    assert shown == f"<MemoryFit of {ASSET} in 1.00 GB: F32 is the largest that fits, 62.56 MB>"
+    finding = Finding("bytes", "a", "differ")
+    assert repr(Reproduction(("a", "b"), (), ())) == "<Reproduction of 2 files: the same bytes>"
+    assert repr(Reproduction(("a",), (finding,), ())) == "<Reproduction of 1 file: 1 difference>"
+    done = Amendment(Path("out"), "why", {"config.json": None, "x": None}, (), {}, {})
+    assert repr(done) == "<Amendment of out: config.json, x>"
+    assert repr(replace(done, findings=(finding,))) == "<Amendment of out: 1 finding>"
+
+
+WRONG: dict[str, tuple[object, ...]] = {
+    "int": ("2", 2.5, True, [2], b"2"),
+    "float": ("2", True, [2]),
+    "bool": ("no", 1, 0, []),
+    "Sequence": (3, b"x", [3], [None], {"a": 1}, True, ["a\0b"]),
+    "tuple[int, int]": ("1/2", [1, 2], (1,), (1, "2"), (1, 2, 3)),
+    "str": (3, b"x", ["x"], 2.5, Path("x"), "a\0b", "\ud800"),
+    "str | Path": (3, b"x", ["x"], True, {"a": 1}, np.arange(2), "a\0b", "\ud800", Path("a\0b")),
+}
+"""Values by the annotation that they do not fit."""
+
+VERBS = ["amend", "calibrate", "convert", "evaluate", "finalize", "gguf", "merge", "plan"]
+VERBS += ["inspect", "publish", "report", "reproduce", "run", "tune", "verify"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_arguments_of_another_kind_are_refused_in_a_sentence(verb: str, tmp_path: Path) -> None:
+    function, tried = getattr(qwen35, verb), 0
+    parameters = signature(function).parameters
+    named = {n: p for n, p in parameters.items() if p.kind is not p.VAR_POSITIONAL}
+    required: dict[str, Any] = {
+        n: tmp_path if "Path" in str(p.annotation) else str(tmp_path)
+        for n, p in named.items()
+        if p.default is p.empty
+    }
+    for name, parameter in named.items():
+        annotation = str(parameter.annotation)
+        kinds = [kind for kind in WRONG if kind == annotation.removesuffix(" | None")]
+        kinds += ["Sequence"] if "Sequence[" in annotation else []
+        for value in (one for kind in kinds for one in WRONG[kind]):
+            tried += 1
+            with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')}: .*, expected "):
+                function(**{**required, name: value})
+    assert tried
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_verb_checks_its_arguments() -> None:
+    functions = {name for name in qwen35.__all__ if isfunction(getattr(qwen35, name))}
+    assert functions == set(VERBS)
+
+
+def test_secrets_of_another_kind_are_not_repeated() -> None:
+    wrong: Any = b"hf_secret"
+    with pytest.raises(UsageError, match="^--hf-token: of type bytes, expected a text$"):
+        qwen35.plan(ASSET, hf_token=wrong)
+
+
+def test_numbers_of_numpy_and_iterables_are_as_good(dense: Path, tmp_path: Path) -> None:
+    given: Any = {"calib_mode": "rms", "rms_factor": 2.5, "verify_seed": 3, "memory": 4 * 10**9}
+    numpy: Any = {"calib_mode": np.str_("rms"), "rms_factor": np.float32(2.5)}
+    numpy |= {"verify_seed": np.int64(3), "memory": np.int64(4 * 10**9)}
+    kept: Any = (role for role in ["self_attn"])
+    for name, values, keep in (("a", given, ["self_attn"]), ("b", numpy, kept)):
+        qwen35.convert(dense, tmp_path / name, recipe="fp8", keep=keep, threads=1, **values)
+    a, b = (sorted((tmp_path / name).iterdir()) for name in "ab")
+    assert [one.read_bytes() for one in a] == [one.read_bytes() for one in b]
+    assert len(a) > 1
+    parts: Any = (np.int64(1), np.int64(2))
+    qwen35.convert(dense, tmp_path / "c", recipe="nf4", slice=parts)
+    true: Any = np.bool_(True)
+    assert qwen35.plan(dense, drop_mtp=true).digest == qwen35.plan(dense, drop_mtp=True).digest
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["threads", "workers"])
+def test_there_is_at_least_one_thread(name: str, value: int, dense: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {name: value}
+    with pytest.raises(UsageError, match=f"--{name}: {value}, expected 1 or more"):
+        qwen35.convert(dense, tmp_path / "out", **given)
 
 
 def test_one_name_is_a_list_of_one(dense: Path, tmp_path: Path) -> None:

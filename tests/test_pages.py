@@ -47,6 +47,8 @@ def test_what_tutorials_import_is_what_setup_installs() -> None:
     assert recipe
     extras = re.findall(r"'\.\[([a-z0-9,]+)\]'", recipe[1])
     assert len(extras) == 1
+    assert "llama-cpp" not in extras[0]  # `make setup` compiles nothing
+    extras = [f"{extras[0]},llama-cpp"]  # by `make llama-cpp`, where a page says so
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     rows = list(project["dependencies"])
     for extra in extras[0].split(","):
@@ -58,6 +60,22 @@ def test_what_tutorials_import_is_what_setup_installs() -> None:
             for name in imported(block.content) if block.language == "python" else ():
                 owning = {name_of(owner) for owner in owners.get(name, [name])}
                 assert owning & installed, f"{page.name} imports {name}: not in `make setup`"
+
+
+SHORTENED = "In what they print, `...` stands for lines left out here"
+IN_LLAMA = re.compile(r"^from llama_cpp |^noise floor: .* in llama\.cpp", re.MULTILINE)
+
+
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_tutorials_say_what_is_shortened_and_what_they_need(page: Path) -> None:
+    text = page.read_text("utf-8")
+    words = " ".join(text.split())
+    shown = [block.shown or "" for block in blocks_of(text)]
+    assert SHORTENED in words or not any("..." in one for one in shown)
+    assert "`make llama-cpp`" in words or not IN_LLAMA.search(text)
 
 
 def imported(program: str) -> set[str]:

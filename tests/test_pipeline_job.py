@@ -92,7 +92,7 @@ def test_file_is_read_relative_to_itself(tmp_path: Path) -> None:
         model = "model"
         out = "made"
         path = ["A", "B"]
-        types = ["q4_k_m"]
+        types = ["q4_k_m "]
         depth = "numbers"
         [[artifact]]
         recipe = "mine.toml"
@@ -160,6 +160,14 @@ HEAD = 'model = "m"\nout = "o"\n'
         (HEAD + 'path = "A"\nmodle = "x"', "modle: unknown key, expected model, out, adapters"),
         (HEAD + 'path = "A"\n[evaluate]', "evaluate.text: is missing"),
         (HEAD + 'path = "A"\n[evaluate]\ntext = "t"\nchunks = -1', "evaluate.chunks: -1, expected"),
+        (
+            HEAD + 'path = "A"\n[evaluate]\ntext = "t"\nstreamed = true\nsimulate = "vllm"',
+            "evaluate.simulate: 'vllm' is unknown, expected llama.cpp",
+        ),
+        (
+            HEAD + 'path = "A"\n[evaluate]\ntext = "t"\nsimulate = "llama.cpp"',
+            "evaluate.simulate: is for models that run layer by layer; set streamed = true",
+        ),
         (HEAD + 'path = "A"\n[evaluate]\ntext = true', "evaluate.text: True, expected a string"),
         (HEAD + 'path = "A"\n[publish]\nowner = "a/b"', "publish.owner: 'a/b', expected a user"),
         (HEAD + 'path = "A"\n[publish]\nprivate = 1', "publish.private: 1, expected true or false"),
@@ -184,7 +192,7 @@ HEAD = 'model = "m"\nout = "o"\n'
         ),
         (
             HEAD + '[[artifact]]\nrecipe = "nvfp4"\nkv_cache = "fp4"',
-            "artifact 1.kv_cache: 'fp4' is unknown, expected fp8; did you mean fp8?",
+            "artifact 1.kv_cache: 'fp4' is unknown, expected fp8",
         ),
         (HEAD + '[[artifact]]\nrecipe = "int5"', "artifact 1.recipe: 'int5' is unknown"),
         (HEAD + '[[gguf]]\ntypes = ["Q4_KM"]', "gguf 1.types: 'Q4_KM' is unknown"),
@@ -433,5 +441,4 @@ def test_file_of_the_demo_is_one() -> None:
     job = read_run_file(ROOT / "demo" / "run.toml")
     assert job.problems == ()
     assert Path(job.model).is_dir()
-    assert job.measurement is not None
-    assert job.measurement.text.is_file()
+    assert job.depth == "numbers"  # needs neither torch nor llama.cpp; demo.py asks and measures

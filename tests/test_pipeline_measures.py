@@ -11,6 +11,10 @@ import pytest
 
 from pipeline_runs import EMBEDDING, GGUF, NF4, STEM, TEXT, Capture, go, manifest, write_source
 from qwen35.checkpoint.source import Checkpoint
+from qwen35.cli.main import main
+from qwen35.errors import UsageError
+from qwen35.evaluation.evaluation_job import EvaluationJob
+from qwen35.evaluation.stream_plan import STREAMED
 from qwen35.pipeline.run_request import MeasurementRequest
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -86,6 +90,38 @@ def test_real_measures(run_original: Path, tmp_path: Path, capsys: Capture) -> N
     assert go(capsys, run_original, out, "--text", text, "--chunks", 1, paths="B").states(
         "evaluate"
     ) == {"": "kept"}
+
+
+def test_models_are_measured_layer_by_layer_where_that_is_asked_or_they_do_not_fit(
+    run_original: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("the rain in a Model, seven times; " * 40)
+    file, out = tmp_path / "run.toml", tmp_path / "out"
+    head = f'model = "{run_original}"\nout = "out"\ndepth = "structure"\n'
+    head += '[[gguf]]\ntypes = ["Q8_0"]\n[evaluate]\ntext = "text.txt"\nchunks = 1\n'
+
+    def ran(asked: str, *flags: str) -> str:
+        file.write_text(head + asked)
+        capsys.readouterr()
+        main(["run", str(file), "--json", "--quiet", *flags])
+        steps = {row["step"]: row for row in json.loads(capsys.readouterr().out)["steps"]}
+        return str(steps["evaluate"]["state"])
+
+    assert ran('streamed = true\nsimulate = "llama.cpp"') == "done"
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert [row["engine"] for row in report["candidates"]] == [STREAMED]
+    assert [row["name"] for row in report["simulations"]] == [f"{STEM}-Q8_0 (inputs quantized)"]
+    assert ran('streamed = true\nsimulate = "llama.cpp"') == "kept"
+    jobs: list[EvaluationJob] = []
+
+    def noted(job: EvaluationJob, **_: Any) -> None:
+        jobs.append(job)
+        raise UsageError("this test", "wants no more")
+
+    monkeypatch.setattr("qwen35.evaluation.evaluation_run.run", noted)
+    for flags in ([], ["--memory", "900MB"]):
+        assert ran("", *flags) != "kept"
+    assert [job.stream is not None for job in jobs] == [False, True]
 
 
 def test_only_verified_artifacts_are_measured(

@@ -14,6 +14,7 @@ import pytest
 from hub_client import files_in
 from patience import PATIENCE
 from pipeline_runs import GGUF, NF4, STEM, TEXT, Capture, go, manifest, refused, spy
+from qwen35.cli.console import Console
 from qwen35.cli.main import main
 from qwen35.pipeline import pipeline_run
 from qwen35.pipeline.gates import artifact_gate
@@ -75,6 +76,23 @@ def test_second_run_does_nothing(
     reasons = said.steps[f"publish {NF4}"]["reasons"]
     assert reasons == ["no repository was named to publish to"]
     assert {path: path.stat().st_mtime_ns for path in run_out.rglob("*")} == before
+
+
+def test_a_terminal_shows_each_step_once(
+    run_original: Path, run_out: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where messages and data are on one screen; a pipe gets the whole list."""
+    flags = ["--path", "A", "--path", "B", "--types", "Q8_0", "--depth", "numbers"]
+    arguments = ["run", *flags, str(run_original), str(run_out)]
+    told = {}
+    for one_screen in (False, True):
+        monkeypatch.setattr(Console, "one_screen", one_screen)
+        assert main(arguments) == 0
+        said = capsys.readouterr()
+        assert said.err.count(f"verify {NF4}") == 1
+        told[one_screen] = said.out
+    assert told[False].count(f"verify {NF4}") == 1
+    assert told[True] == "all gates open\n"
 
 
 def test_behaviour_is_asked_when_it_was_not(

@@ -8,22 +8,25 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
 import qwen35
 from checkpoints import ASSET
 from hub_client import REPO, World, files_in
+from made_reports import report_of
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import parser_of
 from qwen35.cli.shared_flags import keywords
-from qwen35.errors import InputError
+from qwen35.errors import InputError, UsageError
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
+from qwen35.planning.source_card import source_card
 from qwen35.publishing.modelfile import gguf_models, modelfile_text
 from qwen35.publishing.repo_documents import documents, write_documents
 from qwen35.verification.opening import open_artifact
@@ -148,7 +151,8 @@ def test_card_of_nf4(nf4: Path) -> None:
 def test_counts_of_the_card_are_those_of_the_weights(made: dict[str, Path]) -> None:
     for name, packed in (("nf4", 31), ("text-nf4", 31), ("text", 0)):
         _, text = card_of(made[name])
-        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+        stored = text.partition("## How tensors are stored")[2]
+        rows = [line.split(" | ") for line in stored.splitlines() if line.startswith("| `")]
         assert sum(int(row[2]) for row in rows if row[1] == "NF4") == packed
         weights = manifest_of(made[name])["tensors"]["model.safetensors"]
         main = [n for n in weights if not any(f".weight.{p}" in n for p in PARTS)]
@@ -208,6 +212,122 @@ def test_card_names_no_command_that_would_make_something_else(dense: Path, tmp_p
     rules = [["mlp.up_proj", "plain", "by hand"], *recipe["rules"]]
     edit_manifest(out, recipe={**recipe, "rules": rules})
     assert "qwen35 convert" not in card_of(out)[1]
+
+
+MATTER = """\
+license: apache-2.0
+license_link: https://huggingface.co/Qwen/Qwen3.5-0.8B/blob/main/LICENSE
+language: [en, no, zh-Hans]
+datasets:
+- someone/chats
+- {not: a name}
+- "evil\\nlicense: mit"
+base_model: Qwen/Qwen3.5-0.8B
+tags: [3]
+"""
+
+
+def published(source: Path, folder: Path, matter: str) -> Path:
+    """Return a conversion of a folder whose card has this front matter."""
+    made = Path(shutil.copytree(source, folder / "source"))
+    (made / "README.md").write_text(f"---\n{matter}---\n# Mine\n")
+    (made / "LICENSE").write_text("Mine alone")
+    return run(made, folder / "out", "nf4").out
+
+
+def test_card_of_a_folder_says_what_its_source_said(
+    dense: Path, tmp_path: Path, world: World
+) -> None:
+    out = published(dense, tmp_path, MATTER)
+    assert (out / "LICENSE").read_text() == "Mine alone"
+    card, text = card_of(out)
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0"
+    assert data["license_link"].endswith("/LICENSE")
+    assert data["language"] == ["en", "no", "zh-Hans"]
+    assert data["datasets"] == ["someone/chats"]
+    assert (data["base_model"], data["base_model_relation"]) == ("Qwen/Qwen3.5-0.8B", "quantized")
+    assert text.startswith(f"---\n{ModelCardData(**data).to_yaml()}\n---\n")
+    done = world.publish(folder=out)
+    assert done.code == 0, done.out + done.err
+    assert world.repo.read("README.md").decode() == text
+    assert any("/api/validate-yaml" in asked.path for asked in world.hub.requests)
+    other, _ = card_of(out, base_model="owner/other")
+    assert other.data.to_dict()["base_model"] == "owner/other"
+
+
+@pytest.mark.parametrize(
+    "matter",
+    [
+        "[]",
+        "3",
+        "a: [",
+        "license: [[]]",
+        "license: {a: b}",
+        "license: 2026-01-01",
+        "base_model: /home/me/model",
+        "base_model: [null, 3, {}, [], 'a/b\\n---']",
+        "language: {}",
+        "datasets: !!python/object:os.system {}",
+        "a: &a [*a]\nlanguage: *a",
+        "license: !!binary aGVsbG8=",
+        "? [a, b]\n: c",
+        "license: " + "x" * 5000,
+        "license: null\nlicense_name: Null\ndatasets: NULL\nlanguage: [null]",
+        "license_link: javascript:alert(1)",
+        "\x01",
+    ],
+)
+def test_odd_front_matter_reaches_no_card(matter: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"---\n{matter}\n---\n")
+    said = source_card(replace(open_folder(ASSET), place=LocalFolder(tmp_path)))
+    assert said in ({}, {"license": "2026-01-01"}, {"license": "aGVsbG8="})
+
+
+def test_no_repository_is_its_own_base(nf4: Path) -> None:
+    for bases, kept in (([REPO], None), ([REPO.upper(), "a/b"], "a/b")):
+        source = {"folder": "x", "card": {"base_model": bases}}
+        edit_manifest(nf4, source=source)
+        assert card_of(nf4)[0].data.to_dict().get("base_model") == kept
+
+
+@pytest.mark.parametrize("card", [None, [], 3, "x", {"license": {}, "language": [[]]}])
+def test_a_manifest_may_say_anything_of_a_card(card: Any, nf4: Path) -> None:
+    edit_manifest(nf4, source={**manifest_of(nf4)["source"], "card": card})
+    assert not {"license", "language", "base_model"} & card_of(nf4)[0].data.to_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["", "x", "a/b/c", "a/b\n", "../x", "a b/c"])
+def test_base_model_is_a_repository(name: Any, nf4: Path) -> None:
+    with pytest.raises(UsageError, match="--base-model.*expected a repository on the Hub"):
+        qwen35.publish(nf4, REPO, base_model=name, dry_run=True)
+
+
+def test_card_has_a_row_for_each_model(tmp_path: Path) -> None:
+    folder = gguf_folder(tmp_path / "gguf")
+    rows = [
+        (f"Qwen3.5-0.8B-{kind}", "llama.cpp", nbytes, kld)
+        for kind, nbytes, kld in (("Q8_0", 9, 0.0004), ("Q4_K_M", 5, 0.03), ("Q6_K", 7, 0.007))
+    ]
+    report = report_of([*rows, ("other-Q6_K", "llama.cpp", 6, 0.001)])
+    for one in report["candidates"][:3]:
+        one["plan"] = "ours"
+    (folder / "report.json").write_text(json.dumps(report))
+    edit_manifest(folder, plan="ours")
+    text = card_of(folder)[1]
+    table = text.partition("## Files\n")[2].partition("<details>")[0]
+    lines = [line.split("`", 2)[1:] for line in table.splitlines() if line.startswith("| `")]
+    assert {name.rpartition("-")[2]: row for name, row in lines} == {
+        "Q4_K_M.gguf": " | 6 B | 0.0300 ± 2e-05 | 97.0 % | where no larger one fits |",
+        "Q8_0.gguf": " | 4 B | 0.000400 ± 0.000020 | 100.0 % | within 0.01 nats; the closest |",
+        "Q6_K.gguf": " | 4 B | 0.00700 ± 0.00002 | 99.3 % | the smallest within 0.01 nats |",
+        "F16.gguf": " | 3 B | not measured |  |  |",
+    }
+    assert "<summary>All 6 files</summary>" in text
+    assert "<summary>All that was measured</summary>\n\n|" in text
+    (folder / "report.json").unlink()
+    text = card_of(folder)[1]
+    assert "| model | size |\n|---|---|\n| `Qwen3.5-0.8B-Q4_K_M.gguf` | 6 B |\n" in text
 
 
 def test_license_that_is_not_known(nf4: Path) -> None:

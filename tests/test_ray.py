@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import deadly
+import deadly_shares
 import qwen35
 from checkpoints import ASSET, random_tensors, tiny_config, write_checkpoint
 from gguf_models import make_variant
@@ -292,6 +293,21 @@ def test_gguf_files_on_a_cluster(
     assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
 
 
+def test_windows_of_a_calibration_on_a_cluster(
+    cluster: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker dies; the statistics are those of one process."""
+    (folder / "kill").write_text("1")
+    monkeypatch.setattr("qwen35.calibration.share_worker.answer", deadly_shares.deadly)
+    asked = ["calibrate", str(ASSET), "--text", str(ASSET / "eval.txt"), "--context", "64"]
+    asked += ["--windows", "24", "--threads", "1", "--quiet", "--device", "cpu"]
+    assert main([*asked, "--output", str(tmp_path / "alone")]) == 0
+    shared = [*asked, "--output", str(tmp_path / "shared"), "--ray-address", cluster.address]
+    assert main(shared) == 0
+    assert len(list(folder.glob("death*"))) == 1
+    assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
+
+
 def test_no_ray_and_no_cluster_are_sentences(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,7 +318,10 @@ def test_no_ray_and_no_cluster_are_sentences(
 
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "ray", None)
-        assert "--ray-address: Ray is not installed; pip install 'qwen35[ray]'" in said("auto")
+        assert (
+            "--ray-address: Ray is not installed; in your clone of qwen35: pip install '.[ray]'"
+            in said("auto")
+        )
     with monkeypatch.context() as patch:
         patch.setattr(ray, "is_initialized", lambda: False)
 

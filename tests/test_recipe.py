@@ -479,7 +479,7 @@ def first_column(title: str) -> set[str]:
 
 def test_the_guide_has_every_key_format_and_action() -> None:
     assert first_column("The file") == KEYS
-    assert first_column("A rule") == {"match", "action", "layers", "reason"}
+    assert first_column("A rule") == {"match", "action", "layers", "codes", "reason"}
     assert first_column("Actions in safetensors") == set(ACTIONS)
     for name in (name for container in CONTAINERS.values() for name in container.formats):
         assert f"`{name}`" in section("The file")

@@ -147,7 +147,7 @@ def test_without_matplotlib_it_stops_at_once(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert verb(formats, tmp_path / "report") == 2
-    assert "pip install 'qwen35[eval]'" in capsys.readouterr().err
+    assert "pip install '.[eval]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

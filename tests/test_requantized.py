@@ -62,6 +62,7 @@ def test_a_base_of_decoded_weights_says_so(nf4: Path, tmp_path: Path) -> None:
         floors=[],
         candidates=[],
         simulations=[],
+        served={},
         reference="run",
         stream=None,
     )

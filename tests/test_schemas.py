@@ -173,8 +173,8 @@ def test_tune(held: Any, formats: Path, tmp_path: Path) -> None:
         "gguf",
         "--size",
         "5bpw",
-        "--probes",
-        "0",
+        "--chunks",
+        "1",
         "--types",
         "q4_K,q6_K",
     )

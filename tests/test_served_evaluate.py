@@ -158,6 +158,8 @@ def test_llama_server_is_asked_at_some_positions(
     assert row["engine"] == "server"
     assert row["served"]["server"] == "llama-server"
     prompts = [body["prompt"] for path, body in fake.heard if path == "/completion"]
+    assert prompts[:2] == [[1], [1, 2]]  # whether it tells log probabilities at all
+    prompts = prompts[2:]
     assert [len(prompt) for prompt in prompts[:SAMPLED]][:: SAMPLED - 1] == [257, 511]
     whole = measure(formats, base, gguf(formats, "Q4_K_M")).candidates[0].comparison
     assert row["figures"]["kld"]["value"] == pytest.approx(whole.kld.value, rel=0.5)
@@ -207,8 +209,8 @@ def measure_served(fake: FakeServer, formats: Path, **options: Any) -> Any:
     ("owner", "answer", "found"),
     [
         ("vllm", {"choices": [{"text": "x"}]}, "tells nothing about token 1 of a prompt"),
-        ("sglang", {"meta_info": {"input_token_logprobs": 7}}, "tells nothing about token 25"),
-        ("llamacpp", {"completion_probabilities": [[]]}, "tells nothing about token 25"),
+        ("sglang", {"meta_info": {"input_token_logprobs": 7}}, "tells nothing about token 1 of"),
+        ("llamacpp", {"completion_probabilities": [[]]}, "tells nothing about token 1 of"),
         ("someone", {}, "tells nothing about token 1 of a prompt"),
     ],
 )
@@ -218,6 +220,17 @@ def test_a_server_without_log_probabilities_is_refused(
     routes = {path: lambda _: answer for path in PATHS.values()}
     with (
         serving(FakeServer(routes=routes, owner=owner)) as fake,
+        pytest.raises(EndpointError, match=found),
+    ):
+        measure_served(fake, formats)
+
+
+def test_a_server_that_fails_at_token_ids_is_refused(formats: Path) -> None:
+    """As llama-cpp-python's own server does, with HTTP 500."""
+    told: Any = (500, {}, b'{"error": {"message": "Input should be a valid string"}}')
+    found = r"takes no token ids, or tells no .* \(HTTP 500 \(Input should .*\); vLLM, SGLang and"
+    with (
+        serving(FakeServer(routes={PATHS["vllm"]: lambda _: told}, owner="me")) as fake,
         pytest.raises(EndpointError, match=found),
     ):
         measure_served(fake, formats)

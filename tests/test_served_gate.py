@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,24 @@ def test_only_what_serves_well_goes_on(
     assert "Asked where it was served: vLLM: passed: 11 answers right" in written
     assert fake.url not in written
     assert KEY not in written
+
+
+def test_a_server_is_started_by_the_command_line_alone(tmp_path: Path, capsys: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    file = tmp_path / "run.toml"
+    file.write_text(FILE.format(model=ASSET, url=f"http://127.0.0.1:{port}"))
+    program = Path(__file__).parent / "starting_server.py"
+    command = f"{sys.executable} '{program}' {port} '{tmp_path / 'children'}'"
+    assert main(["run", str(file), "--serve", f"other={command}"]) == 2
+    assert "--serve other: no artifact with an endpoint, expected served" in capsys.readouterr().err
+    assert main(["run", str(file), "--serve", f"served={command}", "--json"]) == 0
+    steps = {row["step"]: row for row in json.loads(capsys.readouterr().out)["steps"]}
+    assert steps["ask served"]["state"] == "done"
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+    assert main(["run", str(file), "--serve", "served=false", "--json"]) == 1
+    assert "the server that --serve starts ends with exit code 1" in capsys.readouterr().out
 
 
 def test_a_dry_run_names_the_server_and_asks_nothing(tmp_path: Path, capsys: Capture) -> None:

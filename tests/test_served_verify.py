@@ -32,6 +32,12 @@ def test_a_sound_server_passes() -> None:
     assert verdict.served.model.described == "vLLM, context 4096"
 
 
+def test_progress_counts_what_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving() as fake:
+        assert main(["verify", "--endpoint", fake.url, "--context", str(CONTEXT)]) == 0
+    assert capsys.readouterr().err == "asking tiny: 30 questions\n"
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named(name: str) -> None:
     fault = FAULTS[name]
@@ -108,6 +114,29 @@ def test_a_server_that_varies_is_not_blamed_for_its_streams() -> None:
         verdict = qwen35.verify(endpoint=fake.url)
     assert verdict.passed
     assert any("several answers at temperature 0" in note for note in verdict.notes)
+
+
+def test_an_answer_without_a_reason_is_no_variation() -> None:
+    change = when(lambda asked: not asked.streamed, finish="")
+    with serving(FakeServer(change=change)) as fake:
+        verdict = qwen35.verify(endpoint=fake.url)
+    messages = [one.message for one in verdict.findings if one.check == "streaming"]
+    assert "streamed finish_reason 'stop', expected as in one piece ''" in messages
+    assert not any("several answers" in note for note in verdict.notes)
+
+
+def test_reasoning_within_the_content_is_noted() -> None:
+    """As vLLM and llama-cpp-python's server send it without a reasoning parser."""
+
+    def change(asked: Asked, turn: Turn) -> Turn:
+        if not asked.thinking:
+            return turn
+        return replace(turn, reasoning="", content=f"Let me see.</think>{turn.content}")
+
+    with serving(FakeServer(change=change)) as fake:
+        verdict = qwen35.verify(endpoint=fake.url)
+    assert verdict.passed
+    assert sum("without a reasoning parser" in note for note in verdict.notes) == 1
 
 
 def test_a_server_that_dies_is_not_asked_everything() -> None:
@@ -261,7 +290,10 @@ def test_the_command_prints_and_exits_as_ever(capsys: pytest.CaptureFixture[str]
         (("--endpoint", "ftp://x"), "--endpoint: 'ftp://x', expected an address such as http://"),
         (("--endpoint", "http://u:sesame@x/"), "--endpoint: an address with a user, a query or a"),
         (("--endpoint", "//u:sesame@x:99999/"), "--endpoint: 'x:99999/', expected an address"),
-        (("--endpoint", "URL", "--api-key-env", "NOWHERE"), "--api-key-env: no variable NOWHERE"),
+        (
+            ("--endpoint", "URL", "--api-key-env", "NOWHERE"),
+            "--api-key-env: no variable of that name",
+        ),
     ],
 )
 def test_wrong_usage_is_one_sentence(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -16,48 +15,17 @@ import pytest
 
 import qwen35
 from fake_server import KEY, FakeServer, serving
+from hasty_client import HASTY, raw_server, talking
 from qwen35.cli.main import main
 from qwen35.errors import EndpointError, UsageError
-from qwen35.serving.chat_replies import chat, streamed_chat
+from qwen35.serving.chat_replies import CHAT_PATH, chat, streamed_chat
 from qwen35.serving.endpoint import Endpoint
 from qwen35.serving.json_values import text_in
 from qwen35.serving.served_model import Dialect, ServedModel, draft_counts, identify
 from qwen35.serving.server_client import Bounds, ServerClient
 from qwen35.serving.token_scores import TokenScorer
 
-HASTY = Bounds(seconds=0.4, retries=2, pause=0.01, wait=0.05)
-
-
-@contextmanager
-def talking(fake: FakeServer | None = None, bounds: Bounds = HASTY) -> Iterator[ServerClient]:
-    with serving(fake) as running, ServerClient(Endpoint.parse(running.url), bounds) as client:
-        yield client
-
-
-@contextmanager
-def raw_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Run a server that accepts one connection, reads the request and does as it likes."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    listener.settimeout(5)
-
-    def serve() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.settimeout(5)
-            connection.recv(2**16)
-            try:
-                answer(connection)
-            except OSError:
-                return  # the client has left
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        thread.join()
-        listener.close()
-
+pytestmark = pytest.mark.usefixtures("no_known_keys")
 
 # --- busy and unreachable servers
 
@@ -124,7 +92,7 @@ def _slow_body(connection: socket.socket) -> None:
 def _endless(connection: socket.socket) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
     while True:
-        connection.sendall(b"\n data: " + b"1" * 2**20)
+        connection.sendall(b"\n data: " + b"1" * 2**19)
 
 
 def _silent(connection: socket.socket) -> None:
@@ -247,6 +215,51 @@ def test_a_chat_of_any_types_is_read_or_refused() -> None:
             assert isinstance(text.encode(), bytes)
             assert all(call.values is None or call.values for call in reply.calls)
     assert read > len(bodies)
+
+
+@pytest.mark.parametrize(
+    ("message", "found"),
+    [
+        ({"content": [{"type": "text", "text": "4"}]}, "a message whose content is a list"),
+        ({"content": 4}, "a message whose content is a number, true or false"),
+        (
+            {"tool_calls": [{"function": {"name": "x", "arguments": {"city": "Paris"}}}]},
+            "a tool call whose arguments are an object",
+        ),
+    ],
+)
+def test_what_is_no_text_is_not_taken_for_an_empty_one(message: Any, found: str) -> None:
+    body = {"choices": [{"message": message}]}
+    with (
+        talking(FakeServer(routes={CHAT_PATH: lambda _: body})) as client,
+        pytest.raises(EndpointError, match=f"{found}, expected text") as error,
+    ):
+        chat(client, {})
+    assert error.value.status == 200  # an answer: the server is not lost
+
+
+def test_an_error_that_a_gateway_sends_as_an_answer_is_told() -> None:
+    body = {"error": {"message": "no provider left", "code": 502}}
+    with (
+        talking(FakeServer(routes={CHAT_PATH: lambda _: body})) as client,
+        pytest.raises(EndpointError, match=r"an error in place of an answer \(no provider left\)"),
+    ):
+        chat(client, {})
+
+
+def test_a_stream_without_spaces_after_its_colons_is_read() -> None:
+    deltas = [{"delta": {"content": text}} for text in ("It is ", "Paris.")]
+    lines = [": waiting", *(f"data:{json.dumps({'choices': [one]})}" for one in deltas)]
+    body = "\n\n".join([*lines, "data:[DONE]", ""]).encode()
+    with talking(FakeServer(routes={CHAT_PATH: lambda _: body})) as client:
+        assert streamed_chat(client, {}).reply.content == "It is Paris."
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/", "/v1", "/v1/", "/v1/models", "/v1/completions", "/v1/chat/completions"]
+)
+def test_the_path_of_a_request_may_be_given(path: str) -> None:
+    assert Endpoint.parse(f"http://host:1/proxy{path}").url == "http://host:1/proxy"
 
 
 @pytest.mark.parametrize("owner", ["vllm", "sglang", "llamacpp", "someone"])

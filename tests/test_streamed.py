@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -29,7 +30,9 @@ from qwen35.errors import InputError, OutputError, Qwen35Error, TensorError
 from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
 from qwen35.evaluation.evaluation_run import evaluate
 from qwen35.evaluation.evaluation_table import notes
+from qwen35.evaluation.models import open_base
 from qwen35.evaluation.streamed_models import streamed_models, streaming_folder
+from qwen35.evaluation.text_chunks import tokenizer_of
 from qwen35.model.model_config import parse_config
 from qwen35.model.roles import expected_tensors
 from qwen35.planning.output_plan import make_plan
@@ -161,6 +164,29 @@ def test_a_gguf_file_is_base(formats: Path) -> None:
     assert quantized.base_perplexity.value == pytest.approx(below.comparison.perplexity.value)
 
 
+def test_a_gguf_base_gives_the_tokens_of_llama_cpp_without_it(
+    formats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its keys hold the whole tokenizer; text is not normalized."""
+    model = open_base(gguf(formats, "F16"), alone=True)
+    texts = [
+        TEXT.read_text(),
+        "cafe\u0301 \u212b<|im_start|> 12345  \n\n\t日本語 \U0001f389",
+        " \n",
+    ]
+    encode, decode = tokenizer_of(model)
+    expected = [list(encode(text)) for text in texts]
+    shown = [decode(ids) for ids in expected]
+    with monkeypatch.context() as patch:
+        found = importlib.util.find_spec
+        patch.setattr(
+            "importlib.util.find_spec", lambda n, *a: None if n == "llama_cpp" else found(n, *a)
+        )
+        encode, decode = tokenizer_of(model)
+    assert [list(encode(text)) for text in texts] == expected
+    assert [decode(ids) for ids in expected] == shown
+
+
 # --- resumed
 
 
@@ -259,6 +285,7 @@ def test_models_that_do_not_fit_run_layer_by_layer(
         ("asset", {"llama_inputs": True}, "--simulate llama.cpp: no candidate is a GGUF file"),
         ("asset", {"llama_inputs": True, "streamed": False}, "hint: give --streamed"),
         ("asset", {"context": 100_000}, "expected at least 200000, two chunks"),
+        ("asset", {"context": 2}, "--context: 2, expected 3 tokens at least"),
     ],
 )
 def test_refusals(

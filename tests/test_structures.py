@@ -31,13 +31,8 @@ from qwen35.errors import Qwen35Error
 from qwen35.reporting.evaluation_page import ranking_page
 from qwen35.reporting.ranking import rank
 from qwen35.reporting.report_reading import read_reports
-from qwen35.tuning.fit import Probe
-from qwen35.tuning.measurements import (
-    MeasuredTrial,
-    MeasurementKey,
-    Measurements,
-    load_measurements,
-)
+from qwen35.tuning.measurements import MeasurementKey, Measurements, Probe, load_measurements
+from qwen35.tuning.prices import ExpertPrices, Prices
 from running import statistics
 from structures import as_journal, as_json, as_toml, broken, changed
 
@@ -83,7 +78,7 @@ action = "nf4"
 reason = "the rest"
 """
 _TUNE = (
-    "tune source --format gguf --size 6bpw --text text.txt --output o.toml --probes 0 "
+    "tune source --format gguf --size 6bpw --text text.txt --output o.toml --chunks 1 "
     "--overwrite --quiet"
 )
 _PATH_A = "run --path A source ran --depth structure --threads 1 --quiet"
@@ -239,9 +234,8 @@ def _make(folder: Path, runs: Limited) -> None:
         ended = runs.run(command.split(), folder)
         assert ended.code == 0, (command, ended)
     before = json.loads((folder / "measured.json").read_text())
-    groups = {"mlp": [*before["errors"]][:3]}
-    probes = [{"group": "mlp", "choice": "q4_K", "kld": 0.01}]
-    (folder / "before.json").write_text(json.dumps({**before, "groups": groups, "probes": probes}))
+    probes = [{"name": "", "digest": "0", "kld": 0.01}]
+    (folder / "before.json").write_text(json.dumps({**before, "probes": probes}))
     shutil.copytree(folder / "nf4", folder / "shown", copy_function=_linked)
     (folder / "shown" / "report.json").write_text(json.dumps(_REPORT))
     shutil.copytree(folder / "gguf", folder / "set", copy_function=_linked)
@@ -269,13 +263,16 @@ READERS: dict[str, tuple[Any, _Reader]] = {
             Measurements(
                 MeasurementKey("gguf", "model", "text", 512, 8),
                 "name",
-                {"a": {"q4_K": 0.5, "f16": 0.0}},
-                {"g": ["a"]},
-                [Probe("g", "q4_K", 0.25)],
-                [MeasuredTrial("digest", 7, 0.5, 0.25)],
+                Prices(
+                    {"a": {"q4_K": 0.5, "f16": 0.0}},
+                    {"a": {"q4_K": 0.25, "f16": 0.0}},
+                    {"a": ExpertPrices([7, 9], {"q4_K": [0.25, 0.25], "f16": [0.0, 0.0]})},
+                ),
+                "base",
+                [Probe("g", "digest", 0.25)],
             )
         )
-        | {"version": 2},
+        | {"version": 3},
         load_measurements,
     ),
     "report": (

@@ -6,46 +6,36 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
-from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calibrating import source
 from checkpoints import ASSET
 from gguf_models import make_variant
-from imatrices import gguf_file
 from qwen35.api.convert_api import convert
 from qwen35.checkpoint.open import fetch
-from qwen35.checkpoint.source import Reader
 from qwen35.cli.main import main
-from qwen35.codecs.floats import f32_from
-from qwen35.codecs.ggml.quantizers import encode
 from qwen35.errors import InputError, UsageError
 from qwen35.planning.container import ContainerInputs
 from qwen35.planning.gguf_files.gguf_plan import files_of
-from qwen35.planning.gguf_files.imatrix import read_imatrix
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
 from qwen35.planning.work_order import plan_again
-from qwen35.progress import Silent
 from qwen35.tuning import solve
-from qwen35.tuning.fit import Probe, UnitGroup, fit, group_units, rank_correlation
-from qwen35.tuning.measurements import (
-    MeasuredTrial,
-    MeasurementKey,
-    Measurements,
-    load_measurements,
-)
+from qwen35.tuning.measurements import MeasurementKey, Measurements, Probe, load_measurements
+from qwen35.tuning.prices import ExpertPrices, Prices
 from qwen35.tuning.probing import ProbeSetting
 from qwen35.tuning.recipe_search import TuningBudget
 from qwen35.tuning.recipe_search import tune as tune_space
 from qwen35.tuning.solve import cheapest, nearest
 from qwen35.tuning.space import ChoiceSpace
+from qwen35.tuning.tuning_job import TuningRequest, prepare, run
+from qwen35.tuning.unit_groups import group_units, rank_correlation
 from qwen35.tuning.units import Unit
 
 Capture = pytest.CaptureFixture[str]
@@ -160,30 +150,6 @@ def test_groups_cover_every_unit_once(count: int, kinds: int, most: int) -> None
         assert len({name.partition("@")[0] for name in group.units}) == 1
 
 
-@given(slope=st.floats(1e-3, 10), offset=st.floats(0, 1e-2))
-def test_fit_finds_the_line_that_probes_lie_on(slope: float, offset: float) -> None:
-    errors = {"a": {"s": 1e-2, "l": 1e-4, "f": 0.0}, "b": {"s": 2e-2, "l": 3e-4, "f": 0.0}}
-    groups = [UnitGroup("ab", ("a", "b"))]
-    probes = [Probe("ab", "s", slope * 3e-2 + offset), Probe("ab", "l", slope * 4e-4 + offset)]
-    found = fit(groups, probes, errors, {"f": 0.0})
-    assert found.slopes["ab"] == pytest.approx(slope, rel=1e-6)
-    assert found.offsets["ab"] == pytest.approx(offset, abs=1e-6 * slope + 1e-9)
-    total = found.costs["a"]["s"] + found.costs["b"]["s"]
-    assert total == pytest.approx(slope * 3e-2 + offset, rel=1e-6)
-    assert found.costs["a"]["f"] == 0.0
-
-
-def test_fit_stays_above_zero_and_knows_unprobed_groups() -> None:
-    errors = {"a": {"s": 1e-2, "l": 1e-4}, "b": {"s": 1.0, "l": 0.1}}
-    groups = [UnitGroup("a", ("a",)), UnitGroup("b", ("b",))]
-    steep = fit(groups, [Probe("a", "s", 1e-2), Probe("a", "l", 1e-9)], errors, {})
-    assert steep.offsets["a"] == 0.0
-    assert steep.slopes["b"] == steep.slopes["a"] > 0
-    falling = fit(groups, [Probe("a", "s", 1e-6), Probe("a", "l", 1e-4)], errors, {})
-    assert falling.slopes["a"] == 0.0
-    assert falling.offsets["a"] > 0
-
-
 def test_rank_correlation() -> None:
     assert rank_correlation([1, 2, 3, 4], [8, 6, 4, 2]) == -1
     assert rank_correlation([1, 1, 2], [3, 3, 9]) == pytest.approx(1)
@@ -258,22 +224,21 @@ def test_joined_matrices_are_one_unit() -> None:
     assert {"mlp.gate_up_proj", "linear_attn.in_proj_qkvz"} <= units.keys()
 
 
-def test_errors_fall_with_size(gguf_space: ChoiceSpace) -> None:
-    errors = gguf_space.errors(1, Silent())
-    assert errors.keys() == {unit.name for unit in gguf_space.units}
-    for row in errors.values():
-        assert list(row) == list(TYPES)
-        values = list(row.values())
-        assert values == sorted(values, reverse=True)
-        assert 0 <= values[-1] < 1e-6 < values[0] < 0.1
-
-
-@pytest.mark.parametrize(("kind", "least", "most"), [("nf4", 5e-3, 2e-2), ("fp8", 3e-4, 2e-3)])
-def test_errors_of_packing(kind: str, least: float, most: float) -> None:
-    """Near what the formats give normal weights: 0.09 for NF4 and 0.026 for FP8, squared."""
-    for row in packed_space(kind).errors(1, Silent()).values():
-        assert row["plain"] == 0
-        assert least < row[kind] < most
+@pytest.mark.parametrize("kind", ["fp8", "fp8-channel", "nvfp4", "int4"])
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_experts_that_stay_unpacked(kind: str, *, per_expert: bool, tmp_path: Path) -> None:
+    """Published checkpoints store them in stacks: rules name these, not what is written."""
+    folder = source(tmp_path, moe=True, tied=False, per_expert=per_expert)
+    space = ChoiceSpace(fetch(str(folder)), kind, (kind, "plain"))
+    chosen = {unit.name: "plain" if unit.layer == 1 else kind for unit in space.units}
+    path = tmp_path / "tuned.toml"
+    path.write_text(space.recipe(chosen, "one layer stays"))
+    plan = make_plan(space.checkpoint, load_recipe(str(path)))
+    experts = [s for s in plan.steps if s.role.scope == "text" and "mlp.experts." in s.role.name]
+    packed = {step.role.layer for step in experts if step.packing}
+    assert packed == {0, 2, 3}
+    assert {step.role.layer for step in experts if not step.packing} == {1}
+    assert space.size(chosen) == sum(file.nbytes for file in plan.files)
 
 
 def test_mixture_of_experts(tmp_path: Path) -> None:
@@ -286,25 +251,73 @@ def test_mixture_of_experts(tmp_path: Path) -> None:
     assert space.size(chosen) < space.size(dict.fromkeys(chosen, "f16"))
 
 
-KEY = MeasurementKey("gguf", "m", "t", 512, 2, "", "0")
+KEY = MeasurementKey("gguf", "m", "t", 512, 2, "", 1, "0")
+
+
+def found_before() -> Measurements:
+    experts = {"a": ExpertPrices([3, 4], {"q": [1e-3, 2e-3]})}
+    prices = Prices({"a": {"q": 3e-3}}, {"a": {"q": 1e-4}}, experts)
+    return Measurements(KEY, "tiny", prices, "base", [Probe("", "d", 2e-3)])
 
 
 def test_measurements_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
-    found = Measurements(KEY, "tiny", {"a": {"q": 0.5}}, {"a": ["a"]}, [Probe("a", "q", 1e-3)])
-    found.trials.append(MeasuredTrial("d", 10, 1e-3, 2e-3))
-    found.save(path)
-    assert load_measurements(path) == found
+    found_before().save(path)
+    assert load_measurements(path) == found_before()
     assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[1]", b'{"version": 1}', b'{"version": 1, "key": {"x": 1}}', b"\xff"]
+    "content", [b"", b"{}", b"[1]", b'{"version": 1}', b'{"version": 3, "key": {"x": 1}}', b"\xff"]
 )
 def test_other_files_are_no_measurements(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     path.write_bytes(content)
     with pytest.raises(InputError):
+        load_measurements(path)
+
+
+def test_measurements_by_probes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    path.write_text('{"version": 2, "key": {}, "probes": []}')
+    with pytest.raises(InputError, match="measured by probes, with an earlier qwen35"):
+        load_measurements(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("prices",), []),
+        (("prices", "weights"), {"a": {"q": -1}}),
+        (("prices", "weights"), {"a": {"q": True}}),
+        (("prices", "weights"), {"a": {"q": 10**200}}),
+        (("prices", "weights"), {"b": {"q": 1}}),
+        (("prices", "inputs"), {"a": "q"}),
+        (("prices", "experts"), {"a": {"tokens": [1], "prices": {"q": [1, 2]}}}),
+        (("prices", "experts"), {"a": {"tokens": None, "prices": {}}}),
+        (("prices", "experts"), {"z": {"tokens": [], "prices": {"q": []}}}),
+        (("key", "chunks"), [2]),
+        (("key", "other"), 1),
+        (("probes",), [{"name": "", "digest": "d", "kld": "1"}]),
+        (("origin",), None),
+        (("origin",), "\ud800"),
+        (("name",), "\udfff"),
+        (("name",), 1),
+        (("prices", "weights"), {"\ud800": {"q": 1}}),
+    ],
+)
+def test_damaged_measurements_are_a_sentence(
+    place: tuple[str, ...], value: object, tmp_path: Path
+) -> None:
+    path = tmp_path / "m.json"
+    found_before().save(path)
+    content = json.loads(path.read_text())
+    inner = content
+    for name in place[:-1]:
+        inner = inner[name]
+    inner[place[-1]] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="malformed measurements"):
         load_measurements(path)
 
 
@@ -319,40 +332,38 @@ def tune(*arguments: str) -> int:
     return main(["tune", str(ASSET), "--quiet", "--json", *arguments])
 
 
-def test_a_probe_of_no_group_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "m.json"
-    Measurements(KEY, "tiny", {}, {"a": ["u"]}, [Probe("b", "q4_K", 0.1)]).save(path)
-    with pytest.raises(InputError, match="a probe of the group 'b', which is not listed"):
-        load_measurements(path)
-
-
 def test_tuning_gguf(text: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Kept to the size, better than errors alone, another budget without another probe."""
+    """Kept to the size; another budget, engine or check takes no other pass."""
     recipe = tmp_path / "r.toml"
     common = ("--format", "gguf", "--text", str(text), "--output", str(recipe), "--overwrite")
-    few = ("--chunks", "2", "--probes", "13", "--types", "q4_K,q8_0")
+    few = ("--chunks", "2", "--context", "256", "--types", "q4_K,q8_0")
     report = ("--report", str(tmp_path / "page"))
-    assert tune(*common, *few, *report, "--size", "5.3MB") == 0
+    probes = ("--probes", "3")
+    assert tune(*common, *few, *report, *probes, "--size", "5.3MB") == 0
     told = json.loads(capsys.readouterr().out)
     assert told["bytes"] <= 5_300_000
-    assert told["probes"] == 26
-    assert 0 < told["measured_kld"] < 0.1
+    assert (told["engine"], told["active"]) == ("llama.cpp", False)
+    assert [probe["group"] is None for probe in told["probes"]] == [True, False, False]
+    for probe in told["probes"]:
+        assert 0.4 < probe["predicted_kld"] / probe["measured_kld"] < 2.5
+    assert told["probes"][0]["measured_kld"] == told["measured_kld"]
     page = (tmp_path / "page" / "tune.html").read_text()
     assert page.count("<svg") == 2
+    assert "Prices checked" in page
     assert "://" not in page.replace("http://www.w3.org", "")
     measured = load_measurements(tmp_path / "r.json")
-    probes = measured.probes
+    assert {p.name for p in tmp_path.iterdir()} == {"r.json", "r.toml", "page"}
 
-    assert tune(*common, *few, "--size", "6MB") == 0
+    assert tune(*common, *few, "--size", "6MB", "--for", "weights") == 0
     larger = json.loads(capsys.readouterr().out)
-    assert larger["measured_kld"] < told["measured_kld"]
-    assert load_measurements(tmp_path / "r.json").probes == probes
+    assert larger["predicted_kld"] < told["predicted_kld"]
+    assert larger["measured_kld"] is None
+    assert load_measurements(tmp_path / "r.json") == measured
 
-    limit = (told["measured_kld"] + larger["measured_kld"]) / 2
+    limit = (told["predicted_kld"] + larger["predicted_kld"]) / 2
     assert tune(*common, *few, "--max-kld", str(limit)) == 0
     between = json.loads(capsys.readouterr().out)
-    assert between["measured_kld"] <= limit
-    assert between["bytes"] <= larger["bytes"]
+    assert between["predicted_kld"] <= limit
 
     out = tmp_path / "out"
     asked = ["gguf", str(ASSET), str(out), "--types", "Q4_K_M", "--recipe", str(recipe), "--quiet"]
@@ -363,49 +374,117 @@ def test_tuning_gguf(text: Path, tmp_path: Path, capsys: Capture) -> None:
     assert main([*asked[:2], str(tmp_path / "none"), *asked[3:], "--export", str(lines)]) == 0
     assert lines.read_text().count("=") >= 63
 
-    other = (
-        "--measurements",
-        str(tmp_path / "other.json"),
-        "--start-from",
-        str(tmp_path / "r.json"),
-    )
-    assert tune(*common, "--chunks", "1", *few[2:], *other, "--size", "6MB") == 0
-    started = load_measurements(tmp_path / "other.json")
-    assert (started.probes, started.key.chunks) == (probes, 1)
     capsys.readouterr()
-    assert tune(*common, "--chunks", "1", *few[2:], "--size", "6MB") == 2
+    assert tune(*common, *few[2:], "--chunks", "1", "--size", "6MB") == 2
     assert "measured with another chunks" in capsys.readouterr().err
+    base = ("--start-from", str(tmp_path / "r.json"), "--measurements", str(tmp_path / "o.json"))
+    assert tune(*common, *few[2:], "--chunks", "1", *base, "--size", "6MB") == 0
+    assert json.loads(capsys.readouterr().out)["priced_as"] == ASSET.name
+    assert load_measurements(tmp_path / "o.json").prices == measured.prices
+    more = ("--types", "q3_K,q4_K", "--measurements", str(tmp_path / "p.json"), *base[:2])
+    assert tune(*common, *few[2:4], *more, "--size", "6MB") == 2
+    assert "no price of q3_K of" in capsys.readouterr().err
 
 
-class Stopping(Silent):
-    """Progress that stops after the first probes, as Ctrl-C does."""
+def test_prices_of_a_model_of_other_sizes_are_refused(text: Path, tmp_path: Path) -> None:
+    """Models of other widths have units of the same names."""
+    space = ChoiceSpace(fetch(str(ASSET)), "gguf", ("q8_0", "f16"))
+    row = {unit.name: {"q8_0": 1e-3, "f16": 0.0} for unit in space.units}
+    base = Measurements(replace(KEY, weights=7), "other", Prices(row, row))
+    base.save(tmp_path / "base.json")
+    request = TuningRequest(
+        str(ASSET),
+        "gguf",
+        text,
+        size="9bpw",
+        output=tmp_path / "r.toml",
+        types=("q8_0",),
+        start_from=tmp_path / "base.json",
+    )
+    with pytest.raises(UsageError, match="prices of 7 weights, expected of 6,"):
+        run(prepare(request))
+    assert [p.name for p in tmp_path.iterdir()] == ["base.json"]
+    base.key = replace(KEY, weights=sum(unit.numel for unit in space.units))
+    base.save(tmp_path / "base.json")
+    assert run(prepare(request)).measured.origin == "other"
 
-    def advance(self, nbytes: int, item: str) -> None:
-        if "@" in item or item == "embed_tokens":
-            raise KeyboardInterrupt
+
+def test_a_recipe_that_packs_nothing_is_not_written(
+    text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """`qwen35 convert` would refuse it."""
+    space = packed_space("nf4")
+    row = {unit.name: {"nf4": 1e-3, "plain": 0.0} for unit in space.units}
+    key = replace(KEY, format="nf4", weights=sum(unit.numel for unit in space.units))
+    Measurements(key, "base", Prices(row, row)).save(tmp_path / "base.json")
+    asked = ("--start-from", str(tmp_path / "base.json"), "--output", str(tmp_path / "r.toml"))
+    assert tune("--format", "nf4", "--text", str(text), *asked, "--max-kld", "1e-9") == 2
+    assert "only the whole model is that close" in capsys.readouterr().err
+    assert not (tmp_path / "r.toml").exists()
 
 
-def test_an_interrupted_tuning_goes_on(text: Path, tmp_path: Path, gguf_space: ChoiceSpace) -> None:
-    """What was probed before is not probed again, and the result is the same."""
-    space = replace(gguf_space, choices=("q8_0", "f16"))
-    setting = ProbeSetting(text, 512, 1, 1, "cpu")
-    budget = TuningBudget(nbytes=9_000_000)
-    path = tmp_path / "m.json"
-    measured = Measurements(KEY, "tiny")
-    options: dict[str, Any] = {
-        "probes": 13,
-        "save": lambda found: found.save(path),
-        "work": tmp_path,
-    }
-    with pytest.raises(KeyboardInterrupt):
-        tune_space(space, budget, setting, measured, progress=lambda _: Stopping(), **options)
-    kept = load_measurements(path)
-    assert 0 < len(kept.probes) < 13
-    assert [p.name for p in tmp_path.iterdir()] == ["m.json"]
-    found = tune_space(space, budget, setting, kept, **options)
-    assert load_measurements(path).probes[: len(measured.probes)] == measured.probes
-    assert found.probes == 13
-    assert found.nbytes <= 9_000_000
+def test_a_text_too_short_is_a_sentence(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "t.txt").write_text("Too short.")
+    asked = ("--text", str(tmp_path / "t.txt"), "--output", str(tmp_path / "r.toml"))
+    assert tune("--format", "gguf", "--size", "6MB", *asked) == 2
+    assert "tokens, expected a window of 512" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
+
+
+def test_bytes_read_per_token(tmp_path: Path) -> None:
+    """Of experts, those that a token reaches; of an embedding that is no head, one row."""
+    folder = source(tmp_path, moe=True, tied=False, layers=2)
+    space = ChoiceSpace(fetch(str(folder)), "gguf", ("q8_0", "f16"))
+    units = {unit.name: unit for unit in space.units}
+    down, head = units["mlp.experts.down_proj@0"], units["lm_head"]
+    assert space.read_share(down) == Fraction(2, 4)
+    assert space.read_share(head) == 1
+    assert space.read_share(units["embed_tokens"]) == Fraction(
+        1, space.checkpoint.config.dims["vocab"]
+    )
+    small, large = (dict.fromkeys(units, choice) for choice in ("q8_0", "f16"))
+    assert space.active(large) > space.active(small)
+    mixed = {**small, down.name: "f16"}
+    more = space.active(mixed) - space.active(small)
+    assert more == (down.sizes["f16"] - down.sizes["q8_0"]) // 2
+    costs = {name: dict.fromkeys(unit.sizes, 0.0) for name, unit in units.items()}
+    costs[down.name]["q8_0"] = costs[head.name]["q8_0"] = 1.0
+    room = more + head.sizes["f16"] - head.sizes["q8_0"]
+    found = {}
+    for active in (False, True):
+        least = space.active(small) if active else space.size(small)
+        budget = TuningBudget(nbytes=least + room, active=active)
+        measured = Measurements(KEY, "x")
+        found[active] = tune_space(
+            space, budget, measured, costs, setting=SETTING, save=lambda _: None
+        )
+    assert found[True].predicted == 0
+    assert found[True].active <= space.active(small) + room
+    assert found[False].predicted == 1
+    assert found[False].nbytes <= space.size(small) + room
+
+
+def test_experts_are_told(text: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Coverage and price of each in the report; few tokens and sampled rows are said."""
+    folder = source(tmp_path, moe=True, layers=2)
+    asked = ("--text", str(text), "--context", "32", "--chunks", "2", "--sample", "2", "--active")
+    outputs = ("--output", str(tmp_path / "r.toml"), "--report", str(tmp_path / "report"))
+    budget = ("--format", "gguf", "--size", "12bpw", "--types", "q4_K,q8_0")
+    assert main(["tune", str(folder), *budget, *asked, *outputs, "--quiet"]) == 0
+    told = capsys.readouterr().out
+    assert "8 of 8 experts saw fewer than 128 tokens" in told
+    assert "one row in 2" in told
+    assert "read per token" in told
+    report = json.loads((tmp_path / "report" / "tune.json").read_text())
+    assert report["active"]
+    assert report["active_bytes"] <= report["front"][-1]["bytes"]
+    for one in report["experts"]:
+        assert sum(one["tokens"]) == 2 * 2 * 31  # two windows, two experts per token
+        assert len(one["nats"]) == len(one["tokens"]) == 4
+    assert '<h2 id="experts">' in (tmp_path / "report" / "tune.html").read_text()
+
+
+SETTING = ProbeSetting(Path("text"), 512, 1, 1, "cpu")
 
 
 def test_only_types_that_rows_fit(tmp_path: Path) -> None:
@@ -421,50 +500,6 @@ def test_only_types_that_rows_fit(tmp_path: Path) -> None:
         assert ChoiceSpace(space.checkpoint, "gguf", ("q4_K",)).units
 
 
-def test_errors_count_by_the_importance_matrix(gguf_space: ChoiceSpace, tmp_path: Path) -> None:
-    """Columns that no input reaches may be as wrong as they like."""
-    [step] = gguf_space.members["mlp.down_proj@0"]
-    name, width = step.outputs[0].name, step.rows.row
-    values = np.zeros((1, width), np.float32)
-    values[0, :256] = 1.0
-    path = gguf_file(tmp_path / "imatrix.gguf_file", {name: (values, np.ones(1, np.float32))})
-    space = replace(gguf_space, choices=("q4_K", "f16"), imatrix=read_imatrix(path))
-    weighted = space.errors(1, Silent())["mlp.down_proj@0"]["q4_K"]
-    with Reader(space.checkpoint) as reader:
-        pieces = step.rows.open(reader).pieces(step.rows.chunks())
-        rows = np.concatenate([f32_from(piece.values, piece.dtype) for piece in pieces])
-    data = np.frombuffer(encode(name, rows, "q4_K", values[0]), np.uint8)
-    decoded = dequantize(data.reshape(len(rows), -1), GGMLQuantizationType.Q4_K)
-    seen, exact = decoded[:, :256].astype(np.float64), rows[:, :256].astype(np.float64)
-    expected = ((seen - exact) ** 2).sum() / (exact**2).sum()
-    assert weighted == pytest.approx(expected, rel=1e-5)
-
-
-def test_errors_alone(text: Path, tmp_path: Path, capsys: Capture) -> None:
-    recipe = tmp_path / "r.toml"
-    arguments = ("--text", str(text), "--output", str(recipe), "--probes", "0")
-    assert tune(*arguments, "--format", "gguf", "--size", "5.0bpw") == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["measured_kld"] is None
-    assert told["bits_per_weight"] <= 5.0
-    assert recipe.exists()
-
-
-@pytest.mark.parametrize("kind", ["nvfp4", "int4", "int4-gptq", "fp8-channel"])
-def test_errors_of_formats_for_servers(
-    kind: str, text: Path, tmp_path: Path, capsys: Capture
-) -> None:
-    recipe = tmp_path / "r.toml"
-    asked = ["--text", str(text), "--output", str(recipe), "--probes", "0", "--format", kind]
-    assert tune(*asked, "--size", "13MB") == 0
-    chosen = json.loads(capsys.readouterr().out)["chosen"]
-    assert set(chosen.values()) == {kind, "plain"}
-    assert main(["tune", str(ASSET), *asked, "--size", "1MB", "--overwrite", "--dry-run"]) == 2
-    said = capsys.readouterr().err
-    assert f"the smallest that {kind} can be" in said
-    assert "--types" not in said
-
-
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])
 def test_tuning_packed(kind: str, text: Path, tmp_path: Path, capsys: Capture) -> None:
     """What stays unpacked buys divergence; the recipe is one of `qwen35 convert`."""
@@ -473,7 +508,7 @@ def test_tuning_packed(kind: str, text: Path, tmp_path: Path, capsys: Capture) -
     small = space.size({unit.name: kind for unit in space.units})
     budget = small + 600_000
     arguments = ("--format", kind, "--text", str(text), "--output", str(recipe), "--chunks", "1")
-    assert tune(*arguments, "--probes", "1", "--size", str(budget)) == 0
+    assert tune(*arguments, "--context", "128", "--size", str(budget)) == 0
     told = json.loads(capsys.readouterr().out)
     assert small < told["bytes"] <= budget
     assert "plain" in told["chosen"].values()
@@ -489,12 +524,14 @@ def test_tuning_packed(kind: str, text: Path, tmp_path: Path, capsys: Capture) -
         (("--format", "gguf", "--size", "1MB", "--max-kld", "1"), "none or both"),
         (("--format", "gguf", "--size", "much"), "expected bits per weight or bytes"),
         (("--format", "gguf", "--size", "1MB", "--types", "q9"), "type 'q9' is unknown"),
-        (("--format", "gguf", "--size", "1MB", "--probes", "0"), "too small"),
-        (("--format", "gguf", "--size", "1GB", "--probes", "0"), "hold the whole model"),
-        (("--format", "fp8", "--size", "1GB", "--probes", "0"), "hold the whole model"),
-        (("--format", "gguf", "--size", "1MB", "--probes", "-1"), "a number of groups"),
+        (("--format", "gguf", "--size", "1MB"), "too small"),
+        (("--format", "gguf", "--size", "1GB"), "hold the whole model"),
+        (("--format", "fp8", "--size", "1GB"), "hold the whole model"),
+        (("--format", "gguf", "--size", "1MB", "--probes", "-1"), "a number of models"),
         (("--format", "gguf", "--max-kld", "0"), "expected nats"),
-        (("--format", "gguf", "--max-kld", "1", "--probes", "0"), "nothing would measure"),
+        (("--format", "gguf", "--size", "5MB", "--context", "2"), "3 tokens at least"),
+        (("--format", "nf4", "--size", "9MB", "--for", "llama.cpp"), "other engines run it"),
+        (("--format", "gguf", "--size", "1MB", "--active"), "bytes too small"),
         (("--format", "nf4", "--size", "1MB", "--types", "q4_K"), "expected --format gguf"),
         (("--format", "nf4", "--size", "1MB", "--output", "x.json"), "ending with .toml"),
         (("--format", "nf4", "--size", "1MB", "--output", "no/x.toml"), "is not a folder"),
@@ -527,7 +564,8 @@ def test_an_existing_recipe_is_kept(text: Path, tmp_path: Path, capsys: Capture)
 def test_dry_run(text: Path, capsys: Capture) -> None:
     assert tune("--format", "gguf", "--size", "5MB", "--text", str(text), "--dry-run") == 0
     told = json.loads(capsys.readouterr().out)
-    assert told["units"] == told["groups"] == 63
+    assert told["units"] == 63
+    assert told["disk"] > 0 < told["memory"]
     assert told["smallest"] < 5_000_000 < told["exact"]
 
 
@@ -538,7 +576,7 @@ def test_dry_run_needs_no_weights(kind: str, text: Path, capsys: Capture) -> Non
     assert main([*asked, "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["smallest"] < told["exact"]
-    assert told["probes"] > 0
+    assert told["memory"] > 1_000_000_000 < told["disk"]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp8"])

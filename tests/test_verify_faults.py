@@ -378,7 +378,9 @@ def test_the_stored_offset_is_the_one_of_the_file(
 ) -> None:
     offsets: list[float] = []
 
-    def judged(codes: object, nested: object, offset: float, true: object) -> int:
+    def judged(
+        codes: object, nested: object, offset: float, true: object, *, searched: bool
+    ) -> int:
         offsets.append(offset)
         return 0
 

@@ -65,9 +65,9 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the weights that were really looked at."""
     names: list[str] = []
 
-    def noted(*given: Any) -> Any:
+    def noted(*given: Any, **more: Any) -> Any:
         names.append(given[-1])
-        return judge(*given)
+        return judge(*given, **more)
 
     monkeypatch.setattr("qwen35.verification.numbers_check.judge", noted)
     return names

@@ -336,6 +336,21 @@ def test_the_same_meaning_in_other_words_passes(way: str, tmp_path: Path) -> Non
     assert (result.findings, result.notes, result.skipped) == ([], [], [])
 
 
+def test_what_transformers_writes_for_settings_that_were_missing(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source, folder = copy(tmp_path / "source"), copy(tmp_path / "x")
+    edit(source, SETTINGS, lambda c: [c.pop(key) for key in ("unk_token", "model_max_length")])
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    written = json.loads((folder / SETTINGS).read_text())
+    assert written["unk_token"] == "<|endoftext|>"
+    assert written["model_max_length"] > 10**29
+    assert compared(folder, source).findings == []
+    edit(folder, SETTINGS, lambda c: c.update(unk_token="<|im_end|>", model_max_length=512))
+    messages = [one.message for one in compared(folder, source).findings]
+    assert [message.split()[0] for message in messages] == ["unk_token", "model_max_length"]
+
+
 def test_text_only_outputs_pass(text: Path, tmp_path: Path) -> None:
     assert compared(text).findings == []
     broken = edit(copy(tmp_path / "x", text), CONFIG, at("rms_norm_eps", value=0.5))

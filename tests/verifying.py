@@ -62,7 +62,7 @@ def edited(
 ) -> Path:
     """Return a copy of an artifact with something wrong, without its manifest."""
     copy = Path(shutil.copytree(artifact, folder))
-    (copy / "qwen35.json").unlink()
+    (copy / "qwen35.json").unlink(missing_ok=True)
     if change is not None:
         tensors = load_all(copy)
         change(tensors)
