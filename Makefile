@@ -1,15 +1,18 @@
-## make setup        an environment in .venv for everything in README and tutorials
-## make demo         all paths on the embedded checkpoint: make, verify, ask, measure, report
+## make setup        an environment in .venv for README and tutorials; compiles nothing
+## make llama-cpp    and llama.cpp, built from source (three minutes): to run GGUF files here
+## make demo         all paths on the embedded checkpoint: make, check, ask, measure, report
 ## make dev          the environment of `make setup`, and the tools of tests and documentation
 ## make check        lint, and the tests that matter most while you work: under two minutes
 ## make lint         ruff, mypy and the import contract
 ## make test         lint, documentation and tests
 ## make test-all     and the tests that take minutes each or gigabytes
+## make test-pythons  install and run the core in the other Pythons that are here, a minute each
 ## make test-vllm    run the embedded checkpoint in vLLM on this CPU, in every format, half an hour
 ## make test-oracles  ask other libraries and engines about the formats for servers, each in an environment of its own
 ## make fuzz         fuzz the readers of untrusted files, about a minute each (SECONDS=60)
 ## make docs         build the documentation into build/docs; a warning, such as a dead link, is an error
 ## make docs-pages   make the generated pages and the README's table again
+## make docs-picture  take the README's pictures of the report of `make demo`, in chromium
 ## make docs-shown   write what the blocks of README and tutorials print into them
 ## make results      measure the README's table of formats anew (docs/results.json)
 ## make bench        measure the tables of speed anew (docs/benchmarks.json), 30 minutes on idle cores
@@ -21,15 +24,17 @@
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
+PYTHONS := .venv-pythons
 ORACLES := .venv-oracles
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
-# llama-cpp-python is built from source: without code for this very processor (its AMX kernels are
-# miscompiled by common compilers), and without the multimodal library
+# llama-cpp-python is built from source (by `make llama-cpp`, and for the tests): without code for
+# this very processor (its AMX kernels are miscompiled by common compilers), and without the
+# multimodal library
 export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
 
-.PHONY: help setup demo dev docs docs-pages docs-shown results test test-all test-vllm test-oracles golden golden-kld golden-served golden-sentences check lint fuzz bench clean
+.PHONY: help setup llama-cpp demo dev docs docs-pages docs-picture docs-shown results test test-all test-pythons test-vllm test-oracles golden golden-kld golden-served golden-sentences check lint fuzz bench clean
 
 help:
 	@sed -n 's/^## //p' $(firstword $(MAKEFILE_LIST))
@@ -40,12 +45,13 @@ $(VENV)/.made:
 
 # torch first and by its exact version, so that pip takes a CPU build where one is at hand
 $(VENV)/.setup: $(VENV)/.made pyproject.toml constraints.txt
-	$(PIP) install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(PIP) install --quiet --editable '.[nf4,gguf,eval,tune]'
+	$(PIP) install "$$(grep '^torch==' constraints.txt)"
+	@echo 'installing the other libraries, about a minute'
+	@$(PIP) install --quiet --editable '.[nf4,eval,tune]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.setup
-	$(PIP) install --quiet --editable '.[nf4,gguf,eval,tune,test,docs]'
+	$(PIP) install --quiet --editable '.[nf4,llama-cpp,eval,tune,test,docs]'
 	$(PIP) install --quiet --no-deps axe-playwright-python  # for the axe-core in it alone
 	touch $@
 
@@ -63,6 +69,10 @@ $(LLAMA_CPP)/.made: $(VENV)/.test
 	touch $@
 
 setup: $(VENV)/.setup
+
+llama-cpp: $(VENV)/.setup
+	@echo 'building llama.cpp, about three minutes on two cores'
+	@$(PIP) install --quiet --editable '.[llama-cpp]'
 
 demo: setup
 	$(BIN)/python demo/demo.py
@@ -96,6 +106,9 @@ docs: $(VENV)/.test
 docs-pages: $(VENV)/.test
 	$(BIN)/python docs/generate.py
 
+docs-picture: demo
+	$(BIN)/python docs/picture.py
+
 docs-shown: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python tests/pages.py README.md docs/tutorials/*.md docs/explanation/*.md
 
@@ -106,10 +119,15 @@ results: $(VENV)/.test
 test: $(VENV)/.test lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not heavy'
 
-test-all: $(VENV)/.test lint docs $(LLAMA_CPP)/.made $(SERVER)/.made $(ORACLES)/llama-cpp-python-server/.made
+test-all: $(VENV)/.test lint docs $(LLAMA_CPP)/.made $(SERVER)/.made \
+		$(ORACLES)/llama-cpp-python-server/.made $(ORACLES)/lm-eval/.made
 	QWEN35_LLAMA_CPP=$(CURDIR)/$(LLAMA_CPP) QWEN35_LLAMA_SERVER=$(CURDIR)/$(SERVER)/bin/llama-server \
 		QWEN35_LLAMA_CPP_PYTHON_SERVER=$(CURDIR)/$(ORACLES)/llama-cpp-python-server/bin/python \
 		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	PYTHONPATH=src $(ORACLES)/lm-eval/bin/python -m pytest -q tests/test_lm_eval.py
+
+test-pythons: $(VENV)/.test
+	$(BIN)/python tests/other_pythons.py $(PYTHONS)
 
 golden: $(LLAMA_CPP)/.made
 	PYTHONPATH=src:tests $(BIN)/python tests/golden_gguf.py $(CURDIR)/$(LLAMA_CPP)
@@ -144,6 +162,14 @@ $(ORACLES)/llama-cpp-python-server/.made: tests/oracles/llama-cpp-python-server.
 	$(@D)/bin/python -m pip install --quiet -r $<
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	touch $@
+
+# lm-eval, with all else as in $(VENV)
+$(ORACLES)/lm-eval/.made: tests/oracles/lm-eval.txt $(VENV)/.test
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth"
+	$(@D)/bin/python -m pip install --quiet -r $<
 	touch $@
 
 golden-kld: $(PROGRAMS)/.made
@@ -214,4 +240,4 @@ bench: $(VENV)/.test $(PROGRAMS)/.made
 	$(BIN)/python docs/generate.py
 
 clean:
-	rm -rf $(VENV) $(VLLM) $(ORACLES) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(ORACLES) $(PYTHONS) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
