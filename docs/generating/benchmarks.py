@@ -118,32 +118,42 @@ def _number(value: float) -> str:
 
 
 def tuned_lines() -> Iterator[str]:
-    """Yield the table of tuned files at the size of hand-made ones, and at their divergence."""
-    first, second = [], []
+    """Yield the table of tuned files at the size of hand-made ones."""
+    rows = []
+    probes = _tuned_results()["probes"]
     for row in _tuned_rows():
-        hand, tuned, smaller = (row[name] for name in ("hand_made", "tuned", "smaller"))
+        hand, tuned = (row[name] for name in ("hand_made", "tuned"))
         label = f"`{row['recipe']}`, {row['type']}"
         means, tails = ([f"{one[key]:.6f}" for one in (hand, tuned)] for key in _TUNED)
+        before = probes["mean_kld"][f"{row['recipe']}, {row['type']}"]
         less = _less(hand["mean_kld"], tuned["mean_kld"])
-        first.append([label, f"{tuned['bytes']:,}", *means, less, *tails])
-        sizes = [f"{one['bytes']:,}" for one in (hand, smaller)]
-        less = _less(hand["bytes"], smaller["bytes"])
-        ends = [f"{one['mean_kld']:.6f}" for one in (hand, smaller)]
-        second.append([label, *sizes, less, *ends])
-    heads = ("mean KLD, hand-made", "tuned", "less", "99.9 %, hand-made", "tuned")
-    yield from table(("at the size of", "bytes", *heads), first)
-    yield "Tuned to the divergence of the hand-made file on the tuning text:"
+        ratio = f"{row['predicted'] / tuned['mean_kld']:.2f}"
+        middle = [means[0], f"{before:.6f}", means[1], less, ratio]
+        rows.append([label, f"{tuned['bytes']:,}", *middle, *tails])
+    named = ("mean KLD, hand-made", f"{probes['count']} probes", "prices", "less", "predicted")
+    heads = (*named, "99.9 %, hand-made", "prices")
+    yield from table(("at the size of", "bytes", *heads), rows)
+    results = _tuned_results()
+    words = (
+        f"Measuring and choosing took {results['cpu_seconds']} CPU seconds with prices, of "
+        f"{results['chunks']} chunks, against {probes['cpu_seconds']} with probes on "
+        f"{probes['chunks']}. The column predicted is the sum of prices over the mean KLD."
+    )
+    yield from wrap(words, 128)
     yield ""
-    heads = ("bytes", "tuned", "less", "mean KLD, unseen text", "tuned")
-    yield from table(("KLD at most that of", *heads), second)
 
 
 _TUNED = ("mean_kld", "kld_99.9")
 
 
 def _tuned_rows() -> Sequence[Mapping[str, Any]]:
-    rows: Sequence[Mapping[str, Any]] = json.loads((_DOCS / "tune.json").read_text("utf-8"))["rows"]
+    rows: Sequence[Mapping[str, Any]] = _tuned_results()["rows"]
     return rows
+
+
+def _tuned_results() -> Mapping[str, Any]:
+    results: Mapping[str, Any] = json.loads((_DOCS / "tune.json").read_text("utf-8"))
+    return results
 
 
 def _less(before: float, after: float) -> str:

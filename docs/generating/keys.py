@@ -175,14 +175,17 @@ def _paths(value: Any, prefix: str = "") -> Iterator[str]:
         yield from _paths(value[0], f"{prefix}[]")
 
 
+_OF_FILES = ("files", "added", "tensors", "refined", "amended[].files", "source.adapters[].files")
+
+
 def _named(prefix: str, key: str) -> str:
-    if prefix in ("files", "added", "tensors", "amended[].files", "source.adapters[].files"):
+    if prefix in _OF_FILES:
         return "FILE"
     open_ended = prefix in (
         "verified.counts",
         "recipe.geometry",
         "source.quantized",
-    ) or prefix.startswith("tensors.")
+    ) or prefix.startswith(("tensors.", "refined."))
     return "NAME" if open_ended else key
 
 
@@ -199,6 +202,9 @@ def _manifests() -> Iterator[Mapping[str, Any]]:
     yield json.loads(manifest_bytes(gguf, dict.fromkeys(sizes, "0" * 64)))
     entry = {"size": 1, "sha256": "0" * 64}
     yield {"amended": [{"when": "", "why": "", "files": {"chat_template.jinja": entry}}]}
+    hessians = {"name": "statistics", "sha256": "0" * 64}
+    yield {"recipe": {"codes": "refined", "hessians": hessians}}
+    yield {"refined": {"model.safetensors": {"a weight": "1"}}}
     source = {"repo": "owner/name", "revision": "a commit", "quantized": {"NF4": 1}}
     yield {"source": source | {"file": "a GGUF file"}}
     row = {"name": "adapter", "weight": 1.0, "sha256": "0" * 64, "config_sha256": "0" * 64}

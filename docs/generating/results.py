@@ -16,10 +16,14 @@ _RESULTS = Path(__file__).parents[1] / "results.json"
 def results_lines() -> Iterator[str]:
     """Yield the lines of the table."""
     results = json.loads(_RESULTS.read_text("utf-8"))
-    base, tokens = results["base"], results["tokens"]
+    base, tokens, tool = results["base"], results["tokens"], results["tool"]
     yield (
         f"{tokens['scored']:,} tokens in {tokens['chunks']} chunks of {tokens['context']}; ± "
         "treats chunks as independent. And inputs: the mean KLD if servers quantize inputs."
+    )
+    yield (
+        f"Measured with qwen35 {tool['qwen35']}, llama-cpp-python {tool['llama_cpp_python']}, "
+        f"PyTorch {tool['torch'].partition('+')[0]} and transformers {tool['transformers']}."
     )
     yield ""
     columns = ("format", "made by", "bytes of weights", "mean KLD", "same top token", "and inputs")

@@ -23,20 +23,26 @@ _LIBRARIES = {
     "OMP_NUM_THREADS": "PyTorch and llama.cpp: threads, unless `--threads` is given",
     "TMPDIR": "Python: folder for temporary files",
 }
-_EXTRAS_LEAD = "`pip install 'qwen35[NAME]'` installs packages that only some commands need."
+_EXTRAS_LEAD = (
+    "`pip install '.[NAME]'` in a clone installs packages that only some commands need. GGUF files "
+    "are written, checked and measured (`evaluate --streamed`) without any extra but `nf4`."
+)
 _EXTRAS = {
+    "lm-eval": "tasks of lm-eval, asked of servers (`evaluate --lm-eval`)",
     "cuda": "`--device cuda` with NF4 and FP8 recipes, without the packages that load models",
     "docs": "building these pages",
     "eval": "charts in reports",
     "fuzz": "fuzzing (`make fuzz`)",
-    "gguf": "`gguf` with types that have no kernel of ours, `evaluate` and "
-    "`verify --depth behaviour` of GGUF files",
+    "llama-cpp": "running GGUF files in llama.cpp: `verify --depth behaviour`, `evaluate` without "
+    "`--streamed`; `gguf` with types that have no kernel of ours. Built from source: C and C++ "
+    "compilers and three minutes",
     "nf4": "`calibrate`, `evaluate`, `verify --depth behaviour` of checkpoints, `--device cuda`; "
     "peft, because NF4 is for QLoRA",
     "ray": "`convert --ray-address`",
     "sign": "`publish --sign`",
     "test": "the tests",
     "tune": "`tune`",
+    "ui": "`ui`",
 }
 
 
