@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from qwen35.calibration.calibration_plan import CalibrationPlan, CalibrationRequest, make_plan
 from qwen35.calibration.calibration_stream import BlockRecord, calibration_stream
@@ -17,22 +14,19 @@ from qwen35.calibration.sums import Sums
 from qwen35.calibration.text_windows import TextWindows
 from qwen35.checkpoint.source import Reader
 from qwen35.engines.torch_model import torch_and_transformers
-from qwen35.errors import InputError
 from qwen35.execution.failures import answered
 from qwen35.execution.worker import order_in
 from qwen35.execution.worker_process import serve
 from qwen35.forward.forward_stream import Track
+from qwen35.forward.shared_windows import shared_windows
 from qwen35.planning.key_differences import key_differences
-from qwen35.planning.work_order import source_from
+from qwen35.planning.work_order import different_here, source_from
 from qwen35.progress import Silent
 
-__all__ = ["MODULE", "WINDOWS", "answer"]
+__all__ = ["MODULE", "answer"]
 
 MODULE = "qwen35.calibration.share_worker"
 """This module, which a worker process runs."""
-
-WINDOWS = "windows.npy"
-"""In the work folder: the token ids of all windows, beside the order."""
 
 
 def answer(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -59,18 +53,12 @@ def _do(job: Mapping[str, Any]) -> None:
 @lru_cache(maxsize=1)
 def _prepare(work: str, digest: str, device: str) -> _Share:
     order, folder = order_in(work, digest), Path(work)
-    windows = np.load(folder / WINDOWS, allow_pickle=False)
+    windows = shared_windows(work)
     files = tuple((name, hashed) for name, hashed in order["files"])
     text = TextWindows(windows, files, order["left_over"])
     plan = make_plan(source_from(order), text, CalibrationRequest(**order["request"]))
     if plan.digest != order["plan"]:
-        names = key_differences(order["provenance"], plan.provenance) or ["source"]
-        raise InputError(
-            str(order["root"]),
-            f"{platform.node()} has a different {', '.join(names)}",
-            expected="what the run started with",
-            hint="use the same files and the same versions everywhere",
-        )
+        raise different_here(order, key_differences(order["provenance"], plan.provenance))
     return _Share(plan, folder, device)
 
 

@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from qwen35.calibration.calibration_plan import CalibrationPlan
 from qwen35.calibration.calibration_stream import save_checked
-from qwen35.calibration.share_worker import WINDOWS
 from qwen35.calibration.states import CalibrationFolder
 from qwen35.calibration.sums import Sums
 from qwen35.execution.dispatch import WorkerJob, WorkerPool, dispatch
 from qwen35.forward.blocks import Block
 from qwen35.forward.forward_stream import ForwardStream
-from qwen35.planning.work_order import order_bytes, source_order
-from qwen35.sinks.staging import os_errors
-from qwen35.sinks.work_folder import ORDER_NAME
+from qwen35.forward.shared_windows import share_out, shares
+from qwen35.planning.work_order import source_order
 
 __all__ = ["run_shared"]
-
-_SHARES = 4
-"""Jobs for each worker and block: fewer make the last one wait, more lose more when one dies."""
 
 
 def run_shared(
@@ -46,7 +37,7 @@ def run_shared(
         InputError: an input was not finite; or as in one process.
         WorkerError: the workers of a job died at every attempt.
     """
-    common = {"work": str(work.folder.absolute()), "order": _ordered(plan, work)}
+    common = share_out(work.folder, _order(plan), plan.text.windows)
     with stream.torch.inference_mode():
         left = stream.begin()
     for block in left:
@@ -57,9 +48,8 @@ def run_shared(
         stream.finish(block)
 
 
-def _ordered(plan: CalibrationPlan, work: CalibrationFolder) -> str:
-    """Write the order and the windows into the folder; return the order's SHA-256."""
-    order = {
+def _order(plan: CalibrationPlan) -> dict[str, Any]:
+    return {
         **source_order(plan.checkpoint),
         "request": asdict(plan.request),
         "files": plan.text.files,
@@ -67,11 +57,6 @@ def _ordered(plan: CalibrationPlan, work: CalibrationFolder) -> str:
         "provenance": plan.provenance,
         "plan": plan.digest,
     }
-    content = order_bytes(json.loads(json.dumps(order)))
-    with os_errors(work.folder):
-        np.save(work.folder / WINDOWS, plan.text.windows, allow_pickle=False)
-        (work.folder / ORDER_NAME).write_bytes(content)
-    return hashlib.sha256(content).hexdigest()
 
 
 class _Merged:
@@ -94,14 +79,11 @@ def _jobs(
     plan: CalibrationPlan, block: Block, slots: int, request: dict[str, Any], merged: _Merged
 ) -> Iterator[WorkerJob]:
     """Yield the jobs of a block: windows from the first of a batch to the last of another."""
-    count, unit = len(plan.text.windows), plan.sizes.wide or plan.batch
-    size = max(1, count // unit // (_SHARES * slots)) * unit
-    for first in range(0, count, size):
-        windows = range(first, min(count, first + size))
+    for windows in shares(len(plan.text.windows), slots, plan.sizes.wide or plan.batch):
 
         def done(_: Any, windows: range = windows) -> list[WorkerJob]:
             merged.add(windows)
             return []
 
-        name = f"{block.name}, windows {first + 1} to {windows.stop}"
-        yield WorkerJob(name, {**request, "windows": [first, windows.stop]}, done)
+        name = f"{block.name}, windows {windows.start + 1} to {windows.stop}"
+        yield WorkerJob(name, {**request, "windows": [windows.start, windows.stop]}, done)

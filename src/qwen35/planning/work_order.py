@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from qwen35.planning.sources import open_source
 
 __all__ = [
     "SHARED",
+    "different_here",
     "order_bytes",
     "order_of",
     "plan_again",
@@ -131,13 +132,23 @@ def plan_from(order: Mapping[str, Any]) -> Plan:
     key = json.loads(json.dumps(work_key(plan)))  # as the order went through JSON too
     if key != order["key"]:
         names = key_differences(order["key"], key)
-        raise InputError(
-            str(order["root"]),
-            f"{platform.node()} has a different {', '.join(names)}",
-            expected="what the run started with",
-            hint="use the same files and the same versions everywhere",
-        )
+        raise different_here(order, names)
     return plan
+
+
+def different_here(order: Mapping[str, Any], names: Sequence[str]) -> InputError:
+    """Return the error that this machine does not have what an order was written with.
+
+    Args:
+        order: the order.
+        names: of what differs; the source, if none of what is named does.
+    """
+    return InputError(
+        str(order["root"]),
+        f"{platform.node()} has a different {', '.join(names or ['source'])}",
+        expected="what the run started with",
+        hint="use the same files and the same versions everywhere",
+    )
 
 
 def plan_again(checkpoint: Checkpoint, record: Mapping[str, Any], inputs: ContainerInputs) -> Plan:

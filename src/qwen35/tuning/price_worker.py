@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -12,20 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qwen35.calibration.share_worker import WINDOWS
 from qwen35.checkpoint.source import Reader
 from qwen35.engines.torch_model import flushed_denormals, torch_and_transformers
-from qwen35.errors import InputError
 from qwen35.execution.failures import answered
 from qwen35.execution.worker import order_in
 from qwen35.execution.worker_process import serve
 from qwen35.forward.forward_stream import Track
+from qwen35.forward.shared_windows import shared_windows
 from qwen35.forward.stream_folder import StreamFolder
 from qwen35.planning.key_differences import key_differences
 from qwen35.planning.manifest import work_key
-from qwen35.planning.work_order import source_from
+from qwen35.planning.work_order import different_here, source_from
 from qwen35.progress import Silent
 from qwen35.tuning.pricing import InputShift
 from qwen35.tuning.pricing_passes import PricingPasses, PricingSetting, digest_of
@@ -69,17 +65,11 @@ def _prepare(work: str, digest: str, device: str, threads: int) -> _PricingShare
     imatrix = read_imatrix(Path(path), name=name) if path else None
     checkpoint = source_from(order)
     space = ChoiceSpace(checkpoint, order["format"], tuple(order["choices"]), imatrix)
-    windows = np.load(Path(work) / WINDOWS, allow_pickle=False)
-    setting = PricingSetting(**{**order["setting"], "windows": windows})
+    setting = PricingSetting(**{**order["setting"], "windows": shared_windows(work)})
     names = key_differences(order["key"], key_of(space))
     planned = digest_of(setting.plan(checkpoint), space, setting, order["identity"])
     if names or planned != order["plan"]:
-        raise InputError(
-            str(order["root"]),
-            f"{platform.node()} has a different {', '.join(names or ['source'])}",
-            expected="what the run started with",
-            hint="use the same files and the same versions everywhere",
-        )
+        raise different_here(order, names)
     own = replace(setting, device=device, threads=threads)
     return _PricingShare(order["plan"], Path(work), space, own)
 

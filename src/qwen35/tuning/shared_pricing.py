@@ -7,22 +7,17 @@ whose sum has one order, whoever found its parts.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import numpy as np
-
-from qwen35.calibration.share_worker import WINDOWS
 from qwen35.errors import InputError
 from qwen35.execution.dispatch import WorkerJob, WorkerPool, dispatch
 from qwen35.forward.blocks import HEAD, Block
-from qwen35.planning.work_order import SHARED, order_bytes, source_order
+from qwen35.forward.shared_windows import share_out, shares
+from qwen35.planning.work_order import SHARED, source_order
 from qwen35.sinks.staging import os_errors
-from qwen35.sinks.work_folder import ORDER_NAME
 from qwen35.tuning.price_worker import key_of
 from qwen35.tuning.pricing import EMBEDDINGS, FoundPrices, InputShift
 from qwen35.tuning.pricing_passes import PricingPasses, PricingSetting
@@ -31,9 +26,6 @@ if TYPE_CHECKING:
     from qwen35.planning.gguf_files.imatrix import Imatrix
 
 __all__ = ["run_shared_pricing", "write_order"]
-
-_SHARES = 4
-"""Jobs for each worker and block: fewer make the last one wait, more lose more when one dies."""
 
 
 def write_order(
@@ -44,7 +36,7 @@ def write_order(
     Raises:
         InputError: the source has no local weights.
     """
-    space, folder = passes.space, passes.work.folder
+    space = passes.space
     order = {
         **source_order(passes.plan.checkpoint),
         "format": space.format,
@@ -55,11 +47,7 @@ def write_order(
         "plan": digest,
         "key": key_of(space),
     }
-    content = order_bytes(json.loads(json.dumps(order)))
-    with os_errors(folder):
-        np.save(folder / WINDOWS, setting.windows, allow_pickle=False)
-        (folder / ORDER_NAME).write_bytes(content)
-    return {"work": str(folder.absolute()), "order": hashlib.sha256(content).hexdigest()}
+    return share_out(passes.work.folder, order, setting.windows)
 
 
 def _file_of(imatrix: Imatrix) -> list[str]:
@@ -121,44 +109,41 @@ class _SharedBlocks:
             task: ``forward`` or ``back``.
             unit: windows that stay together.
         """
-        count = self._passes.plan.windows
-        size = self._size(count // unit) * unit
-        shares = [range(first, min(count, first + size)) for first in range(0, count, size)]
+        parts = list(shares(self._passes.plan.windows, self._pool.slots, unit))
         requests = [
             {
                 "task": task,
                 "block": block.name,
                 "number": self._passes.stream.forward.current,
-                "part": [share.start, share.stop],
+                "part": [part.start, part.stop],
                 # Another name for each run: one that was interrupted may still write.
                 "name": f"{block.name}.{uuid4().hex}{_PRODUCTS}",
             }
-            for share in shares
+            for part in parts
         ]
-        names = [f"{block.name}, windows {one.start + 1} to {one.stop}" for one in shares]
-        return [(name, _shifts(part)) for name, part in self._done(names, requests)]
+        names = [f"{block.name}, windows {one.start + 1} to {one.stop}" for one in parts]
+        return [(name, _shifts(told)) for name, told in self._done(names, requests)]
 
     def price(self, block: str, products: list[str], shifts: list[InputShift]) -> None:
         """Have the rows of a block's weights priced from the products in files."""
         visitor = self._passes.visitor
         nbytes = visitor.jobs(block)
-        size = self._size(len(nbytes))
-        shares = [range(n, min(len(nbytes), n + size)) for n in range(0, len(nbytes), size)]
+        parts = list(shares(len(nbytes), self._pool.slots))
         requests = [
             {
                 "task": "price",
                 "block": block,
-                "part": [share.start, share.stop],
+                "part": [part.start, part.stop],
                 "products": products,
             }
-            for share in shares
+            for part in parts
         ]
-        names = [f"{block}, part {n} of {len(shares)}" for n in range(1, len(shares) + 1)]
+        names = [f"{block}, part {n} of {len(parts)}" for n in range(1, len(parts) + 1)]
         told = self._done(names, requests)
-        for share in shares:
-            self._passes.progress.advance(sum(nbytes[share.start : share.stop]), block)
+        for part in parts:
+            self._passes.progress.advance(sum(nbytes[part.start : part.stop]), block)
         visitor.open(block, parts=products)
-        visitor.tell(shifts, [FoundPrices(**found) for part in told for found in part])
+        visitor.tell(shifts, [FoundPrices(**one) for found in told for one in found])
 
     def forget(self, block: str) -> None:
         """Remove the products of a block, and those that an interrupted run left."""
@@ -166,9 +151,6 @@ class _SharedBlocks:
             for path in self._passes.work.folder.glob(f"{block}.*"):
                 if _PRODUCTS in path.name:
                     path.unlink()
-
-    def _size(self, count: int) -> int:
-        return max(1, count // (_SHARES * self._pool.slots))
 
     def _done(self, names: list[str], requests: list[dict[str, Any]]) -> list[Any]:
         """Return the answers in the order of the requests, whoever was first."""
