@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from qwen35.array_types import F32, U8, Array
@@ -58,9 +60,15 @@ def e2m1_values() -> F32:
     return np.concatenate([magnitudes, -magnitudes])
 
 
+@lru_cache(maxsize=1)
+def e2m1_levels() -> Levels:
+    """Return the distinct values of E2M1 codes in their order."""
+    return Levels.of(e2m1_values())
+
+
 def row_grid(codes: U8, units: F32) -> CodeGrid:
     """Return what codes can stand for; arguments as for `refined`."""
-    levels = Levels.of(e2m1_values())
+    levels = e2m1_levels()
     single = np.stack([codes & 15, codes >> 4], axis=-1).reshape(len(codes), -1)
     return CodeGrid(levels.index[single], units, levels.values)
 
@@ -75,7 +83,7 @@ def refined(refine: Refine, first: int, rows: F32, codes: U8, units: F32) -> U8:
         codes: [n, columns / 2] the nearest ones, two a byte, the first in the low bits.
         units: [n, columns / 16].
     """
-    chosen = Levels.of(e2m1_values()).stored[refine(first, rows, row_grid(codes, units))]
+    chosen = e2m1_levels().stored[refine(first, rows, row_grid(codes, units))]
     pairs: U8 = chosen[:, 0::2] | chosen[:, 1::2] << np.uint8(4)
     return pairs
 
