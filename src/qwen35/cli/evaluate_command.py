@@ -162,9 +162,8 @@ def run(args: argparse.Namespace, output: Console) -> int:
 
 
 _OTHER_WAYS = ("tasks", "lm_eval", "include_path")
-_SERVER_FLAGS = (
-    *("endpoint", "served_model", "api_key_env", "timeout", "serve", "json", "quiet", "device"),
-)
+_SERVERS = ("endpoint", "served_model", "api_key_env", "timeout", "serve")
+_SERVER_FLAGS = (*_SERVERS, "json", "quiet", "device")
 _TASK_FLAGS = ("tasks", "base", "candidates", "threads", "hf_token", *_SERVER_FLAGS)
 _LM_EVAL_FLAGS = ("lm_eval", "include_path", *_SERVER_FLAGS)
 
@@ -185,11 +184,7 @@ def _lm_eval(args: argparse.Namespace, output: Console) -> int:
     _refuse_others(args, _LM_EVAL_FLAGS, "--lm-eval")
     report = evaluate_lm_eval(
         args.lm_eval.split(","),
-        endpoint=args.endpoint,
-        served_model=args.served_model,
-        api_key_env=args.api_key_env,
-        timeout=args.timeout,
-        serve=args.serve,
+        **{name: getattr(args, name) for name in _SERVERS},
         include_path=args.include_path,
         progress=output.progress("questions"),
     )
@@ -203,11 +198,7 @@ def _tasks(args: argparse.Namespace, output: Console) -> int:
     report = evaluate_tasks(
         args.tasks,
         models=[] if args.base is None else [args.base, *args.candidates],
-        endpoint=args.endpoint,
-        served_model=args.served_model,
-        api_key_env=args.api_key_env,
-        timeout=args.timeout,
-        serve=args.serve,
+        **{name: getattr(args, name) for name in _SERVERS},
         threads=args.threads,
         hf_token=args.hf_token,
         progress=output.progress("tasks"),
