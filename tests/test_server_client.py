@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -417,3 +418,30 @@ def test_a_key_that_is_none_is_not_shown(key: str, monkeypatch: pytest.MonkeyPat
     assert Endpoint.parse("http://10.0.0.1:1").exposes_key
     assert not Endpoint.parse("http://localhost:1").exposes_key
     assert not Endpoint.parse("https://10.0.0.1:1").exposes_key
+
+
+def test_a_connection_that_comes_after_the_end_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client may be closed while the thread of a request that was given up connects."""
+    connect, ready, closed = socket.create_connection, threading.Event(), threading.Event()
+    made: list[socket.socket] = []
+
+    def late(*arguments: Any, **options: Any) -> socket.socket:
+        ready.set()
+        assert closed.wait(5)
+        made.append(connect(*arguments, **options))
+        return made[0]
+
+    def no_content(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    with raw_server(no_content) as url:
+        with ServerClient(Endpoint(url), HASTY) as client:
+            monkeypatch.setattr(socket, "create_connection", late)
+            with pytest.raises(EndpointError, match=SLOW):
+                client.get("/x")
+            assert ready.wait(5)
+        closed.set()
+        end = time.monotonic() + 5
+        while (not made or made[0].fileno() != -1) and time.monotonic() < end:
+            time.sleep(0.01)
+    assert made[0].fileno() == -1

@@ -26,7 +26,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import httpx2
@@ -149,8 +149,15 @@ def _in_time(request: httpx2.Request, call: Callable[[], httpx2.Response]) -> ht
             _LOG.warning("the Hub has not answered for %.0f s", _NOTICE_SECONDS)
         rest = None if seconds is None else max(0.0, seconds - _NOTICE_SECONDS)
         if not wait([answer], rest).done:
+            answer.add_done_callback(_close_late)
             raise _too_late(request)
     return answer.result()
+
+
+def _close_late(answer: Future[httpx2.Response]) -> None:
+    """Close an answer that nobody waits for any more."""
+    if answer.exception() is None:
+        answer.result().close()
 
 
 def _too_late(request: httpx2.Request) -> Exception:

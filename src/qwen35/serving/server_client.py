@@ -409,11 +409,16 @@ class _Exchange:
                     if not self._put(piece):
                         return
             finally:
-                response.close()
+                self._close(response)
         except BaseException as error:  # noqa: BLE001 - raised by `_next`, in the caller's thread
             self._put(error)
         else:
             self._put(None)
+
+    def _close(self, response: httpx2.Response) -> None:
+        response.close()
+        if self._http.is_closed:  # it closed what was connected, and this may have been under way
+            response.extensions["network_stream"].close()
 
     def _put(self, item: Any) -> bool:
         """Hand something over; return whether anybody waits for it."""
