@@ -49,6 +49,7 @@ checkpoint, items = take(open_folder(Path(sys.argv[1])), tower=False)
 parts = [block for block in blocks(items) if block.name != MTP]
 count, length = windows.shape
 sizes = pass_sizes(parts, checkpoint.config, length=length, count=count, itemsize=4, memory=None)
+sizes = sizes.side_by_side(torch.get_num_threads(), count, None)
 with Reader(checkpoint) as reader, tempfile.TemporaryDirectory() as folder:
     builder = Builder(StoredWeights(reader, checkpoint.config, items), "float32", "cpu")
     head = Head(builder)

@@ -54,7 +54,7 @@ class Size:
     memory: dict[int, int]
 
 
-def size_of(name: str, windows: int) -> Size:
+def size_of(name: str, windows: int, processors: int) -> Size:
     """Return what follows from the headers of a size."""
     checkpoint, items = take(describe(name), tower=False)
     config, parts = checkpoint.config, blocks(items)
@@ -64,7 +64,7 @@ def size_of(name: str, windows: int) -> Size:
         sizes = pass_sizes(
             parts, config, length=CONTEXT, count=windows, itemsize=itemsize, memory=None
         )
-        memory[itemsize] = sizes.nbytes
+        memory[itemsize] = sizes.side_by_side(processors, windows, None).nbytes
     active = sum(_active(config, block.items) for block in parts)
     head = config.dims["vocab"] * config.dims["hidden"]
     layers = sum(block.name != HEAD for block in parts)
@@ -119,7 +119,7 @@ def main() -> None:
     args = parser.parse_args()
     print("| | | reads | time | memory | disk |\n|---|---|---|---|---|---|")
     for name in args.sizes:
-        one = size_of(name, args.windows)
+        one = size_of(name, args.windows, args.processors)
         for what, reads, seconds, memory, disk in rows(one, args):
             figures = f"{reads / 1e9:,.0f} GB | {seconds / 60:,.0f} min | {memory / 1e9:.1f} GB"
             print(f"| {name.removeprefix('Qwen3.5-')} | {what} | {figures} | {disk / 1e9:.1f} GB |")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from qwen35.forward.blocks import HEAD, MTP, Block
 from qwen35.forward.builder import Builder
 from qwen35.forward.forward_stream import EMBEDDED, ForwardStream, Track
 from qwen35.forward.head import Head
+from qwen35.forward.side_by_side import side_by_side
 from qwen35.forward.stream_folder import StreamFolder
 from qwen35.progress import Progress
 
@@ -84,7 +86,11 @@ class GradientVisitor(Protocol):
     """What gets the gradients."""
 
     def product(self, gradients: ProductGradients) -> None:
-        """Take those of one matrix; windows come in order, experts without tokens do not come."""
+        """Take those of one matrix; experts without tokens do not come.
+
+        Windows come in order, unless several are computed at a time: then each comes from a thread
+        of its own, with its matrices in the order of the way back.
+        """
 
     def embedding(self, window: int, ids: I32, g: Any) -> None:
         """Take the gradients of the embeddings, [tokens, hidden], of token ids [tokens]."""
@@ -104,8 +110,8 @@ class BackwardStream:
         blocks: of the model.
         windows: [windows, length] token ids.
         first: the first scored position; all from there on are.
-        sizes: how many windows go forward together; one by one they go back, and read experts
-            again if these are read apart from their layers.
+        sizes: how many windows go forward together, and how many such batches at a time; back, a
+            window is a batch, and reads experts again if these are read apart from their layers.
         group: windows whose logits are in memory.
         work: holds hidden states and gradients, from which an interrupted run goes on.
         visitor: gets the gradients.
@@ -246,23 +252,27 @@ class BackwardStream:
         return totals
 
     def _layer(self, block: Block, module: Any, layer: int, number: int, part: range) -> None:
-        window = 0
+        passing = threading.local()  # the window of each thread
 
         def told(
             name: str, expert: int | None, weight: _Weight, x: Any, g: Any, back: Any = None
         ) -> None:
             x, g = (one.detach().flatten(0, -2) for one in (x, g))
             back = None if back is None else back.flatten(0, -2)
+            window: int = passing.window
             made = ProductGradients(block.name, name, expert, window, 0, weight, x, g, back)
             with self._torch.no_grad():
                 self._visitor.product(made)
 
+        def through(window: int) -> None:
+            passing.window = window
+            x = self._input(layer, window)
+            out = module(x, **self._builder.positions(x))
+            out.backward(self._gradients(number, window))
+            self.forward.store(_GRADIENTS.file((number + 1) % 2), window, x.grad)
+
         with _watched(module, told):
-            for window in part:
-                x = self._input(layer, window)
-                out = module(x, **self._builder.positions(x))
-                out.backward(self._gradients(number, window))
-                self.forward.store(_GRADIENTS.file((number + 1) % 2), window, x.grad)
+            side_by_side(self._torch, through, part, self.forward.at_once)
 
 
 class _Told(Protocol):

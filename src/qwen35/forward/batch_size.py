@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qwen35.display import size, size_rounded_up
 from qwen35.errors import UsageError
 from qwen35.forward.blocks import Block
+from qwen35.forward.side_by_side import MOST
 from qwen35.model.model_config import ModelConfig
 
 __all__ = ["PassSizes", "pass_sizes"]
@@ -25,17 +26,37 @@ class PassSizes:
         window: bytes of one window within it.
         batch: windows that are computed together.
         wide: windows that experts compute together if they are read one by one, else 0.
+        at_once: batches that are computed at a time, of each its own thread.
     """
 
     layer: int
     window: int
     batch: int
     wide: int = 0
+    at_once: int = 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that."""
-        return self.layer + max(self.batch, self.wide) * self.window
+        return self.layer + max(self.at_once * self.batch, self.wide) * self.window
+
+    def side_by_side(self, threads: int, count: int, room: int | None, least: int = 1) -> PassSizes:
+        """Return the sizes with as many batches at a time as there are threads and memory for.
+
+        What is computed does not depend on it: batches remain what they are.
+
+        Args:
+            threads: most batches.
+            count: number of windows.
+            room: bytes for the layer and all batches; None for no limit.
+            least: workspaces of a window that a batch takes at least.
+        """
+        if self.wide:  # as much memory as there is goes to experts
+            return self
+        at_once = min(threads, MOST, -(-count // self.batch))
+        if room is not None:
+            at_once = min(at_once, (room - self.layer) // (max(self.batch, least) * self.window))
+        return replace(self, at_once=max(1, at_once))
 
 
 def pass_sizes(
@@ -47,6 +68,7 @@ def pass_sizes(
     itemsize: int,
     memory: int | None,
     fixed: int = 0,
+    besides: int = 0,
     shares: int = 1,
 ) -> PassSizes:
     """Return what fits into memory; experts are read with their layer if that does.
@@ -59,7 +81,8 @@ def pass_sizes(
         itemsize: bytes of a number.
         memory: limit in bytes; None for none.
         fixed: bytes of it that all else takes.
-        shares: workers that windows are shared out to, if they are.
+        besides: bytes that are needed after the pass, which a refusal then counts too.
+        shares: workers that windows are shared out to, if they are; each has that limit.
 
     Raises:
         UsageError: a layer, or what is left of it without experts, and one window exceed the limit.
@@ -77,11 +100,11 @@ def pass_sizes(
         window += length * config.dims["experts"] * _ROUTED
     least = layer + window + fixed
     if least > memory:
-        expected = f"at least {size_rounded_up(least)}"
-        raise UsageError(f"--memory {size(memory)}", "too little", expected=expected)
+        expected = f"at least {size_rounded_up(max(least, besides) * shares)}"
+        raise UsageError(f"--memory {size(memory * shares)}", "too little", expected=expected)
     wide = min(-(-count // shares), (memory - fixed - layer) // window)
     batch = min(batch, wide)
-    if shares > 1:  # a share begins where a batch does
+    if wide < count:  # a share of workers begins where a batch does
         wide -= wide % batch
     return PassSizes(layer, window, batch, wide if config.moe else 0)
 

@@ -15,6 +15,7 @@ from qwen35.errors import InputError, TensorError
 from qwen35.forward.blocks import HEAD, MTP, Block, layer_number
 from qwen35.forward.decoded_weights import StoredWeights, tensor_of
 from qwen35.forward.expert_stacks import set_apart
+from qwen35.forward.side_by_side import MOST, side_by_side
 
 __all__ = ["Builder"]
 
@@ -66,15 +67,17 @@ class Builder:
     def positions(self, x: Any) -> dict[str, Any]:
         """Return the position arguments of a decoder layer for states [rows, length, hidden]."""
         rows, length = x.shape[:2]
-        if (rows, length) not in self._rotary:
+        found = self._rotary.get((rows, length))
+        if found is None:
             with self.torch.inference_mode(mode=False):  # a backward pass uses them too
                 # Time, height and width coincide for text.
                 places = self.torch.arange(length).expand(3, rows, -1).to(self.device)
                 like = self.torch.empty(0, dtype=self.dtype, device=self.device)
                 module = self._class("TextRotaryEmbedding")(self.config)
+                found = module(like, places)
                 # Only the last shape is kept: all batches but the last one have it.
-                self._rotary = {(rows, length): module(like, places)}
-        return {"position_embeddings": self._rotary[rows, length], "attention_mask": None}
+                self._rotary = {(rows, length): found}
+        return {"position_embeddings": found, "attention_mask": None}
 
     def build(self, block: Block) -> Any:
         """Build the module of a block: a decoder layer, a norm, or the parts of MTP.
@@ -149,13 +152,20 @@ class Builder:
         module.load_state_dict(parameters, assign=True)
         module.requires_grad_(requires_grad=False)
         missing = sum(parameter.numel() for parameter in parameters.values())
-        for item in items:
-            target = _target(parameters, item, block.name)
-            self.weights.fill(self.torch, item, target)
-            missing -= target.numel()
+        targets = [_target(parameters, item, block.name) for item in items]
+        self._fill(list(zip(items, targets, strict=True)))
+        missing -= sum(target.numel() for target in targets)
         if missing:
             raise TensorError(block.name, f"{missing} of its weights are missing from the files")
         return module.eval().to(self.device)
+
+    def _fill(self, targets: Sequence[tuple[InventoryItem, Any]]) -> None:
+        """Read and decode weights into tensors, several at a time."""
+
+        def fill(one: tuple[InventoryItem, Any]) -> None:
+            self.weights.fill(self.torch, *one)
+
+        side_by_side(self.torch, fill, targets, min(MOST, self.torch.get_num_threads()))
 
     def embedded(self, ids: Any) -> Any:
         """Return the embeddings of token ids, [...] int -> [..., hidden]."""

@@ -12,6 +12,7 @@ from qwen35.engines.expert_loop import experts_in_turn
 from qwen35.forward.batch_size import PassSizes
 from qwen35.forward.blocks import HEAD, MTP, Block
 from qwen35.forward.builder import Builder
+from qwen35.forward.side_by_side import side_by_side
 from qwen35.forward.stream_folder import StreamFolder
 from qwen35.progress import Progress
 
@@ -28,13 +29,15 @@ class Track:
     Args:
         name: of its files of hidden states.
         around: called with a block and its module, surrounds the pass of all windows through it.
-        passed: called after each batch of windows.
+        passed: called after each batch of windows, in the thread that computed it.
+        merge: gets what `passed` returned, in the order of the batches.
         again: called after a pass, returns whether the block is passed once more.
     """
 
     name: str = "hidden"
     around: Callable[[Block, Any], AbstractContextManager[None]] = lambda _, __: nullcontext()
-    passed: Callable[[], None] = lambda: None
+    passed: Callable[[], Any] = lambda: None
+    merge: Callable[[Any], None] = lambda _: None
     again: Callable[[], bool] = lambda: False
 
     def file(self, number: int) -> str:
@@ -49,7 +52,7 @@ class ForwardStream:
         builder: of its modules.
         blocks: to run, in order.
         windows: [windows, length] token ids.
-        sizes: how many windows are computed together.
+        sizes: how many windows are computed together, and how many such batches at a time.
         work: holds the hidden states.
         progress: receives the bytes of each block.
         tracks: the ways of running it.
@@ -59,7 +62,7 @@ class ForwardStream:
             two files.
 
     Attributes:
-        passing: the windows that are computed at the moment.
+        passing: the windows that are computed at the moment, if that is one batch.
     """
 
     def __init__(
@@ -142,7 +145,9 @@ class ForwardStream:
         if self.builder.apart and block.name not in (HEAD, MTP):
             self._through_apart(track, module, number, part)
             return
-        for start, ids in self.batches(part=part):
+
+        def passed(batch: tuple[int, I32]) -> Any:
+            start, ids = batch
             states = self.load(track.file(number), start, len(ids))
             if block.name == MTP:  # last, and reads the normed states that the head block wrote
                 embedded = self.builder.embedded(ids)
@@ -151,7 +156,17 @@ class ForwardStream:
                 arguments = {} if block.name == HEAD else self.builder.positions(states)
                 out = module(states, **arguments)
             self.store(track.file(self._number(number + 1)), start, out)
-            track.passed()
+            return track.passed()
+
+        batches = self.batches(part=part)
+        side_by_side(self.torch, passed, batches, self.at_once, track.merge)
+
+    @property
+    def at_once(self) -> int:
+        """How many batches are computed at a time."""
+        if self.builder.device != "cpu":
+            return 1
+        return min(self._sizes.at_once, int(self.torch.get_num_threads()))
 
     def _shifted(self, drafted: Any, states: Any) -> Any:
         """Return MTP's states at the positions of the states that predict the same tokens."""
@@ -167,7 +182,7 @@ class ForwardStream:
         for start, ids in self.batches(part=part):
             states = self.load(track.file(number), start, len(ids))
             self.store(between, start, module(states, **self.builder.positions(states)))
-            track.passed()
+            track.merge(track.passed())
         del mlp.forward
         replaced = "forward" in vars(mlp.experts)  # by what watches their inputs
         with nullcontext() if replaced else experts_in_turn(mlp.experts):
@@ -175,7 +190,7 @@ class ForwardStream:
                 states = self.load(between, start, len(ids))
                 computed = mlp(module.post_attention_layernorm(states))
                 self.store(between, start, states + computed)
-                track.passed()
+                track.merge(track.passed())
 
     def batches(self, batch: int = 0, part: range | None = None) -> Iterator[tuple[int, I32]]:
         """Yield the first window of each batch, and its token ids.

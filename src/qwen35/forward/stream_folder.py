@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ class StreamFolder(Closing):
         self.folder = folder
         self._digest = digest
         self._files: dict[str, int] = {}
+        self._opening = threading.Lock()
         with os_errors(folder):
             self.done: list[str] = self._load_done(restart)
             folder.mkdir(exist_ok=True)
@@ -105,10 +107,11 @@ class StreamFolder(Closing):
         shutil.rmtree(self.folder)
 
     def _file(self, name: str) -> int:
-        if name not in self._files:
-            flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-            self._files[name] = os.open(self.folder / f"{name}.bin", flags, 0o666)
-        return self._files[name]
+        with self._opening:  # batches are computed side by side
+            if name not in self._files:
+                flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._files[name] = os.open(self.folder / f"{name}.bin", flags, 0o666)
+            return self._files[name]
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write hidden states into a file.
