@@ -47,10 +47,11 @@ def write_hessians(
     tokens: int = 600,
     spectrum: float = 1.0,
     source: Mapping[str, object] | None = None,
+    about: Mapping[str, object] | None = None,
 ) -> Path:
     """Write Hessians of all inputs of a checkpoint; experts of a layer share each of theirs.
 
-    `source` is what they say of the model that they are of.
+    `source` is what they say of the model that they are of, `about` what else they say.
     """
     checkpoint = open_folder(model)
     blocks = planned_inputs(inventory(checkpoint), checkpoint.config)
@@ -59,8 +60,8 @@ def write_hessians(
         for name, one in planned.items():
             file, inner = file_of(block, name)
             files.setdefault(file, {})[inner] = one
-    provenance = {"geometry": checkpoint.config.geometry, "files": sorted(files)}
-    provenance |= {} if source is None else {"source": source}
+    provenance: dict[str, object] = {"geometry": checkpoint.config.geometry, "files": sorted(files)}
+    provenance |= dict(about or {}) | ({} if source is None else {"source": source})
     (out / HESSIANS).mkdir(parents=True)
     for seed, (file, planned) in enumerate(files.items()):
         _write(out / HESSIANS / file, planned, provenance, seed, tokens, spectrum)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,28 @@ import transformers
 
 from calibrating import source
 from checkpoints import layout_of, tiny_config, write_checkpoint
+from deadly import dying
 from gguf_models import sidecars
+from here import Here
 from hub_client import files_in
 from qwen35.calibration import hessian_inputs, hessian_plan
 from qwen35.calibration.calibration_plan import CalibrationPlan, CalibrationRequest, make_plan
 from qwen35.calibration.calibration_run import calibrate
 from qwen35.calibration.hessian_inputs import Matrix, PlannedInput, Tokens, assigned
 from qwen35.calibration.hessian_record import GramSums
+from qwen35.calibration.hessian_totals import (
+    HessianTotals,
+    triangles_in,
+    triangles_of,
+    write_triangles,
+)
+from qwen35.calibration.share_worker import MODULE
 from qwen35.calibration.states import work_folder
 from qwen35.calibration.text_windows import read_text
 from qwen35.checkpoint.source import open_folder
 from qwen35.cli.main import main
 from qwen35.errors import InputError, OutputError, UsageError
+from qwen35.execution.process_pool import ProcessPool
 from qwen35.model.model_config import parse_config
 from qwen35.model.roles import expected_tensors
 from qwen35.planning.hessians import InputHessian, MeasuredInput, open_hessians
@@ -322,17 +333,127 @@ def test_finished_layers_without_their_files_are_not_passed_over(
         calibrate(plan, out, threads=1)
 
 
-def test_sums_merge() -> None:
-    """In order, tokens of one part and then of the next."""
-    x = torch.arange(24.0).reshape(8, 3)
-    whole, first, second = (GramSums(torch, 3, "cpu") for _ in range(3))
-    for part, rows in ((first, x[:5]), (second, x[5:])):
-        part.add(rows, held_out=True)
-        whole.add(rows, held_out=True)
-    first.merge(second)
-    assert torch.equal(first.sums[1], whole.sums[1])
-    assert torch.equal(whole.sums[1], x.T @ x)
-    assert not whole.sums[0].any()
+@pytest.mark.parametrize(
+    ("how", "deaths"),
+    [("experts in one group", (1, 4)), ("experts one by one", ()), ("read one by one", (0,))],
+)
+def test_workers_make_the_same_files(
+    folder: Path,
+    prose: Path,
+    made: Path,
+    tmp_path: Path,
+    how: str,
+    deaths: tuple[int, ...],
+) -> None:
+    """Whoever computes which part of the text, and though workers die when they have done so."""
+    plan = plan_for(folder, prose)
+    assert plan.hessians is not None
+    if how == "experts one by one":
+        plan = replace(plan, hessians=replace(plan.hessians, group=1))
+    if how == "read one by one":
+        plan = plan_for(folder, prose, memory=2 * plan.peak_bytes - plan.layer_bytes, workers=2)
+        assert 0 < plan.sizes.wide < len(plan.text.windows)
+        made = calibrate(plan, tmp_path / "one", threads=1).result.out
+    pool = Here(3, deaths)
+    out = calibrate(plan, tmp_path / "out", threads=1, pool=pool).result.out
+    assert files_in(out) == files_in(made)
+    jobs = {(job["block"], job["part"]) for job in pool.done}
+    passes = {(block, part.removeprefix(block).split(".")[1]) for block, part in jobs}
+    assert len(pool.done) == len(jobs) + len(deaths) * len(passes)
+    assert len(passes) > len(plan.blocks)
+    assert len(jobs) > 3 * len(plan.blocks)
+    assert not work_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("per_expert", [False, True])
+def test_workers_take_experts_however_they_are_stored(
+    prose: Path, tmp_path: Path, per_expert: bool
+) -> None:
+    folder = source(tmp_path, moe=True, tied=False, per_expert=per_expert)
+    plan = plan_for(folder, prose)
+    one = calibrate(plan, tmp_path / "one", threads=1).result.out
+    two = calibrate(plan, tmp_path / "two", threads=1, pool=Here(2)).result.out
+    assert files_in(one) == files_in(two)
+
+
+def test_one_process_goes_on_where_workers_were_interrupted(
+    folder: Path, prose: Path, made: Path, tmp_path: Path
+) -> None:
+    plan, out = plan_for(folder, prose), tmp_path / "out"
+
+    class Ends(Here):
+        def begin(self, number: int, request: Mapping[str, Any]) -> None:
+            if request["block"] == "layers.1" and request["wanted"] is not None:
+                raise KeyboardInterrupt
+            super().begin(number, request)
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(plan, out, threads=1, pool=Ends(2))
+    (work_folder(out) / "layers.1.1.0.grams").write_text("left over")
+    assert calibrate(plan, out, threads=1).resumed == 1
+    assert files_in(out) == files_in(made)
+
+
+def test_a_process_makes_the_same_files(
+    folder: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # it counts tokens as it always does
+    plan = plan_for(folder, prose)
+    one = calibrate(plan, tmp_path / "one", threads=1).result.out
+    pool = ProcessPool(1, module=MODULE, threads=1)
+    assert files_in(calibrate(plan, tmp_path / "two", pool=pool).result.out) == files_in(one)
+
+
+@pytest.mark.heavy
+def test_processes_make_the_same_files_when_one_is_killed(
+    folder: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    deaths = dying(monkeypatch, tmp_path / "deaths", 2)
+    plan = plan_for(folder, prose)
+    one = calibrate(plan, tmp_path / "one", threads=1).result.out
+    pool = ProcessPool(2, module="deadly_shares", threads=1)
+    assert files_in(calibrate(plan, tmp_path / "two", pool=pool).result.out) == files_in(one)
+    assert len(list(deaths.glob("death*"))) == 2
+
+
+def test_the_plan_states_the_disk_space_of_parts(folder: Path, prose: Path) -> None:
+    plan, shared = plan_for(folder, prose), plan_for(folder, prose, workers=2)
+    assert shared.disk_bytes == plan.disk_bytes + shared.part_bytes
+    assert plan.disk_bytes == plan.own_disk_bytes
+    assert shared.peak_bytes == 2 * plan.peak_bytes
+    assert -(-len(plan.text.windows) // plan.part) in range(2, 17)
+
+
+def test_sums_are_added_in_a_file(tmp_path: Path) -> None:
+    """Parts of the text one after the other, from memory or from the files of workers."""
+    one, other = Matrix("one"), Matrix("other", 3)
+    columns = {one: 3, other: 70}
+    totals = HessianTotals(tmp_path / "totals", columns)
+    x = torch.randint(-9, 9, (12, 70)).float()
+    for number, rows in enumerate((x[:5], x[5:6], x[6:])):
+        sums = {matrix: GramSums(torch, width, "cpu") for matrix, width in columns.items()}
+        for matrix, width in columns.items():
+            sums[matrix].add(rows[:, :width], held_out=matrix == other)
+        if number == 1:
+            del sums[one]  # the file of a worker has zeros for it
+            write_triangles(tmp_path / "part", sums, columns, torch)
+            totals.merge(triangles_in(tmp_path / "part", columns))
+        else:
+            totals.merge(triangles_of(sums))
+    seen = torch.cat([x[:5, :3], x[6:, :3]])
+    assert np.concatenate(list(totals.triangle(one, 0))).tolist() == upper(seen)
+    assert np.concatenate(list(totals.triangle(other, 1))).tolist() == upper(x)
+    assert not np.concatenate(list(totals.triangle(other, 0))).any()
+    totals.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+
+
+def upper(x: torch.Tensor) -> list[float]:
+    """Return the upper triangle of x^T x row by row."""
+    product = x.T @ x
+    found: list[float] = product[tuple(torch.triu_indices(*product.shape))].tolist()
+    return found
 
 
 PEAK = """

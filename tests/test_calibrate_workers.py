@@ -186,8 +186,6 @@ def test_what_excludes_each_other_is_refused(
     assert "--workers and --ray-address: exclude each other" in capsys.readouterr().err
     assert main([*asked, "--ray-address", "auto", "--memory", "4GB"]) == 2
     assert "--memory: applies to this machine only" in capsys.readouterr().err
-    assert main([*asked, "--workers", "2", "--hessian"]) == 2
-    assert "--workers and --hessian: exclude each other" in capsys.readouterr().err
     assert main([*asked, "--workers", "999", "--dry-run"]) == 2
     assert "expected at most" in capsys.readouterr().err
     assert main([*asked, "--workers", "2", "--dry-run"]) == 0

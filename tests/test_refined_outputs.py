@@ -25,11 +25,13 @@ from qwen35.codecs.floats import empty, f32_from
 from qwen35.codecs.ggml.grids import grid_of, with_codes
 from qwen35.codecs.registry import codec_of
 from qwen35.errors import UsageError
+from qwen35.evaluation.models import open_candidates
 from qwen35.execution.refiners import Guard
 from qwen35.planning.hessians import open_hessians
 from qwen35.planning.memory import peak_memory
-from qwen35.planning.refinement import refined_targets, refining_memory
+from qwen35.planning.refinement import refined_codes, refined_targets, refining_memory
 from qwen35.planning.sources import open_source
+from qwen35.publishing.repo_documents import documents
 from running import load_all, tree
 from watching import Watching
 
@@ -212,6 +214,43 @@ def test_scales_stay_and_the_verifier_knows_the_method(
     _break(tmp_path / "broken", min(record))
     found = qwen35.verify(tmp_path / "broken", source=plain, depth="numbers").findings
     assert {one.check for one in found} - {"hash"}
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"text": [{"name": "a.txt", "sha256": "5" * 64, "more": 1}], "tokens": 1200}, True),
+        ({"text": [{"name": "a.txt"}], "tokens": 1200}, False),
+        ({"text": "a.txt", "tokens": "1200"}, False),
+        ({}, False),
+    ],
+)
+def test_reports_and_cards_say_which_codes_are_refined(
+    plain: Path, tmp_path: Path, about: dict[str, Any], said: bool
+) -> None:
+    measured, out = write_hessians(plain, tmp_path / "own", about=about), tmp_path / "out"
+    options: Any = {"recipe": "text-nf4", "hessian": measured, "threads": 2}
+    qwen35.convert(plain, out, codes="refined+scales", **options)
+    recorded = json.loads((out / "qwen35.json").read_text())["recipe"]["hessians"]
+    text = {"text": [{"name": "a.txt", "sha256": "5" * 64}], "tokens": 1200} if said else {}
+    assert recorded == {"name": "own", "sha256": open_hessians(measured).sha256} | text
+    card = documents(out, "someone/some-model")["README.md"].decode()
+    shown = "Refined codes and scales: chosen by what they do to the outputs of layers"
+    assert shown + (", calibrated on 1,200 tokens of a.txt." if said else ".") in card
+    assert not qwen35.reproduce(out, source=plain, hessian=measured).findings
+
+
+def test_models_tell_by_their_own_file(source: Path, expected: Path, tmp_path: Path) -> None:
+    (model,) = open_candidates([str(expected)])
+    assert model.codes == "refined"
+    assert refined_codes(None) == ""
+    manifest = {"refined": {"a.gguf": {"x": "0", "y": "01"}, "b.gguf": {"x": "0", "z": "20"}}}
+    assert refined_codes(manifest) == refined_codes(manifest, ["b.gguf"]) == "refined+scales"
+    assert refined_codes(manifest, ["a.gguf"]) == "refined"
+    assert refined_codes({"refined": {"a.gguf": {"x": "00"}}}) == ""
+    qwen35.gguf(source, tmp_path / "plain", types="Q4_K_M", threads=1)
+    (model,) = open_candidates([str(tmp_path / "plain")])
+    assert model.codes == ""
 
 
 def _reversed(data: bytes) -> bytes:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.given_values import listed, size_given
-from qwen35.api.worker_choice import check_workers, pool_of
+from qwen35.api.worker_choice import check_workers, pool_of, threads_each
 from qwen35.calibration.calibration_plan import (
     CalibrationPlan,
     CalibrationRequest,
@@ -17,7 +17,6 @@ from qwen35.calibration.calibration_plan import (
 )
 from qwen35.calibration.sums import FLOOR
 from qwen35.calibration.text_windows import read_text
-from qwen35.errors import UsageError
 from qwen35.execution.failures import Work
 from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.progress import Progress
@@ -25,7 +24,7 @@ from qwen35.progress import Progress
 if TYPE_CHECKING:
     from qwen35.calibration.calibration_run import CalibrationResult
 
-__all__ = ["calibrate", "check_shared", "planned"]
+__all__ = ["calibrate", "planned"]
 
 
 @plain_arguments
@@ -93,7 +92,7 @@ def calibrate(
 
     output = Path(output)
     given = size_given("--memory", memory)
-    check_shared(workers, ray_address, given, hessian=hessian)
+    check_workers(workers, ray_address, None, given)
     # The devices of a cluster are not those of this machine.
     check_before(output, overwrite=overwrite, device="cpu" if ray_address else device)
     plan = planned(
@@ -101,7 +100,16 @@ def calibrate(
         text=text,
         context=context,
         windows=windows,
-        request=CalibrationRequest(dtype, floor, dat, given, draft, hessian, workers or 1),
+        request=CalibrationRequest(
+            dtype,
+            floor,
+            dat,
+            given,
+            draft,
+            hessian,
+            workers or 1,
+            threads_each(workers, ray_address, threads),
+        ),
         adapter=listed(adapter),
         onto=onto,
         mtp_from=mtp_from,
@@ -121,21 +129,6 @@ def calibrate(
             pool=pool,
             progress=progress,
         )
-
-
-def check_shared(
-    workers: int | None, ray_address: str | None, memory: int | None, *, hessian: bool
-) -> None:
-    """Refuse options that exclude each other where windows are shared out.
-
-    Raises:
-        UsageError: two of them are given.
-    """
-    check_workers(workers, ray_address, None, memory)
-    if hessian and (workers is not None or ray_address is not None):
-        flag = "--workers" if workers is not None else "--ray-address"
-        hint = "sums of x x^T are as large as weights: one process keeps them"
-        raise UsageError(f"{flag} and --hessian", "exclude each other", hint=hint)
 
 
 def _calibration_work() -> tuple[str, Work]:

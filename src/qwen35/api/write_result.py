@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen35.api.worker_choice import pool_for
 from qwen35.display import size
+from qwen35.errors import Qwen35Error
 from qwen35.planning.memory import peak_memory, threads_within
 from qwen35.planning.output_plan import Plan
 from qwen35.progress import Progress
@@ -16,6 +17,7 @@ from qwen35.table import html_table
 from qwen35.threads import default_threads
 
 if TYPE_CHECKING:
+    from qwen35.api.text_hessians import TextRun
     from qwen35.verification.fp8_report import Fp8Report
 
 __all__ = ["WriteOptions", "WriteResult", "carry_out", "fitting_threads"]
@@ -93,6 +95,7 @@ class WriteOptions:
         memory: use fewer threads to stay below this many bytes.
         overwrite: replace an output of qwen35.
         check: have other processes compare what they write with the source.
+        held: bytes of `memory` that something else takes.
     """
 
     device: str = "auto"
@@ -103,14 +106,28 @@ class WriteOptions:
     memory: int | None = None
     overwrite: bool = False
     check: bool = False
+    held: int = 0
 
 
 def carry_out(
-    plan: Plan, out: Path, options: WriteOptions, progress: Progress | None
+    plan: Plan,
+    out: Path,
+    options: WriteOptions,
+    progress: Progress | None,
+    text: TextRun | None = None,
 ) -> WriteResult:
-    """Write an output; errors are those of `qwen35.writing.write.write`."""
+    """Write an output; errors are those of `qwen35.writing.write.write`.
+
+    Args:
+        plan: the plan to write.
+        out: the folder.
+        options: how.
+        progress: receives bytes read.
+        text: makes the Hessians that the plan expects meanwhile.
+    """
     if options.slice is not None:
         return _slice(plan, out, options, options.slice, progress)
+    from qwen35.sinks.staging import may_continue
     from qwen35.writing.write import write
 
     pool = pool_for(
@@ -124,16 +141,25 @@ def carry_out(
     with pool as workers:
         # with workers, which keep to the memory limit themselves, this process only hashes
         threads = default_threads() if workers else fitting_threads(plan, options)
-        result = write(
-            plan,
-            out,
-            overwrite=options.overwrite,
-            threads=threads,
-            device=options.device,
-            progress=progress,
-            pool=workers,
-            check=options.check,
-        )
+        try:
+            result = write(
+                plan,
+                out,
+                overwrite=options.overwrite,
+                threads=threads,
+                device=options.device,
+                progress=progress,
+                pool=workers,
+                check=options.check,
+                text=text,
+            )
+        except Qwen35Error as error:
+            if text is not None and not may_continue(error):
+                text.stream.remove()
+            raise
+    if text is not None:
+        text.stream.remove()
+        plan = text.plan or plan
     written = WriteResult(result.out, plan, threads, result.nbytes, result.hashes)
     return replace(written, compared=result.compared, refined=result.refined)
 
@@ -163,4 +189,8 @@ def fitting_threads(plan: Plan, options: WriteOptions) -> int:
     Raises:
         UsageError: a single thread needs more.
     """
-    return threads_within(lambda n: peak_memory(plan, n), options.threads, options.memory)
+
+    def needed(threads: int) -> int:
+        return options.held + peak_memory(plan, threads)
+
+    return threads_within(needed, options.threads, options.memory)

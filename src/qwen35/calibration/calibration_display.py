@@ -21,7 +21,8 @@ _SHOWN = 12
 
 def plan_text(plan: CalibrationPlan) -> str:
     """Return the plan as text."""
-    text, workers = plan.text, plan.request.workers
+    text, workers, at_once = plan.text, plan.request.workers, plan.sizes.at_once
+    batches = "per batch" if at_once == 1 else f"for {at_once} batches at a time"
     rows = [
         ("text", f"{len(text.windows)} windows of {text.context} tokens, {text.left_over} unused"),
         ("compute", f"{plan.dtype}, {plan.batch} windows per batch, {len(plan.blocks)} blocks"),
@@ -29,7 +30,7 @@ def plan_text(plan: CalibrationPlan) -> str:
         ("read", size(plan.read_bytes) + (" by each worker" if workers > 1 else "")),
         ("memory", f"{size(plan.peak_bytes)}, plus Python and its libraries:"),
         *([("", f"{workers} times")] if workers > 1 else []),
-        ("", f"{size(plan.layer_bytes)} for the largest layer, {size(plan.batch_bytes)} per batch"),
+        ("", f"{size(plan.layer_bytes)} for the largest layer, {size(plan.batch_bytes)} {batches}"),
         *_hessian_rows(plan),
         ("disk", f"at most {size(plan.disk_bytes)} until the output is complete:"),
         ("", f"twice {size(plan.hidden_bytes)} of hidden states, sums, output"),

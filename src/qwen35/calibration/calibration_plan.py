@@ -51,6 +51,10 @@ STATISTICS, IMATRIX, LEGACY, COVERAGE = (
     "coverage.json",
 )
 
+PARTS = 16
+"""Most parts of the text whose products are summed up apart: more let more workers share them, but
+each part is added to the sums in a file."""
+
 _NUMBER_BYTES = 16
 """Upper bound for a number in the JSON file with its separator."""
 
@@ -67,6 +71,7 @@ class CalibrationRequest:
         draft: also measure how often what the MTP layer drafts is accepted.
         hessian: also keep the Hessians of all inputs.
         workers: processes on this machine that share `memory`.
+        threads: batches that each of them computes at a time, if memory allows; without Hessians.
     """
 
     dtype: Dtype = "auto"
@@ -76,6 +81,7 @@ class CalibrationRequest:
     draft: bool = False
     hessian: bool = False
     workers: int = 1
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class CalibrationPlan:
 
     @property
     def batch_bytes(self) -> int:
-        """Upper bound on a batch's bytes within a layer."""
+        """Upper bound on the bytes, within a layer, of the batches that are computed at a time."""
         return self.sizes.nbytes - self.sizes.layer
 
     @property
@@ -144,13 +150,25 @@ class CalibrationPlan:
         return self.request.workers * (self.layer_bytes + self.batch_bytes + hessians)
 
     @property
+    def part(self) -> int:
+        """Windows whose products are summed up together: a part of the text, of whole batches."""
+        count, unit = len(self.text.windows), self.sizes.wide or self.sizes.batch
+        return unit * -(-count // (unit * PARTS))
+
+    @property
+    def part_bytes(self) -> int:
+        """Upper bound on the bytes of workers' sums on disk, until they are added up."""
+        return PARTS * self.hessian_bytes // 2 if self.hessians else 0
+
+    @property
     def hessian_bytes(self) -> int:
         """Most bytes of Hessians in memory."""
         return self.hessians.nbytes if self.hessians else 0
 
     def hessian_disk_bytes(self, done: Collection[str] = ()) -> int:
         """Return an upper bound on the bytes of Hessians on disk, without those of blocks."""
-        return self.hessians.disk_bytes(done) if self.hessians else 0
+        # Those of a block are added up in a file of their own.
+        return self.hessians.disk_bytes(done) + self.hessian_bytes if self.hessians else 0
 
     @property
     def tensors(self) -> list[UntypedTensor]:
@@ -180,7 +198,23 @@ class CalibrationPlan:
     @property
     def disk_bytes(self) -> int:
         """Upper bound on disk use: hidden states, sums and the output."""
-        return 2 * self.hidden_bytes + 2 * self.output_bytes + self.hessian_disk_bytes()
+        shared = self.part_bytes if self.request.workers > 1 else 0
+        return self.own_disk_bytes + shared
+
+    @property
+    def own_disk_bytes(self) -> int:
+        """The same for one process."""
+        return 2 * (self.hidden_bytes + self.output_bytes) + self.hessian_disk_bytes()
+
+    @property
+    def streamed_disk_bytes(self) -> int:
+        """Upper bound on disk use if Hessians are used up layer by layer, and there is no output.
+
+        That is hidden states, sums, and the Hessians of one block, which are added up in a file.
+        """
+        assert self.hessians is not None
+        own = 2 * self.hidden_bytes + self.output_bytes + self.hessian_bytes
+        return own + self.hessians.streamed_disk_bytes
 
     @property
     def read_bytes(self) -> int:
@@ -223,7 +257,7 @@ class CalibrationPlan:
             "files": self._mtimes(),
             "batch": self.batch,  # float sums depend on it
             **({"wide": self.sizes.wide} if self.sizes.wide else {}),
-            **({"hessians": self.hessian_provenance} if self.hessians else {}),
+            **({"hessians": self.hessian_provenance, "part": self.part} if self.hessians else {}),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -273,19 +307,22 @@ def make_plan(
         found = f"{checkpoint.name} has no MTP layer"
         raise UsageError("--draft", found, hint="take that of the original: --mtp-from MODEL")
     itemsize = _ITEMSIZE[_dtype(config, request.dtype)]
+    memory = None if request.memory is None else request.memory // request.workers
     hessians = None
     if request.hessian:
         layer = max(block.numel for block in parts) * itemsize
-        hessians = plan_hessians(items, config, text, layer, request.memory)
+        hessians = plan_hessians(items, config, text, layer, memory)
     sizes = pass_sizes(
         parts,
         config,
         length=text.context,
         count=len(text.windows),
         itemsize=itemsize,
-        memory=None if request.memory is None else request.memory // request.workers,
+        memory=memory,
         fixed=hessians.nbytes if hessians else 0,
         shares=request.workers,
     )
+    if hessians is None:  # whose sums are in the order of the text
+        sizes = sizes.side_by_side(request.threads, len(text.windows), memory)
     notes = (*source_notes(original, mtp=True, tower=False), *grafted_notes(original))
     return CalibrationPlan(checkpoint, text, request, items, parts, sizes, notes, hessians)

@@ -149,7 +149,8 @@ def calibrate(
         resumed = max(0, len(work.done) - 1)
         # A resumed run has its hidden states on disk already.
         left = plan.output_bytes + plan.hessian_disk_bytes(work.done)
-        check_space(out.parent, left if resumed else plan.disk_bytes)
+        needed = left if resumed else plan.own_disk_bytes
+        check_space(out.parent, needed + (plan.part_bytes if pool is not None else 0))
         progress.begin(f"calibrating {out.name}", plan.read_bytes)
         try:
             with pool or nullcontext(), work, Reader(plan.checkpoint) as reader:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from qwen35.calibration.inputs import EXPERTS_IN, SHARED_IN, Input, input_of
+from qwen35.calibration.inputs import EXPERTS_IN, EXPERTS_OUT, SHARED_IN, Input, input_of
 from qwen35.checkpoint.inventory import InventoryItem
 from qwen35.forward.blocks import HEAD, MTP, layer_number
 from qwen35.model.model_config import ModelConfig
@@ -29,7 +29,9 @@ __all__ = [
     "file_of",
     "is_held_out",
     "matrix_name",
+    "passed_matrices",
     "planned_inputs",
+    "summed_in",
 ]
 
 HOLD_OUT = 5
@@ -135,6 +137,31 @@ def file_of(block: str, name: str) -> tuple[str, str]:
 def matrix_name(matrix: Matrix) -> str:
     """Return what Hessians are called."""
     return matrix.name if matrix.expert is None else f"{matrix.name}.{matrix.expert}"
+
+
+def summed_in(name: str, expert: int | None, wanted: Collection[Matrix] | None) -> Matrix | None:
+    """Return which sums an input belongs to in a pass of all windows, if to any.
+
+    Args:
+        name: of the input.
+        expert: which reads it.
+        wanted: experts that the pass is for; None for the first pass.
+    """
+    if wanted is not None:
+        return own if (own := Matrix(name, expert)) in wanted else None
+    # Experts read what the shared expert reads; their down projections read their own.
+    return Matrix(name) if expert is None or name.endswith(EXPERTS_OUT) else None
+
+
+def passed_matrices(
+    inputs: Mapping[str, PlannedInput], wanted: Sequence[Matrix] | None
+) -> dict[Matrix, int]:
+    """Return the sums that such a pass makes, each with its columns."""
+    if wanted is not None:
+        return {matrix: inputs[matrix.name].columns for matrix in wanted}
+    of_all = {name: next(iter(planned.experts), None) for name, planned in inputs.items()}
+    made = {name: summed_in(name, expert, None) for name, expert in of_all.items()}
+    return {matrix: inputs[name].columns for name, matrix in made.items() if matrix is not None}
 
 
 def assigned(

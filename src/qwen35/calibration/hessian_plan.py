@@ -52,8 +52,11 @@ class HessianPlan:
     @property
     def files(self) -> tuple[str, ...]:
         """The names of the files."""
-        names = [file_of(block, name)[0] for block, one in self.inputs.items() for name in one]
-        return tuple(sorted(set(names)))
+        return tuple(sorted({name for block in self.inputs for name in self.files_of(block)}))
+
+    def files_of(self, block: str) -> tuple[str, ...]:
+        """Return the names of a block's files."""
+        return tuple(dict.fromkeys(file_of(block, name)[0] for name in self.inputs[block]))
 
     @property
     def widest(self) -> int:
@@ -75,12 +78,22 @@ class HessianPlan:
             self._block_bytes(inputs) for block, inputs in self.inputs.items() if block not in done
         )
 
+    @property
+    def streamed_disk_bytes(self) -> int:
+        """An upper bound on the bytes on disk if only the heads of finished blocks stay there."""
+        heads = sum(map(self._head_bytes, self.inputs.values()))
+        return heads + max(map(self._block_bytes, self.inputs.values()))
+
     def _block_bytes(self, inputs: Mapping[str, PlannedInput]) -> int:
-        total = _HEADS
+        total = self._head_bytes(inputs)
         for one in inputs.values():
             own = _most_own(one, self.fit_tokens, self.reached)
-            total += 2 * triangle_bytes(one.columns) * (1 + own) + 512 * len(one.experts)
+            total += 2 * triangle_bytes(one.columns) * (1 + own)
         return total
+
+    @staticmethod
+    def _head_bytes(inputs: Mapping[str, PlannedInput]) -> int:
+        return _HEADS + sum(512 * len(one.experts) for one in inputs.values())
 
 
 def plan_hessians(

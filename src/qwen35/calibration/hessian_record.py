@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from qwen35.calibration.hessian_inputs import Matrix, PlannedInput, Tokens, is_held_out
+from qwen35.calibration.hessian_inputs import (
+    Matrix,
+    PlannedInput,
+    Tokens,
+    is_held_out,
+    summed_in,
+)
 from qwen35.calibration.hooks import InputSink
-from qwen35.calibration.inputs import EXPERTS_OUT
 
 __all__ = ["GramSums", "HessianRecord"]
 
@@ -16,7 +21,7 @@ class GramSums:
     """Sums of x x^T over fitting and over held-out tokens.
 
     In float32: a sum over a batch is a product of matrices, and batches are added in the order of
-    the text.
+    the text. These are the sums over one part of it; `HessianTotals` adds parts.
 
     Args:
         torch: the library.
@@ -32,11 +37,6 @@ class GramSums:
         """Add tokens [n, K] of any float dtype."""
         x = x.float()
         self.sums[held_out].addmm_(x.T, x)
-
-    def merge(self, later: GramSums) -> None:
-        """Add the sums over later tokens."""
-        for own, other in zip(self.sums, later.sums, strict=True):
-            own.add_(other)
 
 
 class HessianRecord:
@@ -85,20 +85,13 @@ class HessianRecord:
         held_out = self._held_out(x, expert)
         parts = x[~held_out], x[held_out]
         self._count(Matrix(name, expert), Tokens(*map(len, parts)))
-        matrix = self._matrix(name, expert)
+        matrix = summed_in(name, expert, self._wanted)
         if matrix is None:
             return
         if matrix not in self.sums:
             self.sums[matrix] = GramSums(self._torch, planned.columns, self._device)
         for part, values in enumerate(parts):
             self.sums[matrix].add(values, held_out=bool(part))
-
-    def _matrix(self, name: str, expert: int | None) -> Matrix | None:
-        """Return which sums an input belongs to in this pass."""
-        if self._wanted is not None:
-            return own if (own := Matrix(name, expert)) in self._wanted else None
-        # Experts read what the shared expert reads; their down projections read their own.
-        return Matrix(name) if expert is None or name.endswith(EXPERTS_OUT) else None
 
     def _count(self, matrix: Matrix, tokens: Tokens) -> None:
         for one in {matrix, Matrix(matrix.name)}:

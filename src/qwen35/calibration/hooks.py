@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -24,15 +25,20 @@ class InputSink(Protocol):
 
 
 class BlockSums:
-    """The sums of one block, keyed by measured weight.
+    """The sums of one block, keyed by measured weight: each thread sees what it computed itself.
 
     Args:
         also: takes the same inputs.
     """
 
     def __init__(self, also: InputSink | None = None) -> None:
-        self.sums: dict[str, Sums] = {}
-        self._also = also
+        self._also, self._own = also, threading.local()
+
+    @property
+    def sums(self) -> dict[str, Sums]:
+        """The sums so far."""
+        sums: dict[str, Sums] = vars(self._own).setdefault("sums", {})
+        return sums
 
     def routed(self, chosen: Any) -> None:
         """Take which experts the next tokens reach, [tokens, top-k]."""
@@ -62,7 +68,8 @@ class BlockSums:
 
     def taken(self) -> Iterable[tuple[str, Sums]]:
         """Return the sums so far, and begin anew."""
-        sums, self.sums = self.sums, {}
+        sums = self.sums
+        vars(self._own).clear()
         return sums.items()
 
     def check(self, block: str) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
-from qwen35.calibration.sums import Sums, load_sums, save_sums
+from qwen35.calibration.hessian_inputs import Matrix
+from qwen35.calibration.hessian_record import GramSums
+from qwen35.calibration.hessian_totals import write_triangles
+from qwen35.calibration.sums import Sums, load_sums, merge_sums, save_sums
 from qwen35.forward.stream_folder import StreamFolder
 from qwen35.planning.hessians import HESSIANS
 from qwen35.sinks.staging import os_errors
@@ -28,6 +33,12 @@ class CalibrationFolder(StreamFolder):
         """The folder of the files of Hessians, of finished blocks and of the current one."""
         return self.folder / HESSIANS
 
+    def remove(self) -> None:
+        """Remove the folder, with the files of Hessians that are still in it."""
+        if self.hessians.is_dir():
+            shutil.rmtree(self.hessians)
+        super().remove()
+
     def save(self, block: str, sums: Mapping[str, Sums]) -> None:
         """Save the sums of a block, before it is listed as finished."""
         with os_errors(self.folder):
@@ -44,15 +55,18 @@ class CalibrationFolder(StreamFolder):
             save_sums(new, keyed)
             new.replace(self._part(block, first))
 
+    def save_products(
+        self, name: str, sums: Mapping[Matrix, GramSums], columns: Mapping[Matrix, int], torch: Any
+    ) -> None:
+        """Save what Hessians are made of, over some windows of a block."""
+        with os_errors(self.folder):
+            write_triangles(self.folder / name, sums, columns, torch)
+
     def take_part(self, block: str, first: int, into: dict[str, Sums]) -> None:
         """Merge the sums of some windows, whose first it is, into those of the windows before."""
         path = self._part(block, first)
         for key, sums in load_sums(path).items():
-            name = key.partition("/")[2]
-            if name in into:
-                into[name].merge(sums)
-            else:
-                into[name] = sums
+            merge_sums(into, {key.partition("/")[2]: sums})
         path.unlink()
 
     def _part(self, block: str, first: int) -> Path:

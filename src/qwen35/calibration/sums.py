@@ -14,7 +14,7 @@ import numpy as np
 from qwen35.array_types import F32, F64, I64, Array
 from qwen35.errors import InputError
 
-__all__ = ["FLOOR", "Sums", "load_sums", "save_sums"]
+__all__ = ["FLOOR", "Sums", "load_sums", "merge_sums", "save_sums"]
 
 
 FLOOR = 128
@@ -102,6 +102,15 @@ class Sums:
     def mean_squares(self) -> F32:
         """[slices, width] mean square of each channel; 0 without tokens."""
         return (self.squares / np.maximum(1, self.tokens)[:, None]).astype(np.float32)
+
+
+def merge_sums(into: dict[str, Sums], later: Mapping[str, Sums]) -> None:
+    """Add sums over later tokens, keyed by measured weight."""
+    for name, sums in later.items():
+        if name in into:
+            into[name].merge(sums)
+        else:
+            into[name] = sums
 
 
 def save_sums(path: Path, sums: Mapping[str, Sums]) -> None:

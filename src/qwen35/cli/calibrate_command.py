@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from qwen35.api.calibrate_api import calibrate, check_shared, planned
+from qwen35.api.calibrate_api import calibrate, planned
+from qwen35.api.worker_choice import check_workers, threads_each
 from qwen35.calibration.calibration_display import coverage_text, draft_text, plan_json, plan_text
 from qwen35.calibration.calibration_plan import CalibrationRequest, Dtype
 from qwen35.calibration.sums import FLOOR
@@ -111,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
     if args.dry_run:
-        check_shared(args.workers, args.ray_address, args.memory, hessian=args.hessian)
+        check_workers(args.workers, args.ray_address, None, args.memory)
         request = CalibrationRequest(
             args.dtype,
             args.floor,
@@ -120,6 +121,7 @@ def run(args: argparse.Namespace, output: Console) -> int:
             args.draft,
             args.hessian,
             args.workers or 1,
+            threads_each(args.workers, args.ray_address, args.threads),
         )
         plan = planned(
             args.model,

@@ -38,6 +38,10 @@ class Refiners:
         self._curvatures = None if hessians is None else Curvatures(hessians)
         self._guards: dict[tuple[Rows, str, tuple[str, ...]], Guard] = {}
 
+    def use(self, hessians: Hessians) -> None:
+        """Take the inputs of steps that begin from now on from other Hessians of the same model."""
+        self._curvatures = Curvatures(hessians)
+
     def begin(self, step: Step) -> None:
         """Prepare the guards of a step that is about to run, whole."""
         for target in step.targets:

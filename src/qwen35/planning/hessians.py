@@ -49,6 +49,7 @@ __all__ = [
     "hessian_head",
     "layer_file",
     "mtp_file",
+    "open_files",
     "open_hessians",
     "triangle_bytes",
     "triangle_rows",
@@ -173,6 +174,11 @@ class Hessians:
     sha256: str
     by_weight: Mapping[Key, InputHessian]
 
+    @property
+    def files(self) -> set[str]:
+        """The names of the files that weights have Hessians in."""
+        return {hessian.file for hessian in self.by_weight.values()}
+
     def check(self, geometry: Mapping[str, int], items: Sequence[InventoryItem] = ()) -> None:
         """Check that they belong to a model.
 
@@ -233,15 +239,33 @@ def open_hessians(path: Path) -> Hessians:
     sizes = place.sizes()
     if HEAD_FILE not in sizes:
         raise InputError(str(path), f"no {HEAD_FILE} in it", expected=_MADE)
-    first = read_header(place, HEAD_FILE)
-    provenance = _provenance(HEAD_FILE, first)
+    provenance = _provenance(HEAD_FILE, read_header(place, HEAD_FILE))
+    return _opened(folder, _files(provenance), HEAD_FILE)
+
+
+def open_files(folder: Path, names: Sequence[str]) -> Hessians:
+    """Open some of the files of a calibration, one at least; those of others may be missing.
+
+    Raises:
+        InputError: one is missing, damaged or of another calibration.
+    """
+    return _opened(folder, names, names[0])
+
+
+def _opened(folder: Path, names: Sequence[str], first: str) -> Hessians:
+    """Open files of the calibration that the file `first` is of."""
+    place = LocalFolder(folder)
+    sizes = place.sizes()
+    if first not in sizes:
+        raise InputError(str(folder), f"no {first} in it", hint=_AGAIN)
+    provenance = _provenance(first, read_header(place, first))
     digest, by_weight = hashlib.sha256(), dict[Key, InputHessian]()
-    for name in _files(provenance):
+    for name in names:
         if name not in sizes:
             raise InputError(str(folder), f"no {name} in it", hint=_AGAIN)
         header = read_header(place, name)
         if _provenance(name, header) != provenance:
-            raise InputError(name, f"not of the calibration of {HEAD_FILE}", hint=_AGAIN)
+            raise InputError(name, f"not of the calibration of {first}", hint=_AGAIN)
         digest.update(f"{name} {header.metadata[_INPUTS]}\n".encode(errors="backslashreplace"))
         for key, hessian in _inputs(folder, name, header):
             if key in by_weight:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -28,9 +28,12 @@ __all__ = [
     "PLAIN",
     "SEARCHED",
     "Refinement",
+    "files_read",
     "hessian_of",
     "is_refined_record",
     "opened_refinement",
+    "refined_codes",
+    "refined_on",
     "refined_record",
     "refined_targets",
     "refined_text",
@@ -139,7 +142,7 @@ class Refinement:
             return {}
         name = self.hessians.folder.resolve()
         row = {"name": name.parent.name, "sha256": self.hessians.sha256}
-        return {"codes": self.codes, "hessians": row}
+        return {"codes": self.codes, "hessians": row | _calibrated_on(self.hessians.provenance)}
 
     @classmethod
     def from_json(cls, recipe: Mapping[str, Any], folder: Path | None) -> Refinement:
@@ -190,6 +193,33 @@ class Refinement:
         return f"the Hessians in {self.hessians.folder.resolve().parent.name}"
 
 
+def _calibrated_on(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the text and its tokens, as far as Hessians tell, whose origin may be any JSON."""
+    text, tokens = provenance.get("text"), provenance.get("tokens")
+    if not isinstance(text, list) or not all(map(_is_text, text)) or type(tokens) is not int:
+        return {}
+    return {"text": [{key: file[key] for key in _TEXT} for file in text], "tokens": tokens}
+
+
+def _is_text(file: object) -> bool:
+    return isinstance(file, dict) and all(isinstance(file.get(key), str) for key in _TEXT)
+
+
+_TEXT = ("name", "sha256")
+"""What is recorded of a file of text."""
+
+
+def refined_on(recipe: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Return the texts that Hessians of an artifact were made from, and their tokens, if recorded.
+
+    Args:
+        recipe: of its manifest, which may be any JSON.
+    """
+    row = recipe.get("hessians")
+    found = _calibrated_on(row) if isinstance(row, dict) else {}
+    return [file["name"] for file in found.get("text", ())], found.get("tokens", 0)
+
+
 def _model_name(source: Mapping[str, Any]) -> str:
     """Return the name of an origin, which may be any JSON."""
     name = source.get("repo") or source.get("file") or source.get("folder")
@@ -229,6 +259,14 @@ def hessian_of(hessians: Hessians, rows: Rows, slab: int) -> InputHessian | None
         expert = piece.row // item.spec.shape[1]
     found = hessians.of(item.spec.name, expert)
     return found if found is not None and found.columns == rows.row else None
+
+
+def files_read(hessians: Hessians, step: Step) -> set[str]:
+    """Return the names of the files of Hessians that the refined codes of a step depend on."""
+    if all(target.codes == PLAIN for target in step.targets):
+        return set()
+    found = (hessian_of(hessians, step.rows, slab) for slab in range(len(step.rows.slabs)))
+    return {hessian.file for hessian in found if hessian is not None}
 
 
 def refining_memory(plan: Plan, threads: int) -> int:
@@ -338,6 +376,22 @@ def refined_weights(manifest: Mapping[str, Any]) -> dict[tuple[str, str], str]:
         for name, digits in table.items()
         if set(digits) - {"0"}
     }
+
+
+def refined_codes(manifest: Mapping[str, Any] | None, files: Collection[str] | None = None) -> str:
+    """Return how codes of an artifact were chosen: one of `CODES`; empty if all are plain.
+
+    Args:
+        manifest: its manifest, if it has one.
+        files: of the model in question; None for all of the artifact.
+    """
+    found = {
+        digit
+        for (file, _), digits in refined_weights(manifest or {}).items()
+        if files is None or file in files
+        for digit in digits
+    }
+    return SEARCHED if "2" in found else _REFINED if "1" in found else ""
 
 
 def refined_targets(plan: Plan) -> Iterator[tuple[Step, StepTarget]]:

@@ -38,7 +38,9 @@ __all__ = [
     "check_space",
     "existing",
     "locked",
+    "may_continue",
     "os_errors",
+    "refuse_foreign_model",
     "resolved",
     "resumable",
     "scratch",
@@ -103,10 +105,12 @@ def check_output(
     with os_errors(out):
         _check_inside(out, files)
         if out.is_symlink():
+            refuse_foreign_model(out)
             raise OutputError(
                 str(out), "is a symbolic link", hint="give the folder that it leads to"
             )
         if not out.exists():
+            _check_name(out)
             return
         if not out.is_dir():
             raise OutputError(str(out), "exists and is not a folder", hint="choose another name")
@@ -135,16 +139,33 @@ def _check_inside(out: Path, files: Sequence[str | Path | None]) -> None:
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
+    refuse_foreign_model(out)
     if not (out / MANIFEST_NAME).is_file():
-        if any(out.glob("*.safetensors")) or any(out.glob("*.gguf")):
-            found = "holds a model that qwen35 did not write"
-            hint = "choose another folder (MODEL comes first, then the output)"
-            raise OutputError(str(out), found, hint=hint)
         found = f"exists already and holds no {MANIFEST_NAME}, so it was not written by qwen35"
         raise OutputError(str(out), found, hint="choose another folder, or remove it yourself")
     if not overwrite:
         raise OutputError(str(out), "exists already", hint="give --overwrite to replace it")
     refuse_strangers(out)
+
+
+def refuse_foreign_model(out: Path) -> None:
+    """Refuse somebody's model where an output is to go: perhaps the two were swapped.
+
+    Raises:
+        OutputError: the folder holds a model without our manifest.
+    """
+    if (out / MANIFEST_NAME).is_file():
+        return
+    if any(out.glob("*.safetensors")) or any(out.glob("*.gguf")):
+        found = "holds a model that qwen35 did not write"
+        hint = "choose another folder (MODEL comes first, then the output)"
+        raise OutputError(str(out), found, hint=hint)
+
+
+def _check_name(out: Path) -> None:
+    if out.suffix in (".gguf", ".safetensors"):
+        hint = f"for instance {out.stem}; the files in it are named after the model"
+        raise OutputError(str(out), "named like a file", expected="a folder to write", hint=hint)
 
 
 def _clean_up(out: Path) -> None:
@@ -248,7 +269,7 @@ def resumable(
                     yield work.path / FILES_NAME if journal else work.fresh(), journal
                     work.stays = keep  # keep the complete files if the rename fails
             except BaseException as error:
-                work.stays = keep and bool(journal) and work.is_there and _may_continue(error)
+                work.stays = keep and bool(journal) and work.is_there and may_continue(error)
                 if work.stays:
                     hint = f"finished work is kept in {work.path}: run the same command to resume"
                     error.add_note(hint)
@@ -262,7 +283,7 @@ def _note_lost_work(work: _Work) -> None:
         _LOG.warning("%s: no journal tells what is finished: starting over", work.path)
 
 
-def _may_continue(error: BaseException) -> bool:
+def may_continue(error: BaseException) -> bool:
     """Return whether a rerun could succeed: not if the source or the arguments are wrong."""
     if isinstance(error, InputError | UsageError):
         return isinstance(error.__cause__, OSError)  # a failing read may work next time

@@ -31,7 +31,7 @@ class OpenOutput:
 
     Args:
         out: the final folder.
-        plan: the plan to run.
+        plan: the plan to run; replaced by one with the same tensors once all Hessians are known.
         folder: holds the files while they are written.
         written: opens and finishes the files.
         runner: runs the steps.
@@ -103,9 +103,17 @@ class OpenOutput:
         ]
         return step.into(set(step.files) - set(done)) if done else step
 
-    def readers(self, owner: int, steps: Sequence[Step]) -> Iterator[RangeReader]:
-        """Yield the range readers of steps that `pending` returned."""
-        self._unfilled = Counter(file for step in steps for file in step.files)
+    def readers(
+        self, owner: int, steps: Sequence[Step], later: Sequence[Step] = ()
+    ) -> Iterator[RangeReader]:
+        """Yield the range readers of steps that `pending` returned.
+
+        Args:
+            owner: of the readers.
+            steps: to run now.
+            later: those that will run after all of these.
+        """
+        self._unfilled = Counter(file for step in (*steps, *later) for file in step.files)
         numbers = {name: number for number, name in enumerate(self._files)}
         for number, step in enumerate(steps):
             spans = self.runner.spans(step)

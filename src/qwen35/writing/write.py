@@ -23,8 +23,10 @@ from qwen35.execution.dispatch import WorkerPool
 from qwen35.execution.fleet import fill
 from qwen35.execution.step_runner import StepRunner, ThreadCrew
 from qwen35.execution.window import RangeReader
+from qwen35.planning.hessians import Hessians
 from qwen35.planning.manifest import manifest_bytes, work_key
 from qwen35.planning.output_plan import Plan
+from qwen35.planning.step import Step
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import write_file
 from qwen35.sinks.staging import (
@@ -38,6 +40,7 @@ from qwen35.sinks.staging import (
 from qwen35.sinks.tensor_writer import TensorWriter, refined_digits
 from qwen35.threads import default_threads
 from qwen35.writing.open_output import OpenOutput
+from qwen35.writing.text_pass import TextPass, Waiting
 
 __all__ = ["WriteJob", "check_before", "write", "write_all"]
 
@@ -78,12 +81,14 @@ class WriteJob:
         out: the folder.
         overwrite: replace an output of qwen35.
         keep: leave unfinished work for the next run.
+        text: makes the Hessians that the plan expects while it is written; of a single job.
     """
 
     plan: Plan
     out: Path
     overwrite: bool = False
     keep: bool = True
+    text: TextPass | None = None
 
 
 def write(
@@ -97,6 +102,7 @@ def write(
     progress: Progress | None = None,
     pool: WorkerPool | None = None,
     check: bool = False,
+    text: TextPass | None = None,
 ) -> StagedResult:
     """Write the output that `plan` describes to the folder `out`.
 
@@ -116,6 +122,7 @@ def write(
         pool: workers that write instead of this process (`execution.process_pool`,
             `execution.ray_workers`), on their own devices; they need access to source and output.
         check: have workers compare what they write with the source (`StagedResult.compared`).
+        text: makes the Hessians that the plan expects meanwhile; not for workers.
 
     Raises:
         OutputError: the output exists or overlaps the source, or the disk is full.
@@ -123,7 +130,7 @@ def write(
         UsageError: a required library is not installed.
         WorkerError: a task's workers died at every attempt, or a GPU has too little memory.
     """
-    job = WriteJob(plan, out, overwrite, keep)
+    job = WriteJob(plan, out, overwrite, keep, text)
     sweep = _Sweep([job], "cpu" if pool else device, progress or Silent())
     results, errors = sweep.run(threads or default_threads(), pool, check=check)
     for error in errors.values():
@@ -181,10 +188,13 @@ class _Sweep:
             kernels = kernels_for(self.device)
             outputs += [self._open(i, stack, kernels) for i, stack in enumerate(stacks)]
             with ThreadPoolExecutor(threads) as pool:
-                if workers is None:
+                text = self.jobs[0].text
+                if workers is None and text is None:
                     self._fill(outputs, pool, threads)
-                elif outputs[0] is not None:
+                elif workers is not None and outputs[0] is not None:
                     self._hand_out(outputs[0], pool, workers, check=check)
+                elif text is not None and outputs[0] is not None:
+                    self._fill_along(text, outputs[0], pool, threads)
         except BaseException as error:
             for stack in stacks:
                 with suppress(Qwen35Error):  # report the first error only
@@ -220,23 +230,66 @@ class _Sweep:
         for owner, output in enumerate(outputs):
             if output is None:
                 continue
-            names = [file.name for file in output.find_finished(pool, output.plan.written)]
-            steps = output.pending(output.plan.written)
+            steps, filled = self._unfinished(owner, output, pool)
             readers += output.readers(owner, steps)
-            full = set(names) - {file for step in steps for file in step.files}
-            filled_before += [partial(self._finish, owner, output, name) for name in sorted(full)]
+            filled_before += filled
             whole += output.plan.read_bytes
             nbytes += sum(step.read_bytes for step in steps)
         if any(outputs):
             self._announce(nbytes, whole)
+        with Reader(self.jobs[0].plan.checkpoint) as reader:
+            crew = self._crew(outputs, readers, filled_before)
+            crew.run(pool, threads, reader)
+
+    def _fill_along(
+        self, text: TextPass, output: OpenOutput, pool: ThreadPoolExecutor, threads: int
+    ) -> None:
+        """Fill all files while a text passes the source: first with what awaits no Hessians."""
+        plan, hessians = output.plan, output.plan.options.refinement.hessians
+        assert hessians is not None  # those that the text makes
+        steps, filled_before = self._unfinished(0, output, pool)
+        waiting = Waiting(steps, hessians)
+        todo = sum(step.read_bytes for step in steps)
+        self._announce(todo + text.read_bytes, plan.read_bytes + text.read_bytes)
+
+        def run(steps: Sequence[Step], before: Sequence[Callable[[], None]] = ()) -> None:
+            readers = list(output.readers(0, steps, waiting.steps))
+            self._crew([output], readers, before).run(pool, threads, reader)
+            for error in self.errors.values():
+                raise error
+
+        def encode(hessians: Hessians) -> None:
+            output.runner.refiners.use(hessians)
+            run(waiting.taken(hessians))
+            output.written.flush()  # before the Hessians are dropped
+
+        with Reader(plan.checkpoint) as reader:
+            run(waiting.ready, filled_before)
+            output.plan = text.run(waiting.awaited, encode, output.progress)
+
+    def _unfinished(
+        self, owner: int, output: OpenOutput, pool: ThreadPoolExecutor
+    ) -> tuple[list[Step], list[Callable[[], None]]]:
+        """Return an output's unfinished steps, and jobs that finish files that lack none."""
+        names = {file.name for file in output.find_finished(pool, output.plan.written)}
+        steps = output.pending(output.plan.written)
+        full = names - {file for step in steps for file in step.files}
+        return steps, [partial(self._finish, owner, output, name) for name in sorted(full)]
+
+    def _crew(
+        self,
+        outputs: Sequence[OpenOutput | None],
+        readers: Sequence[RangeReader],
+        jobs: Sequence[Callable[[], None]],
+    ) -> ThreadCrew:
+        """Return the threads that fill files, and finish those that are full."""
         crew = ThreadCrew(readers, self._failed, self._has_failed)
         for owner, output in enumerate(outputs):
             if output is not None:
                 output.filled = partial(self._full, crew, owner, output)
-        for job in filled_before:
+        for job in jobs:
             crew.soon(job)
-        with Reader(self.jobs[0].plan.checkpoint) as reader:
-            crew.run(pool, threads, reader)
+        return crew
 
     def _full(self, crew: ThreadCrew, owner: int, output: OpenOutput, name: str) -> None:
         crew.soon(partial(self._finish, owner, output, name))
@@ -298,10 +351,12 @@ def _opened(
     plan.container.prepare(plan)
     key = work_key(plan)
     with resumable(out, key, overwrite=job.overwrite, keep=job.keep) as (folder, journal):
-        check_space(folder, plan.total_bytes, keeping=folder)
+        beside = job.text.disk_bytes if job.text else 0
+        check_space(folder, plan.total_bytes + beside, keeping=folder)
         with TensorWriter(folder, journal) as written:
             output = OpenOutput(out, plan, folder, written, StepRunner(plan, kernels), progress)
             yield output
+        plan = output.plan  # with the hash of Hessians that were made meanwhile
         hashes = {file.name: output.hashes[file.name] for file in plan.files}
         for name, content in plan.documents.items():
             hashes[name] = write_file(folder / name, content)
