@@ -5,9 +5,10 @@
 The embedded checkpoint's held-out text is split into three parts: for the importance matrix, for
 tuning and for measuring. The importance matrix is the same everywhere. For the sizes of plain
 Q4_K_M and of the recipe q8-gates at Q4_K_M, Q5_K_M and Q6_K the tuned file has at most as many
-bytes; mean divergence and its 99.9th percentile are against F16, in llama.cpp. The
-figures are written to docs/tune.json; `python docs/generate.py` builds the tables from it. Figures
-of 126 probes, measured by this script before prices replaced them, are kept there for comparison.
+bytes; mean divergence and its 99.9th percentile are against F16, in llama.cpp. All of
+docs/tune.json is written, with the CPU seconds of the first `qwen35 tune`, and
+`python docs/generate.py` builds the table from it. Figures of 126 probes, measured by this script
+before prices replaced them, are constants below.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import io
 import json
 import resource
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measuring import ASSET, ROOT
 from qwen35.cli.main import main as qwen35
 from qwen35.cli.tune_command import DEFAULT_CHUNKS
+from qwen35.tuning.measurements import load_measurements
 
 TYPES = "Q4_K_M,Q5_K_M,Q6_K"
 CASES = (("mix", "Q4_K_M"), ("q8-gates", "Q4_K_M"), ("q8-gates", "Q5_K_M"), ("q8-gates", "Q6_K"))
@@ -40,6 +43,23 @@ PROBES = {
     },
 }
 """What this script measured at the same sizes while `qwen35 tune` fitted costs to probes."""
+
+
+@dataclass(frozen=True)
+class TunedFile:
+    """A tuned file, its predicted divergence, and what it took.
+
+    Args:
+        path: the file.
+        predicted: mean divergence by the prices, in nats.
+        inputs: what of that is rounding of inputs.
+        cpu_seconds: of the command that found the recipe.
+    """
+
+    path: Path
+    predicted: float
+    inputs: float
+    cpu_seconds: float
 
 
 def command(*arguments: object) -> Any:
@@ -81,15 +101,17 @@ def make_hand_made(work: Path, imatrix: Path) -> dict[tuple[str, str], Path]:
 
 def tune(
     work: Path, budget: tuple[str, object], name: str, imatrix: Path, text: Path, args: Any
-) -> tuple[Path, float]:
-    """Tune for a budget and write the file; return it and its price. All share measurements."""
+) -> TunedFile:
+    """Tune for a budget and write the file. All share measurements."""
     recipe = work / f"{name}.toml"
     types = ("--types", args.types) if args.types else ()
+    measured, begun = work / "measured.json", cpu_seconds()
     found = command(
         "tune", ASSET, "--format", "gguf", *budget, "--text", text, "--imatrix", imatrix,
-        "--output", recipe, "--measurements", work / "measured.json",
+        "--output", recipe, "--measurements", measured,
         "--chunks", args.chunks, *types, "--report", work / f"report-{name}",
     )  # fmt: skip
+    seconds = cpu_seconds() - begun
     print(
         f"{name}: {' '.join(map(str, budget))}: {found['bytes']} bytes, "
         f"{found['predicted_kld']:.6f} nats predicted"
@@ -99,13 +121,15 @@ def tune(
     command("gguf", ASSET, out, *asked)
     path = out / f"{name}.gguf"
     file_of(out, "Q4_K_M").rename(path)
-    return path, found["predicted_kld"]
+    prices = load_measurements(measured).prices.inputs
+    inputs = sum(prices[unit][choice] for unit, choice in found["chosen"].items())
+    return TunedFile(path, found["predicted_kld"], inputs, seconds)
 
 
 def cpu_seconds() -> float:
-    """Return the CPU seconds of this process so far."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+    """Return the CPU seconds of this process so far, and of those that it waited for."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 def main() -> None:
@@ -122,14 +146,20 @@ def main() -> None:
     imatrix = args.work / "statistics" / "imatrix.gguf"
     made = make_hand_made(args.work, imatrix)
     base = file_of(args.work / "f16", "F16")
-    tuned, prices, seconds = {}, {}, 0.0
-    for case in CASES:
-        begun, budget = cpu_seconds(), ("--size", made[case].stat().st_size)
-        name = f"tuned-{'-'.join(case)}"
-        tuned[case], prices[case] = tune(args.work, budget, name, imatrix, tuning, args)
-        seconds = seconds or cpu_seconds() - begun  # the others use its measurements
+    tuned = {
+        case: tune(
+            args.work,
+            ("--size", made[case].stat().st_size),
+            f"tuned-{'-'.join(case)}",
+            imatrix,
+            tuning,
+            args,
+        )
+        for case in CASES
+    }
+    paths = {case: one.path for case, one in tuned.items()}
     made_so = [made[case] for case in CASES]
-    files = list(dict.fromkeys([*made_so, *tuned.values()]))
+    files = list(dict.fromkeys([*made_so, *paths.values()]))
     # file names may repeat: give each a folder
     links = args.work / "files"
     links.mkdir()
@@ -141,20 +171,20 @@ def main() -> None:
         "--report", args.work / "report",
     )  # fmt: skip
     figures = {row["name"]: row["figures"] for row in report["candidates"]}
-    routes = {"hand_made": made, "tuned": tuned}
+    routes = {"hand_made": made, "tuned": paths}
     results = {
         "made_by": "benchmarks/tune.py",
         "chunks": args.chunks,
-        "cpu_seconds": round(seconds),
+        "cpu_seconds": round(tuned[CASES[0]].cpu_seconds),  # the others use its measurements
         "probes": PROBES,
         "rows": [
             {
                 "recipe": case[0],
                 "type": case[1],
-                "predicted": round(prices[case], 6),
+                "predicted": round(tuned[case].predicted, 6),
+                "inputs": round(tuned[case].inputs, 6),
                 **{
-                    name: outcome(paths[case], figures[names[paths[case]]])
-                    for name, paths in routes.items()
+                    name: outcome(of[case], figures[names[of[case]]]) for name, of in routes.items()
                 },
             }
             for case in CASES

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from calibrating import source
+from checkpoints import ASSET
 from deadly import dying
 from here import Here
+from hub_client import files_in
 from qwen35.checkpoint.open import fetch
 from qwen35.cli.main import main
 from qwen35.errors import InputError, WorkerError
@@ -102,6 +104,25 @@ def test_processes_find_the_same_prices_when_one_is_killed(
     two = replace(SETTING, shares=2)
     with ProcessPool(2, module=MODULE, threads=1) as pool:
         assert priced(space, tmp_path / "n.json", pool, two) == expected
+
+
+@pytest.mark.heavy
+def test_the_command_with_workers_that_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measurements and recipe are those of one process, byte for byte."""
+    asked = ["tune", str(ASSET), "--format", "gguf", "--text", str(ASSET / "eval.txt"), "--quiet"]
+    asked += ["--size", "5.3MB", "--types", "q4_0,q8_0", "--chunks", "3", "--context", "64"]
+    asked += ["--threads", "1", "--device", "cpu", "--output"]
+    for name in ("alone", "shared"):
+        (tmp_path / name).mkdir()
+    assert main([*asked, str(tmp_path / "alone" / "r.toml")]) == 0
+    died = dying(monkeypatch, tmp_path / "deaths", 2)
+    monkeypatch.setattr("qwen35.tuning.price_worker.MODULE", "deadly_prices")
+    assert main([*asked, str(tmp_path / "shared" / "r.toml"), "--workers", "2"]) == 0
+    assert len(list(died.glob("death*"))) == 2
+    assert files_in(tmp_path / "shared") == files_in(tmp_path / "alone")
+    assert sorted(files_in(tmp_path / "alone")) == ["r.json", "r.toml"]
 
 
 def test_what_excludes_each_other_is_refused(

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import deadly
+import deadly_prices
 import deadly_shares
 import qwen35
 from checkpoints import ASSET, random_tensors, tiny_config, write_checkpoint
@@ -303,6 +304,24 @@ def test_windows_of_a_calibration_on_a_cluster(
     asked += ["--windows", "24", "--threads", "1", "--quiet", "--device", "cpu"]
     assert main([*asked, "--output", str(tmp_path / "alone")]) == 0
     shared = [*asked, "--output", str(tmp_path / "shared"), "--ray-address", cluster.address]
+    assert main(shared) == 0
+    assert len(list(folder.glob("death*"))) == 1
+    assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
+
+
+def test_prices_on_a_cluster(
+    cluster: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One worker dies; measurements and recipe are those of one process."""
+    (folder / "kill").write_text("1")
+    monkeypatch.setattr("qwen35.tuning.price_worker.answer", deadly_prices.deadly)
+    asked = ["tune", str(ASSET), "--format", "gguf", "--text", str(ASSET / "eval.txt"), "--quiet"]
+    asked += ["--size", "5.3MB", "--types", "q4_0,q8_0", "--chunks", "3", "--context", "64"]
+    asked += ["--threads", "1", "--device", "cpu", "--output"]
+    for name in ("alone", "shared"):
+        (tmp_path / name).mkdir()
+    assert main([*asked, str(tmp_path / "alone" / "r.toml")]) == 0
+    shared = [*asked, str(tmp_path / "shared" / "r.toml"), "--ray-address", cluster.address]
     assert main(shared) == 0
     assert len(list(folder.glob("death*"))) == 1
     assert tree(tmp_path / "shared") == tree(tmp_path / "alone")

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import qwen35
 from calibrating import source
 from checkpoints import ASSET
 from gguf_models import make_variant
@@ -34,7 +37,9 @@ from qwen35.tuning.recipe_search import TuningBudget
 from qwen35.tuning.recipe_search import tune as tune_space
 from qwen35.tuning.solve import cheapest, nearest
 from qwen35.tuning.space import ChoiceSpace
-from qwen35.tuning.tuning_job import TuningRequest, prepare, run
+from qwen35.tuning.tunable import tunable_of
+from qwen35.tuning.tuning_job import prepare, run
+from qwen35.tuning.tuning_request import TuningRequest
 from qwen35.tuning.unit_groups import group_units, rank_correlation
 from qwen35.tuning.units import Unit
 
@@ -176,6 +181,14 @@ def test_a_recipe_says_what_was_chosen(
     assert file.nbytes == gguf_space.size(chosen)
     manifest = json.loads(json.dumps(plan.container.request_json(plan)))
     assert plan_again(plan.checkpoint, manifest, ContainerInputs()).digest == plan.digest
+
+
+def test_types_of_one_size_have_an_order() -> None:
+    """Sets of names have another order in each process, and an interrupted run must know itself."""
+    names = ("q5_K", "q8_0", "q4_K", "iq4_nl", "q5_0", "q4_0")
+    expected = ("iq4_nl", "q4_0", "q4_K", "q5_0", "q5_K", "q8_0", "f16")
+    for order in itertools.permutations(names):
+        assert tunable_of("gguf").choices("gguf", order) == expected
 
 
 def test_a_recipe_is_short(gguf_space: ChoiceSpace) -> None:
@@ -409,6 +422,65 @@ def test_prices_of_a_model_of_other_sizes_are_refused(text: Path, tmp_path: Path
     assert run(prepare(request)).measured.origin == "other"
 
 
+def test_prices_of_a_base_are_not_taken_where_there_are_others(
+    text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """The same command again goes on with them; other prices are neither used nor replaced."""
+    space = packed_space("nf4")
+
+    def measured(name: str, sample: int = 1) -> str:
+        row = {unit.name: {"nf4": 1e-3 * len(name), "plain": 0.0} for unit in space.units}
+        weights = sum(unit.numel for unit in space.units)
+        key = replace(KEY, format="nf4", weights=weights, sample=sample)
+        Measurements(key, name, Prices(row, row)).save(tmp_path / f"{name}.json")
+        return str(tmp_path / f"{name}.json")
+
+    kept = tmp_path / "r.json"
+    smallest = space.size(space.smallest)
+    asked = [
+        *("--format", "nf4", "--text", str(text), "--output", str(tmp_path / "r.toml")),
+        *("--overwrite", "--size"),
+    ]
+    assert tune(*asked, str(smallest), "--start-from", measured("base")) == 0
+    content = kept.read_bytes()
+    capsys.readouterr()
+    assert tune(*asked, str(smallest + 600_000), "--start-from", measured("base")) == 0
+    assert json.loads(capsys.readouterr().out)["priced_as"] == "base"
+    assert tune(*asked, str(smallest), "--start-from", measured("another")) == 2
+    said = "--start-from: {} has prices already, those of base; leave --start-from out to use"
+    assert said.format(kept) in capsys.readouterr().err
+    own = load_measurements(kept)
+    own.origin = ""
+    own.save(kept)
+    assert tune(*asked, str(smallest), "--start-from", measured("base")) == 2
+    assert "has prices already, this model's own; leave" in capsys.readouterr().err
+    kept.write_bytes(content)
+    assert tune(*asked, str(smallest), "--start-from", measured("few", sample=8)) == 2
+    assert "types compared on one row in 8; give --sample 8, as it has" in capsys.readouterr().err
+    assert kept.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"chunks": 0}, "--chunks: 0, expected a positive number"),
+        ({"chunks": -3}, "--chunks: -3, expected a positive number"),
+        ({"sample": 0}, "--sample: 0, expected a number from 1 to 64"),
+        ({"memory": 0}, "--memory: 0"),
+        ({"workers": 0}, "--workers: 0"),
+        ({"threads": -1}, "--threads: -1"),
+    ],
+)
+def test_numbers_that_the_command_line_refuses_are_refused_in_python(
+    given: dict[str, Any], sentence: str, text: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"^{sentence}"):
+        qwen35.tune(
+            ASSET, format="gguf", text=text, output=tmp_path / "r.toml", size="5MB", **given
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_recipe_that_packs_nothing_is_not_written(
     text: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -474,10 +546,13 @@ def test_experts_are_told(text: Path, tmp_path: Path, capsys: Capture) -> None:
     told = capsys.readouterr().out
     assert "8 of 8 experts saw fewer than 128 tokens" in told
     assert "one row in 2" in told
-    assert "read per token" in told
+    bits = re.search(r"read per token, (\d+\.\d{3}) bits per weight of these", told)
     report = json.loads((tmp_path / "report" / "tune.json").read_text())
     assert report["active"]
     assert report["active_bytes"] <= report["front"][-1]["bytes"]
+    assert bits is not None
+    assert float(bits[1]) == pytest.approx(report["active_bits_per_weight"], abs=5e-4)
+    assert 8.5 < report["active_bits_per_weight"] <= 12
     for one in report["experts"]:
         assert sum(one["tokens"]) == 2 * 2 * 31  # two windows, two experts per token
         assert len(one["nats"]) == len(one["tokens"]) == 4
@@ -530,7 +605,38 @@ def test_tuning_packed(kind: str, text: Path, tmp_path: Path, capsys: Capture) -
         (("--format", "gguf", "--size", "1MB", "--probes", "-1"), "a number of models"),
         (("--format", "gguf", "--max-kld", "0"), "expected nats"),
         (("--format", "gguf", "--size", "5MB", "--context", "2"), "3 tokens at least"),
+        (("--format", "gguf", "--size", "5MB", "--sample", "65"), "a number from 1 to 64"),
+        (("--format", "gguf", "--size", "5MB", "--types", "f16"), "--types: only f16; name quant"),
+        (("--format", "gguf", "--size", "5MB", "--types", "bf16,q8_0"), "--types: bf16; name"),
         (("--format", "nf4", "--size", "9MB", "--for", "llama.cpp"), "other engines run it"),
+        (
+            ("--format", "gguf", "--size", "5MB", "--for", "weights", "--probes", "2"),
+            "--probes: given with --for weights; llama.cpp measures them",
+        ),
+        (
+            ("--format", "gguf", "--size", "5MB", "--probes", "2", "--memory", "9MB"),
+            "--probes: a model and its original take at least 16.71 MB",
+        ),
+        (
+            ("--format", "nf4", "--size", "9MB", "--probes", "2", "--memory", "40MB"),
+            "--probes: a model and its original take at least 59.38 MB",
+        ),
+        (
+            ("--format", "gguf", "--size", "5MB", "--measurements", "r.toml"),
+            "--measurements: r.toml is the file of --output too",
+        ),
+        (
+            ("--format", "gguf", "--size", "5MB", "--measurements", "no/m.json"),
+            "--measurements: no is not a folder",
+        ),
+        (
+            ("--format", "gguf", "--size", "5MB", "--start-from", "b.json", "--workers", "2"),
+            "--workers: given with --start-from; leave it out",
+        ),
+        (
+            ("--format", "gguf", "--size", "5MB", "--start-from", "b.json", "--dry-run"),
+            "--dry-run: given with --start-from; leave it out",
+        ),
         (("--format", "gguf", "--size", "1MB", "--active"), "bytes too small"),
         (("--format", "nf4", "--size", "1MB", "--types", "q4_K"), "expected --format gguf"),
         (("--format", "nf4", "--size", "1MB", "--output", "x.json"), "ending with .toml"),
@@ -591,7 +697,6 @@ def test_packed_weights_leave_nothing_to_choose(
 
 def test_every_format_offered_is_known_to_a_container() -> None:
     from qwen35.tuning.formats import FORMATS
-    from qwen35.tuning.tunable import tunable_of
 
     assert set(FORMATS) == {"gguf", "nf4", "fp8", "fp8-channel", "nvfp4", "int4", "int4-gptq"}
     assert all(tunable_of(kind).base(kind) for kind in FORMATS)

@@ -16,7 +16,8 @@ from qwen35.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from qwen35.tuning.formats import Engine
-    from qwen35.tuning.tuning_job import Format, TuningRequest, TuningResult
+    from qwen35.tuning.tuning_job import TuningResult
+    from qwen35.tuning.tuning_request import Format, TuningRequest
 
 __all__ = ["carry_out", "tune", "types_of"]
 
@@ -96,7 +97,7 @@ def tune(
         OutputError: the report exists, or the disk is full.
         HubError: the Hub refused a request or could not be reached.
     """
-    from qwen35.tuning.tuning_job import TuningRequest
+    from qwen35.tuning.tuning_request import TuningRequest
 
     request = TuningRequest(
         model=str(model),

@@ -13,7 +13,15 @@ from pathlib import Path
 from qwen35.api.tune_api import carry_out, types_of
 from qwen35.api.worker_choice import check_workers
 from qwen35.cli.console import Console
-from qwen35.cli.shared_flags import add_adapter, add_model, add_onto, keywords, positive, size_of
+from qwen35.cli.shared_flags import (
+    Joined,
+    add_adapter,
+    add_model,
+    add_onto,
+    keywords,
+    positive,
+    size_of,
+)
 from qwen35.cli.worker_flags import add_workers
 from qwen35.errors import UsageError
 from qwen35.tuning.formats import ENGINES, FORMATS
@@ -53,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text", type=Path, metavar="FILE", required=True, help="text to measure on"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="recipe to write (.toml)")
-    parser.add_argument("--types", metavar="T,...", help="GGUF: types to choose from")
+    parser.add_argument(
+        "--types", action=Joined, metavar="T,...", help="GGUF: types to choose from"
+    )
     parser.add_argument("--imatrix", metavar="FILE", help="GGUF: importance matrix, or hf:...")
     parser.add_argument("--measurements", type=Path, metavar="FILE", help=_MEASUREMENTS_HELP)
     parser.add_argument("--start-from", type=Path, metavar="FILE", help=_START_HELP)
@@ -112,11 +122,15 @@ _OVERWRITE_HELP = "replace the recipe or report, or the interrupted run of anoth
 def run(args: argparse.Namespace, output: Console) -> int:
     """Run the verb."""
     from qwen35.tuning.tuning_display import plan_text, tuned_text
-    from qwen35.tuning.tuning_job import TuningRequest, prepare
+    from qwen35.tuning.tuning_job import prepare
+    from qwen35.tuning.tuning_request import TuningRequest
 
     request = keywords(args, "report", "dry_run", "hf_token")
     request |= {"types": types_of(args.types), "token": args.hf_token}
     check_workers(args.workers, args.ray_address, None, args.memory)
+    if args.dry_run and args.start_from is not None:
+        hint = "leave it out: prices are taken from that file, and nothing is measured"
+        raise UsageError("--dry-run", "given with --start-from", hint=hint)
     if args.dry_run:
         job = prepare(TuningRequest(**{**request, "output": None}))
         output.notes(job.space.notes)

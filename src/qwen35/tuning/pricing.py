@@ -13,6 +13,7 @@ sum over tokens of ((W^T g) . (round(x) - x))^2 / (2 C S), with g the gradient o
 from __future__ import annotations
 
 import json
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -120,9 +121,10 @@ class PriceVisitor:
         self._progress = progress
         self._block = ""
         self._spool: ProductSpool | None = None
+        self._opening = threading.Lock()
         self._shifts: dict[tuple[str, int | None, int, InputQuantizer], Any] = {}
         self._told: tuple[Sequence[InputShift], Sequence[FoundPrices]] | None = None
-        self._last: tuple[Any, dict[InputQuantizer, Any]] = None, {}
+        self._last = threading.local()  # inputs of each thread
         self._survey = Survey()
         [self._kernels] = kernels_for("cpu")
 
@@ -168,12 +170,13 @@ class PriceVisitor:
         if self._spool is not None:
             self._spool.close()
         self._block, self._spool, self._shifts, self._told = "", None, {}, None
-        self._last = None, {}
+        self._last = threading.local()
 
     def _opened(self, block: str) -> ProductSpool:
-        if self._spool is None or block != self._block:
-            return self.open(block)
-        return self._spool
+        with self._opening:  # whose product is first is open
+            if self._spool is None or block != self._block:
+                return self.open(block)
+            return self._spool
 
     # --- what workers share
 
@@ -238,10 +241,10 @@ class PriceVisitor:
 
     def _moved(self, rounding: InputQuantizer, x: Any) -> Any:
         """Return what rounding does to inputs, [tokens, columns]; several products share them."""
-        last, found = self._last
+        last, found = vars(self._last).get("moved", (None, {}))
         if last is None or (last.data_ptr(), last.shape) != (x.data_ptr(), x.shape):
             found = {}
-            self._last = x, found  # which keeps the memory: no other inputs get it
+            self._last.moved = x, found  # which keeps the memory: no other inputs get it
         if rounding not in found:
             found[rounding] = rounding(x) - x
         return found[rounding]
@@ -315,7 +318,8 @@ class PriceVisitor:
     def _input_shifts(self) -> list[InputShift]:
         return [
             (unit, self._distinct.index(rounding), float(shift.square().sum()))
-            for (unit, _, _, rounding), shift in self._shifts.items()
+            # In the order of windows, of which several may be computed at a time.
+            for (unit, _, _, rounding), shift in sorted(self._shifts.items(), key=_window)
         ]
 
     @cached_property
@@ -429,6 +433,10 @@ class PriceVisitor:
         content = json.loads((self._folder / f"{block}.prices").read_text())
         experts = {unit: ExpertPrices(**one) for unit, one in content.pop("experts").items()}
         return Prices(**content, experts=experts)
+
+
+def _window(shift: tuple[tuple[str, int | None, int, InputQuantizer], Any]) -> int:
+    return shift[0][2]
 
 
 def _weighted(squares: F32, errors: F32) -> float:

@@ -54,7 +54,12 @@ class PricingSetting:
         """Plan both passes; errors as for `plan_pricing`."""
         count, context = self.windows.shape
         return plan_pricing(
-            checkpoint, context=context, windows=count, memory=self.memory, shares=self.shares
+            checkpoint,
+            context=context,
+            windows=count,
+            memory=self.memory,
+            shares=self.shares,
+            threads=self.threads,
         )
 
 

@@ -56,8 +56,8 @@ class PricingPlan:
 
     @property
     def memory(self) -> int:
-        """Peak memory in bytes: libraries, the largest block, one window of it on its way back."""
-        back = self.sizes.layer + _KEPT * self.sizes.window
+        """Peak memory in bytes: libraries, the largest block, windows of it on their way back."""
+        back = self.sizes.layer + self.sizes.at_once * _KEPT * self.sizes.window
         logits = self.group * _logits(self.checkpoint.config, self.length - self.first)
         return PYTORCH_MEMORY + max(back, self.sizes.nbytes, logits + PIECE * _ITEMSIZE)
 
@@ -91,7 +91,13 @@ def _logits(config: ModelConfig, scored: int) -> int:
 
 
 def plan_pricing(
-    source: Checkpoint, *, context: int, windows: int, memory: int | None, shares: int = 1
+    source: Checkpoint,
+    *,
+    context: int,
+    windows: int,
+    memory: int | None,
+    shares: int = 1,
+    threads: int = 1,
 ) -> PricingPlan:
     """Plan both passes; read only headers.
 
@@ -101,6 +107,7 @@ def plan_pricing(
         windows: number of windows.
         memory: limit in bytes; None for none.
         shares: workers that share windows out, and the memory.
+        threads: windows that each of them computes at a time, if memory allows.
 
     Raises:
         TensorError: weights are missing.
@@ -129,4 +136,6 @@ def plan_pricing(
     one = _logits(checkpoint.config, length - context // 2)
     # Each group of windows reads the head once: as many as take no more memory than a layer.
     group = min(windows, max(1, found.nbytes // one))
+    room = None if memory is None else memory - PYTORCH_MEMORY
+    found = found.side_by_side(threads, windows, room, _KEPT)
     return PricingPlan(checkpoint, items, parts, found, group, length, windows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,7 @@ class ProductSpool(Closing):
         self._torch, self._device, self._folder, self._name = torch, device, folder, name
         self._windows: dict[MatrixKey, dict[int, _Window]] = defaultdict(dict)
         self._end = 0
+        self._adding = threading.Lock()
         with os_errors(folder):
             self._file: IO[bytes]  # closed by `close`
             if name:
@@ -122,7 +124,8 @@ class ProductSpool(Closing):
         Raises:
             OutputError: the disk is full.
         """
-        found = self._windows[key].setdefault(window, _Window())
+        with self._adding:  # windows may come from several threads; each from one
+            found = self._windows[key].setdefault(window, _Window())
         if found.x is None:  # of a matrix that comes in pieces, they are all the same
             found.x = self._write(x)
         found.g[first] = self._write(g)
@@ -183,11 +186,14 @@ class ProductSpool(Closing):
 
     def _write(self, values: Any) -> _Spooled:
         array: F32 = np.ascontiguousarray(values.float().cpu().numpy())
-        data, offset = array.data.cast("B"), self._end
+        data = array.data.cast("B")
+        with self._adding:
+            offset, self._end = self._end, self._end + len(data)
+        position = offset
         with os_errors(self._folder):
             while data:  # pwrite may write less than asked
-                count = os.pwrite(self._file.fileno(), data, self._end)
-                data, self._end = data[count:], self._end + count
+                count = os.pwrite(self._file.fileno(), data, position)
+                data, position = data[count:], position + count
         return _Spooled(self._file, offset, *array.shape)
 
     def _read(self, stored: _Spooled, columns: I64 | None = None) -> Any:

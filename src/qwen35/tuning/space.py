@@ -181,6 +181,15 @@ class ChoiceSpace:
         }
         return self._tunable.size(self.plan, kinds, lambda: self._planned(chosen))
 
+    @property
+    def loaded(self) -> int:
+        """Least bytes of memory that an engine needs for an artifact and the original."""
+        loaded = self._tunable.loaded
+        exact = {unit.name: self.exact for unit in self.units}
+        if loaded:
+            return 2 * loaded * self.weights
+        return self.size(exact) + self.size(self.smallest)
+
     @cached_property
     def fixed_bytes(self) -> int:
         """Bytes of the weight files that no choice changes."""

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, ClassVar
 from qwen35.checkpoint.source import Checkpoint
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.ggml.codec import GGML, codec_name
-from qwen35.codecs.ggml.types import GGML_TYPES, ggml_type
+from qwen35.codecs.ggml.types import FLOATS, GGML_TYPES, ggml_type
 from qwen35.codecs.registry import CODECS
+from qwen35.errors import UsageError
 from qwen35.planning.containers import container_of
 from qwen35.planning.gguf_files.gguf_plan import files_of
 from qwen35.planning.gguf_files.metadata import ALIGNMENT
@@ -35,6 +36,7 @@ class Tunable(ABC):
     Attributes:
         typed: whether the user may name the types and give an importance matrix.
         rounds_inputs: whether llama.cpp runs it, which rounds the inputs of products.
+        loaded: bytes that a weight takes in the engine's memory; 0 for those of its file.
         exact: the lossless choice.
         exact_recipe: the built-in recipe with only that choice, if rules cannot express it.
         remedy: hint for weights that no choice fits.
@@ -42,6 +44,7 @@ class Tunable(ABC):
 
     typed: ClassVar[bool] = False
     rounds_inputs: ClassVar[bool] = False
+    loaded: ClassVar[int] = 0
     exact: ClassVar[str]
     exact_recipe: ClassVar[str] = ""
     remedy: ClassVar[str] = ""
@@ -55,7 +58,7 @@ class Tunable(ABC):
             types: as named by the user; the defaults if empty.
 
         Raises:
-            UsageError: there is no such type.
+            UsageError: there is no such type, or only one that quantizes nothing.
         """
 
     @abstractmethod
@@ -106,6 +109,7 @@ class Tunable(ABC):
 class _Safetensors(Tunable):
     """Whether each weight is packed."""
 
+    loaded = 4  # float32
     exact = "plain"
     exact_recipe = "bf16"
 
@@ -145,7 +149,11 @@ class _Gguf(Tunable):
     exact = "f16"
     remedy = "add q8_0 or f16"
 
-    types = ("q3_K", "iq4_xs", "q4_K", "q5_K", "q6_K", "q8_0", "f16")
+    types = (
+        *("q3_K", "iq4_xs", "q4_K", "q5_K", "q6_K", "q8_0", "f16"),
+        # Weights as coarse as in the k-quants of their size, but inputs far less rounded.
+        *("iq4_nl", "q5_0", "q5_1"),
+    )
     file_type = "Q4_K_M"
     """The file type of artifacts: decides weights outside all units, such as the MTP layer."""
 
@@ -153,7 +161,12 @@ class _Gguf(Tunable):
         del kind
         names = tuple(types) or self.types
         found = {ggml_type(name.strip(), "--types").name for name in names} - {self.exact}
-        by_size = sorted(found, key=lambda name: GGML_TYPES[name].nbytes / GGML_TYPES[name].block)
+        floats = ", ".join(sorted(found & set(FLOATS)))
+        if floats or not found:  # nothing would be gained by measuring them
+            hint = f"name quantized types; {self.exact} is always one of the choices"
+            raise UsageError("--types", floats or f"only {self.exact}", hint=hint)
+        # Those of one size have an order too, by which an interrupted run knows itself.
+        by_size = sorted(found, key=lambda name: (GGML_TYPES[name].size((256,)), name))
         return (*by_size, self.exact)
 
     def codec(self, choice: str) -> Codec:

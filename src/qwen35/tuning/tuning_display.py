@@ -73,6 +73,7 @@ def tuned_json(
         "bytes": tuned.nbytes,
         "bits_per_weight": _bits(space, tuned.nbytes),
         "active_bytes": tuned.active,
+        "active_bits_per_weight": _bits(space, tuned.active, active=True),
         "active": tuned.by_active,
         "predicted_kld": tuned.predicted,
         "measured_kld": tuned.kld,
@@ -104,8 +105,9 @@ def tuned_text(
         rows.append((kind, f"{100 * share:>11.1f} %", cell))
     lines = described_lines(("role", "share of loss", "types"), rows, width)
     lines += ["", f"{size(tuned.nbytes)}, {_bits(space, tuned.nbytes):.3f} bits per weight"]
-    if tuned.active != tuned.nbytes and space.checkpoint.config.moe:
-        lines.append(f"{size(tuned.active)} read per token")
+    if tuned.by_active or space.checkpoint.config.moe:
+        bits = _bits(space, tuned.active, active=True)
+        lines.append(f"{size(tuned.active)} read per token, {bits:.3f} bits per weight of these")
     lines += [*_divergence(tuned), *price_notes(measured)]
     lines += ["", f"{recipe}: use it as --recipe {recipe}"]
     return "\n".join(lines)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen35.calibration.calibration_run import device_for
 from qwen35.calibration.text_windows import TextWindows, read_text
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.display import bytes_of
-from qwen35.errors import UsageError, unknown_name
+from qwen35.display import bytes_of, size
+from qwen35.errors import UsageError
 from qwen35.execution.dispatch import WorkerPool
 from qwen35.planning.merged_source import opened_adapters, opened_source
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import replace_file
 from qwen35.sinks.staging import os_errors, scratch
-from qwen35.sinks.work_folder import check_is_file
 from qwen35.threads import default_threads
-from qwen35.tuning.formats import ENGINES, FORMATS, Engine
+from qwen35.tuning.formats import Engine
 from qwen35.tuning.measurements import MeasurementKey, Measurements, load_measurements, model_digest
 from qwen35.tuning.prices import Prices
 from qwen35.tuning.pricing_passes import PricingSetting
@@ -30,72 +29,9 @@ from qwen35.tuning.recipe_search import TunedRecipe, TuningBudget, tune, whole_m
 from qwen35.tuning.space import ChoiceSpace
 from qwen35.tuning.tunable import tunable_of
 from qwen35.tuning.tuning_display import tuned_json
+from qwen35.tuning.tuning_request import TuningRequest, check_request
 
-__all__ = ["Format", "TuningJob", "TuningRequest", "TuningResult", "prepare", "run"]
-
-Format = str
-"""A tunable recipe format: one of `qwen35.tuning.formats.FORMATS`."""
-
-
-@dataclass(frozen=True)
-class TuningRequest:
-    """User options of tuning.
-
-    Args:
-        model: folder, GGUF file or Hub id.
-        format: of the artifact.
-        text: the tuning text.
-        size: most bytes of the weight files: bytes, or ``4.5bpw``, ``3.2GB``, ``800MiB``.
-        max_kld: largest mean divergence on the text, in nats; instead of a size.
-        active: sizes are those of what computing one token reads.
-        engine: whose rounding of inputs counts; None for that of the format's engine.
-        output: recipe to write; None for a dry run.
-        adapter: adapters merged into the model, as ``DIR`` or ``DIR=WEIGHT``.
-        onto: the format into whose values they are merged; None for the model's own.
-        types: GGUF types to choose from; the defaults if empty.
-        imatrix: for GGUF files: importance matrix, or ``hf:owner/name/path``.
-        measurements: file that keeps measurements; by default the recipe's name with .json.
-        start_from: measurements of the model that this one was fine-tuned from.
-        probes: most models to write and measure, as a check.
-        sample: compare every so many rows of candidates.
-        memory: most bytes that measuring prices may take; None for no limit.
-        chunks: most chunks of the text to measure on.
-        context: tokens per chunk.
-        explicit: write a rule for every role in every layer.
-        device: for transformers.
-        threads: most threads; None for all processors.
-        workers: processes that windows and rows are shared out to, to measure prices.
-        ray_address: share them out on this cluster.
-        overwrite: replace the recipe.
-        token: for the Hub.
-    """
-
-    model: str
-    format: Format
-    text: Path
-    size: str | int | None = None
-    max_kld: float | None = None
-    active: bool = False
-    engine: Engine | None = None
-    output: Path | None = None
-    adapter: Sequence[str] = ()
-    onto: str | None = None
-    types: tuple[str, ...] = ()
-    imatrix: str | None = None
-    measurements: Path | None = None
-    start_from: Path | None = None
-    probes: int = 0
-    sample: int = 1
-    memory: int | None = None
-    chunks: int = 32
-    context: int = 512
-    explicit: bool = False
-    device: str = "auto"
-    threads: int | None = None
-    workers: int | None = None
-    ray_address: str | None = None
-    overwrite: bool = False
-    token: str | None = field(default=None, repr=False)
+__all__ = ["TuningJob", "TuningResult", "prepare", "run"]
 
 
 @dataclass(frozen=True)
@@ -160,7 +96,7 @@ def prepare(request: TuningRequest) -> TuningJob:
         InputError: the model, the text or the matrix cannot be read.
         HubError: the Hub refused, or was not reached.
     """
-    _check(request)
+    check_request(request)
     dry = request.output is None
     checkpoint = opened_source(
         request.model,
@@ -174,12 +110,14 @@ def prepare(request: TuningRequest) -> TuningJob:
             checkpoint, [request.text], context=request.context, windows=request.chunks
         )
     space = _space(checkpoint, request)
+    _check_probes(space, request)
     plan = plan_pricing(
         checkpoint,
         context=request.context,
         windows=request.chunks if text is None else len(text.windows),
         memory=request.memory,
         shares=request.workers or 1,
+        threads=request.threads or default_threads(),
     )
     return TuningJob(request, checkpoint, space, _budget(request, space), plan, text)
 
@@ -268,59 +206,27 @@ def _price(
     discard_work(path)
 
 
-def _check(request: TuningRequest) -> None:
-    """Check the options before anything is read."""
-    if (request.size is None) == (request.max_kld is None):
-        raise UsageError("--size, --max-kld", "none or both", expected="one of them")
-    if request.max_kld is not None and not 0 < request.max_kld < 100:
-        raise UsageError("--max-kld", str(request.max_kld), expected="nats, such as 0.02")
-    _check_numbers(request)
-    _check_format(request)
-    if request.output is not None:
-        _check_output(request.output, overwrite=request.overwrite)
-
-
-def _check_output(output: Path, *, overwrite: bool) -> None:
-    if output.suffix != ".toml":
-        expected = "a file to write, ending with .toml"
-        raise UsageError("--output", str(output), expected=expected)
-    if not output.absolute().parent.is_dir():
-        raise UsageError("--output", f"{output.parent} is not a folder", hint="make it first")
-    if output.exists() and not overwrite:
-        raise UsageError("--output", f"{output} exists", hint="give --overwrite")
-    check_is_file(output)
-
-
-def _check_numbers(request: TuningRequest) -> None:
-    if request.probes < 0:
-        raise UsageError("--probes", str(request.probes), expected="a number of models, or 0")
-    if request.context < 3:  # of two tokens, the second half has nothing to predict
-        raise UsageError("--context", str(request.context), expected="3 tokens at least")
-    if request.sample < 1:
-        raise UsageError("--sample", str(request.sample), expected="a number of rows")
-
-
-def _check_format(request: TuningRequest) -> None:
-    if request.format not in FORMATS:
-        raise unknown_name("--format", request.format, FORMATS, request.format)
-    if (request.types or request.imatrix) and not tunable_of(request.format).typed:
-        option = "--types" if request.types else "--imatrix"
-        typed = (kind for kind in FORMATS if tunable_of(kind).typed)
-        expected = f"--format {' or '.join(typed)}"
-        raise UsageError(option, f"given with --format {request.format}", expected=expected)
-    if request.engine not in (None, *ENGINES):
-        raise unknown_name("--for", str(request.engine), ENGINES, str(request.engine))
-    if request.engine == "llama.cpp" and not tunable_of(request.format).rounds_inputs:
-        found = f"{request.engine} given with --format {request.format}"
-        raise UsageError("--for", found, hint="other engines run it: leave the flag out")
-
-
 def _space(checkpoint: Checkpoint, request: TuningRequest) -> ChoiceSpace:
     from qwen35.planning.gguf_files.imatrix import open_imatrix  # late: only GGUF needs it
 
     choices = tunable_of(request.format).choices(request.format, request.types)
     imatrix = open_imatrix(request.imatrix, request.token) if request.imatrix else None
     return ChoiceSpace(checkpoint, request.format, choices, imatrix)
+
+
+def _check_probes(space: ChoiceSpace, request: TuningRequest) -> None:
+    """Refuse probes, which load models whole, where memory does not hold two.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if not request.probes or request.memory is None:
+        return
+    needed = space.loaded
+    if needed > request.memory:
+        found = f"a model and its original take at least {size(needed)} in memory"
+        hint = f"leave them out, or give more than {size(request.memory)} as --memory"
+        raise UsageError("--probes", found, hint=hint)
 
 
 def _budget(request: TuningRequest, space: ChoiceSpace) -> TuningBudget:
@@ -372,20 +278,27 @@ def _measurements(job: TuningJob, path: Path) -> Measurements:
         request.sample,
         weights=_numel(job.space),
     )
-    if path.exists():
-        stored = load_measurements(path)
-        if stored.key != key:
-            differing = [n for n in vars(key) if getattr(key, n) != getattr(stored.key, n)]
-            raise UsageError(
-                str(path),
-                f"measured with another {', '.join(differing)}",
-                hint="give another --measurements, or this file as --start-from",
-            )
-        return stored
-    fresh = Measurements(key, job.checkpoint.title)
+    taken = None
     if request.start_from is not None:
-        fresh.prices, fresh.origin = _of_base(request.start_from, key, job.space)
-    return fresh
+        taken = _of_base(request.start_from, key, job.space)
+    if not path.exists():
+        return Measurements(key, job.checkpoint.title, *(taken or ()))
+    stored = load_measurements(path)
+    if stored.key != key:
+        differing = [n for n in vars(key) if getattr(key, n) != getattr(stored.key, n)]
+        raise UsageError(
+            str(path),
+            f"measured with another {', '.join(differing)}",
+            hint="give another --measurements, or this file as --start-from",
+        )
+    if taken is not None and taken != (stored.prices, stored.origin):
+        whose = f"those of {stored.origin}" if stored.origin else "this model's own"
+        raise UsageError(
+            "--start-from",
+            f"{path} has prices already, {whose}",
+            hint="leave --start-from out to use them, or give another --measurements",
+        )
+    return stored
 
 
 def _of_base(path: Path, key: MeasurementKey, space: ChoiceSpace) -> tuple[Prices, str]:
@@ -398,6 +311,9 @@ def _of_base(path: Path, key: MeasurementKey, space: ChoiceSpace) -> tuple[Price
     if base.key.format != key.format:
         found = f"measurements of {base.key.format}"
         raise UsageError(str(path), found, expected=f"prices of {key.format}")
+    if base.key.sample != key.sample:  # which the output says of the prices
+        found = f"types compared on one row in {base.key.sample}"
+        raise UsageError(str(path), found, hint=f"give --sample {base.key.sample}, as it has")
     hint = "is it of the base of this model, with these --types? Or leave --start-from out"
     if base.key.weights != key.weights:
         found = f"prices of {base.key.weights:,} weights"
