@@ -200,7 +200,9 @@ def test_what_transformers_does_not_load_is_decoded(
     formats: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The decoded weights are in memory alone when it has loaded them."""
-    decoded = write(make_plan(open_folder(formats / "fp8"), load_recipe("bf16")), tmp_path / "bf16")
+    packed = open_folder(formats / "fp8")
+    wide = replace(packed, config=replace(packed.config, dtype="F32"))
+    decoded = write(make_plan(wide, load_recipe("bf16")), tmp_path / "bf16")
     ids = list(range(1, 9))
     whole = TorchModel(decoded.out, exact=True)
     assert not whole.decoded

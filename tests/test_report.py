@@ -196,8 +196,7 @@ def test_hostile_text_is_text(value: dict[str, Any]) -> None:
 def test_simulations_are_explained_and_in_no_chart(value: dict[str, Any]) -> None:
     row = {**value["candidates"][0], "name": "x (inputs quantized)", "inputs": "E4M3, each token"}
     html = page({**value, "simulations": [row]})
-    assert re.search(r"x \(inputs quantized\): [\d.]+ nats. It simulates servers", html)
-    assert "(E4M3, each token)" in html
+    assert re.search(r"inputs of packed layers too \(E4M3, each token\): x [\d.]+ nats", html)
     assert html.count('id="point-') == len(value["candidates"])
 
 
@@ -209,7 +208,7 @@ def test_reports_of_earlier_versions_have_a_page(value: dict[str, Any]) -> None:
     for row in changed["candidates"]:
         del row["along"], row["passage"], row["inputs"]
     html = page(changed)
-    assert "simulates servers" not in html
+    assert "As run by servers" not in html
     assert "typical passage" not in html
     assert re.findall(r'<figure id="(\w+)"', html) == ["size", "spread"]
 

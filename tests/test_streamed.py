@@ -24,9 +24,10 @@ from qwen35.cli.main import main
 from qwen35.codecs.ggml.types import GGML_TYPES
 from qwen35.codecs.input_quantizers import eight_bits
 from qwen35.codecs.registry import CODECS
+from qwen35.display import bytes_of
 from qwen35.engines.simulated_inputs import llama_inputs
 from qwen35.engines.torch_model import TorchModel, torch_and_transformers
-from qwen35.errors import InputError, OutputError, Qwen35Error, TensorError
+from qwen35.errors import InputError, OutputError, Qwen35Error, TensorError, UsageError
 from qwen35.evaluation.evaluation_job import EvaluationRequest, prepare
 from qwen35.evaluation.evaluation_run import evaluate
 from qwen35.evaluation.evaluation_table import notes
@@ -40,6 +41,7 @@ from qwen35.planning.recipe import load_recipe
 from qwen35.planning.sources import open_source
 from qwen35.planning.transforms import TileValueColumns
 from qwen35.progress import Silent
+from qwen35.reporting.report_files import write_report
 from qwen35.writing.write import write
 from running import run
 
@@ -298,6 +300,56 @@ def test_refusals(
     with pytest.raises(Qwen35Error) as raised:
         prepare(EvaluationRequest(given, floor, **options))
     assert message in str(raised.value) or message.removeprefix("hint: ") in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "verb", ["calibrate", "convert", "evaluate", "gguf", "merge", "plan", "run", "tune"]
+)
+def test_a_memory_that_makes_no_sense_is_refused(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given in ("0", "-1", "0GB", "-2GB", "1e400", "1e400GB", "nanGB", "GB", "1XB", ""):
+        assert main([verb, str(ASSET), f"--memory={given}"]) == 2
+        message = f"--memory: {given!r}, expected a size such as 400MB or 1.5GiB"
+        assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_the_memory_that_is_named_is_enough(formats: Path) -> None:
+    """Be it for a layer or for logits of one chunk."""
+    for context in (16, 1024):
+        asked = EvaluationRequest(
+            str(ASSET), (), formats / "text.txt", context=context, streamed=True, memory=1000
+        )
+        with pytest.raises(UsageError, match=r"--memory 1.00 kB: too little, expected") as raised:
+            prepare(asked)
+        enough = bytes_of(str(raised.value.expected).removeprefix("at least "))
+        job = prepare(replace(asked, memory=enough))
+        assert job.memory <= enough
+
+
+def test_layers_are_counted_as_layers(formats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["evaluate", str(ASSET), "--text", str(formats / "text.txt"), "--context", "32"]
+    assert main([*asked, "--chunks", "3", "--streamed", "--threads", "1"]) == 0
+    said = capsys.readouterr().err
+    assert f"running {ASSET.name}: 8 layers" in said
+    assert "evaluating: 3 chunks" in said
+
+
+def test_reports_say_which_candidates_have_refined_codes(formats: Path, tmp_path: Path) -> None:
+    plain = formats / "nf4"
+    refined = shutil.copytree(plain, tmp_path / "ours")
+    manifest = json.loads((refined / "qwen35.json").read_text())
+    manifest["refined"] = {"model.safetensors": {"some.weight": "01"}}
+    (refined / "qwen35.json").write_text(json.dumps(manifest))
+    models = str(ASSET), str(plain), str(refined)
+    report = measure(formats, *models, streamed=True, context=32)
+    assert ["Codes", "plain", "refined"] in report.table[1]
+    assert [row["codes"] for row in report.to_json()["candidates"]] == ["", "refined"]
+    write_report(report, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("transformers (streamed), refined codes") == 1
+    without = measure(formats, str(ASSET), str(plain), streamed=True, context=32)
+    assert "Codes" not in [row[0] for row in without.table[1]]
 
 
 def test_speed_is_refused(formats: Path) -> None:

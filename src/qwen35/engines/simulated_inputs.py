@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from qwen35.checkpoint.source import Checkpoint, Reader
@@ -109,6 +110,7 @@ def layer_inputs(layer: Any, quantizers: Quantizers) -> Iterator[None]:
     A quantizer of a whole stack is that of each expert.
     """
     experts: dict[str, InputQuantizer] = {}
+    inputs = _LastInputs()
     with ExitStack() as stack:
         for role, quantizer in quantizers.items():
             leaf = role.name.rpartition(".")[2]
@@ -117,12 +119,28 @@ def layer_inputs(layer: Any, quantizers: Quantizers) -> Iterator[None]:
             elif role.info.place == "fused":
                 experts[leaf] = quantizer
             else:
-                _quantize(stack, layer.get_submodule(role.info.name), quantizer)
+                shared = partial(inputs.quantized, quantizer)
+                _quantize(stack, layer.get_submodule(role.info.name), shared)
         if experts:
             outer = _expert(experts, "gate_proj", "up_proj", "gate_up_proj")
             inner = _expert(experts, "down_proj")
             stack.enter_context(experts_in_turn(layer.mlp.experts, outer, inner))
         yield
+
+
+class _LastInputs:
+    """Quantizes the inputs that products of a layer share, such as q, k and v, once for all."""
+
+    def __init__(self) -> None:
+        self._x: Any = None
+        self._found: dict[InputQuantizer, Any] = {}
+
+    def quantized(self, quantizer: InputQuantizer, x: Any) -> Any:
+        if x is not self._x:
+            self._x, self._found = x, {}
+        if quantizer not in self._found:
+            self._found[quantizer] = quantizer(x)
+        return self._found[quantizer]
 
 
 def _quantize(stack: ExitStack, module: Any, quantizer: InputQuantizer) -> None:

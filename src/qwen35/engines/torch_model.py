@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class TorchModel:
     ) -> None:
         self._torch, transformers = torch_and_transformers(f"running {folder.name}")
         self._folder = folder
-        with _loadable(folder, adapters) as path:
+        with _loadable(folder, adapters, exact=exact) as path:
             self.decoded = path != folder
             self._load(path, transformers, exact=exact, device=device)
         self.model.eval()
@@ -195,8 +196,12 @@ class TorchModel:
 
 
 @contextmanager
-def _loadable(folder: Path, adapters: Sequence[Adapter]) -> Iterator[Path]:
-    """Yield the folder, or a decoded copy: with adapters, or of codecs transformers cannot load."""
+def _loadable(folder: Path, adapters: Sequence[Adapter], *, exact: bool) -> Iterator[Path]:
+    """Yield the folder, or a decoded copy: with adapters, or of codecs transformers cannot load.
+
+    With `exact`, packed weights are what they decode to, not rounded to 16 bits; merged ones are
+    those that a merged checkpoint has.
+    """
     checkpoint = _open_checkpoint(folder)
     # If we cannot read the folder, transformers' own error is the better one.
     if checkpoint is None or (
@@ -204,6 +209,8 @@ def _loadable(folder: Path, adapters: Sequence[Adapter]) -> Iterator[Path]:
     ):
         yield folder
         return
+    if exact and not adapters:
+        checkpoint = replace(checkpoint, config=replace(checkpoint.config, dtype="F32"))
     checkpoint = with_adapters(checkpoint, adapters)
     with tempfile.TemporaryDirectory(prefix="qwen35-") as temporary:
         recipe = load_recipe(_DECODED)

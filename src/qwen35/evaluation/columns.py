@@ -79,6 +79,8 @@ def table(
         cells = [f"{m.comparison.bound:.6f}" for m in candidates]
         rows.insert(1, ["Mean KLD, higher by at most", *cells])
     rows.append(["Bytes", *(f"{m.model.nbytes:,}" if m.model.nbytes else "-" for m in candidates)])
+    if any(m.model.codes for m in candidates):
+        rows.append(["Codes", *(m.model.codes or "plain" for m in candidates)])
     if any(m.speed for m in candidates):
         rows += [[name, *(cell(m) for m in candidates)] for name, cell in _SPEED_ROWS]
     rows += _served_rows(candidates)

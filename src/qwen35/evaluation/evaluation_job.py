@@ -252,8 +252,16 @@ def _streamed(job: EvaluationJob) -> EvaluationJob:
     if request.llama_inputs and not any(model.single for model in candidates):
         raise UsageError("--simulate llama.cpp", "no candidate is a GGUF file", hint="leave it out")
     running = len(here) + len(job.simulations) + (job.reference_file is None)
-    limits = {"fixed": _INTERPRETER + job.results, "memory": request.memory}
-    return replace(job, stream=plan_stream(base, job.chunks, running, why=why, **limits))
+    stream = plan_stream(
+        base,
+        job.chunks,
+        running,
+        fixed=_INTERPRETER + job.results,
+        memory=request.memory,
+        threads=job.threads,
+        why=why,
+    )
+    return replace(job, stream=stream)
 
 
 def _floors(

@@ -127,6 +127,7 @@ def _model_json(model: EvaluatedModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "stored": model.stored,
+        "codes": model.codes,
         "engine": model.engine,
         "bytes": model.nbytes,
         "plan": model.plan,

@@ -45,6 +45,12 @@ def notes(report: EvaluationReport) -> list[str]:
             f"({report.base.served_inputs})"
         )
     sentences += [
+        f"{model.name}: config.json describes other tensors than were measured, and engines go by "
+        f"it ({model.contradiction}): qwen35 verify it first"
+        for model in (report.base, *(row.model for row in report.candidates))
+        if model.contradiction
+    ]
+    sentences += [
         f"the base was made from a source with {count} weights in {label}: figures compare with "
         "what they decode to, not with the original weights"
         for label, count in report.base.decoded.items()

@@ -11,6 +11,7 @@ from typing import Literal
 from qwen35.checkpoint.adapter_files import Adapter
 from qwen35.checkpoint.gguf_header import GgufHeader, GgufTensor
 from qwen35.checkpoint.gguf_parts import read_model
+from qwen35.checkpoint.inventory import match
 from qwen35.checkpoint.locations import LocalFolder
 from qwen35.checkpoint.open import fetch, gguf_files
 from qwen35.checkpoint.reconciled import take
@@ -25,6 +26,7 @@ from qwen35.planning.gguf_files.mixes import FILE_TYPES
 from qwen35.planning.gguf_files.vocabulary import read_vocabulary
 from qwen35.planning.manifest import quantized_source, read_manifest
 from qwen35.planning.merged_source import with_adapters
+from qwen35.planning.refinement import refined_codes
 from qwen35.planning.sources import open_source
 from qwen35.tensors import Weight
 
@@ -81,10 +83,12 @@ class EvaluatedModel:
         tokenizer: its tokenizer.
         plan: digest of the plan it was written by, if it has a manifest.
         sha256: of a GGUF file, if it has a manifest and is the whole model.
+        codes: how its codes were chosen, by its manifest; empty if they are the nearest.
         decoded: format to the number of weights that its source held in it, by its manifest.
         served_inputs: how servers quantize the inputs of its layers when they run it; empty if they
             do not.
         unknown_inputs: whether they do it in a way that cannot be simulated.
+        contradiction: how config.json describes other tensors than it has, if it does.
         simulated: whether it is run so.
         others: the other files of a split GGUF model.
         adapters: merged into it when it is loaded.
@@ -101,9 +105,11 @@ class EvaluatedModel:
     tokenizer: TokenizerIdentity
     plan: str | None = None
     sha256: str | None = None
+    codes: str = ""
     decoded: Mapping[str, int] = field(default_factory=dict)
     served_inputs: str = ""
     unknown_inputs: bool = False
+    contradiction: str = ""
     simulated: bool = False
     others: tuple[Path, ...] = ()
     adapters: tuple[Adapter, ...] = ()
@@ -293,6 +299,7 @@ def _gguf(container: GgufHeader) -> EvaluatedModel:
         tokenizer=TokenizerIdentity(str(keys.get("tokenizer.ggml.pre", "")), tokens, merges),
         plan=str(manifest["plan"]) if manifest and entry else None,
         sha256=entry["sha256"] if entry and not container.others else None,
+        codes=refined_codes(manifest, container.files) if entry else "",
         decoded=quantized_source(manifest if entry else None),
         others=tuple(path.with_name(name) for name in container.others),
     )
@@ -318,9 +325,7 @@ def _checkpoint(checkpoint: Checkpoint) -> EvaluatedModel:
         name=name,
         path=folder,
         engine="transformers",
-        stored=min(
-            (codec_of(w).label for w in packed if not merged), default=checkpoint.config.dtype
-        ),
+        stored=_label(packed) if packed and not merged else checkpoint.config.dtype,
         exact=not packed or bool(merged),  # merging decodes
         nbytes=sum(checkpoint.file_sizes.values()),
         loaded=sum(map(_in_memory, checkpoint.weights)),
@@ -328,12 +333,40 @@ def _checkpoint(checkpoint: Checkpoint) -> EvaluatedModel:
             vocabulary.pre, vocabulary.tokens, list(vocabulary.special.merges)
         ),
         plan=str(manifest["plan"]) if manifest else None,
+        codes="" if merged else refined_codes(manifest),
         decoded=quantized_source(manifest),
         served_inputs=served_inputs(checkpoint),
         unknown_inputs=unknown_inputs(checkpoint),
+        contradiction=_contradiction(checkpoint),
         adapters=merged,
         tokenizer_folder=tokenizer,
     )
+
+
+def _label(packed: Sequence[Weight]) -> str:
+    """Return the format that holds most of the packed weights."""
+    counts = Counter[str]()
+    for weight in packed:
+        counts[codec_of(weight).label] += codec_of(weight).numel(weight)
+    return max(sorted(counts), key=counts.__getitem__)
+
+
+def _contradiction(checkpoint: Checkpoint) -> str:
+    """Return how config.json describes other packed tensors than there are; empty if it does not.
+
+    What lies in the files is measured; engines go by config.json.
+    """
+    quantization = checkpoint.config.quantization or {}
+    codecs = {codec_of(weight).name for weight in checkpoint.weights if is_packed(weight)}
+    items, _ = match(checkpoint, tower=False)
+    vision = checkpoint.config.architecture.vision
+    found = (
+        f"{finding.subject}: {finding.message}"
+        for name in sorted(codecs)
+        for finding in CODECS[name].config_findings(quantization, items, vision=vision)
+        if finding.check == "quantization-config"
+    )
+    return next(found, "")
 
 
 def _tokenizer_folder(checkpoint: Checkpoint) -> Path:

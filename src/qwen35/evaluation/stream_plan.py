@@ -57,6 +57,7 @@ def plan_stream(
     *,
     fixed: int,
     memory: int,
+    threads: int = 1,
     why: str = "",
 ) -> StreamPlan:
     """Plan a streamed evaluation; read only headers.
@@ -67,6 +68,7 @@ def plan_stream(
         running: number of models, and of simulations of them.
         fixed: bytes that all else takes.
         memory: limit in bytes; 0 for none.
+        threads: chunks that are computed at a time, if memory allows.
         why: why it was chosen.
 
     Raises:
@@ -78,6 +80,7 @@ def plan_stream(
     parts = [block for block in blocks(items) if block.name != MTP]
     one = running * chunks.scored * base.width * _ITEMSIZE
     fixed += PYTORCH_MEMORY
+    least = fixed + one + PIECE * _ITEMSIZE
     sizes = pass_sizes(
         parts,
         config,
@@ -86,8 +89,8 @@ def plan_stream(
         itemsize=_ITEMSIZE,
         memory=memory or None,
         fixed=fixed,
+        besides=least,
     )
-    least = fixed + one + PIECE * _ITEMSIZE
     if memory and memory < least:
         raise UsageError(
             f"--memory {size(memory)}",
@@ -98,6 +101,7 @@ def plan_stream(
     # Each group of chunks reads the heads once: as many as take no more memory than the layers.
     group = min(chunks.count, max(1, (sizes.nbytes - PIECE * _ITEMSIZE) // one))
     states = 2 * running * chunks.count * length * config.dims["hidden"] * _ITEMSIZE
+    sizes = sizes.side_by_side(threads, chunks.count, memory - fixed if memory else None)
     return StreamPlan(sizes, group, group * one, states, why)
 
 

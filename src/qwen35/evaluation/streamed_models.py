@@ -24,13 +24,13 @@ from qwen35.engines.simulated_inputs import (
 from qwen35.evaluation.models import EvaluatedModel
 from qwen35.evaluation.stream_plan import StreamPlan
 from qwen35.evaluation.text_chunks import TokenChunks
-from qwen35.forward.blocks import MTP, Block, blocks
+from qwen35.forward.blocks import HEAD, MTP, Block, blocks
 from qwen35.forward.builder import Builder
 from qwen35.forward.decoded_weights import StoredWeights
 from qwen35.forward.forward_stream import ForwardStream, Track
 from qwen35.forward.head import Head
 from qwen35.forward.stream_folder import StreamFolder
-from qwen35.progress import Progress
+from qwen35.progress import Progress, counting
 from qwen35.sinks.staging import check_space, os_errors
 from qwen35.sinks.work_folder import check_entries
 from qwen35.version import __version__
@@ -63,7 +63,7 @@ def streamed_models(
         chunks: the text.
         device: for torch.
         state: the file of results, beside which hidden states are kept to resume from.
-        progress: receives chunks, once for each layer.
+        progress: receives layers.
     """
     simulated = {model.loaded_as for model in running if model.simulated}
     with _folder(state, plan.states) as folder:
@@ -160,12 +160,12 @@ class StreamedModel:
             tracks.append(Track(_QUANTIZED, self._simulated))
         parts = [b for b in blocks(self._items) if b.name != MTP]
         windows = np.ascontiguousarray(self._chunks.ids[:, :-1])
-        count = self._chunks.count
-        counting = _Counting(progress, count)
+        progress = counting("layers", progress)
+        layers = _Layers(progress)
         stream = ForwardStream(
-            self._builder, parts, windows, self._plan.sizes, self._work, counting, tracks=tracks
+            self._builder, parts, windows, self._plan.sizes, self._work, layers, tracks=tracks
         )
-        progress.begin(f"layers of {self._model.name}", len(parts) * count)
+        progress.begin(f"running {self._model.name}", sum(b.name != HEAD for b in parts))
         try:
             stream.run()
         finally:
@@ -212,11 +212,11 @@ class StreamedModel:
         self._reader.close()
 
 
-class _Counting:
-    """Progress of blocks, counted in chunks."""
+class _Layers:
+    """Progress of blocks, whatever their bytes."""
 
-    def __init__(self, progress: Progress, count: int) -> None:
-        self._progress, self._count = progress, count
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
     def begin(self, title: str, nbytes: int) -> None:
         """Do nothing: whoever counts has begun."""
@@ -224,7 +224,7 @@ class _Counting:
     def advance(self, nbytes: int, item: str) -> None:
         """Count a block."""
         del nbytes
-        self._progress.advance(self._count, item)
+        self._progress.advance(int(item != HEAD), item)
 
     def end(self) -> None:
         """Do nothing."""

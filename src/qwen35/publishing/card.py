@@ -34,6 +34,7 @@ from qwen35.model.roles import role_of
 from qwen35.planning.containers import container_from_manifest
 from qwen35.planning.gguf_files.gguf_container import GgufContainer
 from qwen35.planning.manifest import amendment_notes, card_of, recipe_of, source_of, tensor_of
+from qwen35.planning.refinement import SEARCHED, refined_codes, refined_on
 from qwen35.planning.rules import Recipe, Rule
 from qwen35.publishing.card_models import CardModel, card_models
 from qwen35.publishing.card_steps import (
@@ -244,6 +245,17 @@ class _Facts:
         """The notes on the artifact; what was not copied from a folder is its maker's business."""
         notes = self._manifest.get("notes", [])
         return [note for note in notes if not note.startswith(_PRIVATE)]
+
+    @property
+    def refined(self) -> str:
+        """How refined codes were chosen, and by which text; empty if there are none."""
+        codes = refined_codes(self._manifest)
+        if not codes:
+            return ""
+        scales = " and scales" if codes == SEARCHED else ""
+        texts, tokens = refined_on(self._manifest["recipe"])
+        by = f", calibrated on {tokens:,} tokens of {', '.join(texts)}" if texts else ""
+        return f"Refined codes{scales}: chosen by what they do to the outputs of layers{by}"
 
     @property
     def license(self) -> str | None:

@@ -53,7 +53,15 @@ class SyncTarget:
     def __post_init__(self) -> None:
         parsed = HubId.parse(self.repo)
         if parsed is None or parsed.revision:
-            raise UsageError(f"repository {self.repo!r}", "malformed", expected="owner/name")
+            raise UsageError(
+                f"repository {self.repo!r}", "malformed", expected="owner/name", hint=self._swapped
+            )
+
+    @property
+    def _swapped(self) -> str:
+        """A hint, where the repository's place has a folder; empty otherwise."""
+        here = Path(self.repo).is_dir() and not self.folder.is_dir()
+        return "the folder comes first, then the repository" if here else ""
 
     @classmethod
     def of(

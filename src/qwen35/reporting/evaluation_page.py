@@ -10,7 +10,7 @@ from qwen35.display import size
 from qwen35.reporting.evaluation_charts import evaluation_charts
 from qwen35.reporting.marks import mark
 from qwen35.reporting.page_frame import render
-from qwen35.reporting.ranking import Ranking, error_of, nats, rank
+from qwen35.reporting.ranking import Ranking, error_of, nats, perplexity_change, rank
 from qwen35.reporting.reported import parse_report
 
 __all__ = ["page", "ranking_page"]
@@ -56,6 +56,7 @@ def ranking_page(ranking: Ranking) -> str:
         legend=[f"{limit:g}" for limit in _HEAT],
         mark=mark,
         nats=nats,
+        change=perplexity_change,
         error_of=error_of,
         size=size,
         heat=_heat,

@@ -14,7 +14,17 @@ from qwen35.evaluation.measured import front
 from qwen35.reporting.reported import ReadReport, ReportedModel
 from qwen35.table import html_table
 
-__all__ = ["LOSS", "Advice", "RankedModel", "Ranking", "error_of", "nats", "rank", "short_names"]
+__all__ = [
+    "LOSS",
+    "Advice",
+    "RankedModel",
+    "Ranking",
+    "error_of",
+    "nats",
+    "perplexity_change",
+    "rank",
+    "short_names",
+]
 
 LOSS = 0.01
 """Mean divergence to accept, in nats: about Q5_K_M of an 8B model.
@@ -57,7 +67,7 @@ class RankedModel:
             nats(model.kld.value),
             error_of(model.kld.value, model.error),
             "-" if model.same_top is None else f"{100 * model.same_top:.1f} %",
-            "-" if model.ratio is None else f"{100 * model.ratio - 100:+.2f} %",
+            "-" if model.ratio is None else perplexity_change(model.ratio),
         ]
 
 
@@ -130,11 +140,26 @@ class Ranking:
         }
 
 
+def perplexity_change(ratio: float) -> str:
+    """Return how far a perplexity is from the base's; nothing is neither more nor less.
+
+    >>> perplexity_change(1.0308), perplexity_change(0.99998)
+    ('+3.08 %', '0.00 %')
+    """
+    text = f"{100 * ratio - 100:+.2f} %"
+    return text if text.strip("+-0. %") else text[1:]
+
+
 def _notes(report: ReadReport) -> Iterator[str]:
+    alike: dict[str, list[ReportedModel]] = {}
     for row in report.simulations:
+        alike.setdefault(row.inputs, []).append(row)
+    for inputs, rows in alike.items():
+        found = ", ".join(f"{row.name} {nats(row.kld.value)}" for row in rows)
+        found = found.replace(" (inputs quantized)", "")
         yield (
-            f"{row.name}: {nats(row.kld.value)} nats. It simulates servers, which quantize the "
-            f"inputs of packed layers too ({row.inputs}); ranks and charts are of weights alone."
+            f"As run by servers, which quantize the inputs of packed layers too ({inputs}): "
+            f"{found} nats. Ranks and charts are of weights alone."
         )
     for row in report.floors:
         yield (
@@ -152,6 +177,7 @@ def _row_json(row: RankedModel) -> dict[str, Any]:
         "label": row.label,
         "report": model.report,
         "stored": model.stored,
+        "codes": model.codes,
         "engine": model.engine,
         "bytes": model.nbytes,
         "front": row.front,

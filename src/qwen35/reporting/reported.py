@@ -36,6 +36,7 @@ class ReportedModel:
         passage: text and divergence of each token of a typical passage, None if not compared.
         chunk: the number of the passage's chunk.
         worst: the tokens that diverge most.
+        codes: how they were chosen, such as ``refined``; empty if they are the nearest.
         report: the name of its report, where several are compared.
     """
 
@@ -54,6 +55,7 @@ class ReportedModel:
     passage: Sequence[tuple[str, float | None]]
     chunk: int
     worst: Sequence[WrongToken]
+    codes: str = ""
     report: str = ""
 
     @property
@@ -213,6 +215,7 @@ def _model(row: CheckedTable, chunk: int, pieces: Sequence[str]) -> ReportedMode
         passage=list(zip(pieces, passage, strict=False)),
         chunk=chunk,
         worst=[_token(token) for token in row.tables("worst")],
+        codes=row.text("codes") if row.has("codes") else "",
     )
 
 
