@@ -15,7 +15,10 @@ from pathlib import Path
 
 from qwen35.planning import limited_program
 
-__all__ = ["Limits", "run_bounded"]
+__all__ = ["PATIENCE", "Limits", "run_bounded"]
+
+PATIENCE = 8
+"""Wall time that a child may take, in multiples of its processor time."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Limits:
     """What a child may use; the operating system and its parent see to it.
 
     Args:
-        seconds: of wall time, with the start of the interpreter, and of processor time.
+        seconds: of processor time, with the start of the interpreter; where others use the
+            processors too, it may wait for them `PATIENCE` times as long.
         memory: bytes of its address space.
         output: bytes that it may answer.
     """
@@ -66,7 +70,7 @@ def run_bounded(
         start_new_session=True,
     ) as child:
         late = threading.Event()
-        timer = threading.Timer(limits.seconds, _end, [child, late])
+        timer = threading.Timer(PATIENCE * limits.seconds, _end, [child, late])
         timer.daemon = True
         timer.start()
         try:

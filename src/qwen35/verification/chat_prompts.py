@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -54,6 +54,9 @@ templates of models with vision may need (llama.cpp and vLLM look for that too),
 a tool."""
 
 _Key = tuple[str, bool, bool]
+_Way = tuple[_Form, bool, Question]
+"""A form, the value of ``enable_thinking``, and a question."""
+
 _Prompts = dict[tuple[_Form, _Key], Rendered]
 
 
@@ -99,7 +102,7 @@ class ChatPrompts:
         used = {name: text for name, text in tokens.items() if name in self._template}
         self._tokens = tuple(sorted(used.items()))
         try:
-            self._known = _asked(self._template, self._tokens, (*TASKS, IMAGE))
+            self._known = _asked(self._template, self._tokens, _all_ways((*TASKS, IMAGE)))
         except InputError as error:
             raise InputError(subject, error.found, expected=error.expected) from error
         modes = {on: self._form_for(on) for on in (False, True)}
@@ -183,21 +186,33 @@ class ChatPrompts:
         _, system, tools = self._forms[thinking]
         return True, system, tools
 
+    def expect(self, questions: Sequence[Question]) -> None:
+        """Render the prompts for many questions at once: each child process takes its time.
+
+        Raises:
+            InputError: the template goes beyond the limits.
+        """
+        self._known |= _asked(self._template, self._tokens, tuple(map(self._way, questions)))
+
     def write(self, question: Question) -> str:
         """Return the prompt for a question, whose thinking must be one of `thinking`.
 
         Raises:
             InputError: the template refuses it.
         """
-        on = question.thinking
-        form = self._forms[on] if question.image is None else self._shown(on)
-        key = _key(question, self._passed_for(on))
-        if (form, key) not in self._known:
-            self._known |= _asked(self._template, self._tokens, (question,))
-        one = self._known[form, key]
+        form, passed, _ = self._way(question)
+        key = form, _key(question, passed)
+        if key not in self._known:
+            self.expect([question])
+        one = self._known[key]
         if one.failed:
             raise InputError(self._subject, f"refuses the question {question.prompt!r:.60}")
         return one.text
+
+    def _way(self, question: Question) -> _Way:
+        on = question.thinking
+        form = self._forms[on] if question.image is None else self._shown(on)
+        return form, self._passed_for(on), question
 
     def answer(self, question: Question, turn: str) -> str:
         """Return a turn, without the reasoning of a model that nobody asked for any."""
@@ -221,20 +236,20 @@ def _is_open(prompt: str) -> bool:
     return prompt.rfind("<think>") > prompt.rfind("</think>")
 
 
+def _all_ways(questions: Sequence[Question]) -> tuple[_Way, ...]:
+    return tuple((form, on, one) for one in questions for on in (False, True) for form in _FORMS)
+
+
 @lru_cache(maxsize=16)
-def _asked(
-    template: str, tokens: tuple[tuple[str, str], ...], questions: tuple[Question, ...]
-) -> _Prompts:
-    """Render all questions in all forms, in one child.
+def _asked(template: str, tokens: tuple[tuple[str, str], ...], ways: tuple[_Way, ...]) -> _Prompts:
+    """Render questions in one child.
 
     Raises:
         InputError: it goes beyond the limits.
     """
     asked = {
         (form, _key(question, on)): {**_variables(question, on, form), **dict(tokens)}
-        for question in questions
-        for on in (False, True)
-        for form in _FORMS
+        for form, on, question in ways
     }
     [results] = render([template], list(asked.values()))
     return dict(zip(asked, results, strict=True))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
@@ -132,6 +133,11 @@ def compiles(source: str, name: str) -> None:
         InputError: the template is far longer than any chat template, or does not parse; then the
             message gives the line.
     """
+    _compiles(source, name)
+
+
+@lru_cache(maxsize=16)  # several files have the same template, and each check asks again
+def _compiles(source: str, name: str) -> None:
     with _depth(name):
         _parse_bounded(source, name)
 
@@ -248,6 +254,11 @@ def text_only_template(source: str, name: str) -> str:
         InputError: the template is not valid Jinja, nested too deeply, or far longer than any
             chat template.
     """
+    return _text_only(source, name)
+
+
+@lru_cache(maxsize=16)  # plans, documents and checks all ask for it
+def _text_only(source: str, name: str) -> str:
     with _depth(name):
         return _without_vision(source, name)
 
