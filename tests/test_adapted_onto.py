@@ -17,8 +17,8 @@ from qwen35.calibration.calibration_plan import CalibrationRequest
 from qwen35.errors import UsageError
 from qwen35.pipeline.run_file import read_run_file
 from qwen35.publishing.card_steps import adapter_options
-from qwen35.tuning.tuning_job import TuningRequest
 from qwen35.tuning.tuning_job import prepare as tuning
+from qwen35.tuning.tuning_request import TuningRequest
 from running import load_all
 
 pytestmark = [pytest.mark.sentences, pytest.mark.usefixtures("own_cache")]

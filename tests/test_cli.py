@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import qwen35
-from checkpoints import random_tensors, tiny_config, write_checkpoint
+from checkpoints import ASSET, random_tensors, tiny_config, write_checkpoint
 from qwen35 import errors
 from qwen35.cli import signals
 from qwen35.cli.console import Console
@@ -454,3 +454,45 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     done = command("plan", "./nowhere", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.startswith(b"error: ./nowhere: no such folder")
+
+
+# --- mistakes met halfway
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["convert", "MODEL", "theirs", "--recipe", "fp8"], "(MODEL comes first, then the output)"),
+        (["convert", "new", "linked", "--recipe", "fp8"], "(MODEL comes first, then the output)"),
+        (["run", "--path", "nf4", "new", "theirs"], "(MODEL comes first, then the output)"),
+        (["convert", "MODEL", "out", "--recipe", "mlx"], "did you mean mlx-4bit?"),
+        (["convert", "MODEL", "out", "--recipe", "q4_k_m"], "`qwen35 gguf --types Q4_K_M`"),
+        (["gguf", "MODEL", "out.gguf"], "named like a file, expected a folder to write"),
+        (["gguf", "MODEL", "out", "--types", "Q8_0", "F16"], "write --types Q8_0,F16"),
+        (["inspect", "missing.gguf"], "missing.gguf: no such file"),
+        (["publish", "owner/name", "theirs"], "the folder comes first, then the repository"),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else "",
+)
+def test_what_was_meant_is_said(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "MODEL").symlink_to(ASSET)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "linked").symlink_to(tmp_path / "theirs")
+    assert main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["MODEL", "linked", "theirs"]
+
+
+@pytest.mark.parametrize("types", [["Q8_0,F16"], ["Q8_0", "--types", "F16"], ["Q8_0 F16"]])
+def test_types_in_pieces_are_all_written(types: list[str], tmp_path: Path, capsys: Capture) -> None:
+    assert main(["plan", str(ASSET), "--types", *types, "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert list(files)[:2] == ["qwen3.5-tiny-Q8_0.gguf", "qwen3.5-tiny-F16.gguf"]

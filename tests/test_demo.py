@@ -62,7 +62,7 @@ def test_the_demonstration(brief: bool, tmp_path: Path) -> None:
     assert re.search(r"\ndemo passed in \d+ s\n$", done.stdout)
     assert len(done.stdout.splitlines()) <= 35  # the story alone, and not the graph of steps
     assert all(re.fullmatch("  .+ \\.\\.\\.", line) for line in done.stderr.splitlines())
-    said = ("writing 5", "checking ", "loading ", "asking ", "layers of ", "evaluating")
+    said = ("writing 5", "checking ", "loading ", "asking ", "running ", "evaluating")
     assert [word for word in said if f"  {word}" not in done.stderr] == []
     count = 9 if brief else 49
     assert f"{count} of {count} questions answered correctly" in done.stdout

@@ -137,7 +137,7 @@ def test_nothing_fits() -> None:
         (("--fit", "6GB", "--recipe", "nf4"), "not a built-in recipe for GGUF"),
         (("--context", "8192"), "--context: has no effect without --fit"),
         (("--fit", "1MB"), "--fit 1.00 MB: too little for"),
-        (("--fit", "-1"), "too little for"),
+        (("--fit", "-1"), "--fit: '-1', expected a size such as"),
     ],
 )
 def test_refusals(more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

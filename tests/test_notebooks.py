@@ -117,7 +117,7 @@ def test_sizes_are_texts_too(dense: Path, tmp_path: Path) -> None:
     fitting = types_that_fit(ASSET, "1GB").to_json()
     assert fitting == types_that_fit(ASSET, 10**9).to_json()
     wrong: Any
-    for wrong in ("lots", 4e9, True, ["4GB"]):
+    for wrong in ("lots", 4e9, True, ["4GB"], 0, -1, "0GB", "-1GB", "0.0001kB", "1e400", "infGB"):
         with pytest.raises(
             UsageError, match="--memory: .*, expected bytes, or a size such as '4GB'"
         ):

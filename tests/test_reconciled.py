@@ -24,7 +24,8 @@ from qwen35.pipeline.planned_artifacts import plan_artifacts
 from qwen35.pipeline.run_request import RunRequest, path_artifacts
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
-from qwen35.tuning.tuning_job import TuningRequest, prepare
+from qwen35.tuning.tuning_job import prepare
+from qwen35.tuning.tuning_request import TuningRequest
 
 _OWN = "model.language_model."
 _TOWER = "model.visual."

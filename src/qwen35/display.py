@@ -9,18 +9,23 @@ def bytes_of(text: str) -> int:
     """Parse a human-written size.
 
     Raises:
-        ValueError: `text` is not a size.
+        ValueError: `text` is not a size, or none that is more than 0 bytes.
 
     >>> bytes_of("400MB"), bytes_of("1.5GiB"), bytes_of("2G"), bytes_of("123")
     (400000000, 1610612736, 2000000000, 123)
     """
     units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    units |= {"TB": 10**12, "TiB": 2**40}
     units |= {"k": 10**3, "M": 10**6, "G": 10**9}  # as tools of llama.cpp read them
     for unit, factor in units.items():
         if text.lower().endswith(unit.lower()):
-            # The cap keeps "infGB" from raising OverflowError in round().
-            return round(min(float(text[: -len(unit)]), 1e9) * factor)
-    return int(text)
+            found = float(text[: -len(unit)]) * factor
+            break
+    else:
+        found = int(text)
+    if not 0.5 < found < 2**63:  # NaN is not, nor infinity
+        raise ValueError(f"{text!r} is not a size")
+    return round(found)
 
 
 def size(nbytes: int) -> str:

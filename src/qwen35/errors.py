@@ -49,7 +49,11 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     wanted = _normalized(name)
     names = {_normalized(candidate): candidate for candidate in candidates}
     ends = sorted((known for known in names if wanted and known.endswith(f".{wanted}")), key=len)
-    matches = ends or difflib.get_close_matches(wanted, names, n=1)
+    starts = sorted(
+        (known for known in names if wanted and known.startswith(f"{wanted}-")), key=len
+    )
+    same = [wanted] if wanted in names else []
+    matches = same or ends or starts or difflib.get_close_matches(wanted, names, n=1)
     return f"did you mean {names[matches[0]]}?" if matches else ""
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Progress", "Silent", "TqdmProgress"]
+__all__ = ["Progress", "ProgressOfUnits", "Silent", "TqdmProgress", "counting"]
 
 
 class Progress(Protocol):
@@ -18,6 +18,19 @@ class Progress(Protocol):
 
     def end(self) -> None:
         """End the work, whether it succeeded or failed."""
+
+
+@runtime_checkable
+class ProgressOfUnits(Progress, Protocol):
+    """Progress that names the unit of `total`, such as ``chunks``."""
+
+    def of(self, unit: str) -> Progress:
+        """Return the same display for another unit."""
+
+
+def counting(unit: str, progress: Progress) -> Progress:
+    """Return progress for work that counts `unit`, whatever else its caller counts."""
+    return progress.of(unit) if isinstance(progress, ProgressOfUnits) else progress
 
 
 class Silent:

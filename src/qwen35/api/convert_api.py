@@ -19,7 +19,7 @@ from qwen35.api.fp8_options import (
     scale_choice_of,
 )
 from qwen35.api.given_values import listed, size_given
-from qwen35.api.text_hessians import made_hessians, notes_of, text_hessians
+from qwen35.api.text_hessians import text_hessians
 from qwen35.api.worker_choice import check_workers
 from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
 from qwen35.checkpoint.open import folder_of
@@ -180,7 +180,7 @@ def convert(
         codes,
         memory,
         instead=hessian is not None,
-        alone=slice is not None or ray_address is not None,
+        alone=workers is not None or slice is not None or ray_address is not None,
     )
     planned = partial(
         make_plan,
@@ -207,12 +207,14 @@ def convert(
         memory,
         overwrite,
         check=checked and verify_samples is None,
+        held=text.held_bytes if text else 0,
     )
     if dry_run:
         threads = fitting_threads(plan, options)
-        return WriteResult(out, plan, threads, plan.total_bytes, before=notes_of(text))
-    with made_hessians(text, options, progress) as made:
-        result = carry_out(planned(refinement=made) if made else plan, out, options, progress)
+        before = text.notes(plan, threads) if text else ()
+        return WriteResult(out, plan, threads, plan.total_bytes, before=before)
+    passing = text.run_for(lambda made: planned(refinement=made), threads, device) if text else None
+    result = carry_out(plan, out, options, progress, passing)
     if not checked or slice is not None:
         return result
     report = check_fp8_output(

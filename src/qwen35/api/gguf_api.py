@@ -9,7 +9,7 @@ from pathlib import Path
 from qwen35.api.argument_kinds import plain_arguments
 from qwen35.api.code_options import refinement_of
 from qwen35.api.given_values import listed, refuse_given, size_given
-from qwen35.api.text_hessians import made_hessians, notes_of, text_hessians
+from qwen35.api.text_hessians import text_hessians
 from qwen35.api.worker_choice import check_workers
 from qwen35.api.write_result import WriteOptions, WriteResult, carry_out, fitting_threads
 from qwen35.checkpoint.open import folder_of
@@ -171,7 +171,7 @@ def gguf(
         codes,
         memory,
         instead=hessian is not None,
-        alone=slice is not None or ray_address is not None,
+        alone=workers is not None or slice is not None or ray_address is not None,
     )
     planned = partial(
         gguf_plan,
@@ -190,7 +190,10 @@ def gguf(
         token=hf_token,
     )
     plan = planned(refinement=refinement_of(codes, hessian, text))
-    options = WriteOptions(device, workers, ray_address, slice, threads, memory, overwrite)
+    held = text.held_bytes if text else 0
+    options = WriteOptions(
+        device, workers, ray_address, slice, threads, memory, overwrite, held=held
+    )
     if export is not None:
         path = Path(export)
         return WriteResult(
@@ -198,9 +201,10 @@ def gguf(
         )
     if dry_run:
         threads = fitting_threads(plan, options)
-        return WriteResult(out, plan, threads, plan.total_bytes, before=notes_of(text))
-    with made_hessians(text, options, progress) as made:
-        return carry_out(planned(refinement=made) if made else plan, out, options, progress)
+        before = text.notes(plan, threads) if text else ()
+        return WriteResult(out, plan, threads, plan.total_bytes, before=before)
+    passing = text.run_for(lambda made: planned(refinement=made), threads, device) if text else None
+    return carry_out(plan, out, options, progress, passing)
 
 
 def gguf_recipe(

@@ -31,12 +31,14 @@ def size_given(flag: str, value: int | str | None) -> int | None:
         value: the argument.
 
     Raises:
-        UsageError: it is no size.
+        UsageError: it is no size, or none that is more than 0 bytes.
 
     >>> size_given("--memory", "1.5GB"), size_given("--memory", 100), size_given("--memory", None)
     (1500000000, 100, None)
     """
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63:
         return value
     try:
         if isinstance(value, str):

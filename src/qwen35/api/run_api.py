@@ -227,13 +227,17 @@ def prepare(job: RunRequest, options: RunOptions, *, dry: bool = False) -> Prepa
         InputError: the model cannot be read.
         HubError: the Hub refused a request or could not be reached.
         UsageError: the run does not fit into the memory limit.
+        OutputError: the folder of the outputs holds a model of somebody's.
     """
     from qwen35.pipeline.planned_artifacts import plan_artifacts, threads_within
     from qwen35.planning.merged_source import opened_adapters, opened_source
+    from qwen35.sinks.staging import os_errors, refuse_foreign_model
 
     problems: Sequence[Qwen35Error] = job.problems
     if problems:
         return PreparedRun(job, options, problems=tuple(problems))
+    with os_errors(job.out):
+        refuse_foreign_model(job.out)  # MODEL and OUT may have been swapped
     changes = (opened_adapters(job.adapters, job.onto), job.mtp_from or None)
     source = opened_source(job.model, *changes, headers=True, token=options.token)
     artifacts, problems = plan_artifacts(source, job, options.token)
@@ -244,12 +248,17 @@ def prepare(job: RunRequest, options: RunOptions, *, dry: bool = False) -> Prepa
     if problems:
         return PreparedRun(job, options, source, problems=tuple(problems))
     threads = threads_within(artifacts, options.threads or default_threads(), options.memory)
-    if not dry:
+    if not dry and not _is_here(source):
         # the first plan found problems before the download; this one reads the local files
         extra = ("README.md",)
         source = opened_source(job.model, *changes, token=options.token, extra=extra)
         artifacts, problems = plan_artifacts(source, job, options.token)
     return PreparedRun(job, options, source, tuple(artifacts), tuple(problems), threads)
+
+
+def _is_here(source: Checkpoint) -> bool:
+    """Whether all weights are on this machine already."""
+    return all(one is None or one.root is not None for one in (source, source.donor))
 
 
 def job_for(

@@ -12,7 +12,7 @@ from qwen35.planning.memory import peak_memory, threads_within
 from qwen35.planning.output_plan import Plan
 from qwen35.threads import default_threads
 
-__all__ = ["check_workers", "pool_for", "pool_of"]
+__all__ = ["check_workers", "pool_for", "pool_of", "threads_each"]
 
 _PER_PROCESSOR = 8
 """Worker processes per processor: each takes memory and a second to start."""
@@ -96,6 +96,19 @@ def pool_of(
 
         return ProcessPool(workers, device=device, threads=threads, module=module)
     return nullcontext()
+
+
+def threads_each(workers: int | None, ray_address: str | None, threads: int | None) -> int:
+    """Return the threads of each worker of `pool_of`, or of this process, as far as is known here.
+
+    Args:
+        workers: number of processes.
+        ray_address: of a cluster, whose workers take one unless that is asked for.
+        threads: of each, if asked for.
+    """
+    if threads or ray_address is not None:
+        return threads or 1
+    return max(1, default_threads() // (workers or 1))
 
 
 def _threads_each(plan: Plan, workers: int, threads: int | None, memory: int | None) -> int:

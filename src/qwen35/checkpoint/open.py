@@ -285,8 +285,9 @@ def _hub_place(model: str, token: str | None, *, sizes: bool = False) -> HubLoca
 def _not_found(model: str, sizes: bool) -> InputError:
     """Return the error for a `model` that does not exist, with a guess at the intended one."""
     expected = "a folder or a Hub id (owner/name)"
+    path = Path(model)
     try:
-        path = Path(model).expanduser()
+        path = path.expanduser()
         if path.exists():
             if not path.is_file():
                 return InputError(model, "a pipe, a socket or a device", expected=expected)
@@ -295,6 +296,11 @@ def _not_found(model: str, sizes: bool) -> InputError:
             return InputError(model, "a file", expected=expected, hint=hint)
     except (OSError, RuntimeError, ValueError):  # name too long, unknown ~user, NUL
         pass
+    if path.suffix in (".gguf", ".safetensors"):
+        hint = (
+            "of a GGUF file on the Hub, write hf:owner/name/file" if path.suffix == ".gguf" else ""
+        )
+        return InputError(model, "no such file", hint=hint)
     if HubId.parse(model) and not model.startswith(_LOCAL_STARTS):
         parent = model.partition("/")[0]
         hint = f"for the repository on the Hub, give a revision: {model}@main"

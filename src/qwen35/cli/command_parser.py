@@ -47,8 +47,17 @@ class CommandParser(argparse.ArgumentParser):
             raise self._unknown_option(left[0])
         if left:
             expected = " ".join(self._argument_names()) or "options only"
-            raise UsageError(left[0], "one argument too many", expected=expected, hint=self._help())
+            hint = self._joined(args, left[0]) or self._help()
+            raise UsageError(left[0], "one argument too many", expected=expected, hint=hint)
         return parsed
+
+    def _joined(self, args: Sequence[str], extra: str) -> str:
+        """Return how to write a list that somebody wrote with spaces; empty if it is none."""
+        at = list(args).index(extra)
+        option, value = args[max(0, at - 2) : at] if at >= 2 else ("", "")
+        action = self._option_string_actions.get(option)
+        several = action is not None and str(action.metavar).endswith(",...")
+        return f"write {option} {value},{extra}" if several else ""
 
     def error(self, message: str) -> NoReturn:
         """Raise `message`: argparse calls this for required arguments, which it names itself.

@@ -168,6 +168,9 @@ class _Lines:
         self._total = self._done = 0
         self._started = self._last = 0.0
 
+    def of(self, unit: str) -> Progress:
+        return _Lines(unit)
+
     def begin(self, title: str, total: int) -> None:
         self._title, self._total, self._done = title, total, 0
         self._started = self._last = time.monotonic()

@@ -21,6 +21,7 @@ from qwen35.api.run_api import RunOptions, job_for, prepare
 from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS, EXIT_USAGE
 from qwen35.cli.shared_flags import (
+    Joined,
     add_codes,
     add_mtp_from,
     add_onto,
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(PathName),
         help="may be repeated; A is nf4, B is gguf",
     )
-    group.add_argument("--types", metavar="T,...", help="path B: types besides F16")
+    group.add_argument("--types", action=Joined, metavar="T,...", help="path B: types besides F16")
     group.add_argument("--imatrix", metavar="FILE", help="path B: importance matrix")
     add_codes(group, texts=False)
     group.add_argument(

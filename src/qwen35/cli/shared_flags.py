@@ -16,6 +16,7 @@ from qwen35.planning.recipe import built_in
 from qwen35.planning.refinement import CODES
 
 __all__ = [
+    "Joined",
     "add_adapter",
     "add_codes",
     "add_endpoint",
@@ -59,7 +60,7 @@ def add_codes(parser: argparse._ActionsContainer, *, texts: bool = True) -> None
         default=(),
         type=Path,
         metavar="FILE",
-        help="the same from plain text, UTF-8: calibrates first, for this output alone",
+        help="the same from plain text, UTF-8, for this output alone: layer by layer",
     )
 
 
@@ -201,6 +202,22 @@ def add_endpoint(parser: argparse.ArgumentParser, *, several: bool = False) -> N
     )
 
 
+class Joined(argparse.Action):
+    """Joins the values of a list that is given in several pieces: none replaces another."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Add the values of one piece."""
+        del parser, option_string
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, f"{before},{values}" if before else values)
+
+
 def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
     """Add the flags for the content of GGUF files.
 
@@ -210,7 +227,7 @@ def add_types(parser: argparse.ArgumentParser, default: str | None) -> None:
     """
     group = parser.add_argument_group("GGUF") if default is None else parser
     shown = "" if default is None else f" (default: {default})"
-    group.add_argument("--types", metavar="T,...", help=f"file types{shown}")
+    group.add_argument("--types", action=Joined, metavar="T,...", help=f"file types{shown}")
     group.add_argument(
         "--imatrix",
         metavar="FILE",

@@ -111,6 +111,7 @@ class Container(ABC):
         formats: recipe formats it can hold.
         recipes: what its recipes are called in error messages.
         complete: whether the rules must cover every weight.
+        types: types that its files have, chosen beside the recipe.
         extra: further source files to read if present, beside those of every checkpoint.
         libraries: further libraries whose versions affect the bytes.
         separate: whether each file is an artifact by itself, with its own type.
@@ -123,6 +124,7 @@ class Container(ABC):
     formats: ClassVar[tuple[str, ...]]
     recipes: ClassVar[str]
     complete: ClassVar[bool] = True
+    types: ClassVar[Collection[str]] = ()
     extra: ClassVar[tuple[str, ...]] = ("README.md",)
     libraries: ClassVar[tuple[str, ...]] = ()
     separate: ClassVar[bool] = False

@@ -40,13 +40,22 @@ def load_recipe(name: str, container: str = "safetensors", layout: str | None = 
     if name.endswith(".toml"):
         return read_recipe_file(Path(name), CONTAINERS[container])
     names = built_in(container)
-    verb = next((c.verb for c in CONTAINERS.values() if name in built_in(c.name)), "")
     raise UsageError(
         f"recipe {name!r}",
         f"not {CONTAINERS[container].recipes}",
         expected=f"{', '.join(names)} or a .toml file",
-        hint=f"it is one of `qwen35 {verb}`" if verb else did_you_mean(name, names),
+        hint=_elsewhere(name) or did_you_mean(name, names),
     )
+
+
+def _elsewhere(name: str) -> str:
+    """Return the command that knows a name; empty if none does."""
+    for container in CONTAINERS.values():
+        if name in built_in(container.name):
+            return f"it is one of `qwen35 {container.verb}`"
+        if name.upper() in container.types:
+            return f"it is a type, for `qwen35 {container.verb} --types {name.upper()}`"
+    return ""
 
 
 def adjusted_recipe(

@@ -181,9 +181,9 @@
     button.addEventListener("click", () => {
       const dialog = find("dialog");
       find("code", dialog).replaceChildren(...words(job.apply));
-      dialog.returnValue = "";
-      dialog.onclose = () => {
-        if (dialog.returnValue !== "yes") return;
+      // not onclose: that event waits for a frame, and by then another answer may stand there
+      find("form", dialog).onsubmit = ({ submitter }) => {
+        if (submitter.value !== "yes") return;
         ask(`/jobs/${job.number}/apply`, {}).catch((error) => {
           button.after(make("span", { className: "wrong" }, error.message));
         });

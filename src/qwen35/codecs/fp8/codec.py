@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar, get_args
 
 from qwen35.codecs.codec import (
@@ -90,9 +90,14 @@ class Fp8(Codec):
 
     def input_quantizer(self, reader: Readable, weight: Weight) -> InputQuantizer:
         """Return what servers do to inputs: scales of groups as wide as a tile."""
+        del reader, weight
+        return self._tokens
+
+    @cached_property
+    def _tokens(self) -> InputQuantizer:
+        """The same for all weights, so that products of the same inputs are known to share them."""
         from qwen35.codecs.input_quantizers import fp8_tokens
 
-        del reader, weight
         return partial(fp8_tokens, group=BLOCK)
 
     def layout(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:

@@ -11,7 +11,7 @@ from qwen35.codecs.ggml.types import COMPILED, ggml_type
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import Finding, InputError
 from qwen35.planning.container import Container, ContainerInputs, ContainerOptions, EditedFile
-from qwen35.planning.gguf_files.mixes import MIX
+from qwen35.planning.gguf_files.mixes import FILE_TYPES, MIX
 
 if TYPE_CHECKING:
     from qwen35.checkpoint.source import Checkpoint
@@ -28,6 +28,7 @@ class GgufContainer(Container):
     verb = "gguf"
     formats = ("gguf",)
     recipes = "a built-in recipe for GGUF"
+    types = tuple(FILE_TYPES)
     complete = False
     libraries = ("gguf", "llama_cpp_python")
     separate = True

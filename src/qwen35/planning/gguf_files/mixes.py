@@ -111,9 +111,9 @@ def type_names(types: str | Iterable[str]) -> tuple[str, ...]:
     """Return file types as `FILE_TYPES` spells them, each once, whether known or not.
 
     Args:
-        types: what a user wrote: names, or one text with commas.
+        types: what a user wrote: names, or one text with commas or spaces.
     """
-    names = types.split(",") if isinstance(types, str) else types
+    names = types.replace(",", " ").split() if isinstance(types, str) else types
     return tuple(dict.fromkeys(name.strip().upper() for name in names if name.strip()))
 
 
