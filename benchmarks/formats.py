@@ -32,6 +32,8 @@ SERVED = {
     "NVFP4": "nvfp4",
     "NVFP4 and FP8": "nvfp4-mixed",
     "INT4": "int4",
+    "MLX 4-bit": "mlx-4bit",
+    "MLX 8-bit": "mlx-8bit",
 }
 """The same; these recipes keep a vision tower, so they start from the text-only version."""
 GGUF = {"mix": ("Q8_0", "Q6_K", "Q4_K_M"), "q8-gates-plus": ("Q4_K_M",)}

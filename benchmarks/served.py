@@ -121,7 +121,8 @@ class Tool:
     @property
     def version(self) -> str:
         """The version that is measured."""
-        return self._requirements.read_text("utf-8").strip().partition("==")[2]
+        first, *_ = self._requirements.read_text("utf-8").splitlines()
+        return first.partition("==")[2]
 
     @property
     def _requirements(self) -> Path:
