@@ -202,7 +202,8 @@ def _manifests() -> Iterator[Mapping[str, Any]]:
     yield json.loads(manifest_bytes(gguf, dict.fromkeys(sizes, "0" * 64)))
     entry = {"size": 1, "sha256": "0" * 64}
     yield {"amended": [{"when": "", "why": "", "files": {"chat_template.jinja": entry}}]}
-    hessians = {"name": "statistics", "sha256": "0" * 64}
+    hessians: dict[str, Any] = {"name": "statistics", "sha256": "0" * 64}
+    hessians |= {"text": [{"name": "text.txt", "sha256": "0" * 64}], "tokens": 131072}
     yield {"recipe": {"codes": "refined", "hessians": hessians}}
     yield {"refined": {"model.safetensors": {"a weight": "1"}}}
     source = {"repo": "owner/name", "revision": "a commit", "quantized": {"NF4": 1}}
