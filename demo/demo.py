@@ -133,9 +133,10 @@ def ask(progress: Progress) -> bool:
     progress.begin("loading PyTorch and the NF4 model", 0)
     asker, right = Asker(ASKED), 0
     asker.torch.set_num_threads(1)  # matrices this small are faster so
+    questions = [Question.from_json(row) for row in rows]
+    asker.prompts.expect(questions)
     progress.begin(f"asking {len(rows)} questions", len(rows))
-    for number, row in enumerate(rows):
-        question = Question.from_json(row)
+    for number, question in enumerate(questions):
         answer = asker.ask(question).strip()
         ok = is_right(question, answer)
         right += ok
