@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,7 @@ from qwen35.codecs.input_quantizers import fp4_blocks, fp8_fixed, fp8_tokens
 from qwen35.codecs.registry import CODECS
 from qwen35.engines.simulated_inputs import (
     input_quantizers,
+    layer_inputs,
     served_inputs,
     simulated_inputs,
     unknown_inputs,
@@ -340,3 +342,32 @@ def test_the_head_and_each_expert_have_quantizers_of_their_own(moe: Path) -> Non
             here = (scaled(1), scaled(10)) if i == 2 else (lambda _, x: x,) * 2
             expected = loop(experts, arguments, *here)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_threads_do_not_share_rounded_inputs() -> None:
+    """Products round an input that they share once, but batches are computed side by side."""
+    entered, other, done = threading.Event(), threading.Event(), threading.Event()
+    first, second = torch.ones(1, 4), torch.full((1, 4), 3.0)
+
+    def rounded(x: Any) -> Any:
+        if x is first:
+            entered.set()
+            assert other.wait(5)
+        return 2 * x
+
+    layer = torch.nn.Module()
+    layer.self_attn = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(4, 4, bias=False) for name in ("q_proj", "k_proj")}
+    )
+    query, key = layer.self_attn["q_proj"], layer.self_attn["k_proj"]
+    roles = [role_of(f"{LAYER}.3.self_attn.{name}.weight") for name in ("q_proj", "k_proj")]
+    with layer_inputs(layer, dict.fromkeys(roles, rounded)):
+        thread = threading.Thread(target=lambda: (query(first), done.set()))
+        thread.start()
+        assert entered.wait(5)
+        query(second)
+        other.set()
+        assert done.wait(5)
+        found = key(second)
+        thread.join()
+    assert torch.equal(found, key(2 * second))

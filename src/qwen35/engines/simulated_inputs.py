@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -128,8 +129,11 @@ def layer_inputs(layer: Any, quantizers: Quantizers) -> Iterator[None]:
         yield
 
 
-class _LastInputs:
-    """Quantizes the inputs that products of a layer share, such as q, k and v, once for all."""
+class _LastInputs(threading.local):
+    """Quantizes the inputs that products of a layer share, such as q, k and v, once for all.
+
+    Each thread has its own: threads compute batches of text side by side.
+    """
 
     def __init__(self) -> None:
         self._x: Any = None
