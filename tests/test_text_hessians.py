@@ -136,7 +136,13 @@ VERBS: dict[str, tuple[Callable[..., Any], dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", sorted(VERBS))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(name, marks=() if name == "a stack of experts" else pytest.mark.heavy)
+        for name in sorted(VERBS)
+    ],
+)
 def test_other_models(
     kind: str, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
