@@ -294,6 +294,7 @@ def test_gguf_files_on_a_cluster(
     assert tree(tmp_path / "shared") == tree(tmp_path / "alone")
 
 
+@pytest.mark.heavy
 def test_windows_of_a_calibration_on_a_cluster(
     cluster: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
