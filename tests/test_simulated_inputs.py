@@ -360,9 +360,14 @@ def test_threads_do_not_share_rounded_inputs() -> None:
         {name: torch.nn.Linear(4, 4, bias=False) for name in ("q_proj", "k_proj")}
     )
     query, key = layer.self_attn["q_proj"], layer.self_attn["k_proj"]
+
+    def run_first() -> None:
+        query(first)
+        done.set()
+
     roles = [role_of(f"{LAYER}.3.self_attn.{name}.weight") for name in ("q_proj", "k_proj")]
     with layer_inputs(layer, dict.fromkeys(roles, rounded)):
-        thread = threading.Thread(target=lambda: (query(first), done.set()))
+        thread = threading.Thread(target=run_first)
         thread.start()
         assert entered.wait(5)
         query(second)
