@@ -207,24 +207,40 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     return {"environment": environment(), "model": args.model.name, "rows": rows}
 
 
-def main() -> None:
-    """Parse the command line and measure."""
+def parser_of(description: str | None, name: str) -> argparse.ArgumentParser:
+    """Return a parser of what all benchmarks of codes are asked."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work" / "codes")
+    parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work" / name)
     parser.add_argument("--model", type=Path, default=ASSET)
     parser.add_argument("--text", type=Path, default=ASSET / "eval.txt")
     parser.add_argument("--chunks", type=int, default=0, help="to measure on (default: all)")
-    parser.add_argument("--windows", type=int, help="to calibrate on (default: all)")
-    parser.add_argument("--only", nargs="+", choices=[*GGUF, *PACKED])
     parser.add_argument("--json", type=Path, help="also write the figures here")
-    args = parser.parse_args()
-    shutil.rmtree(args.work, ignore_errors=True)
-    args.work.mkdir(parents=True)
-    found = benchmark(args)
+    return parser
+
+
+def run(
+    args: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], Mapping[str, Any]],
+    *,
+    afresh: bool = True,
+) -> None:
+    """Measure, in an empty folder if `afresh`, and write the figures."""
+    if afresh:
+        shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True, exist_ok=True)
+    found = measure(args)
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = parser_of(__doc__, "codes")
+    parser.add_argument("--windows", type=int, help="to calibrate on (default: all)")
+    parser.add_argument("--only", nargs="+", choices=[*GGUF, *PACKED])
+    run(parser.parse_args(), benchmark)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ thread; ours includes the calibration.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.codes import measured, row, split
-from benchmarks.measuring import ASSET, QWEN35, ROOT, environment, measure
+from benchmarks.codes import measured, parser_of, row, run, split
+from benchmarks.measuring import QWEN35, ROOT, environment, measure
 from benchmarks.served import IGNORED, ONE_THREAD, TOOLS
 from qwen35.calibration.text_windows import read_text
 from qwen35.checkpoint.source import open_folder
@@ -161,22 +160,11 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def main() -> None:
     """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    work = Path(__file__).parent / "work" / "codes_peers"
-    parser.add_argument("--work", type=Path, default=work)
-    parser.add_argument("--model", type=Path, default=ASSET)
-    parser.add_argument("--text", type=Path, default=ASSET / "eval.txt")
-    parser.add_argument("--chunks", type=int, default=0, help="to measure on (default: all)")
+    parser = parser_of(__doc__, "codes_peers")
     parser.add_argument("--only", nargs="+", choices=[*LAYOUTS], default=[*LAYOUTS])
-    parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     args.work = args.work.resolve()
-    args.work.mkdir(parents=True, exist_ok=True)  # environments in it are kept
-    found = benchmark(args)
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    run(args, benchmark, afresh=False)  # environments in it are kept
 
 
 if __name__ == "__main__":

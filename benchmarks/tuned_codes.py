@@ -12,15 +12,13 @@ by `benchmarks.codes`, weights alone and with llama.cpp's inputs.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import qwen35
-from benchmarks.codes import lines, measured, row, split
-from benchmarks.measuring import ASSET, environment
+from benchmarks.codes import lines, measured, parser_of, row, run, split
+from benchmarks.measuring import environment
 
 CASES = (("mix", "Q4_K_M"), ("q8-gates", "Q4_K_M"), ("q8-gates", "Q5_K_M"), ("q8-gates", "Q6_K"))
 HOW = tuple(product(("hand-made", "tuned"), ("plain", "refined")))
@@ -96,21 +94,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the command line and measure."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    work = Path(__file__).parent / "work" / "tuned_codes"
-    parser.add_argument("--work", type=Path, default=work)
-    parser.add_argument("--model", type=Path, default=ASSET)
-    parser.add_argument("--text", type=Path, default=ASSET / "eval.txt")
-    parser.add_argument("--chunks", type=int, default=0, help="to measure on (default: all)")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    args = parser.parse_args()
-    shutil.rmtree(args.work, ignore_errors=True)
-    args.work.mkdir(parents=True)
-    found = benchmark(args)
-    if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    run(parser_of(__doc__, "tuned_codes").parse_args(), benchmark)
 
 
 if __name__ == "__main__":
