@@ -61,11 +61,11 @@ def padded(sequences: list[Sequence]) -> Batch:
     return Batch(ids, targets, pixels, torch.tensor([p.grid for p in shown]))
 
 
-def text_batches(stream: Tensor, seed: int) -> Iterator[Batch]:
+def text_batches(stream: Tensor, seed: int, tokens: int = TEXT_TOKENS) -> Iterator[Batch]:
     """Rows of plain text without end: every row length in turn, the stream in shuffled blocks."""
     generator = torch.Generator().manual_seed(seed)
     block = max(ROW_LENGTHS)
-    per_batch = TEXT_TOKENS // block
+    per_batch = tokens // block
     while True:
         shift = int(torch.randint(block, (1,), generator=generator))
         order = torch.randperm((len(stream) - shift - 1) // block, generator=generator)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from transformers import Qwen3_5ForConditionalGeneration
 from batches import IGNORE, Batch, StepData
 from vocabulary import special_ids
 
+T = TypeVar("T")
 Z_LOSS = 3e-4
 WARMUP = 40
 REPORT_EVERY = 50
@@ -161,6 +163,27 @@ def accumulate(
         note.add(name, plain.item())
 
 
+def optimised(
+    model: nn.Module,
+    tools: list[torch.optim.Optimizer],
+    data: Iterable[T],
+    steps: int,
+    note: Progress,
+) -> Iterator[T]:
+    """Yield the data of each step, to add gradients; then change the weights and report."""
+    model.train()
+    for step, (parts, _) in enumerate(zip(data, range(steps), strict=False)):
+        set_rates(tools, rate_factor(step, steps))
+        yield parts
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for tool in tools:
+            tool.step()
+            tool.zero_grad()
+        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
+            note.line(step + 1, steps)
+    model.eval()
+
+
 def train_trunk(
     model: Qwen3_5ForConditionalGeneration,
     data: Iterable[StepData],
@@ -169,22 +192,11 @@ def train_trunk(
     weights: Weights,
 ) -> None:
     """The main training: text, conversations and pictures in every step."""
-    tools = optimisers(model, rate)
-    note = Progress()
-    model.train()
-    equal = weights.equal_answers
-    for step, (parts, _) in enumerate(zip(data, range(steps), strict=False)):
-        set_rates(tools, rate_factor(step, steps))
+    note, equal = Progress(), weights.equal_answers
+    for parts in optimised(model, optimisers(model, rate), data, steps, note):
         accumulate(model, "text", [parts.text], note, weights.text)
         accumulate(model, "answers", parts.conversations, note, weights.answers, equal=equal)
         accumulate(model, "pictures", [parts.pictures], note, weights.pictures, equal=equal)
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        for tool in tools:
-            tool.step()
-            tool.zero_grad()
-        if (step + 1) % REPORT_EVERY == 0 or step + 1 == steps:
-            note.line(step + 1, steps)
-    model.eval()
 
 
 def text_loss(model: Qwen3_5ForConditionalGeneration, rows: Batch) -> float:
