@@ -25,7 +25,6 @@ from typing import Any
 
 from benchmarks.measuring import ASSET, ROOT
 from qwen35.cli.main import main as qwen35
-from qwen35.cli.tune_command import DEFAULT_CHUNKS
 from qwen35.tuning.measurements import load_measurements
 
 TYPES = "Q4_K_M,Q5_K_M,Q6_K"
@@ -135,7 +134,7 @@ def cpu_seconds() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path(__file__).parent / "work" / "tune")
-    parser.add_argument("--chunks", type=int, default=DEFAULT_CHUNKS)
+    parser.add_argument("--chunks", type=int, default=16)
     parser.add_argument("--types", default="")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "tune.json")
     args = parser.parse_args()

@@ -27,7 +27,7 @@ from corpus import load_corpus
 from learning import Clock, Progress, hidden_states, optimised, text_loss, token_loss
 
 ASSET = Path(__file__).resolve().parent.parent / "qwen3.5-tiny"
-SEED, RATE, STEPS, TOKENS = 11, 2e-3, 1150, 1024
+SEED, RATE, STEPS, TOKENS = 11, 2e-3, 750, 1024
 LAYERS = 6
 GEOMETRY: dict[str, Any] = {
     "hidden_size": 768,

@@ -41,7 +41,7 @@ def tune(
     start_from: str | Path | None = None,
     probes: int = 0,
     sample: int = 1,
-    chunks: int = 32,
+    chunks: int | None = None,
     context: int = 512,
     explicit: bool = False,
     report: str | Path | None = None,
@@ -76,7 +76,8 @@ def tune(
         probes: as a check, write and measure so many models: the result, and its dearest groups
             alone.
         sample: compare types on every so many rows.
-        chunks: number of chunks of the text to measure on.
+        chunks: number of chunks of the text to measure on; None for 16, or 32 of a mixture of
+            experts.
         context: tokens per chunk.
         explicit: write a rule for every role in every layer.
         report: folder to write tune.json and tune.html to.

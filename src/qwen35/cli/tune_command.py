@@ -26,8 +26,6 @@ from qwen35.cli.worker_flags import add_workers
 from qwen35.errors import UsageError
 from qwen35.tuning.formats import ENGINES, FORMATS
 
-DEFAULT_CHUNKS = 32
-
 EXAMPLES = {
     "the best mix of GGUF types at 4.5 bits per weight": (
         "qwen35 tune MODEL --format gguf --size 4.5bpw --text other.txt \\\n"
@@ -85,9 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunks",
         type=positive,
-        default=DEFAULT_CHUNKS,
         metavar="N",
-        help="chunks of the text to measure on (default: %(default)s)",
+        help="chunks of the text to measure on (default: 16; of a mixture of experts, 32)",
     )
     parser.add_argument(
         "--context", type=positive, default=512, metavar="N", help="tokens per chunk (default: 512)"

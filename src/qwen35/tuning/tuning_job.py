@@ -33,6 +33,9 @@ from qwen35.tuning.tuning_request import TuningRequest, check_request
 
 __all__ = ["TuningJob", "TuningResult", "prepare", "run"]
 
+_CHUNKS, _MOE_CHUNKS = 16, 32
+"""Of 512 tokens: enough for prices within a tenth; each expert sees but a part of them."""
+
 
 @dataclass(frozen=True)
 class TuningJob:
@@ -59,6 +62,11 @@ class TuningJob:
         """Whose rounding of inputs counts."""
         rounds = tunable_of(self.request.format).rounds_inputs
         return self.request.engine or ("llama.cpp" if rounds else "weights")
+
+    @property
+    def chunks(self) -> int:
+        """The most chunks of the text to measure on."""
+        return _chunks(self.request, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -104,17 +112,15 @@ def prepare(request: TuningRequest) -> TuningJob:
         headers=dry,
         token=request.token,
     )
-    text = None
+    text, chunks = None, _chunks(request, checkpoint)
     if not dry:
-        text = read_text(
-            checkpoint, [request.text], context=request.context, windows=request.chunks
-        )
+        text = read_text(checkpoint, [request.text], context=request.context, windows=chunks)
     space = _space(checkpoint, request)
     _check_probes(space, request)
     plan = plan_pricing(
         checkpoint,
         context=request.context,
-        windows=request.chunks if text is None else len(text.windows),
+        windows=chunks if text is None else len(text.windows),
         memory=request.memory,
         shares=request.workers or 1,
         threads=request.threads or default_threads(),
@@ -144,7 +150,7 @@ def run(
     measured = _measurements(job, path)
     _price(job, measured, path, progress(""), pool)
     threads = request.threads or default_threads()
-    setting = ProbeSetting(request.text, request.context, request.chunks, threads, request.device)
+    setting = ProbeSetting(request.text, request.context, job.chunks, threads, request.device)
     with scratch(request.output) as work:
         tuned = tune(
             job.space,
@@ -204,6 +210,10 @@ def _price(
     elif not path.exists():
         measured.save(path)
     discard_work(path)
+
+
+def _chunks(request: TuningRequest, checkpoint: Checkpoint) -> int:
+    return request.chunks or (_MOE_CHUNKS if checkpoint.config.moe else _CHUNKS)
 
 
 def _space(checkpoint: Checkpoint, request: TuningRequest) -> ChoiceSpace:
@@ -273,7 +283,7 @@ def _measurements(job: TuningJob, path: Path) -> Measurements:
         model_digest(job.checkpoint),
         job.text.files[0][1],
         request.context,
-        request.chunks,
+        job.chunks,
         imatrix.digest if imatrix else "",
         request.sample,
         weights=_numel(job.space),

@@ -39,7 +39,8 @@ class TuningRequest:
         probes: most models to write and measure, as a check.
         sample: compare every so many rows of candidates.
         memory: most bytes that measuring prices may take; None for no limit.
-        chunks: most chunks of the text to measure on.
+        chunks: most chunks of the text to measure on; None for 16, or 32 of a mixture of experts,
+            each of which sees but a part of them.
         context: tokens per chunk.
         explicit: write a rule for every role in every layer.
         device: for transformers.
@@ -67,7 +68,7 @@ class TuningRequest:
     probes: int = 0
     sample: int = 1
     memory: int | None = None
-    chunks: int = 32
+    chunks: int | None = None
     context: int = 512
     explicit: bool = False
     device: str = "auto"
@@ -138,7 +139,7 @@ def _check_numbers(request: TuningRequest) -> None:
         raise UsageError(
             "--sample", str(request.sample), expected=f"a number from 1 to {_SPARSEST}"
         )
-    if request.chunks < 1:
+    if request.chunks is not None and request.chunks < 1:
         raise UsageError("--chunks", str(request.chunks), expected="a positive number")
     if request.memory is not None and request.memory < 1:
         raise UsageError("--memory", str(request.memory), expected="a positive size")
