@@ -24,7 +24,9 @@ from qwen35.array_types import F32, I64, U8, Array
 
 __all__ = [
     "DAMPING",
+    "LEAST_GAIN",
     "REACH",
+    "SWEEPS",
     "CodeGrid",
     "Curvature",
     "HessianPair",
@@ -42,7 +44,12 @@ REACH = 1.0
 """How far from its weight a code may aim, in the grid's largest steps: farther gains nothing, and
 comparisons with the source can rely on it."""
 
-_SWEEPS = 8
+LEAST_GAIN = 1e-4
+"""A step down must gain this share of its curvature: float32 sums decide nothing."""
+
+SWEEPS = 8
+"""The most of coordinate descent: few rows need as many."""
+
 _ROWS = 64
 """Rows that go through the factor together: it is read from memory once for them."""
 
@@ -124,7 +131,7 @@ class HessianPair(Protocol):
         """[K, K] symmetric, of other tokens; only these judge."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curvature:
     """Hessians, prepared for refining the weights that read an input.
 
@@ -202,7 +209,7 @@ def _wide(size: int) -> F32:
     return np.zeros((size, -(-size // 4) * 4), np.float32)
 
 
-def refined_codes(weights: F32, grid: CodeGrid, curvature: Curvature, sweeps: int = _SWEEPS) -> U8:
+def refined_codes(weights: F32, grid: CodeGrid, curvature: Curvature, sweeps: int = SWEEPS) -> U8:
     """Return [rows, columns] refined codes.
 
     Args:

@@ -12,16 +12,13 @@ import numpy as np
 
 from qwen35.codecs.compiled import compiled, inlined  # first: it imports Numba in its own way
 from qwen35.codecs.lanes import LANES, load, splat, store
-from qwen35.codecs.refining import REACH
+from qwen35.codecs.refining import LEAST_GAIN, REACH
 
 __all__ = ["cholesky", "choose_scales", "descend", "feed_back", "losses", "unit_columns"]
 
 _ZERO = np.float32(0)
 _PANEL = 64
 """Columns that are factored before what is right of them is updated."""
-
-_LEAST_GAIN = 1e-4
-"""A step down must gain this share of its curvature: float32 sums decide nothing."""
 
 
 # --- the factor of a Hessian
@@ -228,7 +225,7 @@ def _sweep(weights: Any, order: Any, hessian: Any, grid: Any, slopes: Any, own: 
         index = _nearest(target, scale, offset, levels, middles, even)
         new = weight - _value(index, scale, offset, levels)
         change = np.float64(new) - np.float64(error)
-        gained = change * (change * curvature * (1 - _LEAST_GAIN) + 2 * slopes[j]) < 0
+        gained = change * (change * curvature * (1 - LEAST_GAIN) + 2 * slopes[j]) < 0
         if gained and index != codes[column]:
             codes[column], errors[j], changed = index, new, True
             _add(slopes, hessian[j], change)
