@@ -203,7 +203,7 @@ def test_the_encoder_for_gpus_gives_the_same_bytes(
     weight[5] = 0
     source = changed(dense, tmp_path / "in", {QKV: weight})
     expected = run(source, tmp_path / "expected").hashes
-    kernels: Kernels = {"nf4": TorchEncoder("cpu"), "fp8": encode_rows}
+    kernels = Kernels({"nf4": TorchEncoder("cpu"), "fp8": encode_rows})
     monkeypatch.setattr("qwen35.writing.write.kernels_for", lambda _: (kernels,))
     assert run(source, tmp_path / "out").hashes == expected
 

@@ -10,6 +10,7 @@ import pytest
 
 from fp8_reports import DEVIATIONS, FAULTS, MODES, edited, packed, report_on
 from qwen35.cli.main import main
+from qwen35.codecs.devices import Kernels
 from qwen35.codecs.fp8.arrays import encode_rows
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.verification.fp8_display import report_text
@@ -66,7 +67,7 @@ def test_a_faulty_encoder_makes_convert_exit_with_one(
             codes[:] = codes[::-1].copy()
         return finite
 
-    monkeypatch.setattr("qwen35.writing.write.kernels_for", lambda *_: ({"fp8": broken},))
+    monkeypatch.setattr("qwen35.writing.write.kernels_for", lambda *_: (Kernels({"fp8": broken}),))
     out = tmp_path / "out"
     assert main(["convert", str(fp8_sources[0.02]), str(out), "--recipe", "fp8", "--quiet"]) == 1
     text = capsys.readouterr().out

@@ -127,7 +127,7 @@ def _encoded(change: RoundedValues) -> RoundTrip:
     assert change.reader is not None  # values are read of local files alone
     [kernels] = kernels_for("cpu")
     codec, spec = CODECS[change.codec], change.spec
-    trip = RoundTrip(codec, spec, kernel=kernels.get(codec.name))
+    trip = RoundTrip(codec, spec, kernel=kernels.of(codec.name))
     columns = spec.shape[-1]
     rows, grain = spec.numel // columns, codec.grain(spec)
     step = max(1, PIECE // columns // grain) * grain

@@ -1,18 +1,44 @@
-"""Devices that encode weights: the CPU, or one or several GPUs."""
+"""Devices that encode weights and refine codes: the CPU, or one or several GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qwen35.codecs.codec import Kernel
 from qwen35.codecs.registry import CODECS
 from qwen35.errors import UsageError, WorkerError
 
+if TYPE_CHECKING:
+    from qwen35.codecs.refining import Refining
+
 __all__ = ["Kernels", "gpu_numbers", "kernels_for"]
 
-Kernels = Mapping[str, Kernel]
-"""Kernels of one device, by codec name."""
+_T = TypeVar("_T")
+
+
+def _refining() -> Refining:
+    from qwen35.codecs import refining
+
+    return refining.Refining(refining.refined_codes, refining.row_losses, refining.searched_scales)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What one device computes.
+
+    Args:
+        encoding: kernels by codec name.
+        refining: chooses refined codes.
+    """
+
+    encoding: Mapping[str, Kernel]
+    refining: Refining = field(default_factory=_refining)
+
+    def of(self, codec: str) -> Kernel | None:
+        """Return the kernel of a codec; None if it has none."""
+        return self.encoding.get(codec)
 
 
 def kernels_for(devices: str) -> tuple[Kernels, ...]:
@@ -25,11 +51,11 @@ def kernels_for(devices: str) -> tuple[Kernels, ...]:
         UsageError: a device is unknown or missing.
     """
     if devices in ("auto", "cpu"):
-        return (_kernels("cpu"),)
+        return (Kernels(_kernels("cpu")),)
     per_device = []
     for device in _gpus(devices):
         try:
-            kernels = _kernels(device)
+            kernels, refining = _kernels(device), _refining_on(device)
         except ImportError as error:
             raise UsageError(
                 f"--device {devices}",
@@ -37,13 +63,26 @@ def kernels_for(devices: str) -> tuple[Kernels, ...]:
                 hint="leave the flag out: a CPU is enough",
             ) from error
         guarded = {name: _guarded(kernel, device) for name, kernel in kernels.items()}
-        per_device.append(guarded)
+        per_device.append(Kernels(guarded, refining))
     return tuple(per_device)
 
 
 def _kernels(device: str) -> dict[str, Kernel]:
     kernels = {name: codec.kernel(device) for name, codec in CODECS.items()}
     return {name: kernel for name, kernel in kernels.items() if kernel is not None}
+
+
+def _refining_on(device: str) -> Refining:
+    from qwen35.codecs.refining import Refining
+    from qwen35.codecs.refining_torch import PIECES, TorchRefining
+
+    own = TorchRefining(device)
+    return Refining(
+        _guarded(own.refined_codes, device),
+        _guarded(own.row_losses, device),
+        _guarded(own.searched_scales, device),
+        PIECES,
+    )
 
 
 def gpu_numbers(devices: str) -> tuple[int, ...]:
@@ -72,12 +111,12 @@ def _gpus(devices: str) -> Iterator[str]:
             raise UsageError(f"--device {devices}", "unknown", expected=expected)
 
 
-def _guarded(encode: Kernel, device: str) -> Callable[..., bool]:
-    """Wrap a kernel: running out of GPU memory raises `WorkerError`."""
+def _guarded(function: Callable[..., _T], device: str) -> Callable[..., _T]:
+    """Wrap what computes on a GPU: running out of its memory raises `WorkerError`."""
 
-    def call(*arguments: Any) -> bool:
+    def call(*arguments: Any) -> _T:
         try:
-            return encode(*arguments)
+            return function(*arguments)
         except RuntimeError as error:  # torch, CUDA and Triton share no more specific class
             if "out of memory" not in str(error):
                 raise

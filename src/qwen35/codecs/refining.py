@@ -15,6 +15,7 @@ a format can hold, those with the least error of the nearest codes, weighted by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ __all__ = [
     "Curvature",
     "HessianPair",
     "Levels",
+    "Refining",
     "nearest_codes",
     "refined_codes",
     "row_losses",
@@ -187,6 +189,23 @@ class Curvature:
         triangle[:, :size] = np.tril(held_out)
         triangle[:, :size] += np.tril(held_out, -1)
         return cls(order, hessian, feedback, triangle, useful)
+
+
+@dataclass(frozen=True)
+class Refining:
+    """What chooses codes on one device: the functions of this module, or the same for a GPU.
+
+    Args:
+        refined_codes: chooses codes.
+        row_losses: judges them.
+        searched_scales: chooses scales.
+        pieces: how many pieces of a weight (`qwen35.codecs.pieces.PIECE`) to refine together.
+    """
+
+    refined_codes: Callable[[F32, CodeGrid, Curvature], U8]
+    row_losses: Callable[[F32, CodeGrid, U8, Curvature], Array]
+    searched_scales: Callable[[F32, CodeGrid, F32, Curvature], U8]
+    pieces: int = 1
 
 
 def _reordered(matrix: F32, order: I64 | None) -> F32:

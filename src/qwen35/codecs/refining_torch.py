@@ -19,12 +19,17 @@ import numpy as np
 import torch
 
 from qwen35.array_types import F32, U8, Array
+from qwen35.codecs.pieces import PIECE
 from qwen35.codecs.refining import LEAST_GAIN, REACH, SWEEPS, CodeGrid, Curvature
 
-__all__ = ["TorchRefining"]
+__all__ = ["PIECES", "TorchRefining"]
 
-_CHUNK = 2**24
-"""Weights that are refined together: at up to 60 bytes each, a gigabyte of the device's memory."""
+PIECES = 8
+"""Pieces of a weight that are refined together: a GPU needs many rows, since each column takes as
+long for few."""
+
+_CHUNK = PIECES * PIECE
+"""Weights that are refined together: at up to 64 bytes each, 0.3 GB of the device's memory."""
 
 _CURVATURES = 2
 """Those that stay on the device, at 12 bytes for each pair of columns."""
@@ -97,7 +102,7 @@ class TorchRefining:
                 for number, each in enumerate((grid.scales, *others)):
                     tried = CodeGrid(grid.codes, each, grid.levels)
                     levels, scales = _sent_grid(tried, rows, self._device)
-                    wide = scales.at(np.s_[:, None])
+                    wide = scales.at((slice(None), None))
                     errors = groups.double() - levels.values(levels.nearest(groups, wide), wide)
                     weighed = importance.reshape(len(stays), -1, 1) * errors * errors
                     losses = _total(weighed.transpose(0, 1))
@@ -122,13 +127,15 @@ class TorchRefining:
         found = [one for one in self._held if one[0]() is curvature]
         others = [one for one in self._held if one[0]() not in (None, curvature)]
         self._held = others[1 - _CURVATURES :]  # before another takes memory
-        one = found[0] if found else (weakref.ref(curvature), _Curvature.of(curvature, self._device))
+        one = (
+            found[0] if found else (weakref.ref(curvature), _Curvature.of(curvature, self._device))
+        )
         self._held.append(one)
         return one[1]
 
 
 def _sent(array: Array, device: str) -> Any:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+    return torch.from_numpy(np.require(array, requirements="CW")).to(device)
 
 
 def _received(tensor: Any) -> Array:

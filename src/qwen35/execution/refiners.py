@@ -19,7 +19,7 @@ from qwen35.planning.step import Step, StepTarget
 if TYPE_CHECKING:
     from qwen35.array_types import F32, F64, I64, U8
     from qwen35.codecs.codec import Refine
-    from qwen35.codecs.refining import CodeGrid, Curvature
+    from qwen35.codecs.refining import CodeGrid, Curvature, Refining
 
 __all__ = ["Curvatures", "Guard", "Refiners", "Written"]
 
@@ -42,12 +42,12 @@ class Refiners:
         """Take the inputs of steps that begin from now on from other Hessians of the same model."""
         self._curvatures = Curvatures(hessians)
 
-    def begin(self, step: Step) -> None:
-        """Prepare the guards of a step that is about to run, whole."""
+    def begin(self, step: Step, refining: Refining) -> None:
+        """Prepare the guards of a step that is about to run, whole, on a device."""
         for target in step.targets:
             if target.codes != PLAIN and self._curvatures is not None:
                 self._guards[_key(step, target)] = Guard(
-                    step.rows, self._curvatures, searches=target.codes == SEARCHED
+                    step.rows, self._curvatures, refining, searches=target.codes == SEARCHED
                 )
 
     def of(self, step: Step, target: StepTarget) -> Guard | None:
@@ -72,11 +72,14 @@ class Guard:
     Args:
         rows: of the weight.
         curvatures: of the inputs.
+        refining: chooses codes.
         searches: whether scales are searched too.
     """
 
-    def __init__(self, rows: Rows, curvatures: Curvatures, *, searches: bool = False) -> None:
-        self._rows, self._curvatures = rows, curvatures
+    def __init__(
+        self, rows: Rows, curvatures: Curvatures, refining: Refining, *, searches: bool = False
+    ) -> None:
+        self._rows, self._curvatures, self._refining = rows, curvatures, refining
         self.searches = searches
         self._judged: dict[int, _Judged] = {}
         self._better: dict[int, int] = {}
@@ -89,41 +92,44 @@ class Guard:
 
     def refine(self, first: int, weights: F32, grid: CodeGrid) -> U8:
         """Return refined codes of rows (`qwen35.codecs.codec.Refine`)."""
-        from qwen35.codecs.refining import refined_codes
-
         curvature, rows, judged = self._about(first, len(weights))
         if curvature is None:
             return grid.codes
-        codes = refined_codes(weights, grid, curvature)
-        judged.note(_NEAREST, rows, weights, grid, curvature)
-        judged.note(_REFINED, rows, weights, replace(grid, codes=codes), curvature)
+        codes = self._refining.refined_codes(weights, grid, curvature)
+        losses = self._refining.row_losses
+        judged.note(_NEAREST, rows, weights, grid, losses(weights, grid, grid.codes, curvature))
+        refined = replace(grid, codes=codes)
+        judged.note(_REFINED, rows, weights, refined, losses(weights, grid, codes, curvature))
         return codes
 
     def again(self, first: int, weights: F32, grid: CodeGrid) -> U8:
         """Return what `refine` returned; nothing is judged."""
-        from qwen35.codecs.refining import refined_codes
-
         curvature, _, _ = self._about(first, len(weights))
-        return grid.codes if curvature is None else refined_codes(weights, grid, curvature)
+        if curvature is None:
+            return grid.codes
+        return self._refining.refined_codes(weights, grid, curvature)
 
     def search(self, first: int, weights: F32, grid: CodeGrid, others: F32) -> tuple[U8, U8]:
         """Return refined codes of rows, and their scales (`qwen35.codecs.codec.Search`)."""
         import numpy as np
 
-        from qwen35.codecs.refining import nearest_codes, refined_codes, searched_scales
+        from qwen35.codecs.refining import nearest_codes
 
         curvature, rows, judged = self._about(first, len(weights))
         if curvature is None:
             return grid.codes, np.zeros(grid.scales.shape, np.uint8)
         self.refine(first, weights, grid)  # to know which is better
-        chosen = searched_scales(weights, grid, others, curvature)
+        chosen = self._refining.searched_scales(weights, grid, others, curvature)
         all_ = np.concatenate([grid.scales[None], others])
         scales = np.take_along_axis(all_, chosen[None].astype(np.intp), 0)[0]
         near = replace(grid, scales=scales)
         near = replace(near, codes=nearest_codes(weights, near))
-        codes = refined_codes(weights, near, curvature)
-        judged.note(_SEARCHED_NEAREST, rows, weights, near, curvature)
-        judged.note(_SEARCHED, rows, weights, replace(near, codes=codes), curvature)
+        codes = self._refining.refined_codes(weights, near, curvature)
+        losses = self._refining.row_losses
+        nearest = losses(weights, near, near.codes, curvature)
+        judged.note(_SEARCHED_NEAREST, rows, weights, near, nearest)
+        refined = replace(near, codes=codes)
+        judged.note(_SEARCHED, rows, weights, refined, losses(weights, near, codes, curvature))
         return codes, chosen
 
     def _about(self, first: int, count: int) -> tuple[Curvature | None, slice, _Judged]:
@@ -209,17 +215,13 @@ class _Judged:
 
         return cls(np.zeros((4, count)), np.zeros((4, count)))
 
-    def note(
-        self, way: int, rows: slice, weights: F32, grid: CodeGrid, curvature: Curvature
-    ) -> None:
+    def note(self, way: int, rows: slice, weights: F32, grid: CodeGrid, losses: F64) -> None:
         """Note what the codes of rows lose in one of the ways."""
         import numpy as np
 
-        from qwen35.codecs.refining import row_losses
-
         error = np.square(grid.values(grid.codes) - weights)
         self.squared[way, rows] = error.sum(1, np.float64)
-        self.losses[way, rows] = row_losses(weights, grid, grid.codes, curvature)
+        self.losses[way, rows] = losses
 
     @property
     def best(self) -> int:

@@ -71,13 +71,18 @@ class StepRunner:
 
     def spans(self, step: Step) -> list[RowSpan]:
         """Cut a step that is about to run into independent spans, for several threads."""
-        self.refiners.begin(step)
+        self.refiners.begin(step, self._kernels(step).refining)
         rows = step.rows
         # others stay whole: NF4, say, quantizes the scales of a weight together at the end
         codecs = [codec_of(step.weight), *(CODECS[target.codec] for target in step.targets)]
         if any(target.copied for target in step.targets) or not all(c.independent for c in codecs):
             return [rows.whole_span]
         return list(rows.spans(self._grain(step), _SPAN * pieces.PIECE))
+
+    def _kernels(self, step: Step) -> Kernels:
+        """Return those of the device of a step."""
+        # not hash(), which differs between processes: every run uses the same device
+        return self.kernels[zlib.crc32(step.weight.name.encode()) % len(self.kernels)]
 
     def _grain(self, step: Step) -> int:
         return max(CODECS[target.codec].grain(step.spec) for target in step.targets)
@@ -125,7 +130,8 @@ class StepRunner:
             for target in step.targets
         ]
         importance, slab = None, -1
-        for chunk in step.rows.chunks(self._grain(step), span):
+        size = self._kernels(step).refining.pieces if held or refine else 1
+        for chunk in step.rows.chunks(self._grain(step), span, size):
             if chunk.slab != slab:
                 slab = chunk.slab
                 importance = self.plan.options.importance(step, slab)
@@ -153,8 +159,6 @@ class StepRunner:
             else:
                 write(target, name, offset, data)
 
-        # not hash(), which differs between processes: every run uses the same device
-        device = zlib.crc32(step.weight.name.encode()) % len(self.kernels)
         spec = TensorSpec(target.name, step.spec.dtype, step.rows.shape)
         codec = CODECS[target.codec]
         search = held.guard.search if held is not None and held.guard.searches else None
@@ -167,7 +171,7 @@ class StepRunner:
                 target.outputs,
                 to_target,
                 self.plan.settings,
-                self.kernels[device].get(target.codec),
+                self._kernels(step).of(target.codec),
                 self.plan.options.encoder,
                 largest,
                 self.plan.options.input_largest(step) if codec.quantized_inputs else None,

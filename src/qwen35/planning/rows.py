@@ -161,11 +161,19 @@ class Rows:
         """The transform that reorders rows, if any."""
         return next((t for t in self.transforms if t.moves), None)
 
-    def chunks(self, grain: int = 1, span: RowSpan | None = None) -> Iterator[RowChunk]:
-        """Cut rows into chunks of whole grains, slab by slab, in source order."""
+    def chunks(
+        self, grain: int = 1, span: RowSpan | None = None, size: int = 1
+    ) -> Iterator[RowChunk]:
+        """Cut rows into chunks of whole grains, slab by slab, in source order.
+
+        Args:
+            grain: rows that belong together.
+            span: the rows; all by default.
+            size: of a chunk, in pieces (`qwen35.codecs.pieces.PIECE`).
+        """
         span = span or self.whole_span
         # Whole grains, so that no codec block is split between chunks.
-        size = max(1, pieces.PIECE // max(1, self.row) // grain) * grain
+        most = max(1, size * pieces.PIECE // max(1, self.row) // grain) * grain
         for number in span.slabs:
             base = self.slabs[number].row
             if self.whole:
@@ -175,8 +183,8 @@ class Rows:
             starts = accumulate((count for _, count in runs), initial=span.first)
             # Reordered rows are read in source order, so that the file is read forward once.
             for (source, count), begin in sorted(zip(runs, starts, strict=False)):
-                for done in range(0, count, size):
-                    part = min(size, count - done)
+                for done in range(0, count, most):
+                    part = min(most, count - done)
                     yield RowChunk(number, begin + done, part, base + source + done)
 
     def _runs(self, span: RowSpan) -> Iterator[tuple[int, int]]:

@@ -92,7 +92,7 @@ class RoundingErrors:
                 codec,
                 spec,
                 settings=self.plan.settings,
-                kernel=self.kernels.get(codec.name),
+                kernel=self.kernels.of(codec.name),
                 largest=self.survey.of_rows(self.step, reader) if codec.surveys else None,
             )
             for choice, codec in self.codecs.items()

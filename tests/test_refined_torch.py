@@ -1,0 +1,264 @@
+"""Refined codes in torch are those of the CPU kernels, to the bit; on a GPU too, where one is."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import qwen35
+from checkpoints import make_checkpoint
+from hessian_folders import write_hessians
+from qwen35.array_types import F32
+from qwen35.codecs import devices, pieces, refining, refining_torch
+from qwen35.codecs.devices import Kernels, kernels_for
+from qwen35.codecs.fp8.arrays import e4m3_levels
+from qwen35.codecs.ggml.grids import GRIDS, grid_of
+from qwen35.codecs.ggml.library import find_library
+from qwen35.codecs.ggml.quantizers import encode
+from qwen35.codecs.nf4.tables import LEVELS
+from qwen35.codecs.refining import CodeGrid, Curvature, Refining
+from qwen35.codecs.refining_torch import TorchRefining
+from qwen35.errors import WorkerError
+from running import tree
+from test_refined_codes import INTEGERS, grid_for, pair_of, weights_of
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+needs_library = pytest.mark.skipif(find_library() is None, reason="needs llama-cpp-python")
+
+KINDS = [*sorted(GRIDS.keys() - {"nvfp4"}), pytest.param("nvfp4", marks=needs_library)]
+
+LEVELS_OF = {
+    "e2m1": np.array([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32),
+    "e4m3": e4m3_levels().values,
+    "integers": INTEGERS,
+    "nf4": LEVELS,
+    "one": np.ones(1, np.float32),
+    "signed": np.arange(-8, 8, dtype=np.float32),
+}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def same(
+    weights: F32, grid: CodeGrid, curvature: Curvature, device: str, chunk: int = 2**22
+) -> None:
+    """Check codes, with and without coordinate descent, and losses."""
+    found = TorchRefining(device, chunk)
+    for sweeps in (0, refining.SWEEPS):
+        expected = refining.refined_codes(weights, grid, curvature, sweeps)
+        codes = found.refined_codes(weights, grid, curvature, sweeps)
+        assert codes.dtype == np.uint8
+        np.testing.assert_array_equal(codes, expected)
+    for codes in (grid.codes, expected):
+        losses = refining.row_losses(weights, grid, codes, curvature)
+        np.testing.assert_array_equal(found.row_losses(weights, grid, codes, curvature), losses)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_of_every_ggml_type(kind: str, device: str) -> None:
+    weights, pair = weights_of(9, 256, 9) * np.float32(50), pair_of(256, 700)
+    data = np.frombuffer(encode("x", weights, kind, pair.fit.diagonal().copy()), np.uint8)
+    grid = grid_of(data, kind, weights.shape)
+    same(weights, grid, Curvature.of(pair), device, chunk=4 * 256)
+
+
+@pytest.mark.parametrize("levels", sorted(LEVELS_OF))
+@pytest.mark.parametrize("offsets", [False, True])
+def test_every_kind_of_levels(levels: str, device: str, *, offsets: bool) -> None:
+    weights = weights_of(50, 96)
+    grid = grid_for(weights, LEVELS_OF[levels]) if levels != "one" else _flat(weights)
+    if not offsets:
+        grid = replace(grid, offsets=None)
+    same(weights, grid, Curvature.of(pair_of(96)), device)
+
+
+def _flat(weights: F32) -> CodeGrid:
+    """Return a grid of a single level."""
+    scales = np.full((len(weights), 3), 0.01, np.float32)
+    return CodeGrid(np.zeros(weights.shape, np.uint8), scales, LEVELS_OF["one"], scales)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 63, 64, 65, 130])
+@pytest.mark.parametrize("rows", [1, 37])
+def test_every_width(columns: int, rows: int, device: str) -> None:
+    weights = weights_of(rows, columns)
+    grid = grid_for(weights, group=columns)
+    same(weights, grid, Curvature.of(pair_of(columns, 150)), device)
+
+
+@pytest.mark.parametrize("rows", [15, 16, 17, 33])
+def test_rows_that_go_in_several_parts(rows: int, device: str) -> None:
+    weights = weights_of(rows, 64)
+    same(weights, grid_for(weights, LEVELS), Curvature.of(pair_of(64)), device, chunk=16 * 64)
+
+
+def test_scales_of_zero_dead_columns_and_few_tokens(device: str) -> None:
+    weights, pair = weights_of(20, 96), pair_of(96, 10)
+    for matrix in (pair.fit, pair.held_out):
+        matrix[:, 5:9] = matrix[5:9] = 0
+    grid = grid_for(weights)
+    grid.codes[2] = 7
+    grid.scales[2:9, 1] = grid.scales[4] = 0
+    grid.scales[:, 2] *= -1
+    same(weights, grid, Curvature.of(pair), device)
+    same(weights, grid, Curvature.of(pair, damping=0.0), device)
+
+
+def test_heavy_tails_and_tiny_weights(device: str) -> None:
+    drawn = np.random.default_rng(6).standard_cauchy((24, 64)).astype(np.float32)
+    for factor in (1e-42, 1e-38, 1e30):
+        weights = drawn * np.float32(factor)
+        same(weights, grid_for(weights, LEVELS), Curvature.of(pair_of(64)), device)
+
+
+def test_arrays_that_are_views_or_read_only(device: str) -> None:
+    weights, curvature = weights_of(40, 128)[::2, 32:], Curvature.of(pair_of(96))
+    grid = grid_for(weights)
+    weights.flags.writeable = grid.codes.flags.writeable = grid.scales.flags.writeable = False
+    same(weights, grid, curvature, device)
+
+
+def test_the_same_scales_are_chosen(device: str) -> None:
+    weights, curvature = weights_of(30, 192), Curvature.of(pair_of(192))
+    grid = replace(grid_for(weights, LEVELS, group=64), offsets=None)
+    grid.scales[3, 1] = 0
+    others = np.stack([grid.scales * np.float32(factor) for factor in (0.8, 1.1, 0.9, 1.0, 0)])
+    expected = refining.searched_scales(weights, grid, others, curvature)
+    found = TorchRefining(device, 7 * 192).searched_scales(weights, grid, others, curvature)
+    assert set(np.unique(expected)) >= {0, 2, 3}
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_curvature_is_sent_once_and_not_kept(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = []
+
+    def of(curvature: Curvature, where: str) -> Any:
+        sent.append(curvature.hessian.shape[0])
+        return original(curvature, where)
+
+    original = refining_torch._Curvature.of
+    monkeypatch.setattr(refining_torch._Curvature, "of", of)
+    found, several = TorchRefining(device), [Curvature.of(pair_of(n)) for n in (16, 24, 32)]
+    for which in (0, 0, 1, 0, 1, 2, 1, 0):
+        weights = weights_of(4, len(several[which].order))
+        grid = grid_for(weights, group=weights.shape[1])
+        found.refined_codes(weights, grid, several[which])
+        found.row_losses(weights, grid, grid.codes, several[which])
+        assert len(found._held) <= 2
+    assert sent == [16, 24, 32, 16]
+    last, several = several[0], []
+    gc.collect()
+    weights = weights_of(4, 16)
+    found.refined_codes(weights, grid_for(weights, group=16), last)
+    assert len(found._held) == 1
+
+
+# --- in artifacts
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("torch") / "source")
+
+
+@pytest.fixture(scope="module")
+def measured(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_hessians(source, tmp_path_factory.mktemp("torch-hessians") / "statistics")
+
+
+FORMATS = [
+    ("text-nf4", "refined"),
+    ("text-nf4", "refined+scales"),
+    ("text-fp8", "refined"),
+    ("nvfp4", "refined"),
+    ("int4", "refined"),
+    ("int4-asym", "refined"),
+    ("fp8-channel", "refined"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "codes"), FORMATS)
+def test_artifacts_are_the_same(
+    source: Path,
+    measured: Path,
+    tmp_path: Path,
+    recipe: str,
+    codes: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With two devices, and with several pieces of a weight at a time."""
+    options: Any = {"recipe": recipe, "codes": codes, "hessian": measured}
+    monkeypatch.setattr(pieces, "PIECE", 2**14)
+    qwen35.convert(source, tmp_path / "expected", threads=2, **options)
+    seen: list[tuple[int, int]] = []
+
+    def on_torch(number: int) -> Kernels:
+        own = TorchRefining("cpu")
+
+        def refined_codes(weights: F32, grid: CodeGrid, curvature: Curvature) -> Any:
+            seen.append((number, weights.size))
+            return own.refined_codes(weights, grid, curvature)
+
+        chosen = Refining(refined_codes, own.row_losses, own.searched_scales, 3)
+        return replace(kernels, refining=chosen)
+
+    (kernels,) = kernels_for("cpu")
+    both = on_torch(0), on_torch(1)
+    monkeypatch.setattr("qwen35.writing.write.kernels_for", lambda _: both)
+    qwen35.convert(source, tmp_path / "out", threads=2, **options)
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+    assert {number for number, _ in seen} == {0, 1}
+    assert max(size for _, size in seen) > 2**14
+
+
+def test_a_gpu_without_memory_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    def full(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    for name in ("refined_codes", "row_losses", "searched_scales"):
+        monkeypatch.setattr(TorchRefining, name, full)
+    one, two = kernels_for("cuda")
+    assert one.refining.pieces == two.refining.pieces == refining_torch.PIECES
+    calls: tuple[Any, ...] = (
+        two.refining.refined_codes,
+        two.refining.row_losses,
+        two.refining.searched_scales,
+    )
+    for call in calls:
+        with pytest.raises(
+            WorkerError, match="--device cuda:1: the GPU has too little free memory"
+        ):
+            call(None, None, None)
+
+
+def test_a_cpu_refines_without_torch(source: Path, measured: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from qwen35.cli.main import main\n"
+        "code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)\n"
+    )
+    options = ["--recipe", "text-nf4", "--codes", "refined", "--hessian", str(measured), "--quiet"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, "convert", str(source), str(tmp_path / "out"), *options],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    assert devices.kernels_for("cpu")[0].refining.pieces == 1
