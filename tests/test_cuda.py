@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from checkpoints import ASSET, make_checkpoint
+from hessian_folders import write_hessians
 from qwen35 import calibrate, convert, evaluate, verify
 from qwen35.codecs.fp8.layout import ScaleMode
 from qwen35.codecs.nf4.arrays import encode_blocks
@@ -73,6 +74,19 @@ def test_processes_with_a_gpu_give_the_same_files(recipe: str, tmp_path: Path) -
     convert(ASSET, tmp_path / "cpu", recipe=recipe)
     convert(ASSET, tmp_path / "gpu", recipe=recipe, device="cuda", workers=2, threads=2)
     assert tree(tmp_path / "gpu") == tree(tmp_path / "cpu")
+
+
+@needs_gpu
+@pytest.mark.parametrize("recipe", ["fp8", "int4", "nf4", "nvfp4"])
+@pytest.mark.parametrize("codes", ["refined", "refined+scales"])
+def test_refined_codes_are_the_same(recipe: str, codes: str, tmp_path: Path) -> None:
+    """Choosing them too is left to the GPU (`test_refined_torch.py` compares codes)."""
+    source = make_checkpoint(tmp_path / "in")
+    hessian = write_hessians(source, tmp_path / "statistics")
+    for device in ("cpu", "cuda"):
+        options: Any = {"recipe": recipe, "codes": codes, "hessian": hessian}
+        convert(source, tmp_path / device, device=device, **options)
+    assert tree(tmp_path / "cuda") == tree(tmp_path / "cpu")
 
 
 @needs_gpu

@@ -243,7 +243,7 @@ class _Levels:
             wide = wide - scales.offset
         wide = torch.fmax(wide / scales.scale, self.least)  # not NaN: the first level then
         if self.first is None:
-            return torch.bucketize(wide, self.middles)
+            return torch.bucketize(wide.contiguous(), self.middles)
         return (wide - self.first).round_().clamp_(0, len(self.middles)).long()
 
     def bounds(self, weights: Any, scales: _Scales) -> tuple[Any, Any]:
