@@ -2,12 +2,13 @@
 
     python -m benchmarks.cuda [--work DIR] [--sizes 0.8B 4B] [--runs 2] [--device cuda]
 
-Measures the kernels alone, on a matrix that is on the GPU already. Then it writes random
+Measures the kernels alone, on a matrix that is on the GPU already, and refined codes of a piece of
+a weight, on one core and on the GPU. Then it writes random
 checkpoints with real shapes and converts them on both, without the check of FP8: wall time, input
 per second, whether every file is the same. The embedded checkpoint shows the start-up time (with a
-GPU: importing torch). Sizes after the first are converted once, with two recipes. Only ratios
-within one run are meaningful; the machine is printed with them. NF4 of bitsandbytes on the GPU is
-compared with ours if it is installed.
+GPU: importing torch), and is written with refined codes too. Sizes after the first are converted
+once, with two recipes. Only ratios within one run are meaningful; the machine is printed with them.
+NF4 of bitsandbytes on the GPU is compared with ours if it is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,11 +32,16 @@ import torch
 
 from benchmarks.measuring import ASSET, QWEN35, measure
 from benchmarks.models import make_checkpoint
+from qwen35 import calibrate
+from qwen35.array_types import F32
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.fp8.triton import TritonEncoder
 from qwen35.codecs.nf4.arrays import AbsmaxStatistics, encode_blocks
 from qwen35.codecs.nf4.torch import TorchEncoder
+from qwen35.codecs.pieces import PIECE
+from qwen35.codecs.refining import CodeGrid, Curvature, nearest_codes, refined_codes
+from qwen35.codecs.refining_torch import PIECES, TorchRefining
 
 ROUTES = {
     "nf4": ("nf4",),
@@ -47,8 +54,11 @@ DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 SIDE = 8192
 """Rows and columns of the matrix that kernels are measured on."""
 
-LARGER = ("nf4", "fp8, search")
+LARGER = {name: ROUTES[name] for name in ("nf4", "fp8, search")}
 """Routes for the sizes after the first."""
+
+WIDTHS = (1024, 2048, 4096)
+"""Columns of a weight whose codes are refined."""
 
 
 def convert(source: Path, out: Path, device: str, recipe: str, *flags: str) -> list[object]:
@@ -63,9 +73,11 @@ def hashes(folder: Path) -> dict[str, Any]:
     return files
 
 
-def row(name: str, source: Path, work: Path, device: str, runs: int) -> None:
+def row(
+    name: str, route: tuple[str, ...], source: Path, work: Path, device: str, runs: int
+) -> None:
     """Print the times of one route on both devices, and whether the bytes are the same."""
-    recipe, *flags = ROUTES[name]
+    recipe, *flags = route
     size = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 1e9
     walls = []
     for place in ("cpu", device):
@@ -81,15 +93,17 @@ def row(name: str, source: Path, work: Path, device: str, runs: int) -> None:
     )
 
 
-def compare(source: Path, routes: Iterable[str], work: Path, device: str, runs: int) -> None:
+def compare(
+    source: Path, routes: Mapping[str, tuple[str, ...]], work: Path, device: str, runs: int
+) -> None:
     """Print the table of one checkpoint."""
     size = sum(path.stat().st_size for path in source.glob("*.safetensors")) / 1e9
     print(f"\n{source.name}, {size:.2f} GB of bf16, {runs or 1} runs")
     print(
         f"{'median wall time':<16} {'CPU s':>7} {'GB/s':>6} {'GPU s':>7} {'GB/s':>6} {'x CPU':>8}"
     )
-    for name in routes:
-        row(name, source, work, device, runs)
+    for name, route in routes.items():
+        row(name, route, source, work, device, runs)
     for place in ("cpu", device):
         shutil.rmtree(work / place, ignore_errors=True)
 
@@ -126,6 +140,52 @@ def kernels(device: str, side: int) -> None:
     for name, call in calls.items():
         taken = seconds(call, device)
         print(f"{name:<16} {taken * 1e3:>8.2f} {size / taken:>8.1f}", flush=True)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Hessians in memory."""
+
+    fit: F32
+    held_out: F32
+
+
+def refining(device: str, widths: Sequence[int] = WIDTHS, numbers: int = PIECES * PIECE) -> None:
+    """Print the times of refining one piece of a weight to 16 levels, and if codes are the same."""
+    print(f"\nrefined codes of {numbers} weights\n{'columns':<16} {'CPU ns':>8} {'GPU ns':>8}")
+    own = TorchRefining(device)
+    for columns in widths:
+        drawn = np.random.default_rng(0)
+        decay = np.arange(1, columns + 1) ** -0.5
+        mixed = drawn.standard_normal((columns, columns)) * decay / np.sqrt(columns)
+        hessian = (mixed @ mixed.T).astype(np.float32)
+        curvature = Curvature.of(Pair(hessian, hessian))
+        weights = (drawn.standard_normal((numbers // columns, columns)) * 0.02).astype(np.float32)
+        scales = np.abs(weights).reshape(len(weights), -1, 32).max(-1) / np.float32(8)
+        levels = np.arange(-8, 8, dtype=np.float32)
+        grid = CodeGrid(np.zeros(weights.shape, np.uint8), scales, levels)
+        grid = replace(grid, codes=nearest_codes(weights, grid))
+        found, times = [], []
+        for function in (refined_codes, own.refined_codes):
+            function(weights[:1], _first(grid), curvature)  # compiles, and sends the curvature
+            started = time.perf_counter()
+            found.append(function(weights, grid, curvature))
+            times.append((time.perf_counter() - started) / weights.size * 1e9)
+        same = "the same" if np.array_equal(found[0], found[1]) else "DIFFERENT"
+        print(f"{columns:<16} {times[0]:>8.0f} {times[1]:>8.0f}  {same}", flush=True)
+
+
+def _first(grid: CodeGrid) -> CodeGrid:
+    return replace(grid, codes=grid.codes[:1], scales=grid.scales[:1])
+
+
+def with_refined_codes(work: Path) -> dict[str, tuple[str, ...]]:
+    """Return routes for the embedded checkpoint; calibrates it on some of its text."""
+    statistics, text = work / "statistics", work / "text"
+    text.write_bytes((ASSET / "eval.txt").read_bytes()[:100_000])
+    calibrate(ASSET, text=text, output=statistics, hessian=True, device="cpu", overwrite=True)
+    flags = ("--codes", "refined", "--hessian", str(statistics))
+    return {**LARGER, **{f"{name}, refined": (name, *flags) for name in ("nf4", "int4")}}
 
 
 def random_weights(kind: str) -> torch.Tensor:
@@ -174,9 +234,10 @@ def main() -> None:
         print(f"{torch.cuda.get_device_name(args.device)}, CUDA {torch.version.cuda}")
     print(", ".join(f"{name} {version(name)}" for name in ("torch", "triton", "numba", "numpy")))
     kernels(args.device, args.side)
+    refining(args.device)
     if find_spec("bitsandbytes"):
         against_bitsandbytes(args.device)
-    compare(ASSET, LARGER, args.work, args.device, args.runs)
+    compare(ASSET, with_refined_codes(args.work), args.work, args.device, args.runs)
     for i, size in enumerate(args.sizes):
         source = make_checkpoint(size, args.work)
         routes, runs = (LARGER, 0) if i else (ROUTES, args.runs)

@@ -29,7 +29,7 @@ _EXTRAS_LEAD = (
 )
 _EXTRAS = {
     "lm-eval": "tasks of lm-eval, asked of servers (`evaluate --lm-eval`)",
-    "cuda": "`--device cuda` with NF4 and FP8 recipes, without the packages that load models",
+    "cuda": "`--device cuda` with NF4, FP8 or refined codes, without the packages that load models",
     "docs": "building these pages",
     "eval": "charts in reports",
     "fuzz": "fuzzing (`make fuzz`)",

@@ -92,10 +92,11 @@ class TorchRefining:
     ) -> U8:
         """Return what `qwen35.codecs.refining.searched_scales` does."""
         chosen = np.empty(grid.scales.shape, np.uint8)
+        parts = grid.scales.shape[1], -1
         with self._lock:
-            importance = self._on_device(curvature).importance
+            importance = self._on_device(curvature).importance.unflatten(0, parts)[..., None]
             for rows in self._chunks(weights):
-                groups = _sent(weights[rows], self._device).T.unflatten(0, (chosen.shape[1], -1))
+                groups = _sent(weights[rows], self._device).T.unflatten(0, parts)
                 stays = _sent(grid.scales[rows] == 0, self._device).T
                 least = torch.full_like(stays, torch.inf, dtype=torch.float64)
                 best = torch.zeros_like(stays, dtype=torch.uint8)
@@ -104,8 +105,7 @@ class TorchRefining:
                     levels, scales = _sent_grid(tried, rows, self._device)
                     wide = scales.at((slice(None), None))
                     errors = groups.double() - levels.values(levels.nearest(groups, wide), wide)
-                    weighed = importance.reshape(len(stays), -1, 1) * errors * errors
-                    losses = _total(weighed.transpose(0, 1))
+                    losses = _total((importance * errors * errors).transpose(0, 1))
                     less = losses < least
                     least = torch.where(less, losses, least)
                     best.masked_fill_(less & ~stays, number)
@@ -135,7 +135,7 @@ class TorchRefining:
 
 
 def _sent(array: Array, device: str) -> Any:
-    return torch.from_numpy(np.require(array, requirements="CW")).to(device)
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
 
 
 def _received(tensor: Any) -> Array:
