@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hessian_folders import inputs
 from qwen35.array_types import F32, U8, Array
 from qwen35.codecs.fp8.arrays import e4m3_levels
 from qwen35.codecs.ggml.grids import GRIDS, grid_of, with_codes
@@ -20,46 +19,7 @@ from qwen35.codecs.ggml.stored import decode
 from qwen35.codecs.ggml.types import GGML_TYPES, REFINED
 from qwen35.codecs.nf4.tables import LEVELS
 from qwen35.codecs.refining import CodeGrid, Curvature, refined_codes, row_losses, searched_scales
-
-INTEGERS = np.arange(16, dtype=np.float32)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Hessians in memory."""
-
-    fit: F32
-    held_out: F32
-
-
-def pair_of(columns: int, tokens: int = 400, *, seed: int = 1, spectrum: float = 1.0) -> Pair:
-    return Pair(*inputs(columns, tokens, seed=seed, spectrum=spectrum))
-
-
-def weights_of(rows: int, columns: int, seed: int = 0) -> F32:
-    drawn = np.random.default_rng(seed).standard_t(5, (rows, columns)) * 0.02
-    return drawn.astype(np.float32)
-
-
-def grid_for(weights: F32, levels: F32 = INTEGERS, group: int = 32) -> CodeGrid:
-    """Return the nearest codes of scales that take the extremes of a group to those of levels."""
-    rows, columns = weights.shape
-    groups = weights.reshape(rows, columns // group, group)
-    low, high = groups.min(-1), groups.max(-1)
-    scales = ((high - low) / (levels[-1] - levels[0])).astype(np.float32)
-    offsets = (low - levels[0] * scales).astype(np.float32)
-    grid = CodeGrid(np.zeros(weights.shape, np.uint8), scales, levels, offsets)
-    return replace(grid, codes=nearest(weights, grid))
-
-
-def nearest(weights: F32, grid: CodeGrid) -> U8:
-    """Return the nearest codes, one by one."""
-    group = weights.shape[1] // grid.scales.shape[1]
-    offsets = grid.offsets if grid.offsets is not None else np.zeros_like(grid.scales)
-    scales, offsets = (np.repeat(one, group, axis=1)[..., None] for one in (grid.scales, offsets))
-    values = scales * grid.levels + offsets
-    codes: U8 = np.abs(values - weights[..., None]).argmin(-1).astype(np.uint8)
-    return codes
+from refined_grids import INTEGERS, Pair, grid_for, nearest, pair_of, weights_of
 
 
 def loss(weights: F32, grid: CodeGrid, codes: U8, hessian: Array) -> Array:

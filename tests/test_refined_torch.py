@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import qwen35
 from checkpoints import make_checkpoint
 from hessian_folders import write_hessians
-from qwen35.array_types import F32
+from qwen35.array_types import F32, Array
 from qwen35.codecs import devices, pieces, refining, refining_torch
 from qwen35.codecs.devices import Kernels, kernels_for
 from qwen35.codecs.fp8.arrays import e4m3_levels
@@ -27,8 +27,8 @@ from qwen35.codecs.nf4.tables import LEVELS
 from qwen35.codecs.refining import CodeGrid, Curvature, Refining
 from qwen35.codecs.refining_torch import TorchRefining
 from qwen35.errors import WorkerError
+from refined_grids import INTEGERS, grid_for, pair_of, weights_of
 from running import tree
-from test_refined_codes import INTEGERS, grid_for, pair_of, weights_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 needs_library = pytest.mark.skipif(find_library() is None, reason="needs llama-cpp-python")
@@ -140,30 +140,31 @@ def test_the_same_scales_are_chosen(device: str) -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_curvature_is_sent_once_and_not_kept(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sent = []
+def test_a_curvature_is_sent_once_and_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stay; on torch's CPU device, they hold the memory of the arrays themselves."""
+    sent: list[int] = []
 
-    def of(curvature: Curvature, where: str) -> Any:
-        sent.append(curvature.hessian.shape[0])
-        return original(curvature, where)
+    def from_numpy(array: Array) -> Any:
+        sent.extend(n for n, one in zip(sizes, several, strict=False) if array is one.hessian)
+        return original(array)
 
-    original = refining_torch._Curvature.of
-    monkeypatch.setattr(refining_torch._Curvature, "of", of)
-    found, several = TorchRefining(device), [Curvature.of(pair_of(n)) for n in (16, 24, 32)]
+    original, sizes = torch.from_numpy, (16, 24, 32)
+    found, several = TorchRefining("cpu"), [Curvature.of(pair_of(n)) for n in sizes]
+    monkeypatch.setattr(torch, "from_numpy", from_numpy)
     for which in (0, 0, 1, 0, 1, 2, 1, 0):
-        weights = weights_of(4, len(several[which].order))
-        grid = grid_for(weights, group=weights.shape[1])
-        found.refined_codes(weights, grid, several[which])
-        found.row_losses(weights, grid, grid.codes, several[which])
-        assert len(found._held) <= 2
+        refine(found, sizes[which], several[which])
     assert sent == [16, 24, 32, 16]
-    last, several = several[0], []
-    gc.collect()
-    weights = weights_of(4, 16)
-    found.refined_codes(weights, grid_for(weights, group=16), last)
-    assert len(found._held) == 1
+    held = [weakref.ref(one.hessian) for one in several]
+    del several[1:]
+    refine(found, sizes[0], several[0])
+    assert [one() is not None for one in held] == [True, False, False]
+
+
+def refine(found: TorchRefining, columns: int, curvature: Curvature) -> None:
+    weights = weights_of(4, columns)
+    grid = grid_for(weights, group=columns)
+    found.refined_codes(weights, grid, curvature)
+    found.row_losses(weights, grid, grid.codes, curvature)
 
 
 # --- in artifacts
