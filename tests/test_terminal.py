@@ -28,6 +28,7 @@ from qwen35.cli.completion import script
 from qwen35.cli.console import Console
 from qwen35.cli.main import SHELLS, VERBS, main, parser_of, whole_parser
 from qwen35.cli.screen import coloured, fit, width_of
+from qwen35.display import bytes_of
 from qwen35.model.roles import ROLES
 from qwen35.model.sizes import PUBLISHED
 from qwen35.planning.recipe import built_in
@@ -94,6 +95,52 @@ def test_wrong_values_are_told_with_what_is_right(capsys: Capture) -> None:
     assert "'lots', expected a size such as 400MB or 1.5GiB" in capsys.readouterr().err
     assert main(["plan", "x", "--threads", "-2"]) == 2
     assert "'-2', expected a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("plan", "Qwen3.5-9B", "--fit", "6"), "--fit: '6', expected a size such as 6GB or 6MB"),
+        (("plan", "x", "--memory", "1.5"), "'1.5', expected a size such as 1.5GB or 1.5MB"),
+        (("gguf", "x", "y", "--split-max-size", "40"), "'40', expected a size such as 40GB or"),
+        (("merge", "x", "y", "--memory", "999999"), "expected a size such as 999999GB or"),
+    ],
+)
+def test_a_size_without_its_unit_is_asked_for_it(
+    words: Sequence[str], told: str, capsys: Capture
+) -> None:
+    assert main(words) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_bytes_may_be_bare_where_they_are_many() -> None:
+    assert bytes_of("1000000") == bytes_of("1MB") == bytes_of("1000000B") == 10**6
+
+
+@pytest.mark.parametrize("verb", ["serve", "chat", "Generate"])
+def test_a_verb_of_engines_resembles_none_of_ours(verb: str, capsys: Capture) -> None:
+    assert main([verb, "x"]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean" not in said
+    assert "docs/jobs.md" in said
+
+
+def test_compilation_is_told_once_and_not_when_quiet(tmp_path: Path) -> None:
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    lines = []
+    for out, *more in (("one",), ("two",), ("three", "--quiet")):
+        if more:
+            shutil.rmtree(tmp_path / "kernels")
+        words = ["convert", str(ASSET), str(tmp_path / out), "--recipe", "text-nf4", *more]
+        done = subprocess.run(
+            [sys.executable, "-m", "qwen35", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        lines.append(done.stderr.count("compiling kernels, only the first time\n"))
+    assert lines == [1, 0, 0]
 
 
 # --- lines

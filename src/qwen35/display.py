@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
-__all__ = ["bytes_of", "counted", "cut", "printable", "size", "size_rounded_up"]
+import re
+
+__all__ = ["bytes_of", "counted", "cut", "printable", "size", "size_rounded_up", "units_for"]
+
+_BARE_BYTES = 10**6
+"""The least size that may be a bare number of bytes: 6 is someone's 6 GB, never 6 bytes."""
 
 
 def bytes_of(text: str) -> int:
     """Parse a human-written size.
 
     Raises:
-        ValueError: `text` is not a size, or none that is more than 0 bytes.
+        ValueError: `text` is not a size, or none that is more than 0 bytes, or a small number
+            without a unit.
 
-    >>> bytes_of("400MB"), bytes_of("1.5GiB"), bytes_of("2G"), bytes_of("123")
-    (400000000, 1610612736, 2000000000, 123)
+    >>> bytes_of("400MB"), bytes_of("1.5GiB"), bytes_of("2G"), bytes_of("12B"), bytes_of("5000000")
+    (400000000, 1610612736, 2000000000, 12, 5000000)
     """
     units = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     units |= {"TB": 10**12, "TiB": 2**40}
     units |= {"k": 10**3, "M": 10**6, "G": 10**9}  # as tools of llama.cpp read them
+    units |= {"B": 1}  # last: the others end in it
     for unit, factor in units.items():
         if text.lower().endswith(unit.lower()):
             found = float(text[: -len(unit)]) * factor
             break
     else:
         found = int(text)
+        if found < _BARE_BYTES:
+            raise ValueError(f"{text!r} has no unit")
     if not 0.5 < found < 2**63:  # NaN is not, nor infinity
         raise ValueError(f"{text!r} is not a size")
     return round(found)
+
+
+def units_for(text: str, usual: str, units: tuple[str, ...] = ("GB", "MB")) -> str:
+    """Return examples of what to write for a text that is not a size.
+
+    Args:
+        text: what was written; a number that only lacks its unit is part of the examples.
+        usual: the examples for any other text.
+        units: what the number may have meant.
+
+    >>> units_for("6", "400MB or 1.5GiB"), units_for("big", "400MB or 1.5GiB")
+    ('6GB or 6MB', '400MB or 1.5GiB')
+    """
+    if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) and float(text):
+        return " or ".join(text + unit for unit in units)
+    return usual
 
 
 def size(nbytes: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from qwen35.display import bytes_of
+from qwen35.display import bytes_of, units_for
 from qwen35.errors import UsageError
 
 __all__ = ["listed", "refuse_given", "size_given"]
@@ -45,7 +45,8 @@ def size_given(flag: str, value: int | str | None) -> int | None:
             return bytes_of(value)
     except ValueError:
         pass
-    expected = "bytes, or a size such as '4GB'"
+    examples = units_for(value if isinstance(value, str) else "", "4GB").replace(" or ", "' or '")
+    expected = f"bytes, or a size such as '{examples}'"
     raise UsageError(flag, repr(value)[:80], expected=expected)
 
 

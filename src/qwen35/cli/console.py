@@ -77,12 +77,15 @@ class Console:
 
     @contextmanager
     def warnings(self) -> Iterator[None]:
-        """Print what is logged meanwhile as notes: trouble that will perhaps be overcome."""
-        logger, handler = logging.getLogger("qwen35"), _Notes(self)
+        """Print what is logged meanwhile: what takes time, and, as notes, trouble."""
+        logger, handler = logging.getLogger("qwen35"), _Logged(self)
+        before = logger.level
         logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
         try:
             yield
         finally:
+            logger.setLevel(before)
             logger.removeHandler(handler)
 
     def error(self, error: Qwen35Error) -> None:
@@ -146,15 +149,18 @@ def _tell(text: str) -> None:
         _silence(sys.stderr)
 
 
-class _Notes(logging.Handler):
-    """Prints warnings as notes."""
+class _Logged(logging.Handler):
+    """Prints warnings as notes: trouble that will perhaps be overcome."""
 
     def __init__(self, console: Console) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._console.notes([record.getMessage()])
+        if record.levelno >= logging.WARNING:
+            self._console.notes([record.getMessage()])
+        else:
+            self._console.info(printable(record.getMessage()))
 
 
 class _Lines:

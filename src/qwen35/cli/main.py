@@ -62,6 +62,10 @@ _OTHER_WORDS = {
 }
 """What other tools call these verbs."""
 
+_SERVING = ("serve", "server", "chat", "generate", "infer", "vllm", "sglang", "ollama")
+_SERVE_HINT = "an engine runs models, such as vLLM or llama.cpp; docs/jobs.md has the commands"
+"""For what is no work of ours: names that resemble our verbs by accident."""
+
 SHELLS = ("bash", "fish", "zsh")
 
 _START = """\
@@ -152,7 +156,10 @@ def _no_verb(option: str) -> UsageError:
 
 def _unknown(verb: str) -> UsageError:
     meant = _OTHER_WORDS.get(verb.lower())
-    hint = f"did you mean {meant}?" if meant else did_you_mean(verb, VERBS)
+    if verb.lower() in _SERVING:
+        hint = _SERVE_HINT
+    else:
+        hint = f"did you mean {meant}?" if meant else did_you_mean(verb, VERBS)
     return UsageError(f"verb {verb!r}", "unknown", expected=", ".join(VERBS), hint=hint)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen35.codecs.registry import LAYOUTS, TRAINED_ON
-from qwen35.display import bytes_of
+from qwen35.display import bytes_of, units_for
 from qwen35.model.sizes import PUBLISHED
 from qwen35.planning.gguf_files.mixes import CONVERTED, DRAFTED
 from qwen35.planning.mtp_choice import MTP_CHOICES
@@ -101,7 +101,7 @@ def size_of(text: str) -> int:
     try:
         return bytes_of(text)
     except ValueError as error:
-        expected = "a size such as 400MB or 1.5GiB"
+        expected = f"a size such as {units_for(text, '400MB or 1.5GiB')}"
         raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -54,6 +55,32 @@ def _import_arrays() -> None:
 
 
 _import_arrays()
+
+from numba.core import event  # noqa: E402
+
+_LOG = logging.getLogger(__name__)
+
+
+class _FirstCompilation(event.Listener):  # type: ignore[misc]  # Numba has no types
+    """Says once that kernels are being compiled: seconds in which nothing else moves.
+
+    Numba has no such event for kernels that it finds in its cache.
+    """
+
+    said = False
+
+    def on_start(self, event_: Any) -> None:
+        """Log it, unless it was."""
+        del event_
+        if not self.said:
+            self.said = True
+            _LOG.info("compiling kernels, only the first time")
+
+    def on_end(self, event_: Any) -> None:
+        """Do nothing."""
+
+
+event.register("numba:compile", _FirstCompilation())
 
 
 def compiled(function: Callable[..., Any]) -> Any:

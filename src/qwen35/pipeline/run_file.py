@@ -12,7 +12,7 @@ from qwen35.checkpoint.hub import HubId
 from qwen35.checkpoint.locations import expanded, read_bounded
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.registry import LAYOUTS, TRAINED_ON
-from qwen35.display import bytes_of
+from qwen35.display import bytes_of, units_for
 from qwen35.errors import UsageError, unknown_name
 from qwen35.pipeline.run_request import (
     ArtifactRequest,
@@ -249,7 +249,8 @@ class _Reader:
         except ValueError:
             size = 0
         if size is not None and size < 1:
-            self._problem(where, repr(text)[:80], expected='a size such as "40G"')
+            examples = units_for(str(text), "40G", ("GB",))
+            self._problem(where, repr(text)[:80], expected=f'a size such as "{examples}"')
         return size
 
     def _common(self, where: str, row: Mapping[str, Any], container: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from qwen35.calibration.calibration_run import device_for
 from qwen35.calibration.text_windows import TextWindows, read_text
 from qwen35.checkpoint.source import Checkpoint
-from qwen35.display import bytes_of, size
+from qwen35.display import bytes_of, size, units_for
 from qwen35.errors import UsageError
 from qwen35.execution.dispatch import WorkerPool
 from qwen35.planning.merged_source import opened_adapters, opened_source
@@ -266,7 +266,8 @@ def _bytes(asked: str | int, space: ChoiceSpace, *, active: bool) -> int:
             return int(float(asked[:-3]) * weights / 8)
         return bytes_of(asked)
     except (ValueError, OverflowError) as error:
-        expected = "bits per weight or bytes: 4.5bpw, 3.2GB"
+        examples = units_for(asked, "4.5bpw or 3.2GB", ("bpw", "GB"))
+        expected = f"bits per weight or bytes, such as {examples}"
         raise UsageError("--size", repr(asked), expected=expected) from error
 
 
