@@ -29,7 +29,17 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["nf4-qlora", "adapter", "fp8-vllm", "gguf-llama-cpp", "calibrate", "tune", "publish"]
+    "name",
+    [
+        "nf4-qlora",
+        "adapter",
+        "fp8-vllm",
+        "gguf-llama-cpp",
+        "calibrate",
+        "refined",
+        "tune",
+        "publish",
+    ],
 )
 def test_every_path_has_a_tutorial_that_runs(name: str) -> None:
     blocks = blocks_of((ROOT / "docs" / "tutorials" / f"{name}.md").read_text("utf-8"))

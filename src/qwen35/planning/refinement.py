@@ -180,7 +180,8 @@ class Refinement:
         encoded = [(step, t) for step in steps for t in step.targets if not t.copied]
         able = [pair for pair in encoded if CODECS[pair[1].codec].refines]
         refined = sum(target.codes != PLAIN for _, target in able)
-        yield f"refined codes: {refined} of {len(able)} quantized weights, by {self._named}"
+        tried = f"{refined} of {len(able)} quantized weights"
+        yield f"refined codes: tried for {tried}, by {self._named}"
         theirs = self.hessians.provenance.get("source")
         if isinstance(theirs, dict) and any(theirs.get(k) != source.get(k) for k in _ORIGIN):
             ours, other = _model_name(source), _model_name(theirs)
