@@ -61,7 +61,7 @@ from numba.core import event  # noqa: E402
 _LOG = logging.getLogger(__name__)
 
 
-class _FirstCompilation(event.Listener):  # type: ignore[misc]  # Numba has no types
+class _FirstCompilation(event.Listener):
     """Says once that kernels are being compiled: seconds in which nothing else moves.
 
     Numba has no such event for kernels that it finds in its cache.
