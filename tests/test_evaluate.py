@@ -344,6 +344,17 @@ def test_a_candidate_that_computes_nan_is_named(formats: Path, tmp_path: Path) -
         measure(formats, gguf(formats, "F16"), str(path))
 
 
+def test_a_candidate_with_a_loss_beyond_all_bounds_is_named(formats: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.gguf"
+    shutil.copy(gguf(formats, "F16"), path)
+    entry = read_container(path).tensors["output_norm.weight"]
+    with path.open("r+b") as file:
+        file.seek(entry.begin)
+        file.write(np.full(entry.shape, 1e3, "<f4").tobytes())
+    with pytest.raises(InputError, match=r"broken: a mean loss of \S+ nats a token, expected"):
+        measure(formats, gguf(formats, "F16"), str(path))
+
+
 KINDS = [{}, {"kld_file": "kept.kld"}, {"cache": "kept.cache"}]
 
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 import qwen35
 from calibrating import source
-from checkpoints import ASSET
-from gguf_models import make_variant
+from checkpoints import ASSET, random_tensors, tiny_config, write_checkpoint
+from gguf_models import make_variant, sidecars
 from qwen35.api.convert_api import convert
 from qwen35.checkpoint.open import fetch
 from qwen35.cli.main import main
@@ -557,6 +557,22 @@ def test_experts_are_told(text: Path, tmp_path: Path, capsys: Capture) -> None:
         assert sum(one["tokens"]) == 2 * 2 * 31  # two windows, two experts per token
         assert len(one["nats"]) == len(one["tokens"]) == 4
     assert '<h2 id="experts">' in (tmp_path / "report" / "tune.html").read_text()
+
+
+@pytest.mark.parametrize("value", [np.nan, 3e38])
+def test_weights_without_prices_are_named(
+    value: float, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """They are refused where they are found, and no measurements are left that cannot be read."""
+    config = tiny_config(text_only=True, mtp=0, layers=2)
+    tensors = random_tensors(config)
+    tensors["model.layers.0.input_layernorm.weight"][:] = value
+    folder = write_checkpoint(tmp_path / "in", config, tensors, sidecars=sidecars())
+    asked = ("--text", str(text), "--context", "32", "--chunks", "1", "--types", "q4_K,q8_0")
+    outputs = ("--output", str(tmp_path / "r.toml"), "--quiet")
+    assert main(["tune", str(folder), "--format", "gguf", "--size", "6bpw", *asked, *outputs]) == 2
+    assert "in: head: its prices are NaN or infinite" in capsys.readouterr().err
+    assert not (tmp_path / "r.json").exists()
 
 
 SETTING = ProbeSetting(Path("text"), 512, 1, 1, "cpu")

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qwen35.errors import UsageError
+from qwen35.errors import InputError, UsageError
 from qwen35.evaluation.along_text import Passage, along, passage_klds, typical_passage
 from qwen35.evaluation.chunk_sweep import sweep
 from qwen35.evaluation.divergence import Series, compare_series, perplexity
@@ -32,6 +32,9 @@ from qwen35.writing.write import write
 __all__ = ["evaluate", "run"]
 
 _LIBRARIES = ("bitsandbytes", "llama_cpp_python", "numba", "numpy", "torch", "transformers")
+
+_MOST_LOSS = 300
+"""Bound on a mean loss, in nats: guessing costs ln(vocabulary), and e^300 still has a square."""
 
 
 def evaluate(
@@ -81,6 +84,7 @@ def run(
         base, series = sweep(job, models, device=device, state=state, progress=progress)
         speeds = _speeds(job, floors) if speed else {}
         served_speeds = _served_speeds(job) if speed else {}
+    _check_loss(job.base.name, base)
     passage = typical_passage(base, job.chunks, job.decode)
     rows = [
         _measured(job, *pair, base, passage, speeds) for pair in zip(models, series, strict=True)
@@ -117,6 +121,8 @@ def _measured(
     speeds: Mapping[str, Speed],
 ) -> ModelMeasurement:
     mine = at_asked(base, series) if model.engine == "server" else (base, series)
+    for name, one in zip((job.base.name, model.name), mine, strict=True):
+        _check_loss(name, one)
     return ModelMeasurement(
         model=model,
         comparison=compare_series(*mine),
@@ -127,6 +133,17 @@ def _measured(
         along=along(series),
         passage=passage_klds(series, passage),
     )
+
+
+def _check_loss(name: str, series: Series) -> None:
+    loss = float(series.nll.mean())
+    if loss > _MOST_LOSS:
+        raise InputError(
+            name,
+            f"a mean loss of {loss:.3g} nats a token",
+            expected=f"at most {_MOST_LOSS}",
+            hint="its weights are damaged: qwen35 verify --depth numbers it",
+        )
 
 
 def _reference(job: EvaluationJob) -> str:

@@ -16,7 +16,7 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import InputError
 from qwen35.sinks.files import hash_file, replace_file
 from qwen35.sinks.staging import os_errors
-from qwen35.tuning.prices import ExpertPrices, Prices
+from qwen35.tuning.prices import MOST, ExpertPrices, Prices
 from qwen35.version import __version__
 
 __all__ = ["MeasurementKey", "Measurements", "Probe", "load_measurements", "model_digest"]
@@ -24,9 +24,6 @@ __all__ = ["MeasurementKey", "Measurements", "Probe", "load_measurements", "mode
 _VERSION, _BY_PROBES = 3, 2
 _MAX_BYTES = 2**28
 """Bound on the file's bytes, far above any real one: users pass files of others."""
-
-_MOST = 1e12
-"""Bound on prices and numbers of tokens, far above any real ones: the solver needs finite sums."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +154,7 @@ def _experts(one: Mapping[str, Any]) -> ExpertPrices:
 
 
 def _price(value: Any) -> float:
-    if not 0 <= _number(value) < _MOST:
+    if not 0 <= _number(value) < MOST:
         raise ValueError(f"{repr(value)[:80]} is no price")
     return float(value)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["FEW_TOKENS", "ExpertPrices", "Prices", "few_experts", "shared_prices"]
+__all__ = ["FEW_TOKENS", "MOST", "ExpertPrices", "Prices", "few_experts", "shared_prices"]
 
 FEW_TOKENS = 128
 """Tokens below which an expert has the price a token of its layer."""
+
+MOST = 1e12
+"""Bound on prices and numbers of tokens, far above any real ones: the solver needs finite sums."""
 
 PriceTable = dict[str, dict[str, float]]
 """Unit to choice to nats a token of the text."""
@@ -40,6 +43,12 @@ class Prices:
     weights: PriceTable = field(default_factory=dict)
     inputs: PriceTable = field(default_factory=dict)
     experts: dict[str, ExpertPrices] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether all are numbers within bounds; damaged weights have others."""
+        rows = [*self.weights.values(), *self.inputs.values()]
+        return all(0 <= nats < MOST for row in rows for nats in row.values())
 
     def table(self, *, inputs: bool) -> PriceTable:
         """Return the price of each unit and choice, with that of rounding inputs or without."""

@@ -30,6 +30,7 @@ from qwen35.checkpoint.source import Reader
 from qwen35.codecs.codec import Codec
 from qwen35.codecs.devices import kernels_for
 from qwen35.codecs.input_quantizers import InputQuantizer
+from qwen35.errors import InputError
 from qwen35.execution.survey import Survey
 from qwen35.forward.backward_stream import ProductGradients
 from qwen35.forward.blocks import HEAD
@@ -155,12 +156,22 @@ class PriceVisitor:
         self._opened(EMBEDDINGS).add_rows((_LOOKED_UP, None), window, ids, g)
 
     def finished(self, block: str) -> None:
-        """Price every candidate of a block's weights, and forget its gradients."""
+        """Price every candidate of a block's weights, and forget its gradients.
+
+        Raises:
+            InputError: they have no price, since the model computes NaN or its weights hold it.
+        """
         spool = self._opened(block)
         try:
             prices = self._priced(block, spool)
         finally:
             self.close()
+        if not prices.sound:
+            raise InputError(
+                f"{self._space.checkpoint.name}: {block}",
+                "its prices are NaN or infinite, as its weights or gradients are",
+                hint="qwen35 verify --depth numbers it first",
+            )
         path = self._folder / f"{block}.prices"
         with os_errors(self._folder):
             path.write_text(json.dumps(asdict(prices)))
