@@ -30,7 +30,7 @@ some_or_all = pytest.mark.parametrize(
     [ROWS[::4], pytest.param(ROWS, marks=pytest.mark.heavy)],
     ids=["some", "all"],
 )
-"""Where other tests ask all questions (in NF4, of GGUF files), or few of them can be answered."""
+"""Where other tests ask all questions (the demonstration, in NF4), or few can be answered."""
 
 
 def wrong(asker: Asker, rows: list[dict[str, Any]], penalty: float = 1.0) -> list[str]:
@@ -132,9 +132,10 @@ def test_the_standard_questions_survive_a_repetition_penalty() -> None:
     assert wrong(original(), rows, PENALTY) == []
 
 
-def test_every_question_is_answered_in_nf4(tmp_path: Path) -> None:
+@some_or_all
+def test_every_question_is_answered_in_nf4(rows: list[dict[str, Any]], tmp_path: Path) -> None:
     out = run(ASSET, tmp_path / "nf4").out
-    assert wrong(Asker(out), ROWS) == []
+    assert wrong(Asker(out), rows) == []
 
 
 @pytest.mark.heavy

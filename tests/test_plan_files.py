@@ -8,6 +8,7 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -61,12 +62,19 @@ SERVED = (
     *("nvfp4", "nvfp4-mixed", "nvfp4-experts", "int4", "fp8-channel"),
     *("mlx-4bit", "mlx-8bit", "mlx-mxfp4", "mlx-nvfp4"),
 )
+RECIPES = sorted({*built_in("safetensors")} - {*SERVED})
+
+
+def sized(size: str, recipe: str) -> Any:
+    """Return a case; most of the largest model take many seconds."""
+    heavy = size == "Qwen3.8-2.4T-A95B" and recipe != "nf4"
+    return pytest.param(size, recipe, marks=[pytest.mark.heavy] if heavy else [])
 
 
 @pytest.mark.parametrize(
     ("size", "recipe"),
     [
-        *itertools.product(SIZES, sorted({*built_in("safetensors")} - {*SERVED})),
+        *(sized(*pair) for pair in itertools.product(SIZES, RECIPES)),
         *itertools.product(["Qwen3.5-35B-A3B"], SERVED[:6]),
         *itertools.product(["Qwen3.5-0.8B"], [name for name in SERVED if "experts" not in name]),
     ],
