@@ -37,11 +37,16 @@ def test_the_interpreted_kernel_encodes_as_the_processor_does(cases: str) -> Non
     assert found == {"differences": {}, "untold": []}
 
 
-def test_the_kernel_compiles_for_gpus_that_are_not_present(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "capabilities", [["90"], pytest.param(["80", "100"], marks=pytest.mark.heavy)]
+)
+def test_the_kernel_compiles_for_gpus_that_are_not_present(
+    capabilities: list[str], tmp_path: Path
+) -> None:
     """The interpreter accepts code that the compiler refuses."""
     pytest.importorskip("triton")
     cache = {"TRITON_CACHE_DIR": str(tmp_path)}
-    assert printed("compile_for.py", "80", "90", "100", **cache) == {}
+    assert printed("compile_for.py", *capabilities, **cache) == {}
 
 
 def test_a_gpu_encodes_as_the_processor_does() -> None:

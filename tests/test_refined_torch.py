@@ -195,9 +195,9 @@ def recipe_for(action: str, codes: str, folder: Path) -> Path:
     ("action", "codes"),
     [
         ("fp8", "refined"),
-        ("fp8-channel", "refined"),
+        pytest.param("fp8-channel", "refined", marks=pytest.mark.heavy),
         ("int4", "refined"),
-        ("int4-asym", "refined"),
+        pytest.param("int4-asym", "refined", marks=pytest.mark.heavy),
         ("nf4", "refined+scales"),
         ("nvfp4", "refined"),
     ],
