@@ -213,6 +213,8 @@ def test_any_json_in_the_provenance_is_one_sentence(folder: Path, key: str, valu
         ((np.nan, 0, 0, 1, 0, 1), "holds NaN or infinity"),
         ((1, np.inf, 0, 1, 0, 1), "holds NaN or infinity"),
         ((1, 0, 0, -1, 0, 1), "a sum of squares is negative"),
+        ((1, 0, 0, 3e38, 0, 1), "a sum of squares is above 1e+37"),
+        ((4, 0, 0, 1, 2.1, 4), "sums of products that no inputs have"),
     ],
 )
 def test_numbers_that_are_no_sums_are_refused(
@@ -224,6 +226,14 @@ def test_numbers_that_are_no_sums_are_refused(
     made = {"geometry": GEOMETRY, "files": FILES}
     store(folder / HESSIANS / HEAD_FILE, {"lm_head": broken}, made)
     assert refusal(folder).startswith(f"{HEAD_FILE}, lm_head.held_out: {sentence}; the file is")
+
+
+def test_squares_too_small_for_float32_are_no_damage(folder: Path) -> None:
+    x = np.array([[1e-25, 1, 1e-25], [2e-25, 3, 2e-25]], np.float32)
+    sums = Sums(MeasuredInput(3, 7, 5, ("lm_head.weight",)), (x.T @ x, x.T @ x))
+    made = {"geometry": GEOMETRY, "files": FILES}
+    store(folder / HESSIANS / HEAD_FILE, {"lm_head": sums}, made)
+    read_all(folder)
 
 
 def test_one_changed_bit_is_told(folder: Path) -> None:

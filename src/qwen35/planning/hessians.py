@@ -66,6 +66,13 @@ _MOST_TOKENS = 2**53
 _MADE = "a folder written by qwen35 calibrate --hessian"
 _AGAIN = "the file is damaged: run qwen35 calibrate --hessian again"
 _ANOTHER = "these are Hessians of another model: calibrate this one"
+_MOST = 1e37
+"""Bound on sums of squares, far above any real ones: float32 holds their sums."""
+
+_ROUNDED, _VANISHED = 1.01, 1e-30
+"""Bound on |sum of x y| over the root of the sums of x^2 and of y^2, by Cauchy and Schwarz 1, but
+the sums are rounded; and what these may have lost, as the squares were too small for float32."""
+
 _MIRRORED = 512  # rows that are mirrored at a time
 
 ReadingWeight = str | tuple[str, int]
@@ -143,6 +150,12 @@ class InputHessian:
             raise InputError(subject, "holds NaN or infinity", hint=_AGAIN)
         if (matrix.diagonal() < 0).any():
             raise InputError(subject, "a sum of squares is negative", hint=_AGAIN)
+        if matrix.diagonal().max(initial=0) > _MOST:
+            raise InputError(subject, f"a sum of squares is above {_MOST:g}", hint=_AGAIN)
+        lengths = np.sqrt(matrix.diagonal() + np.float32(_VANISHED))
+        for i, row in enumerate(triangle_rows(matrix)):
+            if (np.abs(row) > _ROUNDED * lengths[i] * lengths[i:]).any():
+                raise InputError(subject, "sums of products that no inputs have", hint=_AGAIN)
         _mirror(matrix)
         return matrix
 
