@@ -148,16 +148,28 @@ class InputHessian:
             raise InputError(subject, "not what its header says it holds (SHA-256)", hint=_AGAIN)
         if not finite:
             raise InputError(subject, "holds NaN or infinity", hint=_AGAIN)
-        if (matrix.diagonal() < 0).any():
-            raise InputError(subject, "a sum of squares is negative", hint=_AGAIN)
-        if matrix.diagonal().max(initial=0) > _MOST:
-            raise InputError(subject, f"a sum of squares is above {_MOST:g}", hint=_AGAIN)
-        lengths = np.sqrt(matrix.diagonal() + np.float32(_VANISHED))
-        for i, row in enumerate(triangle_rows(matrix)):
-            if (np.abs(row) > _ROUNDED * lengths[i] * lengths[i:]).any():
-                raise InputError(subject, "sums of products that no inputs have", hint=_AGAIN)
+        _check_sums(subject, matrix)
         _mirror(matrix)
         return matrix
+
+
+def _check_sums(subject: str, matrix: F32) -> None:
+    """Refuse an upper triangle, of finite numbers, that is no sum of x x^T.
+
+    Raises:
+        InputError: some are not.
+    """
+    import numpy as np
+
+    diagonal = matrix.diagonal()
+    if (diagonal < 0).any():
+        raise InputError(subject, "a sum of squares is negative", hint=_AGAIN)
+    if diagonal.max(initial=0) > _MOST:
+        raise InputError(subject, f"a sum of squares is above {_MOST:g}", hint=_AGAIN)
+    lengths = np.sqrt(diagonal + np.float32(_VANISHED))
+    for i, row in enumerate(triangle_rows(matrix)):
+        if (np.abs(row) > _ROUNDED * lengths[i] * lengths[i:]).any():
+            raise InputError(subject, "sums of products that no inputs have", hint=_AGAIN)
 
 
 def _mirror(matrix: F32) -> None:
