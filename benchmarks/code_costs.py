@@ -46,6 +46,12 @@ def curvature_of(columns: int) -> Curvature:
     return Curvature.of(Pair((mixed @ mixed.T).astype(np.float32)))
 
 
+def weights_of(rows: int, columns: int) -> F32:
+    """Return random weights."""
+    drawn = np.random.default_rng(1).standard_normal((rows, columns)) * 0.02
+    return drawn.astype(np.float32)
+
+
 def grid_of(weights: F32, levels: F32, group: int) -> CodeGrid:
     """Return the nearest codes of scales that fit the largest weights."""
     largest = np.abs(weights).reshape(len(weights), -1, group).max(-1)
@@ -54,10 +60,14 @@ def grid_of(weights: F32, levels: F32, group: int) -> CodeGrid:
     return replace(grid, codes=nearest_codes(weights, grid))
 
 
+def first_row(grid: CodeGrid) -> CodeGrid:
+    """Return the grid of the first row, to run a function before it is measured."""
+    return replace(grid, codes=grid.codes[:1], scales=grid.scales[:1])
+
+
 def nanoseconds(weights: F32, grid: CodeGrid, curvature: Curvature, sweeps: int) -> float:
     """Return the CPU time of a weight, after a first run, which compiles."""
-    first = replace(grid, codes=grid.codes[:1], scales=grid.scales[:1])
-    refined_codes(weights[:1], first, curvature, sweeps)
+    refined_codes(weights[:1], first_row(grid), curvature, sweeps)
     started = time.process_time()
     refined_codes(weights, grid, curvature, sweeps)
     return (time.process_time() - started) / weights.size * 1e9
@@ -71,8 +81,7 @@ def main() -> None:
     print(f"{'columns':>8}  {'levels':<16}{'feedback':>10}{'and descent':>13}")
     for columns in args.columns:
         curvature = curvature_of(columns)
-        drawn = np.random.default_rng(1).standard_normal((ROWS, columns)) * 0.02
-        weights = drawn.astype(np.float32)
+        weights = weights_of(ROWS, columns)
         for name, (levels, group) in GRIDS.items():
             grid = grid_of(weights, levels, group)
             costs = [nanoseconds(weights, grid, curvature, sweeps) for sweeps in (0, SWEEPS)]

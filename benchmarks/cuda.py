@@ -20,7 +20,6 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,17 +29,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.code_costs import EVEN, curvature_of, first_row, grid_of, weights_of
 from benchmarks.measuring import ASSET, QWEN35, measure
 from benchmarks.models import make_checkpoint
 from qwen35 import calibrate
-from qwen35.array_types import F32
 from qwen35.checkpoint.sidecars import MANIFEST_NAME
 from qwen35.codecs.fp8.layout import ScaleChoice
 from qwen35.codecs.fp8.triton import TritonEncoder
 from qwen35.codecs.nf4.arrays import AbsmaxStatistics, encode_blocks
 from qwen35.codecs.nf4.torch import TorchEncoder
 from qwen35.codecs.pieces import PIECE
-from qwen35.codecs.refining import CodeGrid, Curvature, nearest_codes, refined_codes
+from qwen35.codecs.refining import refined_codes
 from qwen35.codecs.refining_torch import PIECES, TorchRefining
 
 ROUTES = {
@@ -142,41 +141,21 @@ def kernels(device: str, side: int) -> None:
         print(f"{name:<16} {taken * 1e3:>8.2f} {size / taken:>8.1f}", flush=True)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Hessians in memory."""
-
-    fit: F32
-    held_out: F32
-
-
 def refining(device: str, widths: Sequence[int] = WIDTHS, numbers: int = PIECES * PIECE) -> None:
     """Print the times of refining one piece of a weight to 16 levels, and if codes are the same."""
     print(f"\nrefined codes of {numbers} weights\n{'columns':<16} {'CPU ns':>8} {'GPU ns':>8}")
     own = TorchRefining(device)
     for columns in widths:
-        drawn = np.random.default_rng(0)
-        decay = np.arange(1, columns + 1) ** -0.5
-        mixed = drawn.standard_normal((columns, columns)) * decay / np.sqrt(columns)
-        hessian = (mixed @ mixed.T).astype(np.float32)
-        curvature = Curvature.of(Pair(hessian, hessian))
-        weights = (drawn.standard_normal((numbers // columns, columns)) * 0.02).astype(np.float32)
-        scales = np.abs(weights).reshape(len(weights), -1, 32).max(-1) / np.float32(8)
-        levels = np.arange(-8, 8, dtype=np.float32)
-        grid = CodeGrid(np.zeros(weights.shape, np.uint8), scales, levels)
-        grid = replace(grid, codes=nearest_codes(weights, grid))
+        curvature, weights = curvature_of(columns), weights_of(numbers // columns, columns)
+        grid = grid_of(weights, EVEN, 32)
         found, times = [], []
         for function in (refined_codes, own.refined_codes):
-            function(weights[:1], _first(grid), curvature)  # compiles, and sends the curvature
+            function(weights[:1], first_row(grid), curvature)  # compiles, and sends the curvature
             started = time.perf_counter()
             found.append(function(weights, grid, curvature))
             times.append((time.perf_counter() - started) / weights.size * 1e9)
         same = "the same" if np.array_equal(found[0], found[1]) else "DIFFERENT"
         print(f"{columns:<16} {times[0]:>8.0f} {times[1]:>8.0f}  {same}", flush=True)
-
-
-def _first(grid: CodeGrid) -> CodeGrid:
-    return replace(grid, codes=grid.codes[:1], scales=grid.scales[:1])
 
 
 def with_refined_codes(work: Path) -> dict[str, tuple[str, ...]]:

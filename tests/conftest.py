@@ -16,6 +16,7 @@ from evaluating import make_formats
 from fake_hub import FakeHub, serving
 from fp8_reports import DEVIATIONS, MODES, make_source, packed
 from gguf_models import make_variant
+from hessian_folders import write_hessians
 from hub_client import Client, World
 from pipeline_runs import STEM
 from qwen35.cli.main import main
@@ -81,6 +82,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense vision-language checkpoint with a tied head and an MTP layer."""
     return make_checkpoint(tmp_path_factory.mktemp("dense") / "source")
+
+
+@pytest.fixture(scope="session")
+def dense_hessians(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hessians of made-up inputs for the dense checkpoint; only to be read."""
+    return write_hessians(dense, tmp_path_factory.mktemp("dense") / "statistics")
 
 
 @pytest.fixture(scope="session")

@@ -333,25 +333,23 @@ def test_text_that_is_no_text(formats: Path, tmp_path: Path) -> None:
         prepare(EvaluationRequest(str(ASSET), text=tmp_path / "x"))
 
 
-def test_a_candidate_that_computes_nan_is_named(formats: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "count", "message"),
+    [
+        (np.nan, 4, "broken: computes NaN or infinity in chunk 1"),
+        (1e3, None, r"broken: a mean loss of \S+ nats a token, expected"),
+    ],
+)
+def test_a_candidate_that_computes_no_sound_loss_is_named(
+    value: float, count: int | None, message: str, formats: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "broken.gguf"
     shutil.copy(gguf(formats, "F16"), path)
     entry = read_container(path).tensors["output_norm.weight"]
     with path.open("r+b") as file:
         file.seek(entry.begin)
-        file.write(np.full(4, np.nan, "<f4").tobytes())
-    with pytest.raises(InputError, match="broken: computes NaN or infinity in chunk 1"):
-        measure(formats, gguf(formats, "F16"), str(path))
-
-
-def test_a_candidate_with_a_loss_beyond_all_bounds_is_named(formats: Path, tmp_path: Path) -> None:
-    path = tmp_path / "broken.gguf"
-    shutil.copy(gguf(formats, "F16"), path)
-    entry = read_container(path).tensors["output_norm.weight"]
-    with path.open("r+b") as file:
-        file.seek(entry.begin)
-        file.write(np.full(entry.shape, 1e3, "<f4").tobytes())
-    with pytest.raises(InputError, match=r"broken: a mean loss of \S+ nats a token, expected"):
+        file.write(np.full(count or entry.shape, value, "<f4").tobytes())
+    with pytest.raises(InputError, match=message):
         measure(formats, gguf(formats, "F16"), str(path))
 
 

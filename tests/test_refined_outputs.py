@@ -13,7 +13,6 @@ import pytest
 from gguf import GGUFReader
 
 import qwen35
-from checkpoints import make_checkpoint
 from gguf_models import make_variant
 from hessian_folders import write_hessians
 from qwen35.array_types import F32
@@ -185,34 +184,26 @@ def test_it_is_reproduced_from_the_manifest_and_the_hessians(
 FORMATS = ("text-nf4", "text-fp8", "nvfp4", "int4", "fp8-channel")
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("plain") / "source")
-
-
-@pytest.fixture(scope="module")
-def measured(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hessians(plain, tmp_path_factory.mktemp("measured") / "statistics")
-
-
 @pytest.mark.parametrize("recipe", FORMATS)
 def test_scales_stay_and_the_verifier_knows_the_method(
-    plain: Path, measured: Path, tmp_path: Path, recipe: str
+    dense: Path, dense_hessians: Path, tmp_path: Path, recipe: str
 ) -> None:
     options: Any = {"recipe": recipe, "threads": 1}
-    qwen35.convert(plain, tmp_path / "plain", **options)
-    result = qwen35.convert(plain, tmp_path / "out", codes="refined", hessian=measured, **options)
+    qwen35.convert(dense, tmp_path / "plain", **options)
+    result = qwen35.convert(
+        dense, tmp_path / "out", codes="refined", hessian=dense_hessians, **options
+    )
     assert result.passed
     before, after = load_all(tmp_path / "plain"), load_all(tmp_path / "out")
     record = {name for table in refined_of(tmp_path / "out").values() for name in table}
     assert {name for name in after if not after[name].equal(before[name])} == record
-    with_codes = losses(tmp_path / "out", plain, measured)
-    without = losses(tmp_path / "plain", plain, measured)
+    with_codes = losses(tmp_path / "out", dense, dense_hessians)
+    without = losses(tmp_path / "plain", dense, dense_hessians)
     assert sum(with_codes.values()) < 0.75 * sum(without.values())
-    assert qwen35.verify(tmp_path / "out", source=plain, hessian=measured).passed
+    assert qwen35.verify(tmp_path / "out", source=dense, hessian=dense_hessians).passed
     shutil.copytree(tmp_path / "out", tmp_path / "broken")
     _break(tmp_path / "broken", min(record))
-    found = qwen35.verify(tmp_path / "broken", source=plain, depth="numbers").findings
+    found = qwen35.verify(tmp_path / "broken", source=dense, depth="numbers").findings
     assert {one.check for one in found} - {"hash"}
 
 
@@ -226,18 +217,18 @@ def test_scales_stay_and_the_verifier_knows_the_method(
     ],
 )
 def test_reports_and_cards_say_which_codes_are_refined(
-    plain: Path, tmp_path: Path, about: dict[str, Any], said: bool
+    dense: Path, tmp_path: Path, about: dict[str, Any], said: bool
 ) -> None:
-    measured, out = write_hessians(plain, tmp_path / "own", about=about), tmp_path / "out"
+    measured, out = write_hessians(dense, tmp_path / "own", about=about), tmp_path / "out"
     options: Any = {"recipe": "text-nf4", "hessian": measured, "threads": 2}
-    qwen35.convert(plain, out, codes="refined+scales", **options)
+    qwen35.convert(dense, out, codes="refined+scales", **options)
     recorded = json.loads((out / "qwen35.json").read_text())["recipe"]["hessians"]
     text = {"text": [{"name": "a.txt", "sha256": "5" * 64}], "tokens": 1200} if said else {}
     assert recorded == {"name": "own", "sha256": open_hessians(measured).sha256} | text
     card = documents(out, "someone/some-model")["README.md"].decode()
     shown = "Refined codes and scales: chosen by what they do to the outputs of layers"
     assert shown + (", calibrated on 1,200 tokens of a.txt." if said else ".") in card
-    assert not qwen35.reproduce(out, source=plain, hessian=measured).findings
+    assert not qwen35.reproduce(out, source=dense, hessian=measured).findings
 
 
 def test_models_tell_by_their_own_file(source: Path, expected: Path, tmp_path: Path) -> None:
@@ -270,37 +261,37 @@ def _break(folder: Path, name: str, change: Callable[[bytes], bytes] = _reversed
             file.write_bytes(data)
 
 
-def test_searched_scales_lose_less_again(plain: Path, measured: Path, tmp_path: Path) -> None:
-    options: Any = {"recipe": "text-nf4", "hessian": measured}
+def test_searched_scales_lose_less_again(dense: Path, dense_hessians: Path, tmp_path: Path) -> None:
+    options: Any = {"recipe": "text-nf4", "hessian": dense_hessians}
     refined, out = tmp_path / "refined", tmp_path / "out"
-    qwen35.convert(plain, refined, codes="refined", threads=2, **options)
-    assert qwen35.convert(plain, out, codes="refined+scales", threads=2, **options).passed
+    qwen35.convert(dense, refined, codes="refined", threads=2, **options)
+    assert qwen35.convert(dense, out, codes="refined+scales", threads=2, **options).passed
     (digits,) = refined_of(out).values()
     assert "2" in set(digits.values()) <= set("012")
-    before, after = losses(refined, plain, measured), losses(out, plain, measured)
+    before, after = losses(refined, dense, dense_hessians), losses(out, dense, dense_hessians)
     assert {key for key in after if after[key] > before[key] * (1 + 1e-6)} == set()
     assert sum(after.values()) < 0.95 * sum(before.values())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE", 33 * 256)
-        qwen35.convert(plain, tmp_path / "pieces", codes="refined+scales", threads=1, **options)
+        qwen35.convert(dense, tmp_path / "pieces", codes="refined+scales", threads=1, **options)
     assert tree(tmp_path / "pieces") == tree(out)
-    assert qwen35.verify(out, source=plain, hessian=measured).passed
+    assert qwen35.verify(out, source=dense, hessian=dense_hessians).passed
     name = next(one for one in digits if digits[one] == "2" and "gate_proj" in one)
     _break(out, f"{name}.absmax", lambda data: bytes(len(data)))
-    assert "absmax" in {one.check for one in qwen35.verify(out, source=plain).findings}
+    assert "absmax" in {one.check for one in qwen35.verify(out, source=dense).findings}
 
 
 def test_where_searched_scales_lose_more_refined_ones_are_written(
-    plain: Path, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Path, dense_hessians: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: Any = {"recipe": "text-nf4", "hessian": measured, "threads": 2}
-    qwen35.convert(plain, tmp_path / "refined", codes="refined", **options)
+    options: Any = {"recipe": "text-nf4", "hessian": dense_hessians, "threads": 2}
+    qwen35.convert(dense, tmp_path / "refined", codes="refined", **options)
     # the scales that are farthest off
     monkeypatch.setattr(
         "qwen35.codecs.refining.searched_scales",
         lambda weights, grid, others, curvature: np.full(grid.scales.shape, 8, np.uint8),
     )
-    qwen35.convert(plain, tmp_path / "out", codes="refined+scales", **options)
+    qwen35.convert(dense, tmp_path / "out", codes="refined+scales", **options)
     before, after = load_all(tmp_path / "refined"), load_all(tmp_path / "out")
     assert all(after[name].equal(before[name]) for name in before)
     assert set("".join(*map(dict.values, refined_of(tmp_path / "out").values()))) <= set("01")
@@ -385,45 +376,45 @@ def test_a_matrix_at_most_waits_for_its_verdict(
 
 
 def test_without_a_word_on_it_they_are_not_the_nearest(
-    plain: Path, measured: Path, tmp_path: Path
+    dense: Path, dense_hessians: Path, tmp_path: Path
 ) -> None:
-    options: Any = {"recipe": "text-nf4", "codes": "refined", "hessian": measured}
-    qwen35.convert(plain, tmp_path / "out", threads=1, **options)
+    options: Any = {"recipe": "text-nf4", "codes": "refined", "hessian": dense_hessians}
+    qwen35.convert(dense, tmp_path / "out", threads=1, **options)
     manifest = tmp_path / "out" / "qwen35.json"
     recorded = json.loads(manifest.read_text())
     del recorded["refined"]
     manifest.write_text(json.dumps(recorded))
-    found = qwen35.verify(tmp_path / "out", source=plain, depth="numbers").findings
+    found = qwen35.verify(tmp_path / "out", source=dense, depth="numbers").findings
     assert {one.check for one in found} == {"codes"}
 
 
-def test_a_rule_decides_for_its_weights(plain: Path, measured: Path, tmp_path: Path) -> None:
+def test_a_rule_decides_for_its_weights(dense: Path, dense_hessians: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "mine.toml"
     recipe.write_text(
         'format = "nf4"\nbase = "text-nf4"\n'
         '[[rules]]\nmatch = "mlp"\naction = "nf4"\ncodes = "refined"\n'
     )
-    options: Any = {"recipe": recipe, "hessian": measured, "threads": 1}
-    qwen35.convert(plain, tmp_path / "out", **options)
+    options: Any = {"recipe": recipe, "hessian": dense_hessians, "threads": 1}
+    qwen35.convert(dense, tmp_path / "out", **options)
     names = {name for table in refined_of(tmp_path / "out").values() for name in table}
     assert names
     assert all(".mlp." in name for name in names)
-    qwen35.convert(plain, tmp_path / "plain", recipe="text-nf4", threads=1)
+    qwen35.convert(dense, tmp_path / "plain", recipe="text-nf4", threads=1)
     before, after = load_all(tmp_path / "plain"), load_all(tmp_path / "out")
     assert {name for name in after if not after[name].equal(before[name])} == names
 
 
 def test_what_does_not_fit_is_refused_in_a_sentence(
-    plain: Path, measured: Path, moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense: Path, dense_hessians: Path, moe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def said(*arguments: object) -> str:
         out = str(tmp_path / "out")
-        assert main(["convert", str(plain), out, "--quiet", *map(str, arguments)]) == 2
+        assert main(["convert", str(dense), out, "--quiet", *map(str, arguments)]) == 2
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
     assert "needs Hessians of the model's inputs" in said("--codes", "refined")
-    assert "has no effect on plain codes" in said("--hessian", measured)
+    assert "has no effect on plain codes" in said("--hessian", dense_hessians)
     other = write_hessians(moe, tmp_path / "other", tokens=4)
     assert "of a model with" in said("--codes", "refined", "--hessian", other)
     recipe = tmp_path / "mine.toml"
@@ -463,11 +454,11 @@ def test_a_plan_needs_no_hessians(source: Path, tmp_path: Path) -> None:
     assert qwen35.plan(source, recipe=recipe, types="Q4_K_M").recipe.rules[0].codes == "refined"
 
 
-def test_a_run_file_asks_for_them(plain: Path, measured: Path, tmp_path: Path) -> None:
+def test_a_run_file_asks_for_them(dense: Path, dense_hessians: Path, tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    top = f'model = "{plain}"\nout = "made"\ndepth = "numbers"\n'
+    top = f'model = "{dense}"\nout = "made"\ndepth = "numbers"\n'
     file.write_text(f'{top}[[artifact]]\nrecipe = "text-nf4"\ncodes = "refined"\nhessian = "h"\n')
-    shutil.copytree(measured, tmp_path / "h")
+    shutil.copytree(dense_hessians, tmp_path / "h")
     assert qwen35.run(file, threads=1).passed
     (made,) = (tmp_path / "made").glob("*/qwen35.json")
     assert "refined" in json.loads(made.read_text())

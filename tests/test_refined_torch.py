@@ -14,8 +14,6 @@ import pytest
 import torch
 
 import qwen35
-from checkpoints import make_checkpoint
-from hessian_folders import write_hessians
 from qwen35.array_types import F32, Array
 from qwen35.codecs import devices, pieces, refining, refining_torch
 from qwen35.codecs.devices import Kernels, kernels_for
@@ -170,16 +168,6 @@ def refine(found: TorchRefining, columns: int, curvature: Curvature) -> None:
 # --- in artifacts
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("torch") / "source")
-
-
-@pytest.fixture(scope="module")
-def measured(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_hessians(source, tmp_path_factory.mktemp("torch-hessians") / "statistics")
-
-
 def recipe_for(action: str, codes: str, folder: Path) -> Path:
     """Return a recipe by which a few weights are refined."""
     form = "int4" if action.startswith("int4") else action
@@ -203,17 +191,17 @@ def recipe_for(action: str, codes: str, folder: Path) -> Path:
     ],
 )
 def test_artifacts_are_the_same(
-    source: Path,
-    measured: Path,
+    dense: Path,
+    dense_hessians: Path,
     tmp_path: Path,
     action: str,
     codes: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With two devices, and with several pieces of a weight at a time."""
-    options: Any = {"recipe": recipe_for(action, codes, tmp_path), "hessian": measured}
+    options: Any = {"recipe": recipe_for(action, codes, tmp_path), "hessian": dense_hessians}
     monkeypatch.setattr(pieces, "PIECE", 2**14)
-    qwen35.convert(source, tmp_path / "expected", threads=2, **options)
+    qwen35.convert(dense, tmp_path / "expected", threads=2, **options)
     seen: list[tuple[int, int]] = []
 
     def on_torch(number: int) -> Kernels:
@@ -229,7 +217,7 @@ def test_artifacts_are_the_same(
     (kernels,) = kernels_for("cpu")
     both = on_torch(0), on_torch(1)
     monkeypatch.setattr("qwen35.writing.write.kernels_for", lambda _: both)
-    qwen35.convert(source, tmp_path / "out", threads=2, **options)
+    qwen35.convert(dense, tmp_path / "out", threads=2, **options)
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
     assert {number for number, _ in seen} == {0, 1}
     assert max(size for _, size in seen) > 2**14
@@ -259,14 +247,22 @@ def test_a_gpu_without_memory_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPa
             call(None, None, None)
 
 
-def test_a_cpu_refines_without_torch(source: Path, measured: Path, tmp_path: Path) -> None:
+def test_a_cpu_refines_without_torch(dense: Path, dense_hessians: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from qwen35.cli.main import main\n"
         "code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)\n"
     )
-    options = ["--recipe", "text-nf4", "--codes", "refined", "--hessian", str(measured), "--quiet"]
+    options = [
+        "--recipe",
+        "text-nf4",
+        "--codes",
+        "refined",
+        "--hessian",
+        str(dense_hessians),
+        "--quiet",
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", script, "convert", str(source), str(tmp_path / "out"), *options],
+        [sys.executable, "-c", script, "convert", str(dense), str(tmp_path / "out"), *options],
         capture_output=True,
         text=True,
         check=True,
