@@ -39,10 +39,11 @@ LEVELS_OF = {"integers": INTEGERS, "nf4": LEVELS, "e4m3": e4m3_levels().values}
 
 @pytest.mark.parametrize("levels", LEVELS_OF)
 def test_a_diagonal_hessian_gives_the_nearest_codes(levels: str) -> None:
-    weights = weights_of(20, 64)
+    weights, drawn = weights_of(20, 64), np.random.default_rng(2)
     grid = grid_for(weights, LEVELS_OF[levels])
-    diagonal = np.diag(np.random.default_rng(2).exponential(size=64)).astype(np.float32)
-    start = replace(grid, codes=np.zeros_like(grid.codes))
+    diagonal = np.diag(drawn.exponential(size=64)).astype(np.float32)
+    guesses = drawn.integers(0, len(grid.levels), weights.shape).astype(np.uint8)
+    start = replace(grid, codes=guesses)
     codes = refined_codes(weights, start, Curvature.of(Pair(diagonal, diagonal)))
     np.testing.assert_array_equal(grid.values(codes), grid.values(grid.codes))
 

@@ -91,8 +91,13 @@ def _value(index: Any, scale: Any, offset: Any, levels: Any) -> Any:
 
 
 @inlined
-def _nearest(target: Any, scale: Any, offset: Any, levels: Any, middles: Any, even: Any) -> Any:
-    """Return the code nearest to a number; the scale is not zero."""
+def _nearest(
+    target: Any, scale: Any, offset: Any, levels: Any, middles: Any, even: Any, guess: Any
+) -> Any:
+    """Return the code nearest to a number; the scale is not zero.
+
+    The same for every guess, and sooner for a good one.
+    """
     x = (np.float64(target) - np.float64(offset)) / np.float64(scale)
     top = levels.shape[0] - 1
     if even:
@@ -102,6 +107,12 @@ def _nearest(target: Any, scale: Any, offset: Any, levels: Any, middles: Any, ev
             return 0
         return top if step > top else int(step)
     low, high = 0, top
+    if guess < top and x > middles[guess]:
+        low = guess + 1
+    elif guess > 0 and x > middles[guess - 1]:
+        return guess
+    else:
+        high = guess
     while low < high:
         middle = (low + high) >> 1
         if x > middles[middle]:
@@ -153,7 +164,7 @@ def feed_back(
                 if scale != _ZERO:
                     reach = np.float32(REACH * step) * abs(scale)
                     target = _aimed(weight + sums[0, lane], weight, reach)
-                    index = _nearest(target, scale, offset, levels, middles, even)
+                    index = _nearest(target, scale, offset, levels, middles, even, index)
                     codes[row, column] = index
                 errors[tile, j, lane] = weight - _value(index, scale, offset, levels)
 
@@ -222,11 +233,13 @@ def _sweep(weights: Any, order: Any, hessian: Any, grid: Any, slopes: Any, own: 
         weight, error = weights[column], errors[j]
         target = np.float32(weight - error + slopes[j] / curvature)
         target = _aimed(target, weight, np.float32(REACH * step) * abs(scale))
-        index = _nearest(target, scale, offset, levels, middles, even)
+        old = np.int64(codes[column])
+        index = _nearest(target, scale, offset, levels, middles, even, old)
+        if index == old:
+            continue
         new = weight - _value(index, scale, offset, levels)
         change = np.float64(new) - np.float64(error)
-        gained = change * (change * curvature * (1 - LEAST_GAIN) + 2 * slopes[j]) < 0
-        if gained and index != codes[column]:
+        if change * (change * curvature * (1 - LEAST_GAIN) + 2 * slopes[j]) < 0:
             codes[column], errors[j], changed = index, new, True
             _add(slopes, hessian[j], change)
     return changed
@@ -252,6 +265,7 @@ def choose_scales(
     stays.
     """
     group = weights.shape[1] // scales.shape[2]
+    half = levels.shape[0] >> 1
     for row in range(weights.shape[0]):
         for part in range(scales.shape[2]):
             if scales[0, row, part] == _ZERO:
@@ -261,7 +275,7 @@ def choose_scales(
                 scale, loss = scales[one, row, part], 0.0
                 for column in range(part * group, (part + 1) * group):
                     weight = weights[row, column]
-                    index = _nearest(weight, scale, _ZERO, levels, middles, even)
+                    index = _nearest(weight, scale, _ZERO, levels, middles, even, half)
                     error = np.float64(weight) - np.float64(_value(index, scale, _ZERO, levels))
                     loss += importance[column] * error * error
                 if loss < least:
