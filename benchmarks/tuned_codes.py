@@ -5,8 +5,8 @@
 
 The text has three parts: to calibrate on, to tune on, and to measure on. For the sizes of plain
 Q4_K_M and of the recipe q8-gates at Q4_K_M, Q5_K_M and Q6_K, `qwen35 tune` finds a recipe of at
-most as many bytes; its prices are those of plain codes. All files are compared with the original as
-by `benchmarks.codes`, weights alone and with llama.cpp's inputs.
+most as many bytes, once with prices of plain codes and once with those of refined ones. All files
+are compared with the original as by `benchmarks.codes`, weights alone and with llama.cpp's inputs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from benchmarks.codes import lines, measured, parser_of, row, run, split
 from benchmarks.measuring import environment
 
 CASES = (("mix", "Q4_K_M"), ("q8-gates", "Q4_K_M"), ("q8-gates", "Q5_K_M"), ("q8-gates", "Q6_K"))
-HOW = tuple(product(("hand-made", "tuned"), ("plain", "refined")))
+HOW = (
+    *product(("hand-made", "tuned"), ("plain", "refined")),
+    ("tuned for refined", "refined"),
+)
 """Recipe and codes; the first is compared with the others."""
 
 
@@ -51,15 +54,16 @@ def files_of(model: Path, work: Path, tuning: Path) -> dict[tuple[str, str, str,
         name = f"{recipe}-{kind}"
         for way, codes in HOW:
             used, base = recipe, kind
-            if way == "tuned":
-                used, base = str(work / f"{name}.toml"), "Q4_K_M"
-            if way == "tuned" and codes == "plain":
+            if way != "hand-made":
+                used, base = str(work / f"{name}-{way}.toml"), "Q4_K_M"
+            if way != "hand-made" and not Path(used).exists():
                 qwen35.tune(
                     model,
                     format="gguf",
                     size=files[recipe, kind, *HOW[0]].stat().st_size,
                     text=tuning,
                     imatrix=calibrated,
+                    hessian=None if way == "tuned" else calibrated,
                     output=used,
                     measurements=work / "prices.json",  # the same for all
                 )

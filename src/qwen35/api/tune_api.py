@@ -37,6 +37,7 @@ def tune(
     engine: Engine | None = None,
     types: str | Sequence[str] | None = None,
     imatrix: str | Path | None = None,
+    hessian: str | Path | None = None,
     measurements: str | Path | None = None,
     start_from: str | Path | None = None,
     probes: int = 0,
@@ -70,6 +71,7 @@ def tune(
             ``weights``, nobody's.
         types: GGUF: types to choose from, as names or as a comma-separated string.
         imatrix: GGUF: importance matrix: a file, or ``hf:owner/name/path``.
+        hessian: folder of `calibrate` with Hessians: price codes that are refined by them.
         measurements: file to save measurements to and resume from; by default the recipe's name
             with .json.
         start_from: measurements of the model that this one was tuned from.
@@ -113,6 +115,7 @@ def tune(
         onto=onto,
         types=types_of(types),
         imatrix=str(imatrix) if imatrix else None,
+        hessian=Path(hessian) if hessian else None,
         measurements=Path(measurements) if measurements else None,
         start_from=Path(start_from) if start_from else None,
         probes=probes,

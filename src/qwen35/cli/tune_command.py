@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--types", action=Joined, metavar="T,...", help="GGUF: types to choose from"
     )
     parser.add_argument("--imatrix", metavar="FILE", help="GGUF: importance matrix, or hf:...")
+    parser.add_argument("--hessian", type=Path, metavar="DIR", help=_HESSIAN_HELP)
     parser.add_argument("--measurements", type=Path, metavar="FILE", help=_MEASUREMENTS_HELP)
     parser.add_argument("--start-from", type=Path, metavar="FILE", help=_START_HELP)
     parser.add_argument(
@@ -109,6 +110,7 @@ _MEASUREMENTS_HELP = (
     "save measurements in FILE and resume from it: another budget then takes seconds "
     "(default: the recipe's name with .json)"
 )
+_HESSIAN_HELP = "price codes that are refined by these Hessians, of calibrate --hessian"
 _START_HELP = "measurements of the model that this one was tuned from: its prices are taken"
 _ENGINE_HELP = (
     "whose rounding of inputs counts: llama.cpp's on CPUs (default for GGUF), or nobody's"
@@ -130,13 +132,13 @@ def run(args: argparse.Namespace, output: Console) -> int:
         raise UsageError("--dry-run", "given with --start-from", hint=hint)
     if args.dry_run:
         job = prepare(TuningRequest(**{**request, "output": None}))
-        output.notes(job.space.notes)
-        output.data(*plan_text(job.space, job.budget, job.plan, args.probes))
+        output.notes(job.notes)
+        output.data(*plan_text(job.space, job.budget, job.plan, args.probes, job.hessians_memory))
         return 0
     if args.output is None:
         raise UsageError("--output", "missing", expected="a file to write, ending with .toml")
     result = carry_out(TuningRequest(**request), args.report, output.progress)
-    output.notes(result.space.notes)
+    output.notes(result.notes)
     if args.report is not None:
         output.info(f"{args.report}: tune.json and tune.html")
     text = tuned_text(result.space, result.tuned, result.measured, result.recipe, output.width)

@@ -28,7 +28,9 @@ __all__ = [
     "PLAIN",
     "SEARCHED",
     "Refinement",
+    "curvature_memory",
     "files_read",
+    "foreign_hessians",
     "hessian_of",
     "is_refined_record",
     "opened_refinement",
@@ -182,11 +184,7 @@ class Refinement:
         refined = sum(target.codes != PLAIN for _, target in able)
         tried = f"{refined} of {len(able)} quantized weights"
         yield f"refined codes: tried for {tried}, by {self._named}"
-        theirs = self.hessians.provenance.get("source")
-        if isinstance(theirs, dict) and any(theirs.get(k) != source.get(k) for k in _ORIGIN):
-            ours, other = _model_name(source), _model_name(theirs)
-            of = f"{other}, and this is {ours}" if other != ours else f"{ours} with other adapters"
-            yield f"these are Hessians of {of}: calibrate it, unless its weights are the same"
+        yield from foreign_hessians(self.hessians, source)
 
     @property
     def _named(self) -> str:
@@ -228,6 +226,20 @@ def _model_name(source: Mapping[str, Any]) -> str:
     added = source.get("adapters")
     merged = " with adapters" if added else ""
     return f"{name}{revision}"[:120] + merged
+
+
+def foreign_hessians(hessians: Hessians, source: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a note if Hessians are of a model with another name, or with other adapters.
+
+    Args:
+        hessians: of inputs.
+        source: the origin of the checkpoint, as manifests record it.
+    """
+    theirs = hessians.provenance.get("source")
+    if isinstance(theirs, dict) and any(theirs.get(k) != source.get(k) for k in _ORIGIN):
+        ours, other = _model_name(source), _model_name(theirs)
+        of = f"{other}, and this is {ours}" if other != ours else f"{ours} with other adapters"
+        yield f"these are Hessians of {of}: calibrate it, unless its weights are the same"
 
 
 NEAREST = Refinement()
@@ -280,9 +292,15 @@ def refining_memory(plan: Plan, threads: int) -> int:
         columns = max(columns, step.rows.row)
     if not columns:
         return 0
-    square = columns * columns
-    # a thread prepares one curvature while others are used and a few are kept
-    return threads * (held + _REFINING + square * _PREPARED) + (threads + KEPT) * square * _READY
+    return threads * (held + _REFINING) + curvature_memory(columns, threads)
+
+
+def curvature_memory(columns: int, threads: int) -> int:
+    """Return the bytes that Hessians of so many columns take at most, beside threads that refine.
+
+    A thread prepares one while others are used and a few are kept.
+    """
+    return columns * columns * (threads * _PREPARED + (threads + KEPT) * _READY)
 
 
 def refining_seconds(plan: Plan) -> float:

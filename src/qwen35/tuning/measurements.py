@@ -16,7 +16,7 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.errors import InputError
 from qwen35.sinks.files import hash_file, replace_file
 from qwen35.sinks.staging import os_errors
-from qwen35.tuning.prices import MOST, ExpertPrices, Prices
+from qwen35.tuning.prices import MOST, ExpertPrices, Prices, RefinedShares
 from qwen35.version import __version__
 
 __all__ = ["MeasurementKey", "Measurements", "Probe", "load_measurements", "model_digest"]
@@ -78,6 +78,7 @@ class Measurements:
         prices: of every unit; none before they are measured.
         origin: the model whose prices these are, if this one was fine-tuned from it.
         probes: measured divergences.
+        refined: what refined codes leave of the prices, if it was compared.
     """
 
     key: MeasurementKey
@@ -85,6 +86,7 @@ class Measurements:
     prices: Prices = field(default_factory=Prices)
     origin: str = ""
     probes: list[Probe] = field(default_factory=list)
+    refined: RefinedShares | None = None
 
     def save(self, path: Path) -> None:
         """Write the file, replacing an old one atomically."""
@@ -135,7 +137,17 @@ def _parsed(content: Mapping[str, Any]) -> Measurements:
         Prices(weights, inputs, experts),
         _text(content["origin"]),
         [Probe(_text(p["name"]), _text(p["digest"]), _number(p["kld"])) for p in content["probes"]],
+        _refined(content.get("refined")),
     )
+
+
+def _refined(found: Mapping[str, Any] | None) -> RefinedShares | None:
+    if found is None:
+        return None
+    shares = _table(found["shares"])
+    if any(share > 1 for row in shares.values() for share in row.values()):
+        raise ValueError("a share above 1")
+    return RefinedShares(_text(found["hessians"]), shares)
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

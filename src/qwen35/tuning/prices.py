@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["FEW_TOKENS", "MOST", "ExpertPrices", "Prices", "few_experts", "shared_prices"]
+__all__ = [
+    "FEW_TOKENS",
+    "MOST",
+    "ExpertPrices",
+    "Prices",
+    "RefinedShares",
+    "few_experts",
+    "shared_prices",
+]
 
 FEW_TOKENS = 128
 """Tokens below which an expert has the price a token of its layer."""
@@ -30,6 +38,23 @@ class ExpertPrices:
     prices: dict[str, list[float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RefinedShares:
+    """What refined codes leave of the prices of rounding weights.
+
+    Args:
+        hessians: SHA-256 of the Hessians by which they were chosen.
+        shares: unit to choice to the share that is left, from 0 to 1; 1 where codes stay plain.
+    """
+
+    hessians: str
+    shares: PriceTable
+
+    def of(self, unit: str, choice: str) -> float:
+        """Return the share of a choice; 1 if it was not compared."""
+        return self.shares.get(unit, {}).get(choice, 1.0)
+
+
 @dataclass
 class Prices:
     """Prices of the units of a model, or of one block of it.
@@ -50,13 +75,18 @@ class Prices:
         rows = [*self.weights.values(), *self.inputs.values()]
         return all(0 <= nats < MOST for row in rows for nats in row.values())
 
-    def table(self, *, inputs: bool) -> PriceTable:
-        """Return the price of each unit and choice, with that of rounding inputs or without."""
-        if not inputs:
-            return self.weights
+    def table(self, *, inputs: bool, refined: RefinedShares | None = None) -> PriceTable:
+        """Return the price of each unit and choice.
+
+        Args:
+            inputs: whether that of rounding inputs counts.
+            refined: what refined codes leave of that of rounding weights; None for plain codes.
+        """
         return {
             unit: {
-                choice: nats + self.inputs[unit].get(choice, 0.0) for choice, nats in row.items()
+                choice: nats * (1.0 if refined is None else refined.of(unit, choice))
+                + (self.inputs[unit].get(choice, 0.0) if inputs else 0.0)
+                for choice, nats in row.items()
             }
             for unit, row in self.weights.items()
         }

@@ -21,16 +21,24 @@ __all__ = ["plan_text", "tuned_json", "tuned_text"]
 
 
 def plan_text(
-    space: ChoiceSpace, budget: TuningBudget, plan: PricingPlan, probes: int
+    space: ChoiceSpace, budget: TuningBudget, plan: PricingPlan, probes: int, hessians: int = 0
 ) -> tuple[str, dict[str, Any]]:
-    """Return what a run would measure, as text and as plain values for JSON."""
+    """Return what a run would measure, as text and as plain values for JSON.
+
+    Args:
+        space: the choices.
+        budget: the limit.
+        plan: of the passes that measure prices.
+        probes: most models to measure as a check.
+        hessians: bytes that Hessians take in memory afterwards; 0 for plain codes.
+    """
     exact = {unit.name: space.exact for unit in space.units}
     count = space.active if budget.active else space.size
     least, most = count(space.smallest), count(exact)
     value = {
         "units": len(space.units),
         "windows": plan.windows,
-        "memory": plan.memory,
+        "memory": max(plan.memory, hessians),
         "disk": plan.disk,
         "read_bytes": plan.read_bytes,
         "probes": probes,
@@ -49,6 +57,8 @@ def plan_text(
         f"memory about {size(plan.memory)}; disk at most {size(plan.disk)} meanwhile",
         f"{what} from {size(least)} to {size(most)}",
     ]
+    if hessians:
+        lines.append(f"then some rows with refined codes; Hessians take about {size(hessians)}")
     if plan.sizes.wide:
         lines.insert(3, "experts are read one by one")
     if probes:
@@ -83,6 +93,7 @@ def tuned_json(
         ],
         "rank_correlation": tuned.rank,
         "priced_as": measured.origin or None,
+        "codes": "plain" if measured.refined is None else "refined",
         "sample": measured.key.sample,
         "few_tokens": few_experts(measured.prices.experts),
         "chosen": dict(tuned.chosen),
@@ -127,6 +138,8 @@ def price_notes(measured: Measurements) -> Iterator[str]:
     key, prices = measured.key, measured.prices
     if measured.origin:
         yield f"the prices are those of {measured.origin}"
+    if measured.refined is not None:
+        yield "the prices are those of refined codes: write the file with --codes refined"
     if key.sample > 1:
         yield f"types were compared on one row in {key.sample}"
     few = few_experts(prices.experts)

@@ -13,7 +13,10 @@ from qwen35.checkpoint.source import Checkpoint
 from qwen35.display import bytes_of, size, units_for
 from qwen35.errors import UsageError
 from qwen35.execution.dispatch import WorkerPool
+from qwen35.planning.hessians import Hessians, open_hessians
+from qwen35.planning.manifest import source_json
 from qwen35.planning.merged_source import opened_adapters, opened_source
+from qwen35.planning.refinement import foreign_hessians
 from qwen35.progress import Progress, Silent
 from qwen35.sinks.files import replace_file
 from qwen35.sinks.staging import os_errors, scratch
@@ -26,6 +29,7 @@ from qwen35.tuning.pricing_plan import PricingPlan, plan_pricing
 from qwen35.tuning.pricing_run import discard_work, measure_prices
 from qwen35.tuning.probing import ProbeSetting
 from qwen35.tuning.recipe_search import TunedRecipe, TuningBudget, tune, whole_model
+from qwen35.tuning.refined_shares import comparing_memory, measure_shares
 from qwen35.tuning.space import ChoiceSpace
 from qwen35.tuning.tunable import tunable_of
 from qwen35.tuning.tuning_display import tuned_json
@@ -48,6 +52,7 @@ class TuningJob:
         budget: the limit.
         plan: of the passes that measure prices; None for a dry run of a published size.
         text: the tuning text; None for a dry run, which has no tokenizer.
+        hessians: by which codes will be refined; None for plain codes.
     """
 
     request: TuningRequest
@@ -56,6 +61,27 @@ class TuningJob:
     budget: TuningBudget
     plan: PricingPlan
     text: TextWindows | None
+    hessians: Hessians | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the user, on the model and the Hessians."""
+        if self.hessians is None:
+            return self.space.notes
+        foreign = foreign_hessians(self.hessians, source_json(self.checkpoint))
+        return (*self.space.notes, *foreign)
+
+    @property
+    def threads(self) -> int:
+        """The most threads."""
+        return self.request.threads or default_threads()
+
+    @property
+    def hessians_memory(self) -> int:
+        """Bytes that Hessians take while codes are compared; 0 without any."""
+        if self.hessians is None:
+            return 0
+        return comparing_memory(self.space, self.threads, self.request.memory)[1]
 
     @property
     def engine(self) -> Engine:
@@ -75,6 +101,7 @@ class TuningResult:
 
     Args:
         recipe: the file written.
+        notes: for the user, on the model and the Hessians.
         space: the choices.
         engine: whose rounding of inputs counted.
         tuned: the allocation and its cost.
@@ -82,6 +109,7 @@ class TuningResult:
     """
 
     recipe: Path
+    notes: tuple[str, ...]
     space: ChoiceSpace
     engine: Engine
     tuned: TunedRecipe
@@ -101,7 +129,7 @@ def prepare(request: TuningRequest) -> TuningJob:
 
     Raises:
         UsageError: an option is missing, contradicts another, or its file exists already.
-        InputError: the model, the text or the matrix cannot be read.
+        InputError: the model, the text, the matrix or the Hessians cannot be read.
         HubError: the Hub refused, or was not reached.
     """
     check_request(request)
@@ -125,7 +153,12 @@ def prepare(request: TuningRequest) -> TuningJob:
         shares=request.workers or 1,
         threads=request.threads or default_threads(),
     )
-    return TuningJob(request, checkpoint, space, _budget(request, space), plan, text)
+    hessians = None if request.hessian is None else open_hessians(request.hessian)
+    job = TuningJob(request, checkpoint, space, _budget(request, space), plan, text, hessians)
+    if hessians is not None:
+        hessians.check(checkpoint.config.geometry, plan.items)
+        comparing_memory(space, job.threads, request.memory)
+    return job
 
 
 def run(
@@ -149,8 +182,8 @@ def run(
     path = request.measurements or request.output.with_suffix(".json")
     measured = _measurements(job, path)
     _price(job, measured, path, progress(""), pool)
-    threads = request.threads or default_threads()
-    setting = ProbeSetting(request.text, request.context, job.chunks, threads, request.device)
+    _compare(job, measured, path, progress("matrices"))
+    setting = ProbeSetting(request.text, request.context, job.chunks, job.threads, request.device)
     with scratch(request.output) as work:
         tuned = tune(
             job.space,
@@ -166,12 +199,12 @@ def run(
     text = job.space.recipe(tuned.chosen, _describe(tuned), explicit=request.explicit)
     with os_errors(request.output):
         replace_file(request.output, text.encode())
-    return TuningResult(request.output, job.space, job.engine, tuned, measured)
+    return TuningResult(request.output, job.notes, job.space, job.engine, tuned, measured)
 
 
 def _costs(job: TuningJob, measured: Measurements) -> dict[str, dict[str, float]]:
     """Return the prices that count, in the order of the units, whatever was read from a file."""
-    found = measured.prices.table(inputs=job.engine != "weights")
+    found = measured.prices.table(inputs=job.engine != "weights", refined=measured.refined)
     return {
         unit.name: {choice: found[unit.name][choice] for choice in unit.sizes}
         for unit in job.space.units
@@ -197,7 +230,7 @@ def _price(
             job.text.windows,
             # The devices of a cluster are not those of this machine.
             request.device if request.ray_address else device_for(request.device),
-            request.threads or default_threads(),
+            job.threads,
             request.sample,
             request.memory,
             request.overwrite,
@@ -210,6 +243,23 @@ def _price(
     elif not path.exists():
         measured.save(path)
     discard_work(path)
+
+
+def _compare(job: TuningJob, measured: Measurements, path: Path, progress: Progress) -> None:
+    """Compare refined codes with nearest ones, unless they were; forget them for plain codes."""
+    if job.hessians is None:
+        measured.refined = None
+        return
+    known = measured.refined
+    if (
+        known is not None
+        and known.hessians == job.hessians.sha256
+        and all(set(unit.sizes) <= set(known.shares.get(unit.name, {})) for unit in job.space.units)
+    ):
+        return
+    threads, _ = comparing_memory(job.space, job.threads, job.request.memory)
+    measured.refined = measure_shares(job.space, job.hessians, threads, progress)
+    measured.save(path)
 
 
 def _chunks(request: TuningRequest, checkpoint: Checkpoint) -> int:

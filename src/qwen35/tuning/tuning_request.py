@@ -34,6 +34,7 @@ class TuningRequest:
         onto: the format into whose values they are merged; None for the model's own.
         types: GGUF types to choose from; the defaults if empty.
         imatrix: for GGUF files: importance matrix, or ``hf:owner/name/path``.
+        hessian: folder of Hessians by which codes will be refined; None for plain codes.
         measurements: file that keeps measurements; by default the recipe's name with .json.
         start_from: measurements of the model that this one was fine-tuned from.
         probes: most models to write and measure, as a check.
@@ -63,6 +64,7 @@ class TuningRequest:
     onto: str | None = None
     types: tuple[str, ...] = ()
     imatrix: str | None = None
+    hessian: Path | None = None
     measurements: Path | None = None
     start_from: Path | None = None
     probes: int = 0
@@ -123,6 +125,9 @@ def _check_measuring(request: TuningRequest) -> None:
         if path is not None and other is not None and path.absolute() == other.absolute():
             found = f"{path} is the file of {option} too"
             raise UsageError("--measurements", found, hint="give another file")
+    if request.hessian is not None and request.probes:
+        found, hint = "given with --hessian", "probes have plain codes: leave one of the two out"
+        raise UsageError("--probes", found, hint=hint)
     shared = {"--workers": request.workers, "--ray-address": request.ray_address}
     for option, value in shared.items():
         if request.start_from is not None and value is not None:
