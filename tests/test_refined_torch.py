@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import pytest
 import torch
 
 import qwen35
+from checkpoints import random_tensors, tiny_config, write_checkpoint
+from gguf_models import sidecars
+from hessian_folders import write_hessians
 from qwen35.array_types import F32, Array
 from qwen35.codecs import devices, pieces, refining, refining_torch
 from qwen35.codecs.devices import Kernels, kernels_for
@@ -24,7 +29,7 @@ from qwen35.codecs.ggml.quantizers import encode
 from qwen35.codecs.nf4.tables import LEVELS
 from qwen35.codecs.refining import CodeGrid, Curvature, Refining
 from qwen35.codecs.refining_torch import TorchRefining
-from qwen35.errors import WorkerError
+from qwen35.errors import UsageError, WorkerError
 from refined_grids import INTEGERS, grid_for, pair_of, weights_of
 from running import tree
 
@@ -198,10 +203,33 @@ def test_artifacts_are_the_same(
     codes: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With two devices, and with several pieces of a weight at a time."""
     options: Any = {"recipe": recipe_for(action, codes, tmp_path), "hessian": dense_hessians}
+    written = partial(qwen35.convert, dense, threads=2, **options)
+    check_on_two_devices(written, tmp_path, monkeypatch)
+
+
+def test_gguf_files_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor encodes them, and the device chooses codes."""
+    config = tiny_config(text_only=True, mtp=0, layers=2)
+    model = write_checkpoint(tmp_path / "in", config, random_tensors(config), sidecars=sidecars())
+    hessians = write_hessians(model, tmp_path / "statistics")
+    options: Any = {"types": "Q8_0,Q4_0", "codes": "refined", "hessian": hessians}
+    check_on_two_devices(partial(qwen35.gguf, model, threads=2, **options), tmp_path, monkeypatch)
+
+
+def test_plain_codes_of_gguf_files_need_no_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--device cuda:0: plain codes are encoded by the CPU"):
+        qwen35.gguf(tmp_path / "none", tmp_path / "out", device="cuda:0")
+    with pytest.raises(UsageError, match="--device tpu: unknown, expected auto, cpu, cuda"):
+        qwen35.gguf(tmp_path / "none", tmp_path / "out", device="tpu")
+
+
+def check_on_two_devices(
+    written: Callable[[Path], object], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Check that both choose codes, the same as the processor, of several pieces at a time."""
     monkeypatch.setattr(pieces, "PIECE", 2**14)
-    qwen35.convert(dense, tmp_path / "expected", threads=2, **options)
+    written(folder / "expected")
     seen: list[tuple[int, int]] = []
 
     def on_torch(number: int) -> Kernels:
@@ -217,8 +245,8 @@ def test_artifacts_are_the_same(
     (kernels,) = kernels_for("cpu")
     both = on_torch(0), on_torch(1)
     monkeypatch.setattr("qwen35.writing.write.kernels_for", lambda _: both)
-    qwen35.convert(dense, tmp_path / "out", threads=2, **options)
-    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+    written(folder / "out")
+    assert tree(folder / "out") == tree(folder / "expected")
     assert {number for number, _ in seen} == {0, 1}
     assert max(size for _, size in seen) > 2**14
 

@@ -94,7 +94,7 @@ def gguf(
         split_max_size: split models with more bytes of tensors into several files, as
             llama-gguf-split does.
         export: only write the types of the one quantized file to this path.
-        device: ``auto`` or ``cpu``, which mean the same.
+        device: where refined codes are chosen, as for `convert`; the CPU encodes.
         encoder: ``auto``, or ``ggml`` to let llama-cpp-python encode every type, with equal bytes.
         workers: number of processes, each with `threads` threads.
         ray_address: use this Ray cluster: ``auto`` or ``HOST:PORT``.
@@ -123,8 +123,11 @@ def gguf(
 
     if encoder not in ENCODERS:
         raise unknown_name("--encoder", encoder, ENCODERS)
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"--device {device}", "not for GGUF", expected="auto or cpu")
+    if device.startswith("cuda") and not (hessian or calibration):
+        hint = (
+            "leave it out: on GPUs only refined codes are chosen, with --hessian or --calibration"
+        )
+        raise UsageError(f"--device {device}", "plain codes are encoded by the CPU", hint=hint)
     memory = size_given("--memory", memory)
     split_max_size = size_given("--split-max-size", split_max_size)
     check_workers(workers, ray_address, slice, memory)
@@ -153,7 +156,10 @@ def gguf(
     donor = folder_of(mtp_from)
     source = folder_of(str(model))
     files = [imatrix, hessian, *listed(calibration)]
-    check_before(out, overwrite=overwrite, source=source, donor=donor, files=files)
+    local_device = "cpu" if ray_address else device  # the cluster's nodes have their own GPUs
+    check_before(
+        out, overwrite=overwrite, device=local_device, source=source, donor=donor, files=files
+    )
     unread = adapter_only and not is_published(str(model))  # of the base, only headers are
     checkpoint = opened_source(
         model,

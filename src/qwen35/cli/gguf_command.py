@@ -62,7 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mtp(parser)
     add_mtp_from(parser)
     parser.add_argument("--export", type=Path, metavar="FILE", help=_EXPORT_HELP)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu"), help="always the CPU")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="where refined codes are chosen: auto (the CPU), cuda, cuda:N",
+    )
     parser.add_argument("--encoder", default="auto", choices=("auto", "ggml"), help=_ENCODER_HELP)
     add_workers(parser)
     parser.add_argument(
