@@ -236,7 +236,7 @@ def test_damaged_states_are_refused(formats: Path, tmp_path: Path, damage: str) 
         message = "is a link"
     else:
         os.truncate(folder / "plain-0.bin", 1000)
-        message = "was changed by another process"
+        message = "was changed by another process; remove it to start again"
     with pytest.raises(OutputError, match=message):
         measure(formats, str(ASSET), state=state, **options)
 

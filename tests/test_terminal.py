@@ -476,7 +476,6 @@ def test_roles_fold_their_meaning_only(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 SAID_ALREADY = {
     "cli/command_parser.py: error.message",
-    "forward/stream_folder.py: 'was changed by another process'",
     "codecs/ggml/library.py: f'cannot be opened ({error})'",
     "planning/gguf_files/type_patterns.py: 'no rules in it'",
     "planning/gguf_files/type_patterns.py: "

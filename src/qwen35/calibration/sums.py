@@ -68,7 +68,7 @@ class Sums:
             raise InputError(
                 subject,
                 "its input holds NaN or infinity",
-                hint="the weights before it are damaged, or overflow: try --dtype float32",
+                hint="the weights before it are damaged: qwen35 verify --depth numbers it first",
             )
 
     def below(self, floor: int) -> list[int]:

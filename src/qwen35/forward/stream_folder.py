@@ -135,6 +135,7 @@ class StreamFolder(Closing):
         while done < count:
             received = os.preadv(self._file(name), [view[done:]], offset + done)
             if received == 0:
-                raise OutputError(str(self.folder), "was changed by another process")
+                hint = "remove it to start again"
+                raise OutputError(str(self.folder), "was changed by another process", hint=hint)
             done += received
         return buffer
