@@ -211,15 +211,15 @@ class ForwardStream:
 
     def load(self, name: str, start: int, count: int) -> Any:
         """Return the states of windows from a file, [count, length, hidden], on the device."""
-        data = self.work.read(name, start * self._window_bytes, count * self._window_bytes)
+        data = self.work.read(name, start, count, self._window_bytes)
         states = self.torch.from_numpy(data).view(self.builder.dtype)
         return states.view(count, self.windows.shape[1], -1).to(self.builder.device)
 
     def store(self, name: str, start: int, states: Any) -> None:
         """Write the states of windows from `start` on."""
         # As bytes: NumPy has no bfloat16.
-        flat = states.contiguous().cpu().view(-1).view(self.torch.uint8).numpy()
-        self.work.write(name, start * self._window_bytes, memoryview(flat))
+        flat = states.contiguous().cpu().flatten(1).view(self.torch.uint8).numpy()
+        self.work.write(name, start, flat)
 
 
 def mtp_states(builder: Builder, module: Any, states: Any, embedded: Any) -> Any:

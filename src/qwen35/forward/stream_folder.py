@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from qwen35.array_types import Array
+from qwen35.array_types import U8
 from qwen35.checkpoint.locations import read_bounded
 from qwen35.closing import Closing
 from qwen35.errors import InputError, OutputError
@@ -20,13 +21,15 @@ from qwen35.sinks.work_folder import check_entries
 __all__ = ["StreamFolder"]
 
 _STATE = "state.json"
+_SUM = np.dtype("<u4")
 
 
 class StreamFolder(Closing):
     """The work folder of one pass.
 
     A block reads one file of hidden states and writes another, so that it can be run again if it is
-    interrupted.
+    interrupted. Beside each file lie the CRC-32s of its windows, since no later result would show
+    that a bit of a state has changed.
 
     Args:
         folder: created if missing.
@@ -110,26 +113,55 @@ class StreamFolder(Closing):
         with self._opening:  # batches are computed side by side
             if name not in self._files:
                 flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._files[name] = os.open(self.folder / f"{name}.bin", flags, 0o666)
+                self._files[name] = os.open(self.folder / name, flags, 0o666)
             return self._files[name]
 
-    def write(self, name: str, offset: int, data: memoryview) -> None:
+    def write(self, name: str, first: int, states: U8) -> None:
         """Write hidden states into a file.
+
+        Args:
+            name: of the file.
+            first: number of the first window.
+            states: [windows, bytes], contiguous.
 
         Raises:
             OutputError: the disk is full.
         """
+        sums = np.array([zlib.crc32(one) for one in states], _SUM)
         with os_errors(self.folder):
-            while data:  # pwrite may write less than asked
-                count = os.pwrite(self._file(name), data, offset)
-                data, offset = data[count:], offset + count
+            self._write(f"{name}.bin", first * states.shape[1], states)
+            self._write(f"{name}.crc", first * _SUM.itemsize, sums.view(np.uint8))
 
-    def read(self, name: str, offset: int, count: int) -> Array:
-        """Return hidden states as uint8.
+    def _write(self, name: str, offset: int, data: U8) -> None:
+        left = data.reshape(-1).data
+        while left:  # pwrite may write less than asked
+            count = os.pwrite(self._file(name), left, offset)
+            left, offset = left[count:], offset + count
+
+    def read(self, name: str, first: int, count: int, nbytes: int) -> U8:
+        """Return the hidden states of windows.
+
+        Args:
+            name: of the file.
+            first: number of the first window.
+            count: number of windows.
+            nbytes: of a window.
+
+        Returns:
+            [count, nbytes].
 
         Raises:
-            OutputError: the file is too short.
+            OutputError: the file is too short, or a window is not what was written.
         """
+        states = self._read(f"{name}.bin", first * nbytes, count * nbytes).reshape(count, nbytes)
+        sums = self._read(f"{name}.crc", first * _SUM.itemsize, count * _SUM.itemsize).view(_SUM)
+        for window, (one, expected) in enumerate(zip(states, sums.tolist(), strict=True), first):
+            if zlib.crc32(one) != expected:
+                path, hint = self.folder / f"{name}.bin", "remove its folder to start again"
+                raise OutputError(str(path), f"window {window + 1} is damaged", hint=hint)
+        return states
+
+    def _read(self, name: str, offset: int, count: int) -> U8:
         buffer = np.empty(count, np.uint8)
         view, done = buffer.data, 0
         while done < count:
