@@ -60,3 +60,24 @@ def test_states_that_end_early_are_told(kind: str, tmp_path: Path) -> None:
         pytest.raises(OutputError, match="changed by another process; remove it to start again"),
     ):
         work.read("hidden-0", 0, 7, WINDOW)
+
+
+@pytest.mark.parametrize("left", [0, 1, 20])
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_torn_state_is_called_damaged(left: int, restart: bool, tmp_path: Path) -> None:
+    folder = interrupted(tmp_path / "work")
+    os.truncate(folder / "state.json", left)
+    expected = (
+        r"work: its state\.json is damaged, or was not made by qwen35; "
+        "move the folder away to start again"
+    )
+    with pytest.raises(OutputError, match=expected):
+        StreamFolder(folder, "digest", restart=restart)
+    assert (folder / "hidden-0.bin").exists()
+
+
+def test_a_folder_without_a_state_is_not_ours(tmp_path: Path) -> None:
+    folder = interrupted(tmp_path / "work")
+    (folder / "state.json").unlink()
+    with pytest.raises(OutputError, match="was not made by qwen35; move it away"):
+        StreamFolder(folder, "digest", restart=True)

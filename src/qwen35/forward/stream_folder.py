@@ -15,6 +15,7 @@ from qwen35.array_types import U8
 from qwen35.checkpoint.locations import read_bounded
 from qwen35.closing import Closing
 from qwen35.errors import InputError, OutputError
+from qwen35.sinks.files import replace_file
 from qwen35.sinks.staging import os_errors
 from qwen35.sinks.work_folder import check_entries
 
@@ -64,9 +65,12 @@ class StreamFolder(Closing):
             state = json.loads(read_bounded(self.folder / _STATE))
             digest, done = state["plan"], [str(name) for name in state["done"]]
         except (InputError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise OutputError(
-                str(self.folder), "is in the way and was not made by qwen35", hint="move it away"
-            ) from error
+            if os.path.lexists(self.folder / _STATE):
+                found = f"its {_STATE} is damaged, or was not made by qwen35"
+                hint = "move the folder away to start again"
+            else:
+                found, hint = "is in the way and was not made by qwen35", "move it away"
+            raise OutputError(str(self.folder), found, hint=hint) from error
         if digest == self._digest:
             return done
         if not restart:
@@ -79,9 +83,8 @@ class StreamFolder(Closing):
         return []
 
     def _save(self) -> None:
-        new = self.folder / f"{_STATE}.new"
-        new.write_text(json.dumps({"plan": self._digest, "done": self.done}))
-        new.replace(self.folder / _STATE)  # atomic: a reader sees the old state or the new one
+        state = {"plan": self._digest, "done": self.done}
+        replace_file(self.folder / _STATE, json.dumps(state).encode())
 
     def close(self) -> None:
         """Close the files; closing twice is harmless."""
