@@ -38,6 +38,7 @@ from qwen35.tuning.recipe_search import tune as tune_space
 from qwen35.tuning.solve import cheapest, nearest
 from qwen35.tuning.space import ChoiceSpace
 from qwen35.tuning.tunable import tunable_of
+from qwen35.tuning.tuning_display import price_notes
 from qwen35.tuning.tuning_job import prepare, run
 from qwen35.tuning.tuning_request import TuningRequest
 from qwen35.tuning.unit_groups import group_units, rank_correlation
@@ -420,6 +421,12 @@ def test_prices_of_a_model_of_other_sizes_are_refused(text: Path, tmp_path: Path
     base.key = replace(KEY, weights=sum(unit.numel for unit in space.units))
     base.save(tmp_path / "base.json")
     assert run(prepare(request)).measured.origin == "other"
+
+
+def test_a_name_in_measurements_cannot_end_its_line() -> None:
+    """The file may be another's, and its notes go to a terminal and into a report."""
+    (note,) = price_notes(Measurements(KEY, "own", origin="base\n9.99 GB\x1b[2J"))
+    assert note == r"the prices are those of base\n9.99 GB\x1b[2J"
 
 
 def test_prices_of_a_base_are_not_taken_where_there_are_others(

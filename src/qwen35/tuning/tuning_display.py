@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwen35.display import size
+from qwen35.display import printable, size
 from qwen35.planning.layers import spell_layers
 from qwen35.table import described_lines
 from qwen35.tuning.measurements import Measurements
@@ -137,7 +137,7 @@ def price_notes(measured: Measurements) -> Iterator[str]:
     """Yield what makes prices less certain than they look."""
     key, prices = measured.key, measured.prices
     if measured.origin:
-        yield f"the prices are those of {measured.origin}"
+        yield f"the prices are those of {printable(measured.origin)}"
     if measured.refined is not None:
         yield "the prices are those of refined codes: write the file with --codes refined"
     if key.sample > 1:
