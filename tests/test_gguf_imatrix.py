@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def test_values_are_means_of_squares(tmp_path: Path) -> None:
     assert np.array_equal(values[1], np.ones(64, np.float32))
     assert np.array_equal(values[2], sums[2] / np.float32(7))
     assert (entry.unseen, len(entry.divisors)) == (1, 3)
+
+
+def test_inputs_that_were_all_zero_weigh_their_channels_evenly(dense: Path, tmp_path: Path) -> None:
+    """With an importance of zero throughout, encoders would make zeros of the weight."""
+    sums, counts = ones(1, 512)
+    made = []
+    for factor in (0, 0.5):  # half of the sums is the counts
+        entries = {"blk.0.ffn_down.weight": (sums * np.float32(factor), counts)}
+        imatrix = read_imatrix(gguf_file(tmp_path / "i.gguf", entries), name="i")
+        np.testing.assert_array_equal(imatrix.entries["blk.0.ffn_down.weight"].values, np.ones(512))
+        out = write(plan_of(dense, imatrix, "Q4_K_S"), tmp_path / f"out-{factor}").out
+        made.append(next(out.glob("*.gguf")).read_bytes())
+    assert made[0] == made[1]
 
 
 def test_keys_are_those_of_llama_quantize(tmp_path: Path) -> None:
@@ -152,6 +166,17 @@ def test_another_models_file_is_refused(dense: Path, tmp_path: Path) -> None:
     alien = read_imatrix(gguf_file(tmp_path / "alien.gguf", {"blk.0.attn_x.weight": ones(1, 256)}))
     with pytest.raises(TensorError, match="no entry for any tensor"):
         plan_of(dense, alien)
+
+
+def test_files_of_a_model_with_more_mtp_layers_than_one_are_its_own(
+    dense: Path, tmp_path: Path
+) -> None:
+    geometry = open_folder(dense).config.geometry
+    second = f"blk.{geometry['layers'] + 1}.ffn_up.weight"
+    imatrix = read_imatrix(gguf_file(tmp_path / "i.gguf", {second: ones(1, 256)}))
+    with pytest.raises(InputError, match=f"an entry {second}, expected 4 layers"):
+        imatrix.check(geometry)
+    replace(imatrix, provenance={"geometry": dict(geometry)}).check(geometry)
 
 
 def test_types_that_need_one_are_refused_where_it_is_silent(dense: Path, tmp_path: Path) -> None:

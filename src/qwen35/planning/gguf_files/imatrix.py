@@ -83,13 +83,15 @@ class ImatrixEntry:
     def slice(self, number: int, row: int) -> F32:
         """Return the importance of the `row` input channels of one matrix of a stack.
 
-        The older form has a single divisor for a whole stack, so `row` may be less than `width`.
+        If no token reached the matrix, or its inputs were all zero, all channels weigh the same:
+        encoders could make anything of a weight without importance, and make zeros of it. The older
+        form has a single divisor for a whole stack, so `row` may be less than `width`.
 
         Raises:
             InputError: the file cannot be read, or changed since it was opened.
         """
         divisor = self.divisors[number * row // self.width]
-        if divisor <= 0:  # as llama-quantize: an unseen expert weighs all channels evenly
+        if divisor <= 0:  # as llama-quantize
             return np.ones(row, np.float32)
         try:
             with self.path.open("rb") as file:
@@ -100,7 +102,7 @@ class ImatrixEntry:
         if len(data) != 4 * row:
             raise InputError(str(self.path), "changed while it was read")
         values: F32 = np.frombuffer(data, "<f4") / divisor
-        return values
+        return values if values.any() else np.ones(row, np.float32)
 
     @property
     def values(self) -> F32:
@@ -140,6 +142,8 @@ class Imatrix:
         if difference is not None:
             found, expected = difference
             raise InputError(self.name, found, expected=expected, hint=ANOTHER_MODEL)
+        if "geometry" in self.provenance:  # it may have any number of MTP layers
+            return
         last = geometry["layers"]  # the block of an MTP layer, which the model may lack
         for name in self.entries:
             match = _BLOCK.match(name)
