@@ -154,6 +154,10 @@ HEAD = 'model = "m"\nout = "o"\n'
         (HEAD + 'path = ["A", 1]', "path: ['A', 1], expected a string or a list of strings"),
         (HEAD + 'path = "A"\ntypes = ["Q8_0"]', "types and imatrix: are for path B"),
         (
+            HEAD + 'codes = "refined"\n[[artifact]]\nrecipe = "nf4"',
+            "codes and hessian: are for the paths; set path, or give them in [[artifact]] or",
+        ),
+        (
             HEAD + 'path = "A"\ndepth = "deep"',
             "depth: 'deep' is unknown, expected structure, ",
         ),

@@ -419,7 +419,11 @@ def test_what_does_not_fit_is_refused_in_a_sentence(
     assert "of a model with" in said("--codes", "refined", "--hessian", other)
     recipe = tmp_path / "mine.toml"
     recipe.write_text('format = "nf4"\nbase = "nf4"\n[[rules]]\nmatch="mlp"\naction="nf4"\n')
-    for codes, words in (('"finer"', "codes = 'finer'"), ('"refined"', "needs Hessians")):
+    for codes, words in (
+        ('"finer"', "codes = 'finer'"),
+        ('""', "codes = '', expected 'plain'"),
+        ('"refined"', "needs Hessians"),
+    ):
         recipe.write_text(recipe.read_text().partition("codes")[0] + f"codes = {codes}\n")
         assert words in said("--recipe", recipe)
 

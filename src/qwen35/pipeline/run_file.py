@@ -170,6 +170,9 @@ class _Reader:
             made = path_artifacts(paths, types=type_names(top.get("types", ())), imatrix=imatrix)
             refined = self._refined("", top)
             requests += [replace(request, **refined) for request in made]
+            if not made and any(refined.values()):
+                hint = "set path, or give them in [[artifact]] or [[gguf]]"
+                self._problem("codes and hessian", "are for the paths", hint=hint)
         except UsageError as error:
             self._problem(error.subject, error.found, expected=error.expected, hint=error.hint)
         requests += self._each("artifact", top, ARTIFACT_KEYS, self._safetensors)

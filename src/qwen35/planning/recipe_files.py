@@ -123,7 +123,7 @@ def _rule(
     action = container.action(recipe, subject, str(row["action"]), kind)
     reason = str(row.get("reason", f"match = {match!r}"))
     codes = row.get("codes", "")
-    if codes not in ("", *CODES):
+    if "codes" in row and codes not in CODES:
         found, expected = f"codes = {codes!r:.80}", " or ".join(map(repr, CODES))
         raise UsageError(subject, found, expected=expected)
     return Rule(match, action, reason, required and match != "*", layers, subject, codes=str(codes))
