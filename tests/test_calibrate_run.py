@@ -20,6 +20,7 @@ from gguf_models import sidecars
 from hub_client import files_in
 from hub_command import command as command_in
 from hub_store import COMMIT, Repo
+from qwen35.array_types import U8
 from qwen35.calibration.calibration_plan import CalibrationPlan, CalibrationRequest, make_plan
 from qwen35.calibration.calibration_run import calibrate
 from qwen35.calibration.calibration_stream import calibration_stream
@@ -193,11 +194,11 @@ def test_killed_in_a_layer_it_begins_that_layer_again(
     whole = calibrate(plan, tmp_path / "whole", threads=1)
     real, stored = CalibrationFolder.write, []
 
-    def failing(self: CalibrationFolder, name: str, offset: int, data: memoryview) -> None:
+    def failing(self: CalibrationFolder, name: str, first: int, states: U8) -> None:
         stored.append(name)
         if len(stored) == 4 * -(-len(plan.text.windows) // plan.batch):
             raise KeyboardInterrupt
-        real(self, name, offset, data)
+        real(self, name, first, states)
 
     monkeypatch.setattr(CalibrationFolder, "write", failing)
     with pytest.raises(KeyboardInterrupt):

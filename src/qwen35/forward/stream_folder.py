@@ -130,7 +130,7 @@ class StreamFolder(Closing):
         Raises:
             OutputError: the disk is full.
         """
-        sums = np.array([zlib.crc32(one) for one in states], _SUM)
+        sums = np.array([zlib.crc32(one.data) for one in states], _SUM)
         with os_errors(self.folder):
             self._write(f"{name}.bin", first * states.shape[1], states)
             self._write(f"{name}.crc", first * _SUM.itemsize, sums.view(np.uint8))
@@ -159,7 +159,7 @@ class StreamFolder(Closing):
         states = self._read(f"{name}.bin", first * nbytes, count * nbytes).reshape(count, nbytes)
         sums = self._read(f"{name}.crc", first * _SUM.itemsize, count * _SUM.itemsize).view(_SUM)
         for window, (one, expected) in enumerate(zip(states, sums.tolist(), strict=True), first):
-            if zlib.crc32(one) != expected:
+            if zlib.crc32(one.data) != expected:
                 path, hint = self.folder / f"{name}.bin", "remove its folder to start again"
                 raise OutputError(str(path), f"window {window + 1} is damaged", hint=hint)
         return states
