@@ -404,6 +404,41 @@ def test_lines_of_progress_are_few(capsys: Capture, monkeypatch: pytest.MonkeyPa
     ]
 
 
+def test_the_time_left_is_told_once_it_means_something(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels compile before the first piece, which once made 1261 s of a job of 23 s."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Console().progress()
+    progress.begin("writing out", 1000)
+    for seconds, amount in ((12, 10), (11, 20), (10, 470)):
+        now[0] += seconds
+        progress.advance(amount, "a")
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "writing out: 1%, no estimate yet, a",
+        "writing out: 3%, no estimate yet, a",
+        "writing out: 50%, about 21 s left, a",  # 490 in 21 s, and 500 to go
+    ]
+
+
+def test_the_time_left_of_long_work_does_not_wait_for_a_share_of_it(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Console().progress()
+    progress.begin("writing out", 10_000)
+    for _ in range(3):
+        now[0] += 40
+        progress.advance(100, "a")
+    assert [line.split(", ")[1] for line in capsys.readouterr().err.splitlines()[1:]] == [
+        "no estimate yet",
+        "no estimate yet",
+        "about 3880 s left",
+    ]
+
+
 def test_quiet_progress_says_nothing(capsys: Capture) -> None:
     progress = Console(quiet=True).progress()
     progress.begin("x", 1)

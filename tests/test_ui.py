@@ -514,7 +514,10 @@ def test_progress_is_what_the_console_prints(
         job.read(line)
     assert list(job.lines) == ["writing a: 50%, b: 200 chunks"]
     assert job.progress is not None
-    assert (job.progress["title"], job.progress["share"]) == ("writing a: 50%, b", 25)
+    assert job.progress == {"title": "writing a: 50%, b", "share": 25, "left": None}
+    progress.advance(50, "layer 4")
+    job.read(capsys.readouterr().err.rstrip())
+    assert (job.progress["share"], job.progress["left"]) == (50, 0)
 
 
 @pytest.mark.parametrize("given", ["", "x", "-1", "1e3", "9" * 9])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Progress", "ProgressOfUnits", "Silent", "TqdmProgress", "counting"]
+__all__ = ["NO_ESTIMATE", "Progress", "ProgressOfUnits", "Silent", "TqdmProgress", "counting"]
+
+NO_ESTIMATE = "no estimate yet"
+"""What lines of progress say until the time left can be told."""
 
 
 class Progress(Protocol):

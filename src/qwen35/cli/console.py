@@ -16,9 +16,12 @@ from qwen35.checkpoint.header import json_text
 from qwen35.cli.screen import fit, width_of
 from qwen35.display import printable, size
 from qwen35.errors import Qwen35Error, UsageError
-from qwen35.progress import Progress, Silent
+from qwen35.progress import NO_ESTIMATE, Progress, Silent
 
 __all__ = ["Console"]
+
+_ENOUGH, _LONG_ENOUGH = 0.05, 60.0
+"""Share of the work, or else seconds, that an estimate of the rest is made from."""
 
 
 def _heartbeat() -> float:
@@ -171,29 +174,37 @@ class _Lines:
         self._lock = threading.Lock()
         self._heartbeat = _heartbeat()
         self._title = ""
-        self._total = self._done = 0
+        self._total = self._done = self._first = 0
         self._started = self._last = 0.0
 
     def of(self, unit: str) -> Progress:
         return _Lines(unit)
 
     def begin(self, title: str, total: int) -> None:
-        self._title, self._total, self._done = title, total, 0
-        self._started = self._last = time.monotonic()
+        self._title, self._total, self._done, self._first = title, total, 0, 0
+        self._last = time.monotonic()
         amount = f"{total} {self._unit}" if self._unit else f"{size(total)} to read"
         _tell(f"{title}: {amount}")
 
     def advance(self, amount: int, item: str) -> None:
         with self._lock:  # several threads report progress
-            self._done += amount
             now = time.monotonic()
+            if not self._done:  # before it, libraries were imported and kernels compiled
+                self._started, self._first = now, amount
+            self._done += amount
             if now - self._last < self._heartbeat:
                 return
             self._last = now
-            share = self._done / max(1, self._total)
-            left = (now - self._started) * (1 - share) / max(share, 1e-9)
-        line = f"{self._title}: {share:.0%}, about {left:.0f} s left, {item}"
-        _tell(line)
+            share, left = self._done / max(1, self._total), self._left(now)
+        _tell(f"{self._title}: {share:.0%}, {left}, {item}")
+
+    def _left(self, now: float) -> str:
+        """Say how long the rest will take, once enough was done since the first piece to tell."""
+        done, seconds = self._done - self._first, now - self._started
+        if done < _ENOUGH * self._total and (not done or seconds < _LONG_ENOUGH):
+            return NO_ESTIMATE
+        left = seconds * (self._total - self._done) / max(1, done)
+        return f"about {max(0.0, left):.0f} s left"
 
     def end(self) -> None:
         """Do nothing: the command prints the result."""

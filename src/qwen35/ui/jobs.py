@@ -17,6 +17,7 @@ from typing import Any
 
 from qwen35.display import cut, printable
 from qwen35.errors import UsageError
+from qwen35.progress import NO_ESTIMATE
 from qwen35.ui.actions import STARTED, action_named
 from qwen35.ui.previews import dry_run, shown_command
 
@@ -30,7 +31,10 @@ _MOST_KEPT = 20
 _MOST_LINES, _LONGEST_LINE = 300, 1000
 _TICK_SECONDS = 0.2
 _ENDINGS = {0: "done", 1: "findings", 2: "refused"}
-_PROGRESS = re.compile(r"(?P<title>.*?): (?P<share>\d{1,3})%, about (?P<left>\d+) s left, .*")
+_PROGRESS = re.compile(
+    r"(?P<title>.*?): (?P<share>\d{1,3})%, "
+    rf"(?:about (?P<left>\d+) s left|{NO_ESTIMATE}), .*"
+)
 
 # A job ends when the server does, even by SIGKILL: PR_SET_PDEATHSIG outlasts execv. Our start of
 # the process could not set it, as functions between fork and exec are unsafe beside threads.
@@ -87,7 +91,8 @@ class Job:
         """Take in one line of its output; progress replaces the progress before."""
         line = line.rstrip("\r").rpartition("\r")[2]  # what a terminal would show in the end
         if found := _PROGRESS.fullmatch(line):
-            share, left = min(int(found["share"]), 100), int(found["left"])
+            share = min(int(found["share"]), 100)
+            left = int(found["left"]) if found["left"] else None
             self.progress = {"title": found["title"], "share": share, "left": left}
         elif line:
             self.lines.append(cut(printable(line), _LONGEST_LINE))

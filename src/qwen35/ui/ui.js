@@ -211,7 +211,7 @@
       const bar = make("progress", { max: 100, ariaLabel: `job ${job.number}` });
       if (share !== undefined) {
         bar.value = share;
-        state.append(make("span", { className: "soft" }, `${title}: ${share} %, about ${left} s left`));
+        state.append(make("span", { className: "soft" }, `${title}: ${share} %${left === null ? "" : `, about ${left} s left`}`));
       }
       parts.push(make("div", {}, bar));
     }
