@@ -47,7 +47,7 @@ def once(source: Path, saved: Path, work: Path, windows: int, threads: int) -> d
     out, limited = work / "calibrated", {"OMP_NUM_THREADS": str(threads)}
 
     def ours(model: Path, count: int) -> Cost:
-        given = ("--text", ASSET / "eval.txt", "--output", out, "--windows", count, "--quiet")
+        given = ("--text", ASSET / "eval.txt", "--output", out, "--chunks", count, "--quiet")
         command = [*QWEN35, "calibrate", model, *given, "--threads", threads, "--device", "cpu"]
         return measure(command, out, limited)
 

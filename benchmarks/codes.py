@@ -176,7 +176,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         args.model,
         text=calibration,
         output=calibrated,
-        windows=args.windows,
+        chunks=args.windows,
         hessian=True,
         overwrite=True,
         dtype="float32",

@@ -14,9 +14,9 @@ import qwen35
 ASSETS = Path(__file__).parent.parent / "assets" / "qwen3.5-tiny"
 
 
-def main(model: str, folder: str, text: str, windows: int | None = None) -> None:
+def main(model: str, folder: str, text: str, chunks: int | None = None) -> None:
     """Calibrate, then write FP8 and GGUF with the statistics."""
-    calibration = qwen35.calibrate(model, text=text, output=f"{folder}/statistics", windows=windows)
+    calibration = qwen35.calibrate(model, text=text, output=f"{folder}/statistics", chunks=chunks)
     statistics = calibration.result.out
     print(f"statistics: {', '.join(sorted(calibration.result.hashes))}")
 
@@ -41,4 +41,4 @@ if __name__ == "__main__":
         main(model, out, text)
     else:
         with TemporaryDirectory() as temporary:
-            main(str(ASSETS), temporary, str(ASSETS / "eval.txt"), windows=2)
+            main(str(ASSETS), temporary, str(ASSETS / "eval.txt"), chunks=2)

@@ -121,7 +121,7 @@ def test_verbs_that_read_a_base_merge_onto_too(adapter: Path, text: Path, tmp_pa
     wanted = qwen35.merge(ASSET, adapter, tmp_path / "out", onto="nf4", dry_run=True).plan
     assert qwen35.plan(ASSET, recipe="bf16", **given).digest == wanted.digest
     calibration = planned(
-        ASSET, text=text, context=64, windows=1, request=CalibrationRequest(), token=None, **given
+        ASSET, text=text, context=64, chunks=1, request=CalibrationRequest(), token=None, **given
     )
     request = TuningRequest(str(ASSET), "nf4", text, size="9bpw", probes=0, chunks=1, **given)
     file = tmp_path / "run.toml"

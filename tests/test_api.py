@@ -21,7 +21,7 @@ from parsers import actions_of
 from qwen35.api.run_api import RunResult
 from qwen35.api.write_result import WriteResult
 from qwen35.calibration.calibration_run import CalibrationResult
-from qwen35.cli.main import VERBS, parser_of
+from qwen35.cli.main import VERBS, main, parser_of
 from qwen35.errors import InputError, OutputError, UsageError
 from qwen35.evaluation.evaluation_report import EvaluationReport
 from qwen35.planning.output_plan import Plan
@@ -113,6 +113,27 @@ def test_it_is_typed() -> None:
 
     assert callable(never)
     assert (Path(qwen35.__file__).parent / "py.typed").is_file()
+
+
+def test_chunks_of_text_have_one_name_and_the_former_one_still_works(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = ASSET / "eval.txt"
+    for verb in ("calibrate", "evaluate", "run", "tune"):
+        flags = [a for a in actions_of(parser_of(verb)) if a.option_strings]
+        names = {a.option_strings[-1]: (a.dest, a.help) for a in flags}
+        assert names["--chunks"][0] == "chunks"
+        assert names["--windows"] == ("chunks", argparse.SUPPRESS)
+    command = ["calibrate", str(ASSET), "--text", str(text), "--output", str(tmp_path / "out")]
+    assert main([*command, "--windows", "3", "--dry-run"]) == 0
+    assert "3 chunks of 512 tokens" in capsys.readouterr().out
+    given: Any = {"text": tmp_path / "none", "output": tmp_path / "out"}
+    with pytest.raises(UsageError, match=r"^--chunks: 'x', expected a whole number$"):
+        qwen35.calibrate(ASSET, **given, windows="x")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="windows"):
+        qwen35.calibrate(ASSET, **given, windows=1, chunks=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="windows"):
+        qwen35.convert(ASSET, tmp_path / "out", windows=1)  # type: ignore[call-arg]
 
 
 # --- what they return

@@ -510,9 +510,7 @@ def test_memory_is_what_the_plan_states(folder: Path, prose: Path, tmp_path: Pat
 def test_text_of_which_no_window_is_held_out_is_refused(folder: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("the rain in a Model, seven times; " * 2)
-    with pytest.raises(
-        UsageError, match=r"--hessian: \d windows of 16 tokens, expected 5 at least"
-    ):
+    with pytest.raises(UsageError, match=r"--hessian: \d chunks of 16 tokens, expected 5 at least"):
         plan_for(folder, short)
 
 
@@ -547,5 +545,5 @@ def test_the_dry_run_states_memory_and_disk_space(
     assert main(command) == 0
     shown = capsys.readouterr().out
     assert "for Hessians" in shown
-    assert "every fifth window held out" in shown
+    assert "every fifth chunk held out" in shown
     assert list(tmp_path.iterdir()) == []

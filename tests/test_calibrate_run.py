@@ -367,7 +367,7 @@ def test_experts_of_a_layer_that_does_not_fit_are_read_one_by_one(
 @pytest.mark.parametrize(
     ("text", "more", "message"),
     [
-        (b"the rain", (), "tokens, expected a window of 32"),
+        (b"the rain", (), "tokens, expected a chunk of 32"),
         (b"\xff\xfe", (), "not UTF-8 text"),
         (None, (), "cannot be read"),
         (b"the rain " * 99, ("--context", "1"), "2 tokens at least"),

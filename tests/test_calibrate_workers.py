@@ -108,7 +108,7 @@ def test_a_worker_that_always_dies_is_an_error_and_the_finished_blocks_are_kept(
             if request["block"] == "layers.2":
                 self._deaths = (*self._deaths, number)
 
-    with pytest.raises(WorkerError, match=r"^layers.2, windows \d+ to \d+: its worker died 3"):
+    with pytest.raises(WorkerError, match=r"^layers.2, chunks \d+ to \d+: its worker died 3"):
         calibrate(plan, tmp_path / "out", threads=1, pool=Dies(2))
     assert work_folder(tmp_path / "out").exists()
     again = calibrate(plan, tmp_path / "out", threads=1, pool=Here(5))

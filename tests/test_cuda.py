@@ -93,7 +93,7 @@ def test_refined_codes_are_the_same(recipe: str, codes: str, tmp_path: Path) -> 
 def test_statistics_weigh_columns_on_a_gpu_too(tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_bytes((ASSET / "eval.txt").read_bytes()[:20_000])
-    calibrate(ASSET, text=text, output=tmp_path / "statistics", windows=4, device="cpu")
+    calibrate(ASSET, text=text, output=tmp_path / "statistics", chunks=4, device="cpu")
     statistics = tmp_path / "statistics" / "activation-stats.json"
     for mode in ("rms", "mse", "search"):
         options: dict[str, Any] = {"calib_mode": mode, "activation_stats": statistics}
@@ -109,7 +109,7 @@ def test_a_gpu_measures_nearly_the_same_importance(tmp_path: Path) -> None:
     found = []
     for device in ("cpu", "cuda"):
         out = tmp_path / device
-        calibrate(ASSET, text=text, output=out, windows=8, device=device, dtype="float32")
+        calibrate(ASSET, text=text, output=out, chunks=8, device=device, dtype="float32")
         found.append(read_imatrix(out / "imatrix.gguf"))
     cpu, gpu = (matrix.entries for matrix in found)
     assert cpu.keys() == gpu.keys()

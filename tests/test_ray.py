@@ -302,7 +302,7 @@ def test_windows_of_a_calibration_on_a_cluster(
     (folder / "kill").write_text("1")
     monkeypatch.setattr("qwen35.calibration.share_worker.answer", deadly_shares.deadly)
     asked = ["calibrate", str(ASSET), "--text", str(ASSET / "eval.txt"), "--context", "64"]
-    asked += ["--windows", "24", "--threads", "1", "--quiet", "--device", "cpu"]
+    asked += ["--chunks", "24", "--threads", "1", "--quiet", "--device", "cpu"]
     assert main([*asked, "--output", str(tmp_path / "alone")]) == 0
     shared = [*asked, "--output", str(tmp_path / "shared"), "--ray-address", cluster.address]
     assert main(shared) == 0

@@ -190,7 +190,7 @@ def _calibrate(source: Path) -> tuple[str, ...]:
     request = CalibrationRequest()
     text = ASSET / "eval.txt"
     return planned(
-        source, text=text, context=64, windows=1, request=request, token=None, headers_only=True
+        source, text=text, context=64, chunks=1, request=request, token=None, headers_only=True
     ).notes
 
 

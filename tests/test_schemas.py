@@ -129,7 +129,7 @@ def test_gguf(held: Any, tmp_path: Path) -> None:
 
 
 def test_calibrate(held: Any, moe: Path, tmp_path: Path) -> None:
-    asked = ("calibrate", ASSET, "--text", ASSET / "eval.txt", "--windows", "1", "--context", "64")
+    asked = ("calibrate", ASSET, "--text", ASSET / "eval.txt", "--chunks", "1", "--context", "64")
     held(*asked, "--output", tmp_path / "out", "--dry-run")
     assert held(*asked, "--draft", "--output", tmp_path / "out")["draft"]["tokens"] == 63
 

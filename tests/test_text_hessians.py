@@ -359,7 +359,7 @@ def test_the_dry_run_says_what_it_takes(
     command = [verb, str(folder), str(tmp_path / "out"), "--codes", "refined", "--dry-run"]
     assert main([*command, "--calibration", str(prose)]) == 0
     told = capsys.readouterr().err
-    assert "note: passes 5 windows of 512 tokens, and encodes each layer when they have" in told
+    assert "note: passes 5 chunks of 512 tokens, and encodes each layer when they have" in told
     assert "of disk space beside the output" in told
     assert list(tmp_path.iterdir()) == []
 
@@ -377,7 +377,7 @@ def test_what_excludes_it(folder: Path, prose: Path, tmp_path: Path) -> None:
     refused(alone, codes="refined", workers=1)
     refused("--hessian: is not needed with --calibration", codes="refined", hessian=tmp_path)
     refused(
-        "--calibration: 3 windows of 512 tokens, expected 5 at least: every fifth is held out",
+        "--calibration: 3 chunks of 512 tokens, expected 5 at least: every fifth is held out",
         codes="refined",
         calibration=short,
     )

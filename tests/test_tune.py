@@ -506,7 +506,7 @@ def test_a_text_too_short_is_a_sentence(tmp_path: Path, capsys: Capture) -> None
     (tmp_path / "t.txt").write_text("Too short.")
     asked = ("--text", str(tmp_path / "t.txt"), "--output", str(tmp_path / "r.toml"))
     assert tune("--format", "gguf", "--size", "6MB", *asked) == 2
-    assert "tokens, expected a window of 512" in capsys.readouterr().err
+    assert "tokens, expected a chunk of 512" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
 
 

@@ -127,7 +127,7 @@ def source(kind: str, work: Path) -> Path:
 def statistics(kind: str, work: Path) -> Path:
     """Return the statistics of a source's inputs on the embedded text."""
     folder = work / f"{kind}-statistics"
-    text = ("--text", ASSET / "eval.txt", "--windows", WINDOWS)
+    text = ("--text", ASSET / "eval.txt", "--chunks", WINDOWS)
     run("calibrate", source(kind, work), "--output", folder, *text, "--overwrite")
     return folder / "activation-stats.json"
 

@@ -20,6 +20,9 @@ T = TypeVar("T")
 _NUMPY_BOOLS = (("numpy", "bool"), ("numpy", "bool_"))
 """Module and name: arguments are checked without NumPy, which takes long to import."""
 
+_FORMER = {"windows": "chunks"}
+"""Names that arguments had, and have now."""
+
 _COUNTED = ("threads", "workers")
 """Arguments of which there is at least one."""
 
@@ -36,7 +39,11 @@ def plain_arguments(function: Callable[P, T]) -> Callable[P, T]:
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> T:
-        bound = signature(function).bind(*args, **kwargs)
+        given: dict[str, Any] = dict(kwargs)
+        for old, new in _FORMER.items():
+            if old in given and new not in given and new in signature(function).parameters:
+                given[new] = given.pop(old)
+        bound = signature(function).bind(*args, **given)
         for name, value in bound.arguments.items():
             parameter = bound.signature.parameters[name]
             if parameter.kind is Parameter.VAR_POSITIONAL:

@@ -36,7 +36,7 @@ def calibrate(
     adapter: str | Path | Sequence[str | Path] = (),
     onto: str | None = None,
     context: int = 512,
-    windows: int | None = None,
+    chunks: int | None = None,
     floor: int = FLOOR,
     dat: bool = False,
     draft: bool = False,
@@ -63,8 +63,8 @@ def calibrate(
         output: folder to write.
         adapter: LoRA adapters of peft to merge: folders, as ``DIR`` or ``DIR=WEIGHT``.
         onto: merge them into the weights as this format holds them, such as ``nf4``.
-        context: tokens per window.
-        windows: the largest number of windows; the whole text if None.
+        context: tokens per chunk.
+        chunks: the largest number of chunks; the whole text if None.
         floor: fill up experts that fewer tokens reach from the average of their layer.
         dat: also write the older imatrix.dat.
         draft: also measure how often what the MTP layer drafts is accepted.
@@ -74,14 +74,14 @@ def calibrate(
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         threads: number of torch threads, of each worker.
         memory: use smaller batches to stay below this many bytes, or ``4GB``; shared by `workers`.
-        workers: number of processes that windows are shared out to.
+        workers: number of processes that chunks are shared out to.
         ray_address: share them out on this Ray cluster.
         overwrite: replace an output of qwen35, or the interrupted run of another call.
         hf_token: for the Hub; by default HF_TOKEN.
         progress: receives bytes processed.
 
     Raises:
-        WorkerError: the workers of some windows died at every attempt.
+        WorkerError: the workers of some chunks died at every attempt.
         UsageError: an argument does not fit, or torch or transformers is not installed.
         InputError: the model or the text cannot be read.
         OutputError: the output exists, or the disk is full.
@@ -99,7 +99,7 @@ def calibrate(
         model,
         text=text,
         context=context,
-        windows=windows,
+        chunks=chunks,
         request=CalibrationRequest(
             dtype,
             floor,
@@ -142,7 +142,7 @@ def planned(
     *,
     text: str | Path | Sequence[str | Path],
     context: int,
-    windows: int | None,
+    chunks: int | None,
     request: CalibrationRequest,
     adapter: Sequence[str | Path] = (),
     onto: str | None = None,
@@ -157,5 +157,5 @@ def planned(
     adapters = opened_adapters(adapter, onto)
     checkpoint = opened_source(model, adapters, mtp_from, headers=headers_only, token=token)
     files = [text] if isinstance(text, str | Path) else text
-    tokens = read_text(checkpoint, [Path(file) for file in files], context=context, windows=windows)
+    tokens = read_text(checkpoint, [Path(file) for file in files], context=context, windows=chunks)
     return make_plan(checkpoint, tokens, request)

@@ -71,7 +71,7 @@ class TextHessians:
         """Return what a dry run says of them; arguments are those of `peak_bytes`."""
         text = self.plan.text
         return (
-            f"passes {len(text.windows)} windows of {text.context} tokens, and encodes each layer "
+            f"passes {len(text.windows)} chunks of {text.context} tokens, and encodes each layer "
             f"when they have passed it: {size(self.peak_bytes(plan, threads))} of memory on top of "
             f"Python and its libraries, and at most {size(self.plan.streamed_disk_bytes)} of disk "
             "space beside the output",

@@ -87,7 +87,7 @@ def tune(
         threads: number of threads, of each worker; all processors if None.
         memory: read experts one by one to stay below this many bytes, or ``4GB``; shared
             by `workers`.
-        workers: number of processes that windows and rows of weights are shared out to.
+        workers: number of processes that chunks and rows of weights are shared out to.
         ray_address: share them out on this Ray cluster.
         overwrite: replace the recipe or report, or the interrupted run of another call.
         hf_token: for the Hub; by default HF_TOKEN.

@@ -24,8 +24,8 @@ def plan_text(plan: CalibrationPlan) -> str:
     text, workers, at_once = plan.text, plan.request.workers, plan.sizes.at_once
     batches = "per batch" if at_once == 1 else f"for {at_once} batches at a time"
     rows = [
-        ("text", f"{len(text.windows)} windows of {text.context} tokens, {text.left_over} unused"),
-        ("compute", f"{plan.dtype}, {plan.batch} windows per batch, {len(plan.blocks)} blocks"),
+        ("text", f"{len(text.windows)} chunks of {text.context} tokens, {text.left_over} unused"),
+        ("compute", f"{plan.dtype}, {plan.batch} chunks per batch, {len(plan.blocks)} blocks"),
         *_apart_rows(plan),
         ("read", size(plan.read_bytes) + (" by each worker" if workers > 1 else "")),
         ("memory", f"{size(plan.peak_bytes)}, plus Python and its libraries:"),
@@ -48,7 +48,7 @@ def _hessian_rows(plan: CalibrationPlan) -> list[tuple[str, str]]:
     return [
         ("", f"{size(hessians.nbytes)} for Hessians"),
         ("hessians", f"at most {size(hessians.disk_bytes())} of the disk space"),
-        ("", f"{hessians.fit_tokens:,} tokens to fit to, every fifth window held out"),
+        ("", f"{hessians.fit_tokens:,} tokens to fit to, every fifth chunk held out"),
         ("", f"{least:.1f} tokens for each column of the widest input{few}"),
     ]
 
@@ -56,7 +56,7 @@ def _hessian_rows(plan: CalibrationPlan) -> list[tuple[str, str]]:
 def _apart_rows(plan: CalibrationPlan) -> list[tuple[str, str]]:
     if not plan.sizes.wide:
         return []
-    return [("", f"experts are read one by one, for {plan.sizes.wide} windows at a time")]
+    return [("", f"experts are read one by one, for {plan.sizes.wide} chunks at a time")]
 
 
 def plan_json(plan: CalibrationPlan) -> Mapping[str, Any]:

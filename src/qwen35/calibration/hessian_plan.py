@@ -119,7 +119,7 @@ def plan_hessians(
     if count < HOLD_OUT:
         raise UsageError(
             "--hessian",
-            f"{count} windows of {text.context} tokens",
+            f"{count} chunks of {text.context} tokens",
             expected=f"{HOLD_OUT} at least: every fifth is held out",
             hint="give more text",
         )

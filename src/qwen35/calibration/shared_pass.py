@@ -133,7 +133,7 @@ def _jobs(
             return []
 
         told = {**request, **merged.told(windows), "windows": [windows.start, windows.stop]}
-        name = f"{block.name}, windows {windows.start + 1} to {windows.stop}"
+        name = f"{block.name}, chunks {windows.start + 1} to {windows.stop}"
         yield WorkerJob(name, told, done)
 
 

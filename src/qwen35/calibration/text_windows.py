@@ -60,7 +60,7 @@ def read_text(
 
     Raises:
         InputError: a file cannot be read or is not UTF-8, or the tokenizer does not fit the model.
-        UsageError: the text is shorter than one window.
+        UsageError: the text is shorter than one chunk.
     """
     if context < 2:
         raise UsageError("--context", str(context), expected="2 tokens at least")
@@ -81,7 +81,7 @@ def read_text(
         raise UsageError(
             "--text",
             f"{len(flat)} tokens",
-            expected=f"a window of {context}",
+            expected=f"a chunk of {context}",
             hint="give more text",
         )
     # A tokenizer of another model would otherwise index past the embedding.

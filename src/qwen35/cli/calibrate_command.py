@@ -19,6 +19,7 @@ from qwen35.calibration.sums import FLOOR
 from qwen35.cli.console import Console
 from qwen35.cli.shared_flags import (
     add_adapter,
+    add_chunks,
     add_model,
     add_mtp_from,
     add_onto,
@@ -33,11 +34,11 @@ EXAMPLES = {
     "statistics for `convert`, and an importance matrix for `gguf`": (
         "qwen35 calibrate MODEL --text wiki.train.raw --output statistics"
     ),
-    "on 128 windows, with less memory": (
+    "on 128 chunks, with less memory": (
         "qwen35 calibrate MODEL --text a.txt b.txt --output statistics \\\n"
-        "      --windows 128 --memory 4GB"
+        "      --chunks 128 --memory 4GB"
     ),
-    "on four processes, which share the windows": (
+    "on four processes, which share the chunks": (
         "qwen35 calibrate MODEL --text a.txt --output statistics --workers 4"
     ),
 }
@@ -57,14 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=512,
         metavar="N",
-        help="tokens per window (default: %(default)s)",
+        help="tokens per chunk (default: %(default)s)",
     )
-    parser.add_argument(
-        "--windows",
-        type=positive,
-        metavar="N",
-        help="largest number of windows (default: the whole text)",
-    )
+    add_chunks(parser, "largest number of chunks (default: the whole text)")
     parser.add_argument(
         "--floor",
         type=positive,
@@ -127,7 +123,7 @@ def run(args: argparse.Namespace, output: Console) -> int:
             args.model,
             text=args.text,
             context=args.context,
-            windows=args.windows,
+            chunks=args.chunks,
             request=request,
             adapter=args.adapter,
             onto=args.onto,

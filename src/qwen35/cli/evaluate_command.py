@@ -26,6 +26,7 @@ from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS
 from qwen35.cli.shared_flags import (
     add_adapter,
+    add_chunks,
     add_endpoint,
     add_onto,
     keywords,
@@ -95,12 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", type=positive, metavar="N", help="tokens per chunk (default: 512)"
     )
-    parser.add_argument(
-        "--chunks",
-        type=positive,
-        metavar="N",
-        help="largest number of chunks (default: the whole text)",
-    )
+    add_chunks(parser, "largest number of chunks (default: the whole text)")
     parser.add_argument("--report", metavar="DIR", type=Path, help=_REPORT_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace the report in DIR")
     parser.add_argument("--resume", metavar="FILE", type=Path, help=_RESUME_HELP)

@@ -22,6 +22,7 @@ from qwen35.cli.console import Console
 from qwen35.cli.exits import EXIT_FINDINGS, EXIT_USAGE
 from qwen35.cli.shared_flags import (
     Joined,
+    add_chunks,
     add_codes,
     add_mtp_from,
     add_onto,
@@ -76,9 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_mtp_from(group)
     group.add_argument("--depth", choices=DEPTHS, help="depth of verification (default: behaviour)")
     group.add_argument("--text", type=Path, metavar="FILE", help="measure quality on this text")
-    group.add_argument(
-        "--chunks", type=positive, metavar="N", help="number of chunks to measure on"
-    )
+    add_chunks(group, "number of chunks to measure on")
     group.add_argument(
         "--repo",
         metavar="OWNER[/NAME]",

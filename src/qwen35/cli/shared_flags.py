@@ -18,6 +18,7 @@ from qwen35.planning.refinement import CODES
 __all__ = [
     "Joined",
     "add_adapter",
+    "add_chunks",
     "add_codes",
     "add_endpoint",
     "add_model",
@@ -62,6 +63,12 @@ def add_codes(parser: argparse._ActionsContainer, *, texts: bool = True) -> None
         metavar="FILE",
         help="the same from plain text, UTF-8, for this output alone: layer by layer",
     )
+
+
+def add_chunks(parser: argparse._ActionsContainer, words: str) -> None:
+    """Add --chunks, and the name that `calibrate` had for it; `words` say what it does."""
+    parser.add_argument("--chunks", type=positive, metavar="N", help=words)
+    parser.add_argument("--windows", dest="chunks", type=positive, help=argparse.SUPPRESS)
 
 
 def count(text: str) -> int:

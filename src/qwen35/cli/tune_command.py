@@ -16,6 +16,7 @@ from qwen35.cli.console import Console
 from qwen35.cli.shared_flags import (
     Joined,
     add_adapter,
+    add_chunks,
     add_model,
     add_onto,
     keywords,
@@ -81,11 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compare types on every Nth row (default: all)",
     )
-    parser.add_argument(
-        "--chunks",
-        type=positive,
-        metavar="N",
-        help="chunks of the text to measure on (default: 16; of a mixture of experts, 32)",
+    add_chunks(
+        parser, "chunks of the text to measure on (default: 16; of a mixture of experts, 32)"
     )
     parser.add_argument(
         "--context", type=positive, default=512, metavar="N", help="tokens per chunk (default: 512)"

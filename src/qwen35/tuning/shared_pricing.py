@@ -121,7 +121,7 @@ class _SharedBlocks:
             }
             for part in parts
         ]
-        names = [f"{block.name}, windows {one.start + 1} to {one.stop}" for one in parts]
+        names = [f"{block.name}, chunks {one.start + 1} to {one.stop}" for one in parts]
         return [(name, _shifts(told)) for name, told in self._done(names, requests)]
 
     def price(self, block: str, products: list[str], shifts: list[InputShift]) -> None:

@@ -51,7 +51,7 @@ def plan_text(
     what = "bytes read per token" if budget.active else "weight files"
     lines = [
         f"{len(space.units)} units, each with its own type: {kinds}",
-        f"prices from at most {plan.windows} windows of {plan.length + 1} tokens, once forward and "
+        f"prices from at most {plan.windows} chunks of {plan.length + 1} tokens, once forward and "
         "once back",
         f"read {size(plan.read_bytes)}, and every weight once more for its types",
         f"memory about {size(plan.memory)}; disk at most {size(plan.disk)} meanwhile",
