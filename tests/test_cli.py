@@ -114,6 +114,26 @@ def test_every_verb_has_help_that_says_what_it_does(capsys: Capture, verb: str) 
         ("plan a --rec nf4", "--rec: not an option of qwen35 plan; did you mean --recipe?"),
         ("convert a b --recipee=nf4", "--recipee: not an option of qwen35 convert; did you mean"),
         ("gguf a b --type F16", "--type: not an option of qwen35 gguf; did you mean --types?"),
+        (
+            "convert a b --max-shard-size 5",
+            "--max-shard-size: not an option of qwen35 convert; files",
+        ),
+        (
+            "plan a --max_shard_size 5",
+            "--max_shard_size: not an option of qwen35 plan; files hold 5",
+        ),
+        (
+            "gguf a b --shard-size 5",
+            "--shard-size: not an option of qwen35 gguf; did you mean --split-",
+        ),
+        (
+            "verify a --max-shard-size 5",
+            "--max-shard-size: not an option of qwen35 verify; qwen35 v",
+        ),
+        (
+            "convert a b --grid-size 5",
+            "--grid-size: not an option of qwen35 convert; did you mean --mse",
+        ),
         ("convert a b --imatrix f", "--imatrix: not an option of qwen35 convert; it is an option"),
         ("publish a b/c --onto x", "--onto: not an option of qwen35 publish; it is an option of"),
         ("convert a b -o c", "-o: not an option of qwen35 convert; qwen35 convert --help"),

@@ -53,8 +53,26 @@ def did_you_mean(name: str, candidates: Iterable[str]) -> str:
         (known for known in names if wanted and known.startswith(f"{wanted}-")), key=len
     )
     same = [wanted] if wanted in names else []
-    matches = same or ends or starts or difflib.get_close_matches(wanted, names, n=1)
+    close = difflib.get_close_matches(wanted, names, n=3)
+    matches = same or ends or starts or [name for name in close if _rest_is_alike(wanted, name)]
     return f"did you mean {names[matches[0]]}?" if matches else ""
+
+
+def _rest_is_alike(one: str, other: str) -> bool:
+    """Whether two names are alike apart from words they share: a word alone, such as size, is not.
+
+    >>> _rest_is_alike("max-shard-size", "mse-grid-size"), _rest_is_alike("max-size", "size")
+    (False, True)
+    """
+    import difflib
+
+    words, others = one.split("-"), other.split("-")
+    rest = "-".join(word for word in words if word not in others)
+    left = "-".join(word for word in others if word not in words)
+    return not rest or not left or difflib.SequenceMatcher(None, rest, left).ratio() >= _ALIKE
+
+
+_ALIKE = 0.5
 
 
 def extra_hint(extra: str) -> str:

@@ -15,6 +15,16 @@ __all__ = ["CommandParser"]
 _N = TypeVar("_N")
 _BAD_CHOICE = re.compile(r"invalid choice: (['\"])(?P<value>.*)\1 \(choose from ")
 
+_SHARDS = {
+    "--keep-shards": "files hold 5 GB each, or with --keep-shards what the source's hold",
+    "--split-max-size": "did you mean --split-max-size?",
+}
+_OF_OTHERS = {
+    **dict.fromkeys(("--max-shard-size", "--shard-size"), _SHARDS),
+    "--lora": {"--adapter": "did you mean --adapter?"},
+}
+"""Options of other tools; by the first of these of ours that a command has, what to say."""
+
 
 class CommandParser(argparse.ArgumentParser):
     """Raises `UsageError` where argparse prints the usage and leaves.
@@ -69,7 +79,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def _unknown_option(self, option: str) -> UsageError:
         names = [name for action in self._actions for name in spellings(action)]
-        hint = did_you_mean(option, (name for name in names if name.startswith("--")))
+        known = _OF_OTHERS.get(option.replace("_", "-"), {})
+        hint = next((known[name] for name in known if name in names), "")
+        hint = hint or did_you_mean(option, (name for name in names if name.startswith("--")))
         if not hint:
             others = sorted(self.elsewhere(option))
             hint = f"it is an option of {', '.join(others)}" if others else self._help()
