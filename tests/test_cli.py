@@ -134,6 +134,7 @@ def test_every_verb_has_help_that_says_what_it_does(capsys: Capture, verb: str) 
             "convert a b --grid-size 5",
             "--grid-size: not an option of qwen35 convert; did you mean --mse",
         ),
+        ("gguf a b --lora c", "--lora: not an option of qwen35 gguf; did you mean --adapter?"),
         ("convert a b --imatrix f", "--imatrix: not an option of qwen35 convert; it is an option"),
         ("publish a b/c --onto x", "--onto: not an option of qwen35 publish; it is an option of"),
         ("convert a b -o c", "-o: not an option of qwen35 convert; qwen35 convert --help"),
