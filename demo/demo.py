@@ -10,6 +10,7 @@ if nothing is found and every answer is right. It needs no llama.cpp.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 import textwrap
@@ -24,8 +25,6 @@ from qwen35.display import size
 from qwen35.errors import Qwen35Error
 from qwen35.progress import Progress
 from qwen35.table import table_lines
-from qwen35.verification.asking_transformers import Asker
-from qwen35.verification.questions import Question, is_right
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = Path("assets") / "qwen3.5-tiny"
@@ -126,6 +125,10 @@ def make(progress: Progress) -> bool:
 
 def ask(progress: Progress) -> bool:
     """Ask the checkpoint's questions, without thinking; print and check the answers."""
+    # not before the first line is printed: their libraries take long where they are new
+    from qwen35.verification.asking_transformers import Asker
+    from qwen35.verification.questions import Question, is_right
+
     title = "Does it still answer, in 4 bits? The command asks some questions, the demo all:"
     chapter(title, "verify", ASKED, "--depth=behaviour")
     rows = json.loads((CHECKPOINT / "questions.json").read_text())
@@ -184,7 +187,8 @@ def row_of(row: dict[str, Any], rounded: dict[str, dict[str, Any]]) -> tuple[str
 def main() -> int:
     """Run the demonstration."""
     started = time.monotonic()
-    print(f"{CHECKPOINT}: a Qwen3.5 of 7.4 million weights, trained, with vision and reasoning")
+    title = f"{CHECKPOINT}: a Qwen3.5 of 7.4 million weights, trained, with vision and reasoning"
+    print(title, flush=True)
     try:
         with shown_progress() as progress:
             passed = make(progress) and ask(progress)
@@ -197,7 +201,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    import os
-
     os.chdir(ROOT)  # so that commands are shown as one types them there
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # nothing is left to do, and taking PyTorch apart takes seconds

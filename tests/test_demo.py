@@ -70,3 +70,17 @@ def test_the_demonstration(brief: bool, tmp_path: Path) -> None:
     assert report.count("%\n") == (4 if brief else 5)
     assert (tmp_path / "demo" / "out" / "report" / "report.html").is_file()
     assert done.stdout.count("/report/report.html\n") == 1
+
+
+def test_the_first_line_waits_for_no_large_library() -> None:
+    """Where nothing was read before, they took seconds in which nothing was printed."""
+    script = "import demo, sys; print({'numpy', 'torch', 'transformers', 'rich'} & {*sys.modules})"
+    source = [str(ROOT / "demo"), str(Path(qwen35.__file__).parent.parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(source)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "set()\n"
