@@ -106,7 +106,7 @@ def manifest_of(out: Path) -> dict[str, Any]:
     """Return a manifest without the name of the Hessians, which is that of a folder."""
     manifest: dict[str, Any] = json.loads((out / "qwen35.json").read_text())
     manifest["recipe"]["hessians"].pop("name")
-    manifest["notes"] = [note.partition(", by the Hessians in")[0] for note in manifest["notes"]]
+    manifest["notes"] = [note.partition(", by the Hessians")[0] for note in manifest["notes"]]
     return manifest
 
 
@@ -123,6 +123,9 @@ def test_the_files_are_those_of_calibrate_hessian(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert manifest_of(out) == manifest_of(expected.out)
     assert not reproduce(out, source=folder, hessian=expected.hessians, threads=1).findings
+    found, hint = f"the Hessians of {prose.name}, 2,560 tokens", "calibrate --hessian` on this text"
+    with pytest.raises(UsageError, match=f"made with {found}; give them: .*{hint}"):
+        reproduce(out, source=folder)
     check_card(out)
     plain = tmp_path / "plain"
     convert(folder, plain, threads=1)
@@ -358,9 +361,10 @@ def test_the_dry_run_says_what_it_takes(
 ) -> None:
     command = [verb, str(folder), str(tmp_path / "out"), "--codes", "refined", "--dry-run"]
     assert main([*command, "--calibration", str(prose)]) == 0
-    told = capsys.readouterr().err
+    plan, told = capsys.readouterr()
     assert "note: passes 5 chunks of 512 tokens, and encodes each layer when they have" in told
     assert "of disk space beside the output" in told
+    assert f"quantized weights, by the Hessians of {prose.name}, 2,560 tokens\n" in plan
     assert list(tmp_path.iterdir()) == []
 
 

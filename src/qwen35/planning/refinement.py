@@ -163,8 +163,9 @@ class Refinement:
         if not isinstance(row, dict) or codes not in CODES:
             raise InputError(MANIFEST_NAME, "malformed hessians", expected="name and sha256")
         if folder is None:
-            found = f"made with the Hessians in {str(row.get('name'))[:80]}"
-            raise UsageError(MANIFEST_NAME, found, hint="give them: --hessian")
+            found = f"made with {_named(row)}"
+            kept = "" if not _of_text(row) else ", from `qwen35 calibrate --hessian` on this text"
+            raise UsageError(MANIFEST_NAME, found, hint=f"give them: --hessian{kept}")
         hessians = open_hessians(folder)
         if hessians.sha256 != row.get("sha256"):
             raise InputError(str(folder), "not the Hessians that the manifest names")
@@ -183,13 +184,28 @@ class Refinement:
         able = [pair for pair in encoded if CODECS[pair[1].codec].refines]
         refined = sum(target.codes != PLAIN for _, target in able)
         tried = f"{refined} of {len(able)} quantized weights"
-        yield f"refined codes: tried for {tried}, by {self._named}"
+        yield f"refined codes: tried for {tried}, by {_named(self.to_json()['hessians'])}"
         yield from foreign_hessians(self.hessians, source)
 
-    @property
-    def _named(self) -> str:
-        assert self.hessians is not None
-        return f"the Hessians in {self.hessians.folder.resolve().parent.name}"
+
+def _named(row: Mapping[str, Any]) -> str:
+    """Return what to call Hessians, by their record in a manifest, which may be any JSON."""
+    if text := _of_text(row):
+        return f"the Hessians of {text}"
+    return f"the Hessians in {str(row.get('name'))[:80]}"
+
+
+def _of_text(row: Mapping[str, Any]) -> str:
+    """Return the text of Hessians that were in a hidden folder, until ``--calibration`` was done.
+
+    Empty for Hessians in a folder that somebody chose, or whose text is not recorded.
+    """
+    found = _calibrated_on(row)
+    if not found or not str(row.get("name")).startswith("."):
+        return ""
+    first, *others = (file["name"][:80] for file in found["text"])
+    more = f" and {len(others)} more" if others else ""
+    return f"{first}{more}, {found['tokens']:,} tokens"
 
 
 def _calibrated_on(provenance: Mapping[str, Any]) -> dict[str, Any]:
