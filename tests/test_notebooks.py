@@ -116,6 +116,12 @@ def test_sizes_are_texts_too(dense: Path, tmp_path: Path) -> None:
     assert len(split.plan.files) == 3
     fitting = types_that_fit(ASSET, "1GB").to_json()
     assert fitting == types_that_fit(ASSET, 10**9).to_json()
+    for bare in (1, 2, 512, 999):
+        expected = f"bytes, or a size such as '{bare}GB' or '{bare}MB'$"
+        with pytest.raises(UsageError, match=f"^--split-max-size: {bare}, expected {expected}"):
+            qwen35.gguf(ASSET, out, types="F16", split_max_size=bare, dry_run=True)
+        with pytest.raises(UsageError, match=f"^--fit: {bare}, expected {expected}"):
+            types_that_fit(ASSET, bare)
     wrong: Any
     for wrong in ("lots", 4e9, True, ["4GB"], 0, -1, "0GB", "-1GB", "0.0001kB", "1e400", "infGB"):
         with pytest.raises(

@@ -11,6 +11,9 @@ from qwen35.errors import UsageError
 
 __all__ = ["listed", "refuse_given", "size_given"]
 
+_LEAST_BYTES = 1000
+"""The least number that is taken for bytes: 2 or 512 is someone's GB or MB."""
+
 Name = TypeVar("Name", str, str | Path)
 
 
@@ -31,21 +34,23 @@ def size_given(flag: str, value: int | str | None) -> int | None:
         value: the argument.
 
     Raises:
-        UsageError: it is no size, or none that is more than 0 bytes.
+        UsageError: it is no size, or a number too small to be bytes.
 
-    >>> size_given("--memory", "1.5GB"), size_given("--memory", 100), size_given("--memory", None)
-    (1500000000, 100, None)
+    >>> size_given("--memory", "1.5GB"), size_given("--memory", 20_000)
+    (1500000000, 20000)
     """
     if value is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63:
+    bare = isinstance(value, int) and not isinstance(value, bool)
+    if bare and _LEAST_BYTES <= value < 2**63:
         return value
     try:
         if isinstance(value, str):
             return bytes_of(value)
     except ValueError:
         pass
-    examples = units_for(value if isinstance(value, str) else "", "4GB").replace(" or ", "' or '")
+    written = str(value) if bare or isinstance(value, str) else ""
+    examples = units_for(written, "4GB").replace(" or ", "' or '")
     expected = f"bytes, or a size such as '{examples}'"
     raise UsageError(flag, repr(value)[:80], expected=expected)
 
