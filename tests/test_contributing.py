@@ -161,11 +161,11 @@ def test_a_codec_changes_two_files_that_are_there_already() -> None:
 
 
 REGISTRY = "src/qwen35/codecs/registry.py"
-LISTED = "        Nf4(),\n        Fp8(),\n        *GGML,\n    )\n}\n"
+LISTED = "        Nf4(),\n        Fp8(),\n        *MLX,\n        *GGML,\n    )\n}\n"
 NEIGHBOURS = {
     "as it is": LISTED,
     "before": LISTED.replace("        Nf4(),\n", "        Mine(),\n        Nf4(),\n"),
-    "in the very place": LISTED.replace("        *GGML", "        Mine(),\n        *GGML"),
+    "in the very place": LISTED.replace("        *MLX", "        Mine(),\n        *MLX"),
     "after": LISTED.replace("    )\n", "        Mine(),\n    )\n"),
     "elsewhere": "        # one\n" * 30 + LISTED,
 }
@@ -200,6 +200,15 @@ def test_an_example_whose_place_is_gone_says_what_to_do(tmp_path: Path) -> None:
     )
     with pytest.raises(pytest.fail.Exception, match=words):
         apply_diff(tmp_path, registry_diff())
+
+
+def test_what_is_shown_passes_the_linter(tree: Tree) -> None:
+    """Whoever follows the page runs it next."""
+    diffs = {changed(body) for _, body in blocks("diff")}
+    names = sorted(name for name in {*files("python"), *diffs} if name.endswith(".py"))
+    for command in (("check",), ("format", "--check")):
+        done = run(tree.folder, "ruff", *command, *names)
+        assert done.returncode == 0, done.stdout
 
 
 RECIPE = "src/qwen35/planning/recipes/text-nf4-mlp.toml"
