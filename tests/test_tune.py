@@ -553,6 +553,8 @@ def test_experts_are_told(text: Path, tmp_path: Path, capsys: Capture) -> None:
     told = capsys.readouterr().out
     assert "8 of 8 experts saw fewer than 128 tokens" in told
     assert "one row in 2" in told
+    used = f"{tmp_path / 'r.toml'} --types Q4_K_M"  # what the rest was planned as
+    assert told.rstrip().endswith(f": use it as --recipe {used}")
     bits = re.search(r"read per token, (\d+\.\d{3}) bits per weight of these", told)
     report = json.loads((tmp_path / "report" / "tune.json").read_text())
     assert report["active"]

@@ -62,6 +62,11 @@ class ChoiceSpace:
         """The lossless choice."""
         return self._tunable.exact
 
+    @property
+    def needs(self) -> str:
+        """The flags that a recipe must be used with to be of the size that it was chosen for."""
+        return self._tunable.needs
+
     @cached_property
     def plan(self) -> Plan:
         """The plan by the base recipe."""

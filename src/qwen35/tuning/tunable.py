@@ -40,6 +40,7 @@ class Tunable(ABC):
         exact: the lossless choice.
         exact_recipe: the built-in recipe with only that choice, if rules cannot express it.
         remedy: hint for weights that no choice fits.
+        needs: flags that go with a tuned recipe, so that all else is as it was planned.
     """
 
     typed: ClassVar[bool] = False
@@ -48,6 +49,7 @@ class Tunable(ABC):
     exact: ClassVar[str]
     exact_recipe: ClassVar[str] = ""
     remedy: ClassVar[str] = ""
+    needs: ClassVar[str] = ""
 
     @abstractmethod
     def choices(self, kind: str, types: Iterable[str]) -> tuple[str, ...]:
@@ -156,6 +158,7 @@ class _Gguf(Tunable):
     )
     file_type = "Q4_K_M"
     """The file type of artifacts: decides weights outside all units, such as the MTP layer."""
+    needs = f" --types {file_type}"
 
     def choices(self, kind: str, types: Iterable[str]) -> tuple[str, ...]:
         del kind

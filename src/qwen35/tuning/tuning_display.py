@@ -120,7 +120,7 @@ def tuned_text(
         bits = _bits(space, tuned.active, active=True)
         lines.append(f"{size(tuned.active)} read per token, {bits:.3f} bits per weight of these")
     lines += [*_divergence(tuned), *price_notes(measured)]
-    lines += ["", f"{recipe}: use it as --recipe {recipe}"]
+    lines += ["", f"{recipe}: use it as --recipe {recipe}{space.needs}"]
     return "\n".join(lines)
 
 
