@@ -28,6 +28,18 @@ def test_a_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
     assert ran == len(re.findall(r"^```(?:bash|python)$", text, re.MULTILINE))
 
 
+def test_no_two_pages_write_one_folder() -> None:
+    """Whoever follows one page after another would be told that it exists already."""
+    writers: dict[str, list[str]] = {}
+    for page in PAGES:
+        blocks = "".join(block.content for block in blocks_of(page.read_text("utf-8")))
+        for name in sorted(set(re.findall(r"\bbuild/([\w.-]+)", blocks))):
+            if "." not in name:  # texts and recipes are written anew
+                writers.setdefault(name, []).append(page.name)
+    assert len(writers) > 20
+    assert {name: pages for name, pages in writers.items() if len(pages) > 1} == {}
+
+
 @pytest.mark.parametrize(
     "name",
     [
