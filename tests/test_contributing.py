@@ -139,7 +139,7 @@ def files(kind: str) -> list[str]:
 
 def test_every_shown_change_is_of_a_file_that_is_there() -> None:
     assert len(blocks("toml")) == 2
-    assert len(blocks("diff")) == 7
+    assert len(blocks("diff")) == 8
     for _, body in blocks("diff"):
         assert (ROOT / changed(body)).is_file()
 
@@ -149,10 +149,10 @@ def section(title: str) -> str:
     return str(found)
 
 
-def test_a_codec_changes_two_files_that_are_there_already() -> None:
+def test_a_codec_changes_three_files_that_are_there_already() -> None:
     told = section("Add a codec")
     changes = re.findall(r"^ *\+\+\+ b/(\S+)$", told, re.MULTILINE)
-    assert changes == [REGISTRY, "docs/recipes.md"]
+    assert changes == [REGISTRY, "docs/recipes.md", "docs/architecture.md"]
     made = re.findall(r"<!-- file: (\S+) -->", told)
     assert made
     for name in made:
@@ -209,6 +209,13 @@ def test_what_is_shown_passes_the_linter(tree: Tree) -> None:
     for command in (("check",), ("format", "--check")):
         done = run(tree.folder, "ruff", *command, *names)
         assert done.returncode == 0, done.stdout
+
+
+def test_what_is_shown_passes_the_guards(tree: Tree) -> None:
+    """Names, the map of the code and the one core, which `make check` looks at."""
+    guards = [f"tests/test_{name}.py" for name in ("architecture", "names", "one_core")]
+    done = run(tree.folder, "pytest", "-q", "-p", "no:cacheprovider", *guards)
+    assert done.returncode == 0, done.stdout
 
 
 RECIPE = "src/qwen35/planning/recipes/text-nf4-mlp.toml"
