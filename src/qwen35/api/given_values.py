@@ -41,15 +41,14 @@ def size_given(flag: str, value: int | str | None) -> int | None:
     """
     if value is None:
         return None
-    bare = isinstance(value, int) and not isinstance(value, bool)
-    if bare and _LEAST_BYTES <= value < 2**63:
+    if isinstance(value, int) and not isinstance(value, bool) and _LEAST_BYTES <= value < 2**63:
         return value
     try:
         if isinstance(value, str):
             return bytes_of(value)
     except ValueError:
         pass
-    written = str(value) if bare or isinstance(value, str) else ""
+    written = "" if isinstance(value, bool) or not isinstance(value, int | str) else str(value)
     examples = units_for(written, "4GB").replace(" or ", "' or '")
     expected = f"bytes, or a size such as '{examples}'"
     raise UsageError(flag, repr(value)[:80], expected=expected)
