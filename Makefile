@@ -29,10 +29,15 @@ ORACLES := .venv-oracles
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# one thread each; where a test asks for two, they sleep while they wait for each other: on busy
+# processors, threads that spin take ten times as long
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 # llama-cpp-python is built from source (by `make llama-cpp`, and for the tests): without code for
-# this very processor (its AMX kernels are miscompiled by common compilers), and without the
-# multimodal library
-export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF
+# this very processor (its AMX kernels are miscompiled by common compilers), without the multimodal
+# library, and without what only llama.cpp's own programs need: half of what there is to compile
+WHEELS := $(VENV)/wheels
+export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DLLAVA_BUILD=OFF \
+	-DCMAKE_PROJECT_llama.cpp_INCLUDE=$(CURDIR)/$(WHEELS)/library.cmake
 
 .PHONY: help setup llama-cpp demo dev docs docs-pages docs-picture docs-shown results test test-all test-pythons test-vllm test-oracles golden golden-kld golden-served golden-sentences check lint fuzz bench clean
 
@@ -50,8 +55,16 @@ $(VENV)/.setup: $(VENV)/.made pyproject.toml constraints.txt
 	@$(PIP) install --quiet --editable '.[nf4,eval,tune]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.setup
-	$(PIP) install --quiet --editable '.[nf4,llama-cpp,eval,tune,test,docs]'
+# beside the libraries of `.setup`, where make may run two things at a time
+$(WHEELS)/.made: $(VENV)/.made constraints.txt
+	mkdir -p $(WHEELS)
+	echo 'set(LLAMA_BUILD_COMMON OFF)' > $(WHEELS)/library.cmake  # its name and value: llama.cpp's
+	@echo 'building llama.cpp, about two minutes on two cores'
+	$(PIP) wheel --quiet --no-deps --wheel-dir $(WHEELS) "$$(grep '^llama_cpp_python==' constraints.txt)"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.setup $(WHEELS)/.made
+	$(PIP) install --quiet --find-links $(WHEELS) --editable '.[nf4,llama-cpp,eval,tune,test,docs]'
 	$(PIP) install --quiet --no-deps axe-playwright-python  # for the axe-core in it alone
 	touch $@
 
@@ -70,9 +83,8 @@ $(LLAMA_CPP)/.made: $(VENV)/.test
 
 setup: $(VENV)/.setup
 
-llama-cpp: $(VENV)/.setup
-	@echo 'building llama.cpp, about three minutes on two cores'
-	@$(PIP) install --quiet --editable '.[llama-cpp]'
+llama-cpp: $(VENV)/.setup $(WHEELS)/.made
+	@$(PIP) install --quiet --find-links $(WHEELS) --editable '.[llama-cpp]'
 
 demo: setup
 	$(BIN)/python demo/demo.py
@@ -98,7 +110,7 @@ CHECKED := $(addprefix tests/test_, $(addsuffix .py, \
 UNCHECKED := not (35B or 122B or 397B or tuning or errors_alone or many_shards)
 
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m 'not heavy' -k '$(UNCHECKED)' $(CHECKED)
+	$(PYTEST) -n 2 -q -m 'not heavy' -k '$(UNCHECKED)' $(CHECKED)
 
 docs: $(VENV)/.test
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --nitpicky -d build/doctrees docs build/docs
@@ -117,13 +129,13 @@ results: $(VENV)/.test
 	$(BIN)/python docs/generate.py
 
 test: $(VENV)/.test lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not heavy'
+	$(PYTEST) -n 2 -m 'not heavy'
 
 test-all: $(VENV)/.test lint docs $(LLAMA_CPP)/.made $(SERVER)/.made \
 		$(ORACLES)/llama-cpp-python-server/.made $(ORACLES)/lm-eval/.made
 	QWEN35_LLAMA_CPP=$(CURDIR)/$(LLAMA_CPP) QWEN35_LLAMA_SERVER=$(CURDIR)/$(SERVER)/bin/llama-server \
 		QWEN35_LLAMA_CPP_PYTHON_SERVER=$(CURDIR)/$(ORACLES)/llama-cpp-python-server/bin/python \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+		$(PYTEST) -n 2
 	PYTHONPATH=src $(ORACLES)/lm-eval/bin/python -m pytest -q tests/test_lm_eval.py
 
 test-pythons: $(VENV)/.test
@@ -232,7 +244,7 @@ fuzz: $(VENV)/.test
 		(cd build/fuzz && $(CURDIR)/$(BIN)/python $(CURDIR)/fuzz/fuzz.py $$target -max_total_time=$(SECONDS) \
 			-verbosity=0); \
 	done
-	QWEN35_EXAMPLES=$$(( $(SECONDS) * 5 )) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q tests/test_structures.py
+	QWEN35_EXAMPLES=$$(( $(SECONDS) * 5 )) $(PYTEST) -n 2 -q tests/test_structures.py
 
 # interrupted, it goes on with the next benchmark when run again
 bench: $(VENV)/.test $(PROGRAMS)/.made

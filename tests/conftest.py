@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from checkpoints import make_checkpoint
@@ -58,6 +59,11 @@ os.fsync = os.fdatasync = _flush  # type: ignore[assignment]
 def pytest_collection_finish() -> None:
     """Leave alone what is imported and collected by now: no garbage will be among it."""
     gc.freeze()
+
+
+def pytest_runtest_setup() -> None:
+    """Compute with one thread, however many the test before asked for."""
+    torch.set_num_threads(1)
 
 
 def pytest_sessionfinish() -> None:
