@@ -31,7 +31,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # one thread each; where a test asks for two, they sleep while they wait for each other: on busy
 # processors, threads that spin take ten times as long
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest
 # llama-cpp-python is built from source (by `make llama-cpp`, and for the tests): without code for
 # this very processor (its AMX kernels are miscompiled by common compilers), without the multimodal
 # library, and without what only llama.cpp's own programs need: half of what there is to compile
