@@ -1,5 +1,5 @@
 ## make setup        an environment in .venv for README and tutorials; compiles nothing
-## make llama-cpp    and llama.cpp, built from source (three minutes): to run GGUF files here
+## make llama-cpp    and llama.cpp, built from source (two minutes): to run GGUF files here
 ## make demo         all paths on the embedded checkpoint: make, check, ask, measure, report
 ## make dev          the environment of `make setup`, and the tools of tests and documentation
 ## make check        lint, and the tests that matter most while you work: under two minutes
@@ -128,7 +128,15 @@ results: $(VENV)/.test
 	$(BIN)/python -m benchmarks.formats
 	$(BIN)/python docs/generate.py
 
-test: $(VENV)/.test lint docs
+# what both workers of pytest would compile at once; another process can do it beside lint and docs
+.PHONY: kernels
+kernels: $(VENV)/.test
+	rm -rf build/kernels && mkdir -p build/kernels
+	$(BIN)/qwen35 convert assets/qwen3.5-tiny build/kernels/fp8 --recipe fp8 --quiet > build/kernels/said
+	$(BIN)/qwen35 gguf assets/qwen3.5-tiny build/kernels/gguf \
+		--types Q2_K,Q3_K_M,Q4_K_M,Q6_K,IQ4_XS --quiet >> build/kernels/said
+
+test: $(VENV)/.test lint docs kernels
 	$(PYTEST) -n 2 -m 'not heavy'
 
 test-all: $(VENV)/.test lint docs $(LLAMA_CPP)/.made $(SERVER)/.made \

@@ -27,14 +27,14 @@ PENALTY = 1.15
 
 some_or_all = pytest.mark.parametrize(
     "rows",
-    [ROWS[::4], pytest.param(ROWS, marks=pytest.mark.heavy)],
+    [ROWS[::8], pytest.param(ROWS, marks=pytest.mark.heavy)],
     ids=["some", "all"],
 )
 """Where other tests ask all questions (the demonstration, in NF4), or few can be answered."""
 
 few_or_all = pytest.mark.parametrize(
     "rows",
-    [ROWS[::12], pytest.param(ROWS, marks=pytest.mark.heavy)],
+    [ROWS[::24], pytest.param(ROWS, marks=pytest.mark.heavy)],
     ids=["few", "all"],
 )
 """Of broken models, which talk until they are cut off."""
@@ -152,11 +152,15 @@ def test_every_question_survives_a_repetition_penalty(tmp_path: Path, recipe: st
     assert wrong(asker, ROWS, PENALTY) == []
 
 
-def test_text_questions_are_answered_by_the_text_only_nf4(tmp_path: Path) -> None:
+@some_or_all
+def test_text_questions_are_answered_by_the_text_only_nf4(
+    rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
     out = run(ASSET, tmp_path / "text-nf4", "text-nf4").out
     asker = Asker(out)
     assert not asker.vision
-    rows = [row for row in ROWS if row["image"] is None and not row["thinking"]]
+    rows = [row for row in rows if row["image"] is None and not row["thinking"]]
+    assert len(rows) >= 5
     assert wrong(asker, rows) == []
 
 
@@ -191,7 +195,7 @@ def test_random_weights_answer_nothing(rows: list[dict[str, Any]]) -> None:
 def test_held_out_loss_is_far_below_a_unigram_model() -> None:
     model, _ = load_model(ASSET)
     text = (ASSET / "eval.txt").read_text()
-    ids = original().tokenizer(text)["input_ids"][:4096]
+    ids = original().tokenizer(text)["input_ids"][:2048]
     counts = Counter(ids)
     unigram = -sum(n / len(ids) * math.log(n / len(ids)) for n in counts.values())
     batch = torch.tensor(ids).reshape(-1, 512)

@@ -167,7 +167,7 @@ def test_gguf_outputs(sources: Sources, tmp_path: Path, data: st.DataObject) -> 
         )
     )
     options: dict[str, Any] = {
-        "types": tuple(data.draw(st.lists(st.sampled_from(TYPES), min_size=1))),
+        "types": tuple(data.draw(st.lists(st.sampled_from(TYPES), min_size=1, max_size=3))),
         "drop_mtp": data.draw(st.booleans()),
         "upstream_counters": data.draw(st.booleans()),
         "projector": data.draw(st.sampled_from([None, "F16", "F32", "BF16"])),
