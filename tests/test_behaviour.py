@@ -37,7 +37,7 @@ AGAIN = ("text", "text-nf4", "fp8-conservative")
 
 @pytest.fixture
 def few_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two questions, and the picture: as many as show how a command goes on from one to the next."""
+    """Ask two questions, and of the picture: enough to go on from one to the next."""
     monkeypatch.setattr(behaviour, "TASKS", TASKS[-2:])
 
 
