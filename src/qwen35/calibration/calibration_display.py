@@ -25,7 +25,7 @@ def plan_text(plan: CalibrationPlan) -> str:
     batches = "per batch" if at_once == 1 else f"for {at_once} batches at a time"
     rows = [
         ("text", f"{len(text.windows)} chunks of {text.context} tokens, {text.left_over} unused"),
-        ("compute", f"{plan.dtype}, {plan.batch} chunks per batch, {len(plan.blocks)} blocks"),
+        ("compute", f"{plan.dtype}, batches of {plan.batch}, {len(plan.blocks)} blocks"),
         *_apart_rows(plan),
         ("read", size(plan.read_bytes) + (" by each worker" if workers > 1 else "")),
         ("memory", f"{size(plan.peak_bytes)}, plus Python and its libraries:"),
