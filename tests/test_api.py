@@ -237,7 +237,7 @@ def test_publish_and_what_it_refuses(world: World) -> None:
         (lambda: qwen35.convert("Qwen3.5-0.8B", "out"), UsageError, "without weights"),
         (lambda: qwen35.convert(ASSET, ASSET), OutputError, "are the same folder"),
         (lambda: qwen35.gguf(ASSET, "out", types="Q9"), UsageError, "'Q9' is unknown"),
-        (lambda: qwen35.gguf(ASSET, "out", device="cuda"), UsageError, "auto or cpu"),
+        (lambda: qwen35.gguf(ASSET, "out", device="cuda"), UsageError, "encoded by the CPU"),
         (lambda: qwen35.verify(ASSET, engine="vllm"), UsageError, "not used at depth"),
         (lambda: qwen35.run("a", "b", path="A", chunks=1), UsageError, "needs --text"),
         (lambda: qwen35.run("a.toml", repo="x"), UsageError, "is for --path"),
