@@ -6,12 +6,17 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["actions_of", "defaults"]
+__all__ = ["actions_of", "defaults", "shown_actions_of"]
 
 
 def actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Return its flags and arguments, ``--help`` first; argparse has no public list of them."""
     return parser._actions
+
+
+def shown_actions_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return what its help shows: without former names, which still work."""
+    return [action for action in actions_of(parser) if action.help != argparse.SUPPRESS]
 
 
 def defaults(add: Callable[[argparse.ArgumentParser], Any]) -> dict[str, object]:

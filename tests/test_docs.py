@@ -22,7 +22,7 @@ import pytest
 from markdown_it.token import Token
 
 from pages import ROOT, tokens_of
-from parsers import actions_of
+from parsers import actions_of, shown_actions_of
 from qwen35.checkpoint.source import open_folder
 from qwen35.planning.output_plan import make_plan
 from qwen35.planning.recipe import load_recipe
@@ -89,7 +89,7 @@ def test_every_command_has_a_section_with_every_option() -> None:
     for page, found in ((commands, parsers()), (old, old_commands())):
         for name, parser in found.items():
             section = page.partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-            for action in actions_of(parser)[1:]:
+            for action in shown_actions_of(parser)[1:]:
                 spelled = ", ".join(action.option_strings) or action.metavar or action.dest
                 former = action.help == argparse.SUPPRESS  # another option has taken its place
                 assert former or str(spelled) in section, (name, spelled)

@@ -22,7 +22,7 @@ import pytest
 import qwen35
 from checkpoints import ASSET
 from evaluating import gguf as gguf_in
-from parsers import actions_of
+from parsers import actions_of, shown_actions_of
 from patience import PATIENCE
 from qwen35.cli.completion import script
 from qwen35.cli.console import Console
@@ -371,7 +371,7 @@ def test_completion_knows_every_verb_and_flag(shell: str, capsys: Capture) -> No
     text = capsys.readouterr().out
     for verb in VERBS:
         assert re.search(rf"\b{verb}\b", text)
-        for action in actions_of(parser_of(verb)):
+        for action in shown_actions_of(parser_of(verb)):
             for option in action.option_strings:
                 if option.startswith("--") and "_" not in option:
                     name = option.removeprefix("--") if shell == "fish" else option
