@@ -61,14 +61,14 @@ def judge(
             errors.misplaced = refined.far
         result.errors = asdict(errors)
     result.squared, result.norm = errors.squared, errors.norm
-    if errors.misplaced:
+    if result.refined:
+        refined.report(result)
+    elif errors.misplaced:
         message = (
             f"{errors.misplaced} of {spec.numel} values are further from the source than "
             "rounding to E4M3 with these scales explains"
         )
         result.found("codes", message)
-    else:
-        refined.report(result)
 
 
 def too_far(sums: Mapping[str, Any]) -> str:
