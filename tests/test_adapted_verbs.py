@@ -68,7 +68,7 @@ def test_an_interrupted_calibration_is_not_resumed_with_another_adapter(
     from qwen35.calibration.calibration_plan import CalibrationRequest
     from qwen35.calibration.states import CalibrationFolder, work_folder
 
-    options: dict[str, Any] = {"text": text, "context": 64, "windows": 4}
+    options: dict[str, Any] = {"text": text, "context": 64, "chunks": 4}
     plan = planned(ASSET, **options, request=CalibrationRequest(), token=None)
     with CalibrationFolder(work_folder(tmp_path / "out"), plan.digest, restart=False):
         pass

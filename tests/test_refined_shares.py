@@ -182,7 +182,7 @@ def test_recipes_for_refined_codes(
     assert main([one for one in asked if one != "--json"]) == 0
     assert "--codes" not in capsys.readouterr().out
     assert main([one for one in refining if one != "--json"]) == 0
-    assert "write the file with --codes refined" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("r.toml --types Q4_K_M --codes refined\n")
 
 
 def test_refusals(

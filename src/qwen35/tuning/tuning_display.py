@@ -120,7 +120,8 @@ def tuned_text(
         bits = _bits(space, tuned.active, active=True)
         lines.append(f"{size(tuned.active)} read per token, {bits:.3f} bits per weight of these")
     lines += [*_divergence(tuned), *price_notes(measured)]
-    lines += ["", f"{recipe}: use it as --recipe {recipe}{space.needs}"]
+    codes = "" if measured.refined is None else " --codes refined"
+    lines += ["", f"{recipe}: use it as --recipe {recipe}{space.needs}{codes}"]
     return "\n".join(lines)
 
 
@@ -139,7 +140,7 @@ def price_notes(measured: Measurements) -> Iterator[str]:
     if measured.origin:
         yield f"the prices are those of {printable(measured.origin)}"
     if measured.refined is not None:
-        yield "the prices are those of refined codes: write the file with --codes refined"
+        yield "the prices are those of refined codes"
     if key.sample > 1:
         yield f"types were compared on one row in {key.sample}"
     few = few_experts(prices.experts)
