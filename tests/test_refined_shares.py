@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +225,23 @@ def test_hessians_of_another_model(
     files = ["--text", str(text), "--output", str(tmp_path / "r.toml")]
     assert main([*asked, *files, "--hessian", str(statistics)]) == 2
     assert "hessians: " in capsys.readouterr().err
+
+
+def test_damaged_hessians_leave_the_prices(
+    model: Path, space: ChoiceSpace, statistics: Path, text: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """The command can be repeated with others."""
+    shutil.copytree(statistics, tmp_path / "statistics")
+    file = tmp_path / "statistics" / "hessians" / "layer-0001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    base = measured(space, tmp_path / "base.json")
+    asked = [
+        *("tune", str(model), "--format", "gguf", "--types", "q4_0,q8_0", "--text", str(text)),
+        *("--start-from", str(base), "--size", "9bpw", "--output", str(tmp_path / "r.toml")),
+    ]
+    assert main([*asked, "--quiet", "--hessian", str(tmp_path / "statistics")]) == 2
+    assert "layer-0001.safetensors, " in capsys.readouterr().err
+    assert not (tmp_path / "r.toml").exists()
+    assert load_measurements(tmp_path / "r.json").prices == load_measurements(base).prices
