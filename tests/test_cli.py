@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -407,16 +407,27 @@ def test_output_speaks_to_the_right_stream(capsys: Capture) -> None:
     assert capsys.readouterr() == ('text\n{\n  "a": "é"\n}\n', "going on\n")
 
 
-def test_lines_of_progress_are_few(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Console().progress()
-    progress.begin("writing out", 4_000_000_000)
-    for i in range(40):
-        now[0] += 1.0
-        progress.advance(100_000_000, f"tensor {i}")
-    progress.end()
-    assert capsys.readouterr().err.splitlines() == [
+@pytest.fixture
+def told(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """What is printed of work of a total: pieces that take some seconds, of some bytes each."""
+
+    def lines(total: int, pieces: Iterable[tuple[float, int, str]]) -> list[str]:
+        now = [0.0]
+        monkeypatch.setattr(time, "monotonic", lambda: now[0])
+        progress = Console().progress()
+        progress.begin("writing out", total)
+        for seconds, nbytes, name in pieces:
+            now[0] += seconds
+            progress.advance(nbytes, name)
+        progress.end()
+        return capsys.readouterr().err.splitlines()
+
+    return lines
+
+
+def test_lines_of_progress_are_few(told: Callable[..., list[str]]) -> None:
+    pieces = ((1.0, 100_000_000, f"tensor {i}") for i in range(40))
+    assert told(4_000_000_000, pieces) == [
         "writing out: 4.00 GB to read",
         "writing out: 25%, about 30 s left, tensor 9",
         "writing out: 50%, about 20 s left, tensor 19",
@@ -425,18 +436,9 @@ def test_lines_of_progress_are_few(capsys: Capture, monkeypatch: pytest.MonkeyPa
     ]
 
 
-def test_the_time_left_is_told_once_it_means_something(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_time_left_is_told_once_it_means_something(told: Callable[..., list[str]]) -> None:
     """Kernels compile before the first piece, which once made 1261 s of a job of 23 s."""
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Console().progress()
-    progress.begin("writing out", 1000)
-    for seconds, amount in ((12, 10), (11, 20), (10, 470)):
-        now[0] += seconds
-        progress.advance(amount, "a")
-    assert capsys.readouterr().err.splitlines()[1:] == [
+    assert told(1000, [(12, 10, "a"), (11, 20, "a"), (10, 470, "a")])[1:] == [
         "writing out: 1%, no estimate yet, a",
         "writing out: 3%, no estimate yet, a",
         "writing out: 50%, about 21 s left, a",  # 490 in 21 s, and 500 to go
@@ -444,16 +446,9 @@ def test_the_time_left_is_told_once_it_means_something(
 
 
 def test_the_time_left_of_long_work_does_not_wait_for_a_share_of_it(
-    capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    told: Callable[..., list[str]],
 ) -> None:
-    now = [0.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Console().progress()
-    progress.begin("writing out", 10_000)
-    for _ in range(3):
-        now[0] += 40
-        progress.advance(100, "a")
-    assert [line.split(", ")[1] for line in capsys.readouterr().err.splitlines()[1:]] == [
+    assert [line.split(", ")[1] for line in told(10_000, [(40, 100, "a")] * 3)[1:]] == [
         "no estimate yet",
         "no estimate yet",
         "about 3880 s left",

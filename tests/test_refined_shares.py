@@ -16,6 +16,7 @@ from hessian_folders import write_hessians
 from qwen35.checkpoint.open import fetch
 from qwen35.checkpoint.source import Reader
 from qwen35.cli.main import main
+from qwen35.codecs.floats import f32_from
 from qwen35.errors import UsageError
 from qwen35.execution.refiners import Curvatures
 from qwen35.planning.hessians import open_hessians
@@ -103,9 +104,7 @@ def test_the_shares_are_those_of_files(
             exact = np.empty((step.rows.count, step.rows.row))
             for chunk in step.rows.chunks():
                 piece = opened.piece(chunk)
-                values = piece.values
-                if piece.dtype == "BF16":
-                    values = (values.astype(np.uint32) << 16).view(np.float32)
+                values = f32_from(piece.values, piece.dtype)
                 exact[chunk.first : chunk.first + chunk.count] = values
             held_out = np.tril(curvature.triangle[:, : step.rows.row].astype(np.float64))
             losses = {}
@@ -142,23 +141,27 @@ def test_memory_decides_how_many_are_compared_at_a_time(space: ChoiceSpace) -> N
         comparing_memory(space, 8, one - 1)
 
 
+@pytest.fixture
+def asked(model: Path, space: ChoiceSpace, text: Path, tmp_path: Path) -> list[str]:
+    """A command that tunes with made-up prices, without a size."""
+    base = measured(space, tmp_path / "base.json")
+    return [
+        *("tune", str(model), "--format", "gguf", "--types", "q4_0,q8_0", "--text", str(text)),
+        *("--start-from", str(base), "--output", str(tmp_path / "r.toml"), "--quiet"),
+    ]
+
+
 def test_recipes_for_refined_codes(
+    asked: list[str],
     space: ChoiceSpace,
-    model: Path,
     statistics: Path,
-    text: Path,
     tmp_path: Path,
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """They are priced so, which the output says; what was compared once is used again."""
-    base = measured(space, tmp_path / "base.json")
     size = space.size({unit.name: "q4_0" for unit in space.units}) + 20_000
-    asked = [
-        *("tune", str(model), "--format", "gguf", "--types", "q4_0,q8_0", "--text", str(text)),
-        *("--start-from", str(base), "--size", str(size), "--overwrite", "--json", "--quiet"),
-        *("--output", str(tmp_path / "r.toml")),
-    ]
+    asked += ["--size", str(size), "--overwrite", "--json"]
     assert main(asked) == 0
     plain = json.loads(capsys.readouterr().out)
     assert plain["codes"] == "plain"
@@ -168,7 +171,7 @@ def test_recipes_for_refined_codes(
     assert first["codes"] == "refined"
     kept = load_measurements(tmp_path / "r.json").refined
     assert kept is not None
-    prices = load_measurements(base).prices.weights
+    prices = load_measurements(tmp_path / "base.json").prices.weights
     expected = sum(
         prices[unit][choice] * kept.of(unit, choice) for unit, choice in first["chosen"].items()
     )
@@ -186,29 +189,19 @@ def test_recipes_for_refined_codes(
     assert capsys.readouterr().out.endswith("r.toml --types Q4_K_M --codes refined\n")
 
 
-def test_refusals(
-    model: Path,
-    statistics: Path,
-    space: ChoiceSpace,
-    text: Path,
-    tmp_path: Path,
-    capsys: Capture,
-) -> None:
-    path = measured(space, tmp_path / "base.json")
-    asked = [
-        *("tune", str(model), "--format", "gguf", "--types", "q4_0,q8_0", "--text", str(text)),
-        *("--start-from", str(path), "--size", "9bpw", "--output", str(tmp_path / "r.toml")),
-    ]
+def test_refusals(asked: list[str], statistics: Path, tmp_path: Path, capsys: Capture) -> None:
+    asked += ["--size", "9bpw"]
     refining = [*asked, "--hessian", str(statistics)]
 
     def said(*arguments: str) -> str:
-        assert main([*arguments, "--quiet"]) == 2
+        assert main(list(arguments)) == 2
         return capsys.readouterr().err
 
     assert "--probes: given with --hessian; probes have plain codes" in said(
         *refining, "--probes", "1"
     )
     assert "not a folder" in said(*asked, "--hessian", str(tmp_path / "none"))
+    path = tmp_path / "base.json"
     content = json.loads(path.read_text())
     for shares in ({"layers": {"q4_0": 1.5}}, {"layers": {"q4_0": -1}}, 3):
         content["refined"] = {"hessians": "", "shares": shares}
@@ -228,7 +221,7 @@ def test_hessians_of_another_model(
 
 
 def test_damaged_hessians_leave_the_prices(
-    model: Path, space: ChoiceSpace, statistics: Path, text: Path, tmp_path: Path, capsys: Capture
+    asked: list[str], statistics: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     """The command can be repeated with others."""
     shutil.copytree(statistics, tmp_path / "statistics")
@@ -236,12 +229,8 @@ def test_damaged_hessians_leave_the_prices(
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    base = measured(space, tmp_path / "base.json")
-    asked = [
-        *("tune", str(model), "--format", "gguf", "--types", "q4_0,q8_0", "--text", str(text)),
-        *("--start-from", str(base), "--size", "9bpw", "--output", str(tmp_path / "r.toml")),
-    ]
-    assert main([*asked, "--quiet", "--hessian", str(tmp_path / "statistics")]) == 2
+    assert main([*asked, "--size", "9bpw", "--hessian", str(tmp_path / "statistics")]) == 2
     assert "layer-0001.safetensors, " in capsys.readouterr().err
     assert not (tmp_path / "r.toml").exists()
-    assert load_measurements(tmp_path / "r.json").prices == load_measurements(base).prices
+    kept, base = (load_measurements(tmp_path / name) for name in ("r.json", "base.json"))
+    assert kept.prices == base.prices
