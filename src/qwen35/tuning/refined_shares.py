@@ -33,7 +33,7 @@ from qwen35.tuning.space import ChoiceSpace
 
 if TYPE_CHECKING:
     from qwen35.array_types import F32, U8
-    from qwen35.codecs.refining import CodeGrid, Curvature
+    from qwen35.codecs.refining import CodeGrid, Curvature, Refining
 
 __all__ = ["comparing_memory", "measure_shares"]
 
@@ -52,22 +52,22 @@ class _Losses:
     """Errors in outputs on held-out tokens of some rows, by way of choosing codes."""
 
     curvature: Curvature
+    refining: Refining
     nearest: list[float] = field(default_factory=list)
     refined: list[float] = field(default_factory=list)
 
     def refine(self, first: int, weights: F32, grid: CodeGrid) -> U8:
         """Note what both codes of rows lose (`qwen35.codecs.codec.Refine`)."""
-        from qwen35.codecs.refining import refined_codes, row_losses
-
         del first
-        codes = refined_codes(weights, grid, self.curvature)
-        self.nearest += row_losses(weights, grid, grid.codes, self.curvature).tolist()
-        self.refined += row_losses(weights, grid, codes, self.curvature).tolist()
+        losses = self.refining.row_losses
+        codes = self.refining.refined_codes(weights, grid, self.curvature)
+        self.nearest += losses(weights, grid, grid.codes, self.curvature).tolist()
+        self.refined += losses(weights, grid, codes, self.curvature).tolist()
         return codes
 
     @property
     def both(self) -> tuple[float, float]:
-        """Those of nearest codes, and of what the guard would keep."""
+        """Those of nearest codes, and of whichever are better."""
         nearest = fsum(self.nearest)
         return nearest, min(nearest, fsum(self.refined))
 
@@ -178,7 +178,7 @@ class _CodeComparison:
     def _losses(
         self, matrix: _Matrix, codec: Codec, pieces: list[Piece], curvature: Curvature
     ) -> tuple[float, float]:
-        step, losses = matrix.step, _Losses(curvature)
+        step, losses = matrix.step, _Losses(curvature, self._kernels.refining)
         shape = sum(len(piece.values) for piece in pieces), step.rows.row
         spec = TensorSpec(step.targets[0].name, step.spec.dtype, shape)
         largest = None
